@@ -1,0 +1,29 @@
+# An image that exports: checkpoint in, verified ONNX out. PyTorch's CPU build, no GPU, no root.
+#
+#   docker build -f docker/export.Dockerfile -t repvgg-export .
+#   docker run --rm --user "$(id -u):$(id -g)" -v "$PWD:/data" repvgg-export --ckpt x.pth --out x.onnx
+#
+# TORCH_INDEX: PyTorch's own index of CPU builds (its "Get Started" page shows the address). Left empty, pip installs what it finds elsewhere,
+# which on Linux is usually the CUDA build: it works as well, and is several gigabytes larger.
+ARG PYTHON_VERSION=3.12
+FROM python:${PYTHON_VERSION}-slim AS build
+
+ARG TORCH_INDEX=""
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+RUN python -m venv /opt/venv
+ENV PATH=/opt/venv/bin:$PATH
+WORKDIR /src
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+# Before the code, so that a change of the code does not install PyTorch again.
+RUN pip install -c constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch
+COPY repvgg_deploy ./repvgg_deploy
+RUN pip install -c constraints.txt '.[export,cpu]'
+
+FROM python:${PYTHON_VERSION}-slim
+COPY --from=build /opt/venv /opt/venv
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 HOME=/tmp
+RUN useradd --create-home --uid 10001 exporter
+USER exporter
+WORKDIR /data
+ENTRYPOINT ["repvgg-export"]
+CMD ["--help"]

@@ -1,0 +1,56 @@
+"""repvgg-deploy: from a trained RepVGG checkpoint to a verified ONNX and a running engine.
+
+Public names are loaded on first use (PEP 562), so that importing the package costs milliseconds and pulls in nothing heavy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .errors import RepVGGDeployError as RepVGGDeployError
+    from .pipeline.checkpoint import export_checkpoint as export_checkpoint
+    from .pipeline.module import export_module as export_module
+    from .reference.checkpoint import build_model as build_model
+    from .reference.checkpoint import load_checkpoint as load_checkpoint
+    from .reference.reparameterize import reparameterize as reparameterize
+    from .runtime.engine import Engine as Engine
+    from .specs import VariantSpec as VariantSpec
+    from .variants import get_variant as get_variant
+
+_HOMES = {
+    "Engine": ".runtime.engine",
+    "RepVGGDeployError": ".errors",
+    "VariantSpec": ".specs",
+    "build_model": ".reference.checkpoint",
+    "export_checkpoint": ".pipeline.checkpoint",
+    "export_module": ".pipeline.module",
+    "get_variant": ".variants",
+    "load_checkpoint": ".reference.checkpoint",
+    "reparameterize": ".reference.reparameterize",
+}
+
+__all__ = [
+    "Engine",
+    "RepVGGDeployError",
+    "VariantSpec",
+    "build_model",
+    "export_checkpoint",
+    "export_module",
+    "get_variant",
+    "load_checkpoint",
+    "reparameterize",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,259 @@
+"""What both programs share: options, exit codes, errors, signals, output. Standard library only, because `--help` must be quick.
+
+A program parses its arguments, then hands a body to `run`; the body imports its stage, does the work and returns an `Output`:
+
+    def main(argv: list[str] | None = None) -> int:
+        return run(body, build_parser().parse_args(argv))
+
+Exit codes: 0 done; 1 an error of ours (message and remedy); 2 usage; 130 interrupted; 143 and 129 terminated or hung up; 141 the reader of
+standard output went away. Signals raise, so that every `finally` runs and no partial file is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+from typing import TextIO
+
+from .. import __version__
+from ..errors import ArtifactError, RepVGGDeployError
+
+EXIT_DONE, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 0, 1, 2, 130, 141
+_BAR_WIDTH = 24
+_BAR_SECONDS = 0.1  # at most ten drawings a second
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a command prints.
+
+    Attributes:
+        data: The one object of `--json`: JSON values and dataclasses.
+        text: Standard output without `--json`.
+        next_command: What the user may run next; printed on standard error, because it is no result.
+        errors: What failed where the rest is worth printing; on standard error without `--json`, and the exit code is EXIT_ERROR.
+    """
+
+    data: Mapping[str, object]
+    text: str
+    next_command: str | None = None
+    errors: tuple[RepVGGDeployError, ...] = ()
+
+    @property
+    def exit_code(self) -> int:
+        """EXIT_DONE, or EXIT_ERROR when something failed."""
+        return EXIT_ERROR if self.errors else EXIT_DONE
+
+
+Body = Callable[[argparse.Namespace], Output]
+
+
+class Terminated(BaseException):
+    """SIGTERM or SIGHUP arrived; like KeyboardInterrupt it passes every `except Exception`.
+
+    Attributes:
+        number: Of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def parent_parser() -> argparse.ArgumentParser:
+    """A parent for `argparse.ArgumentParser(parents=[…])` with `-v`, `--json` and `--version`; make a new one for each (sub)parser.
+
+    Absent options are absent from the namespace, so that a subcommand does not reset what stood before its name.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("common options")
+    group.add_argument("-v", "--verbose", action="count", default=argparse.SUPPRESS, help="log progress on standard error; -vv also shows tracebacks")
+    group.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print one JSON object instead of text")
+    group.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    return parser
+
+
+def run(body: Body, args: argparse.Namespace) -> int:
+    """Runs the body of a command: prints what it returns, and turns what it raises into a message and an exit code.
+
+    Args:
+        body: Does the work.
+        args: The parsed arguments; `verbose` and `json` are read if there.
+
+    Returns:
+        The exit code.
+    """
+    verbose: int = getattr(args, "verbose", 0)
+    as_json: bool = getattr(args, "json", False)
+    try:
+        with _signals_raise(), _logging(verbose):
+            output = body(args)
+            _print_output(output, as_json)
+        return output.exit_code
+    except BrokenPipeError:
+        _silence_stdout()
+        return EXIT_BROKEN_PIPE
+    except KeyboardInterrupt:
+        _complain("interrupted", verbose)
+        return EXIT_INTERRUPTED
+    except Terminated as error:
+        _complain(f"terminated by {signal.Signals(error.number).name}", verbose)
+        return 128 + error.number
+    except RepVGGDeployError as error:
+        return _report(error.message, error.remedy, verbose, as_json)
+    except MemoryError:
+        return _report("out of memory", "give a smaller batch or model, or run it where more memory is free", verbose, as_json)
+    except Exception as error:  # noqa: BLE001 - the border of the program: whatever was not foreseen becomes one line
+        message = f"unexpected {type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
+        return _report(message, "please report this; run it again with -vv for the traceback", verbose, as_json)
+
+
+def _report(message: str, remedy: str, verbose: int, as_json: bool) -> int:
+    if as_json:
+        with contextlib.suppress(BrokenPipeError, ArtifactError):
+            _write_stdout(json.dumps({"error": message, "remedy": remedy}, indent=2))
+    if verbose > 1:
+        traceback.print_exc(file=sys.stderr)
+    if not as_json or verbose > 1:
+        _complain(f"error: {message}\n  remedy: {remedy}", 0)
+    return EXIT_ERROR
+
+
+def _complain(text: str, verbose: int) -> None:
+    with contextlib.suppress(OSError):  # standard error may be closed, and then nobody is left to tell
+        if verbose > 1:
+            traceback.print_exc(file=sys.stderr)
+        print(text, file=sys.stderr, flush=True)
+
+
+def _print_output(output: Output, as_json: bool) -> None:
+    if as_json:
+        from ..codec import encode
+
+        _write_stdout(json.dumps(encode(output.data), indent=2, allow_nan=False))
+        return
+    _write_stdout(output.text)
+    for error in output.errors:
+        print(f"error: {error}", file=sys.stderr)
+    if output.next_command:
+        print(f"next: {output.next_command}", file=sys.stderr)
+
+
+def _write_stdout(text: str) -> None:
+    if not text:
+        return
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="backslashreplace")  # a file name or label that the terminal's encoding cannot show is no reason to fail
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _silence_stdout()
+        raise ArtifactError(f"standard output: cannot be written: {error.strerror}", remedy="free some space, or redirect it elsewhere") from error
+
+
+def _silence_stdout() -> None:
+    # What is still buffered would fail again, with a traceback, when the interpreter flushes at exit.
+    with contextlib.suppress(OSError, ValueError):
+        handle = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(handle, sys.stdout.fileno())
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise Terminated inside the block. One that is ignored (nohup) or handled already is left alone."""
+
+    def handle(number: int, _: FrameType | None) -> None:
+        raise Terminated(number)
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield
+        return
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def _logging(verbose: int) -> Iterator[None]:
+    """Our log records go to standard error inside the block: warnings, with -v progress, with -vv everything."""
+    logger = logging.getLogger("repvgg_deploy")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s" if verbose > 1 else "%(levelname)s: %(message)s"))
+    before = logger.level
+    logger.setLevel({0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG))
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+class Progress:
+    """A bar on standard error while a long job runs; draws nothing unless standard error is a terminal.
+
+    Args:
+        total: Steps.
+        label: What is being done.
+        stream: Where to draw; standard error for None.
+    """
+
+    def __init__(self, total: int, label: str, *, stream: TextIO | None = None) -> None:
+        self._total = max(total, 1)
+        self._label = label
+        self._stream = stream if stream is not None else sys.stderr
+        self._draws = self._stream.isatty()
+        self._done = 0
+        self._started = time.monotonic()
+        self._drawn = 0.0
+
+    def __enter__(self) -> Progress:
+        self._draw()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._draws:
+            self._write("\r\x1b[K")
+
+    def advance(self, steps: int = 1, *, label: str | None = None) -> None:
+        """Counts `steps` as done; `label` names what is done from here on."""
+        self._done = min(self._done + steps, self._total)
+        changed = label is not None and label != self._label
+        self._label = label if label is not None else self._label
+        if changed or time.monotonic() - self._drawn >= _BAR_SECONDS:
+            self._draw()
+
+    def _draw(self) -> None:
+        if not self._draws:
+            return
+        self._drawn = time.monotonic()
+        filled = _BAR_WIDTH * self._done // self._total
+        seconds = self._drawn - self._started
+        self._write(f"\r\x1b[K{self._label} [{'#' * filled}{'.' * (_BAR_WIDTH - filled)}] {self._done}/{self._total} {seconds:.0f} s")
+
+    def _write(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:
+            self._draws = False  # the terminal is gone; the work goes on

@@ -1,0 +1,91 @@
+"""The program `repvgg-trt`: what is done with an exported model. A subcommand is one parser here and one module beside it.
+
+The module of a subcommand (`trt_infer`, `trt_inspect`) is imported after parsing, and offers `execute(args) -> Output`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from typing import TYPE_CHECKING
+
+from .common import Output, parent_parser, run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+_DESCRIPTION = "Runs and describes models that repvgg-export wrote."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the program.
+
+    Args:
+        argv: Arguments without the program's name; None takes the command line's.
+
+    Returns:
+        The exit code; see `common`. `--help`, `--version` and usage errors raise SystemExit, as argparse does.
+    """
+    return run(_execute, build_parser().parse_args(argv))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands."""
+    parser = argparse.ArgumentParser(prog="repvgg-trt", description=_DESCRIPTION, parents=[parent_parser()])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    for add in (_add_infer, _add_inspect):
+        add(commands)
+    return parser
+
+
+def _execute(args: argparse.Namespace) -> Output:
+    module = importlib.import_module(f".trt_{args.command}", __package__)
+    execute: Callable[[argparse.Namespace], Output] = module.execute
+    return execute(args)
+
+
+def _add_infer(commands: Subparsers) -> None:
+    parser = commands.add_parser(
+        "infer",
+        parents=[parent_parser()],
+        help="print the best classes of images",
+        description="Prints the best classes of each image with their probabilities. An image that cannot be read is named, the others are "
+        "answered all the same, and the exit code is 1.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="an .onnx that repvgg-export wrote")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="image files, folders of them, or quoted patterns")
+    parser.add_argument("--top", type=_positive, default=None, metavar="N", help="how many classes to print (default: 5)")
+    parser.add_argument("--labels", metavar="FILE", help="names of the classes, one a line; in place of those in the model")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where to run; cuda never falls back to the CPU (default: %(default)s)"
+    )
+    parser.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="images decoded and run at a time (default: %(default)s)")
+    parser.add_argument("--threads", type=_positive, default=None, metavar="N", help="CPU threads (default: one a core)")
+
+
+def _add_inspect(commands: Subparsers) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        parents=[parent_parser()],
+        help="print what a model is and what was verified of it",
+        description="Prints the specification, preprocessing, certificate, source checkpoint, layers, parameters and multiply-accumulates of "
+        "a model. Needs no runtime.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="an .onnx that repvgg-export wrote")
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

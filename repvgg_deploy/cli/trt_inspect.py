@@ -1,0 +1,210 @@
+"""`repvgg-trt inspect`: what a model is and what was verified of it. Needs neither NumPy nor a runtime."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import codec
+from ..onnx_file import GraphSummary, read_graph
+from ..runtime.model_files import as_path, read_model
+from ..specs import Certificate, ModelMetadata, ModelSpec, TensorSpec, VariantSpec
+from .common import Output
+from .tables import format_pairs, format_table
+
+_FEW_LABELS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRow:
+    """One line of the layer table.
+
+    Attributes:
+        name: In the official key names; `.se` for a squeeze-and-excitation block.
+        channels: Input and output.
+        stride: Of the convolution.
+        groups: Of the convolution.
+        output_size: (height, width); None where the image size is not known.
+        parameters: Weights and biases.
+        macs: Multiply-accumulates of one image; None where the image size is not known.
+    """
+
+    name: str
+    channels: tuple[int, int]
+    stride: int
+    groups: int
+    output_size: tuple[int, int] | None
+    parameters: int
+    macs: int | None
+
+
+def execute(args: argparse.Namespace) -> Output:
+    """Runs the subcommand.
+
+    Raises:
+        ModelError: The file is not a complete, unchanged model of ours.
+    """
+    path = as_path(args.model)
+    metadata, graph = read_model(path), read_graph(path)
+    size = image_size(metadata.spec)
+    rows = layer_rows(metadata.variant, size) if metadata.variant is not None else ()
+    is_classifier = metadata.spec.kind in ("logits", "probabilities", "top5") and metadata.spec.preprocessing is not None
+    return Output(
+        data=_as_json(path, metadata, graph, rows),
+        text="\n".join([_summary(path, metadata, graph), *_layer_lines(rows, size, graph)]),
+        next_command=f"repvgg-trt infer {path} IMAGE…" if is_classifier else None,
+    )
+
+
+def image_size(spec: ModelSpec) -> tuple[int, int] | None:
+    """(height, width) that the model is made for, or None where any is accepted and none is usual."""
+    axes = {"NCHW": (2, 3), "NHWC": (1, 2)}.get(spec.input.layout)
+    if axes is not None:
+        height, width = (spec.input.shape[axis] for axis in axes)
+        if isinstance(height, int) and isinstance(width, int):
+            return height, width
+    return spec.preprocessing.crop if spec.preprocessing is not None else None
+
+
+def layer_rows(variant: VariantSpec, size: tuple[int, int] | None) -> tuple[LayerRow, ...]:
+    """The layers of the deploy form, squeeze-and-excitation blocks and the classifier included.
+
+    Args:
+        variant: The architecture.
+        size: (height, width) of the image, or None.
+    """
+    rows = []
+    for layer in variant.layers():
+        size = None if size is None else (-(-size[0] // layer.stride), -(-size[1] // layer.stride))
+        weights = 9 * layer.in_channels // layer.groups * layer.out_channels
+        macs = None if size is None else weights * size[0] * size[1]
+        channels = (layer.in_channels, layer.out_channels)
+        rows.append(LayerRow(layer.name, channels, layer.stride, layer.groups, size, weights + layer.out_channels, macs))
+        if variant.se != "none":
+            hidden = layer.out_channels // variant.se_reduction
+            weights = 2 * layer.out_channels * hidden
+            both = (layer.out_channels, layer.out_channels)
+            rows.append(LayerRow(f"{layer.name}.se", both, 1, 1, (1, 1), weights + hidden + layer.out_channels, weights))
+    weights = variant.widths[4] * variant.num_classes
+    rows.append(LayerRow("linear", (variant.widths[4], variant.num_classes), 1, 1, (1, 1), weights + variant.num_classes, weights))
+    return tuple(rows)
+
+
+def _summary(path: Path, metadata: ModelMetadata, graph: GraphSummary) -> str:
+    spec, source = metadata.spec, metadata.source
+    pairs = [
+        ("model", f"{path}, {_show_bytes(graph.file_bytes)}, opset {graph.opset}"),
+        ("variant", _describe_variant(metadata.variant)),
+        ("input", _describe_tensor(spec.input)),
+        ("output", "\n".join(_describe_tensor(output) for output in spec.outputs)),
+        ("preprocessing", _describe_preprocessing(spec)),
+        ("labels", _describe_labels(spec.labels)),
+        (
+            "checkpoint",
+            f"{source.file}, {source.family} family, {source.form} form\nsha256 {source.sha256}" if source else "none: weights from memory",
+        ),
+        ("history", "\n".join(_describe_options(entry.stage, entry.options) for entry in metadata.history) or "none"),
+        ("operators", ", ".join(f"{name} {count}" for name, count in sorted(graph.count_ops().items()))),
+        ("certificate", _describe_certificate(metadata.certificate)),
+    ]
+    return format_pairs(pairs)
+
+
+def _show_bytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1_000_000 else f"{count / 1e3:.1f} kB"
+
+
+def _describe_variant(variant: VariantSpec | None) -> str:
+    if variant is None:
+        return "none: a module of the user's own"
+    groups = "" if max(variant.groups) == 1 else f", up to {max(variant.groups)} groups"
+    se = "" if variant.se == "none" else f", squeeze-and-excitation {variant.se.replace('_', ' ')}"
+    depths, widths = (" ".join(map(str, numbers)) for numbers in (variant.depths, variant.widths))
+    return f"{variant.name}: depths {depths}, widths {widths}{groups}{se}, {variant.num_classes} classes"
+
+
+def _describe_tensor(tensor: TensorSpec) -> str:
+    return f"{tensor.name}: {tensor.dtype} ({', '.join(map(str, tensor.shape))}) {tensor.layout}"
+
+
+def _describe_preprocessing(spec: ModelSpec) -> str:
+    how = spec.preprocessing
+    if how is None:
+        return "not known"
+    mean, std = (", ".join(f"{value:g}" for value in values) for values in (how.mean, how.std))
+    where = "normalised in the graph" if how.in_graph else "normalised by the caller"
+    resize = f"RGB, short side to {how.resize_short} ({how.interpolation}), centre crop {how.crop[0]}×{how.crop[1]}"
+    return f"{resize}\n{where}: mean {mean}, std {std} (0–255)"
+
+
+def _describe_labels(labels: tuple[str, ...] | None) -> str:
+    if labels is None:
+        return "none"
+    return f"{len(labels)}: {', '.join(labels[:_FEW_LABELS])}{', …' if len(labels) > _FEW_LABELS else ''}"
+
+
+def _describe_options(stage: str, options: dict[str, str | int | float | bool | None]) -> str:
+    return stage if not options else f"{stage}: " + ", ".join(f"{name} {value}" for name, value in options.items())
+
+
+def _describe_certificate(certificate: Certificate) -> str:
+    passed = sum(check.passed for check in certificate.checks)
+    verdict = "passed" if certificate.passed else "NOT PASSED"
+    rows = [["check", "error", "tolerance", "scale", ""]]
+    rows += [[c.name, f"{c.error:.2e}", f"{c.tolerance:.2e}", f"{c.scale:.3g}", "" if c.passed else "FAILED"] for c in certificate.checks]
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(certificate.versions.items()))
+    head = f"{verdict}, {passed} of {len(certificate.checks)} checks, against {certificate.reference}\nwith {versions}"
+    return f"{head}\n{format_table(rows, '<>>><', indent=0)}"
+
+
+def _layer_lines(rows: Sequence[LayerRow], size: tuple[int, int] | None, graph: GraphSummary) -> list[str]:
+    stored = sum(math.prod(shape) for shape in graph.initializers.values())
+    if not rows:
+        nodes = [node for node in graph.nodes if node.weight_shape is not None]
+        table = [[node.name or node.outputs[0], node.op_type, "×".join(map(str, node.weight_shape or ()))] for node in nodes]
+        return ["layers", format_table([["node", "operator", "weight"], *table], "<<<"), f"numbers stored in the file: {stored:,}"]
+    table = [["layer", "channels", "stride", "groups", "output", "parameters", "MACs"]]
+    table += [
+        [r.name, f"{r.channels[0]} → {r.channels[1]}", str(r.stride), str(r.groups), _times(r.output_size), f"{r.parameters:,}", _count(r.macs)]
+        for r in rows
+    ]
+    table.append(["total", "", "", "", "", f"{sum(row.parameters for row in rows):,}", _count(_total_macs(rows))])
+    title = f"layers of the deploy form, one image of {_times(size)}" if size else "layers of the deploy form"
+    return [title, format_table(table, "<>>>>>>"), f"numbers stored in the file: {stored:,}"]
+
+
+def _times(size: tuple[int, int] | None) -> str:
+    return "?" if size is None else f"{size[0]}×{size[1]}"
+
+
+def _count(number: int | None) -> str:
+    return "?" if number is None else f"{number:,}"
+
+
+def _total_macs(rows: Sequence[LayerRow]) -> int | None:
+    known = [row.macs for row in rows if row.macs is not None]
+    return sum(known) if len(known) == len(rows) else None
+
+
+def _as_json(path: Path, metadata: ModelMetadata, graph: GraphSummary, rows: Sequence[LayerRow]) -> dict[str, object]:
+    certificate = metadata.certificate
+    return {
+        "model": str(path),
+        "file_bytes": graph.file_bytes,
+        "opset": graph.opset,
+        "spec": metadata.spec,
+        "variant": metadata.variant,
+        "source": metadata.source,
+        "certificate": {**codec.encode(certificate), "passed": certificate.passed},
+        "history": metadata.history,
+        "statistics": sorted(metadata.statistics),
+        "content_sha256": metadata.content_sha256,
+        "operators": graph.count_ops(),
+        "layers": list(rows),
+        "parameters": sum(row.parameters for row in rows) if rows else None,
+        "macs": _total_macs(rows) if rows else None,
+        "stored_numbers": sum(math.prod(shape) for shape in graph.initializers.values()),
+    }

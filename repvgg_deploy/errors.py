@@ -1,0 +1,104 @@
+"""The exception tree of the project. Standard library only.
+
+    RepVGGDeployError(message, *, remedy)      every error we raise on purpose
+    ├── CheckpointError                        a checkpoint cannot be read, is incomplete, or is of another network
+    ├── ExportError                            a model cannot be written as the ONNX that we promise
+    │   ├── SimplifyError                      onnxsim failed or changed the model
+    │   └── ContractError                      nodes are left that the graph contract does not allow
+    ├── ParityError                            two models that must agree do not
+    ├── CalibrationError                       quantization scales cannot be chosen
+    ├── BuildError                             TensorRT refused to build a plan
+    ├── PlanError                              a plan cannot be read
+    │   └── PlanIncompatibleError              a plan was made for another GPU or TensorRT
+    ├── ModelError                             an ONNX file is truncated, changed or not one of ours
+    ├── InputError (ValueError)                an argument, image or batch is not what is expected
+    ├── ArtifactError (OSError)                an output cannot be written, or exists already
+    ├── CudaError                              a CUDA call failed, or a GPU was asked for and is not there
+    └── MissingDependencyError (ImportError)   an optional package is not installed
+
+A message says what, where, expected against found; the remedy is the command or change that fixes it.
+"""
+
+from __future__ import annotations
+
+
+class RepVGGDeployError(Exception):
+    """Base of all errors raised on purpose.
+
+    Args:
+        message: What went wrong, where, what was expected and what was found.
+        remedy: The command or change that fixes it; never empty.
+    """
+
+    def __init__(self, message: str, *, remedy: str) -> None:
+        assert remedy.strip(), "every error needs a remedy"
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  remedy: {self.remedy}"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Keyword-only arguments are lost by the default protocol, and worker processes send errors home.
+        return (_rebuild, (type(self), self.message, self.remedy))
+
+
+def _rebuild(kind: type[RepVGGDeployError], message: str, remedy: str) -> RepVGGDeployError:
+    return kind(message, remedy=remedy)
+
+
+class CheckpointError(RepVGGDeployError):
+    """A checkpoint cannot be read, is incomplete, or is of another network."""
+
+
+class ExportError(RepVGGDeployError):
+    """A model cannot be written as the ONNX that we promise."""
+
+
+class SimplifyError(ExportError):
+    """onnxsim failed, or changed the model."""
+
+
+class ContractError(ExportError):
+    """The graph holds something that the graph contract does not allow."""
+
+
+class ParityError(RepVGGDeployError):
+    """Two models that must agree do not."""
+
+
+class CalibrationError(RepVGGDeployError):
+    """Quantization scales cannot be chosen."""
+
+
+class BuildError(RepVGGDeployError):
+    """TensorRT refused to build a plan."""
+
+
+class PlanError(RepVGGDeployError):
+    """A plan cannot be read."""
+
+
+class PlanIncompatibleError(PlanError):
+    """A plan was made for another GPU or another TensorRT."""
+
+
+class ModelError(RepVGGDeployError):
+    """An ONNX file is truncated, changed since its export, or not one of ours."""
+
+
+class InputError(RepVGGDeployError, ValueError):
+    """An argument, an image or a batch is not what is expected."""
+
+
+class ArtifactError(RepVGGDeployError, OSError):
+    """An output cannot be written, or exists already."""
+
+
+class CudaError(RepVGGDeployError):
+    """A CUDA call failed, or a GPU was asked for and is not there."""
+
+
+class MissingDependencyError(RepVGGDeployError, ImportError):
+    """An optional package is not installed."""

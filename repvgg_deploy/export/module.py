@@ -1,0 +1,191 @@
+"""Export of any module that contains RepVGG blocks: a segmentation or detection network with a RepVGG backbone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from .. import tolerance
+from ..errors import InputError, ParityError
+from ..reference.block import TrainingBlock
+from ..reference.reparameterize import foreign_names, reparameterize
+from ..specs import METADATA_SCHEMA, Certificate, HistoryEntry, ModelMetadata, ModelSpec, Preprocessing, TensorSpec
+from .contract import check_module_contract
+from .options import IR_VERSIONS, OPSETS
+from .simplify import simplify
+from .to_onnx import set_shape, stamp_header, trace
+
+_VARIATIONS = 2  # inputs besides the example: same shape, other values
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleOptions:
+    """How a module is exported.
+
+    Attributes:
+        opset: 17 to 20.
+        reference: The training-mode model, where `model` is already in deploy form and the two are to be compared.
+        output_names: In the order of the outputs; None takes a dict's keys, or `output` (`output_0`, … for several).
+        dynamic_batch: Accept any batch size.
+        dynamic_size: Accept any height and width.
+        preprocessing: How an image becomes the input, for `Engine.infer_images`.
+        allow_batchnorm: Accept BatchNorm that no convolution precedes.
+        force: Replace a different file.
+    """
+
+    opset: int = 17
+    reference: nn.Module | None = None
+    output_names: tuple[str, ...] | None = None
+    dynamic_batch: bool = True
+    dynamic_size: bool = False
+    preprocessing: Preprocessing | None = None
+    allow_batchnorm: bool = False
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if self.opset not in OPSETS:
+            raise InputError(f"opset must be one of {', '.join(map(str, OPSETS))}, found {self.opset}", remedy="leave it at 17")
+
+
+class _Flat(nn.Module):
+    """Gives a module's outputs as a tuple, whatever it nests them in."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(flatten_outputs(self.module(x)).values())
+
+
+def flatten_outputs(outputs: object) -> dict[str, Tensor]:
+    """Tensors of a module's result by name: a dict's keys, or `output`, or `output_0` and so on.
+
+    Raises:
+        InputError: The result holds something else than tensors.
+    """
+    if isinstance(outputs, Tensor):
+        return {"output": outputs}
+    if isinstance(outputs, Mapping):
+        named = {str(key): value for key, value in outputs.items()}
+    elif isinstance(outputs, (tuple, list)):
+        named = {f"output_{index}": value for index, value in enumerate(outputs)}
+    else:
+        named = {"output": outputs}
+    wrong = [f"{name} ({type(value).__name__})" for name, value in named.items() if not isinstance(value, Tensor)]
+    if wrong or not named:
+        raise InputError(f"the module returns no tensors but {', '.join(wrong) or 'nothing'}", remedy="wrap it in a module that returns tensors only")
+    return named
+
+
+def to_deploy_form(model: nn.Module) -> tuple[nn.Module, bool]:
+    """The module with every RepVGG block folded, and whether there was a block in training form to fold; the argument is not changed."""
+    found = any(isinstance(module, TrainingBlock) or foreign_names(module) is not None for module in model.modules())
+    return (reparameterize(model) if found else copy.deepcopy(model)).eval(), found
+
+
+def single_input(example_inputs: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The one image tensor among the example inputs.
+
+    Raises:
+        InputError: There is not exactly one float32 tensor (N, C, H, W).
+    """
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or inputs[0].ndim != 4 or inputs[0].dtype != torch.float32:
+        raise InputError(
+            f"expected one float32 tensor (N, C, H, W), found {[getattr(i, 'shape', type(i).__name__) for i in inputs]}",
+            remedy="wrap a module with several inputs in one that takes the image only",
+        )
+    return inputs[0].detach()
+
+
+@torch.no_grad()
+def trace_module(deploy: nn.Module, x: Tensor, options: ModuleOptions) -> tuple[ModelSpec, onnx.ModelProto]:
+    """Exports and simplifies a module, weights included.
+
+    Raises:
+        InputError: An output is of a dtype that ONNX inputs and outputs of ours do not have.
+        ExportError: torch, onnxsim or the contract refuse the graph.
+    """
+    outputs = flatten_outputs(deploy(x))
+    names = list(options.output_names or outputs)
+    if len(set(names)) != len(names) or "input" in names:
+        raise InputError(f"output names must differ from one another and from 'input', found {names}", remedy="give output_names")
+    if len(names) != len(outputs):
+        raise InputError(f"{len(outputs)} outputs, but {len(names)} output_names", remedy=f"name them in the order {', '.join(outputs)}")
+    image = TensorSpec("input", "float32", _shape(x, "input", options), "NCHW")
+    tensors = tuple(_output_spec(name, tensor, options) for name, tensor in zip(names, outputs.values(), strict=True))
+    model = trace(_Flat(deploy), x, opset=options.opset, tensors=(image, *tensors), with_weights=True)
+    model = simplify(model)
+    stamp_header(model, options.opset)
+    for value, tensor in zip((model.graph.input[0], *model.graph.output), (image, *tensors), strict=True):
+        set_shape(value, tensor.shape)
+    assert model.ir_version == IR_VERSIONS[options.opset]
+    if not options.allow_batchnorm:
+        check_module_contract(model)
+    return ModelSpec(image, tensors, "module", options.preprocessing), model
+
+
+def _shape(tensor: Tensor, name: str, options: ModuleOptions) -> tuple[int | str, ...]:
+    shape: list[int | str] = list(tensor.shape)
+    if options.dynamic_batch and shape:
+        shape[0] = "batch"
+    if options.dynamic_size and len(shape) == 4:
+        prefix = "" if name == "input" else f"{name}_"
+        shape[2:] = [f"{prefix}height", f"{prefix}width"]
+    return tuple(shape)
+
+
+def _output_spec(name: str, tensor: Tensor, options: ModuleOptions) -> TensorSpec:
+    dtypes = {torch.float32: "float32", torch.float16: "float16", torch.int64: "int64", torch.int32: "int32", torch.uint8: "uint8"}
+    if tensor.dtype not in dtypes:
+        raise InputError(f"output {name} is {tensor.dtype}", remedy=f"convert it to one of {', '.join(dtypes.values())} in the module")
+    layout = "NCHW" if tensor.ndim == 4 else "NC" if tensor.ndim == 2 else "other"
+    return TensorSpec(name, dtypes[tensor.dtype], _shape(tensor, name, options), layout)  # type: ignore[arg-type]
+
+
+def vary_input(x: Tensor, options: ModuleOptions) -> dict[str, Tensor]:
+    """The example input and random ones of the same mean and spread, by name; of another batch and another size, where these are dynamic."""
+    generator = torch.Generator().manual_seed(0)
+    others = {f"variation {i + 1}": torch.randn(x.shape, generator=generator) * x.std().clamp(min=0.1) + x.mean() for i in range(_VARIATIONS)}
+    if options.dynamic_batch:
+        others["another batch"] = torch.cat([x, others["variation 1"][:1]])
+    if options.dynamic_size:
+        height, width = x.shape[2:]
+        others["another size"] = nn.functional.interpolate(x, (height + 32, width + 64), mode="bilinear")
+    return {"example": x.contiguous(), **others}
+
+
+@torch.no_grad()
+def reference_outputs(reference: nn.Module, inputs: Mapping[str, Tensor], spec: ModelSpec) -> tuple[dict[str, dict[str, NDArray[np.generic]]], float]:
+    """Outputs of the training-mode model by batch and name, and its own float32 error against a float64 copy.
+
+    Raises:
+        ParityError: They are not finite, or do not depend on the input.
+    """
+    names = [tensor.name for tensor in spec.outputs]
+    narrow = {name: [t.numpy() for t in flatten_outputs(reference(x)).values()] for name, x in inputs.items()}
+    wide_model = copy.deepcopy(reference).double()
+    error = 0.0
+    for name, x in inputs.items():
+        wide = [t.numpy() for t in flatten_outputs(wide_model(x.double())).values()]
+        error = max([error, *(tolerance.relative_error(n, w) for n, w in zip(narrow[name], wide, strict=True) if n.dtype.kind == "f")])
+    if not all(np.isfinite(array).all() for arrays in narrow.values() for array in arrays):
+        raise ParityError("the training-mode model gives NaN or infinity", remedy="give an example input like those that it was trained on")
+    first, second = (narrow[name] for name in list(narrow)[:2])
+    if all(np.array_equal(a, b) for a, b in zip(first, second, strict=True)):
+        raise ParityError("the training-mode model's output does not depend on its input", remedy="give a trained model")
+    return {name: dict(zip(names, arrays, strict=True)) for name, arrays in narrow.items()}, error
+
+
+def module_metadata(spec: ModelSpec, certificate: Certificate, options: ModuleOptions) -> ModelMetadata:
+    """The metadata of an exported module: no variant, no checkpoint."""
+    history = HistoryEntry("export_module", certificate.versions, {"opset": options.opset})
+    return ModelMetadata(schema=METADATA_SCHEMA, spec=spec, variant=None, source=None, certificate=certificate, statistics={}, history=(history,))

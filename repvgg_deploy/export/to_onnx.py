@@ -1,0 +1,168 @@
+"""Deploy form → ONNX graph without its weights.
+
+The exporter is told not to write parameters: it emits the graph with each weight as a named input, a few kilobytes whatever the model's size.
+Simplification and the contract work on that; the weights go from the model's memory straight to the file (`writer`).
+
+For the same reason a narrow twin is traced, with the same layers and a few channels each: the exporter infers shapes by copying every weight,
+twice, which takes two seconds and 640 MB for B2. The shapes of the real weights are put in afterwards, and the contract checks each of them.
+
+Why the TorchScript exporter: it writes the operators that the plain chain consists of (GlobalAveragePool, Flatten, Gemm) at the operator set
+that is asked for. The newer one starts at 18, writes ReduceMean and Reshape instead, and needs six seconds where this needs half of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import math
+import warnings
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from .. import __version__
+from ..errors import ExportError
+from ..reference.network import RepVGG
+from ..specs import ModelSpec, Preprocessing, TensorSpec, VariantSpec
+from .options import IR_VERSIONS, TOP_K, GraphOptions
+
+_TRACE_SIZE = (32, 32)  # the graph does not depend on the image size (sizes are set by `_stamp`), and a small one is traced faster
+
+
+class DeployGraph(nn.Module):
+    """What is exported: preprocessing, network, output.
+
+    Args:
+        network: In deploy form.
+        options: What to export.
+        preprocessing: Whose mean and standard deviation a uint8 graph holds.
+    """
+
+    def __init__(self, network: RepVGG, options: GraphOptions, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.network = network
+        self.options = options
+        if options.input == "uint8":
+            self.mean: Tensor
+            self.std: Tensor
+            self.register_buffer("mean", torch.tensor(preprocessing.mean).reshape(1, 3, 1, 1))
+            self.register_buffer("std", torch.tensor(preprocessing.std).reshape(1, 3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The outputs in the order of `ModelSpec.outputs`."""
+        if self.options.input == "uint8":
+            # Cast comes first, because TensorRT takes uint8 into no other operator. Subtract, then divide: the same roundings as `preprocess`.
+            x = (x.to(torch.float32).permute(0, 3, 1, 2) - self.mean) / self.std
+        stages = self.network.stage_outputs(x)
+        if self.options.features:
+            return tuple(stages.values())
+        logits = self.network.classify(stages["stage4"])
+        if self.options.output == "logits":
+            return logits
+        probabilities = torch.softmax(logits, dim=1)
+        if self.options.output == "probabilities":
+            return probabilities
+        scores, classes = torch.topk(probabilities, min(TOP_K, logits.shape[1]), dim=1)
+        return scores, classes
+
+
+def to_onnx(network: RepVGG, options: GraphOptions, spec: ModelSpec) -> tuple[onnx.ModelProto, dict[str, Tensor]]:
+    """Traces the graph.
+
+    Args:
+        network: In deploy form, `eval()`.
+        options: What to export.
+        spec: Inputs and outputs that `options` lead to (`options.model_spec`).
+
+    Returns:
+        The model, its weights being graph inputs, and those weights by name.
+
+    Raises:
+        ExportError: torch's exporter failed.
+    """
+    assert spec.preprocessing is not None
+    size = _TRACE_SIZE
+    dtype = torch.uint8 if options.input == "uint8" else torch.float32
+    shape = (options.batch or 1, *size, 3) if options.input == "uint8" else (options.batch or 1, 3, *size)
+    twin = DeployGraph(RepVGG(_narrow(network.spec), "deploy"), options, spec.preprocessing).eval()
+    model = trace(twin, torch.zeros(shape, dtype=dtype), opset=options.opset, tensors=(spec.input, *spec.outputs))
+    tensors = module_tensors(DeployGraph(network, options, spec.preprocessing))
+    for value in model.graph.input:
+        if value.name in tensors:
+            set_shape(value, tuple(tensors[value.name].shape))
+    return _stamp(model, options, spec), tensors
+
+
+def _narrow(spec: VariantSpec) -> VariantSpec:
+    """The same layers with as few channels as groups and SE allow."""
+    width = math.lcm(*spec.groups) * (spec.se_reduction if spec.se != "none" else 1)
+    return dataclasses.replace(spec, widths=(width,) * 5)
+
+
+def module_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by the names that the exporter gives them."""
+    return {name: tensor.detach() for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+
+
+def trace(module: nn.Module, x: Tensor, *, opset: int, tensors: tuple[TensorSpec, ...], with_weights: bool = False) -> onnx.ModelProto:
+    """Runs torch's exporter.
+
+    Args:
+        module: In `eval()`.
+        x: An example of its one input.
+        opset: Operator set.
+        tensors: The input, then the outputs; names and dynamic sizes are taken from them.
+        with_weights: Write the weights into the graph; otherwise they are graph inputs.
+
+    Raises:
+        ExportError: It failed.
+    """
+    names = [tensor.name for tensor in tensors]
+    axes = {t.name: {axis: size for axis, size in enumerate(t.shape) if isinstance(size, str)} for t in tensors}
+    buffer = io.BytesIO()
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # on an error torch prints the whole graph
+            # Deprecated in favour of the exporter that cannot write this graph (see above); tracer warnings about constants are checked by parity.
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                module, (x,), buffer, dynamo=False,  # type: ignore[arg-type]  # a file object is documented
+                export_params=with_weights, do_constant_folding=with_weights, opset_version=opset,
+                input_names=names[:1], output_names=names[1:], dynamic_axes={name: sizes for name, sizes in axes.items() if sizes},
+            )  # fmt: skip
+    except (RuntimeError, TypeError, ValueError, torch.onnx.OnnxExporterError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ExportError(
+            f"torch {torch.__version__} cannot export the model at opset {opset}: {first}", remedy="replace the operator that it names"
+        ) from error
+    return onnx.load_from_string(buffer.getvalue())
+
+
+def _stamp(model: onnx.ModelProto, options: GraphOptions, spec: ModelSpec) -> onnx.ModelProto:
+    stamp_header(model, options.opset)
+    for value, tensor in zip(
+        [next(v for v in model.graph.input if v.name == spec.input.name), *model.graph.output], (spec.input, *spec.outputs), strict=True
+    ):
+        set_shape(value, tensor.shape)
+    return model
+
+
+def stamp_header(model: onnx.ModelProto, opset: int) -> None:
+    """Sets producer, IR version and graph name, the same on every machine."""
+    model.producer_name, model.producer_version = "repvgg-deploy", __version__
+    model.ir_version = IR_VERSIONS[opset]
+    model.graph.name = "repvgg"
+    model.graph.doc_string = model.doc_string = ""
+
+
+def set_shape(value: onnx.ValueInfoProto, shape: tuple[int | str, ...]) -> None:
+    """Replaces the shape of a graph input or output."""
+    dims = value.type.tensor_type.shape.dim
+    del dims[:]
+    for size in shape:
+        dim = dims.add()
+        if isinstance(size, int):
+            dim.dim_value = size
+        else:
+            dim.dim_param = size

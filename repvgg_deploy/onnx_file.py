@@ -1,0 +1,255 @@
+"""An ONNX file of ours: its metadata, its digest, its graph without the weights. Needs neither onnx nor NumPy.
+
+The metadata (one JSON value under `repvgg_deploy` in `metadata_props`) is bound to the graph by `content_sha256`: a file that was truncated or
+edited after its export is refused before any runtime sees it, because its certificate speaks of another graph.
+Source: field numbers of onnx.proto (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import mmap
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import codec, wire
+from .errors import InputError, ModelError
+from .specs import METADATA_KEY, ModelMetadata
+
+_GRAPH, _METADATA_PROPS, _OPSET_IMPORT = 7, 14, 8
+_NODE, _INITIALIZER, _RAW_DATA = 1, 5, 9
+_CHUNK_BYTES = 1 << 20
+_DIGEST_FIELD = re.compile(r'"content_sha256":"[0-9a-f]*"')  # inside a JSON string the quotes would be escaped
+_REEXPORT = "export it again with repvgg-export"
+_MODEL_FIELDS = {1, 2, 3, 4, 5, 6, 7, 8, 14, 20, 25, 26}
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSummary:
+    """One node of a graph.
+
+    Attributes:
+        op_type: Such as `Conv`.
+        name: May be empty.
+        inputs: Names of its inputs.
+        outputs: Names of its outputs.
+        weight_shape: Shape of its second input, if that is an initializer.
+    """
+
+    op_type: str
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    weight_shape: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class GraphSummary:
+    """A graph without its weights.
+
+    Attributes:
+        nodes: In order.
+        initializers: Shape by name.
+        opset: Version of the default operator set.
+        file_bytes: Size of the file.
+    """
+
+    nodes: tuple[NodeSummary, ...]
+    initializers: dict[str, tuple[int, ...]]
+    opset: int
+    file_bytes: int
+
+    def count_ops(self) -> dict[str, int]:
+        """How many nodes of each type."""
+        return dict(Counter(node.op_type for node in self.nodes))
+
+
+def content_digest(parts: hashlib._Hash, text: str) -> str:
+    """The value of `content_sha256`.
+
+    Args:
+        parts: SHA-256 fed with every top-level field of the file except `metadata_props`, as written; not changed.
+        text: The metadata as it stands in the file; its own `content_sha256` is taken as empty. The text and not its meaning, so that a later
+            version of this project, with more fields, still finds the files of this one unchanged.
+    """
+    digest = parts.copy()
+    digest.update(_DIGEST_FIELD.sub('"content_sha256":""', text, count=1).encode())
+    return digest.hexdigest()
+
+
+def metadata_field(parts: hashlib._Hash, metadata: ModelMetadata) -> bytes:
+    """The bytes to append to a file whose other fields were fed to `parts`: its metadata, bound to them."""
+    digest = content_digest(parts, codec.dumps(metadata))
+    text = codec.dumps(dataclasses.replace(metadata, content_sha256=digest))
+    entry = wire.bytes_field(1, METADATA_KEY.encode()) + wire.bytes_field(2, text.encode())
+    return wire.bytes_field(_METADATA_PROPS, entry)
+
+
+def read_metadata(path: Path) -> ModelMetadata:
+    """Reads and checks the metadata of an ONNX that this project wrote.
+
+    Args:
+        path: The `.onnx`.
+
+    Raises:
+        ModelError: The file is missing, truncated, not an ONNX, not ours, or was changed after its export.
+    """
+    with _mapped(path) as buffer:
+        fields = _top_level(path, buffer)
+        text = _find_metadata(path, buffer, fields)
+        try:
+            metadata = codec.loads(ModelMetadata, text)
+        except InputError as error:
+            raise ModelError(f"{path}: its {METADATA_KEY} metadata is damaged or of another version: {error.message}", remedy=_REEXPORT) from error
+        parts = hashlib.sha256()
+        for field in fields:
+            if field.number != _METADATA_PROPS:
+                _feed(parts, buffer, field)
+    found = content_digest(parts, text)
+    if found != metadata.content_sha256:
+        raise ModelError(
+            f"{path}: was changed after its export: expected content sha256 {metadata.content_sha256[:16]}…, found {found[:16]}…",
+            remedy=f"{_REEXPORT}; a changed graph has lost its certificate",
+        )
+    return metadata
+
+
+def read_graph(path: Path) -> GraphSummary:
+    """Reads the nodes and the shapes of the initializers.
+
+    Raises:
+        ModelError: The file is missing, truncated or not an ONNX.
+    """
+    with _mapped(path) as buffer:
+        fields = _top_level(path, buffer)
+        try:
+            graph = next(field for field in fields if field.number == _GRAPH)
+            inner = list(wire.walk(buffer, graph.payload, graph.end))
+            initializers = dict(_tensor_shape(buffer, field) for field in inner if field.number == _INITIALIZER)
+            nodes = tuple(_node(buffer, field, initializers) for field in inner if field.number == _NODE)
+            opset = max((_opset(buffer, field) for field in fields if field.number == _OPSET_IMPORT), default=0)
+        except (wire.WireError, UnicodeDecodeError) as error:
+            raise ModelError(f"{path}: its graph is damaged: {error}", remedy=_REEXPORT) from error
+        return GraphSummary(nodes, initializers, opset, len(buffer))
+
+
+@contextlib.contextmanager
+def open_initializers(path: Path) -> Iterator[dict[str, tuple[tuple[int, ...], memoryview]]]:
+    """Shape and raw bytes of each initializer by name, as views of the mapped file; do not keep them beyond the block.
+
+    Raises:
+        ModelError: The file is missing, truncated or not an ONNX.
+    """
+    with _mapped(path) as buffer:
+        graph = next(field for field in _top_level(path, buffer) if field.number == _GRAPH)
+        found = {}
+        for field in wire.walk(buffer, graph.payload, graph.end):
+            if field.number == _INITIALIZER:
+                name, shape = _tensor_shape(buffer, field)
+                raw = [inner for inner in wire.walk(buffer, field.payload, field.end) if inner.number == _RAW_DATA]
+                found[name] = (shape, buffer[raw[0].payload : raw[0].end] if raw else buffer[:0])
+        try:
+            yield found
+        finally:
+            for _, view in found.values():
+                view.release()
+
+
+class _Mapped:
+    """A read-only view of a file, closed on exit."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._view = memoryview(self._map)
+
+    def __enter__(self) -> memoryview:
+        return self._view
+
+    def __exit__(self, *_: object) -> None:
+        self._view.release()
+        self._map.close()
+
+
+def _mapped(path: Path) -> _Mapped:
+    try:
+        return _Mapped(path)
+    except ValueError as error:
+        raise ModelError(f"{path}: is empty, expected an ONNX file", remedy=_REEXPORT) from error
+    except FileNotFoundError as error:
+        raise ModelError(f"{path}: no such file", remedy="check the path, or export the model with repvgg-export") from error
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}", remedy="check that it is a file that you may read") from error
+
+
+def _top_level(path: Path, buffer: memoryview) -> list[wire.Field]:
+    try:
+        fields = list(wire.walk(buffer))
+    except wire.WireError as error:
+        raise ModelError(f"{path}: truncated, or not an ONNX file: {error}", remedy=f"copy the file again, or {_REEXPORT}") from error
+    graphs = [field for field in fields if field.number == _GRAPH and field.wire_type == wire.BYTES]
+    if len(graphs) != 1 or any(field.number not in _MODEL_FIELDS for field in fields):
+        raise ModelError(f"{path}: not an ONNX file: expected one graph, found {len(graphs)}", remedy="give an .onnx file that repvgg-export wrote")
+    return fields
+
+
+def _find_metadata(path: Path, buffer: memoryview, fields: list[wire.Field]) -> str:
+    for field in fields:
+        if field.number != _METADATA_PROPS:
+            continue
+        try:
+            entry = {inner.number: bytes(buffer[inner.payload : inner.end]) for inner in wire.walk(buffer, field.payload, field.end)}
+            if entry.get(1) == METADATA_KEY.encode():
+                return entry.get(2, b"").decode()
+        except (wire.WireError, UnicodeDecodeError) as error:
+            raise ModelError(f"{path}: its metadata is damaged: {error}", remedy=_REEXPORT) from error
+    raise ModelError(f"{path}: an ONNX file without {METADATA_KEY} metadata: it was not written by repvgg-export", remedy=_REEXPORT)
+
+
+def _feed(digest: hashlib._Hash, buffer: memoryview, field: wire.Field) -> None:
+    # In pieces: hashing one large slice would hold all of its pages in memory at once.
+    for start in range(field.start, field.end, _CHUNK_BYTES):
+        digest.update(buffer[start : min(start + _CHUNK_BYTES, field.end)])
+
+
+def _text(buffer: memoryview, field: wire.Field) -> str:
+    return bytes(buffer[field.payload : field.end]).decode()
+
+
+def _tensor_shape(buffer: memoryview, field: wire.Field) -> tuple[str, tuple[int, ...]]:
+    name, dims = "", []
+    for inner in wire.walk(buffer, field.payload, field.end):
+        if inner.number == 8 and inner.wire_type == wire.BYTES:
+            name = _text(buffer, inner)
+        elif inner.number == 1 and inner.wire_type == wire.VARINT:
+            dims.append(inner.value)
+        elif inner.number == 1:  # packed
+            position = inner.payload
+            while position < inner.end:
+                size, position = wire.read_varint(buffer, position, inner.end)
+                dims.append(size)
+    return name, tuple(dims)
+
+
+def _node(buffer: memoryview, field: wire.Field, initializers: dict[str, tuple[int, ...]]) -> NodeSummary:
+    texts: dict[int, list[str]] = {1: [], 2: [], 3: [], 4: []}
+    for inner in wire.walk(buffer, field.payload, field.end):
+        if inner.number in texts and inner.wire_type == wire.BYTES:
+            texts[inner.number].append(_text(buffer, inner))
+    weight = initializers.get(texts[1][1]) if len(texts[1]) > 1 else None
+    return NodeSummary("".join(texts[4]), "".join(texts[3]), tuple(texts[1]), tuple(texts[2]), weight)
+
+
+def _opset(buffer: memoryview, field: wire.Field) -> int:
+    domain, version = "", 0
+    for inner in wire.walk(buffer, field.payload, field.end):
+        if inner.number == 1:
+            domain = _text(buffer, inner)
+        elif inner.number == 2:
+            version = inner.value
+    return version if domain in ("", "ai.onnx") else 0

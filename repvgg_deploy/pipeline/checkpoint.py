@@ -1,0 +1,241 @@
+"""Checkpoint → verified ONNX: the stages in order, and no logic of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..artifacts import PendingOutput, atomic_output, require_distinct, require_replaceable
+from ..errors import InputError
+from ..export.contract import check_contract
+from ..export.options import GraphOptions, model_spec
+from ..export.simplify import drop_weight_inputs, rename, simplify
+from ..export.statistics import collect_statistics
+from ..export.to_onnx import to_onnx
+from ..export.versions import tool_versions
+from ..export.writer import append_metadata, write_model
+from ..labels import IMAGENET_CLASSES, imagenet_labels
+from ..memory import release_freed_memory
+from ..preprocess import default_preprocessing
+from ..reference.checkpoint import Checkpoint, build_model, load_checkpoint, write_deploy
+from ..reference.network import RepVGG
+from ..reference.parity import FormReport, compare_forms, reference_of_deploy, require_passed
+from ..reference.reparameterize import reparameterize
+from ..specs import (
+    METADATA_SCHEMA,
+    Certificate,
+    ChannelStatistics,
+    Check,
+    CheckpointSource,
+    HistoryEntry,
+    ModelMetadata,
+    ModelSpec,
+    Preprocessing,
+    VariantSpec,
+)
+from ..verify.batches import Batch, make_batches
+from ..verify.onnx_parity import require_same_weights, verify_onnx
+from ..zoo import find_card
+
+_SMALL_SIZES = ((48, 64), (33, 47))  # float64 is slow; not square, and one odd, so that every stride meets a remainder
+_SMALL_PIXELS = 96 * 96
+TRAINING_REFERENCE = "the training form in eval mode"
+DEPLOY_REFERENCE = "the deploy form (the checkpoint holds no training form to compare the reparameterization with)"
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """How a checkpoint is exported.
+
+    Attributes:
+        graph: The shape of the graph.
+        arch: The variant that the checkpoint must be; None finds it.
+        mean: Per RGB channel, 0–255 units; None takes the checkpoint's own, else ImageNet's.
+        std: Likewise.
+        labels: Names of the classes; None takes the checkpoint's own, ImageNet's for a published checkpoint, else none.
+        save_deploy: Write the deploy-form checkpoint here, too.
+        force: Replace different files.
+    """
+
+    graph: GraphOptions = field(default_factory=GraphOptions)
+    arch: VariantSpec | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    labels: tuple[str, ...] | None = None
+    save_deploy: Path | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ExportResult:
+    """What an export did.
+
+    Attributes:
+        output: The ONNX, and whether it was written or stood there already.
+        metadata: What it carries, its certificate included.
+        notes: What a person should know of the checkpoint.
+        deploy_output: The deploy-form checkpoint, if one was asked for.
+    """
+
+    output: PendingOutput
+    metadata: ModelMetadata
+    notes: tuple[str, ...] = ()
+    deploy_output: PendingOutput | None = None
+
+
+def export_checkpoint(ckpt: Path | str, out: Path | str, *, options: ExportOptions | None = None, progress: Progress | None = None) -> ExportResult:
+    """Checkpoint → verified ONNX. Nothing is written that did not pass its verification.
+
+    Args:
+        ckpt: A RepVGG checkpoint of any family (`reference.families`), in training or deploy form.
+        out: The `.onnx`.
+        options: See `ExportOptions`.
+        progress: Called with the name of each stage when it begins.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read, is incomplete or of another network.
+        ExportError: torch, onnxsim or the graph contract refuse the graph.
+        ParityError: The deploy form or the ONNX does not give what the training-mode model gives.
+        ArtifactError: A file cannot be written, or exists and differs.
+    """
+    options, report = options or ExportOptions(), progress or _silent
+    out, deploy_path = Path(out), options.save_deploy
+    require_distinct([out] if deploy_path is None else [out, deploy_path], [Path(ckpt)])
+    # Opened first: a folder that cannot be written to should not be found out after the work. Written both or not at all.
+    deploying = nullcontext() if deploy_path is None else atomic_output(deploy_path, force=options.force)
+    with deploying as deploy_output, atomic_output(out, force=options.force) as output:
+        report("read the checkpoint")
+        checkpoint, model = _load(ckpt, options)
+        preprocessing, labels = _preprocessing(checkpoint, options), _labels(checkpoint, options)
+        graph = dataclasses.replace(options.graph, image_size=preprocessing.crop)
+        spec = model_spec(checkpoint.spec, graph, preprocessing, labels)
+        batches = make_batches(preprocessing, [preprocessing.crop, *_SMALL_SIZES])
+        proven = _prove_forms(model, batches, report)
+        del model  # the training form has served; its memory is needed
+        release_freed_memory()
+        _write_deploy(proven.deploy, deploy_output, options.force)
+        report("export and simplify the graph")
+        digest = _write_graph(proven, output.partial, spec, graph)
+        release_freed_memory()
+        report("verify the ONNX in ONNX Runtime")
+        forms = proven.forms
+        checks = verify_onnx(output.partial, spec, batches, forms.references, training_error=forms.training_error)
+        require_passed(checks, f"{checkpoint.path.name}: the {checkpoint.form} form against the ONNX")
+        metadata = _metadata(checkpoint, (*forms.checks, *checks), spec, statistics=proven.statistics, graph=graph)
+        append_metadata(output.partial, digest, metadata)
+    return ExportResult(output, metadata, checkpoint.notes, deploy_output)
+
+
+def _silent(stage: str) -> None:
+    """No progress wanted."""
+
+
+@dataclass(slots=True)
+class _Proven:
+    """The deploy form, and what was found when it was compared with the training form. `deploy` is taken out when its memory is needed."""
+
+    forms: FormReport
+    statistics: dict[str, ChannelStatistics]
+    deploy: RepVGG | None
+
+
+def _load(ckpt: Path | str, options: ExportOptions) -> tuple[Checkpoint, RepVGG]:
+    checkpoint = load_checkpoint(ckpt, arch=options.arch)
+    model = build_model(checkpoint)
+    return dataclasses.replace(checkpoint, state={}), model  # the model holds the only reference to the weights
+
+
+def _preprocessing(checkpoint: Checkpoint, options: ExportOptions) -> Preprocessing:
+    own = checkpoint.preprocessing
+    card = find_card(checkpoint.sha256)
+    usual = (224, 224) if card is None else (card.input_size, card.input_size)
+    height, width = options.graph.image_size or (own.crop if own is not None else usual)
+    found = default_preprocessing(height, width, in_graph=options.graph.input == "uint8")
+    if own is not None:
+        resize = own.resize_short if own.crop == (height, width) else found.resize_short
+        found = dataclasses.replace(found, mean=own.mean, std=own.std, resize_short=resize, interpolation=own.interpolation)
+    return dataclasses.replace(found, mean=options.mean or found.mean, std=options.std or found.std)
+
+
+def _labels(checkpoint: Checkpoint, options: ExportOptions) -> tuple[str, ...] | None:
+    labels = options.labels or checkpoint.labels
+    card = find_card(checkpoint.sha256)
+    if labels is None and card is not None and card.classes == IMAGENET_CLASSES:
+        labels = imagenet_labels()  # the published checkpoints were all trained on ImageNet-1k
+    if labels is not None and len(labels) != checkpoint.spec.num_classes:
+        raise InputError(
+            f"{len(labels)} labels for {checkpoint.spec.num_classes} classes",
+            remedy="give --labels a file with one line a class, in the classifier's order",
+        )
+    return labels
+
+
+def _prove_forms(model: RepVGG, batches: tuple[Batch, ...], report: Progress) -> _Proven:
+    arrays = {batch.name: batch.array for batch in batches}
+    small = [batch.name for batch in batches if batch.array[0, 0].size <= _SMALL_PIXELS]
+    if model.form == "deploy":
+        report("measure the float32 error of the deploy form")
+        return _Proven(reference_of_deploy(model, arrays, small=small), {}, model)
+    report("reparameterize")
+    deploy = reparameterize(model)
+    report("verify the deploy form against the training form")
+    forms = compare_forms(model, deploy, arrays, small=small)
+    require_passed(forms.checks, "the deploy form against the training form")
+    return _Proven(forms, collect_statistics(model), deploy)
+
+
+def _write_deploy(deploy: RepVGG | None, output: PendingOutput | None, force: bool) -> None:
+    if output is not None:
+        assert deploy is not None
+        write_deploy(deploy, output.partial)
+        require_replaceable(output, force=force)
+
+
+def _write_graph(proven: _Proven, path: Path, spec: ModelSpec, graph: GraphOptions) -> hashlib._Hash:
+    deploy, proven.deploy = proven.deploy, None
+    assert deploy is not None
+    model, tensors = to_onnx(deploy, graph, spec)
+    model = simplify(model)
+    names = rename(model)
+    check_contract(model, deploy.spec, graph, spec)
+    drop_weight_inputs(model, spec.input.name)
+    weights = {new: tensors[old].numpy() for old, new in names.items()}
+    digest = write_model(path, model, weights)
+    require_same_weights(path, weights)
+    return digest
+
+
+def _metadata(
+    checkpoint: Checkpoint, checks: tuple[Check, ...], spec: ModelSpec, *, statistics: dict[str, ChannelStatistics], graph: GraphOptions
+) -> ModelMetadata:
+    versions = tool_versions()
+    reference = TRAINING_REFERENCE if checkpoint.form == "training" else DEPLOY_REFERENCE
+    history = HistoryEntry(
+        "export",
+        versions,
+        {
+            "opset": graph.opset,
+            "batch": graph.batch,
+            "image_size": "x".join(map(str, graph.image_size or ())),
+            "dynamic_size": graph.dynamic_size,
+            "input": graph.input,
+            "output": graph.output,
+            "features": graph.features,
+        },
+        parent_sha256=checkpoint.sha256,
+    )
+    return ModelMetadata(
+        schema=METADATA_SCHEMA,
+        spec=spec,
+        variant=checkpoint.spec,
+        source=CheckpointSource(checkpoint.path.name, checkpoint.sha256, checkpoint.family, checkpoint.form),
+        certificate=Certificate(reference, checks, versions),
+        statistics=statistics,
+        history=(history,),
+        notes=checkpoint.notes,
+    )

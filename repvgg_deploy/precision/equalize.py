@@ -1,0 +1,165 @@
+"""Exact rescaling of channels along the chain: an interface's channels get alike ranges, and the network computes the same.
+
+ReLU(x / s) = ReLU(x) / s for s > 0: output channel c of a layer (weight row and bias) is divided by s_c, and input channel c of every layer that
+reads it is multiplied by s_c. Pooling, Flatten and SE gates pass the factor on; a channel that a graph output shows stays as it is.
+Source: Nagel et al. 2019, https://arxiv.org/abs/1906.04721 (cross-layer equalization); Xiao et al. 2022, https://arxiv.org/abs/2211.10438
+(the exponent between activations and weights).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from ..errors import CalibrationError
+from .chain import Chain, FloatArray, Interface, input_norms, read_chain, read_weights, replace_weights, scale_inputs
+
+_LARGEST_RATIO = 2.0**20
+"""Factors of one interface span at most this range: beyond it, a channel so weak carries nothing that INT8 could keep."""
+
+
+@dataclass(frozen=True, slots=True)
+class EqualizeOptions:
+    """How channels are rescaled.
+
+    Attributes:
+        exponent: 0.5 shares the differences between activations and weights evenly; 1 makes all activation ranges alike; 0 the weights' columns.
+        by_interface: Other exponents, by the name of the layer before the interface.
+        powers_of_two: Round factors to powers of two, so that even float rounding stays as it was.
+    """
+
+    exponent: float = 0.5
+    by_interface: Mapping[str, float] | None = None
+    powers_of_two: bool = False
+
+    def __post_init__(self) -> None:
+        values = [self.exponent, *(self.by_interface or {}).values()]
+        if not all(0 <= value <= 1 for value in values):
+            raise CalibrationError(f"equalization exponents must lie between 0 and 1, found {values}", remedy="give 0.5, or leave it out")
+
+
+@dataclass(frozen=True, slots=True)
+class InterfaceReport:
+    """What was done to one interface.
+
+    Attributes:
+        source: Layer before it.
+        exponent: Between weights (0) and activations (1).
+        spread_before: Largest by median channel range of its activations, before.
+        spread_after: The same, after.
+        blocked_by: Why it was left as it was, or None.
+    """
+
+    source: str
+    exponent: float
+    spread_before: float
+    spread_after: float
+    blocked_by: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class EqualizeResult:
+    """A rescaled network.
+
+    Attributes:
+        model: It computes what the original does.
+        factors: By name of a layer's input tensor: what its channels were divided by, float64 (C,).
+        interfaces: One report each.
+    """
+
+    model: onnx.ModelProto
+    factors: dict[str, NDArray[np.float64]]
+    interfaces: tuple[InterfaceReport, ...]
+
+
+def equalize(model: onnx.ModelProto, ranges: Mapping[str, NDArray[np.floating]], options: EqualizeOptions | None = None) -> EqualizeResult:
+    """Rescales every interface that allows it.
+
+    Args:
+        model: FP32, as exported; not changed.
+        ranges: By name of a layer's input tensor: largest absolute value of each channel, (C,); see `calibrate.collect`.
+        options: Exponents and rounding of the factors.
+
+    Raises:
+        CalibrationError: Ranges are missing, not finite, or of another shape.
+        ModelError: The graph is not one of ours.
+    """
+    options = options or EqualizeOptions()
+    chain, weights = read_chain(model), read_weights(model)
+    factors: dict[str, NDArray[np.float64]] = {}
+    reports = []
+    for interface in chain.interfaces:
+        exponent = (options.by_interface or {}).get(interface.source, options.exponent)
+        if interface.blocked_by is not None:
+            reports.append(InterfaceReport(interface.source, exponent, 1.0, 1.0, interface.blocked_by))
+            continue
+        activation = _range_of(interface, chain, ranges)
+        scale = choose_factors(activation, _reader_norms(interface, chain, weights), exponent, powers_of_two=options.powers_of_two)
+        rescale(weights, chain, interface, scale)
+        factors |= {chain.layer(name).input: scale for name in interface.readers}
+        reports.append(InterfaceReport(interface.source, exponent, _spread(activation), _spread(activation / scale), None))
+    return EqualizeResult(replace_weights(model, weights), factors, tuple(reports))
+
+
+def choose_factors(
+    activation: NDArray[np.float64], weight: NDArray[np.float64], exponent: float, *, powers_of_two: bool = False
+) -> NDArray[np.float64]:
+    """Factors s, (C,), with geometric mean one: activations are divided by them, weights multiplied.
+
+    Args:
+        activation: Range of each channel.
+        weight: Largest absolute weight that reads each channel.
+        exponent: s = activation^exponent / weight^(1 − exponent).
+        powers_of_two: Round to the nearest power of two.
+    """
+    alive = (activation > 0) & (weight > 0)
+    if not alive.any():
+        return np.ones_like(activation)
+    logs = np.zeros_like(activation)
+    logs[alive] = exponent * np.log2(activation[alive]) - (1 - exponent) * np.log2(weight[alive])
+    logs[alive] -= np.median(logs[alive])
+    limit = np.log2(_LARGEST_RATIO) / 2
+    logs = np.clip(logs, -limit, limit)
+    return np.exp2(np.round(logs) if powers_of_two else logs)
+
+
+def rescale(weights: dict[str, FloatArray], chain: Chain, interface: Interface, scale: NDArray[np.float64]) -> None:
+    """Divides the output channels of an interface's source by `scale`, and multiplies them where they are read; changes `weights`."""
+    source = chain.layer(interface.source)
+    column = scale.reshape(-1, *[1] * (len(source.weight_shape) - 1))
+    weights[source.weight] = (weights[source.weight] / column).astype(np.float32)
+    weights[source.bias] = (weights[source.bias] / scale).astype(np.float32)
+    for name in interface.readers:
+        reader = chain.layer(name)
+        weights[reader.weight] = scale_inputs(weights[reader.weight].astype(np.float64), reader.groups, scale).astype(np.float32)
+
+
+def _main_reader(interface: Interface, chain: Chain) -> str:
+    """The reader with most weights: of a block's convolution and its SE, the convolution."""
+    return max(interface.readers, key=lambda name: int(np.prod(chain.layer(name).weight_shape)))
+
+
+def _range_of(interface: Interface, chain: Chain, ranges: Mapping[str, NDArray[np.floating]]) -> NDArray[np.float64]:
+    layer = chain.layer(_main_reader(interface, chain))
+    found = ranges.get(layer.input)
+    if found is None or found.shape != (layer.in_channels,) or not np.isfinite(found).all():
+        what = "nothing" if found is None else f"shape {found.shape}" if found.shape != (layer.in_channels,) else "NaN or infinite values"
+        raise CalibrationError(
+            f"ranges of {layer.input}: expected {layer.in_channels} finite numbers, found {what}",
+            remedy="collect them with calibrate.collect on this model",
+        )
+    return np.asarray(found, np.float64)
+
+
+def _reader_norms(interface: Interface, chain: Chain, weights: Mapping[str, FloatArray]) -> NDArray[np.float64]:
+    layer = chain.layer(_main_reader(interface, chain))
+    return input_norms(weights[layer.weight], layer.groups, order="max")
+
+
+def _spread(ranges: NDArray[np.float64]) -> float:
+    alive = ranges[ranges > 0]
+    return float(alive.max() / np.median(alive)) if alive.size else 1.0

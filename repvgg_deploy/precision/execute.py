@@ -1,0 +1,134 @@
+"""Runs an ONNX graph on the CPU, whole with tensors of its middle given out, or in steps from layer to layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from ..errors import CalibrationError, ModelError
+
+
+def open_session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    """A CPU session that computes every Q/DQ pair as it stands.
+
+    Raises:
+        ModelError: ONNX Runtime refuses the graph.
+    """
+    options = onnxruntime.SessionOptions()
+    # Extended optimizations fuse Q/DQ pairs into integer kernels, and one of them computes some typed graphs wrongly.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its errors share no base class
+        raise ModelError(f"ONNX Runtime refuses the graph: {str(error).splitlines()[0]}", remedy="export it again with repvgg-export") from error
+
+
+def subgraph(model: onnx.ModelProto, inputs: Iterable[str], outputs: Iterable[str]) -> onnx.ModelProto:
+    """The part of a graph that computes `outputs` from `inputs`; intermediate tensors are float32.
+
+    Args:
+        model: Not changed.
+        inputs: Tensors that are given.
+        outputs: Tensors that are wanted.
+    """
+    given, wanted = list(inputs), list(outputs)
+    producers = {name: node for node in model.graph.node for name in node.output}
+    needed: set[str] = set()
+    queue = [name for name in wanted if name not in given]
+    while queue:
+        node = producers.get(queue.pop())
+        if node is not None and node.output[0] not in needed:
+            needed.add(node.output[0])
+            queue += [name for name in node.input if name not in given]
+    nodes = [node for node in model.graph.node if node.output[0] in needed]
+    used = {name for node in nodes for name in node.input}
+    known = {value.name: value for value in (*model.graph.input, *model.graph.output)}
+    values = [[known.get(n) or helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in names] for names in (given, wanted)]
+    graph = helper.make_graph(nodes, "part", values[0], values[1], [t for t in model.graph.initializer if t.name in used])
+    part = helper.make_model(graph, opset_imports=model.opset_import)
+    part.ir_version = model.ir_version
+    return part
+
+
+def run_tensors(model: onnx.ModelProto, tensors: Sequence[str], batches: Iterable[NDArray[Any]]) -> Iterator[dict[str, NDArray[Any]]]:
+    """Values of `tensors` (of the graph's middle or its outputs) for each batch, one batch in memory at a time.
+
+    Raises:
+        CalibrationError: A batch is not what the graph takes.
+        ModelError: ONNX Runtime refuses the graph.
+    """
+    source = model.graph.input[0].name
+    wanted = [name for name in tensors if name != source]
+    session = open_session(subgraph(model, [source], wanted)) if wanted else None
+    for batch in batches:
+        values = dict(zip(wanted, _run(session, wanted, {source: batch}), strict=True)) if session else {}
+        yield {name: values.get(name, batch) for name in tensors}
+
+
+def _run(session: onnxruntime.InferenceSession, wanted: list[str], feed: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
+    try:
+        return list(session.run(wanted, feed))
+    except Exception as error:  # its errors share no base class
+        found = ", ".join(f"{name}: {value.dtype} {value.shape}" for name, value in feed.items())
+        raise CalibrationError(
+            f"the graph does not take a batch {found}: {str(error).splitlines()[0]}", remedy="make the batches with preprocess.load_batch"
+        ) from error
+
+
+class Steps:
+    """Runs batches through a graph from layer to layer, holding only the tensors that later layers still need.
+
+    Args:
+        model: Structure; its weights are replaced with `update` as they are chosen.
+        batches: All batches.
+    """
+
+    def __init__(self, model: onnx.ModelProto, batches: Iterable[NDArray[Any]]) -> None:
+        self._model = model
+        source = model.graph.input[0].name
+        self._live: list[dict[str, NDArray[Any]]] = [{source: batch} for batch in batches]
+        self._done: set[str] = {source}
+
+    def update(self, model: onnx.ModelProto) -> None:
+        """Takes another model: what was computed stays, what comes is computed with it. Names of old tensors must stay."""
+        self._model = model
+
+    def advance(self, tensor: str) -> Iterator[NDArray[Any]]:
+        """Values of `tensor`, batch by batch; consume it wholly."""
+        given = list(self._live[0])
+        self._mark(tensor)
+        kept = [name for name in sorted(self._done) if self._is_needed(name)]
+        wanted = list(dict.fromkeys([tensor, *kept]))
+        fresh = [name for name in wanted if name not in given]
+        session = open_session(subgraph(self._model, given, fresh)) if fresh else None
+        names = {value.name for value in session.get_inputs()} if session else set()
+        for index, values in enumerate(self._live):
+            found = dict(zip(fresh, _run(session, fresh, {n: values[n] for n in names}), strict=True)) if session else {}
+            merged = {**values, **found}
+            self._live[index] = {name: merged[name] for name in wanted}
+            yield merged[tensor]
+
+    def _mark(self, tensor: str) -> None:
+        producers = {name: node for node in self._model.graph.node for name in node.output}
+        queue = [tensor]
+        while queue:
+            name = queue.pop()
+            if name in self._done or name not in producers:
+                continue
+            self._done.update(producers[name].output)
+            queue += producers[name].input
+
+    def _is_needed(self, tensor: str) -> bool:
+        return any(tensor in node.input and node.output[0] not in self._done for node in self._model.graph.node)
+
+
+def count_images(batches: Iterable[NDArray[Any]]) -> int:
+    """How many images the batches hold."""
+    return int(np.sum([len(batch) for batch in batches], dtype=np.int64))

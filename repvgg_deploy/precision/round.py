@@ -1,0 +1,266 @@
+"""Weights → INT8, rounded so that what the layer computes changes least, rather than each weight.
+
+With the second moments H of a layer's (quantized) inputs, the squared error of its output is Σ (q − w) H (q − w)ᵀ over its rows. Inputs are
+centred: their mean is the bias's business, which takes up exactly what is left of it (bias correction). Three steps:
+
+1. The weights w are moved to those that best reproduce, from the quantized input, what the FP32 network computes at this place (ridge regression):
+   errors of the layers before are corrected, not only this layer's.
+2. Columns are rounded one after the other, largest moment first, and each one's error is fed forward to those that are not rounded yet.
+   Source: Frantar et al. 2022, GPTQ, https://arxiv.org/abs/2210.17323. Several clipped weight scales are tried and the best kept, row by row.
+3. Single weights are changed by one step wherever that still lowers the error (coordinate descent).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import CalibrationError
+from .calibrate import LEVELS
+from .chain import FloatArray, Layer
+
+_BLOCK = 64
+
+
+@dataclass(frozen=True, slots=True)
+class RoundOptions:
+    """How weights are rounded.
+
+    Attributes:
+        method: `second_order`: as described above; `nearest`: each weight by itself.
+        bias_correction: Whether the bias takes up the mean error.
+        damping: Added to the diagonal of H, in units of its mean.
+        ridge: The same for step 1; larger stays closer to the original weights.
+        clips: Weight scales to try, in units of the one that clips nothing.
+        sweeps: Passes of step 3.
+        samples: Positions (of all images together) that H is summed over.
+        seed: Of the choice of positions.
+    """
+
+    method: Literal["second_order", "nearest"] = "second_order"
+    bias_correction: bool = True
+    damping: float = 0.003
+    ridge: float = 0.3
+    clips: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+    sweeps: int = 2
+    samples: int = 16384
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (
+            self.damping <= 0
+            or self.ridge <= 0
+            or self.sweeps < 0
+            or self.samples < 1
+            or not all(0 < clip <= 1 for clip in self.clips)
+            or not self.clips
+        ):
+            raise CalibrationError(
+                f"rounding: expected positive damping, ridge and samples, and clips between 0 and 1, found {self}", remedy="leave the options out"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class RoundedLayer:
+    """One layer's weights in INT8.
+
+    Attributes:
+        integers: int8, the weight's shape, −127 … 127.
+        scales: float32 (out,): weight = integer × scale.
+        bias: float32 (out,), corrected.
+    """
+
+    integers: NDArray[np.int8]
+    scales: FloatArray
+    bias: FloatArray
+
+    def weight(self) -> FloatArray:
+        """The weights that the integers stand for, float32."""
+        return np.asarray(self.integers * self.scales.reshape(-1, *[1] * (self.integers.ndim - 1)), np.float32)
+
+
+class Moments:
+    """Sums over a layer's inputs: of the quantized network (x) and of what the FP32 network differs there.
+
+    Args:
+        layer: Whose inputs.
+        weight: Its FP32 weights.
+        positions: Output positions to take of each image; all where there are fewer.
+        seed: Of their choice.
+        full: Whether second moments are needed, or means only.
+    """
+
+    def __init__(self, layer: Layer, weight: FloatArray, *, positions: int, seed: int, full: bool = True) -> None:
+        self.layer = layer
+        inner = int(np.prod(layer.weight_shape[1:]))
+        self.count = 0
+        self.second: NDArray[np.float64] = np.zeros((layer.groups, inner, inner))
+        self.total: NDArray[np.float64] = np.zeros((layer.groups, inner))
+        self.cross: NDArray[np.float64] = np.zeros((layer.groups, layer.out_channels // layer.groups, inner))
+        self.error: NDArray[np.float64] = np.zeros((layer.groups, layer.out_channels // layer.groups))
+        self._full = full
+        self._rows = weight.reshape(layer.groups, -1, inner)
+        self._positions = positions
+        self._generator = np.random.default_rng(seed)
+
+    def add(self, quantized: FloatArray, reference: FloatArray) -> None:
+        """Adds one batch of inputs, (N, C, H, W) or (N, C): of the quantized and of the FP32 network."""
+        picks = self._pick(quantized)
+        x, truth = (columns(value, self.layer, picks) for value in (quantized, reference))
+        self.count += x.shape[1]
+        for group in range(self.layer.groups):
+            missing = (truth[group] - x[group]) @ self._rows[group].T
+            self.total[group] += x[group].sum(axis=0, dtype=np.float64)
+            self.error[group] += missing.sum(axis=0, dtype=np.float64)
+            if self._full:
+                self.second[group] += x[group].T @ x[group]
+                self.cross[group] += missing.T @ x[group]
+
+    def _pick(self, value: FloatArray) -> NDArray[np.int64]:
+        """Indices of output positions, (N, P)."""
+        if value.ndim == 2:
+            return np.zeros((len(value), 1), np.int64)
+        height, width = output_size(value.shape, self.layer)
+        count = height * width
+        if count <= self._positions:
+            return np.tile(np.arange(count), (len(value), 1))
+        return np.stack([self._generator.choice(count, self._positions, replace=False) for _ in range(len(value))])
+
+    def centred(self, group: int) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """Of one group: covariance of x (K, K), covariance of the missing output with x (out, K), mean of x (K,), mean missing output (out,)."""
+        mean, error = self.total[group] / self.count, self.error[group] / self.count
+        covariance = self.second[group] / self.count - np.outer(mean, mean)
+        return covariance, self.cross[group] / self.count - np.outer(error, mean), mean, error
+
+
+def output_size(shape: tuple[int, ...], layer: Layer) -> tuple[int, int]:
+    """(height, width) of a convolution's output for an input (N, C, H, W)."""
+    top, left, bottom, right = layer.pads
+    (height, width), (down, across) = layer.weight_shape[2:], layer.strides
+    return (shape[2] + top + bottom - height) // down + 1, (shape[3] + left + right - width) // across + 1
+
+
+def columns(value: FloatArray, layer: Layer, picks: NDArray[np.int64]) -> FloatArray:
+    """The inputs that each picked output position sees (im2col), by group.
+
+    Args:
+        value: (N, C, H, W) or (N, C).
+        layer: Kernel, stride, padding and groups.
+        picks: Flat output positions, (N, P).
+
+    Returns:
+        float32 (groups, N × P, C / groups × kernel height × kernel width).
+    """
+    if value.ndim == 2:
+        return value[None]
+    top, left, bottom, right = layer.pads
+    padded = np.pad(value, ((0, 0), (0, 0), (top, bottom), (left, right)))
+    kernel: Any = layer.weight_shape[2:]
+    windows = np.lib.stride_tricks.sliding_window_view(padded, kernel, axis=(2, 3))[:, :, :: layer.strides[0], :: layer.strides[1]]
+    row, column = np.divmod(picks, windows.shape[3])
+    found = windows[np.arange(len(value))[:, None], :, row, column]  # (N, P, C, kernel height, kernel width)
+    grouped = found.reshape(picks.size, layer.groups, -1)
+    return np.ascontiguousarray(grouped.transpose(1, 0, 2), np.float32)
+
+
+def nearest_scales(rows: NDArray[np.floating]) -> NDArray[np.float64]:
+    """The scale of each row that clips nothing; 1 for a row of zeros."""
+    largest = np.abs(rows).max(axis=1).astype(np.float64)
+    return np.where(largest > 0, np.maximum(largest / LEVELS, float(np.finfo(np.float32).tiny)), 1.0)
+
+
+def round_nearest(weight: FloatArray, bias: FloatArray) -> RoundedLayer:
+    """Each weight to the nearest integer of its output channel's scale; the bias stays."""
+    rows = weight.reshape(len(weight), -1)
+    scales = nearest_scales(rows).astype(np.float32)
+    integers = np.clip(np.rint(rows / scales[:, None]), -LEVELS, LEVELS).astype(np.int8)
+    return RoundedLayer(integers.reshape(weight.shape), scales, bias)
+
+
+def round_layer(weight: FloatArray, bias: FloatArray, moments: Moments, options: RoundOptions) -> RoundedLayer:
+    """Rounds a layer's weights by the moments of its inputs.
+
+    Args:
+        weight: (out, in / groups, …).
+        bias: (out,).
+        moments: With all batches added.
+        options: Method.
+    """
+    groups = moments.layer.groups
+    rows = weight.reshape(groups, len(weight) // groups, -1).astype(np.float64)
+    integers, scales, shift = [], [], []
+    for group in range(groups):
+        covariance, cross, mean, error = moments.centred(group)
+        if options.method == "second_order":
+            found, scale = _round_rows(rows[group], covariance, cross, options)
+        else:
+            scale = nearest_scales(rows[group]).astype(np.float32).astype(np.float64)
+            found = np.clip(np.rint(rows[group] / scale[:, None]), -LEVELS, LEVELS)
+        integers.append(found)
+        scales.append(scale)
+        shift.append(error + (rows[group] - found * scale[:, None]) @ mean)
+    corrected = bias + np.concatenate(shift) if options.bias_correction else bias
+    packed = np.concatenate(integers).reshape(weight.shape).astype(np.int8)
+    return RoundedLayer(packed, np.concatenate(scales).astype(np.float32), corrected.astype(np.float32))
+
+
+def _round_rows(
+    rows: NDArray[np.float64], covariance: NDArray[np.float64], cross: NDArray[np.float64], options: RoundOptions
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Integers (out, K) and scales (out,) of one group."""
+    level = float(np.trace(covariance)) / len(covariance)
+    level = level if level > 0 else 1.0  # inputs that never change: every rounding is as good
+    identity = np.eye(len(covariance))
+    target = rows + np.linalg.solve(covariance + options.ridge * level * identity, cross.T).T
+    damped = covariance + options.damping * level * identity
+    order = np.argsort(-np.diag(damped), kind="stable")
+    target, damped = target[:, order], damped[np.ix_(order, order)]
+    base = nearest_scales(target)
+    factor = np.linalg.cholesky(np.linalg.inv(damped)).T  # upper: rows of the inverse, conditioned on what is rounded already
+    best = np.full(len(rows), np.inf)
+    integers, scales = np.zeros_like(target), base.copy()
+    for clip in options.clips:
+        scale = (base * clip).astype(np.float32).astype(np.float64)
+        found = _feed_forward(target, scale, factor)
+        difference = found * scale[:, None] - target
+        error = ((difference @ damped) * difference).sum(axis=1)
+        better = error < best
+        best[better], integers[better], scales[better] = error[better], found[better], scale[better]
+    for _ in range(options.sweeps):
+        _descend(integers, scales, target, damped)
+    restored = np.empty_like(integers)
+    restored[:, order] = integers
+    return restored, scales
+
+
+def _feed_forward(target: NDArray[np.float64], scale: NDArray[np.float64], factor: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Rounds column by column; in blocks, so that the columns beyond are updated by one matrix product a block."""
+    work, result = target.T.copy(), np.empty_like(target.T)
+    size = len(work)
+    for start in range(0, size, _BLOCK):
+        stop = min(start + _BLOCK, size)
+        errors = np.empty((stop - start, len(scale)))
+        for index in range(start, stop):
+            result[index] = np.clip(np.rint(work[index] / scale), -LEVELS, LEVELS)
+            errors[index - start] = (work[index] - result[index] * scale) / factor[index, index]
+            work[index + 1 : stop] -= np.outer(factor[index, index + 1 : stop], errors[index - start])
+        work[stop:] -= factor[start:stop, stop:].T @ errors
+    return np.ascontiguousarray(result.T)
+
+
+def _descend(integers: NDArray[np.float64], scales: NDArray[np.float64], target: NDArray[np.float64], damped: NDArray[np.float64]) -> None:
+    """One pass over the columns: each integer moves to where the error, all others held, is least. Changes `integers`."""
+    gradient = damped @ (integers * scales[:, None] - target).T
+    for start in range(0, len(damped), _BLOCK):
+        stop = min(start + _BLOCK, len(damped))
+        local, moves = gradient[start:stop].copy(), np.zeros((stop - start, len(scales)))
+        for index in range(start, stop):
+            wanted = integers[:, index] - local[index - start] / (damped[index, index] * scales)
+            found = np.clip(np.rint(wanted), -LEVELS, LEVELS)
+            moves[index - start] = (found - integers[:, index]) * scales
+            integers[:, index] = found
+            local += np.outer(damped[start:stop, index], moves[index - start])
+        gradient += damped[:, start:stop] @ moves

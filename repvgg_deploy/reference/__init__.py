@@ -1,0 +1,1 @@
+"""The PyTorch reference model: block, network, checkpoint families, reparameterize. Needs the `export` extra."""

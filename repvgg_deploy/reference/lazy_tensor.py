@@ -1,0 +1,194 @@
+"""A tensor of a file that was not read yet: its dtype and shape are known, its bytes stay on disk until `load()`."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+Buffer = bytes | bytearray | memoryview | mmap.mmap
+Elements = bytes | bytearray | memoryview | str
+
+_MAX_DIMENSIONS = 8
+_MAX_ELEMENTS = 1 << 40
+_MAX_NAME = 100
+
+DTYPES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+    "UntypedStorage": torch.uint8,
+}
+"""torch's storage classes by name."""
+
+
+class MalformedError(ValueError):
+    """The bytes are not what their format demands. Internal: the readers turn it into CheckpointError with path and remedy."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LazyTensor:
+    """A tensor of a file.
+
+    Attributes:
+        dtype: As stored.
+        shape: As stored.
+        backing: The bytes it is a view of, compared by identity: tensors may share them.
+        backing_bytes: How many bytes the file really holds for `backing`.
+        load: Gives the tensor: a view of the mapped file where that is possible. Call it once.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    backing: object
+    backing_bytes: int
+    load: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Size as a dense tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Storage:
+    """A flat run of numbers of one dtype, which tensors are views of.
+
+    Attributes:
+        dtype: Of the elements.
+        nbytes: Bytes that the file holds for it.
+        read: Gives them: uint8 (nbytes,).
+    """
+
+    dtype: torch.dtype
+    nbytes: int
+    read: Callable[[], torch.Tensor]
+
+    def view(self, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> LazyTensor:
+        """A strided view, in elements.
+
+        Raises:
+            MalformedError: It reaches outside the storage.
+        """
+        available = self.nbytes // self.dtype.itemsize
+        last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        if math.prod(shape) and last >= available:
+            raise MalformedError(f"a tensor of shape {list(shape)} reaches element {last} of a storage of {available}")
+
+        def load() -> torch.Tensor:
+            if not math.prod(shape):
+                return torch.empty(shape, dtype=self.dtype)
+            return self.read().view(self.dtype).as_strided(shape, strides, offset)
+
+        return LazyTensor(self.dtype, shape, self, self.nbytes, load)
+
+
+def as_shape(value: object) -> tuple[int, ...]:
+    """A tuple or list of sizes or strides, checked.
+
+    Raises:
+        MalformedError: It is something else, or absurdly large.
+    """
+    if not isinstance(value, (tuple, list)) or len(value) > _MAX_DIMENSIONS:
+        raise MalformedError("the shape of a tensor is not a short list of numbers")
+    sizes = tuple(as_count(size) for size in value)
+    if math.prod(sizes) > _MAX_ELEMENTS:
+        raise MalformedError("a tensor claims more than 2^40 elements")
+    return sizes
+
+
+def as_count(value: object) -> int:
+    """A number of elements, checked.
+
+    Raises:
+        MalformedError: It is no integer, negative, or absurdly large.
+    """
+    if type(value) is not int or not 0 <= value <= _MAX_ELEMENTS:
+        raise MalformedError("a size, stride or offset of a tensor is not a number between 0 and 2^40")
+    return value
+
+
+def read_bytes(buffer: Buffer, start: int, nbytes: int, *, alignment: int = 1) -> torch.Tensor:
+    """uint8 (nbytes,) view of a writable buffer; a copy where the offset is not a multiple of `alignment`.
+
+    Args:
+        buffer: A private (copy-on-write) map of a file, so that a view may be written to without touching the file.
+        start: Offset in bytes.
+        nbytes: Length.
+        alignment: Size of an element of the dtype to come.
+    """
+    if nbytes == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    view = torch.frombuffer(buffer, dtype=torch.uint8, count=nbytes, offset=start)
+    if start % alignment == 0:
+        return view
+    copy = view.clone()
+    if isinstance(buffer, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        # The pages just read would else stay resident beside the copy; they are unchanged, so that they can be read again.
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        buffer.madvise(mmap.MADV_DONTNEED, first, start + nbytes - first)
+    return copy
+
+
+def array_tensor(data: Elements, dtype: np.dtype[np.generic], *, shape: tuple[int, ...], fortran: bool) -> LazyTensor | None:
+    """A NumPy array as a lazy tensor; None for a dtype that torch does not have.
+
+    Args:
+        data: The elements; a str holds them as Latin-1 (how Python 3 writes bytes at protocol 2).
+        dtype: With byte order.
+        shape: Of the array.
+        fortran: Whether the first index varies fastest.
+
+    Raises:
+        MalformedError: The data does not fill the shape.
+    """
+    kinds = {"f2": torch.float16, "f4": torch.float32, "f8": torch.float64, "i1": torch.int8, "i2": torch.int16, "i4": torch.int32,
+             "i8": torch.int64, "u1": torch.uint8, "b1": torch.bool, "c8": torch.complex64, "c16": torch.complex128}  # fmt: skip
+    kind = kinds.get(dtype.str[1:])
+    if kind is None:
+        return None
+    expected = math.prod(shape) * dtype.itemsize
+    if len(data) != expected:
+        raise MalformedError(f"an array of shape {list(shape)} needs {expected} bytes, found {len(data)}")
+
+    def load() -> torch.Tensor:
+        raw = _latin1(data) if isinstance(data, str) else data
+        array = np.frombuffer(raw, dtype=dtype).reshape(shape, order="F" if fortran else "C")
+        # One copy at most, and none of a mapped file in native order; torch needs an aligned, writable array.
+        return torch.from_numpy(np.require(array, dtype=dtype.newbyteorder("="), requirements=["C", "A", "W"]))
+
+    return LazyTensor(kind, shape, data, len(data), load)
+
+
+def _latin1(text: str) -> bytearray:
+    try:
+        return bytearray(text, "latin-1")
+    except UnicodeEncodeError as error:
+        raise MalformedError("the elements of an array are text that is not Latin-1") from error
+
+
+def printable(name: object) -> str:
+    """A name from a file as it may be shown at a terminal: short, without control characters."""
+    text = name if isinstance(name, str) else type(name).__name__
+    shown = "".join(c if c.isprintable() else "?" for c in text[:_MAX_NAME])
+    return shown if len(text) <= _MAX_NAME else shown + "…"
+
+
+def listing(names: Iterable[object], limit: int = 4) -> str:
+    """The first few names, for a message."""
+    shown = list(names)
+    text = ", ".join(printable(name) for name in shown[:limit])
+    return text if len(shown) <= limit else f"{text}, … ({len(shown)} in all)"

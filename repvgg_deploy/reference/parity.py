@@ -1,0 +1,266 @@
+"""Training form against deploy form: every block, and the whole network, in float64 and in float32.
+
+One pass over the blocks: each is widened to float64, compared alone on random input, and carries two whole-network chains one step further
+(float64 training form, float64 deploy form), so that never more than one block stands in float64.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from .. import tolerance
+from ..errors import ParityError
+from ..specs import Check
+from .arithmetic import fold_in_float64
+from .block import BlockSpec, DeployBlock, TrainingBlock
+from .network import RepVGG
+
+B = TypeVar("B", TrainingBlock, DeployBlock)
+Outputs = dict[str, NDArray[np.floating]]
+logger = logging.getLogger(__name__)
+_BLOCK_INPUT = (1, 7, 6)  # images, height, width: not square, odd and even, and all borders
+_MAX_TRAINING_ERROR = 1e-4  # some hundred times what trained networks have; ten times as much is still allowed to the deploy form
+_HALF_EPSILON = 0.51 * float(np.finfo(np.float32).eps)
+_SMALLEST = float(np.finfo(np.float32).tiny)  # below it float32 has fewer digits
+_MIN_SPREAD = 10.0  # outputs must move by ten tolerances from image to image, or agreement shows nothing
+
+
+@dataclass(frozen=True, slots=True)
+class FormReport:
+    """What the comparison found.
+
+    Attributes:
+        checks: Every comparison.
+        references: By batch name: outputs of the training-mode model (`logits`, `stage1` … `stage4`), float32 arrays. Kinds of stress batches on
+            which float32 itself loses the result are left out.
+        training_error: Its own float32 error, relative to the largest output: the yardstick of all whole-network tolerances.
+    """
+
+    checks: tuple[Check, ...]
+    references: Mapping[str, Outputs]
+    training_error: float
+
+
+@dataclass(slots=True)
+class _Chains:
+    """Activations of the small batches on their way through the network, in float64."""
+
+    training: list[Tensor]
+    deploy: list[Tensor]
+
+
+@torch.no_grad()
+def compare_forms(training: RepVGG, deploy: RepVGG, batches: Mapping[str, NDArray[np.float32]], *, small: Sequence[str]) -> FormReport:
+    """Compares the two forms of one network.
+
+    Args:
+        training: In training form; used in `eval()`.
+        deploy: Its deploy form.
+        batches: By name, float32 (N, 3, H, W), normalised.
+        small: Names of the batches of small images: those that are compared here. The others are only run through the training form, to be
+            compared with the ONNX.
+
+    Returns:
+        The checks, passed or not; see `require_passed`.
+
+    Raises:
+        ParityError: A form gives NaN or infinity, or its output does not depend on its input.
+    """
+    training.eval()
+    inputs = {name: torch.from_numpy(array) for name, array in batches.items()}
+    blocks, chains = _compare_blocks(training, deploy, [inputs[name].double() for name in small])
+    truth, exact = (_classify64(training.linear, chain) for chain in (chains.training, chains.deploy))
+    references = {name: _run(training, x) for name, x in inputs.items()}
+    results = {name: _run(deploy, inputs[name])["logits"] for name in small}
+    _require_finite("training", {name: outputs["logits"] for name, outputs in references.items()})
+    _require_finite("deploy", results)
+    references, error = _keep_stable(references, dict(zip(small, truth, strict=True)))
+    checks = list(blocks)
+    for name, t, e in zip(small, truth, exact, strict=True):
+        checks.append(tolerance.compare(f"network, float64, {name}", e, t, tolerance.allow_float64(error)))
+    for name in (name for name in small if name in references):
+        checks.append(tolerance.compare(f"network, float32, {name}", results[name], references[name]["logits"], tolerance.allow_float32(error)))
+    same = all(torch.equal(a, b) for a, b in zip(training.linear.parameters(), deploy.linear.parameters(), strict=True))
+    checks.append(Check("weights linear", 0.0 if same else 1.0, _HALF_EPSILON, 1.0))
+    _require_spread(references, tolerance.allow_float32(error))
+    return FormReport(tuple(checks), references, error)
+
+
+@torch.no_grad()
+def reference_of_deploy(deploy: RepVGG, batches: Mapping[str, NDArray[np.float32]], *, small: Sequence[str]) -> FormReport:
+    """As `compare_forms` for a checkpoint that holds the deploy form only: its own outputs and float32 error, and no checks.
+
+    Raises:
+        ParityError: It gives NaN or infinity, or its output does not depend on its input.
+    """
+    inputs = {name: torch.from_numpy(array) for name, array in batches.items()}
+    chain = [inputs[name].double() for name in small]
+    for block in deploy.blocks().values():
+        assert isinstance(block, DeployBlock)  # reference_of_deploy is given deploy forms only
+        wide = _widen(block)
+        chain = [wide(x) for x in chain]
+    truth = _classify64(deploy.linear, chain)
+    references = {name: _run(deploy, x) for name, x in inputs.items()}
+    _require_finite("deploy", {name: outputs["logits"] for name, outputs in references.items()})
+    references, error = _keep_stable(references, dict(zip(small, truth, strict=True)))
+    _require_spread(references, tolerance.allow_float32(error))
+    return FormReport((), references, error)
+
+
+def require_passed(checks: Sequence[Check], what: str) -> None:
+    """The gate.
+
+    Raises:
+        ParityError: A check failed; the message names the worst.
+    """
+    failed = [check for check in checks if not check.passed]
+    if failed:
+        worst = max(failed, key=lambda check: check.error / check.tolerance)
+        raise ParityError(
+            f"{what}: {len(failed)} of {len(checks)} comparisons failed; worst: {worst.name}: "
+            f"relative error {worst.error:.3g}, allowed {worst.tolerance:.3g}",
+            remedy="the model was not written; report the checkpoint, or check that its BatchNorm epsilon and strides are those of --arch",
+        )
+
+
+def _compare_blocks(training: RepVGG, deploy: RepVGG, inputs: list[Tensor]) -> tuple[list[Check], _Chains]:
+    chains = _Chains(list(inputs), list(inputs))
+    checks: list[Check] = []
+    deploy_blocks = deploy.blocks()
+    for index, (name, block) in enumerate(training.blocks().items()):
+        other = deploy_blocks[name]
+        if not isinstance(block, TrainingBlock) or not isinstance(other, DeployBlock):
+            raise ParityError(
+                f"block {name}: expected a training form and a deploy form, found {type(block).__name__} and {type(other).__name__}",
+                remedy="reparameterize the whole network; half a conversion is never written",
+            )
+        wide, exact = _widen(block), _exact_deploy(block, other)
+        checks.append(_compare_kernels(name, block, other, exact))
+        checks += _compare_block(name, (block, other), (wide, exact), seed=index)
+        chains.training = [wide(x) for x in chains.training]
+        chains.deploy = [exact(x) for x in chains.deploy]
+        del wide, exact  # before the next block is widened
+    return checks, chains
+
+
+def _widen(block: B) -> B:
+    """A float64 copy, made without a float32 one."""
+    with torch.device("meta"):
+        wide = type(block)(block.spec)
+    state = {name: t.double() if t.is_floating_point() else t for name, t in block.state_dict().items()}
+    wide.load_state_dict(state, assign=True)
+    return wide.eval()
+
+
+def _exact_deploy(block: TrainingBlock, other: DeployBlock) -> DeployBlock:
+    """The deploy form with its kernel folded anew and left in float64; its SE is the deploy block's own."""
+    with torch.device("meta"):
+        exact = DeployBlock(other.spec)
+    state = {name: t.double() for name, t in other.state_dict().items() if not name.startswith("rbr_reparam.")}
+    folded = fold_in_float64(block.branches(), block.post_bn, block.spec.groups, result=torch.float64)
+    assert folded.bias is not None
+    exact.load_state_dict({**state, "rbr_reparam.weight": folded.kernel, "rbr_reparam.bias": folded.bias}, assign=True)
+    return exact.eval()
+
+
+def _compare_kernels(name: str, block: TrainingBlock, other: DeployBlock, exact: DeployBlock) -> Check:
+    """The weights that will be shipped, one by one, against the float64 fold: each output channel in units of its own largest value.
+
+    Half an epsilon is the one rounding to float32. A channel far smaller than the others, or one that no input excites, shows here and nowhere else.
+    """
+    worst = 0.0
+    for part in ("weight", "bias"):
+        ours, theirs = (getattr(each.rbr_reparam, part).detach().flatten(1 if part == "weight" else 0) for each in (exact, other))
+        if torch.equal(ours.to(theirs.dtype), theirs):
+            continue  # rounded once, as it should be: no need of more float64 copies to see it
+        size = ours.abs().amax(1, keepdim=True) if part == "weight" else ours.abs()
+        worst = max(worst, float(((theirs.double() - ours).abs() / size.clamp_min(_SMALLEST)).max()))
+    same_se = all(torch.equal(a, b) for a, b in zip(block.se.parameters(), other.se.parameters(), strict=True))
+    same_se = same_se and all(torch.equal(a, b) for a, b in zip(block.post_se.parameters(), other.post_se.parameters(), strict=True))
+    return Check(f"weights {name}", worst if same_se and np.isfinite(worst) else 1.0, _HALF_EPSILON, 1.0)
+
+
+def _compare_block(name: str, narrow: tuple[TrainingBlock, DeployBlock], wide: tuple[TrainingBlock, DeployBlock], *, seed: int) -> list[Check]:
+    spec: BlockSpec = narrow[0].spec
+    count, height, width = _BLOCK_INPUT
+    x = torch.randn((count, spec.in_channels, height, width), generator=torch.Generator().manual_seed(seed))
+    checks = []
+    narrow_outputs, wide_outputs = [block.linear(x) for block in narrow], [block.linear(x.double()) for block in wide]
+    for label in ("convolution", "block"):  # the ReLU hides half of all errors; the whole block has the SE
+        truth, exact = (out.numpy() for out in wide_outputs)
+        reference, result = (out.numpy() for out in narrow_outputs)
+        error = tolerance.relative_error(reference, truth)
+        checks.append(tolerance.compare(f"{label} {name}, float64", exact, truth, tolerance.allow_float64(error)))
+        checks.append(tolerance.compare(f"{label} {name}, float32", result, truth, tolerance.allow_block_float32(error)))
+        narrow_outputs = [narrow[0].finish(narrow_outputs[0]), narrow[1].finish(narrow_outputs[1])]
+        wide_outputs = [wide[0].finish(wide_outputs[0]), wide[1].finish(wide_outputs[1])]
+    return checks
+
+
+def _classify64(linear: nn.Linear | nn.Module, features: list[Tensor]) -> list[NDArray[np.floating]]:
+    assert isinstance(linear, nn.Linear)
+    weight, bias = linear.weight.double(), linear.bias.double()
+    return [nn.functional.linear(x.mean((2, 3)), weight, bias).numpy() for x in features]
+
+
+def _run(model: RepVGG, x: Tensor) -> Outputs:
+    stages = model.stage_outputs(x)
+    return {"logits": model.classify(stages["stage4"]).numpy(), **{name: t.numpy() for name, t in stages.items()}}
+
+
+def _require_finite(form: str, outputs: Outputs) -> None:
+    for name, array in outputs.items():
+        if not np.isfinite(array).all():
+            raise ParityError(
+                f"the {form} form gives NaN or infinity on the batch {name!r}",
+                remedy="look for BatchNorm variances near zero or diverged weights; such a checkpoint cannot be deployed",
+            )
+
+
+def _keep_stable(references: dict[str, Outputs], truth: Mapping[str, NDArray[np.floating]]) -> tuple[dict[str, Outputs], float]:
+    """The references on which float32 keeps the result, and the model's own float32 error on them.
+
+    A tolerance is ten times that error; where float32 itself loses the result, everything would pass. A stress batch (borders, large constants) on
+    which that happens is left out, at every size: an SE block that was never driven so far may well jump there. On images it is an error.
+
+    Raises:
+        ParityError: float32 loses the result on image-like batches.
+    """
+    errors = {name: tolerance.relative_error(references[name]["logits"], t) for name, t in truth.items()}
+    lost = {_kind(name): error for name, error in errors.items() if not error <= _MAX_TRAINING_ERROR}
+    if any(kind.startswith("image") for kind in lost):
+        raise ParityError(
+            f"the model is numerically unstable: in float32 its own output is {max(lost.values()):.2g} of its size away from float64, "
+            f"and up to {_MAX_TRAINING_ERROR:.0e} can be verified",
+            remedy="look for BatchNorm variances near zero and activations that grow from layer to layer; an untrained deep network has them, too",
+        )
+    for kind, error in lost.items():
+        logger.warning("%s batches are left out of the verification: the model's own float32 error on them is %.2g", kind, error)
+    kept = {name: outputs for name, outputs in references.items() if _kind(name) not in lost}
+    return kept, max(error for name, error in errors.items() if name in kept)
+
+
+def _kind(name: str) -> str:
+    return name.rpartition(" ")[0]
+
+
+def _require_spread(references: Mapping[str, Outputs], allowed: float) -> None:
+    """Agreement means nothing where the output does not depend on the input."""
+    # From image to image within one batch: between batches the size alone, through the padding, moves the output of a dead network; and one
+    # that wakes at the large constants only would not be seen by a run on images.
+    images = [outputs["logits"] for name, outputs in references.items() if _kind(name).startswith("image")]
+    spread = max(float(np.ptp(logits, axis=0).max()) / max(tolerance.largest(logits), 1e-30) for logits in images)
+    if not spread > _MIN_SPREAD * allowed:
+        raise ParityError(
+            f"the training form's output does not depend on its input: it moves by {spread:.2g} of its size from image to image, "
+            f"and at least {_MIN_SPREAD * allowed:.2g} is needed to see an error",
+            remedy="the network is untrained or dead (all ReLUs closed, or a zero classifier): there is nothing to deploy",
+        )

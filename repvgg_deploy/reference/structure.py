@@ -1,0 +1,227 @@
+"""Official names and shapes → the architecture they are of. What does not add up is refused, naming the tensor.
+
+Source: the shapes of https://github.com/DingXiaoH/RepVGG; groups follow from a kernel's second dimension, because the input channels are the
+output channels of the layer before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..errors import CheckpointError, InputError
+from ..specs import BlockKind, Form, SePosition, VariantSpec
+from ..variants import name_variant
+from .lazy_tensor import listing
+
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+AUXILIARY = re.compile(r"(stage[123]\w*_aux)\.")
+INCOMPLETE = "give the complete checkpoint: download it again, or save it again with torch.save(model.state_dict(), …)"
+
+_BLOCK = re.compile(r"(stage0|stage[1-4]\.\d+)\.")
+STRIDES_ASSUMED = (
+    "the architecture is none of the published ones; tensors do not tell strides: 2 was assumed for each stage without an identity branch"
+)
+_KERNEL = {"training": "rbr_dense.conv.weight", "deploy": "rbr_reparam.weight"}
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """What the tensors are of.
+
+    Attributes:
+        spec: The architecture.
+        form: Training or deploy.
+        notes: Assumptions, in sentences.
+    """
+
+    spec: VariantSpec
+    form: Form
+    notes: tuple[str, ...] = ()
+
+
+def infer_structure(shapes: Shapes, *, split: int = 0) -> Structure:
+    """Finds the architecture from official names and shapes.
+
+    Args:
+        shapes: By official name.
+        split: Blocks of RepVGGplus's `stage3_first`, 0 where the third stage is whole.
+
+    Raises:
+        CheckpointError: Tensors are missing, disagree, or the form is mixed; the message names the first.
+    """
+    blocks = _group_by_block(shapes)
+    form = _find_form(blocks)
+    depths = _find_depths(blocks)
+    names = ["stage0", *(f"stage{stage}.{index}" for stage, depth in enumerate(depths, start=1) for index in range(depth))]
+    kernels = _find_kernels(shapes, names, form)
+    kind = _find_kind(shapes, form)
+    se, reduction = _find_se(shapes, names, kernels)
+    if se != "none" and (kind.startswith("qarepvgg") or _leftover_bn(blocks)):
+        raise CheckpointError(
+            "is a QARepVGG with SE blocks: its last BatchNorm follows the SE block, so that no convolution can absorb it",
+            remedy="train with blocks of kind 'repvgg', or QARepVGG without SE",
+        )
+    firsts = [name for name in names if name == "stage0" or name.endswith(".0")]
+    linear = _require(shapes, "linear.weight", 2)
+    auxiliary = _find_auxiliary(shapes, depths, split=split)
+    try:
+        spec = VariantSpec(
+            name="custom",
+            depths=depths,
+            widths=_five([kernels[name].width for name in firsts]),
+            groups=tuple(kernels[name].groups for name in names),
+            se=se,
+            se_reduction=reduction,
+            strides=_five([_find_stride(shapes, name, kernels[name]) for name in firsts]),
+            block=kind,
+            num_classes=linear[0],
+            auxiliary_heads=auxiliary and form == "training",
+        )
+    except InputError as error:
+        raise CheckpointError(f"the tensors do not form a RepVGG: {error.message}", remedy=INCOMPLETE) from error
+    published = name_variant(spec)
+    notes = ["the auxiliary heads of RepVGGplus are absent; only training uses them"] if split and form == "training" and not auxiliary else []
+    notes += [] if published else [STRIDES_ASSUMED]
+    return Structure(dataclasses.replace(spec, name=published or "custom"), form, tuple(notes))
+
+
+@dataclass(frozen=True, slots=True)
+class _Kernel:
+    in_channels: int
+    width: int
+    groups: int
+
+
+def _group_by_block(shapes: Shapes) -> dict[str, list[str]]:
+    blocks: dict[str, list[str]] = {}
+    for name in shapes:
+        match = _BLOCK.match(name)
+        if match:
+            blocks.setdefault(match[1], []).append(name[match.end() :])
+    return blocks
+
+
+def _find_form(blocks: Mapping[str, list[str]]) -> Form:
+    deploy = [name for name, parts in blocks.items() if any(part.startswith("rbr_reparam.") for part in parts)]
+    training = [name for name, parts in blocks.items() if any(part.startswith(("rbr_dense.", "rbr_1x1", "rbr_identity.")) for part in parts)]
+    if deploy and training:
+        raise CheckpointError(
+            f"is half converted: {listing(deploy)} in deploy form (rbr_reparam), {listing(training)} in training form (rbr_dense)",
+            remedy="convert the training-form checkpoint again, all of it: repvgg-export --ckpt train.pth --save-deploy deploy.pth --out model.onnx",
+        )
+    leftover = [] if _has_se(blocks) else _leftover_bn(blocks)
+    if deploy and leftover:
+        raise CheckpointError(
+            f"is half converted: {listing(leftover)} in deploy form (rbr_reparam), but with the last BatchNorm of a QARepVGG beside it",
+            remedy="give the training-form checkpoint",
+        )
+    return "deploy" if deploy else "training"
+
+
+def _has_se(blocks: Mapping[str, list[str]]) -> bool:
+    return any(part.startswith(("se.", "post_se.")) for parts in blocks.values() for part in parts)
+
+
+def _leftover_bn(blocks: Mapping[str, list[str]]) -> list[str]:
+    """Blocks in deploy form that still have the last BatchNorm of QARepVGG."""
+    return [name for name, parts in blocks.items() if {"rbr_reparam.weight", "bn.weight"} <= set(parts)]
+
+
+def _find_depths(blocks: Mapping[str, list[str]]) -> tuple[int, int, int, int]:
+    depths = []
+    for stage in range(1, 5):
+        indexes = sorted(int(name.split(".")[1]) for name in blocks if name.startswith(f"stage{stage}."))
+        gap = next((expected for expected, found in enumerate(indexes) if expected != found), None)
+        if not indexes or gap is not None:
+            raise CheckpointError(f"is incomplete: no tensor of block stage{stage}.{gap or 0}", remedy=INCOMPLETE)
+        depths.append(len(indexes))
+    first, second, third, fourth = depths
+    return first, second, third, fourth
+
+
+def _find_kernels(shapes: Shapes, names: list[str], form: Form) -> dict[str, _Kernel]:
+    wanted = [f"{name}.{_KERNEL[form]}" for name in names]
+    missing = [name for name in wanted if name not in shapes]
+    if missing:
+        raise CheckpointError(f"is incomplete: {len(missing)} of {len(names)} 3×3 kernels are missing, first {missing[0]}", remedy=INCOMPLETE)
+    kernels: dict[str, _Kernel] = {}
+    channels = 3
+    for name, key in zip(names, wanted, strict=True):
+        shape = _require(shapes, key, 4)
+        width, per_group = shape[:2]
+        if shape[2:] != (3, 3) or width < 1 or per_group < 1 or channels % per_group:
+            raise CheckpointError(
+                f"{key} has the shape {list(shape)}, expected [C, I, 3, 3] with I a divisor of the {channels} channels before it",
+                remedy="give the checkpoint of a RepVGG whose layers are 3×3 convolutions of one path",
+            )
+        kernels[name] = _Kernel(channels, width, channels // per_group)
+        channels = width
+    return kernels
+
+
+def _require(shapes: Shapes, name: str, dimensions: int) -> Shape:
+    shape = shapes.get(name)
+    if shape is None:
+        hint = " (a backbone without its classifier, or a bigger network)" if name.startswith("linear.") else ""
+        raise CheckpointError(f"is incomplete: {name} is missing{hint}", remedy=INCOMPLETE)
+    if len(shape) != dimensions or min(shape) < 1:
+        raise CheckpointError(f"{name} has the shape {list(shape)}, expected {dimensions} dimensions", remedy=INCOMPLETE)
+    return shape
+
+
+def _find_kind(shapes: Shapes, form: Form) -> BlockKind:
+    if form == "deploy":
+        return "repvgg"
+    if any(name.endswith(".rbr_1x1.weight") for name in shapes):
+        return "qarepvgg_v2"
+    if not any(".rbr_1x1." in name for name in shapes):
+        return "plain"
+    return "qarepvgg_v1" if any(re.fullmatch(r"stage[\d.]+\.bn\.weight", name) for name in shapes) else "repvgg"
+
+
+def _find_se(shapes: Shapes, names: list[str], kernels: Mapping[str, _Kernel]) -> tuple[SePosition, int]:
+    position: SePosition
+    for part, position in (("se", "before_relu"), ("post_se", "after_relu")):
+        if not any(f".{part}." in name for name in shapes):
+            continue
+        hidden = {name: _require(shapes, f"{name}.{part}.down.weight", 4)[0] for name in names}
+        widest = max(names, key=lambda name: kernels[name].width)
+        # width // reduction = hidden holds for a range of reductions; 16 and 4 are the published ones.
+        low = max(kernels[name].width // (hidden[name] + 1) + 1 for name in names)
+        high = min(kernels[name].width // hidden[name] for name in names)
+        if low <= high:
+            return position, next((reduction for reduction in (16, 4) if low <= reduction <= high), high)
+        raise CheckpointError(
+            f"the SE block of {widest} has {hidden[widest]} hidden channels of {kernels[widest].width}, others another reduction",
+            remedy="give a RepVGG whose SE blocks share one reduction",
+        )
+    return "none", 16
+
+
+def _find_stride(shapes: Shapes, name: str, kernel: _Kernel) -> int:
+    """1 where an identity branch proves it; else 2, which every published variant has."""
+    identity = f"{name}.rbr_identity.weight" in shapes
+    return 1 if identity and kernel.in_channels == kernel.width else 2
+
+
+def _find_auxiliary(shapes: Shapes, depths: tuple[int, ...], *, split: int) -> bool:
+    """Whether RepVGGplus's auxiliary classifiers are there."""
+    present = {match[1] for name in shapes if (match := AUXILIARY.match(name))}
+    expected = {"stage1_aux", "stage2_aux", "stage3_first_aux"}
+    if present and present != expected:
+        raise CheckpointError(f"is incomplete: the auxiliary heads {listing(sorted(expected - present))} are missing", remedy=INCOMPLETE)
+    if present and split not in (0, depths[2] // 2):
+        raise CheckpointError(
+            f"its third stage is split after {split} of {depths[2]} blocks, expected the middle, where its auxiliary head stands",
+            remedy="remove the tensors of the auxiliary heads (stage…_aux): inference does not need them",
+        )
+    return bool(present)
+
+
+def _five(values: list[int]) -> tuple[int, int, int, int, int]:
+    first, second, third, fourth, fifth = values
+    return first, second, third, fourth, fifth

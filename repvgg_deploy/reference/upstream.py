@@ -1,0 +1,185 @@
+"""The entry points of the original RepVGG code, by their names, for those who come from it.
+
+`from repvgg_deploy.reference.upstream import create_RepVGG_A0, repvgg_model_convert` replaces `from repvgg import …`. State dicts have the same keys,
+so that published checkpoints, and yours, load as before. Where the original fails or misleads, this differs, and says so below.
+
+Source: names, signatures, key names and behaviour of https://github.com/DingXiaoH/RepVGG (MIT); the code is this project's own.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..artifacts import atomic_output
+from ..errors import InputError
+from ..variants import PUBLISHED
+from .network import RepVGG
+from .reparameterize import reparameterize
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class RepVGGplus(RepVGG):
+    """RepVGGplus under its original key names (`stage1.blocks.0`, `stage3_first.blocks.0`, …).
+
+    In `train()` the training form returns the original's dict: `main`, `stage1_aux`, `stage2_aux`, `stage3_first_aux`. In `eval()` and in deploy form
+    it returns logits. The original returns the dict in `eval()` too, which exports as four outputs, and in deploy form raises AttributeError.
+    """
+
+    def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:  # type: ignore[override]
+        """Logits float (N, classes), or in training a dict of them; x is float (N, 3, H, W), normalised RGB."""
+        if self.training and self.form == "training":
+            return self.forward_with_auxiliary(x)
+        return super().forward(x)
+
+    # Methods and not hooks: a hook is bound to one object, and repvgg_model_convert(do_copy=False) moves what a model holds into another.
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """As `nn.Module.state_dict`, under the original key names."""
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        prefix: str = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        _rename(state, prefix, _original_prefixes(self.spec.depths))
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        _rename(state_dict, prefix, {theirs: ours for ours, theirs in _original_prefixes(self.spec.depths).items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _rename(state: dict[str, Any], prefix: str, blocks: dict[str, str]) -> None:
+    for key in [key for key in state if key.startswith(prefix)]:
+        name = key[len(prefix) :]
+        old = next((old for old in blocks if name.startswith(old)), None)
+        value = state.pop(key)  # put back in any case, so that the order of keys stays
+        state[key if old is None else prefix + blocks[old] + name[len(old) :]] = value
+
+
+def _original_prefixes(depths: tuple[int, int, int, int]) -> dict[str, str]:
+    """Prefix of each block behind the stem in our key names → in the original's, where stage 3 is split into halves."""
+    half = depths[2] // 2
+    result = {}
+    for stage, depth in enumerate(depths, start=1):
+        for index in range(depth):
+            if stage == 3:
+                theirs = f"stage3_first.blocks.{index}." if index < half else f"stage3_second.blocks.{index - half}."
+            else:
+                theirs = f"stage{stage}.blocks.{index}."
+            result[f"stage{stage}.{index}."] = theirs
+    return result
+
+
+class Factory(Protocol):
+    """What each `create_RepVGG_*` is."""
+
+    __name__: str
+
+    def __call__(self, deploy: bool = False, use_checkpoint: bool = False) -> RepVGG:
+        """Builds the network.
+
+        Args:
+            deploy: Deploy form instead of training form.
+            use_checkpoint: Gradient checkpointing: less memory in training, about a third slower.
+        """
+
+
+def _factory(variant: str) -> Factory:
+    spec = PUBLISHED[variant]
+    kind = RepVGGplus if spec.se == "after_relu" else RepVGG
+
+    def create(deploy: bool = False, use_checkpoint: bool = False) -> RepVGG:
+        model = kind(spec, "deploy" if deploy else "training")
+        model.gradient_checkpointing = use_checkpoint
+        return model
+
+    create.__name__ = create.__qualname__ = f"create_{variant.replace('-', '_')}" if kind is RepVGGplus else f"create_RepVGG_{variant}"
+    create.__doc__ = f"{variant} with 1,000 classes and random weights, as the original's function of this name; see `Factory`."
+    return create
+
+
+create_RepVGG_A0 = _factory("A0")
+create_RepVGG_A1 = _factory("A1")
+create_RepVGG_A2 = _factory("A2")
+create_RepVGG_B0 = _factory("B0")
+create_RepVGG_B1 = _factory("B1")
+create_RepVGG_B1g2 = _factory("B1g2")
+create_RepVGG_B1g4 = _factory("B1g4")
+create_RepVGG_B2 = _factory("B2")
+create_RepVGG_B2g2 = _factory("B2g2")
+create_RepVGG_B2g4 = _factory("B2g4")
+create_RepVGG_B3 = _factory("B3")
+create_RepVGG_B3g2 = _factory("B3g2")
+create_RepVGG_B3g4 = _factory("B3g4")
+create_RepVGG_D2se = _factory("D2se")
+create_RepVGGplus_L2pse = _factory("RepVGGplus-L2pse")
+
+
+def get_RepVGG_func_by_name(name: str) -> Factory:
+    """The factory of a name such as `RepVGG-A0` (`RepVGGplus-L2pse` too).
+
+    Raises:
+        InputError: No such name; the original raises a bare KeyError.
+    """
+    factories = {("" if variant.startswith("RepVGG") else "RepVGG-") + variant: variant for variant in PUBLISHED}
+    if name not in factories:
+        raise InputError(f"unknown model {name!r}", remedy=f"choose one of {', '.join(factories)}")
+    variant = factories[name]
+    factory: Factory = globals()[f"create_{variant.replace('-', '_')}" if variant.startswith("RepVGG") else f"create_RepVGG_{variant}"]
+    return factory
+
+
+def repvgg_model_convert(model: M, save_path: str | Path | None = None, do_copy: bool = True) -> M:
+    """Converts a RepVGG, or a bigger model that contains RepVGG blocks, to deploy form.
+
+    As in the original, a model in deploy form passes unchanged, `train()` or `eval()` stays as it was, and the result can be trained further. Folding
+    is done in float64. Unlike the original, auxiliary heads are dropped, and a model without any RepVGG block is an error, not a no-op.
+
+    Args:
+        model: In training form.
+        save_path: Where to write the state dict with `torch.save`; an existing file is replaced, and never left half-written.
+        do_copy: False converts `model` itself: it and the modules inside it stay the same objects, except the blocks of this project, which become
+            objects of another class (a `TrainingBlock` that is itself the argument is returned as a new `DeployBlock`).
+
+    Returns:
+        The converted model: a copy, or `model` itself.
+
+    Raises:
+        CheckpointError: There is no RepVGG block in it, or one that cannot be folded.
+        ArtifactError: `save_path` cannot be written.
+    """
+    result = _convert(model)
+    if not do_copy and type(result) is type(model):
+        _move(result, model)
+        result = model
+    if save_path is not None:
+        with atomic_output(Path(save_path), force=True) as output, output.partial.open("wb") as file:
+            torch.save(result.state_dict(), file)  # through a file object: a full disk is an OSError then
+    return result
+
+
+def _convert(model: M) -> M:
+    if not any(hasattr(module, "rbr_dense") for module in model.modules()) and any(hasattr(module, "rbr_reparam") for module in model.modules()):
+        return copy.deepcopy(model)
+    result = reparameterize(model)
+    modes = {name: module.training for name, module in model.named_modules()}
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for name, module in result.named_modules():
+        module.training = modes.get(name, model.training)
+    for name, parameter in result.named_parameters():
+        parameter.requires_grad_(trainable.get(name, True))
+    return result
+
+
+def _move(source: nn.Module, target: nn.Module) -> None:
+    """Gives `target` all that `source` holds; its children stay the same objects where their class does."""
+    kept = dict(target._modules)
+    target.__dict__.clear()
+    target.__dict__.update(source.__dict__)
+    for name, child in source._modules.items():
+        own = kept.get(name)
+        if own is not None and child is not None and type(own) is type(child):
+            _move(child, own)
+            target._modules[name] = own

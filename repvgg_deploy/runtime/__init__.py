@@ -1,0 +1,1 @@
+"""The Engine and its backends. Needs NumPy; a backend is imported when it is opened."""

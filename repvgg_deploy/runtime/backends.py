@@ -1,0 +1,85 @@
+"""What every backend offers the Engine, and how one is opened. A new backend is one module here and one line in `open_backend`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+from numpy.typing import NDArray
+
+from ..errors import InputError
+from ..specs import ModelSpec
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How an Engine runs; the defaults suit a service.
+
+    Attributes:
+        max_batch: Where a model accepts any batch, larger ones run in pieces of this many images: memory grows with it, and past a few tens
+            of images speed does not.
+        intra_op_threads: Threads that share one batch on the CPU; None for one a physical core. Set it in a container that may use only some
+            of the machine's cores, and to 1 where many threads or processes call `infer` at once.
+        device_id: Which GPU, with `device="cuda"`.
+        tf32: Whether FP32 convolutions on the GPU may round their inputs to TF32: faster, and an error of about 1e-3.
+    """
+
+    max_batch: int = 64
+    intra_op_threads: int | None = None
+    device_id: int = 0
+    tf32: bool = False
+
+    def __post_init__(self) -> None:
+        _require_count("max_batch", self.max_batch, 1)
+        if self.intra_op_threads is not None:
+            _require_count("intra_op_threads", self.intra_op_threads, 1)
+        _require_count("device_id", self.device_id, 0)
+
+
+def _require_count(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"EngineOptions: {name}: expected a whole number of at least {least}, found {value!r}", remedy=f"correct {name}")
+
+
+class Backend(Protocol):
+    """A model loaded on one device. `run` is called from many threads at once; `close` once, when no `run` is under way."""
+
+    @property
+    def name(self) -> str:
+        """For people: the library, its version and where it runs."""
+
+    def run(self, batch: NDArray[Any]) -> Sequence[NDArray[Any]]:
+        """Runs one batch of a size that the model accepts.
+
+        Args:
+            batch: C-contiguous, of the dtype and shape in the model's specification.
+
+        Returns:
+            The outputs in the order of the specification, in memory of their own that nothing else will write to.
+        """
+
+    def close(self) -> None:
+        """Frees the model."""
+
+
+def open_backend(path: Path, spec: ModelSpec, device: Device, options: EngineOptions) -> Backend:
+    """Loads an ONNX whose metadata was read and checked.
+
+    Raises:
+        InputError: No such device.
+        ModelError: The backend refuses the file.
+        CudaError: A GPU was asked for and cannot be used.
+        MissingDependencyError: The backend's package is not installed.
+    """
+    if device not in get_args(Device):
+        raise InputError(
+            f"device: expected one of {', '.join(get_args(Device))}, found {device!r}",
+            remedy='give device="cpu" or device="cuda"; choose the GPU with EngineOptions(device_id=…)',
+        )
+    from .onnxruntime_backend import OnnxRuntimeBackend
+
+    return OnnxRuntimeBackend(path, spec, device, options)

@@ -1,0 +1,143 @@
+"""Is this batch what the model expects? The check costs microseconds; the explanation is only written when it is not."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InputError
+from ..specs import ModelSpec
+
+_CHANNEL_AXIS = {"NCHW": 1, "NHWC": 3}
+_SWAPPED = {"NCHW": (0, 3, 1, 2), "NHWC": (0, 2, 3, 1)}  # transposition from the other layout
+
+
+class BatchCheck:
+    """The check of one model's batches.
+
+    Args:
+        spec: The model's specification.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._spec = spec
+        self._dtype = np.dtype(spec.input.dtype)
+        self._sizes = tuple(size if isinstance(size, int) else None for size in spec.input.shape[1:])
+        self._has_floats = self._dtype.kind == "f"
+
+    def check(self, batch: object) -> NDArray[Any]:
+        """The batch as a plain array, not copied.
+
+        Raises:
+            InputError: It is not what the model expects; the message says what was expected and found, the remedy every step to get there.
+        """
+        array = _plain_array(batch)
+        shape = array.shape
+        # The dtype of a big-endian array differs from the native one of the same name.
+        if array.dtype != self._dtype or len(shape) != len(self._sizes) + 1:
+            raise self._explain(array)
+        for have, want in zip(shape[1:], self._sizes, strict=True):
+            if have != want and want is not None:
+                raise self._explain(array)
+        if array.size == 0:
+            raise self._explain(array)
+        if self._has_floats and not (math.isfinite(array.max()) and math.isfinite(array.min())):
+            raise _explain_values(array)
+        return array
+
+    def _explain(self, array: NDArray[Any]) -> InputError:
+        expected = f"{self._dtype} ({', '.join(['N', *(str(size) for size in self._spec.input.shape[1:])])}), {self._spec.input.layout}"
+        problems, steps = self._compare(array)
+        found = f"{_name_dtype(array.dtype)} ({', '.join(map(str, array.shape))})"
+        return InputError(f"batch: {' and '.join(problems)}: expected {expected}, found {found}", remedy="; then ".join(steps))
+
+    def _compare(self, array: NDArray[Any]) -> tuple[list[str], list[str]]:
+        problems, steps = [], []
+        shape, rank = array.shape, len(self._sizes) + 1
+        if 0 in shape:
+            return ["it is empty"], ["give at least one image, none of them without pixels"]
+        if len(shape) == rank - 1:
+            problems.append("the batch dimension is missing")
+            steps.append("add it: batch[np.newaxis]")
+            shape = (1, *shape)
+        elif len(shape) != rank:
+            return [f"its rank is {len(shape)}, not {rank}"], [f"give {rank} dimensions, the first one counting images"]
+        layout = self._spec.input.layout
+        swapped = self._transposed(shape)
+        if swapped is not None and layout in _SWAPPED:
+            problems.append(f"the layout is not {layout}")
+            steps.append(f"transpose it: batch.transpose{_SWAPPED[layout]}")
+            shape = swapped
+        self._compare_sizes(shape, problems, steps)
+        if array.dtype != self._dtype:
+            problems.append("the dtype differs")
+            steps.append(self._fix_dtype(array.dtype))
+            if array.dtype == np.uint8 and swapped is not None:
+                steps = [step for step in steps if not step.startswith("transpose")]  # normalize() does that too
+        return problems, steps
+
+    def _transposed(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The shape in the model's layout, if it fits only there."""
+        layout = self._spec.input.layout
+        if layout not in _SWAPPED:
+            return None
+        axis = _CHANNEL_AXIS[layout]
+        channels = self._sizes[axis - 1]
+        swapped = tuple(shape[index] for index in _SWAPPED[layout])
+        return swapped if channels is not None and shape[axis] != channels == swapped[axis] else None
+
+    def _compare_sizes(self, shape: tuple[int, ...], problems: list[str], steps: list[str]) -> None:
+        channel_axis = _CHANNEL_AXIS.get(self._spec.input.layout)
+        wrong = [axis for axis, want in enumerate(self._sizes, start=1) if want is not None and shape[axis] != want]
+        if channel_axis in wrong:
+            problems.append(f"it has {shape[channel_axis]} channels")
+            steps.append(f"give {self._sizes[channel_axis - 1]} channels, red, green, blue: repeat a grey one, drop an alpha channel")
+        if [axis for axis in wrong if axis != channel_axis]:
+            size = "×".join(str(want or "any") for axis, want in enumerate(self._sizes, start=1) if axis != channel_axis)
+            problems.append("the size differs")
+            steps.append(f"resize or crop the images to {size} (infer_images does), or export the model with another --image-size")
+
+    def _fix_dtype(self, dtype: np.dtype[Any]) -> str:
+        if dtype == np.uint8 and self._has_floats and self._spec.preprocessing is not None:
+            return "normalise it: repvgg_deploy.preprocess.normalize(images, engine.spec.preprocessing), or export the model with --input uint8"
+        if self._dtype == np.uint8:
+            return "give the bytes of the images as they are, RGB 0-255 of dtype uint8: this model normalises them itself"
+        if dtype.kind in "fiu":
+            return f"convert it: batch.astype(np.{self._dtype.name})"
+        return f"give an array of real numbers of dtype {self._dtype.name}"
+
+
+def _plain_array(batch: object) -> NDArray[Any]:
+    if type(batch) is np.ndarray:
+        return batch
+    if isinstance(batch, np.ma.MaskedArray):
+        raise InputError("batch: is a masked array, and a model cannot leave pixels out", remedy="give batch.filled(value)")
+    if isinstance(batch, np.ndarray):
+        return batch.view(np.ndarray)  # a memmap, say
+    kind = f"{type(batch).__module__}.{type(batch).__qualname__}".removeprefix("builtins.")
+    if kind.startswith("torch."):
+        remedy = "call infer(batch.detach().cpu().numpy())"
+    elif kind.startswith("PIL.") or isinstance(batch, (str, bytes)) or hasattr(batch, "__fspath__"):
+        remedy = "for image files call infer_images([path, …])"
+    elif isinstance(batch, (list, tuple)):
+        remedy = "make it one array first: np.stack(images)"
+    else:
+        remedy = "convert it first: np.asarray(batch)"
+    raise InputError(f"batch: expected a NumPy array, found {kind}", remedy=remedy)
+
+
+def _explain_values(array: NDArray[Any]) -> InputError:
+    finite = np.isfinite(array)
+    count = array.size - int(np.count_nonzero(finite))
+    first = tuple(int(index) for index in np.unravel_index(int(np.argmin(finite)), array.shape))
+    return InputError(
+        f"batch: expected finite numbers, found {count} of {array.size} NaN or infinite, the first at {first}: {array[first]}",
+        remedy=f"look at how image {first[0]} of the batch was made",
+    )
+
+
+def _name_dtype(dtype: np.dtype[Any]) -> str:
+    return dtype.name if dtype.isnative else f"{'big' if dtype.str[0] == '>' else 'little'}-endian {dtype.name}"

@@ -1,0 +1,218 @@
+"""Engine: a model file that answers batches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InputError, ModelError
+from ..specs import ModelMetadata, ModelSpec
+from .backends import Backend, Device, EngineOptions, open_backend
+from .checks import BatchCheck
+from .lease import Lease
+from .model_files import as_path, fingerprint, read_model
+from .results import Arrays, Result, TopK, join, package
+
+__all__ = ["Engine", "EngineOptions", "Result", "TopK"]
+
+_IMAGES_AT_ONCE = 32
+
+
+class Engine:
+    """A loaded model. Use it as a context manager, or `close()` it.
+
+    `infer` may be called from many threads at once. In a server that forks, open the Engine in each worker: the threads and the GPU of a
+    process do not follow its children.
+
+        with Engine("a0.onnx") as engine:
+            logits = engine.infer(batch)
+
+    Args:
+        path: An ONNX that repvgg-export wrote.
+        device: `cpu`, or `cuda`: the GPU or an error, never the CPU in its place.
+        options: Threads, memory, GPU.
+
+    Raises:
+        ModelError: The file is missing, truncated, changed since its export, or not one of ours.
+        PlanError: The file is a TensorRT plan.
+        InputError: An argument is not what is expected.
+        CudaError: `cuda` was asked for and cannot be had.
+        MissingDependencyError: ONNX Runtime is not installed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, device: Device = "cpu", options: EngineOptions | None = None) -> None:
+        self._path = as_path(path)
+        self._options = options if options is not None else EngineOptions()
+        self._device = device
+        before = fingerprint(self._path)
+        self._metadata = read_model(self._path)
+        self._spec = self._metadata.spec
+        self._check = BatchCheck(self._spec)
+        self._batch = self._spec.batch
+        self._largest = self._batch if self._batch is not None else self._options.max_batch
+        self._backend: Backend = open_backend(self._path, self._spec, device, self._options)
+        self._lease = Lease(self._backend.close)
+        if fingerprint(self._path) != before:
+            self.close()
+            raise ModelError(f"{self._path}: was replaced while it was being opened", remedy="open it again")
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Input, outputs, preprocessing and labels."""
+        return self._spec
+
+    @property
+    def metadata(self) -> ModelMetadata:
+        """All that the file says of itself: variant, checkpoint, certificate, history."""
+        return self._metadata
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._path
+
+    @property
+    def device(self) -> Device:
+        """`cpu` or `cuda`."""
+        return self._device
+
+    @property
+    def backend_name(self) -> str:
+        """What runs the model, for logs and reports."""
+        return self._backend.name
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._lease.closed
+
+    def infer(self, batch: NDArray[Any]) -> Result:
+        """Runs N images, N ≥ 1. With a fixed batch, more are split and fewer are padded; any memory order is accepted.
+
+        Args:
+            batch: What `spec.input` says: float32 (N, 3, H, W), RGB, normalised; or uint8 (N, H, W, 3), RGB, 0–255. Do not write to it
+                while this runs.
+
+        Returns:
+            float32 (N, classes) of logits or probabilities; a TopK of a top-5 model; a dict by output name where a model has several. The
+            caller owns it: nothing will write to it again.
+
+        Raises:
+            InputError: The batch is not what the model expects, holds NaN or infinities, or the Engine is closed.
+            ModelError: The backend failed.
+            CudaError: The GPU failed.
+        """
+        return package(self._run(self._check.check(batch)), self._spec)
+
+    def infer_images(self, paths: Iterable[str | os.PathLike[str]], *, batch_size: int | None = None) -> Result:
+        """Runs image files, prepared as the model's specification says.
+
+        Args:
+            paths: N files.
+            batch_size: Files decoded and run at a time; None chooses.
+
+        Returns:
+            As `infer`.
+
+        Raises:
+            InputError: A file is not a usable image, there are none, or the model does not say how an image becomes its input.
+            MissingDependencyError: Pillow is not installed.
+        """
+        from ..preprocess import load_batch
+
+        step = batch_size if batch_size is not None else min(self._largest, _IMAGES_AT_ONCE)
+        if step < 1:
+            raise InputError(f"batch_size: expected at least 1, found {step}", remedy="leave it out, or give a positive number")
+        if isinstance(paths, (str, os.PathLike)):
+            raise InputError(f"paths: expected a list of image paths, found {paths!r}", remedy=f"call infer_images([{os.fspath(paths)!r}])")
+        files = list(paths)
+        if not files:
+            raise InputError("paths: expected at least one image, found none", remedy="give at least one path")
+        parts = []
+        for start in range(0, len(files), step):
+            parts.append(self._run(self._check.check(load_batch(files[start : start + step], self._spec))))
+        return package(join(parts), self._spec)
+
+    def warm_up(self, shape: Sequence[int] | None = None) -> None:
+        """Runs one batch of zeros, so that the first real one is not the slow one.
+
+        Args:
+            shape: Of the batch, as it will be; None takes one image (or the fixed batch) of the size in the specification.
+
+        Raises:
+            InputError: The shape is not one that the model accepts, or it must be given because the model accepts any image size.
+        """
+        wanted = tuple(shape) if shape is not None else self._usual_shape()
+        self.infer(np.zeros(wanted, self._spec.input.dtype))
+
+    def close(self) -> None:
+        """Lets no new batch in. The model is freed as soon as no batch is running; a second call does nothing."""
+        self._lease.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        source, outputs = self._spec.input, ", ".join(f"{output.name} {_show(output.shape)}" for output in self._spec.outputs)
+        name = self._metadata.variant.name if self._metadata.variant else self._spec.kind
+        state = ", closed" if self.closed else f" on {self._device}"
+        return f"<Engine {str(self._path)!r}: {name}{state}, {source.dtype} {_show(source.shape)} {source.layout} → {outputs}>"
+
+    def _run(self, batch: NDArray[Any]) -> Arrays:
+        if not self._lease.acquire():
+            raise InputError(f"{self._path}: this Engine is closed", remedy="call infer inside the with block and before close(), or open another")
+        try:
+            count = len(batch)
+            if count == self._batch or (self._batch is None and count <= self._largest):
+                return tuple(self._backend.run(np.ascontiguousarray(batch)))
+            self._require_divisible()
+            return join([self._run_piece(piece) for piece in _split(batch, self._largest)])
+        finally:
+            self._lease.release()
+
+    def _run_piece(self, piece: NDArray[Any]) -> Arrays:
+        count = len(piece)
+        if self._batch is None or count == self._batch:
+            return tuple(self._backend.run(np.ascontiguousarray(piece)))
+        padded = np.zeros((self._batch, *piece.shape[1:]), piece.dtype)
+        padded[:count] = piece
+        # Copies, so that the caller does not hold the whole padded output.
+        return tuple(output[:count].copy() for output in self._backend.run(padded))
+
+    def _require_divisible(self) -> None:
+        first = self._spec.input.shape[0]
+        remedy = f"give {'exactly' if self._batch else 'at most'} {self._largest} images at a time"
+        for output in self._spec.outputs:
+            if not output.shape or output.shape[0] != first:
+                message = f"batch: the output {output.name} {_show(output.shape)} has no row per image, so a batch cannot be split or padded"
+                raise InputError(message, remedy=remedy)
+
+    def _usual_shape(self) -> tuple[int, ...]:
+        source, preprocessing = self._spec.input, self._spec.preprocessing
+        sizes = list(source.shape)
+        sizes[0] = self._batch if self._batch is not None else 1
+        axes = {"NCHW": (2, 3), "NHWC": (1, 2)}.get(source.layout)
+        if preprocessing is not None and axes is not None:
+            for axis, size in zip(axes, preprocessing.crop, strict=True):
+                sizes[axis] = size if isinstance(sizes[axis], str) else sizes[axis]
+        known = tuple(size for size in sizes if isinstance(size, int))
+        if len(known) != len(sizes):
+            raise InputError(f"the model accepts any size: {_show(source.shape)}", remedy="give warm_up the shape of your batches")
+        return known
+
+
+def _split(batch: NDArray[Any], size: int) -> Iterator[NDArray[Any]]:
+    return (batch[start : start + size] for start in range(0, len(batch), size))
+
+
+def _show(shape: Sequence[int | str]) -> str:
+    return f"({', '.join(map(str, shape))})"

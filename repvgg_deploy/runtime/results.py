@@ -1,0 +1,50 @@
+"""What `infer` returns, and how the outputs of several runs become one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..specs import ModelSpec
+
+Arrays: TypeAlias = "tuple[NDArray[Any], ...]"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TopK:
+    """The best classes of each image, best first.
+
+    Attributes:
+        scores: float32 (N, K).
+        classes: int64 (N, K), indices into the labels.
+    """
+
+    scores: NDArray[np.float32]
+    classes: NDArray[np.int64]
+
+
+Result: TypeAlias = "NDArray[np.float32] | TopK | dict[str, NDArray[Any]]"
+
+
+def package(outputs: Sequence[NDArray[Any]], spec: ModelSpec) -> Result:
+    """Outputs in the order of the specification → what the caller gets.
+
+    Returns:
+        TopK of a top-5 model; else the array where there is one output, a dict by name where there are several.
+    """
+    if spec.kind == "top5":
+        scores, classes = outputs
+        return TopK(scores.astype(np.float32, copy=False), classes.astype(np.int64, copy=False))
+    widened = [array.astype(np.float32) if array.dtype == np.float16 else array for array in outputs]
+    if len(widened) == 1:
+        return widened[0]
+    return {output.name: array for output, array in zip(spec.outputs, widened, strict=True)}
+
+
+def join(parts: Sequence[Arrays]) -> Arrays:
+    """The outputs of consecutive pieces of a batch as those of the whole."""
+    return parts[0] if len(parts) == 1 else tuple(np.concatenate(pieces) for pieces in zip(*parts, strict=True))

@@ -1,0 +1,394 @@
+"""The typed values that pass between stages, and the artifact schemas. Standard library only.
+
+Each is validated once, here; behind this border the code trusts it. An example of every artifact schema stands in
+`docs/schemas/`; `codec.decode` reads them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .errors import InputError
+
+METADATA_KEY = "repvgg_deploy"
+"""Key of the one JSON value that an ONNX carries in `metadata_props`."""
+METADATA_SCHEMA: Literal[1] = 1
+PASSPORT_SCHEMA: Literal[1] = 1
+CALIBRATION_SCHEMA: Literal[1] = 1
+
+BlockKind = Literal["repvgg", "qarepvgg_v1", "qarepvgg_v2", "plain"]
+SePosition = Literal["none", "before_relu", "after_relu"]
+Form = Literal["training", "deploy"]
+InputKind = Literal["float32", "uint8"]
+OutputKind = Literal["logits", "probabilities", "top5"]
+Precision = Literal["fp32", "fp16", "int8"]
+
+
+def _require(condition: bool, message: str, remedy: str) -> None:
+    if not condition:
+        raise InputError(message, remedy=remedy)
+
+
+@dataclass(frozen=True, slots=True)
+class VariantSpec:
+    """The architecture of one RepVGG.
+
+    Attributes:
+        name: For people, such as `B2`.
+        depths: Blocks of stages 1 to 4.
+        widths: Channels of the stem and of stages 1 to 4.
+        groups: Groups of each 3×3 convolution, stem first; length 1 + sum(depths).
+        se: Where a squeeze-and-excitation block stands, if any.
+        se_reduction: Channels divided by hidden channels of that block.
+        strides: Strides of the stem and of the first block of stages 1 to 4.
+        block: Kind of the training-form block: `repvgg` (Ding et al. 2021), `qarepvgg_v1` and `qarepvgg_v2`
+            (Chu et al. 2024, https://arxiv.org/abs/2212.01593), `plain` (one Conv+BatchNorm, RepOpt-VGG, https://arxiv.org/abs/2205.15242).
+        num_classes: Rows of the classifier.
+        bn_eps: Epsilon of every BatchNorm.
+        auxiliary_heads: Whether the training form has the three auxiliary classifiers of RepVGGplus.
+    """
+
+    name: str
+    depths: tuple[int, int, int, int]
+    widths: tuple[int, int, int, int, int]
+    groups: tuple[int, ...]
+    se: SePosition = "none"
+    se_reduction: int = 16
+    strides: tuple[int, int, int, int, int] = (2, 2, 2, 2, 2)
+    block: BlockKind = "repvgg"
+    num_classes: int = 1000
+    bn_eps: float = 1e-5
+    auxiliary_heads: bool = False
+
+    def __post_init__(self) -> None:
+        where, remedy = f"variant {self.name!r}: ", f"correct the definition of the variant {self.name!r}"
+        positive = all(n >= 1 for n in (*self.depths, *self.widths, *self.groups, self.num_classes, self.se_reduction))
+        _require(positive, f"{where}depths, widths, groups, num_classes and se_reduction must be at least 1", remedy)
+        count = 1 + sum(self.depths)
+        _require(len(self.groups) == count, f"{where}expected {count} groups (stem and {count - 1} blocks), found {len(self.groups)}", remedy)
+        _require(all(s in (1, 2) for s in self.strides), f"{where}strides must be 1 or 2, found {self.strides}", remedy)
+        _require(0 < self.bn_eps < 1, f"{where}bn_eps must lie between 0 and 1, found {self.bn_eps}", remedy)
+        for layer in self.layers():
+            divides = layer.in_channels % layer.groups == 0 and layer.out_channels % layer.groups == 0
+            channels = f"{layer.in_channels} → {layer.out_channels} channels of {layer.name}"
+            _require(divides, f"{where}{layer.groups} groups do not divide {channels}", remedy)
+        enough = self.se == "none" or min(self.widths) >= self.se_reduction
+        _require(enough, f"{where}se_reduction {self.se_reduction} leaves no channel of the narrowest width {min(self.widths)}", remedy)
+
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """The 3×3 layers in order, stem first."""
+        result = [LayerSpec("stage0", 0, 3, self.widths[0], self.strides[0], self.groups[0])]
+        for stage, depth in enumerate(self.depths, start=1):
+            for index in range(depth):
+                stride = self.strides[stage] if index == 0 else 1
+                groups = self.groups[len(result)]
+                result.append(LayerSpec(f"stage{stage}.{index}", stage, result[-1].out_channels, self.widths[stage], stride, groups))
+        return tuple(result)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One 3×3 layer of a variant: its name in the official key names, its stage (0: stem), channels, stride and groups."""
+
+    name: str
+    stage: int
+    in_channels: int
+    out_channels: int
+    stride: int
+    groups: int
+
+    @property
+    def has_identity(self) -> bool:
+        """Whether the training form has an identity branch: same channels and stride 1."""
+        return self.in_channels == self.out_channels and self.stride == 1
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One input or output of a model.
+
+    Attributes:
+        name: Name in the ONNX graph and in the plan.
+        dtype: NumPy's name: `float32`, `float16`, `uint8` or `int64`.
+        shape: One entry a dimension; a string is a dynamic one (`batch`).
+        layout: `NCHW`, `NHWC`, `NC` (class scores), `NK` (top-k) or `other`.
+    """
+
+    name: str
+    dtype: Literal["float32", "float16", "uint8", "int64", "int32"]
+    shape: tuple[int | str, ...]
+    layout: Literal["NCHW", "NHWC", "NC", "NK", "other"]
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """How an image file becomes the model's input.
+
+    Attributes:
+        mean: Per RGB channel, in 0–255 units.
+        std: Per RGB channel, in 0–255 units.
+        resize_short: The short side is resized to this many pixels first.
+        crop: (height, width) of the centre crop, the model's input size.
+        interpolation: Filter of the resize.
+        in_graph: True: the graph casts and normalises itself (uint8 input); False: the caller gives normalised float32.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resize_short: int
+    crop: tuple[int, int]
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    in_graph: bool = False
+
+    def __post_init__(self) -> None:
+        finite = all(math.isfinite(value) for value in (*self.mean, *self.std))
+        _require(finite, f"mean and standard deviation must be finite, found {self.mean} and {self.std}", "give numbers in 0–255 units")
+        _require(all(s > 0 for s in self.std), f"standard deviation must be positive, found {self.std}", "give --std in 0–255 units, such as 58.395")
+        _require(min(self.crop) >= 1 and self.resize_short >= 1, f"image size must be positive, found {self.crop}", "give --image-size in pixels")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """What a caller must know of a model: `Engine.spec`.
+
+    Attributes:
+        input: The image input.
+        outputs: One output (`logits` or `probabilities`), two (`scores`, `classes` of a top-5 model), or the stage outputs.
+        kind: What the outputs are.
+        preprocessing: How an image becomes the input; None where it is not known (a module of the user's own).
+        labels: Names of the classes in order, or None.
+    """
+
+    input: TensorSpec
+    outputs: tuple[TensorSpec, ...]
+    kind: Literal["logits", "probabilities", "top5", "features", "module"]
+    preprocessing: Preprocessing | None = None
+    labels: tuple[str, ...] | None = None
+
+    @property
+    def batch(self) -> int | None:
+        """The fixed batch size, or None where any batch is accepted."""
+        size = self.input.shape[0]
+        return size if isinstance(size, int) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One comparison of a certificate.
+
+    Attributes:
+        name: What was compared with what, on which batch.
+        error: Largest absolute difference, in units of `scale`.
+        tolerance: What the error was allowed to be, in the same units.
+        scale: Largest absolute value of the reference, in its own units.
+    """
+
+    name: str
+    error: float
+    tolerance: float
+    scale: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within its tolerance; False for NaN."""
+        return self.error <= self.tolerance
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """What was verified before an ONNX was written.
+
+    Attributes:
+        reference: What the model was compared with.
+        checks: Every comparison.
+        versions: Version of each tool that took part.
+    """
+
+    reference: str
+    checks: tuple[Check, ...]
+    versions: dict[str, str]
+
+    @property
+    def passed(self) -> bool:
+        """Whether there was at least one check and all passed."""
+        return bool(self.checks) and all(check.passed for check in self.checks)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSource:
+    """Where the weights came from."""
+
+    file: str
+    sha256: str
+    family: str
+    form: Form
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelStatistics:
+    """Mean and standard deviation of each channel of one tensor, before its ReLU, as the BatchNorm layers state them.
+
+    Attributes:
+        mean: Base64 of little-endian float32 (C,).
+        std: Base64 of little-endian float32 (C,).
+    """
+
+    mean: str
+    std: str
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryEntry:
+    """One stage that an ONNX went through. No clock time: equal inputs give equal files."""
+
+    stage: str
+    versions: dict[str, str]
+    options: dict[str, str | int | float | bool | None] = field(default_factory=dict)
+    parent_sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelMetadata:
+    """The JSON value under `repvgg_deploy` in an ONNX's `metadata_props`; every stage copies and extends it.
+
+    Attributes:
+        schema: METADATA_SCHEMA.
+        spec: Inputs, outputs, preprocessing and labels.
+        variant: The architecture, or None for a module of the user's own.
+        source: The checkpoint, or None where the weights came from memory.
+        certificate: What was verified.
+        statistics: By name of a tensor before its ReLU: what the BatchNorm layers say of it (training-form checkpoints only).
+        history: The stages, oldest first.
+        notes: What was chosen or assumed of the checkpoint, such as strides, in sentences.
+        content_sha256: Binds this value to the graph: see `onnx_file.content_digest`.
+    """
+
+    schema: Literal[1]
+    spec: ModelSpec
+    variant: VariantSpec | None
+    source: CheckpointSource | None
+    certificate: Certificate
+    statistics: dict[str, ChannelStatistics]
+    history: tuple[HistoryEntry, ...]
+    notes: tuple[str, ...] = ()
+    content_sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeProfile:
+    """Smallest, usual and largest batch that a plan accepts; nothing else varies."""
+
+    min_batch: int = 1
+    opt_batch: int = 8
+    max_batch: int = 32
+
+    def __post_init__(self) -> None:
+        _require(
+            1 <= self.min_batch <= self.opt_batch <= self.max_batch,
+            f"profile: expected 1 ≤ min ≤ opt ≤ max, found {self.min_batch}, {self.opt_batch}, {self.max_batch}",
+            "order --min-batch, --opt-batch and --max-batch",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BuildConfig:
+    """All that the plan builder is given: one file of `engines/configs/`.
+
+    Attributes:
+        precision: None builds the graph as it is typed.
+        profile: Batch sizes.
+        workspace_bytes: Scratch memory that the builder may use.
+        tf32: Whether FP32 convolutions may round their inputs to TF32.
+        optimization_level: TensorRT's 0–5, None for its default.
+        version_compatible: Plan runs on later TensorRT of the same major version.
+        hardware_compatible: Plan runs on other GPUs of Ampere and later.
+        sparse: Allow 2:4 sparse weights.
+    """
+
+    precision: Precision | None = None
+    profile: ShapeProfile = ShapeProfile()
+    workspace_bytes: int = 4 << 30
+    tf32: bool = False
+    optimization_level: int | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    sparse: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.workspace_bytes > 0, f"workspace_bytes must be positive, found {self.workspace_bytes}", "give --workspace such as 4GiB")
+        _require(
+            self.optimization_level is None or 0 <= self.optimization_level <= 5,
+            f"optimization_level must be 0 to 5, found {self.optimization_level}",
+            "give --optimization-level 0 to 5",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PlanPassport:
+    """`NAME.plan.json`, beside a plan that stays as TensorRT wrote it.
+
+    Attributes:
+        schema: PASSPORT_SCHEMA.
+        plan_sha256: Of the plan's bytes.
+        onnx_sha256: Of the ONNX that was built.
+        spec: Inputs, outputs, preprocessing and labels.
+        certificate: The ONNX's own.
+        precision: What the layer inspector saw, or `not_inspected` where no GPU was there to ask.
+        config: What the builder was given.
+        flavour: `tensorrt` or `tensorrt_rtx`.
+        tensorrt_version: Such as `10.9.0.34`.
+        gpu_name: None where the build needed no GPU.
+        compute_capabilities: GPUs that the plan was made for, such as `8.6`.
+        driver_version: None where there was no driver.
+        build_seconds: Wall time of the build.
+        history: The ONNX's own, extended by the build.
+    """
+
+    schema: Literal[1]
+    plan_sha256: str
+    onnx_sha256: str
+    spec: ModelSpec
+    certificate: Certificate
+    precision: Literal["fp32", "fp16", "int8", "not_inspected"]
+    config: BuildConfig
+    flavour: Literal["tensorrt", "tensorrt_rtx"]
+    tensorrt_version: str
+    gpu_name: str | None
+    compute_capabilities: tuple[str, ...]
+    driver_version: str | None
+    build_seconds: float
+    history: tuple[HistoryEntry, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationProvenance:
+    """The JSON text in the array `provenance` of `NAME.calib.npz`; the array `images` is uint8 or float32 (N, H, W, 3) or (N, 3, H, W).
+
+    Attributes:
+        schema: CALIBRATION_SCHEMA.
+        onnx_sha256: The ONNX that the images were made for.
+        checkpoint_sha256: The training-form checkpoint whose BatchNorm statistics they match.
+        method: How the images were made.
+        images: How many.
+        seed: Of the random generator.
+        steps: Optimisation steps per batch.
+        loss: Final mean BatchNorm mismatch.
+        versions: Version of each tool.
+    """
+
+    schema: Literal[1]
+    onnx_sha256: str
+    checkpoint_sha256: str
+    method: Literal["bn_statistics"]
+    images: int
+    seed: int
+    steps: int
+    loss: float
+    versions: dict[str, str]
+
+
+MetadataValue = Mapping[str, object]
+"""A decoded but not yet validated metadata value."""

@@ -1,0 +1,1 @@
+"""Two models, the same batches → a certificate. Needs NumPy and, for ONNX models, ONNX Runtime."""

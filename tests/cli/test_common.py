@@ -1,0 +1,260 @@
+"""Exit codes, messages, signals and output that both programs share."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from repvgg_deploy.cli.common import Output, Progress, parent_parser, run
+from repvgg_deploy.errors import InputError, MissingDependencyError
+
+ROOT = Path(__file__).parents[2]
+DONE = Output({"answer": 42}, "the answer is 42", "ask again")
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    return argparse.ArgumentParser(parents=[parent_parser()]).parse_args(arguments)
+
+
+def raising(error: BaseException):
+    def body(args: argparse.Namespace) -> Output:
+        raise error
+
+    return body
+
+
+def test_run_of_finished_body_prints_text_and_next_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(lambda args: DONE, parse()) == 0
+    printed = capsys.readouterr()
+    assert printed.out == "the answer is 42\n"
+    assert printed.err == "next: ask again\n"
+
+
+def test_run_with_json_prints_one_object_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(lambda args: DONE, parse("--json")) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"answer": 42}
+    assert printed.err == ""
+
+
+def test_run_of_partly_failed_body_prints_both_and_exits_1(capsys: pytest.CaptureFixture[str]) -> None:
+    partly = Output({"answer": 42}, "half", None, (InputError("b.jpg: bad", remedy="leave it out"),))
+    assert run(lambda args: partly, parse()) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "half\n"
+    assert printed.err == "error: b.jpg: bad\n  remedy: leave it out\n"
+    assert run(lambda args: partly, parse("--json")) == 1
+    assert json.loads(capsys.readouterr().out) == {"answer": 42}
+
+
+def test_run_of_our_error_prints_message_and_remedy(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(raising(InputError("it is bad", remedy="make it good")), parse()) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == "error: it is bad\n  remedy: make it good\n"
+
+
+def test_run_of_our_error_with_json_prints_it_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(raising(MissingDependencyError("no torch", remedy="install it")), parse("--json")) == 1
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"error": "no torch", "remedy": "install it"}
+    assert printed.err == ""
+
+
+@pytest.mark.parametrize("error", [InputError("it is bad", remedy="make it good"), ZeroDivisionError("division by zero"), KeyboardInterrupt()])
+def test_run_with_vv_shows_the_traceback(capsys: pytest.CaptureFixture[str], error: BaseException) -> None:
+    run(raising(error), parse("-v"))
+    assert "Traceback" not in capsys.readouterr().err
+    run(raising(error), parse("-vv"))
+    assert capsys.readouterr().err.count("Traceback") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "remedy"),
+    [
+        (ZeroDivisionError("division\nby zero"), "unexpected ZeroDivisionError: division by zero", "please report this; run it again with -vv"),
+        (AssertionError(), "unexpected AssertionError: no message", "please report this; run it again with -vv"),
+        (MemoryError(), "out of memory", "give a smaller batch"),
+    ],
+)
+def test_run_of_unexpected_error_is_one_line(capsys: pytest.CaptureFixture[str], error: BaseException, message: str, remedy: str) -> None:
+    assert run(raising(error), parse()) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == f"error: {message}"
+    assert lines[1].startswith(f"  remedy: {remedy}")
+    assert len(lines) == 2
+
+
+def test_run_of_interrupted_body_exits_130(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(raising(KeyboardInterrupt()), parse()) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(("arguments", "levels"), [([], ["WARNING"]), (["-v"], ["INFO", "WARNING"]), (["-vv"], ["DEBUG", "INFO", "WARNING"])])
+def test_run_logs_what_verbosity_asks_for(capsys: pytest.CaptureFixture[str], arguments: list[str], levels: list[str]) -> None:
+    logger = logging.getLogger("repvgg_deploy.some_stage")
+
+    def body(args: argparse.Namespace) -> Output:
+        logger.debug("d")
+        logger.info("i")
+        logger.warning("w")
+        return Output({}, "")
+
+    handlers = list(logging.getLogger("repvgg_deploy").handlers)
+    run(body, parse(*arguments))
+    assert [line.split(maxsplit=1)[0].rstrip(":") for line in capsys.readouterr().err.splitlines()] == levels
+    assert logging.getLogger("repvgg_deploy").handlers == handlers
+
+
+def test_run_leaves_signal_handlers_as_they_were() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)]
+    run(lambda args: DONE, parse())
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)] == before
+
+
+def test_run_works_outside_the_main_thread() -> None:
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(run(lambda args: Output({}, ""), parse())))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+
+
+def test_run_prints_names_that_the_terminal_cannot_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert run(lambda args: Output({}, "büro\udcff"), parse()) == 0
+    stream.flush()
+    assert stream.buffer.getvalue() == b"b\\xfcro\\udcff\n"
+
+
+def test_options_before_and_after_a_subcommand_both_count() -> None:
+    parser = argparse.ArgumentParser(parents=[parent_parser()])
+    parser.add_subparsers().add_parser("go", parents=[parent_parser()])
+    assert vars(parser.parse_args(["-v", "--json", "go"])) == {"verbose": 1, "json": True}
+    assert vars(parser.parse_args(["go", "-vv", "--json"])) == {"verbose": 2, "json": True}
+    assert vars(parser.parse_args(["go"])) == {}
+
+
+PROGRAM = """
+import argparse, sys, time
+from pathlib import Path
+from repvgg_deploy.artifacts import atomic_output
+from repvgg_deploy.cli.common import Output, run
+
+def wait(args):
+    with atomic_output(Path(sys.argv[2])) as output:
+        output.partial.write_bytes(b"half")
+        print("ready", file=sys.stderr, flush=True)
+        time.sleep(60)
+    return Output({}, "")
+
+def talk(args):
+    return Output({}, "a long line " * 100_000)
+
+sys.exit(run({"wait": wait, "talk": talk}[sys.argv[1]], argparse.Namespace(json=len(sys.argv) > 3)))
+"""
+
+
+def start(*arguments: str, stdout: int = subprocess.PIPE, ignore_hangup: bool = False) -> subprocess.Popen[str]:
+    program = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n{PROGRAM}" if ignore_hangup else PROGRAM
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("number", "code", "message"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated by SIGTERM"), (signal.SIGHUP, 129, "terminated by SIGHUP")],
+)
+def test_program_that_gets_a_signal_leaves_no_file(tmp_path: Path, number: int, code: int, message: str) -> None:
+    with start("wait", str(tmp_path / "out.onnx")) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "ready\n"
+        assert len(list(tmp_path.iterdir())) == 1  # the partial file is there, and would be left by a program that just dies
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert errors == f"{message}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.timeout(60)
+def test_program_under_nohup_survives_the_hangup(tmp_path: Path) -> None:
+    with start("wait", str(tmp_path / "out.onnx"), ignore_hangup=True) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "ready\n"
+        process.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.3)
+        process.terminate()
+        process.communicate(timeout=30)
+    assert process.returncode == 143
+
+
+@pytest.mark.timeout(60)
+def test_program_whose_reader_goes_away_is_quiet() -> None:
+    with start("talk") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(10)
+        process.stdout.close()
+        errors = process.stderr.read()
+        process.wait(30)
+    assert process.returncode == 141
+    assert errors == ""
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_program_whose_output_does_not_fit_says_so() -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    try:
+        with start("talk", stdout=full) as process:
+            _, errors = process.communicate(timeout=30)
+    finally:
+        os.close(full)
+    assert process.returncode == 1
+    assert errors.startswith("error: standard output: cannot be written: No space left on device\n  remedy: ")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_on_a_terminal_draws_and_clears() -> None:
+    stream = Terminal()
+    with Progress(4, "images", stream=stream) as bar:
+        bar.advance(2, label="more images")
+    drawn = stream.getvalue().split("\r\x1b[K")
+    assert drawn[1].startswith("images [........................] 0/4")
+    assert drawn[2].startswith("more images [############............] 2/4")
+    assert drawn[3] == ""
+
+
+def test_progress_elsewhere_draws_nothing() -> None:
+    stream = io.StringIO()
+    with Progress(0, "images", stream=stream) as bar:
+        bar.advance(5)
+    assert stream.getvalue() == ""
+
+
+class LostTerminal(Terminal):
+    def write(self, text: str) -> int:
+        raise OSError("gone")
+
+
+def test_progress_on_a_lost_terminal_does_not_stop_the_work() -> None:
+    with Progress(2, "images", stream=LostTerminal()) as bar:
+        bar.advance()

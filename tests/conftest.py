@@ -1,0 +1,113 @@
+"""Fixtures for all tests; and where an optional package is missing, which test files are left out, said at the end of the run."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+OPTIONAL = ("torch", "onnx", "onnxsim", "onnxruntime", "safetensors", "PIL", "sklearn", "matplotlib")
+MISSING = frozenset(name for name in OPTIONAL if importlib.util.find_spec(name) is None)
+LEFT_OUT: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with the really trained checkpoints and photos, which a clone of the project alone does not have."""
+    folder = ROOT.parent / "shared" / "data"
+    if not (folder / "repvgg-a0-imagenette.pth").exists():
+        pytest.skip("the trained A0 checkpoint and the photos are not beside this clone (../shared/data)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sample_dir() -> Path:
+    """The committed sample: checkpoint, variant, labelled images."""
+    return ROOT / "models" / "sample"
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leaves out a test file that imports, itself or through our modules, an optional package that is not installed."""
+    if not MISSING or collection_path.suffix != ".py" or not collection_path.name.startswith("test_"):
+        return None
+    needed = MISSING & _imports(collection_path)
+    if not needed:
+        return None
+    LEFT_OUT.append(f"{collection_path.relative_to(ROOT)}: needs {', '.join(sorted(needed))}")
+    return True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Skips a test that reaches for a missing optional package only while it runs."""
+    try:
+        return (yield)
+    except ImportError as error:
+        if MISSING & _names_of(error):
+            pytest.skip(f"needs {', '.join(sorted(MISSING & _names_of(error)))}, which is not installed")
+        raise
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says what was left out: a green run must not hide it."""
+    if LEFT_OUT:
+        terminalreporter.section(f"{len(LEFT_OUT)} files left out: optional packages are not installed")
+        for line in sorted(LEFT_OUT):
+            terminalreporter.line(line)
+
+
+def _names_of(error: BaseException | None) -> set[str]:
+    names: set[str] = set()
+    while error is not None:
+        names |= {(getattr(error, "name", None) or "").partition(".")[0]}
+        error = error.__cause__ or error.__context__
+    return names
+
+
+@functools.cache
+def _imports(path: Path) -> frozenset[str]:
+    """Top-level packages that importing `path` imports; our own modules and test helpers are followed."""
+    found: set[str] = set()
+    seen: set[Path] = set()
+    queue = [path]
+    while queue:
+        current = queue.pop()
+        if current in seen or not current.exists():
+            continue
+        seen.add(current)
+        for name in _module_imports(current):
+            found.add(name.partition(".")[0])
+            queue += _own_files(name)
+    return frozenset(found)
+
+
+def _own_files(name: str) -> list[Path]:
+    base = ROOT.joinpath(*name.split("."))
+    return [base.with_suffix(".py"), base / "__init__.py"] if name.partition(".")[0] in ("repvgg_deploy", "tests", "benchmarks") else []
+
+
+def _module_imports(path: Path) -> set[str]:
+    """Absolute names that the module imports when it is itself imported: not those inside functions or under TYPE_CHECKING."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    names: set[str] = set()
+    queue: list[ast.AST] = list(ast.parse(path.read_text(encoding="utf-8")).body)
+    while queue:
+        node = queue.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) or _is_type_checking(node):
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join([*package[: len(package) - node.level + 1], *([node.module] if node.module else [])]) if node.level else node.module or ""
+            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+        queue += ast.iter_child_nodes(node)
+    return names
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"

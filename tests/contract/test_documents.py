@@ -1,0 +1,137 @@
+"""What the documents show is run, what they name exists."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.contract.source_tree import ROOT
+
+DOCUMENTS = ["README.md", "docs/schemas.md", "engines/README.md", "CONTRIBUTING.md", "docker/README.md", "models/README.md"]
+# A block with a language is run unless the line before it says why not.
+BLOCK = re.compile(r"(?:^<!-- not run: (?P<reason>[^>]+) -->\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
+PROGRAMS = {"repvgg-export": "repvgg_deploy.cli.export", "repvgg-trt": "repvgg_deploy.cli.trt"}
+SHOWN_ONLY = {"toml", "json", "text"}
+
+
+def blocks(document: str) -> list[re.Match[str]]:
+    return list(BLOCK.finditer((ROOT / document).read_text(encoding="utf-8")))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a reader has: the clone's folders that the snippets name, and the programs on PATH."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("models", "engines"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("checkpoints", "onnx", "plans", "__pycache__"))
+    (folder / "bin").mkdir()
+    for program, module in PROGRAMS.items():
+        path = folder / "bin" / program
+        path.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m {module} "$@"\n', encoding="utf-8")
+        path.chmod(0o755)
+    return folder
+
+
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error::DeprecationWarning:repvgg_deploy"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.fixture(scope="module")
+def exported(folder: Path) -> Path:
+    """The same folder with the file that the README's first command writes, for snippets that begin there."""
+    pytest.importorskip("torch")
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("PIL")
+    result = run(["repvgg-export", "--ckpt", "models/sample/repvgg-sample.pth", "--out", "sample.onnx"], folder)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.mark.parametrize("document", ["README.md", "engines/README.md", "docs/schemas.md"])
+def test_snippets_of_a_document_run_one_after_the_other(document: str, exported: Path) -> None:
+    if document == "README.md":
+        (exported / "sample.onnx").unlink()  # its own commands write it
+    ran = 0
+    for block in blocks(document):
+        if block["reason"] or block["language"] in SHOWN_ONLY:
+            continue
+        command = {"sh": ["sh", "-euc"], "python": [sys.executable, "-c"]}[block["language"]]
+        result = run([*command, block["code"]], exported)
+        assert result.returncode == 0, f"{block['code']}\n{result.stdout}{result.stderr}"
+        ran += 1
+    assert ran > 0
+
+
+def test_snippet_of_the_readme_recognises_the_digit(exported: Path) -> None:
+    python = [block["code"] for block in blocks("README.md") if "infer_images" in block["code"]]
+    assert run([sys.executable, "-c", python[0]], exported).stdout.split() == ["3"]
+
+
+def help_texts() -> dict[str, str]:
+    commands = {"repvgg-export": [[]], "repvgg-trt": [[], ["infer"], ["inspect"]]}
+    result = {}
+    for program, variants in commands.items():
+        texts = [
+            subprocess.run([sys.executable, "-m", PROGRAMS[program], *v, "--help"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+            for v in variants
+        ]
+        result[program] = "\n".join(texts)
+    return result
+
+
+def test_options_in_the_readme_are_those_of_the_programs() -> None:
+    """Each option that the README names is in a program's help; in the table of repvgg-export's options, in its help."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    helps = help_texts()
+    code = "\n".join(re.findall(r"`([^`\n]+)`", readme)) + "\n".join(block["code"] for block in blocks("README.md"))
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", code))
+    known = set(re.findall(r"--[a-z][a-z-]+", "\n".join(helps.values())))
+    assert len(named) > 10
+    assert named - known == set()
+    table = readme.partition("| option of `repvgg-export`")[2].partition("\n\n")[0]
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", table)) <= set(re.findall(r"--[a-z][a-z-]+", helps["repvgg-export"]))
+
+
+def test_help_of_every_option_says_something() -> None:
+    for program, text in help_texts().items():
+        for line in re.findall(r"^  (?:-\w, )?(--[\w-]+)(?: [A-Z|x]+)?$(?!\n\s{10,})", text, re.M):
+            pytest.fail(f"{program}: {line} has no help text")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_of_a_document_lead_somewhere(document: str) -> None:
+    path = ROOT / document
+    for target in re.findall(r"\]\((?!https?://|#)([^)#\s]+)", path.read_text(encoding="utf-8")):
+        assert (path.parent / target).exists(), f"{document}: {target}"
+
+
+def test_make_targets_in_the_documents_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    for document in DOCUMENTS:
+        named = set(re.findall(r"`?make ([a-z]+)(?=`|\s{2,}#|$)", (ROOT / document).read_text(encoding="utf-8"), re.M))
+        assert named <= targets, document
+
+
+def test_numbers_of_the_readme_table_are_those_of_the_variants() -> None:
+    from repvgg_deploy.variants import PUBLISHED, count_macs, count_parameters
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, spec in PUBLISHED.items():
+        size = 320 if spec.auxiliary_heads else 224
+        row = f"| {name} | {count_parameters(spec, 'deploy') / 1e6:.2f} | {count_macs(spec, size, size) / 1e9:.2f} |"
+        assert row in readme, name
+
+
+def test_python_of_the_docs_is_valid() -> None:
+    for document in DOCUMENTS:
+        for block in blocks(document):
+            if block["language"] == "python":
+                compile(block["code"], document, "exec")

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+
+from repvgg_deploy.errors import CalibrationError
+from repvgg_deploy.precision.calibrate import collect
+from repvgg_deploy.precision.chain import read_chain
+from repvgg_deploy.precision.equalize import EqualizeOptions, equalize
+from repvgg_deploy.precision.execute import run_tensors
+from tests.precision.make_chain import KINDS, make_batches, make_model
+
+OPTIONS = [EqualizeOptions(), EqualizeOptions(1.0, powers_of_two=True), EqualizeOptions(0.3, {"stage1.conv": 0.9})]
+
+
+def outputs(model: onnx.ModelProto, batches: list[np.ndarray]) -> dict[str, np.ndarray]:
+    names = [value.name for value in model.graph.output]
+    values = list(run_tensors(model, names, batches))
+    return {name: np.concatenate([v[name] for v in values]) for name in names}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "options", [EqualizeOptions(), EqualizeOptions(1.0, powers_of_two=True), EqualizeOptions(0.3, {"stage1.conv": 0.9})], ids=str
+)
+def test_equalize_every_kind_of_graph_computes_the_same(kind: str, options: EqualizeOptions) -> None:
+    model, batches = make_model(KINDS[kind]), make_batches(KINDS[kind])
+    result = equalize(model, collect(model, batches).ranges(), options)
+    before, after = outputs(model, batches), outputs(result.model, batches)
+    for name, value in before.items():
+        if value.dtype != np.float32:
+            assert np.mean(value == after[name]) > 0.99  # classes: two almost equal scores may change places
+            continue
+        # float32 rounding of six layers; the promise of the module is 1e-5
+        assert np.abs(value - after[name]).max() <= 1e-5 * np.abs(value).max()
+    assert len(result.factors) >= 1
+    assert any(np.ptp(np.log2(factor)) > 0.5 for factor in result.factors.values())  # it did something
+
+
+def test_equalize_spreads_become_smaller_and_ranges_alike() -> None:
+    model, batches = make_model(), make_batches()
+    result = equalize(model, collect(model, batches).ranges(), EqualizeOptions(1.0))
+    open_ = [i for i in result.interfaces if i.blocked_by is None]
+    assert len(open_) == 5
+    assert max(i.spread_before for i in open_) > 4
+    # The ranges given are exactly those divided by.
+    assert max(i.spread_after for i in open_) == pytest.approx(1.0, abs=1e-9)
+    ranges = collect(result.model, batches).ranges()
+    for layer in read_chain(model).layers[1:]:
+        alive = ranges[layer.input][ranges[layer.input] > 0]
+        assert np.ptp(alive) <= 1e-5 * alive.max()  # measured again: float32 rounding
+
+
+def test_equalize_exposed_outputs_stay_as_they_are() -> None:
+    options = KINDS["features"]
+    model, batches = make_model(options), make_batches(options)
+    result = equalize(model, collect(model, batches).ranges())
+    assert [i.blocked_by for i in result.interfaces] == [None, "output stage1", "output stage2"]
+    assert set(result.factors) == {"stage0"}
+
+
+def test_equalize_powers_of_two_are_exact_factors() -> None:
+    model, batches = make_model(), make_batches()
+    result = equalize(model, collect(model, batches).ranges(), EqualizeOptions(powers_of_two=True))
+    logs = np.concatenate([np.log2(factor) for factor in result.factors.values()])
+    assert np.array_equal(logs, np.round(logs)) and np.ptp(logs) >= 2
+
+
+def test_equalize_dead_channel_keeps_its_factor_finite() -> None:
+    model, batches = make_model(), make_batches()
+    ranges = collect(model, batches).ranges()
+    ranges["stage1"] = ranges["stage1"].copy()
+    ranges["stage1"][3] = 0.0
+    factor = equalize(model, ranges).factors["stage1"]
+    assert np.isfinite(factor).all() and (factor > 0).all() and factor[3] == 1.0
+
+
+@pytest.mark.parametrize("value", [None, np.ones(3), np.full(16, np.nan)], ids=["missing", "shape", "nan"])
+def test_equalize_bad_ranges_are_refused(value) -> None:
+    model, batches = make_model(), make_batches()
+    ranges = collect(model, batches).ranges()
+    ranges.pop("stage1")
+    if value is not None:
+        ranges["stage1"] = value
+    with pytest.raises(CalibrationError, match="ranges of stage1"):
+        equalize(model, ranges)
+
+
+def test_equalize_options_out_of_range_are_refused() -> None:
+    with pytest.raises(CalibrationError, match="between 0 and 1"):
+        EqualizeOptions(1.5)

@@ -25,9 +25,10 @@ MAX_PIXELS = 89_478_485
 """Largest image that is decoded or resized to (Pillow's own warning limit): 256 MiB of RGB, more than any camera of one sensor needs."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "MPO", "PPM", "JPEG2000", "TGA", "AVIF")
-_SUFFIXES = frozenset(
+IMAGE_SUFFIXES = frozenset(
     f".{name}" for name in ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "mpo", "ppm", "pgm", "pbm", "jp2", "tga", "avif")
 )
+"""Of the files that count as images where a folder is searched."""
 _ORIENTATION_TAG = 0x0112
 _BACKGROUND = (255, 255, 255)
 
@@ -48,14 +49,14 @@ def list_images(paths: Iterable[StrPath]) -> tuple[Path, ...]:
     for item in paths:
         path, text = Path(item), os.fspath(item)
         if path.is_dir():
-            matches = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in _SUFFIXES and entry.is_file())
+            matches = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file())
         elif not path.exists() and glob.has_magic(text):
             matches = [Path(name) for name in sorted(glob.glob(text, recursive=True)) if Path(name).is_file()]
         else:
             matches = [path]
         if not matches:
             raise InputError(
-                f"{text}: no image found there", remedy=f"name image files ({', '.join(sorted(_SUFFIXES))}), or a folder that holds some"
+                f"{text}: no image found there", remedy=f"name image files ({', '.join(sorted(IMAGE_SUFFIXES))}), or a folder that holds some"
             )
         found += matches
     if not found:

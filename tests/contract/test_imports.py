@@ -24,16 +24,21 @@ RANKS = {
     "onnx_file": 3,
     "specs_io": 3,
     "zoo": 3,
+    "class_index": 3,
     "preprocess": 4,
-    "reference": 5,
-    "precision": 5,
-    "verify": 5,
-    "builder": 5,
-    "runtime": 5,
-    "serving": 5,
-    "export": 6,
-    "pipeline": 7,
-    "cli": 8,
+    "image_sources": 5,
+    "image_arrays": 5,
+    "image_sets": 6,
+    "calibration_images": 7,
+    "reference": 8,
+    "precision": 8,
+    "verify": 8,
+    "builder": 8,
+    "runtime": 8,
+    "serving": 8,
+    "export": 9,
+    "pipeline": 10,
+    "cli": 11,
 }
 TOP = "repvgg_deploy"
 HEAVY = ("numpy", "torch", "onnx", "onnxruntime", "onnxsim", "PIL", "safetensors", "openvino", "tensorrt", "tensorrt_rtx", "cuda", "pycuda", "google")
@@ -51,6 +56,10 @@ OWNED = {
     "tolerance": {"numpy"},
     "preprocess": {"numpy", "PIL"},
     "image_files": {"numpy", "PIL"},
+    "image_sources": {"numpy"},
+    "image_arrays": {"numpy"},
+    "image_sets": {"numpy"},
+    "calibration_images": {"numpy"},
 }
 MODULES = modules()
 

@@ -1,0 +1,131 @@
+"""Images to choose quantization scales with: some of a set, as the model takes them, held in memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import CalibrationError, InputError
+from .image_files import StrPath
+from .image_sets import ImageSet, SetOptions, open_images
+from .specs import ModelSpec
+
+logger = logging.getLogger(__name__)
+
+USUAL_IMAGES = 256
+FEW_IMAGES = 16
+"""Fewer images than this are warned of."""
+_TRAINING = "give images of the training split"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CalibrationImages:
+    """Images to calibrate with.
+
+    Attributes:
+        batches: As the model takes them, uint8 (N, H, W, 3) or float32 (N, 3, H, W), normalised; with a fixed batch all of that size.
+        skipped: How many could not be read.
+        name: Where they came from.
+        fixed_batch: Whether the model has a fixed batch, so that batches are not to be cut.
+    """
+
+    batches: list[NDArray[Any]]
+    skipped: int
+    name: str
+    fixed_batch: bool
+
+    @property
+    def images(self) -> int:
+        """How many there are."""
+        return sum(map(len, self.batches))
+
+
+def load_calibration(path: StrPath, spec: ModelSpec, *, limit: int = USUAL_IMAGES, batch_size: int = 32, seed: int = 0) -> CalibrationImages:
+    """Reads images to calibrate with; labels are not looked at.
+
+    Args:
+        path: A folder, searched recursively; an .npz with `images`, uint8 (N, H, W, 3) or float32 and normalised (a `NAME.calib.npz` too); a text
+            or CSV file of paths, relative to it; or one image.
+        spec: Of the model to calibrate.
+        limit: At most so many images, drawn at random without repetition.
+        batch_size: Images in a batch; a model's fixed batch comes first.
+        seed: Of the choice.
+
+    Raises:
+        CalibrationError: There are no images, too many are unreadable, they are all alike, hold NaN, or are not what the model takes.
+    """
+    options = SetOptions(limit, spec.batch or batch_size, seed, labels="none")
+    try:
+        images = open_images(path, spec, options)
+        found = list(images)
+    except InputError as error:
+        raise CalibrationError(error.message, remedy=error.remedy) from error
+    skipped = sum(len(batch.skipped) for batch in found)
+    batches = [batch.images for batch in found if len(batch.images)]
+    _require_usable(batches, images)
+    if skipped:
+        logger.warning("%s: %d of %d images could not be read and were left out", images.name, skipped, len(images))
+    return CalibrationImages(_fill(batches, spec.batch, images.name), skipped, images.name, spec.batch is not None)
+
+
+def split_held_out(images: CalibrationImages, *, share: float = 0.2) -> tuple[CalibrationImages, CalibrationImages]:
+    """Divides images into those to calibrate with, and those that the result is judged on.
+
+    Evenly: with a share of 0.2 every fifth image is held out (with a fixed batch: every fifth batch), so that both parts hold all classes.
+
+    Args:
+        images: Not changed.
+        share: To hold out, more than 0 and less than 1; at least one image is, and at least one is left.
+
+    Returns:
+        The images to calibrate with and the held-out ones; deterministic.
+
+    Raises:
+        CalibrationError: The share is out of range, or there is only one image (or one fixed batch).
+    """
+    if not 0 < share < 1:
+        raise CalibrationError(f"the share to hold out must lie between 0 and 1, found {share}", remedy="give 0.2, or leave it out")
+    units = [batch[np.newaxis] for batch in images.batches] if images.fixed_batch else images.batches
+    count = sum(map(len, units))
+    if count < 2:
+        what = "batch" if images.fixed_batch else "image"
+        raise CalibrationError(f"{images.name}: one {what} cannot be divided into calibration and judgement", remedy=f"{_TRAINING}, 256 of them")
+    held = np.floor(np.arange(1, count + 1) * share) > np.floor(np.arange(count) * share)
+    held[-1] |= not held.any()
+    held[0] &= not held.all()
+    return _part(images, units, ~held), _part(images, units, held)
+
+
+def _part(images: CalibrationImages, units: Sequence[NDArray[Any]], wanted: NDArray[np.bool_]) -> CalibrationImages:
+    """The images (of a model with a fixed batch: the batches) that are wanted."""
+    masks = np.split(wanted, np.cumsum([len(unit) for unit in units])[:-1])
+    parts = [unit if mask.all() else unit[mask] for unit, mask in zip(units, masks, strict=True) if mask.any()]
+    return CalibrationImages([part[0] for part in parts] if images.fixed_batch else parts, images.skipped, images.name, images.fixed_batch)
+
+
+def _fill(batches: list[NDArray[Any]], fixed: int | None, name: str) -> list[NDArray[Any]]:
+    """Whole batches only, for a model with a fixed one: what is left over is dropped, or repeated where it is all there is."""
+    if fixed is None or len(batches[-1]) == fixed:
+        return batches
+    if len(batches) == 1:
+        logger.warning("%s: %d images are repeated to fill the model's batch of %d", name, len(batches[0]), fixed)
+        return [np.resize(batches[0], (fixed, *batches[0].shape[1:]))]
+    logger.warning("%s: the last %d images do not fill the model's batch of %d and are left out", name, len(batches[-1]), fixed)
+    return batches[:-1]
+
+
+def _require_usable(batches: list[NDArray[Any]], images: ImageSet) -> None:
+    count = sum(map(len, batches))
+    if not count:
+        raise CalibrationError(f"{images.name}: none of {len(images)} images can be read", remedy=_TRAINING)
+    if not all(np.isfinite(batch).all() for batch in batches):
+        raise CalibrationError(f"{images.name}: the images hold NaN or infinite values", remedy="look at how they were made")
+    if count > 1 and all((batch == batches[0][0]).all() for batch in batches):
+        raise CalibrationError(f"{images.name}: all {count} images are alike", remedy=_TRAINING)
+    if count < FEW_IMAGES:
+        logger.warning("%s: %d images are few to calibrate with: 256 of the training split are usual", images.name, count)

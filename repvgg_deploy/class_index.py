@@ -1,0 +1,118 @@
+"""From what a data set calls a class (a folder, a name, a number) to the index that the model gives it. Standard library only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .errors import InputError
+from .labels import IMAGENET_CLASSES, imagenet_labels, imagenet_wordnet_ids
+
+_WORDNET_ID = re.compile(r"n\d{8}")
+
+
+@dataclass(frozen=True, slots=True)
+class Classes:
+    """The classes of a model.
+
+    Attributes:
+        labels: Names in the order of the classes, or None.
+        count: How many, or None where a model gives only its best five and no names.
+    """
+
+    labels: tuple[str, ...] | None
+    count: int | None
+
+    def names(self) -> dict[str, int]:
+        """Index by each name that means one class only: whole labels, their comma-separated parts, WordNet ids."""
+        found: dict[str, int | None] = {}
+        for index, label in enumerate(self.labels or ()):
+            parts = {_plain(part) for part in (label, *label.split(","), *_WORDNET_ID.findall(label))}
+            for part in parts - {""}:
+                found[part] = index if found.get(part, index) == index else None
+        # A whole label means its class, though it may be a part of another's.
+        found |= {_plain(label): index for index, label in enumerate(self.labels or ()) if self._is_unique(label)}
+        if self.labels == imagenet_labels() or (self.labels is None and self.count == IMAGENET_CLASSES):
+            found |= {name: index for index, name in enumerate(imagenet_wordnet_ids())}
+        return {name: index for name, index in found.items() if index is not None}
+
+    def _is_unique(self, label: str) -> bool:
+        return bool(label.strip()) and sum(_plain(other) == _plain(label) for other in self.labels or ()) == 1
+
+    def require_index(self, index: int, where: str) -> int:
+        """Refuses an index that the model does not have.
+
+        Raises:
+            InputError: It is so.
+        """
+        if index < 0 or (self.count is not None and index >= self.count):
+            last = "" if self.count is None else f" to {self.count - 1}"
+            raise InputError(
+                f"{where}: label {index} is out of range: expected 0{last}",
+                remedy="labels count from 0, in the order of the model's classes (repvgg-trt inspect); or give class names",
+            )
+        return index
+
+
+def _plain(name: str) -> str:
+    return " ".join(re.sub(r"[_\-]", " ", name).casefold().split())
+
+
+def index_labels(texts: Sequence[str], classes: Classes, where: str) -> tuple[list[int], str]:
+    """Indices of labels that are all numbers, or all names.
+
+    Args:
+        texts: As the CSV or archive has them.
+        classes: Of the model.
+        where: Names the file, for messages.
+
+    Returns:
+        The indices, and in words how they were found.
+
+    Raises:
+        InputError: A label is out of range or no class of the model.
+    """
+    if all(re.fullmatch(r"[+-]?\d+", text) for text in texts):
+        return [classes.require_index(int(text), where) for text in texts], "labels are class indices"
+    names = classes.names()
+    unknown = [text for text in texts if _plain(text) not in names]
+    if unknown:
+        raise _unknown(f"{where}: the label {unknown[0]!r}", classes)
+    return [names[_plain(text)] for text in texts], "labels are names of the model's classes"
+
+
+def index_folders(folders: Sequence[str], classes: Classes, where: str) -> tuple[list[int], str]:
+    """Indices of an ImageNet-style data set's folders: by name, else by number, else by their sorted order where each class has one.
+
+    Args:
+        folders: Names, sorted.
+        classes: Of the model.
+        where: Names the data set, for messages.
+
+    Returns:
+        The indices, and in words how they were found.
+
+    Raises:
+        InputError: They are not classes of the model.
+    """
+    names = classes.names()
+    known = [names.get(_plain(folder)) for folder in folders]
+    if None not in known:
+        return [index for index in known if index is not None], "folder names are the model's labels or their WordNet ids"
+    unknown = folders[known.index(None)]
+    if any(index is not None for index in known):
+        raise _unknown(f"{where}: the folder {unknown!r}", classes)
+    if all(re.fullmatch(r"\d+", folder) for folder in folders):
+        return [classes.require_index(int(folder), where) for folder in folders], "folder names are class indices"
+    if classes.count is None or len(folders) == classes.count:
+        return list(range(len(folders))), f"folders in sorted order, {folders[0]!r} being class 0: none is a label of the model"
+    raise _unknown(f"{where}: {len(folders)} folders for {classes.count} classes, and {unknown!r}", classes)
+
+
+def _unknown(what: str, classes: Classes) -> InputError:
+    some = f" ({', '.join(classes.labels[:3])}, …)" if classes.labels else ": it has no labels"
+    return InputError(
+        f"{what} is no class of the model{some}",
+        remedy="use the model's labels (repvgg-trt inspect), WordNet ids or indices; or export it with --labels",
+    )

@@ -1,0 +1,355 @@
+"""Image sets: every form that labelled and calibration images come in, and every way in which one can be wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from repvgg_deploy.calibration_images import CalibrationImages, load_calibration, split_held_out
+from repvgg_deploy.class_index import Classes, index_folders, index_labels
+from repvgg_deploy.errors import CalibrationError, InputError
+from repvgg_deploy.image_sets import SetOptions, choose_evenly, open_images
+from repvgg_deploy.image_sources import NpzSource
+from repvgg_deploy.labels import imagenet_labels, imagenet_wordnet_ids
+from repvgg_deploy.preprocess import load_image, normalize
+from repvgg_deploy.specs import ModelSpec, Preprocessing, TensorSpec
+
+LABELS = ("cat", "dog", "garbage truck")
+PREPROCESSING = Preprocessing((123.675, 116.28, 103.53), (58.395, 57.12, 57.375), 8, (8, 8))
+
+
+def make_spec(
+    *, uint8: bool = False, batch: int | str = "batch", labels: tuple[str, ...] | None = LABELS, kind: Any = "logits", classes: int = 3
+) -> ModelSpec:
+    source = TensorSpec("x", "uint8", (batch, 8, 8, 3), "NHWC") if uint8 else TensorSpec("x", "float32", (batch, 3, 8, 8), "NCHW")
+    preprocessing = dataclasses.replace(PREPROCESSING, in_graph=uint8)
+    return ModelSpec(source, (TensorSpec(kind, "float32", (batch, classes), "NC"),), kind, preprocessing, labels)
+
+
+def draw(count: int = 12, *, size: int = 8, seed: int = 0) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+def save_images(folder: Path, names: list[str], *, seed: int = 0) -> list[Path]:
+    paths = []
+    for name, image in zip(names, draw(len(names), seed=seed), strict=True):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+        paths.append(path)
+    return paths
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_images(tmp_path / "set", ["dog/a.png", "dog/deep/b.png", "cat/c.png", "garbage_truck/d.png", "cat/.hidden.png"])
+    (tmp_path / "set" / "cat" / "notes.txt").write_text("no image")
+    return tmp_path / "set"
+
+
+def labels_of(images: Any) -> list[int]:
+    return np.concatenate([batch.labels for batch in images]).tolist()
+
+
+def test_folders_are_classes_by_label_and_images_are_as_the_model_takes_them(folder: Path) -> None:
+    images = open_images(folder, make_spec(), SetOptions(batch_size=3))
+    assert len(images) == 4
+    batches = list(images)
+    assert [batch.images.shape for batch in batches] == [(3, 3, 8, 8), (1, 3, 8, 8)]
+    assert labels_of(images) == [0, 1, 1, 2]  # re-iterable
+    expected = np.stack([load_image(folder / name, PREPROCESSING) for name in ("cat/c.png", "dog/a.png", "dog/deep/b.png")])
+    assert np.array_equal(batches[0].images, normalize(expected, PREPROCESSING))
+    assert "labels" in images.labels_from
+
+
+def test_folders_of_a_uint8_model_give_bytes(folder: Path) -> None:
+    batch = next(iter(open_images(folder, make_spec(uint8=True))))
+    assert batch.images.dtype == np.uint8
+    assert batch.images.shape == (4, 8, 8, 3)
+
+
+def test_folders_in_sorted_order_are_said_so_and_only_taken_when_complete(tmp_path: Path) -> None:
+    save_images(tmp_path, ["x/a.png", "y/a.png", "z/a.png"])
+    images = open_images(tmp_path, make_spec())
+    assert labels_of(images) == [0, 1, 2]
+    assert "sorted order" in images.labels_from
+    with pytest.raises(InputError, match="3 folders for 5 classes"):
+        open_images(tmp_path, make_spec(classes=5, labels=None))
+
+
+def test_folders_of_numbers_are_indices_not_text_order(tmp_path: Path) -> None:
+    save_images(tmp_path, ["10/a.png", "2/a.png"])
+    assert labels_of(open_images(tmp_path, make_spec(classes=11, labels=None))) == [10, 2]
+    with pytest.raises(InputError, match="out of range"):
+        open_images(tmp_path, make_spec(classes=5, labels=None))
+
+
+def test_folders_of_wordnet_ids_are_found_in_an_imagenet_model_and_in_labels() -> None:
+    imagenette = ["n01440764", "n02102040", "n03888257"]
+    for labels in (imagenet_labels(), None):
+        indices, how = index_folders(imagenette, Classes(labels, 1000), "set")
+        assert [imagenet_labels()[index] for index in indices] == ["tench", "English springer", "parachute"]
+        assert "WordNet" in how
+    own = Classes(("n02102040 English springer", "n01440764 tench, Tinca tinca", "crane (n03126707)"), 3)
+    assert index_folders(["n01440764", "n02102040", "n03126707"], own, "set")[0] == [1, 0, 2]
+    assert index_folders(["tinca_tinca"], own, "set")[0] == [1]
+    assert list(imagenet_wordnet_ids()) == sorted(imagenet_wordnet_ids())
+
+
+def test_labels_that_name_two_classes_name_none() -> None:
+    classes = Classes(("crane, bird", "crane, machine", "bird"), 3)
+    assert index_labels(["bird"], classes, "csv")[0] == [2]  # a whole label comes before a part of another
+    with pytest.raises(InputError, match="'crane' is no class"):
+        index_labels(["crane"], classes, "csv")
+
+
+@pytest.mark.parametrize("header", ["path,label\n", "", "id,Label,PATH\n"])
+@pytest.mark.parametrize("names", [False, True])
+def test_csv_gives_paths_beside_it_and_labels(tmp_path: Path, header: str, names: bool) -> None:
+    save_images(tmp_path / "photos", ["a b.png", "c, d.png"])
+    labels = ["dog", "Garbage-Truck"] if names else ["1", "2"]
+    rows = [("photos/a b.png", labels[0]), ('"photos/c, d.png"', labels[1])]
+    lines = [f"7,{label},{path}" if "id" in header else f"{path},{label}" for path, label in rows]
+    (tmp_path / "set.csv").write_text("\ufeff" + header + "\n\n".join(lines) + "\n", encoding="utf-8")
+    images = open_images(tmp_path / "set.csv", make_spec())
+    assert labels_of(images) == [1, 2]
+    assert ("names" in images.labels_from) is names
+
+
+CSV_FAULTS = {
+    "": "names no image",
+    "path,label\n": "below the header",
+    "a.png\n": "has no labels",
+    "a.png,dog\nb.png,dog\n": "1 of 2 files do not exist, the first on line 2",
+    "name,kind,more\na.png,dog,x\n": "expected the columns path,label",
+    "label,kind\ndog,a.png\n": "expected the columns path,label",
+    "path,label\na.png\n": "line 2: expected 2 columns",
+    "path,label\na.png,wolf\n": "'wolf' is no class of the model .cat, dog",
+    "path,label\na.png,3\n": "label 3 is out of range: expected 0 to 2",
+    "path,label\na.png,-1\n": "label -1 is out of range",
+}
+
+
+@pytest.mark.parametrize(("text", "message"), CSV_FAULTS.items())
+def test_csv_that_is_wrong_is_refused_with_the_place(tmp_path: Path, text: str, message: str) -> None:
+    save_images(tmp_path, ["a.png"])
+    (tmp_path / "set.csv").write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        open_images(tmp_path / "set.csv", make_spec())
+    assert caught.value.remedy
+
+
+def test_npz_rows_are_read_lazily_in_any_subset(tmp_path: Path) -> None:
+    images, labels = draw(50), np.arange(50) % 3
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "set.npz", images=images, labels=labels)
+        opened = open_images(tmp_path / "set.npz", make_spec(uint8=True), SetOptions(limit=20, batch_size=8, seed=3))
+        chosen = list(choose_evenly(50, 20, 3))
+        assert [len(batch.images) for batch in opened] == [8, 8, 4]
+        assert np.array_equal(np.concatenate([batch.images for batch in opened]), images[chosen])
+        assert labels_of(opened) == labels[chosen].tolist()
+
+
+def test_npz_with_names_for_labels_and_of_floats(tmp_path: Path) -> None:
+    floats = np.random.default_rng(0).uniform(-1.5, 1.5, (4, 3, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "set.npz", images=floats, labels=np.array(["dog", "cat", "dog", "dog"]))
+    images = open_images(tmp_path / "set.npz", make_spec())
+    assert labels_of(images) == [1, 0, 1, 1]
+    assert np.array_equal(next(iter(images)).images, floats)
+    np.savez(tmp_path / "last.npz", images=floats.transpose(0, 2, 3, 1).copy())
+    assert np.array_equal(load_calibration(tmp_path / "last.npz", make_spec()).batches[0], floats)
+    bytes_ = load_calibration(tmp_path / "last.npz", make_spec(uint8=True)).batches[0]
+    back = normalize(bytes_, PREPROCESSING)
+    assert np.abs(back - floats).max() < 0.51 / 57  # half a grey level
+
+
+NPZ_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "no images": ({"pictures": draw(2)}, "expected an array images, found pictures"),
+    "rank": ({"images": draw(2)[0]}, r"found uint8 \(8, 8, 3\)"),
+    "dtype": ({"images": draw(2).astype(np.int32)}, "found int32"),
+    "order": ({"images": np.asfortranarray(draw(2))}, "found Fortran order"),
+    "grey": ({"images": draw(2)[..., :1], "labels": [0, 1]}, "expected RGB images"),
+    "size": ({"images": draw(2, size=9), "labels": [0, 1]}, "expected images of 8×8 pixels, found 9×9"),
+    "empty": ({"images": draw(2)[:0], "labels": np.zeros(0, int)}, "at least one image"),
+    "no labels": ({"images": draw(2)}, "has no labels"),
+    "label count": ({"images": draw(2), "labels": [0, 1, 2]}, "expected 2 integers"),
+    "label kind": ({"images": draw(2), "labels": [0.0, 1.5]}, "found float64"),
+    "label range": ({"images": draw(2), "labels": [0, 9]}, "label 9 is out of range"),
+}
+
+
+@pytest.mark.parametrize("fault", NPZ_FAULTS)
+def test_npz_that_is_wrong_is_refused(tmp_path: Path, fault: str) -> None:
+    arrays, message = NPZ_FAULTS[fault]
+    np.savez(tmp_path / "set.npz", **arrays)
+    with pytest.raises(InputError, match=message):
+        list(open_images(tmp_path / "set.npz", make_spec()))
+
+
+def test_npz_of_mixed_shapes_needs_pickle_and_is_refused(tmp_path: Path) -> None:
+    mixed = np.empty(2, object)
+    mixed[0], mixed[1] = draw(1)[0], draw(1, size=9)[0]
+    np.savez(tmp_path / "set.npz", images=mixed)
+    with pytest.raises(InputError, match="mixed shapes"):
+        open_images(tmp_path / "set.npz", make_spec())
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_npz_that_is_damaged_is_refused(tmp_path: Path, compress: bool) -> None:
+    path = tmp_path / "set.npz"
+    (np.savez_compressed if compress else np.savez)(path, images=draw(40), labels=np.zeros(40, int))
+    whole = path.read_bytes()
+    for damaged in (b"", b"not a zip", whole[: len(whole) // 2], whole[:900] + bytes(64) + whole[964:]):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"set\.npz"):
+            list(open_images(path, make_spec()))
+    np.save(tmp_path / "plain.npy", draw(2))
+    (tmp_path / "plain.npy").rename(path)
+    with pytest.raises(InputError, match=r"cannot be read as \.npz"):
+        NpzSource(path)
+
+
+def test_folder_that_is_wrong_is_refused(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(InputError, match="no such file or folder"):
+        open_images(tmp_path / "nowhere", make_spec())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no image found"):
+        open_images(tmp_path / "empty", make_spec())
+    save_images(tmp_path / "flat", ["a.png", "b.png"])
+    with pytest.raises(InputError, match="one sub-folder a class"):
+        open_images(tmp_path / "flat", make_spec())
+    save_images(folder, ["wolf/a.png"])
+    with pytest.raises(InputError, match="the folder 'wolf' is no class"):
+        open_images(folder, make_spec())
+    with pytest.raises(InputError, match="gives features, not classes"):
+        open_images(folder, make_spec(kind="features"))
+
+
+def test_labels_that_are_optional_are_left_out_where_there_are_none(tmp_path: Path, folder: Path) -> None:
+    save_images(tmp_path / "flat", ["a.png", "b.png"])
+    for path in (tmp_path / "flat", tmp_path / "flat" / "a.png"):
+        images = open_images(path, make_spec(), SetOptions(labels="optional"))
+        assert next(iter(images)).labels is None
+    assert open_images(folder, make_spec(), SetOptions(labels="optional")).labels is not None
+    save_images(folder, ["wolf/a.png"])
+    assert open_images(folder, make_spec(), SetOptions(labels="optional")).labels is None
+
+
+def test_unreadable_images_are_skipped_with_their_reason_and_refused_above_a_share(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = [f"dog/{index:02}.png" for index in range(20)]
+    paths = save_images(tmp_path, names)
+    paths[3].write_bytes(b"broken")
+    paths[19].write_bytes(b"")
+    images = open_images(tmp_path, make_spec(), SetOptions(batch_size=6))
+    batches = list(images)
+    assert [len(batch.images) for batch in batches] == [6, 6, 6, 0]
+    assert [len(batch.skipped) for batch in batches] == [1, 0, 0, 1]
+    assert "03.png" in caplog.text
+    paths[4].write_bytes(b"")
+    with pytest.raises(InputError, match="more than 10% of 20 images cannot be read"):
+        list(images)
+
+
+def test_links_in_circles_are_followed_once(folder: Path) -> None:
+    (folder / "dog" / "loop").symlink_to(folder)
+    assert len(open_images(folder, make_spec())) == 4
+
+
+@pytest.mark.parametrize("options", [{"limit": 0}, {"batch_size": 0}])
+def test_set_options_that_cannot_hold_are_refused(options: dict[str, int]) -> None:
+    with pytest.raises(InputError, match="at least 1, found 0"):
+        SetOptions(**options)
+
+
+def flatten(images: CalibrationImages) -> NDArray[Any]:
+    return np.concatenate(images.batches)
+
+
+def test_calibration_images_are_chosen_by_seed_and_found_recursively(tmp_path: Path) -> None:
+    save_images(tmp_path, [f"{index % 3}/{index:02}.png" for index in range(40)])
+    one, same, other = (load_calibration(tmp_path, make_spec(), limit=20, batch_size=8, seed=seed) for seed in (0, 0, 1))
+    assert [len(batch) for batch in one.batches] == [8, 8, 4]
+    assert one.images == 20
+    assert np.array_equal(flatten(one), flatten(same))
+    assert not np.array_equal(flatten(one), flatten(other))
+
+
+def test_calibration_of_a_list_or_an_archive_gives_the_same_images(tmp_path: Path, sample_dir: Path) -> None:
+    paths = save_images(tmp_path / "a", [f"{index:02}.png" for index in range(18)])
+    (tmp_path / "list.txt").write_text("".join(f"a/{path.name}\n" for path in paths))
+    (tmp_path / "list.csv").write_text("label,path\n" + "".join(f"unknown,a/{path.name}\n" for path in paths))
+    np.savez(tmp_path / "set.npz", images=draw(18))
+    expected = normalize(draw(18), PREPROCESSING)
+    for name in ("a", "list.txt", "list.csv", "set.npz"):
+        assert np.array_equal(flatten(load_calibration(tmp_path / name, make_spec())), expected)
+
+
+def test_calibration_respects_a_fixed_batch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    np.savez(tmp_path / "set.npz", images=draw(22))
+    images = load_calibration(tmp_path / "set.npz", make_spec(batch=4, uint8=True))
+    assert [batch.shape for batch in images.batches] == [(4, 8, 8, 3)] * 5
+    assert "last 2 images" in caplog.text
+    few = load_calibration(tmp_path / "set.npz", make_spec(batch=32), limit=3)
+    assert few.batches[0].shape == (32, 3, 8, 8)
+    assert "repeated to fill" in caplog.text
+    left, held = split_held_out(images, share=0.4)
+    assert [batch.shape for batch in (*left.batches, *held.batches)] == [(4, 8, 8, 3)] * 5
+    assert len(held.batches) == 2
+
+
+def test_calibration_that_cannot_be_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(CalibrationError, match="no such file"):
+        load_calibration(tmp_path / "nowhere", make_spec())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CalibrationError, match="no image found"):
+        load_calibration(tmp_path / "empty", make_spec())
+    np.savez(tmp_path / "alike.npz", images=np.repeat(draw(1), 30, axis=0))
+    with pytest.raises(CalibrationError, match="all 30 images are alike"):
+        load_calibration(tmp_path / "alike.npz", make_spec())
+    np.savez(tmp_path / "nan.npz", images=np.full((20, 3, 8, 8), np.nan, np.float32))
+    with pytest.raises(CalibrationError, match="NaN"):
+        load_calibration(tmp_path / "nan.npz", make_spec())
+    (tmp_path / "broken.png").write_bytes(b"broken")
+    with pytest.raises(CalibrationError, match="cannot be read"):
+        load_calibration(tmp_path / "broken.png", make_spec())
+    np.savez(tmp_path / "bytes.npz", images=draw(20))
+    with pytest.raises(CalibrationError, match="does not say how"):
+        load_calibration(tmp_path / "bytes.npz", dataclasses.replace(make_spec(), preprocessing=None))
+
+
+def test_calibration_with_few_or_unreadable_images_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    paths = save_images(tmp_path, [f"{index:02}.png" for index in range(12)])
+    paths[0].write_bytes(b"")
+    images = load_calibration(tmp_path, make_spec())
+    assert (images.images, images.skipped) == (11, 1)
+    assert "1 of 12 images could not be read" in caplog.text
+    assert "11 images are few" in caplog.text
+
+
+@pytest.mark.parametrize(("count", "share", "held"), [(40, 0.2, 8), (40, 0.5, 20), (7, 0.1, 1), (2, 0.9, 1), (33, 0.99, 32)])
+def test_held_out_share_is_spread_evenly_and_nothing_is_lost(tmp_path: Path, count: int, share: float, held: int) -> None:
+    np.savez(tmp_path / "set.npz", images=draw(count))
+    images = load_calibration(tmp_path / "set.npz", make_spec(uint8=True), batch_size=16)
+    left, out = split_held_out(images, share=share)
+    assert (left.images, out.images) == (count - held, held)
+    whole = {image.tobytes() for image in flatten(images)}
+    assert {image.tobytes() for image in flatten(left)} | {image.tobytes() for image in flatten(out)} == whole
+    again = split_held_out(images, share=share)
+    assert np.array_equal(flatten(again[1]), flatten(out))
+
+
+def test_held_out_share_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "set.npz", images=draw(1))
+    images = load_calibration(tmp_path / "set.npz", make_spec())
+    with pytest.raises(CalibrationError, match="one image cannot be divided"):
+        split_held_out(images)
+    with pytest.raises(CalibrationError, match="between 0 and 1"):
+        split_held_out(images, share=1.0)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ..errors import InputError
 from ..specs import ModelSpec
 
+_FLOAT16_ENDS = 65520.0  # what is smaller rounds to 65504 or less
 _CHANNEL_AXIS = {"NCHW": 1, "NHWC": 3}
 _SWAPPED = {"NCHW": (0, 3, 1, 2), "NHWC": (0, 2, 3, 1)}  # transposition from the other layout
 
@@ -27,15 +28,18 @@ class BatchCheck:
         self._dtype = np.dtype(spec.input.dtype)
         self._sizes = tuple(size if isinstance(size, int) else None for size in spec.input.shape[1:])
         self._has_floats = self._dtype.kind == "f"
+        self._narrows = self._dtype == np.float16
 
     def check(self, batch: object) -> NDArray[Any]:
-        """The batch as a plain array, not copied.
+        """The batch as a plain array, not copied; of a float16 model, float32 is rounded to float16.
 
         Raises:
             InputError: It is not what the model expects; the message says what was expected and found, the remedy every step to get there.
         """
         array = _plain_array(batch)
         shape = array.shape
+        if self._narrows and array.dtype == np.float32:
+            array = _narrow(array)
         # The dtype of a big-endian array differs from the native one of the same name.
         if array.dtype != self._dtype or len(shape) != len(self._sizes) + 1:
             raise self._explain(array)
@@ -127,6 +131,16 @@ def _plain_array(batch: object) -> NDArray[Any]:
     else:
         remedy = "convert it first: np.asarray(batch)"
     raise InputError(f"batch: expected a NumPy array, found {kind}", remedy=remedy)
+
+
+def _narrow(array: NDArray[Any]) -> NDArray[np.float16]:
+    largest = max(abs(float(array.max())), abs(float(array.min()))) if array.size else 0.0
+    if math.isfinite(largest) and largest >= _FLOAT16_ENDS:
+        raise InputError(
+            f"batch: expected numbers that float16 holds, at most 65504, found {largest:.6g}",
+            remedy="normalise the images as engine.spec.preprocessing says, or use the float32 model",
+        )
+    return array.astype(np.float16)
 
 
 def _explain_values(array: NDArray[Any]) -> InputError:

@@ -96,8 +96,8 @@ class Engine:
         """Runs N images, N ≥ 1. With a fixed batch, more are split and fewer are padded; any memory order is accepted.
 
         Args:
-            batch: What `spec.input` says: float32 (N, 3, H, W), RGB, normalised; or uint8 (N, H, W, 3), RGB, 0–255. Do not write to it
-                while this runs.
+            batch: What `spec.input` says: float32 (N, 3, H, W), RGB, normalised; or uint8 (N, H, W, 3), RGB, 0–255. A model with float16
+                input takes float16, and float32 too, which is rounded: it is what the model would do first. Do not write to it while this runs.
 
         Returns:
             float32 (N, classes) of logits or probabilities; a TopK of a top-5 model; a dict by output name where a model has several. The

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from numpy.typing import NDArray
 
 from ..errors import CudaError, MissingDependencyError, ModelError
+from ..onnx_file import read_graph
 from ..specs import ModelSpec
 from .backends import Device, EngineOptions
 
@@ -23,6 +24,9 @@ _INSTALL = {
 }
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8", "tensor(int64)": "int64", "tensor(int32)": "int32"}
 _Interface: TypeAlias = "tuple[str, str, tuple[int | str | None, ...]]"
+_WRONG_WITH_PAIRS = ("WeightBiasQuantization",)
+"""Optimizers that change what a Q/DQ graph computes: this one quantizes the biases of an INT8 graph with FP16 between its pairs wrongly (seen in 1.32:
+logits of cosine 0.47 with those of the graph as it stands; 0.9999 without it)."""
 _FATAL_ONLY = 4  # ONNX Runtime writes errors to standard error and raises them too; we only need them once
 
 
@@ -87,9 +91,10 @@ def _import_onnxruntime(device: Device) -> Any:
 
 
 def _open_cpu(runtime: Any, path: Path, options: EngineOptions) -> Any:
+    extras = _without_optimizers(path)
     # The provider is named even so: a GPU build would otherwise choose for itself, and installing a package must not change answers.
     try:
-        return runtime.InferenceSession(str(path), sess_options=_session_options(runtime, options), providers=[_CPU])
+        return runtime.InferenceSession(str(path), sess_options=_session_options(runtime, options), providers=[_CPU], **extras)
     except Exception as error:
         raise ModelError(
             f"{path}: ONNX Runtime {runtime.__version__} refuses it: {_one_line(error)}",
@@ -106,11 +111,11 @@ def _open_cuda(runtime: Any, path: Path, spec: ModelSpec, options: EngineOptions
         )
     # TF32 is on by default in this provider; FP32 means FP32 here unless the user says otherwise.
     settings = {"device_id": str(options.device_id), "use_tf32": str(int(options.tf32))}
-    session_options = _session_options(runtime, options)
+    session_options, extras = _session_options(runtime, options), _without_optimizers(path)
     if spec.kind != "module":  # a module of the user's own may hold shape arithmetic, which belongs on the CPU; ours never does
         session_options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
-        session = runtime.InferenceSession(str(path), sess_options=session_options, providers=[(_CUDA, settings)], enable_fallback=False)
+        session = runtime.InferenceSession(str(path), sess_options=session_options, providers=[(_CUDA, settings)], enable_fallback=False, **extras)
     except Exception as error:
         raise CudaError(
             f"{path}: cannot be opened on GPU {options.device_id}: {_one_line(error)}",
@@ -133,6 +138,12 @@ def _session_options(runtime: Any, options: EngineOptions) -> Any:
     if not logger.isEnabledFor(logging.DEBUG):
         session_options.log_severity_level = _FATAL_ONLY
     return session_options
+
+
+def _without_optimizers(path: Path) -> dict[str, list[str]]:
+    """What a session of this file is opened with besides: a graph with Q/DQ pairs is to be computed as it stands."""
+    quantized = any("QuantizeLinear" in node.op_type for node in read_graph(path).nodes)
+    return {"disabled_optimizers": list(_WRONG_WITH_PAIRS)} if quantized else {}
 
 
 def _check_interface(session: Any, path: Path, spec: ModelSpec) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-OPTIONAL = ("torch", "onnx", "onnxsim", "onnxruntime", "safetensors", "PIL", "sklearn", "matplotlib")
+OPTIONAL = ("torch", "onnx", "onnxsim", "onnxruntime", "safetensors", "PIL", "sklearn", "matplotlib", "openvino")
 MISSING = frozenset(name for name in OPTIONAL if importlib.util.find_spec(name) is None)
 LEFT_OUT: list[str] = []
 

@@ -1,0 +1,119 @@
+"""INT8 with FP16 for the rest: a Q/DQ graph with FP32 scales → the strongly typed graph that TensorRT 10 and later want.
+
+Scales, biases and everything between the layers become FP16, at opset 19, the first whose Q/DQ operators have FP16 scales. So that nothing is lost
+on the way, `fit.fit_scales` rescales the FP32 network before it is quantized, by powers of two (exactly), until scales and values lie well inside
+FP16; `round_activation_scales` and `round_layer_to_half` make the scales exact in FP16; `halve_quantized` then only changes types.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import defs, helper, numpy_helper
+
+from ..errors import CalibrationError, ModelError
+from .chain import FloatArray
+from .check import check_quantized
+from .halves import LARGEST, SMALLEST_NORMAL, Io, write_halves
+from .round import RoundedLayer
+
+OPSET = 19
+"""The first whose QuantizeLinear and DequantizeLinear have FP16 scales."""
+
+_WIDENED = ("Cast", "QuantizeLinear", "DequantizeLinear", "Relu", "Mul", "Sub", "Div")
+"""Operators that opsets 14 to 19 gave more types and nothing else, as to FP16, FP32 and INT8."""
+
+
+def round_scales_to_half(scales: NDArray[np.floating]) -> FloatArray:
+    """The nearest normal FP16 numbers, as float32; what would be subnormal becomes the smallest normal one, 2⁻¹⁴.
+
+    Args:
+        scales: Positive.
+
+    Raises:
+        CalibrationError: One exceeds FP16; see `fit_scales`.
+    """
+    if not float(np.max(scales, initial=0.0)) <= LARGEST:
+        raise CalibrationError(
+            f"a scale of {float(np.max(scales)):.3g} exceeds FP16", remedy="rescale the network with fit_scales before it is quantized"
+        )
+    return np.asarray(np.maximum(np.asarray(scales, np.float16), np.float16(SMALLEST_NORMAL)), np.float32)
+
+
+def round_activation_scales(scales: Mapping[str, float]) -> dict[str, float]:
+    """Scales by tensor, each exact in FP16; to be rounded before weights are, which then see what the graph will compute.
+
+    Raises:
+        CalibrationError: One exceeds FP16.
+    """
+    return {name: float(round_scales_to_half(np.array(scale))) for name, scale in scales.items()}
+
+
+def round_layer_to_half(rounded: RoundedLayer) -> RoundedLayer:
+    """The layer with scales and bias that are exact in FP16.
+
+    A scale moves by 2⁻¹² of itself at most and the integers stay; only those of a row whose scale would be subnormal are rounded again.
+
+    Raises:
+        CalibrationError: A scale or bias exceeds FP16.
+    """
+    scales = round_scales_to_half(rounded.scales)
+    raised = rounded.scales < np.float32(SMALLEST_NORMAL)
+    integers = rounded.integers.copy()
+    ratio = (rounded.scales[raised] / scales[raised]).reshape(-1, *[1] * (integers.ndim - 1))
+    integers[raised] = np.rint(integers[raised] * ratio).astype(np.int8)
+    if not float(np.abs(rounded.bias).max(initial=0.0)) <= LARGEST:
+        raise CalibrationError("a bias exceeds FP16", remedy="rescale the network with fit_scales before it is quantized")
+    return dataclasses.replace(rounded, integers=integers, scales=scales, bias=rounded.bias.astype(np.float16).astype(np.float32))
+
+
+def halve_quantized(model: onnx.ModelProto, *, io: Io = "fp32", kept: Collection[str] = ()) -> onnx.ModelProto:
+    """A copy with FP16 scales, biases and activations, strongly typed, at opset 19 or what the graph has; INT8 weights are unchanged.
+
+    Args:
+        model: As `insert_pairs` and `write_integers` make it: FP32 scales, each exact in FP16.
+        io: Type of floating-point input and outputs.
+        kept: Names of layers without pairs: they compute in FP16, their weights rounded to it.
+
+    Raises:
+        CalibrationError: A scale is not exact in FP16 or subnormal, or the result is not what TensorRT takes.
+        ModelError: An operator of the graph means something else at opset 19.
+    """
+    _check_exact(model)
+    result = write_halves(model, io=io)
+    raise_opset(result, OPSET)
+    check_quantized(result, target="trt10", kept=kept)
+    return result
+
+
+def _check_exact(model: onnx.ModelProto) -> None:
+    scales = {node.input[1] for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")}
+    for tensor in model.graph.initializer:
+        if tensor.name in scales:
+            values = numpy_helper.to_array(tensor)
+            if np.any(values != round_scales_to_half(values)):
+                raise CalibrationError(
+                    f"{tensor.name} is not exact in FP16, or subnormal", remedy="round it first: round_activation_scales, round_layer_to_half"
+                )
+
+
+def raise_opset(model: onnx.ModelProto, opset: int) -> None:
+    """Declares a higher opset, in place, with the IR version that came with it; does nothing where the graph's own is as high.
+
+    Raises:
+        ModelError: An operator means something else there.
+    """
+    entry = next((entry for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None)
+    if entry is None:
+        raise ModelError("the graph names no ONNX operator set", remedy="give the file that repvgg-export wrote")
+    if entry.version < opset:
+        for op_type in sorted({node.op_type for node in model.graph.node}):
+            old, new = (defs.get_schema(op_type, max_inclusive_version=version).since_version for version in (entry.version, opset))
+            if old != new and op_type not in _WIDENED:
+                raise ModelError(f"{op_type} of opset {entry.version} means something else at {opset}", remedy=f"export with --opset {opset}")
+        entry.version = opset
+    model.ir_version = max(model.ir_version, helper.find_min_ir_version_for(model.opset_import))

@@ -86,7 +86,10 @@ def decode_rgb(where: str) -> Image.Image:
     except InputError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(f"{where}: {error}", remedy=f"shrink it below {MAX_PIXELS:,} pixels first") from error
+        raise InputError(
+            f"{where}: more than the {MAX_PIXELS:,} pixels that are decoded here: {error}",
+            remedy="shrink or crop it first; a file of few bytes that claims so many pixels is a decompression bomb",
+        ) from error
     except UnidentifiedImageError as error:
         raise InputError(
             f"{where}: not an image, or of a format that is not read here", remedy=f"convert it to one of {', '.join(_FORMATS)}"

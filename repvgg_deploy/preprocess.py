@@ -140,11 +140,13 @@ def load_image(path: StrPath, preprocessing: Preprocessing) -> Uint8Array:
         uint8 (H, W, 3), RGB, 0–255, with (H, W) = `preprocessing.crop`.
 
     Raises:
-        InputError: The file is missing, empty, truncated, not an image, or holds more than MAX_PIXELS pixels.
+        InputError: The file is missing, empty, truncated, not an image, or holds more than MAX_PIXELS pixels; or `path` is no path.
         MissingDependencyError: Pillow is not installed.
     """
     import numpy as np
 
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError(f"expected the path of an image file, found {type(path).__name__}", remedy="give paths; pixels in memory go to infer(batch)")
     where = os.fspath(path)
     image = _resize_and_crop(decode_rgb(where), preprocessing, where)
     return np.asarray(image, np.uint8)

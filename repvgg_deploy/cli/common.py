@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType, TracebackType
@@ -97,7 +98,8 @@ def run(body: Body, args: argparse.Namespace) -> int:
     verbose: int = getattr(args, "verbose", 0)
     as_json: bool = getattr(args, "json", False)
     try:
-        with _signals_raise(), _logging(verbose):
+        with _signals_raise(), _logging(verbose), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong with an image is said by our own error, once
             output = body(args)
             _print_output(output, as_json)
         return output.exit_code

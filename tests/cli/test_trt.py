@@ -92,6 +92,15 @@ def test_infer_with_a_bad_image_answers_the_others_and_exits_1(
     assert sum("predictions" in answer for answer in answers) == 3
 
 
+def test_infer_of_a_decompression_bomb_gives_one_message_and_no_warning(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "bomb.png"
+    Image.new("1", (10_000, 9_000)).save(path)
+    assert main(["infer", str(model), str(path)]) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"error: {path}: the image has 10000×9000 = 90,000,000 pixels")
+    assert second.startswith("  remedy: shrink")
+
+
 def test_infer_of_a_folder_without_images_is_named(model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "nothing").mkdir()
     assert main(["infer", str(model), str(tmp_path / "nothing"), str(images / "0.png")]) == 1

@@ -246,6 +246,7 @@ def test_infer_images_equals_loading_and_inferring(tmp_path: Path) -> None:
         ([], None, "at least one image"),
         ("cat.jpg", None, "list of image paths"),
         (Path("cat.jpg"), None, "list of image paths"),
+        ([np.zeros((4, 4, 3), np.uint8)], None, "path of an image file, found ndarray"),
         (["x"], 0, "batch_size"),
     ],
 )

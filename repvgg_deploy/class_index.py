@@ -116,3 +116,9 @@ def _unknown(what: str, classes: Classes) -> InputError:
         f"{what} is no class of the model{some}",
         remedy="use the model's labels (repvgg-trt inspect), WordNet ids or indices; or export it with --labels",
     )
+
+
+def readable_name(folder: str) -> str:
+    """A folder's name; of a WordNet id of ImageNet-1k, the class's name."""
+    names = imagenet_wordnet_ids()
+    return imagenet_labels()[names.index(folder)] if folder in names else folder

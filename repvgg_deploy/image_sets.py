@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from .class_index import Classes, index_folders, index_labels
+from .class_index import Classes, index_folders, index_labels, readable_name
 from .errors import InputError
 from .image_arrays import to_input
 from .image_files import StrPath
@@ -57,6 +57,7 @@ class ImageSet:
         labels_from: How the classes were found, in words; empty without labels.
         batch_size: Of every batch but the last.
         name: For messages and reports.
+        class_names: What the folders call the classes, by index; None where the set is no folder of folders.
     """
 
     source: ImageSource
@@ -66,6 +67,7 @@ class ImageSet:
     labels_from: str
     batch_size: int
     name: str
+    class_names: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -142,10 +144,10 @@ def open_images(path: StrPath, spec: ModelSpec, options: SetOptions | None = Non
     """
     options = options or SetOptions()
     where = Path(path)
-    source, labels, how = _open(where, spec, options.labels)
+    source, labels, how, names = _open(where, spec, options.labels)
     if not len(source):
         raise InputError(f"{where}: expected at least one image, found none", remedy="name a folder, list or .npz that holds some")
-    return ImageSet(source, spec, choose_evenly(len(source), options.limit, options.seed), labels, how, options.batch_size, str(where))
+    return ImageSet(source, spec, choose_evenly(len(source), options.limit, options.seed), labels, how, options.batch_size, str(where), names)
 
 
 def choose_evenly(count: int, limit: int | None, seed: int) -> tuple[int, ...]:
@@ -155,7 +157,8 @@ def choose_evenly(count: int, limit: int | None, seed: int) -> tuple[int, ...]:
     return tuple(sorted(np.random.default_rng(seed).choice(count, limit, replace=False).tolist()))
 
 
-_Opened: TypeAlias = "tuple[ImageSource, tuple[int, ...] | None, str]"
+_Labels: TypeAlias = "tuple[tuple[int, ...] | None, str, tuple[str, ...] | None]"
+_Opened: TypeAlias = "tuple[ImageSource, tuple[int, ...] | None, str, tuple[str, ...] | None]"
 
 
 def _open(path: Path, spec: ModelSpec, use: LabelUse) -> _Opened:
@@ -179,7 +182,7 @@ def _open_folder(path: Path, spec: ModelSpec, use: LabelUse) -> _Opened:
     parts = [file.relative_to(path).parts for file in files]
     loose = next((file for file, part in zip(files, parts, strict=True) if len(part) == 1), None)
     if use == "none" or (use == "optional" and loose is not None):
-        return FileSource(files, _preprocessing(spec)), None, ""
+        return FileSource(files, _preprocessing(spec)), None, "", None
     if loose is not None:
         raise InputError(
             f"{path}: expected one sub-folder a class, found the image {loose.name} outside of any",
@@ -191,18 +194,20 @@ def _open_folder(path: Path, spec: ModelSpec, use: LabelUse) -> _Opened:
     except InputError:
         if use == "required":
             raise
-        return FileSource(files, _preprocessing(spec)), None, ""
+        return FileSource(files, _preprocessing(spec)), None, "", None
     by_name = dict(zip(names, indices, strict=True))
-    return FileSource(files, _preprocessing(spec)), tuple(by_name[part[0]] for part in parts), how
+    by_index = {index: readable_name(name) for name, index in by_name.items()}
+    called = tuple(by_index.get(index, "") for index in range(max(indices) + 1))
+    return FileSource(files, _preprocessing(spec)), tuple(by_name[part[0]] for part in parts), how, called
 
 
-def _find_labels(texts: Sequence[str] | None, spec: ModelSpec, path: Path, use: LabelUse) -> tuple[tuple[int, ...] | None, str]:
+def _find_labels(texts: Sequence[str] | None, spec: ModelSpec, path: Path, use: LabelUse) -> _Labels:
     if texts is None:
         if use == "required":
             raise InputError(f"{path}: has no labels", remedy="give path,label lines, an .npz with labels, or a folder with one sub-folder a class")
-        return None, ""
+        return None, "", None
     indices, how = index_labels(texts, classes_of(spec), str(path))
-    return tuple(indices), how
+    return tuple(indices), how, None
 
 
 def classes_of(spec: ModelSpec) -> Classes:

@@ -1,6 +1,6 @@
 """The program `repvgg-trt`: what is done with an exported model. A subcommand is one parser here and one module beside it.
 
-The module of a subcommand (`trt_infer`, `trt_inspect`) is imported after parsing, and offers `execute(args) -> Output`.
+The module of a subcommand (`trt_infer`, `trt_inspect`, …) is imported after parsing, and offers `execute(args) -> Output`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands."""
     parser = argparse.ArgumentParser(prog="repvgg-trt", description=_DESCRIPTION, parents=[parent_parser()])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
-    for add in (_add_infer, _add_inspect):
+    for add in (_add_infer, _add_inspect, _add_eval, _add_compare):
         add(commands)
     return parser
 
@@ -75,6 +75,58 @@ def _add_inspect(commands: Subparsers) -> None:
         "a model. Needs no runtime.",
     )
     parser.add_argument("model", metavar="MODEL", help="an .onnx that repvgg-export wrote")
+
+
+def _add_eval(commands: Subparsers) -> None:
+    parser = commands.add_parser(
+        "eval",
+        parents=[parent_parser()],
+        help="measure top-1, top-5 and speed on labelled images",
+        description="Runs a classifier on labelled images and prints top-1, top-5, images a second and the worst classes with what they are "
+        "taken for. An image that cannot be read is skipped and counted; above 10 % it is an error.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="an .onnx that repvgg-export wrote, or a typed one made of it")
+    parser.add_argument("--worst", type=_positive, default=5, metavar="N", help="how many of the worst classes to print (default: %(default)s)")
+    _add_data_options(parser)
+
+
+def _add_compare(commands: Subparsers) -> None:
+    parser = commands.add_parser(
+        "compare",
+        parents=[parent_parser()],
+        help="compare two models on the same images, layer by layer",
+        description="Runs two models of the same classes on the same images and prints how often their best classes are the same, how far apart "
+        "their outputs are, their accuracy where the images have labels, and the signal-to-quantization-noise ratio of every layer. Channels that "
+        "equalization rescaled are scaled back first.",
+    )
+    parser.add_argument("reference", metavar="A", help="the reference, usually the FP32 .onnx")
+    parser.add_argument("other", metavar="B", help="the other, usually the typed .onnx")
+    parser.add_argument(
+        "--layer-images", type=_count, default=64, metavar="N", help="images for the comparison of layers, 0 for none (default: %(default)s)"
+    )
+    _add_data_options(parser)
+
+
+def _add_data_options(parser: argparse.ArgumentParser) -> None:
+    """What `eval` and `compare` share."""
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="PATH",
+        help="images: a folder with a sub-folder a class; a CSV of path,label (paths relative to it); an .npz with images and labels",
+    )
+    parser.add_argument("--limit", type=_positive, default=None, metavar="N", help="only so many images, drawn evenly (default: all)")
+    parser.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="images decoded and run at a time (default: %(default)s)")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where to run; cuda never falls back to the CPU (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=_positive, default=None, metavar="N", help="CPU threads (default: one a core)")
+    parser.add_argument("--plot", metavar="FILE", help="also draw the result as a .png (needs matplotlib)")
+    parser.add_argument("--force", action="store_true", help="replace a picture that differs")
+
+
+def _count(text: str) -> int:
+    return 0 if text.strip() == "0" else _positive(text)
 
 
 def _positive(text: str) -> int:

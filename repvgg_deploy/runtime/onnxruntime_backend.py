@@ -25,8 +25,8 @@ _INSTALL = {
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8", "tensor(int64)": "int64", "tensor(int32)": "int32"}
 _Interface: TypeAlias = "tuple[str, str, tuple[int | str | None, ...]]"
 _WRONG_WITH_PAIRS = ("WeightBiasQuantization",)
-"""Optimizers that change what a Q/DQ graph computes: this one quantizes the biases of an INT8 graph with FP16 between its pairs wrongly (seen in 1.32:
-logits of cosine 0.47 with those of the graph as it stands; 0.9999 without it)."""
+"""Optimizers that change what a Q/DQ graph computes. This one quantizes the biases of an INT8 graph with FP16 between its pairs, wrongly: in 1.32 its
+logits have cosine 0.47 with those of the graph as it stands, and 0.9999 without it."""
 _FATAL_ONLY = 4  # ONNX Runtime writes errors to standard error and raises them too; we only need them once
 
 

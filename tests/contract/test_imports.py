@@ -37,11 +37,28 @@ RANKS = {
     "runtime": 8,
     "serving": 8,
     "export": 9,
+    "figures": 9,
+    "plots": 10,
     "pipeline": 10,
     "cli": 11,
 }
 TOP = "repvgg_deploy"
-HEAVY = ("numpy", "torch", "onnx", "onnxruntime", "onnxsim", "PIL", "safetensors", "openvino", "tensorrt", "tensorrt_rtx", "cuda", "pycuda", "google")
+HEAVY = (
+    "numpy",
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "onnxsim",
+    "PIL",
+    "safetensors",
+    "openvino",
+    "tensorrt",
+    "tensorrt_rtx",
+    "cuda",
+    "pycuda",
+    "google",
+    "matplotlib",
+)
 # The heavy packages that each part may import, anywhere in it.
 OWNED = {
     "reference": {"numpy", "torch", "safetensors"},
@@ -60,6 +77,8 @@ OWNED = {
     "image_arrays": {"numpy"},
     "image_sets": {"numpy"},
     "calibration_images": {"numpy"},
+    "figures": {"matplotlib"},
+    "plots": {"matplotlib"},
 }
 MODULES = modules()
 

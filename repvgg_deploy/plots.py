@@ -1,0 +1,235 @@
+"""Reports as pictures: layers, channel ranges, accuracies, confusions. Each function takes a small dataclass of its own, and gives a Figure."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .figures import BLUE, DARK, GREY, ORANGE, SERIES, SKY, VERMILION, YELLOW, draw_grid, draw_legend, open_figure, require_data, shorten
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_MOST_DB = 100.0  # what is better is equal for all purposes, and would flatten the rest of the picture
+_NAME_WIDTH = 34
+_NOTE_WIDTH = 46
+
+
+@dataclass(frozen=True, slots=True)
+class SqnrSeries:
+    """One model's layers against the reference.
+
+    Attributes:
+        name: Of the model or method.
+        layers: Names, in order; the same for all series of a picture.
+        sqnr_db: Of each layer, in decibels.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    sqnr_db: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelSpread:
+    """The channel ranges of one layer's output.
+
+    Attributes:
+        name: Of the layer.
+        before: Largest by median channel range, before equalization.
+        after: The same, after.
+        blocked_by: Why it was left as it was, or None.
+    """
+
+    name: str
+    before: float
+    after: float
+    blocked_by: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AccuracyRow:
+    """One method.
+
+    Attributes:
+        method: Its name.
+        top1: 0 to 1.
+        standard_error: Of top1.
+        is_reference: Whether the others are to be compared with it (FP32).
+    """
+
+    method: str
+    top1: float
+    standard_error: float
+    is_reference: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ClassBar:
+    """One class and what it was taken for.
+
+    Attributes:
+        name: Of the class.
+        images: How many.
+        right: Share of images that were recognised, 0 to 1.
+        taken_for: Names of other classes, and the share of images taken for each.
+    """
+
+    name: str
+    images: int
+    right: float
+    taken_for: tuple[tuple[str, float], ...]
+
+
+def draw_layer_sqnr(series: Sequence[SqnrSeries], *, reference: str, bound_db: float | None = None) -> Figure:
+    """Signal-to-quantization-noise ratio of every layer, first to last: where two models part.
+
+    Args:
+        series: One or more models, five at most.
+        reference: Name of the model that they are compared with.
+        bound_db: Below this the layers are said to part; drawn as a line.
+
+    Raises:
+        InputError: There is nothing to draw.
+        MissingDependencyError: matplotlib is not installed.
+    """
+    require_data(bool(series) and bool(series[0].layers), "no layers")
+    layers = series[0].layers
+    with open_figure(max(7.0, 1.5 + 0.3 * len(layers)), 5.2) as (figure, axes):
+        for one, (colour, marker) in zip(series, SERIES, strict=False):
+            values = [min(value, _MOST_DB) for value in one.sqnr_db]
+            axes.plot(range(len(layers)), values, color=colour, marker=marker, markersize=6, linewidth=1.6, label=f"{one.name} against {reference}")
+        if bound_db is not None:
+            axes.axhline(bound_db, color=DARK, linestyle="--", linewidth=1, label=f"{bound_db:g} dB: below it, they part")
+        axes.set_xticks(range(len(layers)), [shorten(name) for name in layers], rotation=90, fontsize=8.5)
+        axes.set_xlim(-0.6, len(layers) - 0.4)
+        low, high = min(0.0, *(min(one.sqnr_db) for one in series)), max(min(max(one.sqnr_db), _MOST_DB) for one in series)
+        axes.set_ylim(low - (3 if low < 0 else 0), max(high, bound_db or 0) * 1.08 + 1)
+        capped = any(max(one.sqnr_db) > _MOST_DB for one in series)
+        axes.set(title="Signal-to-quantization-noise ratio of each layer's output", xlabel="layer, in the order of execution")
+        axes.set_ylabel("SQNR, dB (higher is better; 6 dB: one bit)" + (f"\ndrawn up to {_MOST_DB:g} dB" if capped else ""))
+        draw_grid(axes, "y")
+        draw_legend(axes, entries=len(series) + (bound_db is not None))
+    return figure
+
+
+def draw_ranges(rows: Sequence[ChannelSpread]) -> Figure:
+    """How unequal the channels of each layer are before and after equalization.
+
+    Args:
+        rows: In order.
+
+    Raises:
+        InputError: There is nothing to draw.
+        MissingDependencyError: matplotlib is not installed.
+    """
+    require_data(bool(rows), "no layers")
+    with open_figure(8.0, 1.9 + 0.27 * len(rows)) as (figure, axes):
+        moved = [(place, row) for place, row in enumerate(rows) if row.blocked_by is None]
+        for place, row in moved:
+            axes.plot([row.before, row.after], [place, place], color=GREY, linewidth=2.5, zorder=1)
+        axes.scatter([row.before for row in rows], range(len(rows)), s=52, color=VERMILION, marker="s", label="before equalization", zorder=2)
+        axes.scatter([row.after for _, row in moved], [place for place, _ in moved], s=52, color=BLUE, marker="o", label="after", zorder=3)
+        names = [shorten(row.name) + ("" if row.blocked_by is None else "  (left as it is)") for row in rows]
+        axes.set_yticks(range(len(rows)), names, fontsize=9)
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+        values = [value for row in rows for value in (row.before, row.after)]
+        axes.set_xlim(min(0.9, *values) * 0.95, max(2.2, *values) * 1.15)
+        axes.set(title="Spread of the channel ranges of each layer's output", xlabel="largest ÷ median channel range (1×: all alike; log scale)")
+        draw_grid(axes, "x")
+        draw_legend(axes, entries=2)
+    return figure
+
+
+def draw_accuracy(rows: Sequence[AccuracyRow], *, title: str = "Top-1 accuracy by method") -> Figure:
+    """Top-1 of several methods with its standard error; the reference as a line.
+
+    Args:
+        rows: Top to bottom.
+        title: Of the picture: which model, which images.
+
+    Raises:
+        InputError: There is nothing to draw.
+        MissingDependencyError: matplotlib is not installed.
+    """
+    require_data(bool(rows), "no methods")
+    with open_figure(8.5, 1.7 + 0.42 * len(rows)) as (figure, axes):
+        percent, errors = [100 * row.top1 for row in rows], [100 * row.standard_error for row in rows]
+        axes.barh(range(len(rows)), percent, height=0.62, color=[SKY if row.is_reference else BLUE for row in rows])
+        axes.errorbar(percent, range(len(rows)), xerr=errors, fmt="none", ecolor=DARK, elinewidth=1.4, capsize=4)
+        ends = [value + sign * error for value, error in zip(percent, errors, strict=True) for sign in (-1, 1)]
+        left = max(0.0, min(ends) - 0.6 * max(max(ends) - min(ends), 1.0)) if min(ends) > 10 else 0.0
+        width = max(ends) - left
+        axes.set_xlim(left, max(ends) + 0.3 * width)
+        axes.set_xticks([tick for tick in axes.get_xticks() if left <= tick <= min(100, left + 1.3 * width)])
+        for place, (value, error) in enumerate(zip(percent, errors, strict=True)):
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+            axes.text(value + error + 0.015 * width, place, f"{value:.2f} ± {error:.2f}", va="center", fontsize=9, bbox=box)
+        axes.set_yticks(range(len(rows)), [textwrap.fill(row.method, _NAME_WIDTH) for row in rows], fontsize=9)
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set(title=title, xlabel=f"top-1, % ± standard error{' (the axis does not begin at 0)' if left > 0 else ''}")
+        draw_grid(axes, "x")
+        _mark_reference(axes, [row for row in rows if row.is_reference])
+    return figure
+
+
+def _mark_reference(axes: Axes, rows: Sequence[AccuracyRow]) -> None:
+    for row in rows:
+        axes.axvline(100 * row.top1, color=DARK, linestyle="--", linewidth=1, label=f"{row.method}, {100 * row.top1:.2f} %")
+    if rows:
+        draw_legend(axes, entries=len(rows))
+
+
+def draw_confusion(bars: Sequence[ClassBar], *, title: str = "The worst classes, and what they are taken for") -> Figure:
+    """Of each class the share of images that was not recognised, divided by what they were taken for.
+
+    Args:
+        bars: Worst first.
+        title: Of the picture.
+
+    Raises:
+        InputError: There is nothing to draw.
+        MissingDependencyError: matplotlib is not installed.
+    """
+    require_data(bool(bars), "no class was ever confused")
+    colours, widest = (VERMILION, ORANGE, YELLOW), 100 * max(1 - bar.right for bar in bars)
+    left_over = False
+    with open_figure(9.5, 1.9 + 0.62 * len(bars)) as (figure, axes):
+        for place, bar in enumerate(bars):
+            shares = [100 * share for _, share in bar.taken_for]
+            rest = max(0.0, 100 * (1 - bar.right) - sum(shares))
+            left_over, left = left_over or rest >= 0.5, 0.0
+            for share, colour in zip((*shares, rest), (*colours[: len(shares)], GREY), strict=True):
+                axes.barh(place, share, left=left, height=0.62, color=colour, edgecolor="white", linewidth=1)
+                left += share
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+            axes.text(left + 0.02 * widest, place, _describe(bar, rest), va="center", fontsize=9, bbox=box)
+        names = [f"{_clip(bar.name, _NAME_WIDTH)}\n{bar.right:.0%} of {bar.images} right" for bar in bars]
+        axes.set_yticks(range(len(bars)), names, fontsize=9)
+        axes.set_ylim(len(bars) - 0.4, -0.6)
+        axes.set_xlim(0, 2.1 * widest)
+        axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= min(100, 2.1 * widest)])
+        axes.set(title=title, xlabel="share of the class's images that were taken for another class, %")
+        draw_grid(axes, "x")
+        from matplotlib.patches import Patch
+
+        used = max(len(bar.taken_for) for bar in bars)
+        looks = [*zip(colours[:used], ("most often", "next", "third"), strict=False), *([(GREY, "all others")] if left_over else [])]
+        draw_legend(axes, entries=4, columns=4, handles=[Patch(color=colour, label=name) for colour, name in looks])
+    return figure
+
+
+def _describe(bar: ClassBar, rest: float) -> str:
+    parts = [f"{_clip(name, 24)}: {share:.0%}" for name, share in bar.taken_for]
+    parts += [f"others: {rest:.0f}%"] if rest >= 0.5 else []
+    # A line is broken between classes only.
+    return "\n".join(textwrap.wrap(", ".join(part.replace(" ", "\u00a0") for part in parts), _NOTE_WIDTH)[:3])
+
+
+def _clip(name: str, most: int) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}…"

@@ -1,0 +1,102 @@
+"""The layers of FP32, FP16 and INT8 graphs found under one name, and compared whatever was rescaled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from repvgg_deploy.errors import InputError, ModelError
+from repvgg_deploy.precision.execute import run_tensors
+from repvgg_deploy.precision.fp16 import to_fp16
+from repvgg_deploy.precision.inspect_layers import LayerRun, run_pairs
+from repvgg_deploy.precision.int8 import FAST, MAX_CALIBRATION, quantize_graph
+from repvgg_deploy.verify.layers import LayerAgreement, compare_layers
+from tests.precision.make_chain import KINDS, ChainOptions, make_batches, make_model, metadata_of
+from tests.runtime.test_typed_models import build_quantized
+
+
+def compare(reference: onnx.ModelProto, other: onnx.ModelProto, batches: list[Any]) -> tuple[LayerAgreement, ...]:
+    one, two = LayerRun(reference), LayerRun(other)
+    shared = one.shared_with(two)
+    return compare_layers(run_pairs(one, two, ((batch, batch) for batch in batches)), fixed=shared.classifiers)
+
+
+def with_metadata(model: onnx.ModelProto) -> onnx.ModelProto:
+    from repvgg_deploy import codec
+    from repvgg_deploy.specs import METADATA_KEY
+
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    copy.metadata_props.add(key=METADATA_KEY, value=codec.dumps(metadata_of(model)))
+    return copy
+
+
+def test_outputs_are_those_of_the_graph() -> None:
+    model, batch = make_model(), make_batches()[0]
+    run = LayerRun(model)
+    assert list(run.outputs) == [*(f"stage{index}.conv" for index in range(5)), "linear"]
+    truth = next(run_tensors(model, list(run.outputs.values()), [batch]))
+    assert all(np.array_equal(value, truth[run.outputs[name]]) for name, value in run.run(batch).items())
+
+
+@pytest.mark.parametrize("kind", ["plain", "grouped", "se_after", "uint8_top5"])
+def test_int8_layers_lose_what_calibration_reports_though_they_were_equalized(kind: str) -> None:
+    model, batches = make_model(KINDS[kind]), make_batches(KINDS[kind])
+    graph, report = quantize_graph(model, batches, FAST)
+    layers = compare(model, graph, batches)
+    assert [layer.name for layer in layers] == [layer.name for layer in report.layers]
+    assert max(layer.largest_factor for layer in layers) > 3  # six octaves of spread were evened out
+    # The report knows the factors and compares in the rescaled units, where the channels weigh differently.
+    difference = [layer.sqnr_db - expected.sqnr_db for layer, expected in zip(layers, report.layers, strict=True)]
+    assert np.abs(difference).max() < 8
+    assert abs(layers[-1].sqnr_db - report.layers[-1].sqnr_db) < 1
+    assert layers[-1].smallest_factor == layers[-1].largest_factor == 1
+
+
+def test_int8_layers_without_equalization_are_worse_from_the_first_to_the_last() -> None:
+    model, batches = make_model(), make_batches()
+    worse = compare(model, quantize_graph(model, batches, MAX_CALIBRATION)[0], batches)
+    better = compare(model, quantize_graph(model, batches, FAST)[0], batches)
+    assert all(one.sqnr_db < two.sqnr_db + 1 for one, two in zip(worse, better, strict=True))
+    assert worse[-1].sqnr_db < better[-1].sqnr_db - 10
+
+
+def test_fp16_layers_are_found_under_the_same_names() -> None:
+    model, batches = make_model(), make_batches()
+    typed, _ = to_fp16(with_metadata(model), batches)
+    layers = compare(model, typed.model, batches)
+    # Eleven digits of two are 66 dB; a few layers add up.
+    assert all(50 < layer.sqnr_db < 120 for layer in layers), layers
+
+
+def test_int8_with_fp16_around_it_is_computed_as_it_stands() -> None:
+    graph = build_quantized()
+    batch = np.random.default_rng(0).standard_normal((4, 3, 16, 16)).astype(np.float32)
+    found = LayerRun(graph).run(batch)
+    weights = {tensor.name: numpy_helper.to_array(tensor).astype(np.float32) for tensor in graph.graph.initializer}
+    image = np.clip(np.rint(batch.astype(np.float16) / np.float16(0.02)), -128, 127) * np.float32(np.float16(0.02))
+    centre = np.einsum("nchw,ochw->no", image[:, :, 4:7, 6:9], weights["c1.w"] * weights["c1.s"].reshape(-1, 1, 1, 1)) + weights["c1.b"]
+    assert np.abs(found["c1"][:, :, 5, 7] - centre).max() < 0.02 * np.abs(centre).max()
+
+
+def test_networks_that_are_not_one_are_refused() -> None:
+    one = LayerRun(make_model())
+    with pytest.raises(InputError, match=r"different networks: stage0\.conv"):
+        one.shared_with(LayerRun(make_model(ChainOptions(widths=(16, 16, 16, 24, 32)))))
+    with pytest.raises(InputError, match="different networks"):
+        one.shared_with(LayerRun(make_model(KINDS["se_after"])))
+
+
+def test_files_and_batches_that_cannot_be_used_are_refused(tmp_path) -> None:
+    with pytest.raises(ModelError, match="cannot be read as ONNX"):
+        LayerRun(tmp_path / "nowhere.onnx")
+    with pytest.raises(ModelError, match="failed on float32"):
+        LayerRun(make_model()).run(np.zeros((1, 4, 16, 16), np.float32))
+    broken = make_model()
+    broken.graph.node[1].op_type = "Nonsense"
+    with pytest.raises(ModelError, match="refuses the graph"):
+        LayerRun(broken)

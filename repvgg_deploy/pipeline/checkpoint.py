@@ -10,16 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..artifacts import PendingOutput, atomic_output, require_distinct, require_replaceable
-from ..errors import InputError
+from ..errors import CalibrationError, InputError
 from ..export.contract import check_contract
 from ..export.options import GraphOptions, model_spec
 from ..export.simplify import drop_weight_inputs, rename, simplify
 from ..export.statistics import collect_statistics
+from ..export.synthesize import SynthesisOptions, plan_synthesis
 from ..export.to_onnx import to_onnx
 from ..export.versions import tool_versions
 from ..export.writer import append_metadata, write_model
 from ..labels import IMAGENET_CLASSES, imagenet_labels
 from ..memory import release_freed_memory
+from ..precision.calibration_file import calibration_path
 from ..preprocess import default_preprocessing
 from ..reference.checkpoint import Checkpoint, build_model, load_checkpoint, write_deploy
 from ..reference.network import RepVGG
@@ -40,6 +42,7 @@ from ..specs import (
 from ..verify.batches import Batch, make_batches
 from ..verify.onnx_parity import require_same_weights, verify_onnx
 from ..zoo import find_card
+from .calibration import CalibrationResult, Steps, write_calibration
 
 _SMALL_SIZES = ((48, 64), (33, 47))  # float64 is slow; not square, and one odd, so that every stride meets a remainder
 _SMALL_PIXELS = 96 * 96
@@ -60,6 +63,7 @@ class ExportOptions:
         labels: Names of the classes; None takes the checkpoint's own, ImageNet's for a published checkpoint, else none.
         save_deploy: Write the deploy-form checkpoint here, too.
         force: Replace different files.
+        calibration: Synthesise calibration images from the BatchNorm statistics, too, and write them beside the ONNX as `NAME.calib.npz`.
     """
 
     graph: GraphOptions = field(default_factory=GraphOptions)
@@ -69,6 +73,7 @@ class ExportOptions:
     labels: tuple[str, ...] | None = None
     save_deploy: Path | None = None
     force: bool = False
+    calibration: SynthesisOptions | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +85,24 @@ class ExportResult:
         metadata: What it carries, its certificate included.
         notes: What a person should know of the checkpoint.
         deploy_output: The deploy-form checkpoint, if one was asked for.
+        calibration: The synthetic calibration images, if they were asked for.
     """
 
     output: PendingOutput
     metadata: ModelMetadata
     notes: tuple[str, ...] = ()
     deploy_output: PendingOutput | None = None
+    calibration: CalibrationResult | None = None
 
 
-def export_checkpoint(ckpt: Path | str, out: Path | str, *, options: ExportOptions | None = None, progress: Progress | None = None) -> ExportResult:
+def export_checkpoint(
+    ckpt: Path | str,
+    out: Path | str,
+    *,
+    options: ExportOptions | None = None,
+    progress: Progress | None = None,
+    calibration_progress: Steps | None = None,
+) -> ExportResult:
     """Checkpoint → verified ONNX. Nothing is written that did not pass its verification.
 
     Args:
@@ -96,8 +110,10 @@ def export_checkpoint(ckpt: Path | str, out: Path | str, *, options: ExportOptio
         out: The `.onnx`.
         options: See `ExportOptions`.
         progress: Called with the name of each stage when it begins.
+        calibration_progress: Called with the optimisation steps done and in all, while calibration images are synthesised.
 
     Raises:
+        CalibrationError: Calibration images are asked for, and the checkpoint is in deploy form: it has no statistics.
         CheckpointError: The checkpoint cannot be read, is incomplete or of another network.
         ExportError: torch, onnxsim or the graph contract refuse the graph.
         ParityError: The deploy form or the ONNX does not give what the training-mode model gives.
@@ -105,7 +121,8 @@ def export_checkpoint(ckpt: Path | str, out: Path | str, *, options: ExportOptio
     """
     options, report = options or ExportOptions(), progress or _silent
     out, deploy_path = Path(out), options.save_deploy
-    require_distinct([out] if deploy_path is None else [out, deploy_path], [Path(ckpt)])
+    outputs = [out, *([] if deploy_path is None else [deploy_path]), *([] if options.calibration is None else [calibration_path(out)])]
+    require_distinct(outputs, [Path(ckpt)])
     # Opened first: a folder that cannot be written to should not be found out after the work. Written both or not at all.
     deploying = nullcontext() if deploy_path is None else atomic_output(deploy_path, force=options.force)
     with deploying as deploy_output, atomic_output(out, force=options.force) as output:
@@ -114,6 +131,7 @@ def export_checkpoint(ckpt: Path | str, out: Path | str, *, options: ExportOptio
         preprocessing, labels = _preprocessing(checkpoint, options), _labels(checkpoint, options)
         graph = dataclasses.replace(options.graph, image_size=preprocessing.crop)
         spec = model_spec(checkpoint.spec, graph, preprocessing, labels)
+        _require_statistics(checkpoint, spec, options.calibration)
         batches = make_batches(preprocessing, [preprocessing.crop, *_SMALL_SIZES])
         proven = _prove_forms(model, batches, report)
         del model  # the training form has served; its memory is needed
@@ -128,7 +146,12 @@ def export_checkpoint(ckpt: Path | str, out: Path | str, *, options: ExportOptio
         require_passed(checks, f"{checkpoint.path.name}: the {checkpoint.form} form against the ONNX")
         metadata = _metadata(checkpoint, (*forms.checks, *checks), spec, statistics=proven.statistics, graph=graph)
         append_metadata(output.partial, digest, metadata)
-    return ExportResult(output, metadata, checkpoint.notes, deploy_output)
+    calibration = None
+    if options.calibration is not None:
+        report("synthesise calibration images")
+        release_freed_memory()
+        calibration = write_calibration(ckpt, out, options=options.calibration, force=options.force, progress=calibration_progress)
+    return ExportResult(output, metadata, checkpoint.notes, deploy_output, calibration)
 
 
 def _silent(stage: str) -> None:
@@ -173,6 +196,19 @@ def _labels(checkpoint: Checkpoint, options: ExportOptions) -> tuple[str, ...] |
             remedy="give --labels a file with one line a class, in the classifier's order",
         )
     return labels
+
+
+def _require_statistics(checkpoint: Checkpoint, spec: ModelSpec, calibration: SynthesisOptions | None) -> None:
+    """Before the work: whether calibration images can be synthesised, if they are asked for."""
+    if calibration is None:
+        return
+    if checkpoint.form != "training":
+        raise CalibrationError(
+            f"{checkpoint.path}: in deploy form, so the BatchNorm statistics that images could be synthesised from are gone",
+            remedy="give the training-form checkpoint, or leave --synthetic-calibration out and calibrate with real images",
+        )
+    assert spec.preprocessing is not None
+    plan_synthesis(checkpoint.spec, spec.preprocessing.crop, calibration, multiple=spec.batch or 1)
 
 
 def _prove_forms(model: RepVGG, batches: tuple[Batch, ...], report: Progress) -> _Proven:

@@ -1,0 +1,195 @@
+"""Images from BatchNorm statistics: they match them, for every kind of block, and the gradient is the true one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from repvgg_deploy.errors import CalibrationError, InputError
+from repvgg_deploy.export.bn_mismatch import StatisticsMismatch
+from repvgg_deploy.export.synthesize import SynthesisOptions, Synthesizer, image_bytes, plan_synthesis
+from repvgg_deploy.preprocess import default_preprocessing
+from repvgg_deploy.reference.block import TrainingBlock
+from repvgg_deploy.reference.network import RepVGG
+from repvgg_deploy.specs import BlockKind, SePosition, VariantSpec
+from repvgg_deploy.variants import PUBLISHED
+from tests.reference.generated import SMALL_PLUS, random_model
+from tests.reference.random_blocks import small_variant
+
+VARIANTS: dict[str, VariantSpec] = {
+    "repvgg": small_variant(),
+    "qarepvgg_v1": small_variant("qarepvgg_v1"),
+    "qarepvgg_v2": small_variant("qarepvgg_v2"),
+    "plain": small_variant("plain", groups=(1,) * 9),
+    "se_before": small_variant(se="before_relu"),
+    "se_after_and_auxiliary": SMALL_PLUS,
+}
+SIZE = default_preprocessing(32, 32)
+
+
+def hooked_mismatch(model: RepVGG, images: Tensor) -> Tensor:
+    """The same by definition: hooks on the BatchNorm modules of the blocks, and torch's own gradient."""
+    losses: list[Tensor] = []
+
+    def record(norm: nn.BatchNorm2d, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+        variance, mean = torch.var_mean(inputs[0], (0, 2, 3), correction=0)
+        std = (norm.running_var + norm.eps).sqrt()
+        losses.append(((mean - norm.running_mean) / std).square().mean() + ((variance + norm.eps).sqrt() / std - 1).square().mean())
+
+    norms = [module for block in model.blocks().values() for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+    handles = [norm.register_forward_hook(record) for norm in norms]
+    model(images)
+    for handle in handles:
+        handle.remove()
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_mismatch_and_its_gradient_are_those_of_hooks_on_the_batchnorm_modules(name: str) -> None:
+    model = random_model(VARIANTS[name]).double()
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ours, theirs = images.clone().requires_grad_(), images.clone().requires_grad_()
+    expected = hooked_mismatch(model, theirs)
+    expected.backward()  # type: ignore[no-untyped-call]
+    # The initial values of the sum are float64 too, because everything takes its dtype from the images or the model.
+    found = StatisticsMismatch(model)(ours)
+    found.backward()
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-7, atol=1e-12)
+
+
+@torch.no_grad()
+def train_statistics(model: RepVGG, images: Tensor) -> None:
+    """Running statistics become those of `images`, as training would leave them."""
+    for block in model.blocks().values():
+        for module in block.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = None  # cumulative average: of one batch, the batch itself
+                module.reset_running_stats()
+    model.train()
+    for start in range(0, len(images), 32):
+        model(images[start : start + 32])
+    model.eval()
+
+
+def stripes(count: int, *, seed: int = 0) -> Tensor:
+    """Images that are not noise: coloured gratings of random direction and period, normalised."""
+    generator = torch.Generator().manual_seed(seed)
+    angle, period, phase = (torch.rand((count, 1, 1, 1), generator=generator) for _ in range(3))
+    rows, columns = torch.arange(32.0).reshape(1, 1, -1, 1), torch.arange(32.0).reshape(1, 1, 1, -1)
+    wave = torch.sin((rows * torch.cos(angle * 3.2) + columns * torch.sin(angle * 3.2)) / (1 + 4 * period) + 6.3 * phase)
+    return wave * torch.rand((count, 3, 1, 1), generator=generator) + 0.3 * torch.randn((count, 3, 1, 1), generator=generator)
+
+
+def learned(variant: VariantSpec) -> RepVGG:
+    model = random_model(variant)
+    train_statistics(model, stripes(128))
+    return model
+
+
+def synthesise(model: RepVGG, *, images: int = 16, steps: int = 60, seed: int = 0) -> tuple[np.ndarray, float, float]:
+    synthesizer = Synthesizer(model, SIZE, seed=seed, steps=steps)
+    state = synthesizer.start(0, images)
+    _, before = synthesizer.finish(state)
+    for _ in range(steps):
+        state = synthesizer.advance(state)
+    result, after = synthesizer.finish(state)
+    return result, before, after
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_synthesised_images_match_statistics_far_better_than_their_start(name: str) -> None:
+    images, before, after = synthesise(learned(VARIANTS[name]))
+    assert images.dtype == np.uint8 and images.shape == (16, 32, 32, 3)
+    # A fifth is what the slowest kind keeps with a third of the usual steps; noise alone stays at 1.
+    assert after < 0.2 * before, (before, after)
+
+
+@torch.no_grad()
+def test_synthesised_images_have_the_means_and_deviations_of_the_running_statistics() -> None:
+    model = learned(VARIANTS["repvgg"])
+    images, _, _ = synthesise(model, steps=150)
+    x = (torch.from_numpy(images).permute(0, 3, 1, 2) - torch.tensor(SIZE.mean).reshape(3, 1, 1)) / torch.tensor(SIZE.std).reshape(3, 1, 1)
+    shifts, ratios = [], []
+    for block in model.blocks().values():
+        assert isinstance(block, TrainingBlock)
+        y = block.rbr_dense.conv(x)
+        norm = block.rbr_dense.bn
+        shifts.append((y.mean((0, 2, 3)) - norm.running_mean) / norm.running_var.sqrt())
+        ratios.append(y.std((0, 2, 3)) / norm.running_var.sqrt())
+        x = block(x)
+    # In units of a channel's standard deviation, over all channels of all 3×3 convolutions.
+    assert float(torch.cat(shifts).abs().mean()) < 0.1
+    assert float((torch.cat(ratios) - 1).abs().mean()) < 0.1
+
+
+def test_synthesis_is_deterministic_and_seeds_and_batches_differ() -> None:
+    model = learned(VARIANTS["repvgg"])
+    one, again, other = (synthesise(model, images=4, steps=5, seed=seed)[0] for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one, again)
+    assert (one != other).mean() > 0.5
+    synthesizer = Synthesizer(model, SIZE, seed=0, steps=5)
+    assert not torch.equal(synthesizer.start(0, 4).pixels, synthesizer.start(1, 4).pixels)
+
+
+def test_synthesis_step_leaves_its_state_unchanged() -> None:
+    synthesizer = Synthesizer(learned(VARIANTS["repvgg"]), SIZE, seed=0, steps=5)
+    state = synthesizer.start(0, 2)
+    kept = state.pixels.clone()
+    following = synthesizer.advance(state)
+    assert torch.equal(state.pixels, kept) and not state.first.any() and state.step == 0
+    assert following.step == 1 and not torch.equal(following.pixels, kept)
+
+
+def test_synthesis_with_another_normalisation_makes_pixels_of_the_same_kind() -> None:
+    """A model that takes pixels / 255: what is optimised is the same, and so are the images of a network that normalises by itself."""
+    model = learned(VARIANTS["repvgg"])
+    plain = dataclasses.replace(SIZE, mean=(0.0, 0.0, 0.0), std=(255.0, 255.0, 255.0))
+    images = Synthesizer(model, plain, seed=0, steps=5)
+    pixels, _ = images.finish(images.start(0, 8))
+    assert 80 < pixels.mean() < 160 and pixels.std() > 30
+
+
+def test_synthesis_from_deploy_form_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="deploy form"):
+        StatisticsMismatch(random_model(small_variant(), "deploy"))
+
+
+@pytest.mark.parametrize("change", [{"images": 0}, {"images": -1}, {"images": 10**9}, {"steps": 0}, {"seed": -1}, {"seed": 1 << 63}])
+def test_synthesis_options_that_cannot_hold_are_refused(change: dict[str, int]) -> None:
+    with pytest.raises(InputError, match="expected"):
+        SynthesisOptions(**change)
+
+
+def test_plan_chooses_less_for_larger_networks_and_keeps_batches_even() -> None:
+    small = plan_synthesis(PUBLISHED["A0"], (128, 128), SynthesisOptions())
+    large = plan_synthesis(PUBLISHED["B2"], (224, 224), SynthesisOptions())
+    assert small.images >= 64 and small.images * small.steps > large.images * large.steps
+    assert large.images >= 8
+    assert plan_synthesis(PUBLISHED["A0"], (128, 128), SynthesisOptions(images=100, steps=7)).batches == (50, 50)
+    assert plan_synthesis(PUBLISHED["A0"], (128, 128), SynthesisOptions(images=5)).batches == (5,)
+    for spec, size in ((PUBLISHED["B2"], (224, 224)), (PUBLISHED["D2se"], (224, 224)), (PUBLISHED["RepVGGplus-L2pse"], (320, 320))):
+        plan = plan_synthesis(spec, size, SynthesisOptions(images=512))
+        assert max(plan.batches) * image_bytes(spec, size) <= 2 << 30  # of the 6 GB that a large network may take; its weights are another 1
+        assert plan.images == 512
+
+
+def test_plan_fills_a_fixed_batch() -> None:
+    spec = PUBLISHED["A0"]
+    assert plan_synthesis(spec, (128, 128), SynthesisOptions(), multiple=48).images % 48 == 0
+    with pytest.raises(InputError, match="fixed batch of 48") as caught:
+        plan_synthesis(spec, (128, 128), SynthesisOptions(images=50), multiple=48)
+    assert "--synthetic-calibration 96" in caught.value.remedy
+
+
+def kinds() -> list[tuple[BlockKind, SePosition]]:
+    return [(spec.block, spec.se) for spec in VARIANTS.values()]
+
+
+def test_variants_of_these_tests_have_every_kind_of_block() -> None:
+    assert {kind for kind, _ in kinds()} == {"repvgg", "qarepvgg_v1", "qarepvgg_v2", "plain"}
+    assert {se for _, se in kinds()} == {"none", "before_relu", "after_relu"}

@@ -1,0 +1,165 @@
+"""`NAME.calib.npz`: read strictly, whatever stands there."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from repvgg_deploy import codec
+from repvgg_deploy.errors import CalibrationError, InputError
+from repvgg_deploy.precision.calibration_file import calibration_path, find_calibration_file, load_calibration_file
+from repvgg_deploy.specs import CalibrationProvenance
+
+PROVENANCE = CalibrationProvenance(1, "e" * 64, "a" * 64, "bn_statistics", images=3, seed=0, steps=9, loss=0.5, versions={"torch": "2"})
+IMAGES = np.random.default_rng(0).integers(0, 256, (3, 8, 6, 3), np.uint8)
+
+
+def write(path: Path, **changes: Any) -> Path:
+    arrays = {"images": IMAGES, "provenance": np.array(codec.dumps(PROVENANCE))} | changes
+    with path.open("wb") as file:
+        np.savez(file, **{name: array for name, array in arrays.items() if array is not None})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("onnx", "expected"), [("b2.onnx", "b2.calib.npz"), ("b2.v1.onnx", "b2.v1.calib.npz"), ("B2.ONNX", "B2.calib.npz"), ("model", "model.calib.npz")]
+)
+def test_calibration_file_stands_beside_its_onnx(tmp_path: Path, onnx: str, expected: str) -> None:
+    assert calibration_path(tmp_path / onnx) == tmp_path / expected
+    assert find_calibration_file(tmp_path / onnx) is None
+    write(tmp_path / expected)
+    assert find_calibration_file(tmp_path / onnx) == tmp_path / expected
+    assert find_calibration_file(str(tmp_path / onnx)) == tmp_path / expected
+
+
+def test_calibration_folder_of_that_name_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "m.calib.npz").mkdir()
+    assert find_calibration_file(tmp_path / "m.onnx") is None
+
+
+def test_load_gives_images_and_provenance(tmp_path: Path) -> None:
+    images, provenance = load_calibration_file(write(tmp_path / "m.calib.npz"), "e" * 64)
+    np.testing.assert_array_equal(images, IMAGES)
+    assert images.dtype == np.uint8 and provenance == PROVENANCE
+    floats = np.random.default_rng(0).standard_normal((3, 3, 8, 6), np.float32)
+    images, _ = load_calibration_file(str(write(tmp_path / "f.calib.npz", images=floats)))
+    np.testing.assert_array_equal(images, floats)
+
+
+def test_load_file_of_another_onnx_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.calib.npz")
+    with pytest.raises(CalibrationError, match="made for another ONNX: expected sha256 ffff") as caught:
+        load_calibration_file(path, "f" * 64)
+    assert "--synthetic-calibration" in caught.value.remedy
+
+
+def test_load_missing_file_says_how_to_make_it(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.calib.npz", tmp_path):
+        with pytest.raises(InputError, match="no such file") as caught:
+            load_calibration_file(path)
+        assert "--synthetic-calibration" in caught.value.remedy
+
+
+class Evil:
+    def __reduce__(self) -> object:
+        return (sys.exit, ("the pickle was executed",))
+
+
+def provenance(**changes: object) -> np.ndarray:
+    return np.array(codec.dumps({**codec.encode(PROVENANCE), **changes}))
+
+
+WRONG = {
+    "no images": {"images": None},
+    "no provenance": {"provenance": None},
+    "another array": {"labels": np.arange(3)},
+    "pickled images": {"images": np.array([Evil(), Evil(), Evil()], object)},
+    "pickled provenance": {"provenance": np.array(Evil(), object)},
+    "provenance as numbers": {"provenance": np.arange(3)},
+    "provenance as two texts": {"provenance": np.array(["{}", "{}"])},
+    "provenance is not JSON": {"provenance": np.array("{")},
+    "unknown schema": {"provenance": provenance(schema=2)},
+    "unknown field": {"provenance": provenance(clock="now")},
+    "images of another count": {"provenance": provenance(images=4)},
+    "images grey": {"images": IMAGES[..., :1]},
+    "images of three dimensions": {"images": IMAGES[0]},
+    "images channels first in bytes": {"images": np.ascontiguousarray(IMAGES.transpose(0, 3, 1, 2))},
+    "images of int64": {"images": IMAGES.astype(np.int64)},
+    "images of float64": {"images": np.zeros((3, 3, 8, 6))},
+    "images none": {"images": IMAGES[:0], "provenance": provenance(images=0)},
+    "images NaN": {"images": np.full((3, 3, 8, 6), np.nan, np.float32)},
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_load_file_with_wrong_content_is_refused(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / "m.calib.npz", **WRONG[name])
+    with pytest.raises(CalibrationError) as caught:
+        load_calibration_file(path)
+    assert str(path) in caught.value.message and "--synthetic-calibration" in caught.value.remedy
+
+
+def test_load_truncated_file_is_refused_at_every_length(tmp_path: Path) -> None:
+    data = write(tmp_path / "m.calib.npz").read_bytes()
+    path = tmp_path / "t.calib.npz"
+    for length in (*range(0, len(data), 37), len(data) - 1):
+        path.write_bytes(data[:length])
+        with pytest.raises(CalibrationError):
+            load_calibration_file(path)
+
+
+def test_load_file_with_a_changed_byte_is_refused_or_reads_the_same(tmp_path: Path) -> None:
+    """The archive's checksums cover the arrays; a changed byte between them (a date, a gap) changes nothing that is read."""
+    data = write(tmp_path / "m.calib.npz").read_bytes()
+    path = tmp_path / "t.calib.npz"
+    generator = np.random.default_rng(0)
+    refused = 0
+    for position in generator.integers(0, len(data), 150):
+        changed = bytearray(data)
+        changed[position] ^= 1 << int(generator.integers(8))
+        path.write_bytes(changed)
+        try:
+            images, found = load_calibration_file(path)
+        except CalibrationError:
+            refused += 1
+        else:
+            np.testing.assert_array_equal(images, IMAGES)
+            assert found == PROVENANCE
+    assert refused > 75
+
+
+@pytest.mark.parametrize("kind", ["npy", "text", "empty", "zip of text"])
+def test_load_foreign_file_is_refused(tmp_path: Path, kind: str) -> None:
+    import zipfile
+
+    buffer = io.BytesIO()
+    if kind == "npy":
+        np.save(buffer, IMAGES)
+    elif kind == "text":
+        buffer.write(b"not an archive" * 99)
+    elif kind == "zip of text":
+        with zipfile.ZipFile(buffer, "w") as archive:
+            archive.writestr("images.npy", "text")
+            archive.writestr("provenance.npy", "text")
+    path = tmp_path / "m.calib.npz"
+    path.write_bytes(buffer.getvalue())
+    with pytest.raises(CalibrationError, match="no calibration file"):
+        load_calibration_file(path)
+
+
+def test_load_sample_images_without_provenance_are_refused(sample_dir: Path) -> None:
+    with pytest.raises(CalibrationError, match="expected the arrays images and provenance, found images, labels"):
+        load_calibration_file(sample_dir / "calib.npz")
+
+
+def test_provenance_example_of_the_documents_is_one(tmp_path: Path, sample_dir: Path) -> None:
+    text = (sample_dir.parents[1] / "docs" / "schemas" / "calibration.json").read_text(encoding="utf-8")
+    example = dataclasses.replace(codec.loads(CalibrationProvenance, text), images=3)
+    _, found = load_calibration_file(write(tmp_path / "m.calib.npz", provenance=np.array(codec.dumps(example))))
+    assert found == example

@@ -10,6 +10,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from repvgg_deploy import codec
+from repvgg_deploy.precision.ranges import DEVIATIONS
 from repvgg_deploy.specs import METADATA_KEY, ChannelStatistics, VariantSpec
 from repvgg_deploy.variants import alternating_groups
 from tests.precision.make_chain import ChainOptions, _finish, _Graph, _head, _tail, metadata_of
@@ -67,10 +68,10 @@ def _stamp(model: onnx.ModelProto, size: int, *, uint8: bool) -> onnx.ModelProto
 
 
 def state_statistics(model: onnx.ModelProto, ranges: dict[str, np.ndarray]) -> onnx.ModelProto:
-    """The model with BatchNorm statistics in its metadata whose |mean| + 16σ are `ranges`, by tensor."""
+    """The model with BatchNorm statistics in its metadata whose |mean| + DEVIATIONS·σ are `ranges`, by tensor."""
     entry = next(entry for entry in model.metadata_props if entry.key == METADATA_KEY)
     metadata = codec.loads(type(metadata_of(model)), entry.value)
-    statistics = {name: ChannelStatistics(_encode(-value / 2), _encode(value / 32)) for name, value in ranges.items()}
+    statistics = {name: ChannelStatistics(_encode(-value / 2), _encode(value / 2 / DEVIATIONS)) for name, value in ranges.items()}
     entry.value = codec.dumps(dataclasses.replace(metadata, statistics=statistics))
     return model
 

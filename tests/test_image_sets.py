@@ -69,6 +69,13 @@ def test_folders_are_classes_by_label_and_images_are_as_the_model_takes_them(fol
     assert "labels" in images.labels_from
 
 
+def test_folders_name_the_classes_of_a_model_without_labels(tmp_path: Path) -> None:
+    save_images(tmp_path, ["n01440764/a.png", "n03888257/a.png", "own/a.png"])
+    assert open_images(tmp_path, make_spec(labels=None)).class_names == ("tench", "parachute", "own")
+    save_images(tmp_path / "numbers", ["0/a.png", "2/a.png"])
+    assert open_images(tmp_path / "numbers", make_spec(labels=None)).class_names == ("0", "", "2")
+
+
 def test_folders_of_a_uint8_model_give_bytes(folder: Path) -> None:
     batch = next(iter(open_images(folder, make_spec(uint8=True))))
     assert batch.images.dtype == np.uint8

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -11,9 +11,10 @@ from onnx import numpy_helper
 
 from repvgg_deploy.errors import InputError, ModelError
 from repvgg_deploy.precision.execute import run_tensors
-from repvgg_deploy.precision.fp16 import to_fp16
+from repvgg_deploy.precision.fp16 import Fp16Options, to_fp16
 from repvgg_deploy.precision.inspect_layers import LayerRun, run_pairs
 from repvgg_deploy.precision.int8 import FAST, MAX_CALIBRATION, quantize_graph
+from repvgg_deploy.precision.mixed import halve_quantized, round_scales_to_half
 from repvgg_deploy.verify.layers import LayerAgreement, compare_layers
 from tests.precision.make_chain import KINDS, ChainOptions, make_batches, make_model, metadata_of
 from tests.runtime.test_typed_models import build_quantized
@@ -65,9 +66,22 @@ def test_int8_layers_without_equalization_are_worse_from_the_first_to_the_last()
     assert worse[-1].sqnr_db < better[-1].sqnr_db - 10
 
 
-def test_fp16_layers_are_found_under_the_same_names() -> None:
+def test_int8_with_fp16_layers_lose_no_more_than_int8() -> None:
     model, batches = make_model(), make_batches()
-    typed, _ = to_fp16(with_metadata(model), batches)
+    graph, _ = quantize_graph(model, batches, FAST)
+    mixed = onnx.ModelProto()
+    mixed.CopyFrom(graph)
+    for tensor in mixed.graph.initializer:
+        if tensor.name.endswith(".scale"):
+            tensor.CopyFrom(numpy_helper.from_array(round_scales_to_half(numpy_helper.to_array(tensor)), tensor.name))
+    layers = [compare(model, other, batches) for other in (graph, halve_quantized(mixed))]
+    assert all(abs(one.sqnr_db - two.sqnr_db) < 1.5 for one, two in zip(*layers, strict=True)), layers
+
+
+@pytest.mark.parametrize("io", ["fp32", "fp16"])
+def test_fp16_layers_are_found_under_the_same_names(io: Literal["fp32", "fp16"]) -> None:
+    model, batches = make_model(), make_batches()
+    typed, _ = to_fp16(with_metadata(model), batches, Fp16Options(io=io))
     layers = compare(model, typed.model, batches)
     # Eleven digits of two are 66 dB; a few layers add up.
     assert all(50 < layer.sqnr_db < 120 for layer in layers), layers

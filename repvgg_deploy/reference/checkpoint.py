@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from .. import codec
 from ..artifacts import PendingOutput, atomic_output, sha256_file
 from ..errors import CheckpointError, InputError
 from ..specs import Form, Preprocessing, VariantSpec
@@ -19,6 +20,7 @@ from .network import RepVGG
 from .readers import read_file
 from .resolve import Resolved, resolve
 from .weights import load_weights
+from .wrappers import METADATA_KEY
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +133,8 @@ def build_model(checkpoint: Checkpoint, *, output_stride: int = 32) -> RepVGG:
 def save_deploy(model: RepVGG, path: Path, *, force: bool = False) -> PendingOutput:
     """Writes the deploy checkpoint under the official key names: a plain dict of tensors, as the original `convert.py` does.
 
+    Tensors do not tell strides. Where a variant has others than the published ones, that dict stands under `state_dict`, beside the architecture.
+
     Args:
         model: In deploy form.
         path: The output.
@@ -157,7 +161,9 @@ def write_deploy(model: RepVGG, partial: Path) -> None:
     """
     if model.form != "deploy":
         raise InputError("the model is in training form, expected deploy form", remedy="call reparameterize(model) and save its result")
-    state = {_official_name(name, model.spec): _own_storage(tensor) for name, tensor in model.state_dict().items()}
+    state: dict[str, object] = {_official_name(name, model.spec): _own_storage(tensor) for name, tensor in model.state_dict().items()}
+    if set(model.spec.strides) != {2}:
+        state = {"state_dict": state, METADATA_KEY: {"variant": codec.encode(model.spec)}}
     with partial.open("wb") as file:
         # Through a file object: torch would else write the file's name into the archive, and equal models would differ.
         torch.save(state, file)

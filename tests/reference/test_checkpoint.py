@@ -370,6 +370,12 @@ def test_save_deploy_writes_the_same_bytes_twice_and_replaces_only_with_force(tm
     assert [file.name for file in tmp_path.iterdir()] == ["out.pth"]
 
 
+def test_save_deploy_of_other_strides_states_them_beside_the_tensors(tmp_path):
+    spec = replace(SMALL, strides=(2, 1, 2, 2, 1))
+    save_deploy(random_model(spec, "deploy"), tmp_path / "out.pth")
+    assert load_checkpoint(tmp_path / "out.pth").spec == spec
+
+
 def test_save_deploy_of_a_training_form_is_refused(tmp_path):
     with pytest.raises(InputError, match="training form"):
         save_deploy(_RAW, tmp_path / "out.pth")

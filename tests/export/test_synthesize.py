@@ -174,7 +174,7 @@ def test_plan_chooses_less_for_larger_networks_and_keeps_batches_even() -> None:
     assert plan_synthesis(PUBLISHED["A0"], (128, 128), SynthesisOptions(images=5)).batches == (5,)
     for spec, size in ((PUBLISHED["B2"], (224, 224)), (PUBLISHED["D2se"], (224, 224)), (PUBLISHED["RepVGGplus-L2pse"], (320, 320))):
         plan = plan_synthesis(spec, size, SynthesisOptions(images=512))
-        assert max(plan.batches) * image_bytes(spec, size) <= 2 << 30  # of the 6 GB that a large network may take; its weights are another 1
+        assert max(plan.batches) * image_bytes(spec, size) <= 3 << 30  # of the 6 GB that a large network may take; its weights are another 1
         assert plan.images == 512
 
 

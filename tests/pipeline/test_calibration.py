@@ -28,11 +28,12 @@ from repvgg_deploy.precision.int8 import to_int8
 from repvgg_deploy.precision.typed_model import write_typed
 from repvgg_deploy.preprocess import normalize
 from repvgg_deploy.reference.checkpoint import load_checkpoint
-from tests.reference.generated import random_model
+from tests.reference.generated import CASES, Case, random_model, write_case
 from tests.reference.random_blocks import small_variant
 
 GRAPH = GraphOptions(image_size=(32, 32))
 QUICK = SynthesisOptions(images=6, steps=5)
+TRAINING = list({case.family: case for case in CASES if case.form == "training"}.values())
 
 
 @pytest.fixture
@@ -166,6 +167,15 @@ def test_calibration_state_of_other_work_or_damaged_is_not_used(exported: Path, 
     write_calibration(checkpoint, exported, options=QUICK, progress=lambda done, total: seen.append(done))
     assert seen[0] == 0
     assert (out.read_bytes() == whole) == (damage != "other onnx")
+
+
+@pytest.mark.parametrize("case", TRAINING, ids=lambda case: case.id)
+def test_calibration_from_every_family_in_training_form(tmp_path: Path, case: Case) -> None:
+    checkpoint = write_case(case, random_model(case.spec), tmp_path)
+    options = ExportOptions(GRAPH, calibration=SynthesisOptions(images=2, steps=2))
+    result = export_checkpoint(checkpoint, tmp_path / "m.onnx", options=options)
+    assert result.calibration is not None and np.isfinite(result.calibration.provenance.loss)
+    assert load_calibration_file(tmp_path / "m.calib.npz")[0].shape == (2, 32, 32, 3)
 
 
 def test_calibration_of_deploy_form_is_refused_before_anything_is_written(tmp_path: Path) -> None:

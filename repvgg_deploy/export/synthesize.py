@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import CalibrationError, InputError
 from ..preprocess import IMAGENET_MEAN, IMAGENET_STD
 from ..reference.network import RepVGG
 from ..specs import Preprocessing, VariantSpec
@@ -183,9 +183,18 @@ class Synthesizer:
 
     @torch.no_grad()
     def finish(self, state: BatchState) -> tuple[NDArray[np.uint8], float]:
-        """The images, uint8 (N, H, W, 3), RGB, and their mismatch, rounded as they are."""
+        """The images, uint8 (N, H, W, 3), RGB, and their mismatch, rounded as they are.
+
+        Raises:
+            CalibrationError: The mismatch is not finite: the network's values leave float32.
+        """
         rounded = (state.pixels * self._spread + self._centre).round_().clamp_(0, 255)
         mismatch = float(self._mismatch(self._normalize((rounded - self._centre) / self._spread)))
+        if not math.isfinite(mismatch):
+            raise CalibrationError(
+                f"the mismatch of synthesised images with the BatchNorm statistics is {mismatch}: values in the network leave float32",
+                remedy="look for extreme BatchNorm weights in the checkpoint, or calibrate with real images",
+            )
         return np.ascontiguousarray(rounded.permute(0, 2, 3, 1).to(torch.uint8).numpy()), mismatch
 
     def _normalize(self, pixels: Tensor) -> Tensor:

@@ -159,6 +159,16 @@ def test_synthesis_from_deploy_form_is_refused() -> None:
         StatisticsMismatch(random_model(small_variant(), "deploy"))
 
 
+def test_synthesis_in_a_network_that_overflows_is_refused() -> None:
+    model = random_model(VARIANTS["repvgg"])
+    with torch.no_grad():
+        for block in model.blocks().values():
+            block.rbr_dense.bn.weight.fill_(1e12)
+    synthesizer = Synthesizer(model, SIZE, seed=0, steps=2)
+    with pytest.raises(CalibrationError, match="leave float32"):
+        synthesizer.finish(synthesizer.advance(synthesizer.start(0, 2)))
+
+
 @pytest.mark.parametrize("change", [{"images": 0}, {"images": -1}, {"images": 10**9}, {"steps": 0}, {"seed": -1}, {"seed": 1 << 63}])
 def test_synthesis_options_that_cannot_hold_are_refused(change: dict[str, int]) -> None:
     with pytest.raises(InputError, match="expected"):

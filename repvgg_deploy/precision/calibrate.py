@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,8 @@ from .execute import run_tensors
 LEVELS = 127
 """Largest integer of symmetric INT8; −128 is not used, so that negation is exact."""
 
-_BINS = 1024
+BINS = 1024
+"""Of a channel's histogram."""
 _MERGED_BINS = 2048
 
 
@@ -90,12 +91,13 @@ class Statistics:
         return dataclasses.replace(self, tensors=tensors)
 
 
-def collect(model: onnx.ModelProto, batches: Iterable[NDArray[Any]]) -> Statistics:
+def collect(model: onnx.ModelProto, batches: Iterable[NDArray[Any]], *, progress: Callable[[int, int], None] | None = None) -> Statistics:
     """Streams the batches through the graph twice: for the ranges, then for the histograms.
 
     Args:
         model: FP32, as exported.
         batches: Such as the model takes; must give the same again when iterated again (a list, not a generator).
+        progress: Called with images done and images in all, each counted twice.
 
     Raises:
         CalibrationError: There are no images, they are all alike or hold NaN, or `batches` can be iterated only once.
@@ -104,26 +106,39 @@ def collect(model: onnx.ModelProto, batches: Iterable[NDArray[Any]]) -> Statisti
     if isinstance(batches, Iterator):
         raise CalibrationError("batches can be iterated only once", remedy="give a list, or an object whose __iter__ starts again")
     tensors = read_chain(model).quantized_tensors()
-    digest, images = _digest(batches)
+    digest, images = hash_images(batches)
+    done = 0
     largest: dict[str, NDArray[np.float64]] = {}
     for values in run_tensors(model, tensors, batches):
         for name, value in values.items():
             found = _by_channel(np.abs(value)).max(axis=1).astype(np.float64)
             largest[name] = np.maximum(largest[name], found) if name in largest else found
+        done = _tell(progress, done + len(next(iter(values.values()))), 2 * images)
     bad = [name for name, value in largest.items() if not np.isfinite(value).all()]
     if bad:
         raise CalibrationError(
             f"calibration gives NaN or infinite values at {bad[0]}", remedy="look for NaN in the calibration images and in the checkpoint"
         )
-    histograms = {name: np.zeros((value.size, _BINS), np.int64) for name, value in largest.items()}
+    histograms = {name: np.zeros((value.size, BINS), np.int64) for name, value in largest.items()}
     for values in run_tensors(model, tensors, batches):
         for name, value in values.items():
             histograms[name] += _histogram(_by_channel(value), largest[name])
+        done = _tell(progress, done + len(next(iter(values.values()))), 2 * images)
     return Statistics({name: TensorStatistics(largest[name], histograms[name]) for name in tensors}, images, digest)
 
 
-def _digest(batches: Iterable[NDArray[Any]]) -> tuple[str, int]:
-    """SHA-256 and number of the images; refuses none, and images all alike."""
+def _tell(progress: Callable[[int, int], None] | None, done: int, total: int) -> int:
+    if progress is not None:
+        progress(done, total)
+    return done
+
+
+def hash_images(batches: Iterable[NDArray[Any]]) -> tuple[str, int]:
+    """SHA-256 of the images (values, shapes and dtypes, in order) and how many there are.
+
+    Raises:
+        CalibrationError: There are none, or they are all alike.
+    """
     digest, images, first, alike = hashlib.sha256(), 0, None, True
     for batch in batches:
         for image in batch:
@@ -147,7 +162,7 @@ def _by_channel(value: NDArray[Any]) -> NDArray[Any]:
 
 def _histogram(value: NDArray[Any], largest: NDArray[np.float64]) -> NDArray[np.int64]:
     channels = len(value)
-    factor = np.where(largest > 0, _BINS / np.where(largest > 0, largest, 1.0), 0.0).astype(np.float32)
-    index = np.minimum((np.abs(value) * factor[:, None]).astype(np.int32), _BINS - 1)
-    index += np.arange(channels, dtype=np.int32)[:, None] * _BINS
-    return np.asarray(np.bincount(index.ravel(), minlength=channels * _BINS).reshape(channels, _BINS), np.int64)
+    factor = np.where(largest > 0, BINS / np.where(largest > 0, largest, 1.0), 0.0).astype(np.float32)
+    index = np.minimum((np.abs(value) * factor[:, None]).astype(np.int32), BINS - 1)
+    index += np.arange(channels, dtype=np.int32)[:, None] * BINS
+    return np.asarray(np.bincount(index.ravel(), minlength=channels * BINS).reshape(channels, BINS), np.int64)

@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 
 from ..errors import CalibrationError
-from .chain import Chain, FloatArray, Interface, input_norms, read_chain, read_weights, replace_weights, scale_inputs
+from .chain import Chain, FloatArray, Interface, Layer, input_norms, read_chain, read_weights, replace_weights, scale_inputs
 
 _LARGEST_RATIO = 2.0**20
 """Factors of one interface span at most this range: beyond it, a channel so weak carries nothing that INT8 could keep."""
@@ -98,11 +98,32 @@ def equalize(model: onnx.ModelProto, ranges: Mapping[str, NDArray[np.floating]],
             reports.append(InterfaceReport(interface.source, exponent, 1.0, 1.0, interface.blocked_by))
             continue
         activation = _range_of(interface, chain, ranges)
-        scale = choose_factors(activation, _reader_norms(interface, chain, weights), exponent, powers_of_two=options.powers_of_two)
+        scale = choose_factors(
+            activation, reader_norms(chain.layer(main_reader(interface, chain)), weights), exponent, powers_of_two=options.powers_of_two
+        )
         rescale(weights, chain, interface, scale)
         factors |= {chain.layer(name).input: scale for name in interface.readers}
         reports.append(InterfaceReport(interface.source, exponent, _spread(activation), _spread(activation / scale), None))
     return EqualizeResult(replace_weights(model, weights), factors, tuple(reports))
+
+
+def apply_factors(model: onnx.ModelProto, factors: Mapping[str, NDArray[np.float64]]) -> onnx.ModelProto:
+    """Rescales interfaces by given factors; a copy.
+
+    Args:
+        model: FP32, as exported.
+        factors: By name of the layer before an interface, (C,), positive.
+
+    Raises:
+        CalibrationError: They are of another graph, or an interface cannot be rescaled.
+    """
+    chain, weights = read_chain(model), read_weights(model)
+    interfaces = {interface.source: interface for interface in chain.interfaces if interface.blocked_by is None}
+    for source, scale in factors.items():
+        if source not in interfaces or scale.shape != (chain.layer(source).out_channels,) or not (scale > 0).all():
+            raise CalibrationError(f"saved factors of {source!r} do not suit this graph", remedy="calibrate again")
+        rescale(weights, chain, interfaces[source], scale)
+    return replace_weights(model, weights)
 
 
 def choose_factors(
@@ -138,13 +159,13 @@ def rescale(weights: dict[str, FloatArray], chain: Chain, interface: Interface, 
         weights[reader.weight] = scale_inputs(weights[reader.weight].astype(np.float64), reader.groups, scale).astype(np.float32)
 
 
-def _main_reader(interface: Interface, chain: Chain) -> str:
+def main_reader(interface: Interface, chain: Chain) -> str:
     """The reader with most weights: of a block's convolution and its SE, the convolution."""
     return max(interface.readers, key=lambda name: int(np.prod(chain.layer(name).weight_shape)))
 
 
 def _range_of(interface: Interface, chain: Chain, ranges: Mapping[str, NDArray[np.floating]]) -> NDArray[np.float64]:
-    layer = chain.layer(_main_reader(interface, chain))
+    layer = chain.layer(main_reader(interface, chain))
     found = ranges.get(layer.input)
     if found is None or found.shape != (layer.in_channels,) or not np.isfinite(found).all():
         what = "nothing" if found is None else f"shape {found.shape}" if found.shape != (layer.in_channels,) else "NaN or infinite values"
@@ -155,8 +176,8 @@ def _range_of(interface: Interface, chain: Chain, ranges: Mapping[str, NDArray[n
     return np.asarray(found, np.float64)
 
 
-def _reader_norms(interface: Interface, chain: Chain, weights: Mapping[str, FloatArray]) -> NDArray[np.float64]:
-    layer = chain.layer(_main_reader(interface, chain))
+def reader_norms(layer: Layer, weights: Mapping[str, FloatArray]) -> NDArray[np.float64]:
+    """Largest absolute weight that reads each input channel, float64 (in,)."""
     return input_norms(weights[layer.weight], layer.groups, order="max")
 
 

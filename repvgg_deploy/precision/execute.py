@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,13 @@ def open_session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
         ModelError: ONNX Runtime refuses the graph.
     """
     options = onnxruntime.SessionOptions()
-    # Extended optimizations fuse Q/DQ pairs into integer kernels, and one of them computes some typed graphs wrongly.
+    # Extended optimizations fuse Q/DQ pairs into integer kernels. WeightBiasQuantization, which the basic level has too, gives every FP32 weight
+    # behind a Q/DQ pair a rounding of its own: noise at 31 dB on a trained A0, and nonsense in FP16 graphs.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.log_severity_level = 3
+    providers = ["CPUExecutionProvider"]
     try:
-        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers, disabled_optimizers=["WeightBiasQuantization"])
     except Exception as error:  # its errors share no base class
         raise ModelError(f"ONNX Runtime refuses the graph: {str(error).splitlines()[0]}", remedy="export it again with repvgg-export") from error
 
@@ -68,11 +70,16 @@ def run_tensors(model: onnx.ModelProto, tensors: Sequence[str], batches: Iterabl
     wanted = [name for name in tensors if name != source]
     session = open_session(subgraph(model, [source], wanted)) if wanted else None
     for batch in batches:
-        values = dict(zip(wanted, _run(session, wanted, {source: batch}), strict=True)) if session else {}
+        values = dict(zip(wanted, run_session(session, wanted, {source: batch}), strict=True)) if session else {}
         yield {name: values.get(name, batch) for name in tensors}
 
 
-def _run(session: onnxruntime.InferenceSession, wanted: list[str], feed: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
+def run_session(session: onnxruntime.InferenceSession, wanted: list[str], feed: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
+    """Runs a session once.
+
+    Raises:
+        CalibrationError: The graph does not take the feed.
+    """
     try:
         return list(session.run(wanted, feed))
     except Exception as error:  # its errors share no base class
@@ -85,35 +92,60 @@ def _run(session: onnxruntime.InferenceSession, wanted: list[str], feed: dict[st
 class Steps:
     """Runs batches through a graph from layer to layer, holding only the tensors that later layers still need.
 
+    Where all batches together would take too much memory (the first layers of a large network), fewer are run; the others are caught up with, from
+    the image on, as soon as the tensors are small enough.
+
     Args:
         model: Structure; its weights are replaced with `update` as they are chosen.
-        batches: All batches.
+        batches: All batches; they are kept.
+        budget_bytes: What the tensors of all batches may take together; one batch is run whatever it takes.
     """
 
-    def __init__(self, model: onnx.ModelProto, batches: Iterable[NDArray[Any]]) -> None:
+    def __init__(self, model: onnx.ModelProto, batches: Iterable[NDArray[Any]], *, budget_bytes: int = 1 << 29) -> None:
         self._model = model
-        source = model.graph.input[0].name
-        self._live: list[dict[str, NDArray[Any]]] = [{source: batch} for batch in batches]
-        self._done: set[str] = {source}
+        self._batches = list(batches)
+        self._budget = budget_bytes
+        self._source = model.graph.input[0].name
+        self._live: list[dict[str, NDArray[Any]]] = [{self._source: batch} for batch in self._batches]
+        self._done: set[str] = {self._source}
 
     def update(self, model: onnx.ModelProto) -> None:
         """Takes another model: what was computed stays, what comes is computed with it. Names of old tensors must stay."""
         self._model = model
 
     def advance(self, tensor: str) -> Iterator[NDArray[Any]]:
-        """Values of `tensor`, batch by batch; consume it wholly."""
+        """Values of `tensor`, batch by batch; consume it wholly. The first batches come first, and all where they fit."""
         given = list(self._live[0])
         self._mark(tensor)
         kept = [name for name in sorted(self._done) if self._is_needed(name)]
         wanted = list(dict.fromkeys([tensor, *kept]))
+        previous, self._live = self._live, []
+        run, catch_up = self._runner(given, wanted), None
+        used = 0
+        for index, batch in enumerate(self._batches):
+            if index < len(previous):
+                values = run(previous[index])
+                previous[index] = {}
+            else:
+                catch_up = catch_up or self._runner([self._source], wanted)
+                values = catch_up({self._source: batch})
+            self._live.append(values)
+            used += sum(value.nbytes for value in values.values())
+            yield values[tensor]
+            if used + used // (index + 1) > self._budget:
+                break
+
+    def _runner(self, given: list[str], wanted: list[str]) -> Callable[[dict[str, NDArray[Any]]], dict[str, NDArray[Any]]]:
+        """A function that computes the wanted tensors from the given ones."""
         fresh = [name for name in wanted if name not in given]
         session = open_session(subgraph(self._model, given, fresh)) if fresh else None
         names = {value.name for value in session.get_inputs()} if session else set()
-        for index, values in enumerate(self._live):
-            found = dict(zip(fresh, _run(session, fresh, {n: values[n] for n in names}), strict=True)) if session else {}
-            merged = {**values, **found}
-            self._live[index] = {name: merged[name] for name in wanted}
-            yield merged[tensor]
+
+        def run(values: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+            found = dict(zip(fresh, run_session(session, fresh, {n: values[n] for n in names}), strict=True)) if session else {}
+            return {name: found[name] if name in found else values[name] for name in wanted}
+
+        return run
 
     def _mark(self, tensor: str) -> None:
         producers = {name: node for node in self._model.graph.node for name in node.output}
@@ -132,3 +164,24 @@ class Steps:
 def count_images(batches: Iterable[NDArray[Any]]) -> int:
     """How many images the batches hold."""
     return int(np.sum([len(batch) for batch in batches], dtype=np.int64))
+
+
+def spread_images(model: onnx.ModelProto, batches: Sequence[NDArray[Any]], images: int) -> list[NDArray[Any]]:
+    """About `images` images, taken evenly from all batches; whole batches where the model's batch size is fixed.
+
+    Args:
+        model: Whose input is looked at.
+        batches: As the model takes them.
+        images: How many; all where there are fewer.
+    """
+    total = count_images(batches)
+    if total <= images:
+        return list(batches)
+    dimension = model.graph.input[0].type.tensor_type.shape.dim[0]
+    if dimension.HasField("dim_value") or len({batch.shape[1:] for batch in batches}) > 1:
+        wanted = max(1, round(images * len(batches) / total))
+        return [batches[int(index)] for index in np.linspace(0, len(batches) - 1, wanted).round()]
+    picks = set(np.linspace(0, total - 1, images).round().astype(int).tolist())
+    starts = np.cumsum([0, *map(len, batches)])
+    kept = [batch[[i - start for i in range(start, start + len(batch)) if i in picks]] for start, batch in zip(starts, batches, strict=False)]
+    return [batch for batch in kept if len(batch)]

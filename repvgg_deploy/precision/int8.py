@@ -1,159 +1,138 @@
 """FP32 ONNX → INT8 ONNX with explicit quantization, as TensorRT wants it.
 
 Pairs stand on the input of every convolution and of the classifier, and nowhere else (none between Conv and ReLU: it would break the fusion); weights
-are INT8 initializers behind DequantizeLinear, one scale per output channel; zero points are 0; biases stay FP32.
+are INT8 initializers behind DequantizeLinear, one scale per output channel; zero points are 0; biases stay floating-point.
+
+The steps, each a function of its own and each can be left out: ranges (`calibrate`, or `closed_form` without images), equalization (`search`,
+`equalize`), scales (`scales`), rounding with bias correction (`round_network`), sensitivity (`sensitivity`), types (`mixed`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import base64
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
 from ..errors import CalibrationError
-from .calibrate import collect
-from .chain import read_chain, read_weights, replace_weights
+from .calibrate import Statistics, collect, hash_images
+from .chain import read_chain, read_weights
 from .check import check_quantized
-from .equalize import EqualizeOptions, InterfaceReport, equalize
-from .execute import Steps, run_tensors
-from .qdq import fake_quantize, insert_pairs, write_integers
-from .round import Moments, RoundedLayer, RoundOptions, round_layer, round_nearest
-from .scales import ScaleFile, ScaleOptions, choose_scales, graph_sha256
+from .closed_form import closed_form_statistics, correct_bias
+from .equalize import InterfaceReport, apply_factors, equalize
+from .execute import spread_images
+from .fit import fit_scales
+from .halves import half_spec
+from .int8_options import FAST, MAX_CALIBRATION, Int8Options, Int8Report, LayerReport
+from .metrics import judge, layer_sqnr
+from .mixed import halve_quantized, round_activation_scales, round_layer_to_half
+from .qdq import insert_pairs, write_integers
+from .round import RoundedLayer, round_nearest
+from .round_network import round_weights
+from .scales import ScaleFile, choose_scales, graph_sha256
+from .search import choose_exponents
+from .sensitivity import LayerCost, count_macs, fewest_kept, rank_layers
 from .typed_model import StrPath, TypedModel, extend, load_parent
 
+__all__ = ["FAST", "MAX_CALIBRATION", "Images", "Int8Options", "Int8Report", "LayerReport", "quantize_graph", "to_int8"]
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Called with what is being done, steps done and steps in all."""
 _REPORT_IMAGES = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Int8Options:
-    """How a graph becomes INT8; every step can be left out.
+@dataclass(frozen=True, slots=True, eq=False)
+class Images:
+    """Images as the model takes them (`calibration_images.load_calibration`).
 
     Attributes:
-        target: `trt8`: FP32 scales, opset 17 or what the FP32 graph has; also for TensorRT 10 and 11, where the rest then runs in FP32.
-        equalize: None leaves the channels as they are. The exponent 0.7 leans to the activations: second-order rounding repairs the weights.
-        range_percentile: Of each channel's values: what equalization takes for its range.
-        scales: How activation scales are chosen.
-        rounding: How weights are rounded.
+        batches: To calibrate with.
+        held_out: To judge the result with; without any, the calibration images stand in where a bound is to be met.
     """
 
-    target: Literal["trt8"] = "trt8"
-    equalize: EqualizeOptions | None = field(default_factory=lambda: EqualizeOptions(0.7))
-    range_percentile: float = 99.99
-    scales: ScaleOptions = field(default_factory=ScaleOptions)
-    rounding: RoundOptions = field(default_factory=RoundOptions)
-
-
-MAX_CALIBRATION = Int8Options(equalize=None, scales=ScaleOptions("max"), rounding=RoundOptions(method="nearest", bias_correction=False))
-"""What most tools do: per-channel weights, per-tensor activations, nothing clipped."""
-FAST = Int8Options(equalize=EqualizeOptions(0.5), rounding=RoundOptions(method="nearest"))
-"""Without the second-order rounding."""
-
-
-@dataclass(frozen=True, slots=True)
-class LayerReport:
-    """What INT8 did to one layer.
-
-    Attributes:
-        name: The layer.
-        activation_scale: Of its input.
-        sqnr_db: Signal-to-quantization-noise ratio of its output, all layers before it quantized, in decibels.
-    """
-
-    name: str
-    activation_scale: float
-    sqnr_db: float
-
-
-@dataclass(frozen=True, slots=True)
-class Int8Report:
-    """What was done and what it cost, measured on calibration images.
-
-    Attributes:
-        images: Calibration images.
-        layers: In order; the last is the classifier, whose figure is that of the logits.
-        interfaces: Of the equalization; empty without.
-        scales: To be saved and reused.
-    """
-
-    images: int
-    layers: tuple[LayerReport, ...]
-    interfaces: tuple[InterfaceReport, ...]
-    scales: ScaleFile
+    batches: Sequence[NDArray[Any]]
+    held_out: Sequence[NDArray[Any]] = ()
 
 
 def to_int8(
     source: StrPath | onnx.ModelProto,
-    batches: Sequence[NDArray[Any]],
+    images: Images | Sequence[NDArray[Any]] | None,
     options: Int8Options | None = None,
     *,
-    progress: Callable[[int, int], None] | None = None,
+    saved: ScaleFile | None = None,
+    progress: Progress | None = None,
 ) -> tuple[TypedModel, Int8Report]:
     """Makes the INT8 graph of an FP32 ONNX that repvgg-export wrote, with its metadata extended; `typed_model.write_typed` writes it.
 
     Args:
         source: File, or the model in memory.
-        batches: Calibration images as the model takes them (`preprocess.load_batch`), in a list.
+        images: Calibration images, in a list. None: ranges in closed form from the BatchNorm statistics that an export of a training form keeps, and
+            weights to nearest, with the bias corrected for the means that those statistics state.
         options: Steps and their methods.
-        progress: Called with layers done and layers in all.
+        saved: Scales of an earlier calibration of the same graph and images.
+        progress: See `Progress`.
 
     Raises:
-        CalibrationError: The graph is typed already, the images do not do, or the result is not what TensorRT takes.
+        CalibrationError: The graph is typed already, the images do not do, the bound cannot be met, or the result is not what TensorRT takes.
         ModelError: The file is damaged or not one of ours.
     """
     options = options or Int8Options()
     parent = load_parent(source)
-    graph, report = quantize_graph(parent.model, batches, options, progress=progress)
+    if images is None:
+        statistics, means = closed_form_statistics(parent)
+        options = dataclasses.replace(options, search=None, sensitivity=False, max_drop=None)
+        work = _Work(parent.model, Images(()), options, progress)
+        graph, report = work.finish_without_images(statistics, means)
+    else:
+        graph, report = quantize_graph(parent.model, images, options, saved=saved, progress=progress)
     said: dict[str, str | int | float | bool | None] = {
         "target": options.target,
-        "equalize": None if options.equalize is None else options.equalize.exponent,
+        "equalize": None if options.equalize is None else "measured" if options.search is not None else options.equalize.exponent,
         "scales": options.scales.method,
-        "rounding": options.rounding.method,
+        "rounding": options.rounding.method if images is not None else "nearest",
         "bias_correction": options.rounding.bias_correction,
+        "kept": ", ".join(report.kept) or None,
         "images": report.images,
         "data_sha256": report.scales.data_sha256,
     }
-    return extend(parent, graph, stage="int8", options=said), report
+    spec = half_spec(parent.metadata.spec, options.io) if options.target == "trt10" else None
+    return extend(parent, graph, stage="int8", options=said, spec=spec), report
 
 
 def quantize_graph(
     model: onnx.ModelProto,
-    batches: Sequence[NDArray[Any]],
+    images: Images | Sequence[NDArray[Any]],
     options: Int8Options | None = None,
     *,
-    progress: Callable[[int, int], None] | None = None,
+    saved: ScaleFile | None = None,
+    progress: Progress | None = None,
 ) -> tuple[onnx.ModelProto, Int8Report]:
     """Makes the INT8 graph of an exported FP32 graph. Its metadata is still the parent's.
 
     Args:
         model: FP32, as exported; not changed.
-        batches: Calibration images, as the model takes them.
+        images: Calibration images.
         options: Steps and their methods.
-        progress: Called with layers done and layers in all.
+        saved: Scales of an earlier calibration of the same graph and images.
+        progress: See `Progress`.
 
     Raises:
-        CalibrationError: The graph is typed already, the images do not do, or the result is not what TensorRT takes.
+        CalibrationError: The graph is typed already, the images do not do, the bound cannot be met, or the result is not what TensorRT takes.
         ModelError: The graph is not one of ours.
     """
-    options = options or Int8Options()
     _check_opset(model)
-    statistics = collect(model, batches)
-    interfaces: tuple[InterfaceReport, ...] = ()
-    prepared = model
-    if options.equalize is not None:
-        result = equalize(model, statistics.ranges(options.range_percentile), options.equalize)
-        prepared, interfaces, statistics = result.model, result.interfaces, statistics.rescaled(result.factors)
-    scales = choose_scales(prepared, statistics, options.scales)
-    rounded = round_weights(prepared, scales, batches, options.rounding, progress=progress)
-    quantized = write_integers(insert_pairs(prepared, scales), rounded)
-    check_quantized(quantized)
-    saved = ScaleFile(1, graph_sha256(prepared), statistics.data_sha256, statistics.images, options.scales.method, scales)
-    measured = layer_sqnr(prepared, quantized, _first(batches, _REPORT_IMAGES))
-    layers = tuple(LayerReport(layer.name, scales[layer.input], measured[layer.output]) for layer in read_chain(prepared).layers)
-    return quantized, Int8Report(statistics.images, layers, interfaces, saved)
+    given = images if isinstance(images, Images) else Images(images)
+    work = _Work(model, given, options or Int8Options(), progress)
+    if saved is None:
+        work.calibrate(collect(model, given.batches, progress=work.stage("ranges")))
+    else:
+        work.reuse(saved)
+    return work.finish()
 
 
 def _check_opset(model: onnx.ModelProto) -> None:
@@ -162,75 +141,166 @@ def _check_opset(model: onnx.ModelProto) -> None:
         raise CalibrationError(f"opset {opset}: scales per output channel need at least 13", remedy="export with --opset 17")
 
 
-def round_weights(
-    model: onnx.ModelProto,
-    scales: dict[str, float],
-    batches: Sequence[NDArray[Any]],
-    options: RoundOptions,
-    *,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, RoundedLayer]:
-    """Rounds every layer, first to last, each seeing what the quantized layers before it give.
+class _Work:
+    """One quantization under way.
 
     Args:
-        model: FP32, equalized or not.
-        scales: Of each layer's input.
-        batches: Calibration images; activations of one layer are in memory at a time.
-        options: Method.
-        progress: Called with layers done and layers in all.
-
-    Returns:
-        By name of the layer.
+        model: FP32, as exported.
+        images: May be empty.
+        options: Steps and their methods.
+        progress: Who is told.
     """
-    chain, weights = read_chain(model), read_weights(model)
-    if options.method == "nearest" and not options.bias_correction:
-        return {layer.name: round_nearest(weights[layer.weight], weights[layer.bias]) for layer in chain.layers}
-    current = insert_pairs(model, scales)
-    reference, quantized = Steps(model, batches), Steps(current, batches)
-    positions = max(1, -(-options.samples // sum(len(batch) for batch in batches)))
-    rounded: dict[str, RoundedLayer] = {}
-    for index, layer in enumerate(chain.layers):
-        moments = Moments(layer, weights[layer.weight], positions=positions, seed=options.seed + index, full=options.method == "second_order")
-        for found, truth in zip(quantized.advance(layer.input), reference.advance(layer.input), strict=True):
-            moments.add(fake_quantize(found, scales[layer.input]), truth)
-        rounded[layer.name] = round_layer(weights[layer.weight], weights[layer.bias], moments, options)
-        current = replace_weights(current, {layer.weight: rounded[layer.name].weight(), layer.bias: rounded[layer.name].bias})
-        quantized.update(current)
-        if progress is not None:
-            progress(index + 1, len(chain.layers))
-    return rounded
+
+    def __init__(self, model: onnx.ModelProto, images: Images, options: Int8Options, progress: Progress | None) -> None:
+        self._model = model
+        self._images = images
+        self._options = options
+        self._progress = progress
+        self._chain = read_chain(model)
+        self._half = options.target == "trt10"
+        unknown = sorted(set(options.keep) - {layer.name for layer in self._chain.layers})
+        if unknown:
+            raise CalibrationError(f"no layer is called {unknown[0]!r}", remedy="repvgg-trt inspect MODEL lists the layers, such as stage1.0.conv")
+        self._prepared = model
+        self._scales: dict[str, float] = {}
+        self._factors: dict[str, NDArray[np.float64]] = {}
+        self._exponents: dict[str, float] = {}
+        self._interfaces: tuple[InterfaceReport, ...] = ()
+        self._data = ("", 0)
+
+    def stage(self, name: str) -> Callable[[int, int], None] | None:
+        """The progress of one stage."""
+        progress = self._progress
+        return None if progress is None else lambda done, total: progress(name, done, total)
+
+    def calibrate(self, statistics: Statistics) -> None:
+        """Equalizes, and chooses the scales."""
+        options = self._options
+        self._data = (statistics.data_sha256, statistics.images)
+        if options.equalize is not None:
+            how = options.equalize
+            if options.search is not None:
+                self._exponents = choose_exponents(
+                    self._model,
+                    self._images.batches,
+                    statistics,
+                    options.search,
+                    percentile=options.range_percentile,
+                    progress=self.stage("equalize"),
+                )
+                how = dataclasses.replace(how, by_interface={**(how.by_interface or {}), **self._exponents})
+            result = equalize(self._model, statistics.ranges(options.range_percentile), how)
+            self._prepared, self._interfaces, statistics = result.model, result.interfaces, statistics.rescaled(result.factors)
+            self._remember(result.factors)
+        if self._half:
+            # With a bound to meet, any layer may become one that is kept.
+            kept = options.keep if options.max_drop is None else tuple(layer.name for layer in self._chain.layers)
+            fit = fit_scales(self._prepared, statistics.ranges(), kept=kept)
+            self._prepared, statistics = fit.model, statistics.rescaled(fit.factors)
+            self._remember(fit.factors)
+        scales = choose_scales(self._prepared, statistics, options.scales)
+        self._scales = round_activation_scales(scales) if self._half else scales
+
+    def _remember(self, factors: dict[str, NDArray[np.float64]]) -> None:
+        for interface in self._chain.interfaces:
+            tensor = self._chain.layer(interface.readers[0]).input if interface.readers else ""
+            if tensor in factors and interface.blocked_by is None:
+                self._factors[interface.source] = self._factors.get(interface.source, 1.0) * factors[tensor]
+
+    def reuse(self, saved: ScaleFile) -> None:
+        """Takes a calibration that was saved."""
+        digest, count = hash_images(self._images.batches)
+        saved.check(graph_sha256(self._model), digest)
+        missing = set(self._chain.quantized_tensors()) ^ set(saved.scales)
+        if missing:
+            raise CalibrationError(f"the saved scales do not suit this graph: {min(missing)}", remedy="calibrate again")
+        self._data, self._exponents = (digest, count), dict(saved.exponents)
+        self._factors = {name: np.frombuffer(base64.b64decode(text), "<f8").astype(np.float64) for name, text in saved.factors.items()}
+        self._prepared = apply_factors(self._model, self._factors)
+        self._scales = round_activation_scales(saved.scales) if self._half else dict(saved.scales)
+
+    def finish(self) -> tuple[onnx.ModelProto, Int8Report]:
+        """Rounds the weights, meets the bound, writes the graph."""
+        options, batches = self._options, self._images.batches
+        rounded = self._round(options.keep)
+        costs: tuple[LayerCost, ...] = ()
+        kept = options.keep
+        if options.sensitivity or options.max_drop is not None:
+            costs = rank_layers(self._prepared, self._scales, rounded, batches, progress=self.stage("sensitivity"))
+        if options.max_drop is not None:
+            kept, rounded = self._meet(options.max_drop, costs, rounded)
+        graph = self._write(rounded, kept)
+        measured = layer_sqnr(self._prepared, graph, spread_images(self._model, batches, _REPORT_IMAGES))
+        judged = judge(self._prepared, graph, self._images.held_out) if len(self._images.held_out) else None
+        report = self._report(kept, measured, count_macs(self._model, batches[0][:1] if not _is_fixed(self._model) else batches[0]))
+        return self._typed(graph, kept), dataclasses.replace(report, costs=costs, held_out=judged)
+
+    def finish_without_images(self, statistics: Statistics, means: dict[str, NDArray[np.float64]]) -> tuple[onnx.ModelProto, Int8Report]:
+        """Everything, from statistics in closed form."""
+        _check_opset(self._model)
+        self.calibrate(statistics)
+        weights, rounded = read_weights(self._prepared), {}
+        sources = {name: i.source for i in self._chain.interfaces for name in i.readers}
+        for layer in (layer for layer in self._chain.layers if layer.name not in self._options.keep):
+            found = round_nearest(weights[layer.weight], weights[layer.bias])
+            if self._options.rounding.bias_correction:
+                mean = means[layer.input] / self._factors.get(sources.get(layer.name, ""), 1.0)
+                bias = correct_bias(weights[layer.weight], found.weight(), found.bias, groups=layer.groups, mean=mean)
+                found = dataclasses.replace(found, bias=bias)
+            rounded[layer.name] = round_layer_to_half(found) if self._half else found
+        graph = self._write(rounded, self._options.keep)
+        report = self._report(self._options.keep, {}, {})
+        return self._typed(graph, self._options.keep), dataclasses.replace(report, source="statistics")
+
+    def _round(self, kept: Sequence[str]) -> dict[str, RoundedLayer]:
+        return round_weights(
+            self._prepared, self._scales, self._images.batches, self._options.rounding, kept=kept, half=self._half, progress=self.stage("round")
+        )
+
+    def _meet(self, bound: float, costs: Sequence[LayerCost], rounded: dict[str, RoundedLayer]) -> tuple[tuple[str, ...], dict[str, RoundedLayer]]:
+        """The layers to keep, and the others' weights."""
+        judges = self._images.held_out if len(self._images.held_out) else self._images.batches
+        always = self._options.keep
+
+        def drop(kept: tuple[str, ...], weights: dict[str, RoundedLayer]) -> float:
+            found = judge(self._prepared, self._write({name: w for name, w in weights.items() if name not in kept}, kept), judges)
+            if found is None:
+                raise CalibrationError("a largest drop needs a classifier, and this graph gives features", remedy="leave --max-drop out")
+            return found.expected_drop
+
+        kept = fewest_kept(costs, lambda names: drop((*always, *names), rounded) <= bound)
+        while kept is not None:
+            # The weights after a kept layer are rounded anew: they saw what its quantized form gave.
+            final = self._round((*always, *kept)) if kept else rounded
+            if drop((*always, *kept), final) <= bound:
+                return (*always, *kept), final
+            kept = tuple(cost.name for cost in costs[: len(kept) + 1]) if len(kept) < len(costs) else None
+        raise CalibrationError(
+            f"not even with every layer in floating point is the expected drop at most {bound} points", remedy="give a larger --max-drop"
+        )
+
+    def _write(self, rounded: dict[str, RoundedLayer], kept: Sequence[str]) -> onnx.ModelProto:
+        """With FP32 scales, whatever the target."""
+        return write_integers(insert_pairs(self._prepared, self._scales, kept=kept), rounded)
+
+    def _typed(self, graph: onnx.ModelProto, kept: Sequence[str]) -> onnx.ModelProto:
+        if self._half:
+            return halve_quantized(graph, io=self._options.io, kept=kept)
+        check_quantized(graph, target="trt8", kept=kept)
+        return graph
+
+    def _report(self, kept: Sequence[str], sqnr: dict[str, float], macs: dict[str, int]) -> Int8Report:
+        layers = tuple(
+            LayerReport(layer.name, self._scales[layer.input], sqnr.get(layer.output, 0.0), layer.name in kept, macs.get(layer.name, 0))
+            for layer in self._chain.layers
+        )
+        total = sum(layer.macs for layer in layers)
+        share = sum(layer.macs for layer in layers if not layer.kept) / total if total else 1.0
+        factors = {name: base64.b64encode(value.astype("<f8").tobytes()).decode("ascii") for name, value in self._factors.items()}
+        scales = ScaleFile(1, graph_sha256(self._model), *self._data, self._options.scales.method, dict(self._scales), factors, dict(self._exponents))
+        return Int8Report(self._data[1], "images", layers, self._interfaces, scales, kept=tuple(kept), int8_share=share)
 
 
-def layer_sqnr(reference: onnx.ModelProto, quantized: onnx.ModelProto, batches: Iterable[NDArray[Any]]) -> dict[str, float]:
-    """Signal-to-quantization-noise ratio of every layer's output in decibels, by tensor; 200 where there is no difference.
-
-    Args:
-        reference: FP32, with the same factors on its channels as `quantized`.
-        quantized: With the same tensor names.
-        batches: Images.
-    """
-    names = [layer.output for layer in read_chain(reference).layers]
-    signal, noise = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-    kept = list(batches)
-    for truth, found in zip(run_tensors(reference, names, kept), run_tensors(quantized, names, kept), strict=True):
-        for name in names:
-            signal[name] += float(np.square(truth[name], dtype=np.float64).sum())
-            noise[name] += float(np.square(np.subtract(truth[name], found[name], dtype=np.float64)).sum())
-    return {name: decibels(signal[name], noise[name]) for name in names}
-
-
-def decibels(signal: float, noise: float) -> float:
-    """10·log10(signal / noise), between −200 and 200."""
-    tiny = 1e-300
-    return float(np.clip(10 * np.log10(max(signal, tiny) / max(noise, tiny)), -200.0, 200.0)) if noise > 0 else 200.0
-
-
-def _first(batches: Iterable[NDArray[Any]], images: int) -> list[NDArray[Any]]:
-    kept: list[NDArray[Any]] = []
-    for batch in batches:
-        if images <= 0:
-            break
-        # A fixed batch size cannot be cut.
-        kept.append(batch)
-        images -= len(batch)
-    return kept
+def _is_fixed(model: onnx.ModelProto) -> bool:
+    """Whether the model takes batches of one size only."""
+    return bool(model.graph.input[0].type.tensor_type.shape.dim[0].HasField("dim_value"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,12 +20,18 @@ def fake_quantize(value: NDArray[Any], scale: float) -> FloatArray:
     return np.asarray(np.clip(np.rint(value / step), -128, 127) * step, np.float32)
 
 
-def insert_pairs(model: onnx.ModelProto, scales: Mapping[str, float]) -> onnx.ModelProto:
-    """A copy with a Q/DQ pair on every layer's input; weights stay FP32."""
+def insert_pairs(model: onnx.ModelProto, scales: Mapping[str, float], *, kept: Collection[str] = ()) -> onnx.ModelProto:
+    """A copy with a Q/DQ pair on every layer's input; weights stay FP32.
+
+    Args:
+        model: FP32; not changed.
+        scales: By name of a layer's input.
+        kept: Names of layers that stay in floating point and get none.
+    """
     chain = read_chain(model)
     result = onnx.ModelProto()
     result.CopyFrom(model)
-    readers = {layer.name for layer in chain.layers}
+    readers = {layer.name for layer in chain.layers} - set(kept)
     nodes: list[onnx.NodeProto] = []
     paired: set[str] = set()
     for node in result.graph.node:
@@ -39,7 +45,7 @@ def insert_pairs(model: onnx.ModelProto, scales: Mapping[str, float]) -> onnx.Mo
     kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del result.graph.node[:]
     result.graph.node.extend(kept)
-    for tensor in chain.quantized_tensors():
+    for tensor in (name for name in chain.quantized_tensors() if name in paired):
         result.graph.initializer.append(numpy_helper.from_array(np.array(scales[tensor], np.float32), f"{tensor}.scale"))
         result.graph.initializer.append(numpy_helper.from_array(np.array(0, np.int8), f"{tensor}.zero_point"))
     return result

@@ -108,7 +108,7 @@ class Moments:
 
     def add(self, quantized: FloatArray, reference: FloatArray) -> None:
         """Adds one batch of inputs, (N, C, H, W) or (N, C): of the quantized and of the FP32 network."""
-        picks = self._pick(quantized)
+        picks = pick_positions(quantized, self.layer, self._positions, self._generator)
         x, truth = (columns(value, self.layer, picks) for value in (quantized, reference))
         self.count += x.shape[1]
         for group in range(self.layer.groups):
@@ -119,21 +119,28 @@ class Moments:
                 self.second[group] += x[group].T @ x[group]
                 self.cross[group] += missing.T @ x[group]
 
-    def _pick(self, value: FloatArray) -> NDArray[np.int64]:
-        """Indices of output positions, (N, P)."""
-        if value.ndim == 2:
-            return np.zeros((len(value), 1), np.int64)
-        height, width = output_size(value.shape, self.layer)
-        count = height * width
-        if count <= self._positions:
-            return np.tile(np.arange(count), (len(value), 1))
-        return np.stack([self._generator.choice(count, self._positions, replace=False) for _ in range(len(value))])
-
     def centred(self, group: int) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
         """Of one group: covariance of x (K, K), covariance of the missing output with x (out, K), mean of x (K,), mean missing output (out,)."""
         mean, error = self.total[group] / self.count, self.error[group] / self.count
         covariance = self.second[group] / self.count - np.outer(mean, mean)
         return covariance, self.cross[group] / self.count - np.outer(error, mean), mean, error
+
+
+def pick_positions(value: FloatArray, layer: Layer, count: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    """Some output positions of each image, flat indices (N, P): `count` of them, or all where there are fewer.
+
+    Args:
+        value: The layer's input, (N, C, H, W) or (N, C).
+        layer: Kernel, stride and padding.
+        count: How many.
+        generator: Of the choice.
+    """
+    if value.ndim == 2:
+        return np.zeros((len(value), 1), np.int64)
+    height, width = output_size(value.shape, layer)
+    if height * width <= count:
+        return np.tile(np.arange(height * width), (len(value), 1))
+    return np.stack([generator.choice(height * width, count, replace=False) for _ in range(len(value))])
 
 
 def output_size(shape: tuple[int, ...], layer: Layer) -> tuple[int, int]:
@@ -195,7 +202,7 @@ def round_layer(weight: FloatArray, bias: FloatArray, moments: Moments, options:
     for group in range(groups):
         covariance, cross, mean, error = moments.centred(group)
         if options.method == "second_order":
-            found, scale = _round_rows(rows[group], covariance, cross, options)
+            found, scale = round_rows(rows[group], covariance, cross, options)
         else:
             scale = nearest_scales(rows[group]).astype(np.float32).astype(np.float64)
             found = np.clip(np.rint(rows[group] / scale[:, None]), -LEVELS, LEVELS)
@@ -207,10 +214,20 @@ def round_layer(weight: FloatArray, bias: FloatArray, moments: Moments, options:
     return RoundedLayer(packed, np.concatenate(scales).astype(np.float32), corrected.astype(np.float32))
 
 
-def _round_rows(
+def round_rows(
     rows: NDArray[np.float64], covariance: NDArray[np.float64], cross: NDArray[np.float64], options: RoundOptions
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Integers (out, K) and scales (out,) of one group."""
+    """Rounds the rows of one group; see the three steps above.
+
+    Args:
+        rows: (out, K).
+        covariance: Of the inputs, (K, K).
+        cross: Covariance of the missing output with the inputs, (out, K); see `Moments.centred`.
+        options: Damping, ridge, clips and sweeps.
+
+    Returns:
+        Integers (out, K) and scales (out,).
+    """
     level = float(np.trace(covariance)) / len(covariance)
     level = level if level > 0 else 1.0  # inputs that never change: every rounding is as good
     identity = np.eye(len(covariance))

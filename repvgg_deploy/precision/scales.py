@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -20,7 +20,8 @@ SCALES_SCHEMA: Literal[1] = 1
 
 _CANDIDATES = 64
 _SMALLEST_RATIO = 0.1  # candidates for clipping reach from a tenth of the largest value to all of it
-_MIN_SCALE = float(np.finfo(np.float32).tiny) * 256
+MIN_SCALE = float(np.finfo(np.float32).tiny) * 256
+"""Smallest scale: float32 arithmetic on it and its neighbours stays normal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +44,17 @@ class ScaleOptions:
 
 @dataclass(frozen=True, slots=True)
 class ScaleFile:
-    """Scales as saved JSON: `codec.dumps` and `codec.loads`.
+    """A calibration as saved JSON: `codec.dumps` and `codec.loads`. With it, the same graph is quantized again without measuring it again.
 
     Attributes:
         schema: SCALES_SCHEMA.
-        graph_sha256: Of the graph that they were chosen for.
+        graph_sha256: Of the FP32 graph, as exported.
         data_sha256: Of the images.
         images: How many.
-        method: How they were chosen.
-        scales: By name of the tensor: real value of one integer step.
+        method: How the scales were chosen.
+        scales: By name of a layer's input, of the rescaled network: real value of one integer step.
+        factors: By name of a layer: what its output channels are divided by; base64 of little-endian float64 (C,). Empty without equalization.
+        exponents: By name of a layer: with what exponent they were found.
     """
 
     schema: Literal[1]
@@ -60,6 +63,8 @@ class ScaleFile:
     images: int
     method: Method
     scales: dict[str, float]
+    factors: dict[str, str] = field(default_factory=dict)
+    exponents: dict[str, float] = field(default_factory=dict)
 
     def check(self, graph_sha256: str, data_sha256: str | None = None) -> None:
         """Fails when the scales are of another graph, or of other images.
@@ -106,12 +111,18 @@ def choose_scales(model: onnx.ModelProto, statistics: Statistics, options: Scale
         if layer.input not in scales:
             found = statistics.tensors[layer.input]
             importance = input_norms(weights[layer.weight], layer.groups, order="square")
-            scales[layer.input] = float(np.float32(max(_limit(found, importance, options) / LEVELS, _MIN_SCALE)))
+            scales[layer.input] = float(np.float32(max(choose_limit(found, importance, options) / LEVELS, MIN_SCALE)))
     return scales
 
 
-def _limit(found: TensorStatistics, importance: NDArray[np.float64], options: ScaleOptions) -> float:
-    """Largest value that is not clipped."""
+def choose_limit(found: TensorStatistics, importance: NDArray[np.float64], options: ScaleOptions) -> float:
+    """The largest value that is not clipped.
+
+    Args:
+        found: The tensor's statistics.
+        importance: What a squared error in each channel costs, (C,).
+        options: Method.
+    """
     top = float(found.largest.max(initial=0.0))
     if top <= 0:
         return 1.0  # a dead tensor: any scale holds it

@@ -1,0 +1,145 @@
+"""The exponent of every interface, by measurement: its layer is really quantized and rounded with each candidate, and the least error wins.
+
+A factor on an interface changes the integers of the layers that read it and of no others, so that interfaces can be decided one by one. The layer is
+tried on positions of calibration images, on a part of its input channels (a large layer's error is that of its parts), and judged on other positions
+than its weights were rounded with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from ..errors import CalibrationError
+from .calibrate import LEVELS, Statistics
+from .chain import FloatArray, Layer, input_norms, read_chain, read_weights, scale_inputs
+from .equalize import choose_factors, main_reader, reader_norms
+from .execute import count_images, run_tensors, spread_images
+from .round import RoundOptions, columns, pick_positions, round_rows
+from .scales import ScaleOptions, choose_limit
+
+
+@dataclass(frozen=True, slots=True)
+class SearchOptions:
+    """What is tried.
+
+    Attributes:
+        exponents: Candidates, each 0 (ranges of weights) to 1 (of activations).
+        images: Calibration images that take part.
+        positions: Output positions, of all images together; a quarter of them judges.
+        channels: Input channels that take part, of each group.
+        seed: Of the choice of positions and channels.
+    """
+
+    exponents: tuple[float, ...] = (0.3, 0.5, 0.6, 0.7, 0.85, 1.0)
+    images: int = 128
+    positions: int = 3072
+    channels: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        enough = bool(self.exponents) and all(0 <= exponent <= 1 for exponent in self.exponents)
+        if not enough or min(self.images, self.channels) < 1 or self.positions < 4:
+            raise CalibrationError(
+                f"search: expected exponents of 0 to 1, images, channels and at least 4 positions, found {self}", remedy="leave it out"
+            )
+
+
+def choose_exponents(
+    model: onnx.ModelProto,
+    batches: Sequence[NDArray[Any]],
+    statistics: Statistics,
+    options: SearchOptions,
+    *,
+    percentile: float = 99.99,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:
+    """Chooses an exponent for every interface that can be rescaled.
+
+    Args:
+        model: FP32, as exported.
+        batches: Calibration images.
+        statistics: Of all of them; see `calibrate.collect`.
+        options: What is tried.
+        percentile: Of each channel's values, taken as its range.
+        progress: Called with interfaces done and interfaces in all.
+
+    Returns:
+        By name of the layer before the interface, for `EqualizeOptions.by_interface`.
+
+    Raises:
+        CalibrationError: A batch is not what the graph takes.
+        ModelError: The graph is not one of ours.
+    """
+    chain, weights = read_chain(model), read_weights(model)
+    images, ranges = spread_images(model, batches, options.images), statistics.ranges(percentile)
+    interfaces = [interface for interface in chain.interfaces if interface.blocked_by is None]
+    found: dict[str, float] = {}
+    for index, interface in enumerate(interfaces):
+        layer = chain.layer(main_reader(interface, chain))
+        trial = _Trial(layer, weights[layer.weight], _sample(model, layer, images, options), np.random.default_rng(options.seed + index))
+        errors = {}
+        for exponent in options.exponents:
+            factors = choose_factors(np.asarray(ranges[layer.input], np.float64), reader_norms(layer, weights), exponent)
+            rescaled = scale_inputs(weights[layer.weight].astype(np.float64), layer.groups, factors)
+            importance = input_norms(rescaled, layer.groups, order="square")
+            limit = choose_limit(statistics.tensors[layer.input].rescaled(factors), importance, ScaleOptions())
+            errors[exponent] = trial.error(factors, limit / LEVELS, options.channels)
+        found[interface.source] = min(errors, key=lambda exponent: errors[exponent])
+        if progress is not None:
+            progress(index + 1, len(interfaces))
+    return found
+
+
+def _sample(model: onnx.ModelProto, layer: Layer, images: Sequence[NDArray[Any]], options: SearchOptions) -> FloatArray:
+    """What some output positions of the layer see, float32 (groups, positions, inner)."""
+    generator = np.random.default_rng(options.seed)
+    each = max(1, -(-options.positions // count_images(images)))
+    values = (value[layer.input] for value in run_tensors(model, [layer.input], images))
+    return np.concatenate([columns(value, layer, pick_positions(value, layer, each, generator)) for value in values], axis=1)
+
+
+class _Trial:
+    """A layer's inputs at some positions, in random order, and its weights.
+
+    Args:
+        layer: The layer.
+        weight: Its FP32 weights.
+        sample: float32 (groups, positions, inner).
+        generator: Of the order, and of the channels that take part.
+    """
+
+    def __init__(self, layer: Layer, weight: FloatArray, sample: FloatArray, generator: np.random.Generator) -> None:
+        self._groups = layer.groups
+        self._kernel = int(np.prod(layer.weight_shape[2:]))
+        self._sample = sample[:, generator.permutation(sample.shape[1])]
+        self._rows = weight.reshape(layer.groups, -1, sample.shape[2])
+        self._order = generator.permutation(layer.weight_shape[1])
+
+    def error(self, factors: NDArray[np.float64], step: float, channels: int) -> float:
+        """Squared error of the output with the input rescaled, rounded to multiples of `step`, and the weights rounded for it."""
+        picked = np.sort(self._order[:channels])
+        inner = (picked[:, None] * self._kernel + np.arange(self._kernel)).ravel()
+        by_group: Mapping[int, NDArray[np.float64]] = dict(enumerate(factors.reshape(self._groups, -1)))
+        return sum(self._error_of(group, inner, np.repeat(by_group[group][picked], self._kernel), step) for group in range(self._groups))
+
+    def _error_of(self, group: int, inner: NDArray[np.int64], factors: NDArray[np.float64], step: float) -> float:
+        exact = (self._sample[group][:, inner] / factors).astype(np.float32)
+        rows = (self._rows[group][:, inner] * factors).astype(np.float32)
+        size = np.float32(step)
+        rounded = np.clip(np.rint(exact / size), -LEVELS - 1, LEVELS) * size
+        count = max(1, len(exact) * 3 // 4)
+        missing = (exact - rounded) @ rows.T
+        seen, lost = rounded[:count], missing[:count]
+        mean, error = seen.mean(axis=0, dtype=np.float64), lost.mean(axis=0, dtype=np.float64)
+        covariance = (seen.T @ seen).astype(np.float64) / count - np.outer(mean, mean)
+        cross = (lost.T @ seen).astype(np.float64) / count - np.outer(error, mean)
+        integers, scales = round_rows(rows.astype(np.float64), covariance, cross, RoundOptions(clips=(0.8,), sweeps=0))
+        change = rows - integers * scales[:, None]
+        left = missing[count:] - error + (rounded[count:] - mean) @ change.T
+        return float(np.square(left, dtype=np.float64).sum())

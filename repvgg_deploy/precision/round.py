@@ -102,6 +102,7 @@ class Moments:
         self.cross: NDArray[np.float64] = np.zeros((layer.groups, layer.out_channels // layer.groups, inner))
         self.error: NDArray[np.float64] = np.zeros((layer.groups, layer.out_channels // layer.groups))
         self._full = full
+        self._origin: FloatArray | None = None  # near the mean: sums of squares around it lose no digits, and inputs that never change give 0
         self._rows = weight.reshape(layer.groups, -1, inner)
         self._positions = positions
         self._generator = np.random.default_rng(seed)
@@ -111,19 +112,22 @@ class Moments:
         picks = pick_positions(quantized, self.layer, self._positions, self._generator)
         x, truth = (columns(value, self.layer, picks) for value in (quantized, reference))
         self.count += x.shape[1]
+        if self._origin is None:
+            self._origin = x.mean(axis=1, keepdims=True)
         for group in range(self.layer.groups):
-            missing = (truth[group] - x[group]) @ self._rows[group].T
-            self.total[group] += x[group].sum(axis=0, dtype=np.float64)
+            missing, near = (truth[group] - x[group]) @ self._rows[group].T, x[group] - self._origin[group]
+            self.total[group] += near.sum(axis=0, dtype=np.float64)
             self.error[group] += missing.sum(axis=0, dtype=np.float64)
             if self._full:
-                self.second[group] += x[group].T @ x[group]
-                self.cross[group] += missing.T @ x[group]
+                self.second[group] += near.T @ near
+                self.cross[group] += missing.T @ near
 
     def centred(self, group: int) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
         """Of one group: covariance of x (K, K), covariance of the missing output with x (out, K), mean of x (K,), mean missing output (out,)."""
         mean, error = self.total[group] / self.count, self.error[group] / self.count
         covariance = self.second[group] / self.count - np.outer(mean, mean)
-        return covariance, self.cross[group] / self.count - np.outer(error, mean), mean, error
+        origin = 0.0 if self._origin is None else self._origin[group, 0]
+        return covariance, self.cross[group] / self.count - np.outer(error, mean), mean + origin, error
 
 
 def pick_positions(value: FloatArray, layer: Layer, count: int, generator: np.random.Generator) -> NDArray[np.int64]:

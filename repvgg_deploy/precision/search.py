@@ -137,8 +137,9 @@ class _Trial:
         missing = (exact - rounded) @ rows.T
         seen, lost = rounded[:count], missing[:count]
         mean, error = seen.mean(axis=0, dtype=np.float64), lost.mean(axis=0, dtype=np.float64)
-        covariance = (seen.T @ seen).astype(np.float64) / count - np.outer(mean, mean)
-        cross = (lost.T @ seen).astype(np.float64) / count - np.outer(error, mean)
+        centred = (seen - mean).astype(np.float32)  # before the product: of positions that are all alike nothing may be left
+        covariance = (centred.T @ centred).astype(np.float64) / count
+        cross = (lost.T @ centred).astype(np.float64) / count
         integers, scales = round_rows(rows.astype(np.float64), covariance, cross, RoundOptions(clips=(0.8,), sweeps=0))
         change = rows - integers * scales[:, None]
         left = missing[count:] - error + (rounded[count:] - mean) @ change.T

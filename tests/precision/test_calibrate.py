@@ -64,7 +64,7 @@ def test_choose_scales_min_error_is_least_among_methods() -> None:
 
 def test_scales_saved_come_back_and_are_bound_to_graph_and_images() -> None:
     model = make_model()
-    file = ScaleFile(1, graph_sha256(model), "d" * 64, 64, "min_error", {"stage1": 0.25})
+    file = ScaleFile(1, graph_sha256(model), "d" * 64, 64, "min_error", {"stage1": 0.25}, {"stage1.conv": "AAAAAAAA8D8="}, {"stage1.conv": 0.85})
     again = load_scales(codec.dumps(file))
     assert again == file
     again.check(graph_sha256(model), "d" * 64)

@@ -7,11 +7,9 @@ import pytest
 from repvgg_deploy.errors import CalibrationError
 from repvgg_deploy.precision.calibrate import collect
 from repvgg_deploy.precision.chain import read_chain
-from repvgg_deploy.precision.equalize import EqualizeOptions, equalize
+from repvgg_deploy.precision.equalize import EqualizeOptions, apply_factors, equalize
 from repvgg_deploy.precision.execute import run_tensors
 from tests.precision.make_chain import KINDS, make_batches, make_model
-
-OPTIONS = [EqualizeOptions(), EqualizeOptions(1.0, powers_of_two=True), EqualizeOptions(0.3, {"stage1.conv": 0.9})]
 
 
 def outputs(model: onnx.ModelProto, batches: list[np.ndarray]) -> dict[str, np.ndarray]:
@@ -85,6 +83,25 @@ def test_equalize_bad_ranges_are_refused(value) -> None:
         ranges["stage1"] = value
     with pytest.raises(CalibrationError, match="ranges of stage1"):
         equalize(model, ranges)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_apply_factors_of_an_equalization_give_the_same_network(kind: str) -> None:
+    model, batches = make_model(KINDS[kind]), make_batches(KINDS[kind])
+    result, chain = equalize(model, collect(model, batches).ranges()), read_chain(model)
+    factors = {i.source: result.factors[chain.layer(i.readers[0]).input] for i in chain.interfaces if i.blocked_by is None}
+    again = apply_factors(model, factors)
+    assert again.SerializeToString(deterministic=True) == result.model.SerializeToString(deterministic=True)
+
+
+@pytest.mark.parametrize(
+    ("source", "factor"),
+    [("stage9.conv", np.ones(16)), ("stage1.conv", np.ones(7)), ("stage1.conv", np.zeros(16)), ("linear", np.ones(10))],
+    ids=["unknown layer", "shape", "zero", "blocked"],
+)
+def test_apply_factors_of_another_graph_are_refused(source: str, factor) -> None:
+    with pytest.raises(CalibrationError, match=f"saved factors of '{source}'"):
+        apply_factors(make_model(), {source: factor})
 
 
 def test_equalize_options_out_of_range_are_refused() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -12,22 +13,28 @@ from repvgg_deploy import onnx_file
 from repvgg_deploy.errors import ArtifactError, CalibrationError, ModelError
 from repvgg_deploy.precision.check import check_quantized
 from repvgg_deploy.precision.execute import run_tensors
-from repvgg_deploy.precision.int8 import FAST, MAX_CALIBRATION, Int8Options, layer_sqnr, quantize_graph, to_int8
+from repvgg_deploy.precision.int8 import FAST, MAX_CALIBRATION, Int8Options, quantize_graph, to_int8
+from repvgg_deploy.precision.metrics import layer_sqnr
 from repvgg_deploy.precision.round import RoundOptions
+from repvgg_deploy.precision.search import SearchOptions
 from repvgg_deploy.precision.typed_model import load_parent, write_typed
 from tests.precision.make_chain import KINDS, make_batches, make_model, save
 
-QUICK = Int8Options(rounding=RoundOptions(clips=(1.0, 0.7), samples=4096))
+QUICK = Int8Options(search=SearchOptions((0.5, 0.85), images=32, positions=1024), rounding=RoundOptions(clips=(1.0, 0.7), samples=4096))
+QUICK_TRT8 = dataclasses.replace(QUICK, target="trt8")
+FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
+TARGETS = {"trt8": QUICK_TRT8, "trt10": QUICK}
 
 
 def held_out(kind: str):
     return make_batches(KINDS[kind], 48, seed=9)
 
 
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_int8_every_kind_of_graph_is_what_tensorrt_wants_and_beats_max_calibration(kind: str) -> None:
+def test_int8_every_kind_of_graph_is_what_tensorrt_wants_and_beats_max_calibration(kind: str, target: str) -> None:
     model, batches = make_model(KINDS[kind]), make_batches(KINDS[kind], 128)
-    results = {name: quantize_graph(model, batches, options) for name, options in (("max", MAX_CALIBRATION), ("fast", FAST), ("ours", QUICK))}
+    results = {n: quantize_graph(model, batches, options) for n, options in (("max", MAX_CALIBRATION), ("fast", FAST), ("ours", TARGETS[target]))}
     found = {name: report.layers[-1].sqnr_db for name, (_, report) in results.items()}
     # Channels spread over six octaves: per-tensor scales lose most of them. What is left to gain in a network of six layers was 8 dB and more.
     assert found["ours"] >= found["max"] + 4, found
@@ -35,37 +42,42 @@ def test_int8_every_kind_of_graph_is_what_tensorrt_wants_and_beats_max_calibrati
     assert found["ours"] >= found["fast"] - 1.5, found
     graph, report = results["ours"]
     onnx.checker.check_model(graph, full_check=True)
-    check_quantized(graph)
-    assert report.images == 128
+    check_quantized(graph, target=target)
+    assert (report.images, report.kept, report.int8_share) == (128, (), 1.0)
+    assert next(entry.version for entry in graph.opset_import if not entry.domain) == (17 if target == "trt8" else 19)
+    float_type = TensorProto.FLOAT if target == "trt8" else TensorProto.FLOAT16
     constants = {tensor.name: tensor for tensor in graph.graph.initializer}
     for node in graph.graph.node:
         if node.op_type in ("Conv", "Gemm"):
             weight = constants[node.input[1].removesuffix(".dequantized")]
             assert weight.data_type == TensorProto.INT8
             assert np.abs(numpy_helper.to_array(weight).astype(int)).max() <= 127
-            assert constants[node.input[2]].data_type == TensorProto.FLOAT
-    assert [o.name for o in graph.graph.output] == [o.name for o in model.graph.output]
+            assert constants[node.input[2]].data_type == float_type
+    assert [(o.name, o.type) for o in graph.graph.output] == [(o.name, o.type) for o in model.graph.output]
 
 
-def test_int8_held_out_images_are_computed_as_well_as_calibration_says() -> None:
+@pytest.mark.parametrize("target", TARGETS)
+def test_int8_held_out_images_are_computed_as_well_as_calibration_says(target: str) -> None:
     model = make_model()
-    graph, report = quantize_graph(model, make_batches(count=128), QUICK)
-    truth, ours = (np.concatenate([v["logits"] for v in run_tensors(m, ["logits"], held_out("plain"))]) for m in (model, graph))
+    graph, report = quantize_graph(model, make_batches(count=128), TARGETS[target])
+    # float32: the last layer of a trt10 graph gives FP16, and squares of its logits may exceed that.
+    truth, ours = (np.concatenate([v["logits"] for v in run_tensors(m, ["logits"], held_out("plain"))]).astype(np.float32) for m in (model, graph))
     sqnr = 10 * np.log10(np.square(truth).sum() / np.square(truth - ours).sum())
     assert abs(sqnr - report.layers[-1].sqnr_db) < 3  # other images, 48 of them
     assert sqnr > 20
 
 
-def test_int8_same_input_twice_gives_the_same_bytes() -> None:
+@pytest.mark.parametrize("target", TARGETS)
+def test_int8_same_input_twice_gives_the_same_bytes(target: str) -> None:
     model, batches = make_model(KINDS["se_before"]), make_batches()
-    one, other = (quantize_graph(model, batches, QUICK)[0].SerializeToString(deterministic=True) for _ in range(2))
+    one, other = (quantize_graph(model, batches, TARGETS[target])[0].SerializeToString(deterministic=True) for _ in range(2))
     assert one == other
 
 
 def test_int8_integer_kernels_agree_with_the_graph_as_it_stands() -> None:
     """ONNX Runtime's fused integer convolutions are another implementation of the same graph."""
     model, batches = make_model(), make_batches()
-    graph, _ = quantize_graph(model, batches, QUICK)
+    graph, _ = quantize_graph(model, batches, QUICK_TRT8)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(
@@ -77,22 +89,23 @@ def test_int8_integer_kernels_agree_with_the_graph_as_it_stands() -> None:
     assert np.square(fused - plain).sum() < 1e-3 * np.square(plain).sum()
 
 
-def test_int8_dead_channels_and_one_image_still_give_finite_weights() -> None:
+@pytest.mark.parametrize("target", TARGETS)
+def test_int8_dead_channels_and_one_image_still_give_finite_weights(target: str) -> None:
     model = make_model()
     for tensor in model.graph.initializer:
         if tensor.name in ("stage1.weight", "stage1.bias"):
             values = numpy_helper.to_array(tensor).copy()
             values[2] = 0
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-    graph, report = quantize_graph(model, make_batches(count=1, size=1), QUICK)
-    assert all(np.isfinite(numpy_helper.to_array(t)).all() for t in graph.graph.initializer if t.data_type == TensorProto.FLOAT)
+    graph, report = quantize_graph(model, make_batches(count=1, size=1), TARGETS[target])
+    assert all(np.isfinite(numpy_helper.to_array(t)).all() for t in graph.graph.initializer if t.data_type in FLOATS)
     assert report.images == 1
 
 
 def test_to_int8_file_carries_metadata_bound_to_it(tmp_path: Path) -> None:
     parent = save(tmp_path / "fp32.onnx", make_model())
-    seen: list[tuple[int, int]] = []
-    typed, report = to_int8(parent, make_batches(), QUICK, progress=lambda done, all_: seen.append((done, all_)))
+    seen: dict[str, list[tuple[int, int]]] = {}
+    typed, report = to_int8(parent, make_batches(), QUICK, progress=lambda stage, done, all_: seen.setdefault(stage, []).append((done, all_)))
     assert write_typed(tmp_path / "int8.onnx", typed) == "written"
     assert write_typed(tmp_path / "int8.onnx", typed) == "up to date"
     metadata = onnx_file.read_metadata(tmp_path / "int8.onnx")
@@ -100,7 +113,11 @@ def test_to_int8_file_carries_metadata_bound_to_it(tmp_path: Path) -> None:
     assert metadata.history[-1].parent_sha256 == load_parent(parent).sha256
     assert metadata.history[-1].options["data_sha256"] == report.scales.data_sha256
     assert metadata.spec == onnx_file.read_metadata(parent).spec
-    assert seen == [(index + 1, 6) for index in range(6)]
+    assert metadata.history[-1].options["target"] == "trt10"
+    assert list(seen) == ["ranges", "equalize", "round"]  # in the order of the work
+    assert seen["ranges"] == [(16 * (index + 1), 128) for index in range(8)]  # 64 images, twice
+    assert seen["equalize"] == [(index + 1, 5) for index in range(5)]
+    assert seen["round"] == [(index + 1, 6) for index in range(6)]
     model = onnx.load(tmp_path / "int8.onnx")
     assert model.SerializeToString(deterministic=True) == (tmp_path / "int8.onnx").read_bytes()
     assert (

@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from .errors import RepVGGDeployError as RepVGGDeployError
     from .pipeline.checkpoint import export_checkpoint as export_checkpoint
     from .pipeline.module import export_module as export_module
+    from .pipeline.quantize import quantize as quantize
+    from .pipeline.quantize_options import QuantizeOptions as QuantizeOptions
+    from .precision.fp16 import Fp16Options as Fp16Options
+    from .precision.fp16 import to_fp16 as to_fp16
+    from .precision.int8 import to_int8 as to_int8
+    from .precision.int8_options import Int8Options as Int8Options
     from .reference.checkpoint import build_model as build_model
     from .reference.checkpoint import load_checkpoint as load_checkpoint
     from .reference.reparameterize import reparameterize as reparameterize
@@ -23,6 +29,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Engine": ".runtime.engine",
+    "Fp16Options": ".precision.fp16",
+    "Int8Options": ".precision.int8_options",
+    "QuantizeOptions": ".pipeline.quantize_options",
     "RepVGGDeployError": ".errors",
     "VariantSpec": ".specs",
     "build_model": ".reference.checkpoint",
@@ -30,11 +39,17 @@ _HOMES = {
     "export_module": ".pipeline.module",
     "get_variant": ".variants",
     "load_checkpoint": ".reference.checkpoint",
+    "quantize": ".pipeline.quantize",
     "reparameterize": ".reference.reparameterize",
+    "to_fp16": ".precision.fp16",
+    "to_int8": ".precision.int8",
 }
 
 __all__ = [
     "Engine",
+    "Fp16Options",
+    "Int8Options",
+    "QuantizeOptions",
     "RepVGGDeployError",
     "VariantSpec",
     "build_model",
@@ -42,7 +57,10 @@ __all__ = [
     "export_module",
     "get_variant",
     "load_checkpoint",
+    "quantize",
     "reparameterize",
+    "to_fp16",
+    "to_int8",
 ]
 
 

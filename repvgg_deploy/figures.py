@@ -7,7 +7,7 @@ share a picture they differ in shape or place as well.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -44,6 +44,22 @@ def open_figure(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
+    with open_panels(width, height, (1.0,)) as (figure, axes):
+        yield figure, axes[0]
+
+
+@contextmanager
+def open_panels(width: float, height: float, shares: Sequence[float]) -> Iterator[tuple[Figure, list[Axes]]]:
+    """The same with several pictures side by side.
+
+    Args:
+        width: Of all together.
+        height: In inches, too.
+        shares: Of the width, one for each picture.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
     try:
         import matplotlib as mpl
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -53,8 +69,9 @@ def open_figure(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(min(width, _MOST_INCHES), min(height, _MOST_INCHES)), dpi=_DOTS_PER_INCH, layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.subplots()
-        axes.spines[["top", "right"]].set_visible(False)
+        axes = list(figure.subplots(1, len(shares), squeeze=False, width_ratios=list(shares))[0])
+        for one in axes:
+            one.spines[["top", "right"]].set_visible(False)
         yield figure, axes
 
 

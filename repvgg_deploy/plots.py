@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .figures import BLUE, DARK, GREY, ORANGE, SERIES, SKY, VERMILION, YELLOW, draw_grid, draw_legend, open_figure, require_data, shorten
+from .figures import BLUE, DARK, GREY, ORANGE, SERIES, SKY, VERMILION, YELLOW, draw_grid, draw_legend, open_figure, open_panels, require_data, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _MOST_DB = 100.0  # what is better is equal for all purposes, and would flatten the rest of the picture
 _NAME_WIDTH = 34
 _NOTE_WIDTH = 46
+_SQNR_HEIGHT, _RANGES_WIDTH = 5.2, 8.0  # inches
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,23 +98,31 @@ def draw_layer_sqnr(series: Sequence[SqnrSeries], *, reference: str, bound_db: f
         MissingDependencyError: matplotlib is not installed.
     """
     require_data(bool(series) and bool(series[0].layers), "no layers")
-    layers = series[0].layers
-    with open_figure(max(7.0, 1.5 + 0.3 * len(layers)), 5.2) as (figure, axes):
-        for one, (colour, marker) in zip(series, SERIES, strict=False):
-            values = [min(value, _MOST_DB) for value in one.sqnr_db]
-            axes.plot(range(len(layers)), values, color=colour, marker=marker, markersize=6, linewidth=1.6, label=f"{one.name} against {reference}")
-        if bound_db is not None:
-            axes.axhline(bound_db, color=DARK, linestyle="--", linewidth=1, label=f"{bound_db:g} dB: below it, they part")
-        axes.set_xticks(range(len(layers)), [shorten(name) for name in layers], rotation=90, fontsize=8.5)
-        axes.set_xlim(-0.6, len(layers) - 0.4)
-        low, high = min(0.0, *(min(one.sqnr_db) for one in series)), max(min(max(one.sqnr_db), _MOST_DB) for one in series)
-        axes.set_ylim(low - (3 if low < 0 else 0), max(high, bound_db or 0) * 1.08 + 1)
-        capped = any(max(one.sqnr_db) > _MOST_DB for one in series)
-        axes.set(title="Signal-to-quantization-noise ratio of each layer's output", xlabel="layer, in the order of execution")
-        axes.set_ylabel("SQNR, dB (higher is better; 6 dB: one bit)" + (f"\ndrawn up to {_MOST_DB:g} dB" if capped else ""))
-        draw_grid(axes, "y")
-        draw_legend(axes, entries=len(series) + (bound_db is not None))
+    with open_figure(_sqnr_width(series), _SQNR_HEIGHT) as (figure, axes):
+        _fill_sqnr(axes, series, reference, bound_db)
     return figure
+
+
+def _sqnr_width(series: Sequence[SqnrSeries]) -> float:
+    return max(7.0, 1.5 + 0.3 * len(series[0].layers))
+
+
+def _fill_sqnr(axes: Axes, series: Sequence[SqnrSeries], reference: str, bound_db: float | None) -> None:
+    layers = series[0].layers
+    for one, (colour, marker) in zip(series, SERIES, strict=False):
+        values = [min(value, _MOST_DB) for value in one.sqnr_db]
+        axes.plot(range(len(layers)), values, color=colour, marker=marker, markersize=6, linewidth=1.6, label=f"{one.name} against {reference}")
+    if bound_db is not None:
+        axes.axhline(bound_db, color=DARK, linestyle="--", linewidth=1, label=f"{bound_db:g} dB: below it, they part")
+    axes.set_xticks(range(len(layers)), [shorten(name) for name in layers], rotation=90, fontsize=8.5)
+    axes.set_xlim(-0.6, len(layers) - 0.4)
+    low, high = min(0.0, *(min(one.sqnr_db) for one in series)), max(min(max(one.sqnr_db), _MOST_DB) for one in series)
+    axes.set_ylim(low - (3 if low < 0 else 0), max(high, bound_db or 0) * 1.08 + 1)
+    capped = any(max(one.sqnr_db) > _MOST_DB for one in series)
+    axes.set(title="Signal-to-quantization-noise ratio of each layer's output", xlabel="layer, in the order of execution")
+    axes.set_ylabel("SQNR, dB (higher is better; 6 dB: one bit)" + (f"\ndrawn up to {_MOST_DB:g} dB" if capped else ""))
+    draw_grid(axes, "y")
+    draw_legend(axes, entries=len(series) + (bound_db is not None))
 
 
 def draw_ranges(rows: Sequence[ChannelSpread]) -> Figure:
@@ -127,22 +136,51 @@ def draw_ranges(rows: Sequence[ChannelSpread]) -> Figure:
         MissingDependencyError: matplotlib is not installed.
     """
     require_data(bool(rows), "no layers")
-    with open_figure(8.0, 1.9 + 0.27 * len(rows)) as (figure, axes):
-        moved = [(place, row) for place, row in enumerate(rows) if row.blocked_by is None]
-        for place, row in moved:
-            axes.plot([row.before, row.after], [place, place], color=GREY, linewidth=2.5, zorder=1)
-        axes.scatter([row.before for row in rows], range(len(rows)), s=52, color=VERMILION, marker="s", label="before equalization", zorder=2)
-        axes.scatter([row.after for _, row in moved], [place for place, _ in moved], s=52, color=BLUE, marker="o", label="after", zorder=3)
-        names = [shorten(row.name) + ("" if row.blocked_by is None else "  (left as it is)") for row in rows]
-        axes.set_yticks(range(len(rows)), names, fontsize=9)
-        axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
-        values = [value for row in rows for value in (row.before, row.after)]
-        axes.set_xlim(min(0.9, *values) * 0.95, max(2.2, *values) * 1.15)
-        axes.set(title="Spread of the channel ranges of each layer's output", xlabel="largest ÷ median channel range (1×: all alike; log scale)")
-        draw_grid(axes, "x")
-        draw_legend(axes, entries=2)
+    with open_figure(_RANGES_WIDTH, _ranges_height(rows)) as (figure, axes):
+        _fill_ranges(axes, rows)
+    return figure
+
+
+def _ranges_height(rows: Sequence[ChannelSpread]) -> float:
+    return 1.9 + 0.27 * len(rows)
+
+
+def _fill_ranges(axes: Axes, rows: Sequence[ChannelSpread]) -> None:
+    moved = [(place, row) for place, row in enumerate(rows) if row.blocked_by is None]
+    for place, row in moved:
+        axes.plot([row.before, row.after], [place, place], color=GREY, linewidth=2.5, zorder=1)
+    axes.scatter([row.before for row in rows], range(len(rows)), s=52, color=VERMILION, marker="s", label="before equalization", zorder=2)
+    axes.scatter([row.after for _, row in moved], [place for place, _ in moved], s=52, color=BLUE, marker="o", label="after", zorder=3)
+    names = [shorten(row.name) + ("" if row.blocked_by is None else "  (left as it is)") for row in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=9)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+    values = [value for row in rows for value in (row.before, row.after)]
+    axes.set_xlim(min(0.9, *values) * 0.95, max(2.2, *values) * 1.15)
+    axes.set(title="Spread of the channel ranges of each layer's output", xlabel="largest ÷ median channel range (1×: all alike; log scale)")
+    draw_grid(axes, "x")
+    draw_legend(axes, entries=2)
+
+
+def draw_quantization(series: Sequence[SqnrSeries], rows: Sequence[ChannelSpread], *, reference: str) -> Figure:
+    """What a quantization did: the ratio of every layer beside the channel ranges before and after equalization; one alone where the other is empty.
+
+    Args:
+        series: See `draw_layer_sqnr`; none where nothing was measured.
+        rows: See `draw_ranges`; none where nothing was equalized.
+        reference: Name of the model that was quantized.
+
+    Raises:
+        InputError: There is nothing to draw.
+        MissingDependencyError: matplotlib is not installed.
+    """
+    if not series or not rows:
+        return draw_layer_sqnr(series, reference=reference) if series else draw_ranges(rows)
+    widths = (_sqnr_width(series), _RANGES_WIDTH)
+    with open_panels(sum(widths), max(_SQNR_HEIGHT, _ranges_height(rows)), widths) as (figure, axes):
+        _fill_sqnr(axes[0], series, reference, None)
+        _fill_ranges(axes[1], rows)
     return figure
 
 

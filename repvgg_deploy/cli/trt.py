@@ -11,13 +11,21 @@ import sys
 from typing import TYPE_CHECKING
 
 from .common import Output, parent_parser, run
+from .quantize_arguments import add_quantize_options, find_conflict
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-_DESCRIPTION = "Runs and describes models that repvgg-export wrote."
+_DESCRIPTION = "Quantizes, runs, measures and describes models that repvgg-export wrote."
+
+_QUANTIZE_EXAMPLES = """examples:
+  repvgg-trt quantize b2.onnx --fp16
+  repvgg-trt quantize b2.onnx --int8                        (with b2.calib.npz, which repvgg-export --synthetic-calibration wrote)
+  repvgg-trt quantize b2.onnx --int8 --calib train/ --max-drop 0.3 --plot b2-int8.png
+  repvgg-trt quantize b2.onnx --int8 --calib statistics     (no images at all)
+"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,14 +37,18 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code; see `common`. `--help`, `--version` and usage errors raise SystemExit, as argparse does.
     """
-    return run(_execute, build_parser().parse_args(argv))
+    args = build_parser().parse_args(argv)
+    conflict = find_conflict(args) if args.command == "quantize" else None
+    if conflict is not None:
+        args.usage_error(conflict)
+    return run(_execute, args)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands."""
     parser = argparse.ArgumentParser(prog="repvgg-trt", description=_DESCRIPTION, parents=[parent_parser()])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
-    for add in (_add_infer, _add_inspect, _add_eval, _add_compare):
+    for add in (_add_infer, _add_inspect, _add_quantize, _add_eval, _add_compare):
         add(commands)
     return parser
 
@@ -75,6 +87,19 @@ def _add_inspect(commands: Subparsers) -> None:
         "a model. Needs no runtime.",
     )
     parser.add_argument("model", metavar="MODEL", help="an .onnx that repvgg-export wrote")
+
+
+def _add_quantize(commands: Subparsers) -> None:
+    parser = commands.add_parser(
+        "quantize",
+        parents=[parent_parser()],
+        help="make a typed ONNX: FP16 that cannot overflow, INT8 that keeps its accuracy",
+        description="Makes an FP16 or INT8 ONNX of an FP32 one: calibrates, compares the result with FP32 on images that took no part, and writes "
+        "it only if they agree. Needs neither a GPU nor TensorRT.",
+        epilog=_QUANTIZE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_quantize_options(parser)
 
 
 def _add_eval(commands: Subparsers) -> None:

@@ -76,7 +76,7 @@ def test_snippet_of_the_readme_recognises_the_digit(exported: Path) -> None:
 
 
 def help_texts() -> dict[str, str]:
-    commands = {"repvgg-export": [[]], "repvgg-trt": [[], ["infer"], ["inspect"], ["eval"], ["compare"]]}
+    commands = {"repvgg-export": [[]], "repvgg-trt": [[], ["infer"], ["inspect"], ["quantize"], ["eval"], ["compare"]]}
     result = {}
     for program, variants in commands.items():
         texts = [

@@ -229,7 +229,7 @@ class CheckpointSource:
 
 @dataclass(frozen=True, slots=True)
 class ChannelStatistics:
-    """Mean and standard deviation of each channel of one tensor, before its ReLU, as the BatchNorm layers state them.
+    """Mean and standard deviation of each channel of one tensor, as the BatchNorm layers state them: before a ReLU, or of a block's input.
 
     Attributes:
         mean: Base64 of little-endian float32 (C,).
@@ -260,7 +260,8 @@ class ModelMetadata:
         variant: The architecture, or None for a module of the user's own.
         source: The checkpoint, or None where the weights came from memory.
         certificate: What was verified.
-        statistics: By name of a tensor before its ReLU: what the BatchNorm layers say of it (training-form checkpoints only).
+        statistics: What the BatchNorm layers say (training-form checkpoints only), by name of a tensor before its ReLU (`stage1.0.conv`), and of
+            what a block reads (`stage1.0.input`, standard deviation 0 where it is not known).
         history: The stages, oldest first.
         notes: What was chosen or assumed of the checkpoint, such as strides, in sentences.
         content_sha256: Binds this value to the graph: see `onnx_file.content_digest`.

@@ -26,6 +26,7 @@ LEVELS = 127
 BINS = 1024
 """Of a channel's histogram."""
 _MERGED_BINS = 2048
+_MAX_PIXELS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,8 @@ class TensorStatistics:
 
     Attributes:
         largest: Largest absolute value of each channel, float64 (C,).
-        histogram: How often |x| of each channel fell into each of equal bins from 0 to `largest`, int64 (C, bins).
+        histogram: How often |x| of each channel fell into each of equal bins from 0 to `largest`, int64 (C, bins); of large maps, a regular part
+            of the pixels is counted.
     """
 
     largest: NDArray[np.float64]
@@ -122,7 +124,7 @@ def collect(model: onnx.ModelProto, batches: Iterable[NDArray[Any]], *, progress
     histograms = {name: np.zeros((value.size, BINS), np.int64) for name, value in largest.items()}
     for values in run_tensors(model, tensors, batches):
         for name, value in values.items():
-            histograms[name] += _histogram(_by_channel(value), largest[name])
+            histograms[name] += _histogram(_by_channel(_thin(value)), largest[name])
         done = _tell(progress, done + len(next(iter(values.values()))), 2 * images)
     return Statistics({name: TensorStatistics(largest[name], histograms[name]) for name in tensors}, images, digest)
 
@@ -153,6 +155,14 @@ def hash_images(batches: Iterable[NDArray[Any]]) -> tuple[str, int]:
     if images > 1 and alike:
         raise CalibrationError(f"all {images} calibration images are alike", remedy="give images that show what the model will see")
     return digest.hexdigest(), images
+
+
+def _thin(value: NDArray[Any]) -> NDArray[Any]:
+    """Every so many pixels of a large map: a histogram needs no more, and neighbours are alike."""
+    if value.ndim < 4:
+        return value
+    stride = max(1, int(np.sqrt(value.shape[2] * value.shape[3] / _MAX_PIXELS)))
+    return value[:, :, ::stride, ::stride]
 
 
 def _by_channel(value: NDArray[Any]) -> NDArray[Any]:

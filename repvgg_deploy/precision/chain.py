@@ -211,6 +211,19 @@ def replace_weights(model: onnx.ModelProto, weights: Mapping[str, NDArray[Any]])
     return result
 
 
+def read_weight(model: onnx.ModelProto, name: str) -> FloatArray:
+    """One float32 initializer; a copy."""
+    tensor = next(t for t in model.graph.initializer if t.name == name)
+    return np.array(numpy_helper.to_array(tensor), np.float32)
+
+
+def set_weights(model: onnx.ModelProto, weights: Mapping[str, NDArray[Any]]) -> None:
+    """Changes the values of initializers in place: of a large model, a copy for each layer would take most of the time."""
+    for tensor in model.graph.initializer:
+        if tensor.name in weights:
+            tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(weights[tensor.name]), tensor.name))
+
+
 def scale_inputs(weight: NDArray[Any], groups: int, factors: NDArray[Any]) -> NDArray[Any]:
     """Multiplies each input channel of a weight (out, in / groups, …) by its factor (in,)."""
     out, inner = weight.shape[:2]

@@ -1,16 +1,16 @@
 """Statistics of a network's activations without a single image: what the BatchNorm layers of the training form said of them.
 
-Before each ReLU a channel is taken as normally distributed with the mean and standard deviation that the export kept; after it, as that distribution
-cut off at zero. Pooling keeps the mean and divides the variance. Convolutions over one pixel (SE) and what they read are propagated as sums of
-independent channels. The image is taken as uniform over what its preprocessing allows. It takes no time, and knows nothing of tails: real images
-(or synthetic ones) give much better scales.
+What a block reads is taken from the BatchNorm of its identity branch, which has seen it, or, for its mean, from that of its 1×1 branch. Where neither
+is there, a channel is taken as normally distributed before its ReLU, with the mean and standard deviation that the export kept, and cut off at zero
+after it: real activations are rarer and larger than that. Pooling keeps the mean and divides the variance. Convolutions over one pixel (SE) and what
+they read are propagated as sums of independent channels. It takes no time; images, also synthetic ones, give better scales.
 
 Source: Nagel et al. 2019, Data-free quantization, https://arxiv.org/abs/1906.04721, section 4 and appendix C (the rectified normal distribution).
 """
 
 from __future__ import annotations
 
-import base64
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,12 +20,15 @@ from numpy.typing import NDArray
 from ..errors import CalibrationError
 from ..specs import ChannelStatistics, Preprocessing
 from .calibrate import BINS, Statistics, TensorStatistics
-from .chain import FloatArray, Layer, read_chain, read_weights
+from .chain import Chain, FloatArray, Layer, read_chain, read_weights
+from .ranges import INPUT_SUFFIX, decode_channels
 from .scales import graph_sha256
 from .typed_model import TypedModel
 
 DEVIATIONS = 6.0
-"""A channel's largest value, in standard deviations above its mean."""
+"""Largest value of a channel whose distribution before its ReLU is all that is known, in standard deviations above that mean."""
+SEEN_DEVIATIONS = 12.0
+"""The same, where a BatchNorm layer has seen the channel after its ReLU. Its tail is longer: most values are 0."""
 _REMEDY = "give --calib with images, or export the training-form checkpoint, whose BatchNorm layers say it"
 
 Float64 = NDArray[np.float64]
@@ -51,8 +54,8 @@ class _Normal:
         return mean, np.sqrt(np.maximum(square - np.square(mean), 0.0))
 
 
-def closed_form_statistics(parent: TypedModel) -> tuple[Statistics, dict[str, Float64]]:
-    """What `calibrate.collect` would measure, and the mean of every layer's input channels, by tensor name.
+def closed_form_statistics(parent: TypedModel) -> tuple[Statistics, dict[str, tuple[Float64, Float64]]]:
+    """What `calibrate.collect` would measure, and mean and standard deviation of every layer's input channels, by tensor name.
 
     Args:
         parent: FP32, as exported from a training form.
@@ -68,9 +71,10 @@ def closed_form_statistics(parent: TypedModel) -> tuple[Statistics, dict[str, Fl
     missing = [name for name in chain.quantized_tensors() if name not in known]
     if missing:
         raise CalibrationError(f"nothing is known of {missing[0]} without images", remedy=_REMEDY)
-    tensors = {name: _as_statistics(known[name]) for name in chain.quantized_tensors()}
-    means = {name: known[name].moments()[0] for name in tensors}
-    return Statistics(tensors, 0, f"statistics:{graph_sha256(parent.model)}"), means
+    stated = _stated_inputs(chain, metadata.statistics)
+    tensors = {name: _as_statistics(known[name], stated.get(name)) for name in chain.quantized_tensors()}
+    moments = {name: _moments(known[name], stated.get(name)) for name in tensors}
+    return Statistics(tensors, 0, f"statistics:{graph_sha256(parent.model)}"), moments
 
 
 class _Propagation:
@@ -110,7 +114,7 @@ class _Propagation:
     def _layer(self, layer: Layer) -> _Normal | None:
         if layer.output in self._statistics:
             found = self._statistics[layer.output]
-            return _Normal(_decode(found.mean), np.maximum(_decode(found.std), 1e-6))
+            return _Normal(decode_channels(found.mean), np.maximum(decode_channels(found.std), 1e-6))
         source = self.known.get(layer.input)
         if source is None or int(np.prod(layer.weight_shape[2:])) != 1:
             return None
@@ -118,17 +122,35 @@ class _Propagation:
         return _Normal(weight @ mean + self._weights[layer.bias], np.maximum(np.sqrt(np.square(weight) @ np.square(std)), 1e-6))
 
 
+def _moments(normal: _Normal, stated: tuple[Float64, Float64] | None) -> tuple[Float64, Float64]:
+    """Mean and standard deviation: as stated, or where nothing is, of the normal distribution."""
+    mean, std = normal.moments()
+    return (mean, std) if stated is None else (stated[0], np.where(stated[1] > 0, stated[1], std))
+
+
+def _stated_inputs(chain: Chain, statistics: Mapping[str, ChannelStatistics]) -> dict[str, tuple[Float64, Float64]]:
+    """Mean and standard deviation of what blocks read, by tensor; the standard deviation is 0 where it is not known."""
+    found = {}
+    for layer in chain.layers:
+        value = statistics.get(layer.output.removesuffix(".conv") + INPUT_SUFFIX)
+        if value is not None:
+            found[layer.input] = (decode_channels(value.mean), decode_channels(value.std))
+    return found
+
+
 def _image(preprocessing: Preprocessing) -> _Normal:
-    """Mean and deviation of what is uniform between black and white."""
+    """Normalised: mean 0 and standard deviation 1 are what normalisation is for, and black and white bound it."""
     low, high = ((level - np.array(preprocessing.mean)) / np.array(preprocessing.std) for level in (0.0, 255.0))
-    return _Normal((low + high) / 2, (high - low) / np.sqrt(12), bound=np.maximum(np.abs(low), np.abs(high)))
+    return _Normal(np.zeros(3), np.ones(3), bound=np.maximum(np.abs(low), np.abs(high)))
 
 
-def _as_statistics(normal: _Normal) -> TensorStatistics:
+def _as_statistics(normal: _Normal, stated: tuple[Float64, Float64] | None) -> TensorStatistics:
     """Ranges and histogram of |x| for a million values a channel."""
     low = np.maximum(normal.mean - DEVIATIONS * normal.std, 0.0 if normal.rectified else -np.inf)
     high = np.maximum(normal.mean + DEVIATIONS * normal.std, 0.0)
     largest = np.maximum(np.abs(low), np.abs(high)) if normal.bound is None else normal.bound
+    if stated is not None and normal.bound is None:
+        largest = np.where(stated[1] > 0, stated[0] + SEEN_DEVIATIONS * stated[1], largest)
     edges = largest[:, None] * np.linspace(0, 1, BINS + 1)[None]
     above = _normal_below((edges - normal.mean[:, None]) / normal.std[:, None])
     shares = np.diff(above, axis=1)
@@ -136,7 +158,7 @@ def _as_statistics(normal: _Normal) -> TensorStatistics:
         shares[:, 0] += above[:, 0]
     else:
         shares -= np.diff(_normal_below((-edges - normal.mean[:, None]) / normal.std[:, None]), axis=1)
-    return TensorStatistics(largest, np.rint(shares * 1e6).astype(np.int64))
+    return TensorStatistics(largest, np.rint(np.maximum(shares, 0) * 1e6).astype(np.int64))
 
 
 def _normal_below(value: Float64) -> Float64:
@@ -149,10 +171,6 @@ def _normal_below(value: Float64) -> Float64:
     series = t * (0.319381530 + t * (-0.356563782 + t * (1.781477937 + t * (-1.821255978 + t * 1.330274429))))
     tail = np.exp(-np.square(size) / 2) / np.sqrt(2 * np.pi) * series
     return np.asarray(np.where(value >= 0, 1 - tail, tail), np.float64)
-
-
-def _decode(text: str) -> Float64:
-    return np.frombuffer(base64.b64decode(text), "<f4").astype(np.float64)
 
 
 def correct_bias(weight: FloatArray, found: FloatArray, bias: FloatArray, *, groups: int, mean: Float64) -> FloatArray:

@@ -96,12 +96,12 @@ class Steps:
     the image on, as soon as the tensors are small enough.
 
     Args:
-        model: Structure; its weights are replaced with `update` as they are chosen.
+        model: Its weights may be changed between two steps: what was computed stays, what comes is computed with the new ones.
         batches: All batches; they are kept.
         budget_bytes: What the tensors of all batches may take together; one batch is run whatever it takes.
     """
 
-    def __init__(self, model: onnx.ModelProto, batches: Iterable[NDArray[Any]], *, budget_bytes: int = 1 << 29) -> None:
+    def __init__(self, model: onnx.ModelProto, batches: Iterable[NDArray[Any]], *, budget_bytes: int = 1 << 28) -> None:
         self._model = model
         self._batches = list(batches)
         self._budget = budget_bytes
@@ -166,6 +166,18 @@ def count_images(batches: Iterable[NDArray[Any]]) -> int:
     return int(np.sum([len(batch) for batch in batches], dtype=np.int64))
 
 
+def has_fixed_batch(model: onnx.ModelProto) -> bool:
+    """Whether the model takes batches of one size only."""
+    return bool(model.graph.input[0].type.tensor_type.shape.dim[0].HasField("dim_value"))
+
+
+def split_batches(model: onnx.ModelProto, batches: Iterable[NDArray[Any]], images: int) -> list[NDArray[Any]]:
+    """The same images in batches of at most `images`; as they are where the model's batch size is fixed."""
+    if has_fixed_batch(model):
+        return list(batches)
+    return [batch[start : start + images] for batch in batches for start in range(0, len(batch), images)]
+
+
 def spread_images(model: onnx.ModelProto, batches: Sequence[NDArray[Any]], images: int) -> list[NDArray[Any]]:
     """About `images` images, taken evenly from all batches; whole batches where the model's batch size is fixed.
 
@@ -177,8 +189,7 @@ def spread_images(model: onnx.ModelProto, batches: Sequence[NDArray[Any]], image
     total = count_images(batches)
     if total <= images:
         return list(batches)
-    dimension = model.graph.input[0].type.tensor_type.shape.dim[0]
-    if dimension.HasField("dim_value") or len({batch.shape[1:] for batch in batches}) > 1:
+    if has_fixed_batch(model) or len({batch.shape[1:] for batch in batches}) > 1:
         wanted = max(1, round(images * len(batches) / total))
         return [batches[int(index)] for index in np.linspace(0, len(batches) - 1, wanted).round()]
     picks = set(np.linspace(0, total - 1, images).round().astype(int).tolist())

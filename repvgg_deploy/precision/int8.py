@@ -24,8 +24,8 @@ from .calibrate import Statistics, collect, hash_images
 from .chain import read_chain, read_weights
 from .check import check_quantized
 from .closed_form import closed_form_statistics, correct_bias
-from .equalize import InterfaceReport, apply_factors, equalize
-from .execute import spread_images
+from .equalize import EqualizeOptions, InterfaceReport, apply_factors, equalize
+from .execute import has_fixed_batch, spread_images
 from .fit import fit_scales
 from .halves import half_spec
 from .int8_options import FAST, MAX_CALIBRATION, Int8Options, Int8Report, LayerReport
@@ -34,7 +34,8 @@ from .mixed import halve_quantized, round_activation_scales, round_layer_to_half
 from .qdq import insert_pairs, write_integers
 from .round import RoundedLayer, round_nearest
 from .round_network import round_weights
-from .scales import ScaleFile, choose_scales, graph_sha256
+from .round_prior import round_by_prior
+from .scales import ScaleFile, ScaleOptions, choose_scales, graph_sha256
 from .search import choose_exponents
 from .sensitivity import LayerCost, count_macs, fewest_kept, rank_layers
 from .typed_model import StrPath, TypedModel, extend, load_parent
@@ -71,8 +72,8 @@ def to_int8(
 
     Args:
         source: File, or the model in memory.
-        images: Calibration images, in a list. None: ranges in closed form from the BatchNorm statistics that an export of a training form keeps, and
-            weights to nearest, with the bias corrected for the means that those statistics state.
+        images: Calibration images, in a list. None: ranges in closed form from the BatchNorm statistics that an export of a training form keeps,
+            nothing clipped, and weights rounded by what is true of every image; see `closed_form` and `round_prior`.
         options: Steps and their methods.
         saved: Scales of an earlier calibration of the same graph and images.
         progress: See `Progress`.
@@ -84,17 +85,20 @@ def to_int8(
     options = options or Int8Options()
     parent = load_parent(source)
     if images is None:
-        statistics, means = closed_form_statistics(parent)
-        options = dataclasses.replace(options, search=None, sensitivity=False, max_drop=None)
+        statistics, moments = closed_form_statistics(parent)
+        # Nothing can be measured; and a normal distribution's tail is no reason to clip.
+        options = dataclasses.replace(
+            options, search=None, sensitivity=False, max_drop=None, equalize=options.equalize and EqualizeOptions(0.5), scales=ScaleOptions("max")
+        )
         work = _Work(parent.model, Images(()), options, progress)
-        graph, report = work.finish_without_images(statistics, means)
+        graph, report = work.finish_without_images(statistics, moments)
     else:
         graph, report = quantize_graph(parent.model, images, options, saved=saved, progress=progress)
     said: dict[str, str | int | float | bool | None] = {
         "target": options.target,
         "equalize": None if options.equalize is None else "measured" if options.search is not None else options.equalize.exponent,
         "scales": options.scales.method,
-        "rounding": options.rounding.method if images is not None else "nearest",
+        "rounding": options.rounding.method if images is not None or options.rounding.method == "nearest" else "prior",
         "bias_correction": options.rounding.bias_correction,
         "kept": ", ".join(report.kept) or None,
         "images": report.images,
@@ -232,19 +236,25 @@ class _Work:
         graph = self._write(rounded, kept)
         measured = layer_sqnr(self._prepared, graph, spread_images(self._model, batches, _REPORT_IMAGES))
         judged = judge(self._prepared, graph, self._images.held_out) if len(self._images.held_out) else None
-        report = self._report(kept, measured, count_macs(self._model, batches[0][:1] if not _is_fixed(self._model) else batches[0]))
+        report = self._report(kept, measured, count_macs(self._model, batches[0][:1] if not has_fixed_batch(self._model) else batches[0]))
         return self._typed(graph, kept), dataclasses.replace(report, costs=costs, held_out=judged)
 
-    def finish_without_images(self, statistics: Statistics, means: dict[str, NDArray[np.float64]]) -> tuple[onnx.ModelProto, Int8Report]:
-        """Everything, from statistics in closed form."""
+    def finish_without_images(
+        self, statistics: Statistics, moments: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
+    ) -> tuple[onnx.ModelProto, Int8Report]:
+        """Everything, from statistics in closed form and the mean and deviation of each layer's input channels."""
         _check_opset(self._model)
         self.calibrate(statistics)
-        weights, rounded = read_weights(self._prepared), {}
+        weights = read_weights(self._prepared)
         sources = {name: i.source for i in self._chain.interfaces for name in i.readers}
+        rounded: dict[str, RoundedLayer] = {}
         for layer in (layer for layer in self._chain.layers if layer.name not in self._options.keep):
-            found = round_nearest(weights[layer.weight], weights[layer.bias])
+            mean, deviation = (value / self._factors.get(sources.get(layer.name, ""), 1.0) for value in moments[layer.input])
+            if self._options.rounding.method == "nearest":
+                found = round_nearest(weights[layer.weight], weights[layer.bias])
+            else:
+                found = round_by_prior(weights[layer.weight], weights[layer.bias], deviation=deviation, groups=layer.groups)
             if self._options.rounding.bias_correction:
-                mean = means[layer.input] / self._factors.get(sources.get(layer.name, ""), 1.0)
                 bias = correct_bias(weights[layer.weight], found.weight(), found.bias, groups=layer.groups, mean=mean)
                 found = dataclasses.replace(found, bias=bias)
             rounded[layer.name] = round_layer_to_half(found) if self._half else found
@@ -299,8 +309,3 @@ class _Work:
         factors = {name: base64.b64encode(value.astype("<f8").tobytes()).decode("ascii") for name, value in self._factors.items()}
         scales = ScaleFile(1, graph_sha256(self._model), *self._data, self._options.scales.method, dict(self._scales), factors, dict(self._exponents))
         return Int8Report(self._data[1], "images", layers, self._interfaces, scales, kept=tuple(kept), int8_share=share)
-
-
-def _is_fixed(model: onnx.ModelProto) -> bool:
-    """Whether the model takes batches of one size only."""
-    return bool(model.graph.input[0].type.tensor_type.shape.dim[0].HasField("dim_value"))

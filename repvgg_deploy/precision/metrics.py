@@ -11,7 +11,7 @@ import onnx
 from numpy.typing import NDArray
 
 from .chain import read_chain
-from .execute import run_tensors
+from .execute import run_tensors, split_batches
 
 
 def decibels(signal: float, noise: float) -> float:
@@ -30,7 +30,7 @@ def layer_sqnr(reference: onnx.ModelProto, quantized: onnx.ModelProto, batches: 
     """
     names = [layer.output for layer in read_chain(reference).layers]
     signal, noise = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-    kept = list(batches)
+    kept = split_batches(reference, batches, 4)  # every layer's output of a batch is in memory, twice
     for truth, found in zip(run_tensors(reference, names, kept), run_tensors(quantized, names, kept), strict=True):
         for name in names:
             signal[name] += float(np.square(truth[name], dtype=np.float64).sum())

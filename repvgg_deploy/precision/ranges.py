@@ -19,6 +19,9 @@ from .typed_model import TypedModel
 
 RangeSource: TypeAlias = Literal["images", "statistics", "synthetic"]
 
+INPUT_SUFFIX = ".input"
+"""Ends the name under which the metadata states what a block reads."""
+
 DEVIATIONS = 256.0
 """Standard deviations that a channel may reach. A trained A0 reaches 130 on 64 photographs: tails are long, and a block's branches, whose variances
 the statistics add as if they were independent, rise together. Too much does no harm: FP16 has digits to spare below, and rescaling is exact."""
@@ -88,11 +91,13 @@ def measure_ranges(model: onnx.ModelProto, batches: Iterable[NDArray[Any]]) -> d
 
 
 def stated_ranges(statistics: Mapping[str, ChannelStatistics]) -> dict[str, NDArray[np.float64]]:
-    """|mean| + 256σ of each channel as the BatchNorm layers state them, by tensor; float64 (C,)."""
-    return {name: np.abs(_decode(value.mean)) + DEVIATIONS * _decode(value.std) for name, value in statistics.items()}
+    """|mean| + 256σ of each channel of every layer's output as the BatchNorm layers state them, by tensor; float64 (C,)."""
+    outputs = {name: value for name, value in statistics.items() if not name.endswith(INPUT_SUFFIX)}
+    return {name: np.abs(decode_channels(value.mean)) + DEVIATIONS * decode_channels(value.std) for name, value in outputs.items()}
 
 
-def _decode(text: str) -> NDArray[np.float64]:
+def decode_channels(text: str) -> NDArray[np.float64]:
+    """One number a channel, of `ChannelStatistics`; float64 (C,)."""
     return np.frombuffer(base64.b64decode(text), "<f4").astype(np.float64)
 
 

@@ -23,6 +23,7 @@ from .calibrate import LEVELS
 from .chain import FloatArray, Layer
 
 _BLOCK = 64
+_ROWS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,7 @@ class Moments:
         self.cross: NDArray[np.float64] = np.zeros((layer.groups, layer.out_channels // layer.groups, inner))
         self.error: NDArray[np.float64] = np.zeros((layer.groups, layer.out_channels // layer.groups))
         self._full = full
+        self._closed: set[int] = set()
         self._origin: FloatArray | None = None  # near the mean: sums of squares around it lose no digits, and inputs that never change give 0
         self._rows = weight.reshape(layer.groups, -1, inner)
         self._positions = positions
@@ -109,6 +111,7 @@ class Moments:
 
     def add(self, quantized: FloatArray, reference: FloatArray) -> None:
         """Adds one batch of inputs, (N, C, H, W) or (N, C): of the quantized and of the FP32 network."""
+        assert not self._closed, "the moments were read already"
         picks = pick_positions(quantized, self.layer, self._positions, self._generator)
         x, truth = (columns(value, self.layer, picks) for value in (quantized, reference))
         self.count += x.shape[1]
@@ -123,9 +126,18 @@ class Moments:
                 self.cross[group] += missing.T @ near
 
     def centred(self, group: int) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-        """Of one group: covariance of x (K, K), covariance of the missing output with x (out, K), mean of x (K,), mean missing output (out,)."""
+        """Of one group: covariance of x (K, K), covariance of the missing output with x (out, K), mean of x (K,), mean missing output (out,).
+
+        The covariance takes the place of the sums, which are as large (265 MB of a large layer): nothing can be added any more.
+        """
         mean, error = self.total[group] / self.count, self.error[group] / self.count
-        covariance = self.second[group] / self.count - np.outer(mean, mean)
+        covariance = self.second[group]
+        fresh = self._full and group not in self._closed
+        for start in range(0, len(mean) if fresh else 0, _ROWS):
+            rows = slice(start, start + _ROWS)
+            covariance[rows] /= self.count
+            covariance[rows] -= np.outer(mean[rows], mean)
+        self._closed.add(group)
         origin = 0.0 if self._origin is None else self._origin[group, 0]
         return covariance, self.cross[group] / self.count - np.outer(error, mean), mean + origin, error
 
@@ -234,9 +246,10 @@ def round_rows(
     """
     level = float(np.trace(covariance)) / len(covariance)
     level = level if level > 0 else 1.0  # inputs that never change: every rounding is as good
-    identity = np.eye(len(covariance))
-    target = rows + np.linalg.solve(covariance + options.ridge * level * identity, cross.T).T
-    damped = covariance + options.damping * level * identity
+    damped, diagonal = covariance.copy(), np.diag(covariance).copy()
+    np.fill_diagonal(damped, diagonal + options.ridge * level)
+    target = rows + np.linalg.solve(damped, cross.T).T
+    np.fill_diagonal(damped, diagonal + options.damping * level)
     order = np.argsort(-np.diag(damped), kind="stable")
     target, damped = target[:, order], damped[np.ix_(order, order)]
     base = nearest_scales(target)

@@ -9,11 +9,13 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from .chain import read_chain, read_weights, replace_weights
-from .execute import Steps, count_images
+from .chain import read_chain, read_weight, set_weights
+from .execute import Steps, count_images, spread_images
 from .mixed import round_layer_to_half
 from .qdq import fake_quantize, insert_pairs
 from .round import Moments, RoundedLayer, RoundOptions, round_layer, round_nearest
+
+_IMAGES_FOR_MEANS = 64  # a mean needs no more
 
 
 def round_weights(
@@ -40,26 +42,26 @@ def round_weights(
     Returns:
         By name of the layer; without those that are kept.
     """
-    chain, weights = read_chain(model), read_weights(model)
-    layers = [layer for layer in chain.layers if layer.name not in kept]
+    layers = [layer for layer in read_chain(model).layers if layer.name not in kept]
 
     def finish(layer: RoundedLayer) -> RoundedLayer:
         return round_layer_to_half(layer) if half else layer
 
     if options.method == "nearest" and not options.bias_correction:
-        return {layer.name: finish(round_nearest(weights[layer.weight], weights[layer.bias])) for layer in layers}
-    current = insert_pairs(model, dict(scales), kept=kept)
-    spread = _mixed_order(batches, options.seed)
+        return {layer.name: finish(round_nearest(read_weight(model, layer.weight), read_weight(model, layer.bias))) for layer in layers}
+    current = insert_pairs(model, dict(scales), kept=kept)  # our own copy: it is changed layer by layer
+    full = options.method == "second_order"
+    spread = _mixed_order(batches if full else spread_images(model, batches, _IMAGES_FOR_MEANS), options.seed)
     reference, quantized = Steps(model, spread), Steps(current, spread)
-    positions = max(1, -(-options.samples // count_images(batches)))
+    positions = max(1, -(-options.samples // count_images(spread)))
     rounded: dict[str, RoundedLayer] = {}
     for index, layer in enumerate(layers):
-        moments = Moments(layer, weights[layer.weight], positions=positions, seed=options.seed + index, full=options.method == "second_order")
+        weight, bias = read_weight(model, layer.weight), read_weight(model, layer.bias)
+        moments = Moments(layer, weight, positions=positions, seed=options.seed + index, full=full)
         for found, truth in zip(quantized.advance(layer.input), reference.advance(layer.input), strict=True):
             moments.add(fake_quantize(found, scales[layer.input]), truth)
-        rounded[layer.name] = finish(round_layer(weights[layer.weight], weights[layer.bias], moments, options))
-        current = replace_weights(current, {layer.weight: rounded[layer.name].weight(), layer.bias: rounded[layer.name].bias})
-        quantized.update(current)
+        rounded[layer.name] = finish(round_layer(weight, bias, moments, options))
+        set_weights(current, {layer.weight: rounded[layer.name].weight(), layer.bias: rounded[layer.name].bias})
         if progress is not None:
             progress(index + 1, len(layers))
     return rounded

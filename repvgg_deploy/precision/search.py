@@ -19,7 +19,7 @@ from ..errors import CalibrationError
 from .calibrate import LEVELS, Statistics
 from .chain import FloatArray, Layer, input_norms, read_chain, read_weights, scale_inputs
 from .equalize import choose_factors, main_reader, reader_norms
-from .execute import count_images, run_tensors, spread_images
+from .execute import Steps, count_images, spread_images
 from .round import RoundOptions, columns, pick_positions, round_rows
 from .scales import ScaleOptions, choose_limit
 
@@ -79,10 +79,15 @@ def choose_exponents(
     chain, weights = read_chain(model), read_weights(model)
     images, ranges = spread_images(model, batches, options.images), statistics.ranges(percentile)
     interfaces = [interface for interface in chain.interfaces if interface.blocked_by is None]
+    interfaces.sort(key=lambda interface: chain.layers.index(chain.layer(main_reader(interface, chain))))
+    steps = Steps(model, images)
+    each = max(1, -(-options.positions // count_images(images)))
     found: dict[str, float] = {}
     for index, interface in enumerate(interfaces):
         layer = chain.layer(main_reader(interface, chain))
-        trial = _Trial(layer, weights[layer.weight], _sample(model, layer, images, options), np.random.default_rng(options.seed + index))
+        generator = np.random.default_rng(options.seed + index)
+        sample = [columns(value, layer, pick_positions(value, layer, each, generator)) for value in steps.advance(layer.input)]
+        trial = _Trial(layer, weights[layer.weight], np.concatenate(sample, axis=1), generator)
         errors = {}
         for exponent in options.exponents:
             factors = choose_factors(np.asarray(ranges[layer.input], np.float64), reader_norms(layer, weights), exponent)
@@ -94,14 +99,6 @@ def choose_exponents(
         if progress is not None:
             progress(index + 1, len(interfaces))
     return found
-
-
-def _sample(model: onnx.ModelProto, layer: Layer, images: Sequence[NDArray[Any]], options: SearchOptions) -> FloatArray:
-    """What some output positions of the layer see, float32 (groups, positions, inner)."""
-    generator = np.random.default_rng(options.seed)
-    each = max(1, -(-options.positions // count_images(images)))
-    values = (value[layer.input] for value in run_tensors(model, [layer.input], images))
-    return np.concatenate([columns(value, layer, pick_positions(value, layer, each, generator)) for value in values], axis=1)
 
 
 class _Trial:

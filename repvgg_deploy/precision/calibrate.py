@@ -113,7 +113,8 @@ def collect(model: onnx.ModelProto, batches: Iterable[NDArray[Any]], *, progress
     largest: dict[str, NDArray[np.float64]] = {}
     for values in run_tensors(model, tensors, batches):
         for name, value in values.items():
-            found = _by_channel(np.abs(value)).max(axis=1).astype(np.float64)
+            axes = (0, *range(2, value.ndim))
+            found = np.maximum(value.max(axis=axes), -value.min(axis=axes)).astype(np.float64)
             largest[name] = np.maximum(largest[name], found) if name in largest else found
         done = _tell(progress, done + len(next(iter(values.values()))), 2 * images)
     bad = [name for name, value in largest.items() if not np.isfinite(value).all()]

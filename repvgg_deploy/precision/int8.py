@@ -33,7 +33,7 @@ from .metrics import judge, layer_sqnr
 from .mixed import halve_quantized, round_activation_scales, round_layer_to_half
 from .qdq import insert_pairs, write_integers
 from .round import RoundedLayer, round_nearest
-from .round_network import round_weights
+from .round_network import Prepared, round_weights
 from .round_prior import round_by_prior
 from .scales import ScaleFile, ScaleOptions, choose_scales, graph_sha256
 from .search import choose_exponents
@@ -184,14 +184,8 @@ class _Work:
         if options.equalize is not None:
             how = options.equalize
             if options.search is not None:
-                self._exponents = choose_exponents(
-                    self._model,
-                    self._images.batches,
-                    statistics,
-                    options.search,
-                    percentile=options.range_percentile,
-                    progress=self.stage("equalize"),
-                )
+                wanted = dataclasses.replace(options.search, range_percentile=options.range_percentile)
+                self._exponents = choose_exponents(self._model, self._images.batches, statistics, wanted, progress=self.stage("equalize"))
                 how = dataclasses.replace(how, by_interface={**(how.by_interface or {}), **self._exponents})
             result = equalize(self._model, statistics.ranges(options.range_percentile), how)
             self._prepared, self._interfaces, statistics = result.model, result.interfaces, statistics.rescaled(result.factors)
@@ -263,9 +257,8 @@ class _Work:
         return self._typed(graph, self._options.keep), dataclasses.replace(report, source="statistics")
 
     def _round(self, kept: Sequence[str]) -> dict[str, RoundedLayer]:
-        return round_weights(
-            self._prepared, self._scales, self._images.batches, self._options.rounding, kept=kept, half=self._half, progress=self.stage("round")
-        )
+        prepared = Prepared(self._prepared, self._scales, tuple(kept), self._half)
+        return round_weights(prepared, self._images.batches, self._options.rounding, progress=self.stage("round"))
 
     def _meet(self, bound: float, costs: Sequence[LayerCost], rounded: dict[str, RoundedLayer]) -> tuple[tuple[str, ...], dict[str, RoundedLayer]]:
         """The layers to keep, and the others' weights."""

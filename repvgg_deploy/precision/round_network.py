@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,38 +19,46 @@ from .round import Moments, RoundedLayer, RoundOptions, round_layer, round_neare
 _IMAGES_FOR_MEANS = 64  # a mean needs no more
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """A network whose weights are all that is left to quantize.
+
+    Attributes:
+        model: FP32, equalized or not.
+        scales: Of each layer's input, by tensor name.
+        kept: Names of layers that stay in floating point.
+        half: Whether weight scales and biases are to be exact in FP16; see `mixed`.
+    """
+
+    model: onnx.ModelProto
+    scales: Mapping[str, float]
+    kept: tuple[str, ...] = ()
+    half: bool = False
+
+
 def round_weights(
-    model: onnx.ModelProto,
-    scales: Mapping[str, float],
-    batches: Sequence[NDArray[Any]],
-    options: RoundOptions,
-    *,
-    kept: Collection[str] = (),
-    half: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    prepared: Prepared, batches: Sequence[NDArray[Any]], options: RoundOptions, *, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, RoundedLayer]:
     """Rounds every layer.
 
     Args:
-        model: FP32, equalized or not.
-        scales: Of each layer's input.
+        prepared: Not changed.
         batches: Calibration images; activations of one layer are in memory at a time.
         options: Method.
-        kept: Names of layers that stay in floating point.
-        half: Make weight scales and biases exact in FP16; see `mixed`.
         progress: Called with layers done and layers in all.
 
     Returns:
         By name of the layer; without those that are kept.
     """
-    layers = [layer for layer in read_chain(model).layers if layer.name not in kept]
+    model, scales = prepared.model, prepared.scales
+    layers = [layer for layer in read_chain(model).layers if layer.name not in prepared.kept]
 
     def finish(layer: RoundedLayer) -> RoundedLayer:
-        return round_layer_to_half(layer) if half else layer
+        return round_layer_to_half(layer) if prepared.half else layer
 
     if options.method == "nearest" and not options.bias_correction:
         return {layer.name: finish(round_nearest(read_weight(model, layer.weight), read_weight(model, layer.bias))) for layer in layers}
-    current = insert_pairs(model, dict(scales), kept=kept)  # our own copy: it is changed layer by layer
+    current = insert_pairs(model, dict(scales), kept=prepared.kept)  # our own copy: it is changed layer by layer
     full = options.method == "second_order"
     spread = _mixed_order(batches if full else spread_images(model, batches, _IMAGES_FOR_MEANS), options.seed)
     reference, quantized = Steps(model, spread), Steps(current, spread)

@@ -33,6 +33,7 @@ class SearchOptions:
         images: Calibration images that take part.
         positions: Output positions, of all images together; a quarter of them judges.
         channels: Input channels that take part, of each group.
+        range_percentile: Of each channel's values, taken as its range.
         seed: Of the choice of positions and channels.
     """
 
@@ -40,6 +41,7 @@ class SearchOptions:
     images: int = 128
     positions: int = 3072
     channels: int = 64
+    range_percentile: float = 99.99
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -56,7 +58,6 @@ def choose_exponents(
     statistics: Statistics,
     options: SearchOptions,
     *,
-    percentile: float = 99.99,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
     """Chooses an exponent for every interface that can be rescaled.
@@ -66,7 +67,6 @@ def choose_exponents(
         batches: Calibration images.
         statistics: Of all of them; see `calibrate.collect`.
         options: What is tried.
-        percentile: Of each channel's values, taken as its range.
         progress: Called with interfaces done and interfaces in all.
 
     Returns:
@@ -77,7 +77,7 @@ def choose_exponents(
         ModelError: The graph is not one of ours.
     """
     chain, weights = read_chain(model), read_weights(model)
-    images, ranges = spread_images(model, batches, options.images), statistics.ranges(percentile)
+    images, ranges = spread_images(model, batches, options.images), statistics.ranges(options.range_percentile)
     interfaces = [interface for interface in chain.interfaces if interface.blocked_by is None]
     interfaces.sort(key=lambda interface: chain.layers.index(chain.layer(main_reader(interface, chain))))
     steps = Steps(model, images)

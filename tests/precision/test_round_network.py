@@ -8,7 +8,7 @@ from repvgg_deploy.precision.chain import read_chain, read_weights
 from repvgg_deploy.precision.execute import Steps, run_tensors
 from repvgg_deploy.precision.qdq import insert_pairs, write_integers
 from repvgg_deploy.precision.round import RoundedLayer, RoundOptions, round_nearest
-from repvgg_deploy.precision.round_network import round_weights
+from repvgg_deploy.precision.round_network import Prepared, round_weights
 from tests.precision.make_chain import KINDS, make_batches, make_model
 from tests.precision.make_quantized import input_ranges
 
@@ -25,7 +25,7 @@ def test_round_weights_every_layers_mean_output_is_that_of_fp32(kind: str, metho
     """Each bias takes up what all the layers before it lost, too: it sees what they give once they are quantized."""
     model, batches = make_model(KINDS[kind]), make_batches(KINDS[kind], 24)
     scales = scales_of(model, batches)
-    rounded = round_weights(model, scales, batches, RoundOptions(method=method, samples=EVERYWHERE))
+    rounded = round_weights(Prepared(model, scales), batches, RoundOptions(method=method, samples=EVERYWHERE))
     graph = write_integers(insert_pairs(model, scales), rounded)
     for layer in read_chain(model).layers:
         truth, found = (np.concatenate([v[layer.output] for v in run_tensors(m, [layer.output], batches)]) for m in (model, graph))
@@ -40,16 +40,15 @@ def test_round_weights_kept_layers_are_left_out_and_progress_counts_the_others()
     model, batches = make_model(), make_batches(count=16)
     seen: list[tuple[int, int]] = []
     kept = ("stage1.conv", "linear")
-    found = round_weights(
-        model, scales_of(model, batches), batches, RoundOptions(), kept=kept, progress=lambda done, total: seen.append((done, total))
-    )
+    prepared = Prepared(model, scales_of(model, batches), kept)
+    found = round_weights(prepared, batches, RoundOptions(), progress=lambda done, total: seen.append((done, total)))
     assert list(found) == ["stage0.conv", "stage2.conv", "stage3.conv", "stage4.conv"]
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 def test_round_weights_half_gives_scales_and_biases_that_fp16_holds() -> None:
     model, batches = make_model(), make_batches(count=16)
-    for layer in round_weights(model, scales_of(model, batches), batches, RoundOptions(), half=True).values():
+    for layer in round_weights(Prepared(model, scales_of(model, batches), half=True), batches, RoundOptions()).values():
         for values in (layer.scales, layer.bias):
             assert np.array_equal(values.astype(np.float16).astype(np.float32), values)
 
@@ -57,7 +56,7 @@ def test_round_weights_half_gives_scales_and_biases_that_fp16_holds() -> None:
 def test_round_weights_nearest_without_correction_needs_no_images() -> None:
     model = make_model()
     weights = read_weights(model)
-    found = round_weights(model, {}, [], RoundOptions(method="nearest", bias_correction=False))
+    found = round_weights(Prepared(model, {}), [], RoundOptions(method="nearest", bias_correction=False))
     for layer in read_chain(model).layers:
         expected = round_nearest(weights[layer.weight], weights[layer.bias])
         assert same(found[layer.name], expected)

@@ -24,6 +24,7 @@ from .specs import METADATA_KEY, ModelMetadata
 _GRAPH, _METADATA_PROPS, _OPSET_IMPORT = 7, 14, 8
 _NODE, _INITIALIZER, _RAW_DATA = 1, 5, 9
 _CHUNK_BYTES = 1 << 20
+_TYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 10: "float16", 11: "float64"}
 _DIGEST_FIELD = re.compile(r'"content_sha256":"[0-9a-f]*"')  # inside a JSON string the quotes would be escaped
 _REEXPORT = "export it again with repvgg-export"
 _MODEL_FIELDS = {1, 2, 3, 4, 5, 6, 7, 8, 14, 20, 25, 26}
@@ -57,12 +58,14 @@ class GraphSummary:
         initializers: Shape by name.
         opset: Version of the default operator set.
         file_bytes: Size of the file.
+        types: Number type of each initializer by name: `float32`, `float16`, `int8` and so on; other types by their number in ONNX.
     """
 
     nodes: tuple[NodeSummary, ...]
     initializers: dict[str, tuple[int, ...]]
     opset: int
     file_bytes: int
+    types: dict[str, str]
 
     def count_ops(self) -> dict[str, int]:
         """How many nodes of each type."""
@@ -130,12 +133,14 @@ def read_graph(path: Path) -> GraphSummary:
         try:
             graph = next(field for field in fields if field.number == _GRAPH)
             inner = list(wire.walk(buffer, graph.payload, graph.end))
-            initializers = dict(_tensor_shape(buffer, field) for field in inner if field.number == _INITIALIZER)
+            stored = [field for field in inner if field.number == _INITIALIZER]
+            initializers = dict(_tensor_shape(buffer, field) for field in stored)
+            types = {name: _tensor_type(buffer, field) for name, field in zip(initializers, stored, strict=True)}
             nodes = tuple(_node(buffer, field, initializers) for field in inner if field.number == _NODE)
             opset = max((_opset(buffer, field) for field in fields if field.number == _OPSET_IMPORT), default=0)
         except (wire.WireError, UnicodeDecodeError) as error:
             raise ModelError(f"{path}: its graph is damaged: {error}", remedy=_REEXPORT) from error
-        return GraphSummary(nodes, initializers, opset, len(buffer))
+        return GraphSummary(nodes, initializers, opset, len(buffer), types)
 
 
 @contextlib.contextmanager
@@ -234,6 +239,11 @@ def _tensor_shape(buffer: memoryview, field: wire.Field) -> tuple[str, tuple[int
                 size, position = wire.read_varint(buffer, position, inner.end)
                 dims.append(size)
     return name, tuple(dims)
+
+
+def _tensor_type(buffer: memoryview, field: wire.Field) -> str:
+    kinds = [inner.value for inner in wire.walk(buffer, field.payload, field.end) if inner.number == 2 and inner.wire_type == wire.VARINT]
+    return _TYPES.get(kinds[-1], str(kinds[-1])) if kinds else "0"
 
 
 def _node(buffer: memoryview, field: wire.Field, initializers: dict[str, tuple[int, ...]]) -> NodeSummary:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from repvgg_deploy import codec
 from repvgg_deploy.errors import InputError
+from repvgg_deploy.precision.scales import ScaleFile
 from repvgg_deploy.specs import BuildConfig, CalibrationProvenance, ModelMetadata, PlanPassport, VariantSpec
 
 SCHEMAS = Path(__file__).resolve().parents[1] / "docs" / "schemas"
@@ -25,7 +26,9 @@ EXAMPLES: dict[str, type] = {
     "calibration": CalibrationProvenance,
     "build-config": BuildConfig,
     "variant": VariantSpec,
+    "scales": ScaleFile,
 }
+FREE = ("versions", "options", "statistics", "scales", "factors", "exponents")  # tables whose keys are free
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,7 @@ def test_example_decoded_and_encoded_is_the_example(name: str) -> None:
 def objects(data: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
     """The place of every object of a JSON value that is a dataclass: free-form tables are left out."""
     if isinstance(data, dict):
-        if not path or path[-1] not in ("versions", "options", "statistics"):
+        if not path or path[-1] not in FREE:
             yield path
         for key, item in data.items():
             yield from objects(item, (*path, key))
@@ -101,7 +104,7 @@ def test_example_with_an_unknown_field_anywhere_is_refused(name: str, path: tupl
 @pytest.mark.parametrize(("name", "path"), PLACES)
 def test_example_with_a_mistyped_field_anywhere_is_refused(name: str, path: tuple[str | int, ...]) -> None:
     for key in at(example(name), path):
-        if key in ("versions", "options", "statistics"):
+        if key in FREE:
             continue
         data = copy.deepcopy(example(name))
         at(data, path)[key] = {"not": ["this"]}
@@ -109,7 +112,12 @@ def test_example_with_a_mistyped_field_anywhere_is_refused(name: str, path: tupl
             codec.decode(EXAMPLES[name], data)
 
 
-OPTIONAL_FIELDS: dict[str, set[str]] = {"onnx-metadata": {"notes", "content_sha256"}, "plan-passport": {"history"}, "calibration": set()}
+OPTIONAL_FIELDS: dict[str, set[str]] = {
+    "onnx-metadata": {"notes", "content_sha256"},
+    "plan-passport": {"history"},
+    "calibration": set(),
+    "scales": {"factors", "exponents"},
+}
 
 
 @pytest.mark.parametrize("name", OPTIONAL_FIELDS)

@@ -81,6 +81,7 @@ def test_graph_summary_equals_what_the_onnx_package_says(path: Path) -> None:
         (n.op_type, n.name, tuple(n.input), tuple(n.output)) for n in model.graph.node
     ]
     assert graph.initializers == {t.name: tuple(t.dims) for t in model.graph.initializer}
+    assert graph.types == dict.fromkeys(graph.initializers, "float32")
     assert [n.weight_shape for n in graph.nodes] == [(4, 3, 3, 3), None, None, (2, 256)]
     assert (graph.opset, graph.file_bytes) == (17, len(data))
     assert graph.count_ops() == {"Conv": 1, "Relu": 1, "Flatten": 1, "Gemm": 1}

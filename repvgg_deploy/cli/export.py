@@ -170,12 +170,13 @@ def _export(args: argparse.Namespace) -> Output:
         from ..pipeline.checkpoint import export_checkpoint
 
         result = export_checkpoint(args.ckpt, out, options=_options(args), progress=bars.stage, calibration_progress=bars.steps)
-    command = (
-        f"repvgg-trt infer {shlex.quote(str(out))} IMAGE"
-        if result.metadata.spec.kind != "features"
-        else f"repvgg-trt inspect {shlex.quote(str(out))}"
-    )
-    return Output(_data(result), _text(result), command)
+    return Output(_data(result), _text(result), _next_command(result, shlex.quote(str(out))))
+
+
+def _next_command(result: ExportResult, out: str) -> str:
+    if result.calibration is not None:
+        return f"repvgg-trt quantize {out} --int8"
+    return f"repvgg-trt inspect {out}" if result.metadata.spec.kind == "features" else f"repvgg-trt infer {out} IMAGE"
 
 
 class _Bars:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from ..onnx_file import GraphSummary, read_graph
 from ..runtime.model_files import as_path, read_model
 from ..specs import Certificate, ModelMetadata, ModelSpec, TensorSpec, VariantSpec
 from .common import Output
+from .graph_precision import WeightedNode, count_weights, describe_shares, precision_of, share_by_precision, weighted_nodes
 from .tables import format_pairs, format_table
 
 _FEW_LABELS = 3
+_DIGEST_LETTERS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,7 @@ class LayerRow:
         output_size: (height, width); None where the image size is not known.
         parameters: Weights and biases.
         macs: Multiply-accumulates of one image; None where the image size is not known.
+        precision: That it computes in: `int8`, `fp16` or `fp32`; None where no graph was looked at.
     """
 
     name: str
@@ -39,6 +43,7 @@ class LayerRow:
     output_size: tuple[int, int] | None
     parameters: int
     macs: int | None
+    precision: str | None = None
 
 
 def execute(args: argparse.Namespace) -> Output:
@@ -50,11 +55,13 @@ def execute(args: argparse.Namespace) -> Output:
     path = as_path(args.model)
     metadata, graph = read_model(path), read_graph(path)
     size = image_size(metadata.spec)
+    nodes = weighted_nodes(graph)
     rows = layer_rows(metadata.variant, size) if metadata.variant is not None else ()
+    rows = tuple(dataclasses.replace(row, precision=precision_of(row.name, nodes)) for row in rows)
     is_classifier = metadata.spec.kind in ("logits", "probabilities", "top5") and metadata.spec.preprocessing is not None
     return Output(
         data=_as_json(path, metadata, graph, rows),
-        text="\n".join([_summary(path, metadata, graph), *_layer_lines(rows, size, graph)]),
+        text="\n".join([_summary(path, metadata, graph, rows), *_layer_lines(rows, size, graph)]),
         next_command=f"repvgg-trt infer {path} IMAGE…" if is_classifier else None,
     )
 
@@ -93,10 +100,11 @@ def layer_rows(variant: VariantSpec, size: tuple[int, int] | None) -> tuple[Laye
     return tuple(rows)
 
 
-def _summary(path: Path, metadata: ModelMetadata, graph: GraphSummary) -> str:
+def _summary(path: Path, metadata: ModelMetadata, graph: GraphSummary, rows: Sequence[LayerRow]) -> str:
     spec, source = metadata.spec, metadata.source
     pairs = [
         ("model", f"{path}, {_show_bytes(graph.file_bytes)}, opset {graph.opset}"),
+        ("precision", describe_shares(*_precisions(rows, weighted_nodes(graph)))),
         ("variant", _describe_variant(metadata.variant)),
         ("input", _describe_tensor(spec.input)),
         ("output", "\n".join(_describe_tensor(output) for output in spec.outputs)),
@@ -146,8 +154,22 @@ def _describe_labels(labels: tuple[str, ...] | None) -> str:
     return f"{len(labels)}: {', '.join(labels[:_FEW_LABELS])}{', …' if len(labels) > _FEW_LABELS else ''}"
 
 
+def _precisions(rows: Sequence[LayerRow], nodes: Sequence[WeightedNode]) -> tuple[list[tuple[str, int]], str]:
+    """Precision and size of each layer, and what the sizes count."""
+    known = [(row.precision, row.macs) for row in rows if row.precision is not None and row.macs is not None]
+    if known and len(known) == len(rows):
+        return known, "multiply-accumulates"
+    return [(node.precision, count_weights(node)) for node in nodes], "weights"
+
+
 def _describe_options(stage: str, options: dict[str, str | int | float | bool | None]) -> str:
-    return stage if not options else f"{stage}: " + ", ".join(f"{name} {value}" for name, value in options.items())
+    said = [f"{name} {_shorten_digest(value)}" for name, value in options.items() if value is not None]
+    return f"{stage}: {', '.join(said)}" if said else stage
+
+
+def _shorten_digest(value: str | float | bool) -> str:
+    text = str(value)
+    return f"{text[:16]}…" if len(text) == _DIGEST_LETTERS and set(text) <= set("0123456789abcdef") else text
 
 
 def _describe_certificate(certificate: Certificate) -> str:
@@ -163,17 +185,19 @@ def _describe_certificate(certificate: Certificate) -> str:
 def _layer_lines(rows: Sequence[LayerRow], size: tuple[int, int] | None, graph: GraphSummary) -> list[str]:
     stored = sum(math.prod(shape) for shape in graph.initializers.values())
     if not rows:
-        nodes = [node for node in graph.nodes if node.weight_shape is not None]
-        table = [[node.name or node.outputs[0], node.op_type, "×".join(map(str, node.weight_shape or ()))] for node in nodes]
-        return ["layers", format_table([["node", "operator", "weight"], *table], "<<<"), f"numbers stored in the file: {stored:,}"]
-    table = [["layer", "channels", "stride", "groups", "output", "parameters", "MACs"]]
-    table += [
-        [r.name, f"{r.channels[0]} → {r.channels[1]}", str(r.stride), str(r.groups), _times(r.output_size), f"{r.parameters:,}", _count(r.macs)]
-        for r in rows
-    ]
-    table.append(["total", "", "", "", "", f"{sum(row.parameters for row in rows):,}", _count(_total_macs(rows))])
+        table = [[node.name, node.op_type, "×".join(map(str, node.weight_shape or ())), node.precision] for node in weighted_nodes(graph)]
+        return ["layers", format_table([["node", "operator", "weight", "precision"], *table], "<<<<"), f"numbers stored in the file: {stored:,}"]
+    table = [["layer", "channels", "stride", "groups", "output", "parameters", "MACs", "precision"]]
+    table += [_layer_line(row) for row in rows]
+    table.append(["total", "", "", "", "", f"{sum(row.parameters for row in rows):,}", _count(_total_macs(rows)), ""])
     title = f"layers of the deploy form, one image of {_times(size)}" if size else "layers of the deploy form"
-    return [title, format_table(table, "<>>>>>>"), f"numbers stored in the file: {stored:,}"]
+    return [title, format_table(table, "<>>>>>><"), f"numbers stored in the file: {stored:,}"]
+
+
+def _layer_line(row: LayerRow) -> list[str]:
+    channels = f"{row.channels[0]} → {row.channels[1]}"
+    numbers = [str(row.stride), str(row.groups), _times(row.output_size), f"{row.parameters:,}", _count(row.macs)]
+    return [row.name, channels, *numbers, row.precision or "?"]
 
 
 def _times(size: tuple[int, int] | None) -> str:
@@ -203,6 +227,7 @@ def _as_json(path: Path, metadata: ModelMetadata, graph: GraphSummary, rows: Seq
         "statistics": sorted(metadata.statistics),
         "content_sha256": metadata.content_sha256,
         "operators": graph.count_ops(),
+        "precision": share_by_precision(_precisions(rows, weighted_nodes(graph))[0]),
         "layers": list(rows),
         "parameters": sum(row.parameters for row in rows) if rows else None,
         "macs": _total_macs(rows) if rows else None,

@@ -215,6 +215,7 @@ def test_inspect_with_json_prints_one_object(model: Path, capsys: pytest.Capture
     assert found["certificate"]["checks"][0]["tolerance"] == 1e-5
     assert found["parameters"] == count_parameters(tiny_variant(), "deploy")
     assert found["macs"] == count_macs(tiny_variant(), 16, 16)
+    assert found["precision"] == {"fp32": 1.0}
     assert found["stored_numbers"] == 8 * 3 * 9 + 8 + 7 * 8 + 7
     assert len(found["layers"]) == 7
     assert found["spec"]["input"]["shape"] == ["batch", 3, 16, 16]

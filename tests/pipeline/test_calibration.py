@@ -213,7 +213,9 @@ def test_calibration_that_would_replace_the_checkpoint_is_refused(checkpoint: Pa
 def test_program_writes_says_and_repeats(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--ckpt", str(checkpoint), "--image-size", "32", "--synthetic-calibration", "4", "--calibration-steps", "3", "--calibration-seed", "7"]
     assert main(command) == 0
-    assert "4 images, 3 steps a batch, seed 7" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "4 images, 3 steps a batch, seed 7" in printed.out
+    assert printed.err.endswith(f"next: repvgg-trt quantize {checkpoint.with_name('model.onnx')} --int8\n")
     assert main([*command, "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["status"] == data["calibration"]["status"] == "up to date"

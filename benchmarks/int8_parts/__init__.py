@@ -1,0 +1,1 @@
+"""What `benchmarks/int8.py` is made of; not a program."""

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import base64
+import dataclasses
+
+import numpy as np
+import onnx
+import pytest
+
+from repvgg_deploy import codec
+from repvgg_deploy.errors import CalibrationError
+from repvgg_deploy.precision.chain import read_chain
+from repvgg_deploy.precision.check import check_quantized
+from repvgg_deploy.precision.closed_form import DEVIATIONS, closed_form_statistics, correct_bias
+from repvgg_deploy.precision.execute import open_session, run_tensors
+from repvgg_deploy.precision.int8 import Int8Options, to_int8
+from repvgg_deploy.precision.metrics import judge
+from repvgg_deploy.precision.round import round_nearest
+from repvgg_deploy.precision.typed_model import TypedModel
+from repvgg_deploy.specs import METADATA_KEY, ChannelStatistics
+from tests.precision.make_chain import KINDS, make_batches, make_model, metadata_of
+
+DRAWN = 200_000
+
+
+def encode(values: np.ndarray) -> str:
+    return base64.b64encode(np.asarray(values, "<f4").tobytes()).decode("ascii")
+
+
+def statistics_for(model: onnx.ModelProto, seed: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Random means and deviations of what every 3×3 convolution gives, of very different scale and from always off to always on."""
+    generator, found = np.random.default_rng(seed), {}
+    for layer in read_chain(model).layers:
+        if layer.op_type == "Conv" and layer.weight_shape[2] == 3:
+            std = np.exp2(generator.uniform(-3, 3, layer.out_channels))
+            found[layer.output] = (generator.uniform(-2.5, 4, layer.out_channels) * std, std)
+    return found
+
+
+def with_statistics(model: onnx.ModelProto, stated: dict[str, tuple[np.ndarray, np.ndarray]]) -> TypedModel:
+    statistics = {name: ChannelStatistics(encode(mean), encode(std)) for name, (mean, std) in stated.items()}
+    return TypedModel(model, dataclasses.replace(metadata_of(model), statistics=statistics))
+
+
+def stated_of(model: onnx.ModelProto, batches: list[np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """What BatchNorm layers would have seen of these images."""
+    names = [layer.output for layer in read_chain(model).layers if layer.op_type == "Conv" and layer.weight_shape[2] == 3]
+    values = list(run_tensors(model, names, batches))
+    whole = {name: np.concatenate([value[name] for value in values]).astype(np.float64) for name in names}
+    return {name: (value.mean(axis=(0, 2, 3)), value.std(axis=(0, 2, 3))) for name, value in whole.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_closed_form_means_and_ranges_are_those_of_drawn_rectified_normals(kind: str) -> None:
+    model = make_model(KINDS[kind])
+    stated = statistics_for(model)
+    statistics, moments = closed_form_statistics(with_statistics(model, stated))
+    chain, generator = read_chain(model), np.random.default_rng(1)
+    assert set(statistics.tensors) == set(moments) == set(chain.quantized_tensors())
+    for index in range(1, len(stated)):
+        tensor = chain.layer(f"stage{index}.conv").input
+        if tensor != f"stage{index - 1}":
+            continue  # an SE gate lies between
+        mean, std = stated[f"stage{index - 1}.conv"]
+        drawn = np.maximum(generator.normal(mean[:, None], std[:, None], (len(mean), DRAWN)), 0)
+        # Means of 200,000 draws err by 0.22 % of a standard deviation, deviations by less; five times that.
+        assert (np.abs(moments[tensor][0] - drawn.mean(axis=1)) <= 0.011 * std).all()
+        assert (np.abs(moments[tensor][1] - drawn.std(axis=1)) <= 0.011 * std).all()
+        found = statistics.tensors[tensor]
+        np.testing.assert_allclose(found.largest, np.maximum(mean + DEVIATIONS * std, 0.0), rtol=1e-5, atol=1e-6)
+        for percent in (90.0, 99.0):
+            truth = np.percentile(drawn, percent, axis=1)
+            # A bin's width above, and what 2,000 draws beyond the percentile leave open.
+            assert (np.abs(found.channel_percentile(percent) - truth) <= found.largest / 1024 + 0.06 * std).all()
+        share_of_zeros = found.histogram[:, 0] / found.histogram.sum(axis=1)
+        assert (np.abs(share_of_zeros - (drawn <= found.largest[:, None] / 1024).mean(axis=1)) <= 0.006).all()
+
+
+def test_closed_form_pooling_keeps_the_mean() -> None:
+    model = make_model()
+    stated = statistics_for(model)
+    _, moments = closed_form_statistics(with_statistics(model, stated))
+    mean, std = stated["stage4.conv"]
+    drawn = np.maximum(np.random.default_rng(2).normal(mean[:, None], std[:, None], (len(mean), DRAWN)), 0).mean(axis=1)
+    assert (np.abs(moments["flatten"][0] - drawn) <= 0.011 * std).all()
+
+
+def test_closed_form_image_is_bounded_by_black_and_white() -> None:
+    model = make_model(KINDS["uint8_top5"])
+    statistics, _ = closed_form_statistics(with_statistics(model, statistics_for(model)))
+    image = statistics.tensors[read_chain(model).image]
+    chequers = np.stack([np.zeros((16, 16, 3), np.uint8), np.full((16, 16, 3), 255, np.uint8)])
+    extremes = next(iter(run_tensors(model, [read_chain(model).image], [chequers])))[read_chain(model).image]
+    np.testing.assert_allclose(image.largest, np.abs(extremes).max(axis=(0, 2, 3)), rtol=1e-5)
+
+
+def test_closed_form_unknown_statistics_are_refused() -> None:
+    model = make_model()
+    with pytest.raises(CalibrationError, match="exported from a deploy form"):
+        closed_form_statistics(with_statistics(model, {}))
+    stated = statistics_for(model)
+    del stated["stage1.conv"]
+    with pytest.raises(CalibrationError, match="nothing is known of stage1 without images"):
+        closed_form_statistics(with_statistics(model, stated))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_to_int8_without_images_is_a_whole_graph_of_either_target(kind: str) -> None:
+    model, batches = make_model(KINDS[kind]), make_batches(KINDS[kind], 32)
+    parent = with_statistics(model, stated_of(model, batches))
+    stamped = onnx.ModelProto()
+    stamped.CopyFrom(model)
+    stamped.metadata_props.add(key=METADATA_KEY, value=codec.dumps(parent.metadata))
+    for target in ("trt8", "trt10"):
+        typed, report = to_int8(stamped, None, Int8Options(target=target))
+        check_quantized(typed.model, target=target)
+        assert (report.source, report.images, report.kept) == ("statistics", 0, ())
+        assert typed.metadata.history[-1].options["rounding"] == "prior"
+        found = judge(model, to_int8(stamped, None, Int8Options(target="trt8"))[0].model, batches)
+        # No image was seen, and channels spread over six octaves.
+        assert found is None or found.sqnr_db > 15, found
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_correct_bias_restores_the_mean_output(groups: int) -> None:
+    """Checked by convolving: inputs that are the same everywhere are their own mean, and away from the border nothing else enters."""
+    from onnx import TensorProto, helper
+
+    generator = np.random.default_rng(groups)
+    weight = generator.standard_normal((12, 8 // groups, 3, 3)).astype(np.float32)
+    bias, mean = generator.standard_normal(12).astype(np.float32), generator.uniform(0, 4, 8)
+    coarse = round_nearest(np.round(weight * 4) / 4, bias).weight()
+    corrected = correct_bias(weight, coarse, bias, groups=groups, mean=mean)
+    node = helper.make_node("Conv", ["x", "w", "b"], ["y"], group=groups)
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "w", "b", "y")]
+    model = helper.make_model(helper.make_graph([node], "g", values[:3], values[3:]), opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 8
+    session = open_session(model)
+    x = np.broadcast_to(mean.reshape(1, 8, 1, 1), (1, 8, 3, 3)).astype(np.float32)
+    truth, plain, ours = (session.run(None, {"x": x, "w": w, "b": b})[0].ravel() for w, b in ((weight, bias), (coarse, bias), (coarse, corrected)))
+    assert np.abs(plain - truth).max() > 0.1
+    np.testing.assert_allclose(ours, truth, atol=1e-4)  # float32 sums of 72 products around 10

@@ -116,7 +116,7 @@ OPTIONAL_FIELDS: dict[str, set[str]] = {
     "onnx-metadata": {"notes", "content_sha256"},
     "plan-passport": {"history"},
     "calibration": set(),
-    "scales": {"factors", "exponents"},
+    "scales": {"factors", "exponents", "target"},
 }
 
 

@@ -37,7 +37,7 @@ from .round_network import Prepared, round_weights
 from .round_prior import round_by_prior
 from .scales import ScaleFile, ScaleOptions, choose_scales, graph_sha256
 from .search import choose_exponents
-from .sensitivity import LayerCost, count_macs, fewest_kept, rank_layers
+from .sensitivity import LayerCost, blank_batch, count_macs, fewest_kept, rank_layers
 from .typed_model import StrPath, TypedModel, extend, load_parent
 
 __all__ = ["FAST", "MAX_CALIBRATION", "Images", "Int8Options", "Int8Report", "LayerReport", "quantize_graph", "to_int8"]
@@ -209,6 +209,8 @@ class _Work:
         """Takes a calibration that was saved."""
         digest, count = hash_images(self._images.batches)
         saved.check(graph_sha256(self._model), digest)
+        if self._half and saved.target == "trt8":
+            raise CalibrationError("the saved scales were made for trt8, and FP16 may not hold them", remedy="calibrate again, or give --target trt8")
         missing = set(self._chain.quantized_tensors()) ^ set(saved.scales)
         if missing:
             raise CalibrationError(f"the saved scales do not suit this graph: {min(missing)}", remedy="calibrate again")
@@ -253,7 +255,7 @@ class _Work:
                 found = dataclasses.replace(found, bias=bias)
             rounded[layer.name] = round_layer_to_half(found) if self._half else found
         graph = self._write(rounded, self._options.keep)
-        report = self._report(self._options.keep, {}, {})
+        report = self._report(self._options.keep, {}, count_macs(self._model, blank_batch(self._model)))
         return self._typed(graph, self._options.keep), dataclasses.replace(report, source="statistics")
 
     def _round(self, kept: Sequence[str]) -> dict[str, RoundedLayer]:
@@ -300,5 +302,15 @@ class _Work:
         total = sum(layer.macs for layer in layers)
         share = sum(layer.macs for layer in layers if not layer.kept) / total if total else 1.0
         factors = {name: base64.b64encode(value.astype("<f8").tobytes()).decode("ascii") for name, value in self._factors.items()}
-        scales = ScaleFile(1, graph_sha256(self._model), *self._data, self._options.scales.method, dict(self._scales), factors, dict(self._exponents))
+        scales = ScaleFile(
+            schema=1,
+            graph_sha256=graph_sha256(self._model),
+            data_sha256=self._data[0],
+            images=self._data[1],
+            method=self._options.scales.method,
+            scales=dict(self._scales),
+            factors=factors,
+            exponents=dict(self._exponents),
+            target=self._options.target,
+        )
         return Int8Report(self._data[1], "images", layers, self._interfaces, scales, kept=tuple(kept), int8_share=share)

@@ -15,7 +15,9 @@ from .execute import run_tensors, split_batches
 
 
 def decibels(signal: float, noise: float) -> float:
-    """10·log10(signal / noise), between −200 and 200."""
+    """10·log10(signal / noise), between −200 and 200; −200 where either is NaN."""
+    if np.isnan(signal) or np.isnan(noise):
+        return -200.0
     tiny = 1e-300
     return float(np.clip(10 * np.log10(max(signal, tiny) / max(noise, tiny)), -200.0, 200.0)) if noise > 0 else 200.0
 

@@ -55,6 +55,7 @@ class ScaleFile:
         scales: By name of a layer's input, of the rescaled network: real value of one integer step.
         factors: By name of a layer: what its output channels are divided by; base64 of little-endian float64 (C,). Empty without equalization.
         exponents: By name of a layer: with what exponent they were found.
+        target: What they were made for: those of `trt10` also suit `trt8`, which asks for less.
     """
 
     schema: Literal[1]
@@ -65,6 +66,7 @@ class ScaleFile:
     scales: dict[str, float]
     factors: dict[str, str] = field(default_factory=dict)
     exponents: dict[str, float] = field(default_factory=dict)
+    target: Literal["trt8", "trt10"] = "trt10"
 
     def check(self, graph_sha256: str, data_sha256: str | None = None) -> None:
         """Fails when the scales are of another graph, or of other images.

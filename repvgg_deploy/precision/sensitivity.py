@@ -76,6 +76,13 @@ def count_macs(model: onnx.ModelProto, batch: NDArray[Any]) -> dict[str, int]:
     return {layer.name: _macs(layer, shapes[layer.output].shape) for layer in layers}
 
 
+def blank_batch(model: onnx.ModelProto) -> NDArray[Any]:
+    """A batch of zeros as the model takes it: one image, 224 pixels where any size goes."""
+    kind = model.graph.input[0].type.tensor_type
+    sizes = [dim.dim_value if dim.HasField("dim_value") else usual for dim, usual in zip(kind.shape.dim, (1, 224, 224, 224), strict=True)]
+    return np.zeros(sizes, onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
+
+
 def _macs(layer: Layer, output: tuple[int, ...]) -> int:
     return int(np.prod(output[1:]) * np.prod(layer.weight_shape[1:]))
 

@@ -17,6 +17,7 @@ from repvgg_deploy.precision.int8 import FAST, MAX_CALIBRATION, Int8Options, qua
 from repvgg_deploy.precision.metrics import layer_sqnr
 from repvgg_deploy.precision.round import RoundOptions
 from repvgg_deploy.precision.search import SearchOptions
+from repvgg_deploy.precision.sensitivity import blank_batch, count_macs
 from repvgg_deploy.precision.typed_model import load_parent, write_typed
 from tests.precision.make_chain import KINDS, make_batches, make_model, save
 
@@ -198,3 +199,20 @@ def test_int8_old_opset_is_refused() -> None:
     model.opset_import[0].version = 11
     with pytest.raises(CalibrationError, match="opset 11"):
         quantize_graph(model, make_batches())
+
+
+def test_int8_scales_saved_for_fp32_are_refused_where_fp16_must_hold_them() -> None:
+    model, batches = make_model(), make_batches()
+    _, report = quantize_graph(model, batches, dataclasses.replace(QUICK, target="trt8"))
+    assert report.scales.target == "trt8"
+    with pytest.raises(CalibrationError, match="made for trt8"):
+        quantize_graph(model, batches, dataclasses.replace(QUICK, target="trt10"), saved=report.scales)
+    _, wider = quantize_graph(model, batches, dataclasses.replace(QUICK, target="trt10"))
+    graph, _ = quantize_graph(model, batches, dataclasses.replace(QUICK, target="trt8"), saved=wider.scales)
+    check_quantized(graph)
+
+
+def test_count_macs_of_a_blank_batch_are_those_of_an_image() -> None:
+    for kind in ("plain", "grouped", "uint8_top5"):
+        model = make_model(KINDS[kind])
+        assert count_macs(model, blank_batch(model)) == count_macs(model, make_batches(KINDS[kind], 1)[0])

@@ -51,6 +51,11 @@ def rounds_halves() -> bool:
     return int(session.run(None, {"x": np.array([1.75], np.float16)})[0][0]) == 2
 
 
+needs_rounded_halves = pytest.mark.skipif(
+    not rounds_halves(), reason=f"ONNX Runtime {onnxruntime.__version__} truncates in a QuantizeLinear of FP16 (its pull request 32452)"
+)
+
+
 def values(model: onnx.ModelProto, batches: list[np.ndarray]) -> list[np.ndarray]:
     """Outputs but class numbers. One optimizer of ONNX Runtime quantizes biases to INT32, which the graph does not say: it is off."""
     halves = {tensor.name for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT16}

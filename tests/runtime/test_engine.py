@@ -159,7 +159,8 @@ def test_infer_result_belongs_to_caller(fixed_model: Path, count: int) -> None:
         assert not np.shares_memory(first, second)
         second[:] = np.nan
         np.testing.assert_array_equal(first, kept)
-        np.testing.assert_array_equal(infer_array(engine, batch), kept)
+        # Not bit for bit: on a busy machine threads may share out the sums otherwise. What was written into `second` would be NaN.
+        np.testing.assert_allclose(infer_array(engine, batch), kept, rtol=1e-5, atol=1e-6)
     gc.collect()
     np.testing.assert_array_equal(first, kept)  # the memory outlives the Engine
     np.testing.assert_array_equal(batch, untouched)

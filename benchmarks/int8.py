@@ -41,8 +41,8 @@ METHODS = {
     "synthetic": ("ours, no images: synthetic calibration", "ours, synthetic images"),
     "statistics": ("ours, no images: statistics in closed form", "ours, statistics alone"),
 }
-ONCE = ("fp32", "fp16", "statistics")
-"""Methods that the choice of calibration images hardly changes, or that have none."""
+ONCE = ("fp32", "fp16", "ours trt10", "statistics")
+"""Methods that the choice of calibration images hardly changes, that have none, or that are another form of one that is run three times."""
 SETTINGS = (
     "MinMax",
     "MinMax, moving average",

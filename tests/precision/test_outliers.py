@@ -10,12 +10,12 @@ import base64
 import numpy as np
 import onnx
 import pytest
-from tests.precision.make_outliers import NETWORKS, batches, make_trained_like
 
 from repvgg_deploy.precision.equalize import apply_factors
 from repvgg_deploy.precision.int8 import MAX_CALIBRATION, Int8Options, Int8Report, quantize_graph
 from repvgg_deploy.precision.metrics import judge
 from repvgg_deploy.precision.qdq import insert_pairs
+from tests.precision.make_outliers import NETWORKS, batches, make_trained_like
 
 OURS = Int8Options(target="trt8")
 GAINS = {

@@ -98,7 +98,9 @@ def test_export_certificate_history_and_statistics_are_in_the_file(tmp_path: Pat
     assert metadata == dataclasses.replace(result.metadata, content_sha256=metadata.content_sha256)
     assert metadata.source is not None and metadata.source.sha256 == load_checkpoint(path).sha256
     assert metadata.spec.labels == tuple("abcde")
-    assert len(metadata.statistics) == 9
+    outputs = {name for name in metadata.statistics if not name.endswith(".input")}
+    assert len(outputs) == 9 and all(name.endswith(".conv") for name in outputs)
+    assert {name.removesuffix(".input") + ".conv" for name in metadata.statistics if name.endswith(".input")} == outputs
     assert metadata.history[0].stage == "export" and "torch" in metadata.certificate.versions
     kinds = {check.name.split(" ")[0] for check in metadata.certificate.checks}
     assert kinds == {"weights", "convolution", "block", "network,", "ONNX,"}

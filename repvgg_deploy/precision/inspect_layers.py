@@ -17,6 +17,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from ..errors import InputError, ModelError
+from .execute import open_session
 
 Pair: TypeAlias = "tuple[NDArray[Any], NDArray[Any]]"
 
@@ -133,17 +134,7 @@ def _weight_shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
 def _open(model: onnx.ModelProto, outputs: list[str]) -> onnxruntime.InferenceSession:
     del model.graph.output[:]
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)  # ONNX Runtime infers the types
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.log_severity_level = 3
-    options.enable_cpu_mem_arena = False
-    try:
-        # Even a basic optimizer computes INT8 graphs with FP16 between their pairs wrongly: see runtime/onnxruntime_backend.
-        return onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=["WeightBiasQuantization"]
-        )
-    except Exception as error:  # its errors share no base class
-        raise ModelError(f"ONNX Runtime refuses the graph: {_first_line(error)}", remedy=_EXPORT) from error
+    return open_session(model, memory_arena=False)
 
 
 def _first_line(error: Exception) -> str:

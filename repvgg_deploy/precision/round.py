@@ -213,7 +213,7 @@ def round_layer(weight: FloatArray, bias: FloatArray, moments: Moments, options:
         options: Method.
     """
     groups = moments.layer.groups
-    rows = weight.reshape(groups, len(weight) // groups, -1).astype(np.float64)
+    rows = weight.reshape(groups, len(weight) // groups, -1)
     integers, scales, shift = [], [], []
     for group in range(groups):
         covariance, cross, mean, error = moments.centred(group)
@@ -224,15 +224,15 @@ def round_layer(weight: FloatArray, bias: FloatArray, moments: Moments, options:
             found = np.clip(np.rint(rows[group] / scale[:, None]), -LEVELS, LEVELS)
         integers.append(found)
         scales.append(scale)
-        shift.append(error + (rows[group] - found * scale[:, None]) @ mean)
+        shift.append(error + rows[group] @ mean - (found @ mean) * scale)
     corrected = bias + np.concatenate(shift) if options.bias_correction else bias
-    packed = np.concatenate(integers).reshape(weight.shape).astype(np.int8)
+    packed = np.concatenate([found.astype(np.int8) for found in integers]).reshape(weight.shape)
     return RoundedLayer(packed, np.concatenate(scales).astype(np.float32), corrected.astype(np.float32))
 
 
 def round_rows(
-    rows: NDArray[np.float64], covariance: NDArray[np.float64], cross: NDArray[np.float64], options: RoundOptions
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    rows: NDArray[np.floating], covariance: NDArray[np.floating], cross: NDArray[np.floating], options: RoundOptions
+) -> tuple[FloatArray, NDArray[np.float64]]:
     """Rounds the rows of one group; see the three steps above.
 
     Args:
@@ -246,55 +246,82 @@ def round_rows(
     """
     level = float(np.trace(covariance)) / len(covariance)
     level = level if level > 0 else 1.0  # inputs that never change: every rounding is as good
-    damped, diagonal = covariance.copy(), np.diag(covariance).copy()
-    np.fill_diagonal(damped, diagonal + options.ridge * level)
-    target = rows + np.linalg.solve(damped, cross.T).T
-    np.fill_diagonal(damped, diagonal + options.damping * level)
-    order = np.argsort(-np.diag(damped), kind="stable")
-    target, damped = target[:, order], damped[np.ix_(order, order)]
-    base = nearest_scales(target)
-    factor = np.linalg.cholesky(np.linalg.inv(damped)).T  # upper: rows of the inverse, conditioned on what is rounded already
+    order = np.argsort(-np.diag(covariance), kind="stable")
+    damped = covariance.astype(np.float32)[np.ix_(order, order)]
+    diagonal = np.diag(damped).copy()
+    np.fill_diagonal(damped, diagonal + np.float32(options.ridge * level))
+    # Column by column is how all three steps go: a column of the weights is a row of the arrays from here on.
+    target = rows.T[order].astype(np.float32)
+    target += np.linalg.solve(damped, cross[:, order].T.astype(np.float32))
+    np.fill_diagonal(damped, diagonal + np.float32(options.damping * level))
+    factor = _upper_factor(damped)
+    base = nearest_scales(target.T)
     best = np.full(len(rows), np.inf)
-    integers, scales = np.zeros_like(target), base.copy()
+    integers, scales = np.zeros_like(target), base.astype(np.float32)
     for clip in options.clips:
-        scale = (base * clip).astype(np.float32).astype(np.float64)
-        found = _feed_forward(target, scale, factor)
-        difference = found * scale[:, None] - target
-        error = ((difference @ damped) * difference).sum(axis=1)
+        scale = (base * clip).astype(np.float32)
+        found, error = _feed_forward(target, scale, factor)
         better = error < best
-        best[better], integers[better], scales[better] = error[better], found[better], scale[better]
+        best[better], scales[better] = error[better], scale[better]
+        np.copyto(integers, found, where=better)
+    del factor
     for _ in range(options.sweeps):
         _descend(integers, scales, target, damped)
     restored = np.empty_like(integers)
-    restored[:, order] = integers
-    return restored, scales
+    restored[order] = integers
+    return restored.T, scales.astype(np.float64)
 
 
-def _feed_forward(target: NDArray[np.float64], scale: NDArray[np.float64], factor: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Rounds column by column; in blocks, so that the columns beyond are updated by one matrix product a block."""
-    work, result = target.T.copy(), np.empty_like(target.T)
-    size = len(work)
-    for start in range(0, size, _BLOCK):
-        stop = min(start + _BLOCK, size)
-        errors = np.empty((stop - start, len(scale)))
+def _upper_factor(matrix: FloatArray) -> FloatArray:
+    """U with U Uᵀ = `matrix`, upper triangular: the error of the columns up to k is the square of the first k entries of d U, for a difference d."""
+    reverse = matrix[::-1, ::-1]
+    try:
+        lower = np.linalg.cholesky(reverse)
+    except np.linalg.LinAlgError:  # moments whose directions differ by more than float32 resolves
+        lower = np.linalg.cholesky(reverse.astype(np.float64)).astype(np.float32)
+    return np.asarray(lower[::-1, ::-1])
+
+
+def _feed_forward(target: FloatArray, scale: FloatArray, factor: FloatArray) -> tuple[FloatArray, NDArray[np.float64]]:
+    """Rounds column by column, each to where the error of those rounded before is best made up for by it and by those still free.
+
+    That is GPTQ without an inverse: with H = U Uᵀ, U upper triangular, column k of (q − w) U holds only what columns up to k give. In blocks, so that
+    the columns beyond are updated by one matrix product a block.
+
+    Args:
+        target: float32 (K, out).
+        scale: float32 (out,).
+        factor: See `_upper_factor`.
+
+    Returns:
+        Integers (K, out) and each output's squared error (out,).
+    """
+    work, result = np.zeros_like(target), np.empty_like(target)  # what is there so far of (q − w) U, and the integers
+    error = np.zeros(len(scale))
+    for start in range(0, len(work), _BLOCK):
+        stop = min(start + _BLOCK, len(work))
+        change, left = np.empty((stop - start, len(scale)), np.float32), np.empty((stop - start, len(scale)), np.float32)
         for index in range(start, stop):
-            result[index] = np.clip(np.rint(work[index] / scale), -LEVELS, LEVELS)
-            errors[index - start] = (work[index] - result[index] * scale) / factor[index, index]
-            work[index + 1 : stop] -= np.outer(factor[index, index + 1 : stop], errors[index - start])
-        work[stop:] -= factor[start:stop, stop:].T @ errors
-    return np.ascontiguousarray(result.T)
+            row, pivot = index - start, factor[index, index]
+            result[index] = np.clip(np.rint((target[index] - work[index] / pivot) / scale), -LEVELS, LEVELS)
+            change[row] = result[index] * scale - target[index]
+            left[row] = work[index] + pivot * change[row]
+            work[index + 1 : stop] += np.outer(factor[index, index + 1 : stop], change[row])
+        work[stop:] += factor[start:stop, stop:].T @ change
+        error += np.square(left).sum(axis=0, dtype=np.float64)
+    return result, error
 
 
-def _descend(integers: NDArray[np.float64], scales: NDArray[np.float64], target: NDArray[np.float64], damped: NDArray[np.float64]) -> None:
-    """One pass over the columns: each integer moves to where the error, all others held, is least. Changes `integers`."""
-    gradient = damped @ (integers * scales[:, None] - target).T
+def _descend(integers: FloatArray, scales: FloatArray, target: FloatArray, damped: FloatArray) -> None:
+    """One pass over the columns: each integer moves to where the error, all others held, is least. Changes `integers`, (K, out)."""
+    gradient = damped @ (integers * scales - target)
     for start in range(0, len(damped), _BLOCK):
         stop = min(start + _BLOCK, len(damped))
-        local, moves = gradient[start:stop].copy(), np.zeros((stop - start, len(scales)))
+        local, moves = gradient[start:stop].copy(), np.zeros((stop - start, len(scales)), np.float32)
         for index in range(start, stop):
-            wanted = integers[:, index] - local[index - start] / (damped[index, index] * scales)
+            wanted = integers[index] - local[index - start] / (damped[index, index] * scales)
             found = np.clip(np.rint(wanted), -LEVELS, LEVELS)
-            moves[index - start] = (found - integers[:, index]) * scales
-            integers[:, index] = found
+            moves[index - start] = (found - integers[index]) * scales
+            integers[index] = found
             local += np.outer(damped[start:stop, index], moves[index - start])
         gradient += damped[:, start:stop] @ moves

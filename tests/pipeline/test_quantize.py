@@ -25,7 +25,6 @@ from repvgg_deploy.precision.scales import ScaleFile, ScaleOptions, load_scales
 from repvgg_deploy.precision.search import SearchOptions
 from repvgg_deploy.precision.typed_model import load_parent
 from repvgg_deploy.specs import CalibrationProvenance
-from tests.precision.compare import needs_rounded_halves
 from tests.precision.make_chain import KINDS, ChainOptions, make_batches, make_model, save
 
 QUICK = dataclasses.replace(FAST, target="trt10")
@@ -63,7 +62,6 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@needs_rounded_halves
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("precision", BOTH)
 def test_quantize_every_kind_of_graph_is_verified_and_written(tmp_path: Path, pixels: Path, kind: str, precision: str) -> None:
@@ -280,7 +278,6 @@ def test_largest_drop_keeps_layers_and_says_so(model: Path, pixels: Path) -> Non
     assert read_metadata(result.output.target).history[-1].options["kept"] == ", ".join(report.kept)
 
 
-@needs_rounded_halves
 @pytest.mark.parametrize("io", ["fp32", "fp16"])
 @pytest.mark.parametrize("precision", BOTH)
 def test_half_inputs_are_verified_as_they_are(model: Path, pixels: Path, precision: str, io: str) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import onnx
 import onnxruntime
-import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import numpy_helper
 
 from repvgg_deploy.precision.chain import read_chain, scale_inputs
+from repvgg_deploy.precision.half_rounding import rounds_halves, widen_quantizers
 from tests.precision.make_chain import KINDS, make_batches
 from tests.precision.typed_faults import put
 
@@ -39,28 +37,9 @@ def batches_for(kind: str, io: str, count: int = 64) -> list[np.ndarray]:
     return [batch.astype(np.float16) for batch in batches] if io == "fp16" and kind != "uint8_top5" else batches
 
 
-@functools.cache
-def rounds_halves() -> bool:
-    """Whether ONNX Runtime rounds to nearest in a QuantizeLinear of FP16, as ONNX says; older ones cut digits off."""
-    values = [helper.make_tensor_value_info(name, kind, [1]) for name, kind in (("x", TensorProto.FLOAT16), ("y", TensorProto.INT8))]
-    constants = [numpy_helper.from_array(np.float16(1.0), "scale"), numpy_helper.from_array(np.int8(0), "zero")]
-    graph = helper.make_graph([helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["y"])], "one", values[:1], values[1:], constants)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)])
-    model.ir_version = 9
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return int(session.run(None, {"x": np.array([1.75], np.float16)})[0][0]) == 2
-
-
-needs_rounded_halves = pytest.mark.skipif(
-    not rounds_halves(), reason=f"ONNX Runtime {onnxruntime.__version__} truncates in a QuantizeLinear of FP16 (its pull request 32452)"
-)
-
-
 def values(model: onnx.ModelProto, batches: list[np.ndarray]) -> list[np.ndarray]:
     """Outputs but class numbers. One optimizer of ONNX Runtime quantizes biases to INT32, which the graph does not say: it is off."""
-    halves = {tensor.name for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT16}
-    if any(node.op_type == "QuantizeLinear" and node.input[1] in halves for node in model.graph.node) and not rounds_halves():
-        pytest.skip(f"ONNX Runtime {onnxruntime.__version__} truncates in a QuantizeLinear of FP16 (its pull request 32452)")
+    model = model if rounds_halves() else widen_quantizers(model)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(

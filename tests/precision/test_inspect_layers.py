@@ -16,7 +16,6 @@ from repvgg_deploy.precision.inspect_layers import LayerRun, run_pairs
 from repvgg_deploy.precision.int8 import FAST, MAX_CALIBRATION, quantize_graph
 from repvgg_deploy.precision.mixed import halve_quantized, round_scales_to_half
 from repvgg_deploy.verify.layers import LayerAgreement, compare_layers
-from tests.precision.compare import needs_rounded_halves
 from tests.precision.make_chain import KINDS, ChainOptions, make_batches, make_model, metadata_of
 from tests.runtime.test_typed_models import build_quantized
 
@@ -67,7 +66,6 @@ def test_int8_layers_without_equalization_are_worse_from_the_first_to_the_last()
     assert worse[-1].sqnr_db < better[-1].sqnr_db - 10
 
 
-@needs_rounded_halves
 def test_int8_with_fp16_layers_lose_no_more_than_int8() -> None:
     model, batches = make_model(), make_batches()
     graph, _ = quantize_graph(model, batches, FAST)

@@ -19,7 +19,6 @@ from repvgg_deploy.precision.round import RoundOptions
 from repvgg_deploy.precision.search import SearchOptions
 from repvgg_deploy.precision.sensitivity import blank_batch, count_macs
 from repvgg_deploy.precision.typed_model import load_parent, write_typed
-from tests.precision.compare import needs_rounded_halves
 from tests.precision.make_chain import KINDS, make_batches, make_model, save
 
 QUICK = Int8Options(search=SearchOptions((0.5, 0.85), images=32, positions=1024), rounding=RoundOptions(clips=(1.0, 0.7), samples=4096))
@@ -58,7 +57,6 @@ def test_int8_every_kind_of_graph_is_what_tensorrt_wants_and_beats_max_calibrati
     assert [(o.name, o.type) for o in graph.graph.output] == [(o.name, o.type) for o in model.graph.output]
 
 
-@needs_rounded_halves
 @pytest.mark.parametrize("target", TARGETS)
 def test_int8_held_out_images_are_computed_as_well_as_calibration_says(target: str) -> None:
     model = make_model()

@@ -20,7 +20,8 @@ from .calibrate import LEVELS, Statistics
 from .chain import FloatArray, Layer, input_norms, read_chain, read_weights, scale_inputs
 from .equalize import choose_factors, main_reader, reader_norms
 from .execute import Steps, count_images, spread_images
-from .round import RoundOptions, columns, pick_positions, round_rows
+from .moments import columns, pick_positions
+from .round import RoundOptions, round_rows
 from .scales import ScaleOptions, choose_limit
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from repvgg_deploy.precision.chain import Layer, read_chain, read_weights, replace_weights, scale_inputs
 from repvgg_deploy.precision.execute import run_tensors
-from repvgg_deploy.precision.round import columns, pick_positions
+from repvgg_deploy.precision.moments import columns, pick_positions
 from repvgg_deploy.specs import VariantSpec
 from repvgg_deploy.variants import alternating_groups
 from tests.precision.make_variant import make_variant

@@ -7,7 +7,7 @@ RepVGG quantizable at all.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -202,13 +202,35 @@ def replace_weights(model: onnx.ModelProto, weights: Mapping[str, NDArray[Any]])
         model: Not changed.
         weights: By name of the initializer; names that the graph does not have are added.
     """
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    kept = [tensor for tensor in model.graph.initializer if tensor.name not in weights]
-    del result.graph.initializer[:]
-    result.graph.initializer.extend(kept)
+    result = copy_without(model, weights)
     result.graph.initializer.extend(numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in weights.items())
     return result
+
+
+def copy_without(model: onnx.ModelProto, names: Container[str]) -> onnx.ModelProto:
+    """A copy of `model` without some initializers.
+
+    They are never copied: what is deleted from a message keeps its memory until the whole message goes, and weights are most of a model.
+
+    Args:
+        model: Not changed.
+        names: Of the initializers to leave out.
+    """
+    result = onnx.ModelProto()
+    _copy_fields(model, result, leave_out="graph")
+    _copy_fields(model.graph, result.graph, leave_out="initializer")
+    result.graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name not in names)
+    return result
+
+
+def _copy_fields(source: Any, target: Any, *, leave_out: str) -> None:
+    for field, value in source.ListFields():
+        if field.name == leave_out:
+            continue
+        if isinstance(value, (str, bytes, int, float)):
+            setattr(target, field.name, value)
+        else:
+            getattr(target, field.name).MergeFrom(value)
 
 
 def read_weight(model: onnx.ModelProto, name: str) -> FloatArray:
@@ -218,10 +240,11 @@ def read_weight(model: onnx.ModelProto, name: str) -> FloatArray:
 
 
 def set_weights(model: onnx.ModelProto, weights: Mapping[str, NDArray[Any]]) -> None:
-    """Changes the values of initializers in place: of a large model, a copy for each layer would take most of the time."""
-    for tensor in model.graph.initializer:
-        if tensor.name in weights:
-            tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(weights[tensor.name]), tensor.name))
+    """Adds initializers, or changes their values, in place: of a large model, a copy for each layer would take most of the time."""
+    there = {tensor.name: tensor for tensor in model.graph.initializer}
+    for name, value in weights.items():
+        tensor = there[name] if name in there else model.graph.initializer.add()
+        tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(value), name))
 
 
 def scale_inputs(weight: NDArray[Any], groups: int, factors: NDArray[Any]) -> NDArray[Any]:

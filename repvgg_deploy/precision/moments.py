@@ -27,9 +27,10 @@ class Moments:
         self.layer = layer
         inner = int(np.prod(layer.weight_shape[1:]))
         self.count = 0
-        self.second: NDArray[np.float64] = np.zeros((layer.groups, inner, inner))
+        # float32: around the origin below, and beside the damping, seven digits are plenty; of a large layer, float64 would be 265 MB.
+        self.second: FloatArray = np.zeros((layer.groups, inner, inner), np.float32)
         self.total: NDArray[np.float64] = np.zeros((layer.groups, inner))
-        self.cross: NDArray[np.float64] = np.zeros((layer.groups, layer.out_channels // layer.groups, inner))
+        self.cross: FloatArray = np.zeros((layer.groups, layer.out_channels // layer.groups, inner), np.float32)
         self.error: NDArray[np.float64] = np.zeros((layer.groups, layer.out_channels // layer.groups))
         self._full = full
         self._closed: set[int] = set()
@@ -54,10 +55,10 @@ class Moments:
                 self.second[group] += near.T @ near
                 self.cross[group] += missing.T @ near
 
-    def centred(self, group: int) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    def centred(self, group: int) -> tuple[FloatArray, FloatArray, NDArray[np.float64], NDArray[np.float64]]:
         """Of one group: covariance of x (K, K), covariance of the missing output with x (out, K), mean of x (K,), mean missing output (out,).
 
-        The covariance takes the place of the sums, which are as large (265 MB of a large layer): nothing can be added any more.
+        The covariance takes the place of the sums, which are as large (133 MB of a large layer): nothing can be added any more.
         """
         mean, error = self.total[group] / self.count, self.error[group] / self.count
         covariance = self.second[group]
@@ -68,7 +69,9 @@ class Moments:
             covariance[rows] -= np.outer(mean[rows], mean)
         self._closed.add(group)
         origin = 0.0 if self._origin is None else self._origin[group, 0]
-        return covariance, self.cross[group] / self.count - np.outer(error, mean), mean + origin, error
+        cross = self.cross[group] / np.float32(self.count)
+        cross -= np.outer(error, mean).astype(np.float32)
+        return covariance, cross, mean + origin, error
 
 
 def pick_positions(value: FloatArray, layer: Layer, count: int, generator: np.random.Generator) -> NDArray[np.int64]:

@@ -10,7 +10,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from .chain import FloatArray, read_chain, replace_weights
+from .chain import FloatArray, copy_without, read_chain, replace_weights
 from .round import RoundedLayer
 
 
@@ -68,8 +68,7 @@ def write_integers(model: onnx.ModelProto, rounded: Mapping[str, RoundedLayer]) 
         rounded: By name of the layer's node.
     """
     arrays: dict[str, NDArray[Any]] = {}
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = copy_without(model, {node.input[1] for node in model.graph.node if node.name in rounded})
     dequantizers = []
     for node in result.graph.node:
         if node.name not in rounded:

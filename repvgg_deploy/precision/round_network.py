@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from .chain import read_chain, read_weight, set_weights
+from .chain import copy_without, read_chain, read_weight, set_weights
 from .execute import Steps, count_images, spread_images
 from .mixed import round_layer_to_half
 from .moments import Moments
@@ -59,7 +59,8 @@ def round_weights(
 
     if options.method == "nearest" and not options.bias_correction:
         return {layer.name: finish(round_nearest(read_weight(model, layer.weight), read_weight(model, layer.bias))) for layer in layers}
-    current = insert_pairs(model, dict(scales), kept=prepared.kept)  # our own copy: it is changed layer by layer
+    # A layer's weights come into this copy when they are rounded; nothing before needs them.
+    current = copy_without(insert_pairs(model, dict(scales), kept=prepared.kept), {layer.weight for layer in layers})
     full = options.method == "second_order"
     spread = _mixed_order(batches if full else spread_images(model, batches, _IMAGES_FOR_MEANS), options.seed)
     reference, quantized = Steps(model, spread), Steps(current, spread)

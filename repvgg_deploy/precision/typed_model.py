@@ -56,7 +56,9 @@ def load_parent(source: StrPath | onnx.ModelProto) -> TypedModel:
     path = Path(source)
     metadata = onnx_file.read_metadata(path)
     with explain_os_errors(path):
-        return TypedModel(_without_metadata(onnx.load(path)), metadata, sha256_file(path))
+        model = onnx.load(path)
+        del model.metadata_props[:]
+        return TypedModel(model, metadata, sha256_file(path))
 
 
 def _without_metadata(model: onnx.ModelProto) -> onnx.ModelProto:

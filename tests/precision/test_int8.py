@@ -115,7 +115,7 @@ def test_to_int8_file_carries_metadata_bound_to_it(tmp_path: Path) -> None:
     assert metadata.history[-1].options["data_sha256"] == report.scales.data_sha256
     assert metadata.spec == onnx_file.read_metadata(parent).spec
     assert metadata.history[-1].options["target"] == "trt10"
-    assert list(seen) == ["ranges", "equalize", "round"]  # in the order of the work
+    assert list(seen) == ["ranges", "equalize", "round", "measure layers"]  # in the order of the work
     assert seen["ranges"] == [(16 * (index + 1), 128) for index in range(8)]  # 64 images, twice
     assert seen["equalize"] == [(index + 1, 5) for index in range(5)]
     assert seen["round"] == [(index + 1, 6) for index in range(6)]

@@ -76,6 +76,16 @@ def _add_infer(commands: Subparsers) -> None:
     )
     parser.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="images decoded and run at a time (default: %(default)s)")
     parser.add_argument("--threads", type=_positive, default=None, metavar="N", help="CPU threads (default: one a core)")
+    _add_backend(parser)
+
+
+def _add_backend(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backend",
+        choices=("onnxruntime", "openvino", "fastest"),
+        default=None,
+        help="what runs an ONNX model; openvino is the fastest for INT8 on a CPU, fastest chooses it where it is installed (default: onnxruntime)",
+    )
 
 
 def _add_inspect(commands: Subparsers) -> None:
@@ -146,6 +156,7 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
         "--device", choices=("cpu", "cuda"), default="cpu", help="where to run; cuda never falls back to the CPU (default: %(default)s)"
     )
     parser.add_argument("--threads", type=_positive, default=None, metavar="N", help="CPU threads (default: one a core)")
+    _add_backend(parser)
     parser.add_argument("--plot", metavar="FILE", help="also draw the result as a .png (needs matplotlib)")
     parser.add_argument("--force", action="store_true", help="replace a picture that differs")
 

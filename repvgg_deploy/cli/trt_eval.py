@@ -47,7 +47,7 @@ def execute(args: argparse.Namespace) -> Output:
 
 def open_engine(model: str, args: argparse.Namespace) -> Engine:
     """The Engine of a model, warmed up where its image size is known."""
-    engine = Engine(model, device=args.device, options=EngineOptions(intra_op_threads=args.threads))
+    engine = Engine(model, device=args.device, backend=args.backend, options=EngineOptions(intra_op_threads=args.threads))
     with contextlib.suppress(InputError):
         engine.warm_up()
     return engine

@@ -57,7 +57,7 @@ def execute(args: argparse.Namespace) -> Output:
     Raises:
         RepVGGDeployError: The model or the labels cannot be used; what is wrong with an image is in the output.
     """
-    with Engine(args.model, device=args.device, options=EngineOptions(intra_op_threads=args.threads)) as engine:
+    with Engine(args.model, device=args.device, backend=args.backend, options=EngineOptions(intra_op_threads=args.threads)) as engine:
         labels = _choose_labels(engine.spec, args)
         answers = _answer(engine, labels, args)
     return Output(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +12,13 @@ from typing import Any, Literal, Protocol, get_args
 from numpy.typing import NDArray
 
 from ..errors import InputError
+from ..onnx_file import read_graph
 from ..specs import ModelSpec
 
+logger = logging.getLogger(__name__)
+
 Device = Literal["cpu", "cuda"]
+BackendName = Literal["onnxruntime", "openvino", "fastest"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +72,18 @@ class Backend(Protocol):
         """Frees the model."""
 
 
-def open_backend(path: Path, spec: ModelSpec, device: Device, options: EngineOptions) -> Backend:
+def open_backend(path: Path, spec: ModelSpec, device: Device, options: EngineOptions, *, backend: BackendName | None = None) -> Backend:
     """Loads an ONNX whose metadata was read and checked.
 
+    Args:
+        path: The file.
+        spec: From its metadata.
+        device: Where it is to run.
+        options: How.
+        backend: With which library; None for ONNX Runtime, as installing a package must not change answers.
+
     Raises:
-        InputError: No such device.
+        InputError: No such device or backend, or the backend does not run on the device.
         ModelError: The backend refuses the file.
         CudaError: A GPU was asked for and cannot be used.
         MissingDependencyError: The backend's package is not installed.
@@ -80,6 +93,44 @@ def open_backend(path: Path, spec: ModelSpec, device: Device, options: EngineOpt
             f"device: expected one of {', '.join(get_args(Device))}, found {device!r}",
             remedy='give device="cpu" or device="cuda"; choose the GPU with EngineOptions(device_id=…)',
         )
+    if _choose(path, device, backend) == "openvino":
+        from .openvino_backend import OpenVinoBackend
+
+        return OpenVinoBackend(path, spec, options)
     from .onnxruntime_backend import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(path, spec, device, options)
+
+
+def _choose(path: Path, device: Device, backend: BackendName | None) -> Literal["onnxruntime", "openvino"]:
+    if backend is not None and backend not in get_args(BackendName):
+        raise InputError(
+            f"backend: expected one of {', '.join(get_args(BackendName))}, found {backend!r}",
+            remedy='leave it out for ONNX Runtime, or give backend="openvino"',
+        )
+    if backend == "openvino" and device != "cpu":
+        raise InputError(f'backend="openvino" runs on the CPU, and device={device!r} was asked for', remedy="leave out one of the two")
+    if backend != "fastest":
+        return backend or "onnxruntime"
+    chosen, reason = _find_fastest(path, device)
+    logger.info("%s: the fastest backend here is %s: %s", path, chosen, reason)
+    return chosen
+
+
+def _find_fastest(path: Path, device: Device) -> tuple[Literal["onnxruntime", "openvino"], str]:
+    if device != "cpu":
+        return "onnxruntime", f"OpenVINO does not run on {device}"
+    if not is_quantized(path):
+        return "onnxruntime", "the graph is not INT8, and both are equally fast"
+    if importlib.util.find_spec("openvino") is None:
+        return "onnxruntime", "OpenVINO is not installed"
+    return "openvino", "the graph is INT8"
+
+
+def is_quantized(path: Path) -> bool:
+    """Whether an ONNX holds Q/DQ pairs.
+
+    Raises:
+        ModelError: It is not an ONNX.
+    """
+    return any(node.op_type == "QuantizeLinear" for node in read_graph(path).nodes)

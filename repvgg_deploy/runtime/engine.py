@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..errors import InputError, ModelError
 from ..specs import ModelMetadata, ModelSpec
-from .backends import Backend, Device, EngineOptions, open_backend
+from .backends import Backend, BackendName, Device, EngineOptions, open_backend
 from .checks import BatchCheck
 from .lease import Lease
 from .model_files import as_path, fingerprint, read_model
@@ -35,7 +35,9 @@ class Engine:
 
     Args:
         path: An ONNX that repvgg-export wrote.
-        device: `cpu`, or `cuda`: the GPU or an error, never the CPU in its place.
+        device: `cpu`, or `cuda`: the GPU or an error, never the CPU in its place. None: `cpu`.
+        backend: `onnxruntime`, `openvino` (on the CPU, the fastest for typed INT8 graphs), or `fastest`: OpenVINO if the graph is INT8 and it is
+            installed, else ONNX Runtime. None: ONNX Runtime.
         options: Threads, memory, GPU.
 
     Raises:
@@ -43,20 +45,27 @@ class Engine:
         PlanError: The file is a TensorRT plan.
         InputError: An argument is not what is expected.
         CudaError: `cuda` was asked for and cannot be had.
-        MissingDependencyError: ONNX Runtime is not installed.
+        MissingDependencyError: The backend's package is not installed.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, device: Device = "cpu", options: EngineOptions | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        device: Device | None = None,
+        backend: BackendName | None = None,
+        options: EngineOptions | None = None,
+    ) -> None:
         self._path = as_path(path)
         self._options = options if options is not None else EngineOptions()
-        self._device = device
+        self._device: Device = device if device is not None else "cpu"
         before = fingerprint(self._path)
         self._metadata = read_model(self._path)
         self._spec = self._metadata.spec
         self._check = BatchCheck(self._spec)
         self._batch = self._spec.batch
         self._largest = self._batch if self._batch is not None else self._options.max_batch
-        self._backend: Backend = open_backend(self._path, self._spec, device, self._options)
+        self._backend: Backend = open_backend(self._path, self._spec, self._device, self._options, backend=backend)
         self._lease = Lease(self._backend.close)
         if fingerprint(self._path) != before:
             self.close()

@@ -6,14 +6,14 @@ import importlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from numpy.typing import NDArray
 
 from ..errors import CudaError, MissingDependencyError, ModelError
-from ..onnx_file import read_graph
 from ..specs import ModelSpec
-from .backends import Device, EngineOptions
+from .backends import Device, EngineOptions, is_quantized
+from .interface import Interface, check_interface, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,6 @@ _INSTALL = {
     "cuda": "pip uninstall onnxruntime, then pip install 'repvgg-deploy[gpu]': the two share one folder",
 }
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8", "tensor(int64)": "int64", "tensor(int32)": "int32"}
-_Interface: TypeAlias = "tuple[str, str, tuple[int | str | None, ...]]"
 _WRONG_WITH_PAIRS = ("WeightBiasQuantization",)
 """Optimizers that change what a Q/DQ graph computes. This one quantizes the biases of an INT8 graph with FP16 between its pairs, wrongly: in 1.32 its
 logits have cosine 0.47 with those of the graph as it stands, and 0.9999 without it."""
@@ -48,7 +47,9 @@ class OnnxRuntimeBackend:
     def __init__(self, path: Path, spec: ModelSpec, device: Device, options: EngineOptions) -> None:
         runtime = _import_onnxruntime(device)
         self._session: Any = _open_cuda(runtime, path, spec, options) if device == "cuda" else _open_cpu(runtime, path, options)
-        _check_interface(self._session, path, spec)
+        check_interface(
+            path, spec, [_describe(node) for node in self._session.get_inputs()], [_describe(node) for node in self._session.get_outputs()]
+        )
         self._device = device
         self._input_name = spec.input.name
         self._output_names = [output.name for output in spec.outputs]
@@ -72,7 +73,7 @@ class OnnxRuntimeBackend:
         except Exception as error:
             kind = CudaError if self._device == "cuda" else ModelError
             raise kind(
-                f"ONNX Runtime failed on a batch of {batch.dtype} {batch.shape}: {_one_line(error)}",
+                f"ONNX Runtime failed on a batch of {batch.dtype} {batch.shape}: {one_line(error)}",
                 remedy="if memory ran out, give EngineOptions(max_batch=…) a smaller number; else check that the model accepts this image size",
             ) from error
         return outputs
@@ -97,7 +98,7 @@ def _open_cpu(runtime: Any, path: Path, options: EngineOptions) -> Any:
         return runtime.InferenceSession(str(path), sess_options=_session_options(runtime, options), providers=[_CPU], **extras)
     except Exception as error:
         raise ModelError(
-            f"{path}: ONNX Runtime {runtime.__version__} refuses it: {_one_line(error)}",
+            f"{path}: ONNX Runtime {runtime.__version__} refuses it: {one_line(error)}",
             remedy="upgrade onnxruntime, or export the model again with a lower --opset",
         ) from error
 
@@ -118,7 +119,7 @@ def _open_cuda(runtime: Any, path: Path, spec: ModelSpec, options: EngineOptions
         session = runtime.InferenceSession(str(path), sess_options=session_options, providers=[(_CUDA, settings)], enable_fallback=False, **extras)
     except Exception as error:
         raise CudaError(
-            f"{path}: cannot be opened on GPU {options.device_id}: {_one_line(error)}",
+            f"{path}: cannot be opened on GPU {options.device_id}: {one_line(error)}",
             remedy="check nvidia-smi, the driver's version and EngineOptions(device_id=…)",
         ) from error
     session.disable_fallback()  # else a failing run() prints a line and goes on on the CPU
@@ -142,30 +143,8 @@ def _session_options(runtime: Any, options: EngineOptions) -> Any:
 
 def _without_optimizers(path: Path) -> dict[str, list[str]]:
     """What a session of this file is opened with besides: a graph with Q/DQ pairs is to be computed as it stands."""
-    quantized = any("QuantizeLinear" in node.op_type for node in read_graph(path).nodes)
-    return {"disabled_optimizers": list(_WRONG_WITH_PAIRS)} if quantized else {}
+    return {"disabled_optimizers": list(_WRONG_WITH_PAIRS)} if is_quantized(path) else {}
 
 
-def _check_interface(session: Any, path: Path, spec: ModelSpec) -> None:
-    """The graph's input and outputs must be those of the metadata, or batches would be checked against the wrong thing.
-
-    Raises:
-        ModelError: They differ.
-    """
-    expected = [(tensor.name, tensor.dtype, tensor.shape) for tensor in (spec.input, *spec.outputs)]
-    found = [(node.name, _DTYPES.get(node.type, node.type), tuple(node.shape)) for node in (*session.get_inputs(), *session.get_outputs())]
-    if len(session.get_inputs()) != 1 or len(found) != len(expected) or not all(map(_agree, expected, found)):
-        raise ModelError(
-            f"{path}: its metadata and its graph disagree on its input and outputs: expected {expected}, found {found}",
-            remedy="export it again with repvgg-export",
-        )
-
-
-def _agree(expected: _Interface, found: _Interface) -> bool:
-    """Same name, dtype and rank, and no dimension that is one number here and another there."""
-    sizes = [not isinstance(want, int) or not isinstance(have, int) or want == have for want, have in zip(expected[2], found[2], strict=False)]
-    return expected[:2] == found[:2] and len(expected[2]) == len(found[2]) and all(sizes)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _describe(node: Any) -> Interface:
+    return node.name, _DTYPES.get(node.type, node.type), tuple(node.shape)

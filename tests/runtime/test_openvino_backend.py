@@ -1,0 +1,130 @@
+"""OpenVINO as a backend of the Engine: the same answers as ONNX Runtime, from any thread, in memory of their own."""
+
+from __future__ import annotations
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import openvino
+import pytest
+
+from repvgg_deploy.errors import InputError, MissingDependencyError, ModelError
+from repvgg_deploy.runtime.engine import Engine, EngineOptions
+from tests.runtime.make_model import ModelOptions, make_metadata, make_onnx, random_batch, write_bound
+from tests.runtime.test_model_files import strip_metadata
+
+# FP32 in another order of additions.
+TOLERANCE = 1e-5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ModelOptions(),
+        ModelOptions(uint8=True),
+        ModelOptions(kind="top5"),
+        ModelOptions(kind="features"),
+        ModelOptions(batch=4),
+        ModelOptions(size=("height", "width")),
+    ],
+    ids=["logits", "uint8", "top5", "features", "fixed", "any_size"],
+)
+def test_openvino_answers_as_onnx_runtime_does(tmp_path: Path, options: ModelOptions) -> None:
+    path = make_onnx(tmp_path / "m.onnx", options)
+    with Engine(path) as one, Engine(path, backend="openvino") as two:
+        assert two.backend_name.startswith(f"OpenVINO {openvino.__version__.partition('-')[0]}, CPU")
+        for count in (1, 2, 5, 67):
+            batch = random_batch(options, count, seed=count)
+            answers = [values(engine.infer(batch)) for engine in (one, two)]
+            for ours, theirs in zip(*answers, strict=True):
+                assert ours.dtype == theirs.dtype
+                np.testing.assert_allclose(theirs, ours, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def values(result: object) -> list[np.ndarray]:
+    if isinstance(result, np.ndarray):
+        return [result]
+    return list(result.values()) if isinstance(result, dict) else [result.scores, result.classes]
+
+
+def test_openvino_computes_float32_as_float32(tmp_path: Path) -> None:
+    path = make_onnx(tmp_path / "m.onnx")
+    with Engine(path, backend="openvino") as engine:
+        assert engine._backend._compiled.get_property("INFERENCE_PRECISION_HINT") == openvino.Type.f32
+
+
+def test_openvino_answers_are_not_overwritten_by_later_batches(tmp_path: Path) -> None:
+    with Engine(make_onnx(tmp_path / "m.onnx"), backend="openvino") as engine:
+        first = engine.infer(random_batch(ModelOptions(), 3))
+        kept = first.copy()
+        engine.infer(random_batch(ModelOptions(), 3, seed=1))
+        np.testing.assert_array_equal(first, kept)
+        assert first.flags.writeable
+
+
+def test_openvino_takes_arrays_that_are_read_only(tmp_path: Path) -> None:
+    batch = random_batch(ModelOptions(), 3)
+    with Engine(make_onnx(tmp_path / "m.onnx"), backend="openvino") as engine:
+        expected = engine.infer(batch)
+        batch.flags.writeable = False
+        np.testing.assert_array_equal(engine.infer(batch), expected)
+
+
+@pytest.mark.parametrize("threads", [None, 1, 2])
+def test_openvino_from_many_threads_answers_each_with_its_own(tmp_path: Path, threads: int | None) -> None:
+    with Engine(make_onnx(tmp_path / "m.onnx"), backend="openvino", options=EngineOptions(intra_op_threads=threads)) as engine:
+        batches = [random_batch(ModelOptions(), 1 + seed % 4, seed=seed) for seed in range(64)]
+        expected = [engine.infer(batch) for batch in batches]
+        with ThreadPoolExecutor(16) as pool:
+            found = list(pool.map(engine.infer, batches * 4))
+        assert 1 <= len(engine._backend._idle) <= 17
+    for index, answer in enumerate(found):
+        np.testing.assert_allclose(answer, expected[index % 64], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_openvino_error_is_one_of_ours_and_the_engine_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = random_batch(ModelOptions(), 3)
+    with Engine(make_onnx(tmp_path / "m.onnx"), backend="openvino") as engine:
+        real = engine._backend._idle.pop()
+
+        def fail(*_: object, **__: object) -> None:
+            raise RuntimeError("no memory\n left")
+
+        engine._backend._idle.append(SimpleNamespace(infer=fail))
+        with pytest.raises(ModelError, match=r"float32 \(3, 3, 16, 16\): no memory left"):
+            engine.infer(batch)
+        engine._backend._idle.append(real)
+        assert engine.infer(batch).shape == (3, 7)
+
+
+def test_openvino_refuses_a_file_that_it_cannot_read(tmp_path: Path) -> None:
+    from onnx import load_model_from_string
+
+    proto = load_model_from_string(strip_metadata(make_onnx(tmp_path / "m.onnx").read_bytes()))
+    proto.graph.node[-1].op_type = "NoSuchOperator"
+    path = write_bound(tmp_path / "odd.onnx", proto.SerializeToString(), make_metadata())
+    with pytest.raises(ModelError, match=r"OpenVINO .* refuses it") as caught:
+        Engine(path, backend="openvino")
+    assert "onnxruntime" in caught.value.remedy
+
+
+def test_openvino_refuses_a_graph_that_is_not_the_specified_one(tmp_path: Path) -> None:
+    graph = strip_metadata(make_onnx(tmp_path / "m.onnx").read_bytes())
+    path = write_bound(tmp_path / "other.onnx", graph, make_metadata(ModelOptions(classes=9)))
+    with pytest.raises(ModelError, match="disagree"):
+        Engine(path, backend="openvino")
+
+
+def test_openvino_on_a_gpu_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="runs on the CPU"):
+        Engine(make_onnx(tmp_path / "m.onnx"), backend="openvino", device="cuda")
+
+
+def test_missing_openvino_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(MissingDependencyError, match="needs OpenVINO") as caught:
+        Engine(make_onnx(tmp_path / "m.onnx"), backend="openvino")
+    assert "repvgg-deploy[openvino]" in caught.value.remedy

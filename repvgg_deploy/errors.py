@@ -13,6 +13,8 @@
     ├── ModelError                             an ONNX file is truncated, changed or not one of ours
     ├── InputError (ValueError)                an argument, image or batch is not what is expected
     ├── ArtifactError (OSError)                an output cannot be written, or exists already
+    ├── EngineBusyError                        more requests wait than may: back-pressure, try again later
+    ├── DeadlineError (TimeoutError)           a request waited past its deadline and was not run
     ├── CudaError                              a CUDA call failed, or a GPU was asked for and is not there
     └── MissingDependencyError (ImportError)   an optional package is not installed
 
@@ -94,6 +96,14 @@ class InputError(RepVGGDeployError, ValueError):
 
 class ArtifactError(RepVGGDeployError, OSError):
     """An output cannot be written, or exists already."""
+
+
+class EngineBusyError(RepVGGDeployError):
+    """More requests wait than may: try again later."""
+
+
+class DeadlineError(RepVGGDeployError, TimeoutError):
+    """A request waited past its deadline and was not run."""
 
 
 class CudaError(RepVGGDeployError):

@@ -32,18 +32,24 @@ class EngineOptions:
             of the machine's cores, and to 1 where many threads or processes call `infer` at once.
         device_id: Which GPU, with `device="cuda"`.
         tf32: Whether FP32 convolutions on the GPU may round their inputs to TF32: faster, and an error of about 1e-3.
+        workers: Threads that run what `submit` and `infer_async` hand in.
+        max_pending: Batches that may wait for them; one more is refused.
     """
 
     max_batch: int = 64
     intra_op_threads: int | None = None
     device_id: int = 0
     tf32: bool = False
+    workers: int = 2
+    max_pending: int = 256
 
     def __post_init__(self) -> None:
         _require_count("max_batch", self.max_batch, 1)
         if self.intra_op_threads is not None:
             _require_count("intra_op_threads", self.intra_op_threads, 1)
         _require_count("device_id", self.device_id, 0)
+        _require_count("workers", self.workers, 1)
+        _require_count("max_pending", self.max_pending, 1)
 
 
 def _require_count(name: str, value: object, least: int) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,13 +13,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InputError, ModelError
+from ..errors import InputError, ModelError, RepVGGDeployError
 from ..specs import ModelMetadata, ModelSpec
 from .backends import Backend, BackendName, Device, EngineOptions, open_backend
+from .batcher import Batcher, BatchRunner
+from .batching import BatcherOptions
 from .checks import BatchCheck
 from .lease import Lease
 from .model_files import as_path, fingerprint, read_model
 from .results import Arrays, Result, TopK, join, package
+from .statistics import Recorder, Statistics
+from .submission import Submissions
 
 __all__ = ["Engine", "EngineOptions", "Result", "TopK"]
 
@@ -67,6 +73,8 @@ class Engine:
         self._largest = self._batch if self._batch is not None else self._options.max_batch
         self._backend: Backend = open_backend(self._path, self._spec, self._device, self._options, backend=backend)
         self._lease = Lease(self._backend.close)
+        self._recorder = Recorder()
+        self._submissions = Submissions(self._options.workers, self._options.max_pending)
         if fingerprint(self._path) != before:
             self.close()
             raise ModelError(f"{self._path}: was replaced while it was being opened", remedy="open it again")
@@ -117,7 +125,74 @@ class Engine:
             ModelError: The backend failed.
             CudaError: The GPU failed.
         """
-        return package(self._run(self._check.check(batch)), self._spec)
+        return package(self._record(self._check.check(batch)), self._spec)
+
+    def submit(self, batch: NDArray[Any]) -> Future[Result]:
+        """Hands in a batch of any size, to be run by a thread of this Engine, and returns at once; for single images of many clients see `batcher`.
+
+        Args:
+            batch: As `infer`. Do not write to it before the answer is there.
+
+        Returns:
+            What `infer` would return or raise. After `close`, what was handed in before is still run.
+
+        Raises:
+            InputError: The batch is not what the model expects, or the Engine is closed.
+            EngineBusyError: `EngineOptions.max_pending` batches wait already.
+        """
+        checked = self._check.check(batch)
+        self._enter()
+        arrival = time.perf_counter()
+
+        def work() -> Result:
+            self._recorder.wait(time.perf_counter() - arrival)
+            return package(self._record(checked, entered=True), self._spec)
+
+        try:
+            future = self._submissions.submit(work)
+        except BaseException:
+            self._lease.release()
+            raise
+        future.add_done_callback(lambda _: self._lease.release())
+        return future
+
+    async def infer_async(self, batch: NDArray[Any]) -> Result:
+        """`infer` for a coroutine: the event loop is free while the batch runs. A task that is cancelled before it is run is not run.
+
+        Raises:
+            EngineBusyError: As `submit`; the others as `infer`.
+        """
+        return await self._submissions.wait(self.submit(batch))
+
+    def batcher(
+        self,
+        max_batch: int = 32,
+        *,
+        max_delay_ms: float = 2.0,
+        max_queue: int | None = None,
+        timeout_ms: float | None = None,
+        concurrency: int = 1,
+    ) -> Batcher:
+        """Micro-batching: single requests from many clients are run together. Close it before the Engine; nested `with` blocks do.
+
+        Args:
+            max_batch: Images run together at most.
+            max_delay_ms: How long the first request of a batch waits for others.
+            max_queue: Images that may wait; None: eight batches.
+            timeout_ms: What waited so long is not run any more; None: for ever.
+            concurrency: Batches under way at once.
+
+        Raises:
+            InputError: An argument is out of range, or the Engine is closed.
+        """
+        self._enter()
+        self._lease.release()
+        options = BatcherOptions(max_batch, max_delay_ms, max_queue, timeout_ms, concurrency)
+        return Batcher(BatchRunner(self._check.check, self._record, lambda outputs: package(outputs, self._spec)), options)
+
+    def statistics(self) -> Statistics:
+        """What this Engine did since it was opened: one entry a call of `infer`, `submit` or batch of a batcher, which keeps its own, too."""
+        return self._recorder.snapshot(self._submissions.waiting)
 
     def infer_images(self, paths: Iterable[str | os.PathLike[str]], *, batch_size: int | None = None) -> Result:
         """Runs image files, prepared as the model's specification says.
@@ -145,7 +220,7 @@ class Engine:
             raise InputError("paths: expected at least one image, found none", remedy="give at least one path")
         parts = []
         for start in range(0, len(files), step):
-            parts.append(self._run(self._check.check(load_batch(files[start : start + step], self._spec))))
+            parts.append(self._record(self._check.check(load_batch(files[start : start + step], self._spec))))
         return package(join(parts), self._spec)
 
     def warm_up(self, shape: Sequence[int] | None = None) -> None:
@@ -163,6 +238,7 @@ class Engine:
     def close(self) -> None:
         """Lets no new batch in. The model is freed as soon as no batch is running; a second call does nothing."""
         self._lease.close()
+        self._submissions.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -176,17 +252,33 @@ class Engine:
         state = ", closed" if self.closed else f" on {self._device}"
         return f"<Engine {str(self._path)!r}: {name}{state}, {source.dtype} {_show(source.shape)} {source.layout} → {outputs}>"
 
-    def _run(self, batch: NDArray[Any]) -> Arrays:
+    def _enter(self) -> None:
         if not self._lease.acquire():
             raise InputError(f"{self._path}: this Engine is closed", remedy="call infer inside the with block and before close(), or open another")
+
+    def _record(self, batch: NDArray[Any], *, entered: bool = False) -> Arrays:
+        """Runs a checked batch and counts it; `entered`: the caller holds the lease."""
+        if not entered:
+            self._enter()
         try:
-            count = len(batch)
-            if count == self._batch or (self._batch is None and count <= self._largest):
-                return tuple(self._backend.run(np.ascontiguousarray(batch)))
-            self._require_divisible()
-            return join([self._run_piece(piece) for piece in _split(batch, self._largest)])
+            start = time.perf_counter()
+            outputs = self._run(batch)
+            self._recorder.answer(len(batch), time.perf_counter() - start)
+            return outputs
+        except RepVGGDeployError as error:
+            if not isinstance(error, InputError):
+                self._recorder.count("failures")
+            raise
         finally:
-            self._lease.release()
+            if not entered:
+                self._lease.release()
+
+    def _run(self, batch: NDArray[Any]) -> Arrays:
+        count = len(batch)
+        if count == self._batch or (self._batch is None and count <= self._largest):
+            return tuple(self._backend.run(np.ascontiguousarray(batch)))
+        self._require_divisible()
+        return join([self._run_piece(piece) for piece in _split(batch, self._largest)])
 
     def _run_piece(self, piece: NDArray[Any]) -> Arrays:
         count = len(piece)

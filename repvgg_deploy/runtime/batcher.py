@@ -1,0 +1,237 @@
+"""Single requests from many clients become full batches: threads around `batching.BatchQueue`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import DeadlineError, EngineBusyError, InputError
+from .batching import BatcherOptions, BatchQueue, Request
+from .results import Arrays, Result
+from .statistics import Recorder, Statistics
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRunner:
+    """What a batcher needs of an Engine.
+
+    Attributes:
+        check: The batch as the model takes it, or an InputError.
+        run: A checked batch → its outputs.
+        package: Outputs → what a caller gets.
+    """
+
+    check: Callable[[object], NDArray[Any]]
+    run: Callable[[NDArray[Any]], Arrays]
+    package: Callable[[Sequence[NDArray[Any]]], Result]
+
+
+class Batcher:
+    """Collects requests from many threads or coroutines and runs them together: `Engine.batcher` makes one. Use it as a context manager.
+
+    Requests are checked when they are handed in, so a bad one fails its caller alone. Where the backend fails on a batch of several, each is run
+    once more by itself: what makes the model fail fails alone.
+
+    Args:
+        runner: The model.
+        options: See `BatcherOptions`.
+        clock: Seconds that only grow.
+    """
+
+    def __init__(self, runner: BatchRunner, options: BatcherOptions, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._runner = runner
+        self._options = options
+        self._clock = clock
+        self._queue = BatchQueue(options)
+        self._changed = threading.Condition()
+        self._closing = False
+        self._recorder = Recorder()
+        self._process = os.getpid()
+        self._threads = [threading.Thread(target=self._work, name=f"repvgg-batcher-{index}", daemon=True) for index in range(options.concurrency)]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def options(self) -> BatcherOptions:
+        """How requests become batches."""
+        return self._options
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closing
+
+    def submit(self, batch: NDArray[Any], *, client: Hashable = None, timeout_ms: float | None = None) -> Future[Result]:
+        """Hands in one request and returns at once.
+
+        Args:
+            batch: N images as `Engine.infer` takes them, N at most `max_batch`. Do not write to it before the answer is there.
+            client: Whose request it is, if clients are to take turns.
+            timeout_ms: In place of the batcher's.
+
+        Returns:
+            The answer: as `Engine.infer`'s, of these images. It ends with DeadlineError if the deadline passes before it is run; cancelling it
+            before then takes it out of the queue.
+
+        Raises:
+            InputError: The images are not what the model expects or too many, or the batcher is closed.
+            EngineBusyError: The queue is full.
+        """
+        images = self._check(batch, timeout_ms)
+        now = self._clock()
+        limit = timeout_ms if timeout_ms is not None else self._options.timeout_ms
+        request = Request(images, now, math.inf if limit is None else now + limit / 1e3, client)
+        dropped: tuple[list[Request], list[Request]] = ([], [])
+        try:
+            with self._changed:
+                self._require_open()
+                if self._queue.images + request.images > self._options.queue_images:
+                    dropped = self._queue.discard(now)  # the dead take no places
+                self._queue.offer(request)
+                self._changed.notify()
+        except EngineBusyError:
+            self._recorder.count("refused")
+            raise
+        finally:
+            self._end(*dropped)
+        return request.future
+
+    def infer(self, batch: NDArray[Any], *, client: Hashable = None, timeout_ms: float | None = None) -> Result:
+        """`submit`, and waits for the answer.
+
+        Raises:
+            InputError: As `submit`.
+            EngineBusyError: The queue is full.
+            DeadlineError: The deadline passed before it was run.
+            ModelError: The backend failed.
+            CudaError: The GPU failed.
+        """
+        return self.submit(batch, client=client, timeout_ms=timeout_ms).result()
+
+    async def infer_async(self, batch: NDArray[Any], *, client: Hashable = None, timeout_ms: float | None = None) -> Result:
+        """`infer` for a coroutine; a task that is cancelled takes its request out of the queue."""
+        return await asyncio.wrap_future(self.submit(batch, client=client, timeout_ms=timeout_ms))
+
+    def statistics(self) -> Statistics:
+        """What happened since it was opened."""
+        with self._changed:
+            waiting = self._queue.images
+        return self._recorder.snapshot(waiting)
+
+    def close(self, *, drain: bool = True) -> None:
+        """Lets no new request in and returns when the last batch is done; a second call waits, too.
+
+        Args:
+            drain: Whether those that wait are still run; else they are cancelled.
+        """
+        with self._changed:
+            self._closing = True
+            waiting = [] if drain else list(self._queue)
+            self._changed.notify_all()
+        for request in waiting:
+            request.future.cancel()
+        with self._changed:
+            self._changed.notify_all()
+        if self._process == os.getpid():
+            for thread in self._threads:
+                if thread is not threading.current_thread():  # called from a future's callback
+                    thread.join()
+
+    def __enter__(self) -> Batcher:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _check(self, batch: object, timeout_ms: float | None) -> NDArray[Any]:
+        images = self._runner.check(batch)
+        if len(images) > self._options.max_batch:
+            raise InputError(
+                f"batch: {len(images)} images are more than this batcher runs at once, {self._options.max_batch}",
+                remedy="call Engine.infer, which takes any number, or hand them in one by one",
+            )
+        if timeout_ms is not None and not (isinstance(timeout_ms, (int, float)) and timeout_ms > 0 and not math.isnan(timeout_ms)):
+            raise InputError(f"timeout_ms: expected a positive number of milliseconds, found {timeout_ms!r}", remedy="leave it out, or correct it")
+        return images
+
+    def _require_open(self) -> None:
+        if self._process != os.getpid():
+            raise InputError("this batcher was opened before a fork, and threads do not follow", remedy="open Engine and batcher in each worker")
+        if self._closing:
+            raise InputError("this batcher is closed", remedy="submit inside the with block and before close(), or open another")
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                now = self._clock()
+                expired, cancelled = self._queue.discard(now)
+                batch = self._queue.take(now, at_once=self._closing)
+                if not (batch or expired or cancelled):
+                    if self._closing:
+                        self._changed.notify_all()
+                        return
+                    wake = self._queue.wake_at()
+                    self._changed.wait(None if wake == math.inf else max(0.0, wake - now))
+                    continue
+                if batch and len(self._queue):
+                    self._changed.notify()  # another thread may have a batch, too
+            self._end(expired, cancelled)
+            if batch:
+                self._answer(batch)
+            del batch, expired, cancelled  # while this thread waits, it holds nobody's images
+
+    def _end(self, expired: Sequence[Request], cancelled: Sequence[Request]) -> None:
+        """Outside the lock: callbacks of futures run here, and may call anything."""
+        for request in expired:
+            if request.future.set_running_or_notify_cancel():
+                waited = (self._clock() - request.arrival) * 1e3
+                request.future.set_exception(
+                    DeadlineError(f"the request waited {waited:.0f} ms and its deadline passed", remedy="add Engines, or give a larger timeout_ms")
+                )
+        if expired or cancelled:
+            self._recorder.count("expired", len(expired))
+            self._recorder.count("cancelled", len(cancelled))
+
+    def _answer(self, batch: list[Request]) -> None:
+        start = self._clock()
+        try:
+            outputs = self._runner.run(_join([request.batch for request in batch]))
+        except BaseException as error:  # noqa: BLE001 - whoever waits must be told, whatever it was
+            self._recover(batch, error)
+            return
+        finish = self._clock()
+        self._recorder.answer_batch([r.images for r in batch], [start - r.arrival for r in batch], finish - start)
+        position = 0
+        for request in batch:
+            rows = slice(position, position + request.images)
+            position += request.images
+            # Copies, so that one caller does not hold the answers of all.
+            own = outputs if len(batch) == 1 else [output[rows].copy() for output in outputs]
+            request.future.set_result(self._runner.package(own))
+
+    def _recover(self, batch: list[Request], error: BaseException) -> None:
+        if len(batch) == 1:
+            self._recorder.count("failures")
+            batch[0].future.set_exception(error)
+            return
+        logger.warning("a batch of %d requests failed, each is run by itself: %s", len(batch), error)
+        for request in batch:
+            self._answer([request])
+
+
+def _join(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

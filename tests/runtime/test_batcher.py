@@ -1,0 +1,292 @@
+"""The batcher's threads: answers, failures, deadlines, back-pressure, closing; on fakes and on real Engines."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from repvgg_deploy.errors import DeadlineError, EngineBusyError, InputError, ModelError
+from repvgg_deploy.runtime.batcher import Batcher, BatchRunner
+from repvgg_deploy.runtime.batching import BatcherOptions
+from repvgg_deploy.runtime.engine import Engine, EngineOptions, TopK
+from tests.runtime.make_model import ModelOptions, make_onnx, random_batch
+
+PATIENCE = 60  # seconds until a test that hangs is given up; none waits so long
+
+
+class Model:
+    """Doubles numbers. `gate` holds it up, so that a test decides what waits."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.started = threading.Semaphore(0)
+        self.sizes: list[int] = []
+        self.fail: Callable[[np.ndarray], bool] = lambda batch: False
+
+    def check(self, batch: object) -> np.ndarray:
+        if not isinstance(batch, np.ndarray):
+            raise InputError("no array", remedy="give one")
+        return batch
+
+    def run(self, batch: np.ndarray) -> tuple[np.ndarray, ...]:
+        self.started.release()
+        assert self.gate.wait(PATIENCE)
+        self.sizes.append(len(batch))
+        if self.fail(batch):
+            raise ModelError("it broke", remedy="mend it")
+        return (batch * 2,)
+
+    def open(self, **options: object) -> Batcher:
+        return Batcher(BatchRunner(self.check, self.run, lambda outputs: outputs[0]), BatcherOptions(**options))
+
+
+def one(value: float) -> np.ndarray:
+    return np.full((1, 2), value, np.float32)
+
+
+def held(model: Model, batcher: Batcher) -> object:
+    """Holds the model up in a first batch, so that what comes now waits."""
+    model.gate.clear()
+    first = batcher.submit(one(-1))
+    assert model.started.acquire(timeout=PATIENCE)
+    return first
+
+
+def test_requests_that_wait_become_one_batch_and_each_gets_its_own_answer() -> None:
+    model = Model()
+    with model.open(max_batch=8, max_delay_ms=0) as batcher:
+        held(model, batcher)
+        futures = [batcher.submit(np.full((count, 2), count, np.float32)) for count in (1, 3, 2)]
+        model.gate.set()
+        for count, future in zip((1, 3, 2), futures, strict=True):
+            np.testing.assert_array_equal(future.result(PATIENCE), np.full((count, 2), 2 * count, np.float32))
+            assert future.result().base is None  # nobody holds the others' answers
+    assert model.sizes == [1, 6]
+    found = batcher.statistics()
+    assert (found.requests, found.images, found.batch_sizes, found.waiting) == (4, 7, {1: 1, 6: 1}, 0)
+    assert found.queue_ms.count == 4 and found.run_ms.count == 2
+
+
+def test_batch_that_fails_is_run_one_by_one_and_only_the_culprit_fails() -> None:
+    model = Model()
+    model.fail = lambda batch: bool((batch == 13).any())
+    with model.open(max_batch=8, max_delay_ms=0) as batcher:
+        held(model, batcher)
+        good, bad, fine = (batcher.submit(one(value)) for value in (1, 13, 2))
+        model.gate.set()
+        assert good.result(PATIENCE)[0, 0] == 2 and fine.result(PATIENCE)[0, 0] == 4
+        with pytest.raises(ModelError, match="it broke"):
+            bad.result(PATIENCE)
+        assert batcher.infer(one(3))[0, 0] == 6  # it goes on
+    assert batcher.statistics().failures == 1 and model.sizes[1] == 3
+
+
+def test_bad_request_is_refused_at_once_and_alone() -> None:
+    model = Model()
+    with model.open(max_batch=4) as batcher:
+        for wrong, match in (("text", "no array"), (np.zeros((5, 2), np.float32), "more than this batcher")):
+            with pytest.raises(InputError, match=match):
+                batcher.submit(wrong)
+        with pytest.raises(InputError, match="timeout_ms"):
+            batcher.submit(one(1), timeout_ms=-1)
+        assert batcher.infer(one(1))[0, 0] == 2
+
+
+def test_full_queue_pushes_back() -> None:
+    model = Model()
+    with model.open(max_batch=2, max_queue=2, max_delay_ms=0) as batcher:
+        held(model, batcher)
+        waiting = [batcher.submit(one(value)) for value in (1, 2)]
+        with pytest.raises(EngineBusyError, match="2 images wait already, and the queue holds 2"):
+            batcher.submit(one(3))
+        waiting[0].cancel()
+        third = batcher.submit(one(3))  # in the place of the cancelled one
+        assert batcher.statistics().refused == 1 and batcher.statistics().waiting == 2
+        model.gate.set()
+        assert third.result(PATIENCE)[0, 0] == 6
+    assert batcher.statistics().cancelled == 1
+
+
+def test_request_past_its_deadline_is_not_run() -> None:
+    model, now = Model(), [0.0]
+    batcher = Batcher(
+        BatchRunner(model.check, model.run, lambda outputs: outputs[0]), BatcherOptions(max_batch=4, max_delay_ms=0), clock=lambda: now[0]
+    )
+    with batcher:
+        held(model, batcher)
+        late, early, patient = batcher.submit(one(1), timeout_ms=50), batcher.submit(one(2), timeout_ms=500), batcher.submit(one(3))
+        now[0] = 0.1
+        model.gate.set()
+        with pytest.raises(DeadlineError, match="waited 100 ms"):
+            late.result(PATIENCE)
+        assert isinstance(late.exception(), TimeoutError)
+        assert early.result(PATIENCE)[0, 0] == 4 and patient.result(PATIENCE)[0, 0] == 6
+    assert model.sizes == [1, 2] and batcher.statistics().expired == 1
+
+
+@pytest.mark.parametrize("drain", [True, False])
+def test_close_drains_or_cancels_what_waits(drain: bool) -> None:
+    model = Model()
+    batcher = model.open(max_batch=2, max_delay_ms=1e6, max_queue=10)
+    futures = [batcher.submit(one(1))]  # waits for a second one, for a quarter of an hour
+    batcher.close(drain=drain)
+    if drain:
+        assert futures[0].result(0)[0, 0] == 2
+    else:
+        with pytest.raises(CancelledError):
+            futures[0].result(0)
+    with pytest.raises(InputError, match="closed"):
+        batcher.submit(one(1))
+    batcher.close()
+    assert batcher.closed and not any(thread.is_alive() for thread in batcher._threads)
+
+
+def test_callback_may_submit_again_and_close() -> None:
+    model = Model()
+    batcher = model.open(max_batch=2, max_delay_ms=0)
+    answers: list[float] = []
+    finished = threading.Event()
+
+    def again(future) -> None:
+        answers.append(float(future.result()[0, 0]))
+        if len(answers) < 3:
+            batcher.submit(future.result()).add_done_callback(again)
+        else:
+            batcher.close()
+            finished.set()
+
+    batcher.submit(one(1)).add_done_callback(again)
+    assert finished.wait(PATIENCE)
+    batcher.close()
+    assert answers == [2, 4, 8]
+
+
+def test_batcher_holds_no_images_while_it_waits() -> None:
+    model = Model()
+    with model.open(max_delay_ms=0) as batcher:
+        batch = one(1)
+        reference = weakref.ref(batch)
+        batcher.infer(batch)
+        batcher.infer(one(2))  # the thread has come round
+        del batch
+        gc.collect()
+        assert reference() is None
+
+
+def test_64_threads_get_each_their_own_answer() -> None:
+    model = Model()
+    with model.open(max_batch=32, max_delay_ms=1, max_queue=1000, concurrency=2) as batcher, ThreadPoolExecutor(64) as pool:
+        futures = [pool.submit(batcher.infer, one(value), client=value % 7) for value in range(2000)]
+        assert [float(future.result(PATIENCE)[0, 0]) for future in futures] == [2.0 * value for value in range(2000)]
+    found = batcher.statistics()
+    assert found.requests == 2000 and found.failures == 0 and max(model.sizes) <= 32
+    assert sum(size * count for size, count in found.batch_sizes.items()) == 2000
+
+
+def test_coroutines_share_batches_and_a_cancelled_task_is_not_run() -> None:
+    model = Model()
+
+    async def serve(batcher: Batcher) -> None:
+        held(model, batcher)
+        tasks = [asyncio.ensure_future(batcher.infer_async(one(value))) for value in range(4)]
+        await asyncio.sleep(0)
+        tasks[2].cancel()
+        await asyncio.sleep(0)
+        model.gate.set()
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        assert isinstance(found[2], asyncio.CancelledError)
+        assert [float(found[index][0, 0]) for index in (0, 1, 3)] == [0, 2, 6]
+
+    with model.open(max_batch=8, max_delay_ms=0) as batcher:
+        asyncio.run(serve(batcher))
+    assert model.sizes == [1, 3]
+
+
+@pytest.mark.parametrize("options", [ModelOptions(), ModelOptions(kind="top5"), ModelOptions(uint8=True), ModelOptions(batch=4)])
+def test_engine_batcher_answers_as_infer_does(tmp_path: Path, options: ModelOptions) -> None:
+    with Engine(make_onnx(tmp_path / "m.onnx", options)) as engine, engine.batcher(max_batch=8, max_delay_ms=1) as batcher:
+        batches = [random_batch(options, count, seed=count) for count in (1, 2, 3, 1, 5)]
+        futures = [batcher.submit(batch) for batch in batches]
+        for batch, future in zip(batches, futures, strict=True):
+            found, expected = future.result(PATIENCE), engine.infer(batch)
+            if isinstance(expected, TopK):
+                np.testing.assert_array_equal(found.classes, expected.classes)
+                found, expected = found.scores, expected.scores
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)  # another batch size may sum in another order
+        with pytest.raises(InputError):
+            batcher.submit(batches[0][0])
+
+
+def test_engine_submit_and_infer_async_answer_as_infer_does(tmp_path: Path) -> None:
+    options = ModelOptions()
+    with Engine(make_onnx(tmp_path / "m.onnx", options)) as engine:
+        batch = random_batch(options, 3)
+        expected = engine.infer(batch)
+        np.testing.assert_array_equal(engine.submit(batch).result(PATIENCE), expected)
+        np.testing.assert_array_equal(asyncio.run(engine.infer_async(batch)), expected)
+        with pytest.raises(InputError):
+            engine.submit(batch[0])
+        found = engine.statistics()
+        assert (found.requests, found.images, found.batch_sizes) == (3, 9, {3: 3}) and found.queue_ms.count == 2
+
+
+class SlowBackend:
+    """Waits for a gate."""
+
+    name = "slow"
+
+    def __init__(self, backend) -> None:
+        self.backend, self.gate, self.started, self.closed = backend, threading.Event(), threading.Semaphore(0), 0
+
+    def run(self, batch):
+        self.started.release()
+        assert self.gate.wait(PATIENCE)
+        return self.backend.run(batch)
+
+    def close(self) -> None:
+        self.closed += 1
+        self.backend.close()
+
+
+def test_submitted_batches_are_bounded_and_survive_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from repvgg_deploy.runtime import engine as module
+
+    made: list[SlowBackend] = []
+    opened = module.open_backend
+
+    def open_slowly(*args, **named) -> SlowBackend:
+        made.append(SlowBackend(opened(*args, **named)))
+        return made[-1]
+
+    monkeypatch.setattr(module, "open_backend", open_slowly)
+    options = ModelOptions()
+    engine = Engine(make_onnx(tmp_path / "m.onnx", options), options=EngineOptions(workers=1, max_pending=2))
+    slow = made[0]
+    batch = random_batch(options, 2)
+    futures = [engine.submit(batch)]
+    assert slow.started.acquire(timeout=PATIENCE)
+    futures += [engine.submit(batch), engine.submit(batch)]
+    assert engine.statistics().waiting == 2
+    with pytest.raises(EngineBusyError, match="no more may"):
+        engine.submit(batch)
+    assert futures[1].cancel()
+    engine.close()
+    with pytest.raises(InputError, match="closed"):
+        engine.submit(batch)
+    assert slow.closed == 0  # what was handed in before is still run
+    slow.gate.set()
+    wait(futures, PATIENCE)
+    assert futures[0].result().shape == futures[2].result().shape == (2, 7)
+    for thread in threading.enumerate():
+        if thread.name.startswith("repvgg-engine"):
+            thread.join(PATIENCE)
+    assert slow.closed == 1

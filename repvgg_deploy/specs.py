@@ -346,6 +346,9 @@ class PlanPassport:
         driver_version: None where there was no driver.
         build_seconds: Wall time of the build.
         history: The ONNX's own, extended by the build.
+        precision_shares: By precision, the share of multiply-accumulates that the layer inspector saw compute in it, 0 to 1; empty where it
+            could not look.
+        platform: Where it was built, such as `linux-x86_64`: plans do not cross platforms.
     """
 
     schema: Literal[1]
@@ -362,6 +365,8 @@ class PlanPassport:
     driver_version: str | None
     build_seconds: float
     history: tuple[HistoryEntry, ...] = ()
+    precision_shares: dict[str, float] = field(default_factory=dict)
+    platform: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

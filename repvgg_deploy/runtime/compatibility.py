@@ -1,0 +1,201 @@
+"""Whether a plan can run in an environment, judged from its passport: without a GPU, and before TensorRT sees a byte. Standard library only.
+
+Sources: the support matrix and the engine compatibility pages of TensorRT 8.6 to 11.4 (https://docs.nvidia.com/deeplearning/tensorrt) and of
+TensorRT-RTX (https://docs.nvidia.com/deeplearning/tensorrt-rtx).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..specs import PlanPassport
+from .gpus import JETSON
+
+Flavour = Literal["tensorrt", "tensorrt_rtx"]
+FLAVOURS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
+_LATER_MAJOR = {8: 10, 10: 11}  # version-compatible plans may cross from one major version to this other one, no further
+_REBUILD = "build it again there from its ONNX"
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """Where a plan is to run; None is what is not known, and is not judged.
+
+    Attributes:
+        flavour: `tensorrt` or `tensorrt_rtx`.
+        tensorrt_version: Such as `10.9.0.34`; a part of it (`10.9`) is compared as far as it goes.
+        gpu_name: Such as `NVIDIA A10`.
+        compute_capability: Such as `8.6`.
+        driver_version: Such as `580.95.05`.
+        platform: Such as `linux-x86_64`.
+    """
+
+    flavour: Flavour | None
+    tensorrt_version: str | None
+    gpu_name: str | None
+    compute_capability: str | None
+    driver_version: str | None
+    platform: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Compatible:
+    """The plan will run, as far as is known.
+
+    Attributes:
+        warnings: What speaks against it without forbidding it, or was not judged.
+    """
+
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Incompatible:
+    """The plan will not run.
+
+    Attributes:
+        reason: What the plan needs and what is there.
+        remedy: What to do.
+    """
+
+    reason: str
+    remedy: str
+
+
+@dataclass(slots=True)
+class _Case:
+    passport: PlanPassport
+    environment: Environment
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def library(self) -> str:
+        return FLAVOURS[self.passport.flavour]
+
+
+def judge_plan(passport: PlanPassport, environment: Environment) -> Compatible | Incompatible:
+    """Compares what a plan was built for with where it is to run."""
+    case = _Case(passport, environment)
+    rules: tuple[Callable[[_Case], Incompatible | None], ...] = (_judge_flavour, _judge_platform, _judge_version, _judge_gpu)
+    for rule in rules:
+        found = rule(case)
+        if found is not None:
+            return found
+    _judge_driver(case)
+    return Compatible(tuple(case.warnings))
+
+
+def parse_version(text: str) -> tuple[int, ...]:
+    """The numbers of a version, up to the first part that is none: `10.9.0.34` → (10, 9, 0, 34)."""
+    numbers = []
+    for part in re.split(r"[.+-]", text):
+        if not (part.isascii() and part.isdecimal()):
+            break
+        numbers.append(int(part))
+    return tuple(numbers)
+
+
+def _judge_flavour(case: _Case) -> Incompatible | None:
+    wanted, found = case.passport.flavour, case.environment.flavour
+    if found is None or found == wanted:
+        return None
+    return Incompatible(
+        f"the plan is of {FLAVOURS[wanted]}, and here is {FLAVOURS[found]}: neither reads the other's plans",
+        f"run it with {FLAVOURS[wanted]}, or build it again with --backend {'rtx' if found == 'tensorrt_rtx' else 'tensorrt'}",
+    )
+
+
+def _judge_platform(case: _Case) -> Incompatible | None:
+    wanted, found = case.passport.platform, case.environment.platform
+    if wanted is None or found is None or wanted == found:
+        return None
+    return Incompatible(f"the plan was built on {wanted}, and here is {found}: plans do not cross platforms", _REBUILD)
+
+
+def _judge_version(case: _Case) -> Incompatible | None:
+    wanted, found = case.passport.tensorrt_version, case.environment.tensorrt_version
+    if found is None:
+        case.warnings.append(f"the version of {case.library} was not judged: the plan is of {wanted}")
+        return None
+    built, here = parse_version(wanted), parse_version(found)
+    if built == here:
+        return None
+    if here == built[: len(here)]:
+        case.warnings.append(f"{case.library} {found} is only a part of a version: the plan needs {_needed(case)}")
+        return None
+    if case.passport.config.version_compatible and case.passport.flavour == "tensorrt":
+        return _judge_compatible_version(case, built, here)
+    remedy = f"install {case.library} {wanted} there, or {_REBUILD}"
+    if case.passport.flavour == "tensorrt" and here > built:
+        remedy += "; --version-compatible makes plans that later versions of the same major version run, too"
+    return Incompatible(f"the plan was built with {case.library} {wanted}, and {found} runs plans of its own version only", remedy)
+
+
+def _needed(case: _Case) -> str:
+    flexible = case.passport.config.version_compatible and case.passport.flavour == "tensorrt"
+    return f"{case.passport.tensorrt_version}{' or later' if flexible else ' exactly'}"
+
+
+def _judge_compatible_version(case: _Case, built: tuple[int, ...], here: tuple[int, ...]) -> Incompatible | None:
+    wanted, found = case.passport.tensorrt_version, case.environment.tensorrt_version
+    if here[0] == built[0] and here > built[: len(here)]:
+        return None
+    if _LATER_MAJOR.get(built[0]) == here[0]:
+        case.warnings.append(f"a version-compatible plan of {wanted} on {found} crosses a major version: read the known issues of {found}'s release")
+        return None
+    return Incompatible(
+        f"the plan is version-compatible from {case.library} {wanted} on, and {found} is {'older' if here < built else 'too far ahead'}",
+        f"install {case.library} {wanted} or a later {built[0]}.x there, or {_REBUILD}",
+    )
+
+
+def _judge_gpu(case: _Case) -> Incompatible | None:
+    passport, found = case.passport, case.environment.compute_capability
+    wanted = ", ".join(passport.compute_capabilities)
+    if found is None:
+        case.warnings.append(f"the GPU was not judged: the plan is for compute capability {wanted or 'unknown'}")
+        return None
+    if found in passport.compute_capabilities:
+        _compare_names(case)
+        return None
+    name = f"{case.environment.gpu_name} (compute capability {found})" if case.environment.gpu_name else f"a GPU of compute capability {found}"
+    if passport.flavour == "tensorrt_rtx":
+        remedy = f"build it again with --target sm_{found.replace('.', '')}, if TensorRT-RTX supports that, or with --backend tensorrt"
+        return Incompatible(f"the plan is for compute capability {wanted}, and here is {name}", remedy)
+    if passport.config.hardware_compatible:
+        return _judge_compatible_hardware(case, name)
+    remedy = f"{_REBUILD}; --hardware-compatible makes plans that run on every GPU from Ampere (8.0) on, if slower"
+    built_on = f" ({passport.gpu_name})" if passport.gpu_name else ""
+    return Incompatible(f"the plan is for compute capability {wanted}{built_on}, and here is {name}", remedy)
+
+
+def _judge_compatible_hardware(case: _Case, name: str) -> Incompatible | None:
+    found = case.environment.compute_capability or ""
+    if found in JETSON:
+        return Incompatible(f"here is {name}, and hardware compatibility does not reach Jetson and DRIVE boards", _REBUILD)
+    if parse_version(found) < (8, 0):
+        return Incompatible(f"the plan runs on every GPU from Ampere (8.0) on, and here is {name}", _REBUILD)
+    return None
+
+
+def _compare_names(case: _Case) -> None:
+    built, here = case.passport.gpu_name, case.environment.gpu_name
+    if case.passport.flavour == "tensorrt_rtx" or case.passport.config.hardware_compatible or not built or not here:
+        return
+    if _model(here) != _model(built):
+        case.warnings.append(f"the plan was tuned on {built}: on {here} it may be slower than one built there, or need more memory than there is")
+
+
+def _model(name: str) -> list[str]:
+    """The words that tell one model from another: `NVIDIA A100-SXM4-80GB` → `a100`."""
+    words = re.split(r"[^a-z0-9]+", name.lower())
+    return [word for word in words if not re.fullmatch(r"|nvidia|geforce|tesla|jetson|laptop|gpu|sxm\d?|pcie|nvl|hbm\w+|\d+g[bi]?b?", word)]
+
+
+def _judge_driver(case: _Case) -> None:
+    built, here = case.passport.driver_version, case.environment.driver_version
+    if built and here and parse_version(here)[:1] < parse_version(built)[:1]:
+        case.warnings.append(f"the driver {here} is older than {built}, with which the plan was built")

@@ -1,0 +1,63 @@
+"""The passport of a plan: `NAME.plan.json` beside `NAME.plan`. Standard library only.
+
+Nothing is put into a plan, which trtexec and Triton must still load; so what is known of it stands beside it, bound to its bytes by SHA-256.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .. import codec
+from ..errors import InputError, PlanError
+from ..specs import PlanPassport
+
+_LARGEST_BYTES = 64 << 20  # labels of 21,000 classes are 1 MB; what is larger is no passport
+_REBUILD = "build the plan again with repvgg-trt build, or copy it again together with its .json"
+
+
+def passport_path(plan: Path) -> Path:
+    """Where the passport of a plan stands: `b2.plan.json` for `b2.plan`."""
+    return plan.with_name(f"{plan.name}.json")
+
+
+def read_passport(plan: Path) -> PlanPassport | None:
+    """The passport beside a plan, or None where none is there.
+
+    Raises:
+        PlanError: It cannot be read, or is not a passport of this version.
+    """
+    path = passport_path(plan)
+    try:
+        with path.open("rb") as file:
+            data = file.read(_LARGEST_BYTES + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise PlanError(f"{path}: cannot be read: {error.strerror}", remedy="check that it is a file that you may read") from error
+    if len(data) > _LARGEST_BYTES:
+        raise PlanError(f"{path}: not a passport: larger than {_LARGEST_BYTES >> 20} MiB", remedy=_REBUILD)
+    try:
+        return codec.loads(PlanPassport, data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise PlanError(f"{path}: not a passport: not UTF-8", remedy=_REBUILD) from error
+    except InputError as error:
+        raise PlanError(f"{path}: damaged, or of another version of repvgg-deploy: {error.message}", remedy=_REBUILD) from error
+
+
+def require_unchanged(plan: Path, content_sha256: str, passport: PlanPassport) -> None:
+    """Refuses a plan that is not the one its passport speaks of.
+
+    Args:
+        plan: For the message.
+        content_sha256: Of the bytes that are to be loaded.
+        passport: What `read_passport` gave.
+
+    Raises:
+        PlanError: They differ.
+    """
+    if content_sha256 != passport.plan_sha256:
+        raise PlanError(
+            f"{plan}: is not the plan of its passport {passport_path(plan).name}: expected sha256 {passport.plan_sha256[:16]}…, "
+            f"found {content_sha256[:16]}…: truncated, changed, or replaced without its passport",
+            remedy=_REBUILD,
+        )

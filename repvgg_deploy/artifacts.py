@@ -140,6 +140,22 @@ def explain_os_errors(target: Path) -> Iterator[None]:
         raise ArtifactError(f"{target}: cannot be written: {error.strerror or error}", remedy=remedy) from error
 
 
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Lets one process at a time into the block, by a lock file beside `path` that stays; others wait. The lock goes with its process.
+
+    Raises:
+        ArtifactError: The folder is missing or not writable.
+    """
+    import fcntl
+
+    with explain_os_errors(path):
+        file = path.with_name(f".{path.name}.lock").open("ab")
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def sha256_file(path: Path) -> str:
     """Hexadecimal SHA-256 of a file.
 

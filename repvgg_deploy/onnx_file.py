@@ -23,6 +23,7 @@ from .specs import METADATA_KEY, ModelMetadata
 
 _GRAPH, _METADATA_PROPS, _OPSET_IMPORT = 7, 14, 8
 _NODE, _INITIALIZER, _RAW_DATA = 1, 5, 9
+_ATTRIBUTE, _ATTRIBUTE_NAME, _ATTRIBUTE_INTEGER = 5, 1, 3
 _CHUNK_BYTES = 1 << 20
 _TYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 10: "float16", 11: "float64"}
 _DIGEST_FIELD = re.compile(r'"content_sha256":"[0-9a-f]*"')  # inside a JSON string the quotes would be escaped
@@ -40,6 +41,7 @@ class NodeSummary:
         inputs: Names of its inputs.
         outputs: Names of its outputs.
         weight_shape: Shape of its second input, if that is an initializer.
+        integers: Its attributes that are one whole number, not negative, such as `to` of a Cast.
     """
 
     op_type: str
@@ -47,6 +49,7 @@ class NodeSummary:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     weight_shape: tuple[int, ...] | None
+    integers: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,11 +251,24 @@ def _tensor_type(buffer: memoryview, field: wire.Field) -> str:
 
 def _node(buffer: memoryview, field: wire.Field, initializers: dict[str, tuple[int, ...]]) -> NodeSummary:
     texts: dict[int, list[str]] = {1: [], 2: [], 3: [], 4: []}
+    integers: dict[str, int] = {}
     for inner in wire.walk(buffer, field.payload, field.end):
         if inner.number in texts and inner.wire_type == wire.BYTES:
             texts[inner.number].append(_text(buffer, inner))
+        elif inner.number == _ATTRIBUTE and inner.wire_type == wire.BYTES:
+            integers |= _integer_attribute(buffer, inner)
     weight = initializers.get(texts[1][1]) if len(texts[1]) > 1 else None
-    return NodeSummary("".join(texts[4]), "".join(texts[3]), tuple(texts[1]), tuple(texts[2]), weight)
+    return NodeSummary("".join(texts[4]), "".join(texts[3]), tuple(texts[1]), tuple(texts[2]), weight, integers)
+
+
+def _integer_attribute(buffer: memoryview, field: wire.Field) -> dict[str, int]:
+    name, value = "", None
+    for inner in wire.walk(buffer, field.payload, field.end):
+        if inner.number == _ATTRIBUTE_NAME and inner.wire_type == wire.BYTES:
+            name = _text(buffer, inner)
+        elif inner.number == _ATTRIBUTE_INTEGER and inner.wire_type == wire.VARINT:
+            value = inner.value
+    return {} if value is None or value >> 63 else {name: value}
 
 
 def _opset(buffer: memoryview, field: wire.Field) -> int:

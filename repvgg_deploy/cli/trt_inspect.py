@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import codec
+from ..graph_precision import WeightedNode, count_weights, describe_shares, precision_of, share_by_precision, weighted_nodes
 from ..onnx_file import GraphSummary, read_graph
 from ..runtime.model_files import as_path, read_model
 from ..specs import Certificate, ModelMetadata, ModelSpec, TensorSpec, VariantSpec
 from .common import Output
-from .graph_precision import WeightedNode, count_weights, describe_shares, precision_of, share_by_precision, weighted_nodes
 from .tables import format_pairs, format_table
 
 _FEW_LABELS = 3

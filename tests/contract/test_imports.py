@@ -22,6 +22,7 @@ RANKS = {
     "image_files": 3,
     "artifacts": 3,
     "onnx_file": 3,
+    "graph_precision": 4,
     "specs_io": 3,
     "zoo": 3,
     "class_index": 3,

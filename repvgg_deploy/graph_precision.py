@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
-from ..onnx_file import GraphSummary
+from .onnx_file import GraphSummary
 
 _NAMES = {"float32": "fp32", "float16": "fp16", "int8": "int8"}
 _ORDER = ("int8", "fp16", "fp32")
@@ -43,6 +44,12 @@ def weighted_nodes(graph: GraphSummary) -> tuple[WeightedNode, ...]:
         kind = graph.types.get(weight, "unknown")
         result.append(WeightedNode(node.name or node.outputs[0], node.op_type, graph.initializers.get(weight), _NAMES.get(kind, kind)))
     return tuple(result)
+
+
+def graph_precision(nodes: Iterable[WeightedNode]) -> Literal["fp32", "fp16", "int8"]:
+    """What a graph is typed as: the lowest precision that any of its layers computes in."""
+    found = {node.precision for node in nodes}
+    return "int8" if "int8" in found else "fp16" if "fp16" in found else "fp32"
 
 
 def precision_of(row: str, nodes: Iterable[WeightedNode]) -> str | None:

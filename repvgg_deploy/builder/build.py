@@ -1,0 +1,229 @@
+"""One build: typed ONNX bytes → plan, inspected where a GPU is there to do so."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import BuildError, CudaError
+from ..graph_precision import weighted_nodes
+from ..onnx_file import GraphSummary
+from ..specs import BuildConfig, ModelSpec
+from .library import Library
+from .monitor import Report, make_monitor, run_cancellable
+from .network import add_profile, output_types, parse, require_expected_tensors, tensor_shapes
+from .precision_check import PrecisionReport, WeightedLayer, measure, read_layers, require_honest
+from .recipes import Typing, configure, constrain_layers, create_network, has_timing_cache, require_options, require_typing, rtx_targets
+from .timing_cache import TimingFile
+from .trt_log import find_nodes, make_trt_logger, quote
+
+logger = logging.getLogger(__name__)
+
+_REMEDIES = (
+    (("out of memory", "outofmemory", "alloc", "insufficient memory"), "give a smaller --max-batch or --workspace, or free memory of the GPU"),
+    (("insufficient workspace", "workspace"), "give a larger --workspace, such as 8GiB"),
+    (
+        ("cuda initialization", "cuinit", "no cuda-capable", "driver"),
+        "look at nvidia-smi: a GPU and a driver new enough for this TensorRT are needed",
+    ),
+    (("unsupported sm", "compute capability", "target gpu"), "use a TensorRT that supports this GPU, or another --target"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """The GPU that a build runs on."""
+
+    name: str
+    compute_capability: str
+    driver_version: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BuildJob:
+    """What to build.
+
+    Attributes:
+        data: The typed ONNX.
+        graph: Of it.
+        spec: Of it.
+        typing: Of it.
+        config: What is asked for; its profile suits the graph.
+        targets: Compute capabilities, of TensorRT-RTX; empty for its default.
+        gpu: None where there is none.
+        timing: File of the timing cache, or None for no cache.
+    """
+
+    data: bytes
+    graph: GraphSummary
+    spec: ModelSpec
+    typing: Typing
+    config: BuildConfig
+    targets: tuple[str, ...] = ()
+    gpu: Gpu | None = None
+    timing: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BuiltPlan:
+    """A plan in memory.
+
+    Attributes:
+        data: Its bytes, as a buffer that TensorRT owns.
+        output_types: Number type of each output.
+        report: What it computes in; None where there was no GPU to ask.
+        seconds: By stage.
+        timing_bytes: Size of the timing cache that was used; 0 for none.
+        weighted: The layers that `report` is about.
+    """
+
+    data: Any
+    output_types: dict[str, str]
+    report: PrecisionReport | None
+    seconds: dict[str, float]
+    timing_bytes: int
+    weighted: tuple[WeightedLayer, ...]
+
+
+@dataclass(slots=True)
+class _Work:
+    library: Library
+    job: BuildJob
+    report: Report | None
+    cancelled: threading.Event
+    seconds: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+
+    def mark(self, stage: str) -> None:
+        now = time.monotonic()
+        self.seconds[stage], self.started = now - self.started, now
+
+
+def build(library: Library, job: BuildJob, *, report: Report | None = None) -> BuiltPlan:
+    """Builds a plan. Ctrl-C stops it; nothing is written but the timing cache.
+
+    Args:
+        library: Which TensorRT.
+        job: See `BuildJob`.
+        report: Called with what is being done and the share done, 0 to 1, in a thread of its own.
+
+    Raises:
+        BuildError: TensorRT refuses the graph or an option, fails, or has built a plan that computes in a wider type than the graph says.
+        CudaError: TensorRT needs a GPU, and there is none.
+        ArtifactError: The timing cache cannot be written.
+    """
+    require_options(library, job.config, job.targets)
+    require_typing(library, job.typing, job.graph.opset)
+    if job.gpu is None and not library.is_rtx:
+        raise CudaError(
+            f"{library.name} builds on the GPU that the plan is for, and there is none here",
+            remedy="build on that machine; or build with --backend rtx, which needs no GPU, for TensorRT-RTX",
+        )
+    cancelled = threading.Event()
+    work = _Work(library, job, report, cancelled)
+    return run_cancellable(library, lambda: _build(work), cancelled)
+
+
+def _build(work: _Work) -> BuiltPlan:
+    library, job = work.library, work.job
+    trt_logger = make_trt_logger(library.trt)
+    builder = _create_builder(library, trt_logger)
+    network = create_network(library, builder)
+    parser = parse(library, network, trt_logger=trt_logger, data=job.data, graph=job.graph)
+    require_expected_tensors(network, job.spec)
+    weighted = _weigh(job.graph, tensor_shapes(network))
+    settings = builder.create_builder_config()
+    configure(library, settings, job.config, job.typing, targets=rtx_targets(library, job.targets) if library.is_rtx and job.targets else ())
+    constrain_layers(library, network, job.typing)
+    add_profile(builder, settings, job.spec, job.config.profile)
+    timing = TimingFile(job.timing) if job.timing is not None and has_timing_cache(library) else None
+    if timing is not None:
+        timing.load(settings)
+    monitor = make_monitor(library.trt, work.report, work.cancelled)
+    if monitor is not None:
+        settings.progress_monitor = monitor
+    work.mark("parse")
+    plan = builder.build_serialized_network(network, settings)
+    if plan is None:
+        raise _failure(work, trt_logger.errors)
+    work.mark("build")
+    if timing is not None:
+        timing.store(settings)
+    types = output_types(library, network)
+    del parser  # it owns the weights that the network refers to, until here
+    found = _inspect(work, trt_logger, plan, weighted)
+    return BuiltPlan(plan, types, found, work.seconds, timing.bytes_before if timing is not None else 0, weighted)
+
+
+def _create_builder(library: Library, trt_logger: Any) -> Any:
+    try:
+        builder = library.trt.Builder(trt_logger)
+    except (TypeError, RuntimeError) as error:  # how the bindings say that C++ gave no object
+        raise _no_builder(library, trt_logger) from error
+    if builder is None:
+        raise _no_builder(library, trt_logger)
+    return builder
+
+
+def _no_builder(library: Library, trt_logger: Any) -> CudaError:
+    return CudaError(
+        f"{library.name} cannot start its builder:{quote(trt_logger.errors)}",
+        remedy="look at nvidia-smi: TensorRT builds on a GPU, with a driver new enough for it; --backend rtx builds without one",
+    )
+
+
+def _failure(work: _Work, errors: list[str]) -> BuildError:
+    if work.cancelled.is_set():
+        return BuildError("the build was stopped", remedy="start it again")
+    nodes = find_nodes(errors, [node.name for node in work.job.graph.nodes])
+    where = f" at {', '.join(nodes[:3])}" if nodes else ""
+    text = " ".join(errors).lower()
+    remedy = next((remedy for words, remedy in _REMEDIES if any(word in text for word in words)), "run it again with -vv for TensorRT's whole log")
+    return BuildError(f"{work.library.name} could not build the plan{where}:{quote(errors)}", remedy=remedy)
+
+
+def _weigh(graph: GraphSummary, shapes: dict[str, tuple[int, ...]]) -> tuple[WeightedLayer, ...]:
+    outputs = {node.name or node.outputs[0]: node.outputs[0] for node in graph.nodes}
+    result = []
+    for node in weighted_nodes(graph):
+        macs = 1
+        for size in node.weight_shape or ():
+            macs *= size
+        place = shapes.get(outputs[node.name], ())[2:] if node.op_type == "Conv" else ()
+        for size in place:
+            macs *= max(size, 1)
+        result.append(WeightedLayer(node.name, node.precision, macs))
+    return tuple(result)
+
+
+def _inspect(work: _Work, trt_logger: Any, plan: Any, weighted: tuple[WeightedLayer, ...]) -> PrecisionReport | None:
+    library, job = work.library, work.job
+    if job.gpu is None or (library.is_rtx and job.gpu.compute_capability not in rtx_targets(library, job.targets)):
+        return None
+    trt = library.trt
+    runtime = trt.Runtime(trt_logger)
+    if job.config.version_compatible:
+        runtime.engine_host_code_allowed = True
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise BuildError(f"{library.name} cannot load the plan that it has just built:{quote(trt_logger.errors)}", remedy=_REMEDIES[0][1])
+    report = measure(read_layers(_describe(trt, engine, job)), weighted)
+    if not report.inspected:
+        logger.warning("the layer inspector gave the precision of %.0f %% of the multiply-accumulates only: it is not judged", 100 * report.seen)
+        return None
+    require_honest(report, library.name)
+    work.mark("inspect")
+    return report
+
+
+def _describe(trt: Any, engine: Any, job: BuildJob) -> str:
+    inspector = engine.create_engine_inspector()
+    context = engine.create_execution_context()
+    if context is not None:  # with it the inspector knows formats that depend on the batch
+        context.set_input_shape(job.spec.input.name, (job.config.profile.opt_batch, *job.spec.input.shape[1:]))
+        inspector.execution_context = context
+    return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))

@@ -1,0 +1,108 @@
+"""Which TensorRT is installed, and whether plans can be built with it."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..errors import BuildError, InputError, MissingDependencyError
+
+logger = logging.getLogger(__name__)
+
+Flavour = Literal["tensorrt", "tensorrt_rtx"]
+BackendChoice = Literal["auto", "tensorrt", "rtx"]
+NAMES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
+_MODULES: dict[str, tuple[Flavour, ...]] = {"auto": ("tensorrt", "tensorrt_rtx"), "tensorrt": ("tensorrt",), "rtx": ("tensorrt_rtx",)}
+_EXTRAS = {"tensorrt": "pip install 'repvgg-deploy[tensorrt]'", "tensorrt_rtx": "pip install 'repvgg-deploy[rtx]'"}
+_NEWEST = {"tensorrt": 11, "tensorrt_rtx": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """An imported TensorRT or TensorRT-RTX.
+
+    Attributes:
+        flavour: Which of the two.
+        trt: The module.
+        version: Such as `10.9.0.34`.
+    """
+
+    flavour: Flavour
+    trt: Any
+    version: str
+
+    @property
+    def name(self) -> str:
+        """For people: `TensorRT 10.9.0.34`."""
+        return f"{NAMES[self.flavour]} {self.version}"
+
+    @property
+    def is_rtx(self) -> bool:
+        """Whether it is TensorRT-RTX."""
+        return self.flavour == "tensorrt_rtx"
+
+    @property
+    def number(self) -> tuple[int, int]:
+        """Major and minor version."""
+        major, minor, *_ = (*(int(part) if part.isdecimal() else 0 for part in self.version.split(".")), 0, 0)
+        return major, minor
+
+
+def open_library(backend: BackendChoice) -> Library:
+    """Imports TensorRT.
+
+    Args:
+        backend: `tensorrt`, `rtx`, or `auto`: TensorRT where it is installed, else TensorRT-RTX.
+
+    Raises:
+        MissingDependencyError: It is not installed, or cannot be imported.
+        BuildError: Its version is one that plans are not built with.
+        InputError: No such backend.
+    """
+    if backend not in _MODULES:
+        raise InputError(f"no backend is named {backend!r}", remedy="give --backend auto, tensorrt or rtx")
+    for flavour in _MODULES[backend]:
+        trt = _import(flavour)
+        if trt is not None:
+            library = Library(flavour, trt, str(trt.__version__))
+            _require_version(library)
+            return library
+    wanted = " nor ".join(NAMES[flavour] for flavour in _MODULES[backend])
+    raise MissingDependencyError(
+        f"no plan can be built: {'neither ' if backend == 'auto' else ''}{wanted} is {'' if backend == 'auto' else 'not '}installed",
+        remedy=", or ".join(f"{_EXTRAS[flavour]} ({NAMES[flavour]})" for flavour in _MODULES[backend]),
+    )
+
+
+def _import(flavour: Flavour) -> Any:
+    try:
+        return importlib.import_module(flavour)
+    except ModuleNotFoundError as error:
+        if error.name == flavour:
+            return None
+        raise _broken(flavour, error) from error
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        raise _broken(flavour, error) from error
+
+
+def _broken(flavour: Flavour, error: Exception) -> MissingDependencyError:
+    other = "rtx" if flavour == "tensorrt" else "tensorrt"
+    return MissingDependencyError(
+        f"{NAMES[flavour]} is installed but cannot be imported: {' '.join(str(error).split())}",
+        remedy=f"install it again with {_EXTRAS[flavour]}, so that its libraries match its bindings; or build with --backend {other}",
+    )
+
+
+def _require_version(library: Library) -> None:
+    number = library.number
+    if library.is_rtx:
+        if number < (1, 0):
+            raise BuildError(f"{library.name} is not supported: expected TensorRT-RTX 1.x", remedy=_EXTRAS["tensorrt_rtx"])
+    elif number < (8, 5) or number[0] == 9:
+        raise BuildError(f"{library.name} is not supported: expected 8.5, 8.6, 10.x or 11.x", remedy="install TensorRT 10.3 or later")
+    elif number == (10, 2):
+        raise BuildError(f"{library.name} is known to be broken", remedy="install TensorRT 10.3 or later, or stay with 10.1")
+    if number[0] > _NEWEST[library.flavour]:
+        logger.warning("%s is newer than what this version was made for: it is used as %d.x", library.name, _NEWEST[library.flavour])

@@ -1,0 +1,127 @@
+"""How far a build is, and how it is stopped: TensorRT's IProgressMonitor, from version 10 on, and a thread that can be waited for."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from .library import Library
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Report = Callable[[str, float], None]
+"""Called with what is being done and the share that is done, 0 to 1, never less than before."""
+_WAIT_SECONDS = 0.05
+
+
+class PhaseTree:
+    """Phases inside phases, as TensorRT announces them, and what share of the whole is done.
+
+    A phase runs during one step of its parent; it is counted as that step's part.
+    """
+
+    def __init__(self) -> None:
+        self._steps: dict[str, tuple[str | None, int, int]] = {}  # by name: parent, steps, steps done
+        self._highest = 0.0
+
+    def start(self, name: str, parent: str | None, steps: int) -> None:
+        """A phase begins."""
+        self._steps[name] = (parent, max(steps, 1), 0)
+
+    def step(self, name: str, index: int) -> None:
+        """Step `index` of a phase, counted from 0, is done."""
+        if name in self._steps:
+            parent, steps, _ = self._steps[name]
+            self._steps[name] = (parent, steps, min(index + 1, steps))
+
+    def finish(self, name: str) -> None:
+        """A phase ends."""
+        if name in self._steps and self._steps[name][0] is not None:
+            del self._steps[name]
+
+    def share(self) -> float:
+        """What is done of the outermost phase, 0 to 1; it never falls."""
+        outermost = [name for name, (parent, _, _) in self._steps.items() if parent is None]
+        self._highest = max(self._highest, max((self._share(name, 0) for name in outermost), default=0.0))
+        return min(self._highest, 1.0)
+
+    def _share(self, name: str, depth: int) -> float:
+        _, steps, done = self._steps[name]
+        inner = [child for child, (parent, _, _) in self._steps.items() if parent == name and child != name]
+        part = max((self._share(child, depth + 1) for child in inner), default=0.0) if depth < 16 and done < steps else 0.0
+        return (done + min(part, 1.0)) / steps
+
+
+def make_monitor(trt: Any, report: Report | None, cancelled: threading.Event) -> Any:
+    """An object of TensorRT's monitor class; None where this version has none.
+
+    Args:
+        trt: The module.
+        report: Who is told.
+        cancelled: Once set, the next step stops the build.
+    """
+    if not hasattr(trt, "IProgressMonitor"):
+        return None
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.tree, self.lock = PhaseTree(), threading.Lock()
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.tell(phase_name, lambda: self.tree.start(phase_name, parent_phase, num_steps))
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            self.tell(phase_name, lambda: self.tree.step(phase_name, step))
+            return not cancelled.is_set()
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.tell(phase_name, lambda: self.tree.finish(phase_name))
+
+        def tell(self, name: str, change: Callable[[], None]) -> None:
+            # TensorRT may call from several threads; whatever is raised here would end the process.
+            with self.lock:
+                change()
+                if report is not None:
+                    report(name, self.tree.share())
+
+    return Monitor()
+
+
+def run_cancellable(library: Library, work: Callable[[], T], cancelled: threading.Event) -> T:
+    """Runs `work` in a thread of its own and waits, so that Ctrl-C and signals are heard while TensorRT's C++ code runs.
+
+    An interruption sets `cancelled`, waits until TensorRT has stopped, and is raised then. TensorRT 8 cannot be stopped: the wait lasts until its
+    build ends, and a second interruption does not wait.
+
+    Args:
+        library: For the message.
+        work: Builds; what it raises is raised here.
+        cancelled: What the monitor looks at.
+    """
+    outcome: list[T] = []
+    errors: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            outcome.append(work())
+        except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits
+            errors.append(error)
+
+    thread = threading.Thread(target=target, name="repvgg-build", daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(_WAIT_SECONDS)
+    except BaseException:
+        cancelled.set()
+        if not hasattr(library.trt, "IProgressMonitor"):
+            logger.warning("%s cannot be stopped: waiting for its build to end; interrupt again to leave at once", library.name)
+        thread.join()
+        raise
+    if errors:
+        raise errors[0]
+    return outcome[0]

@@ -1,0 +1,105 @@
+"""ONNX bytes → TensorRT network, with the parser's own words where it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import BuildError
+from ..onnx_file import GraphSummary
+from ..specs import ModelSpec, ShapeProfile
+from .library import Library
+from .trt_log import quote
+
+_REMEDY = "build the file that repvgg-export or repvgg-trt quantize wrote; if it is one, please report this with the lines above"
+
+
+def parse(library: Library, network: Any, *, trt_logger: Any, data: bytes, graph: GraphSummary) -> Any:
+    """Fills `network`. The parser that is returned must outlive it: it owns the weights.
+
+    Raises:
+        BuildError: The parser refuses the graph; the message names the node.
+    """
+    parser = library.trt.OnnxParser(network, trt_logger)
+    if not parser.parse(data):
+        errors = [_describe(parser.get_error(index), graph) for index in range(parser.num_errors)]
+        raise BuildError(f"{library.name}'s parser refuses the graph:{quote(errors or trt_logger.errors)}", remedy=_remedy(errors, graph))
+    return parser
+
+
+def _describe(error: Any, graph: GraphSummary) -> str:
+    name, operator = _call(error, "node_name"), _call(error, "node_operator")
+    index = error.node()
+    if not name and 0 <= index < len(graph.nodes):  # TensorRT 8 says only which of the nodes it was
+        name, operator = graph.nodes[index].name or graph.nodes[index].outputs[0], graph.nodes[index].op_type
+    where = f"node {name} ({operator}): " if name else ""
+    return f"{where}{error.desc()}"
+
+
+def _call(error: Any, name: str) -> str:
+    method = getattr(error, name, None)
+    return str(method() or "") if method is not None else ""
+
+
+def _remedy(errors: Sequence[str], graph: GraphSummary) -> str:
+    text = " ".join(errors)
+    if "opset" in text.lower() or "version" in text.lower():
+        return f"the graph is of operator set {graph.opset}: export it with a lower repvgg-export --opset, or install a later TensorRT"
+    if "plugin" in text.lower() or "no importer" in text.lower():
+        return "TensorRT does not know this operator: leave it out of the model, or run the ONNX with Engine, which uses ONNX Runtime"
+    return _REMEDY
+
+
+def require_expected_tensors(network: Any, spec: ModelSpec) -> None:
+    """Compares names of inputs and outputs with the specification that the passport will hold.
+
+    Raises:
+        BuildError: They differ.
+    """
+    found = ([network.get_input(i).name for i in range(network.num_inputs)], [network.get_output(i).name for i in range(network.num_outputs)])
+    wanted = ([spec.input.name], [output.name for output in spec.outputs])
+    if found != wanted:
+        raise BuildError(f"the network has inputs and outputs {found}, and the model's metadata speaks of {wanted}", remedy=_REMEDY)
+
+
+def output_types(library: Library, network: Any) -> dict[str, str]:
+    """Number type of each output by name, in NumPy's names: TensorRT 8 makes class numbers INT32."""
+    data_type = library.trt.DataType
+    names = {"FLOAT": "float32", "HALF": "float16", "INT8": "int8", "INT32": "int32", "INT64": "int64", "UINT8": "uint8", "BOOL": "bool"}
+    known = {getattr(data_type, name): text for name, text in names.items() if hasattr(data_type, name)}
+    outputs = [network.get_output(index) for index in range(network.num_outputs)]
+    return {tensor.name: known[tensor.dtype] for tensor in outputs if tensor.dtype in known}
+
+
+def tensor_shapes(network: Any) -> dict[str, tuple[int, ...]]:
+    """Shape of what every layer puts out, by tensor name; −1 is dynamic."""
+    found = {}
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        for place in range(layer.num_outputs):
+            tensor = layer.get_output(place)
+            shape = tuple(tensor.shape) if tensor is not None and _has_rank(tensor.shape) else ()
+            if tensor is not None:
+                found[tensor.name] = shape
+    return found
+
+
+def _has_rank(shape: Any) -> bool:
+    try:
+        return len(shape) >= 0
+    except ValueError:  # a tensor of unknown rank
+        return False
+
+
+def add_profile(builder: Any, settings: Any, spec: ModelSpec, profile: ShapeProfile) -> None:
+    """Tells TensorRT the batch sizes; nothing else may vary.
+
+    Raises:
+        BuildError: TensorRT refuses the profile.
+    """
+    rest = spec.input.shape[1:]
+    shapes = tuple((batch, *rest) for batch in (profile.min_batch, profile.opt_batch, profile.max_batch))
+    trt_profile = builder.create_optimization_profile()
+    trt_profile.set_shape(spec.input.name, *shapes)
+    if settings.add_optimization_profile(trt_profile) < 0:
+        raise BuildError(f"TensorRT refuses the batch sizes {', '.join(map(str, shapes))}", remedy="give other --min-batch, --opt-batch, --max-batch")

@@ -1,0 +1,172 @@
+"""In what precision the layers of a built plan compute, as TensorRT's layer inspector says, against what the graph is typed as."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import BuildError
+
+TOLERATED_SHARE = 0.05
+"""Of the multiply-accumulates: the stem, which reads three channels, may be computed in a wider type; more is a fallback."""
+_LEAST_SEEN = 0.5
+_WIDTH = {"int8": 0, "fp8": 0, "fp16": 1, "bf16": 1, "fp32": 2}
+_PATTERNS = (("int8", r"int8|\bi8\b"), ("fp8", r"fp8|float8"), ("bf16", r"bf16|bfloat16"), ("fp16", r"fp16|half|float16"), ("fp32", r"fp32|float"))
+_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedLayer:
+    """A convolution or classifier of the graph.
+
+    Attributes:
+        name: Of its node.
+        precision: That the graph is typed for: `int8`, `fp16` or `fp32`.
+        macs: Multiply-accumulates of one image.
+    """
+
+    name: str
+    precision: str
+    macs: int
+
+
+@dataclass(frozen=True, slots=True)
+class InspectedLayer:
+    """One layer of a plan.
+
+    Attributes:
+        nodes: Names of the ONNX nodes that went into it.
+        precision: That it computes in; None where the inspector does not say.
+    """
+
+    nodes: frozenset[str]
+    precision: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class PrecisionReport:
+    """What a plan computes in.
+
+    Attributes:
+        shares: By precision: share of the multiply-accumulates, 0 to 1, of those that were seen.
+        seen: Share of the multiply-accumulates whose precision the inspector gave.
+        fallen: Layers that compute in a wider type than the graph says: name, wanted, found.
+        fallen_share: Of the multiply-accumulates.
+    """
+
+    shares: dict[str, float]
+    seen: float
+    fallen: tuple[tuple[str, str, str], ...]
+    fallen_share: float
+
+    @property
+    def inspected(self) -> bool:
+        """Whether enough was seen to speak of."""
+        return self.seen >= _LEAST_SEEN
+
+    @property
+    def precision(self) -> str:
+        """What most is computed in."""
+        return max(self.shares, key=lambda name: self.shares[name])
+
+
+def read_layers(text: str) -> tuple[InspectedLayer, ...]:
+    """The layers of the inspector's JSON.
+
+    Both shapes of it are read: TensorRT up to 10 ends with the list `Bindings`, 11 with the objects `I/O Tensors`; a plan without detailed verbosity
+    has names only, and so no precision.
+
+    Raises:
+        BuildError: It is neither.
+    """
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise _not_understood(str(error)) from error
+    layers = data.get("Layers") if isinstance(data, dict) else None
+    if not isinstance(layers, list) or not {"Bindings", "I/O Tensors"} & set(data):
+        raise _not_understood(f"expected Layers, and Bindings or I/O Tensors, found {text[:80]!r}")
+    return tuple(_layer(layer) for layer in layers)
+
+
+def _not_understood(why: str) -> BuildError:
+    return BuildError(f"the layer inspector's answer is not understood: {why}", remedy="please report this with the version of TensorRT")
+
+
+def _layer(layer: Any) -> InspectedLayer:
+    if not isinstance(layer, Mapping):
+        return InspectedLayer(_node_names(str(layer), ""), None)
+    names = _node_names(str(layer.get("Name", "")), str(layer.get("Metadata", "")))
+    weights = layer.get("Weights")
+    candidates = [_kind(weights.get("Type")) if isinstance(weights, Mapping) else None, _input_kind(layer.get("Inputs"))]
+    known = [kind for kind in candidates if kind is not None]
+    if not known:  # the kernel's name is what is left
+        known = [kind for kind in [_tactic_kind(str(layer.get("TacticName", "")))] if kind is not None]
+    # The wider of the two: integer weights that are multiplied as floats are no INT8.
+    return InspectedLayer(names, max(known, key=lambda kind: _WIDTH[kind], default=None))
+
+
+def _input_kind(inputs: Any) -> str | None:
+    if not isinstance(inputs, Sequence) or isinstance(inputs, str) or not inputs or not isinstance(inputs[0], Mapping):
+        return None
+    first = inputs[0]
+    return _kind(first.get("Format/Datatype", first.get("Datatype", first.get("Format"))))
+
+
+def _kind(text: Any) -> str | None:
+    lowered = str(text or "").lower()
+    return next((kind for kind, pattern in _PATTERNS if re.search(pattern, lowered)), None)
+
+
+def _tactic_kind(tactic: str) -> str | None:
+    found = re.search(r"(?:fprop|gemm|conv)\w*?_(i8i8|f16f16|f32f32|tf32tf32|bf16bf16)", tactic.lower())
+    return None if found is None else {"i8": "int8", "f1": "fp16", "bf": "bf16"}.get(found[1][:2], "fp32")
+
+
+def _node_names(name: str, metadata: str) -> frozenset[str]:
+    """`a.conv + a.relu` and `[ONNX Layer: a.conv]` → `a.conv` and so on."""
+    parts = {part.strip() for part in re.split(r" \+ |\|\|", name)}
+    inner = {match for part in parts for match in re.findall(r"(?:PWN|fused)\(([^()]+)\)", part)}
+    stated = {match.strip() for match in re.findall(r"\[ONNX Layer: ([^\]]+)\]", metadata)}
+    return frozenset({*parts, *inner, *stated})
+
+
+def measure(layers: Iterable[InspectedLayer], weighted: Sequence[WeightedLayer]) -> PrecisionReport:
+    """What the layers with weights compute in, by share of the multiply-accumulates."""
+    found: dict[str, str] = {}
+    for layer in layers:
+        for node in layer.nodes:
+            if layer.precision is not None and _WIDTH[layer.precision] >= _WIDTH.get(found.get(node, "int8"), 0):
+                found[node] = layer.precision
+    total = sum(wanted.macs for wanted in weighted) or 1
+    seen = [wanted for wanted in weighted if wanted.name in found]
+    sums: dict[str, int] = {}
+    for wanted in seen:
+        sums[found[wanted.name]] = sums.get(found[wanted.name], 0) + wanted.macs
+    fallen = [wanted for wanted in seen if _WIDTH[found[wanted.name]] > _WIDTH.get(wanted.precision, 2)]
+    counted = sum(sums.values()) or 1
+    return PrecisionReport(
+        {name: count / counted for name, count in sums.items()},
+        sum(sums.values()) / total,
+        tuple((wanted.name, wanted.precision, found[wanted.name]) for wanted in fallen),
+        sum(wanted.macs for wanted in fallen) / total,
+    )
+
+
+def require_honest(report: PrecisionReport, library: str) -> None:
+    """Refuses a plan that computes in a wider type than its graph says.
+
+    Raises:
+        BuildError: More of the multiply-accumulates than the stem's have fallen back.
+    """
+    if not report.inspected or report.fallen_share <= TOLERATED_SHARE:
+        return
+    shown = ", ".join(f"{name} ({wanted} asked, {found} built)" for name, wanted, found in report.fallen[:_SHOWN])
+    more = f" and {len(report.fallen) - _SHOWN} more" if len(report.fallen) > _SHOWN else ""
+    raise BuildError(
+        f"{library} fell back: {report.fallen_share:.1%} of the multiply-accumulates compute in a wider type than the graph says: {shown}{more}",
+        remedy="this GPU may lack fast kernels of that type: build --fp16 in place of --int8, or without a precision flag; or use another TensorRT",
+    )

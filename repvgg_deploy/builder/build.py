@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from ..graph_precision import weighted_nodes
 from ..onnx_file import GraphSummary
 from ..specs import BuildConfig, ModelSpec
 from .library import Library
-from .monitor import Report, make_monitor, run_cancellable
+from .monitor import Position, make_monitor, run_cancellable
 from .network import add_profile, output_types, parse, require_expected_tensors, tensor_shapes
 from .precision_check import PrecisionReport, WeightedLayer, measure, read_layers, require_honest
-from .recipes import Typing, configure, constrain_layers, create_network, has_timing_cache, require_options, require_typing, rtx_targets
+from .recipes import Typing, configure, constrain_layers, create_network, require_options, require_typing, rtx_targets
 from .timing_cache import TimingFile
 from .trt_log import find_nodes, make_trt_logger, quote
 
@@ -93,8 +94,8 @@ class BuiltPlan:
 class _Work:
     library: Library
     job: BuildJob
-    report: Report | None
-    cancelled: threading.Event
+    position: Position = field(default_factory=Position)
+    cancelled: threading.Event = field(default_factory=threading.Event)
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
 
@@ -103,13 +104,26 @@ class _Work:
         self.seconds[stage], self.started = now - self.started, now
 
 
-def build(library: Library, job: BuildJob, *, report: Report | None = None) -> BuiltPlan:
+def require_gpu(library: Library, gpu: Gpu | None, reason: str = "") -> None:
+    """TensorRT builds on a GPU; TensorRT-RTX does without.
+
+    Raises:
+        CudaError: There is none; `reason` says why.
+    """
+    if gpu is None and not library.is_rtx:
+        raise CudaError(
+            f"{library.name} builds on the GPU that the plan is for, and there is none here{': ' if reason else ''}{reason}",
+            remedy="build on that machine; or build with --backend rtx, which needs no GPU, for TensorRT-RTX",
+        )
+
+
+def build(library: Library, job: BuildJob, *, report: Callable[[float], None] | None = None) -> BuiltPlan:
     """Builds a plan. Ctrl-C stops it; nothing is written but the timing cache.
 
     Args:
         library: Which TensorRT.
         job: See `BuildJob`.
-        report: Called with what is being done and the share done, 0 to 1, in a thread of its own.
+        report: Called with the share that is done, 0 to 1.
 
     Raises:
         BuildError: TensorRT refuses the graph or an option, fails, or has built a plan that computes in a wider type than the graph says.
@@ -118,14 +132,10 @@ def build(library: Library, job: BuildJob, *, report: Report | None = None) -> B
     """
     require_options(library, job.config, job.targets)
     require_typing(library, job.typing, job.graph.opset)
-    if job.gpu is None and not library.is_rtx:
-        raise CudaError(
-            f"{library.name} builds on the GPU that the plan is for, and there is none here",
-            remedy="build on that machine; or build with --backend rtx, which needs no GPU, for TensorRT-RTX",
-        )
-    cancelled = threading.Event()
-    work = _Work(library, job, report, cancelled)
-    return run_cancellable(library, lambda: _build(work), cancelled)
+    require_gpu(library, job.gpu)
+    work = _Work(library, job)
+    tell = report if report is not None else lambda _: None
+    return run_cancellable(library, lambda: _build(work), work.cancelled, poll=lambda: tell(work.position.share))
 
 
 def _build(work: _Work) -> BuiltPlan:
@@ -140,10 +150,10 @@ def _build(work: _Work) -> BuiltPlan:
     configure(library, settings, job.config, job.typing, targets=rtx_targets(library, job.targets) if library.is_rtx and job.targets else ())
     constrain_layers(library, network, job.typing)
     add_profile(builder, settings, job.spec, job.config.profile)
-    timing = TimingFile(job.timing) if job.timing is not None and has_timing_cache(library) else None
+    timing = TimingFile(job.timing) if job.timing is not None else None
     if timing is not None:
         timing.load(settings)
-    monitor = make_monitor(library.trt, work.report, work.cancelled)
+    monitor = make_monitor(library.trt, work.position, work.cancelled)
     if monitor is not None:
         settings.progress_monitor = monitor
     work.mark("parse")

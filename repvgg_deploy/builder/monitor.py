@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from .library import Library
@@ -12,8 +13,6 @@ from .library import Library
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Report = Callable[[str, float], None]
-"""Called with what is being done and the share that is done, 0 to 1, never less than before."""
 _WAIT_SECONDS = 0.05
 
 
@@ -55,12 +54,23 @@ class PhaseTree:
         return (done + min(part, 1.0)) / steps
 
 
-def make_monitor(trt: Any, report: Report | None, cancelled: threading.Event) -> Any:
+@dataclass(slots=True)
+class Position:
+    """How far a build is; written by TensorRT's threads, read by the one that waits.
+
+    Attributes:
+        share: 0 to 1, never less than before.
+    """
+
+    share: float = 0.0
+
+
+def make_monitor(trt: Any, position: Position, cancelled: threading.Event) -> Any:
     """An object of TensorRT's monitor class; None where this version has none.
 
     Args:
         trt: The module.
-        report: Who is told.
+        position: Kept up to date.
         cancelled: Once set, the next step stops the build.
     """
     if not hasattr(trt, "IProgressMonitor"):
@@ -72,26 +82,24 @@ def make_monitor(trt: Any, report: Report | None, cancelled: threading.Event) ->
             self.tree, self.lock = PhaseTree(), threading.Lock()
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self.tell(phase_name, lambda: self.tree.start(phase_name, parent_phase, num_steps))
+            with self.lock:
+                self.tree.start(phase_name, parent_phase, num_steps)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            self.tell(phase_name, lambda: self.tree.step(phase_name, step))
+            # TensorRT may call from several threads; whatever is raised here would end the process.
+            with self.lock:
+                self.tree.step(phase_name, step)
+                position.share = self.tree.share()
             return not cancelled.is_set()
 
         def phase_finish(self, phase_name: str) -> None:
-            self.tell(phase_name, lambda: self.tree.finish(phase_name))
-
-        def tell(self, name: str, change: Callable[[], None]) -> None:
-            # TensorRT may call from several threads; whatever is raised here would end the process.
             with self.lock:
-                change()
-                if report is not None:
-                    report(name, self.tree.share())
+                self.tree.finish(phase_name)
 
     return Monitor()
 
 
-def run_cancellable(library: Library, work: Callable[[], T], cancelled: threading.Event) -> T:
+def run_cancellable(library: Library, work: Callable[[], T], cancelled: threading.Event, *, poll: Callable[[], None]) -> T:
     """Runs `work` in a thread of its own and waits, so that Ctrl-C and signals are heard while TensorRT's C++ code runs.
 
     An interruption sets `cancelled`, waits until TensorRT has stopped, and is raised then. TensorRT 8 cannot be stopped: the wait lasts until its
@@ -101,6 +109,7 @@ def run_cancellable(library: Library, work: Callable[[], T], cancelled: threadin
         library: For the message.
         work: Builds; what it raises is raised here.
         cancelled: What the monitor looks at.
+        poll: Called again and again by the thread that waits.
     """
     outcome: list[T] = []
     errors: list[BaseException] = []
@@ -116,6 +125,7 @@ def run_cancellable(library: Library, work: Callable[[], T], cancelled: threadin
     try:
         while thread.is_alive():
             thread.join(_WAIT_SECONDS)
+            poll()
     except BaseException:
         cancelled.set()
         if not hasattr(library.trt, "IProgressMonitor"):

@@ -185,11 +185,6 @@ def constrain_layers(library: Library, network: Any, typing: Typing) -> int:
     return bound
 
 
-def has_timing_cache(library: Library) -> bool:
-    """Whether a timing cache does anything: TensorRT-RTX times nothing before it runs."""
-    return not library.is_rtx
-
-
 def require_typing(library: Library, typing: Typing, opset: int) -> None:
     """Refuses a typed graph that this TensorRT cannot take, with what makes one that it can.
 

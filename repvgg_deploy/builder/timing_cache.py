@@ -9,21 +9,35 @@ from pathlib import Path
 from typing import Any
 
 from ..artifacts import atomic_output, locked
+from ..errors import InputError
+from .library import Library
+from .plan_cache import cache_folder
 
 logger = logging.getLogger(__name__)
 
 
-def timing_cache_path(folder: Path, flavour: str, version: str, gpu: tuple[str, str]) -> Path:
-    """Where the timings of one GPU and one TensorRT stand.
+def choose_timing_file(library: Library, gpu: tuple[str, str] | None, given: Path | None) -> Path | None:
+    """The file of one build's timings; None for none.
 
     Args:
-        folder: Of all of them.
-        flavour: `tensorrt`.
-        version: Of TensorRT.
+        library: Which TensorRT.
         gpu: Name and compute capability.
+        given: That the user names; None: one of this GPU and TensorRT in the cache folder.
     """
+    if library.is_rtx:  # it times nothing before it runs
+        if given is not None:
+            logger.warning("%s keeps no timings: --timing-cache has no effect", library.name)
+        return None
+    if given is not None or gpu is None:
+        return given
+    try:
+        folder = cache_folder() / "timing"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (InputError, OSError) as error:
+        logger.warning("timings are not kept: %s", error)
+        return None
     name = re.sub(r"[^a-z0-9]+", "-", gpu[0].lower()).strip("-")
-    return folder / f"{flavour}-{version}-{name}-sm{gpu[1].replace('.', '')}.timing"
+    return folder / f"{library.flavour}-{library.version}-{name}-sm{gpu[1].replace('.', '')}.timing"
 
 
 @dataclass(slots=True)

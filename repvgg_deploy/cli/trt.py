@@ -10,6 +10,7 @@ import importlib
 import sys
 from typing import TYPE_CHECKING
 
+from .build_arguments import BUILD_EXAMPLES, CHECK_EXAMPLES, add_build_options, add_check_options, find_build_conflict
 from .common import Output, parent_parser, run
 from .quantize_arguments import add_quantize_options, find_conflict
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-_DESCRIPTION = "Quantizes, runs, measures and describes models that repvgg-export wrote."
+_DESCRIPTION = "Quantizes, builds, runs, measures and describes models that repvgg-export wrote."
 
 _QUANTIZE_EXAMPLES = """examples:
   repvgg-trt quantize b2.onnx --fp16
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         The exit code; see `common`. `--help`, `--version` and usage errors raise SystemExit, as argparse does.
     """
     args = build_parser().parse_args(argv)
-    conflict = find_conflict(args) if args.command == "quantize" else None
+    conflict = {"quantize": find_conflict, "build": find_build_conflict}.get(args.command, lambda _: None)(args)
     if conflict is not None:
         args.usage_error(conflict)
     return run(_execute, args)
@@ -48,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands."""
     parser = argparse.ArgumentParser(prog="repvgg-trt", description=_DESCRIPTION, parents=[parent_parser()])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
-    for add in (_add_infer, _add_inspect, _add_quantize, _add_eval, _add_compare):
+    for add in (_add_infer, _add_inspect, _add_quantize, _add_build, _add_check, _add_eval, _add_compare):
         add(commands)
     return parser
 
@@ -110,6 +111,32 @@ def _add_quantize(commands: Subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_quantize_options(parser)
+
+
+def _add_build(commands: Subparsers) -> None:
+    parser = commands.add_parser(
+        "build",
+        parents=[parent_parser()],
+        help="build a TensorRT plan, with a passport that says what it is and where it runs",
+        description="Builds a TensorRT or TensorRT-RTX plan of an ONNX. The precision is the graph's, on every version; an FP32 graph is typed first "
+        "where --fp16 or --int8 asks for it. A plan that computes in a wider type than its graph says is an error.",
+        epilog=BUILD_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_build_options(parser)
+
+
+def _add_check(commands: Subparsers) -> None:
+    parser = commands.add_parser(
+        "check",
+        parents=[parent_parser()],
+        help="say whether a plan will run here, or on another GPU and TensorRT",
+        description="Compares a plan's passport with this machine, or with another that --target describes. Needs no GPU. Exit code 0: it will run; "
+        "1: it will not, and why.",
+        epilog=CHECK_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_check_options(parser)
 
 
 def _add_eval(commands: Subparsers) -> None:

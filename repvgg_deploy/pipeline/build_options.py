@@ -21,7 +21,8 @@ class BuildOptions:
     """How to build a plan.
 
     Attributes:
-        config: Precision, batch sizes, memory and flags. Its default profile gives way to a model's fixed batch.
+        config: Precision, batch sizes, memory and flags.
+        profile_given: Whether the profile was asked for: else the default one gives way to a model's fixed batch.
         backend: `auto`: TensorRT where it is installed, else TensorRT-RTX.
         targets: Compute capabilities (`8.6`) that a TensorRT-RTX plan is for; empty for 8.6, 8.9 and 12.0.
         timing_cache: TensorRT's timings; None: a file of this GPU and TensorRT in the cache folder.
@@ -30,6 +31,7 @@ class BuildOptions:
     """
 
     config: BuildConfig = field(default_factory=BuildConfig)
+    profile_given: bool = False
     backend: BackendChoice = "auto"
     targets: tuple[str, ...] = ()
     timing_cache: Path | None = None
@@ -38,10 +40,8 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         if self.quantize is not None and self.quantize.precision != self.config.precision:
-            raise InputError(
-                f"the plan is to be {self.config.precision or 'as the graph is typed'}, and the graph is to be quantized to {self.quantize.precision}",
-                remedy="give both the same precision",
-            )
+            plan = self.config.precision or "as the graph is typed"
+            raise InputError(f"the plan is to be {plan}, the graph {self.quantize.precision}", remedy="give both the same precision")
 
 
 def must_type(graph: Precision, options: BuildOptions, model: Path) -> bool:
@@ -71,12 +71,13 @@ def must_type(graph: Precision, options: BuildOptions, model: Path) -> bool:
     return True
 
 
-def choose_profile(spec: ModelSpec, profile: ShapeProfile, model: Path) -> ShapeProfile:
+def choose_profile(spec: ModelSpec, options: BuildOptions, model: Path) -> ShapeProfile:
     """The profile for a model: its fixed batch, where it has one.
 
     Raises:
         BuildError: A fixed batch and the profile contradict each other, or the image size varies.
     """
+    profile = options.config.profile
     varying = [str(size) for size in spec.input.shape[1:] if not isinstance(size, int)]
     if varying:
         raise BuildError(
@@ -85,7 +86,7 @@ def choose_profile(spec: ModelSpec, profile: ShapeProfile, model: Path) -> Shape
         )
     if spec.batch is None or profile == ShapeProfile(spec.batch, spec.batch, spec.batch):
         return profile
-    if profile != _USUAL:
+    if options.profile_given or profile != _USUAL:
         raise BuildError(
             f"{model}: has the fixed batch {spec.batch}, and batches of {profile.min_batch}, {profile.opt_batch}, {profile.max_batch} are asked for",
             remedy=f"leave --min-batch, --opt-batch and --max-batch out, or give {spec.batch}; or export it again without --batch",

@@ -26,7 +26,7 @@ class GpuSearch:
     reason: str = ""
 
 
-def find_gpu(index: int = 0) -> GpuSearch:
+def look_for_gpu(index: int = 0) -> GpuSearch:
     """Asks the driver for one GPU."""
     try:
         info = importlib.import_module(_PORT).open_cuda(None).describe_device(index)

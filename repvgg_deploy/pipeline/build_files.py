@@ -1,0 +1,128 @@
+"""The two files of a build, the plan and its passport: read where they stand, delivered both or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import codec
+from ..artifacts import PendingOutput, atomic_output, require_replaceable, sha256_file
+from ..errors import ArtifactError, InputError, PlanError
+from ..runtime.passport import passport_path, read_passport
+from ..specs import PlanPassport
+from .build_request import PlanRequest, comes_from
+
+_PLAN_SUFFIX = ".plan"
+_REPLACE = "give --force to replace it, or another --out"
+Fill = Callable[[Path], None]
+"""Writes the bytes of a plan to a path."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What stands at an output.
+
+    Attributes:
+        plan: The output.
+        exists: Whether there is a file.
+        passport: The one beside it, if it is readable and speaks of this very plan.
+    """
+
+    plan: Path
+    exists: bool
+    passport: PlanPassport | None
+
+
+def default_plan_output(model: Path) -> Path:
+    """`b2.plan` beside `b2.onnx`.
+
+    Raises:
+        InputError: The path has no file name.
+    """
+    if not model.name:
+        raise InputError(f"{str(model)!r} is no file", remedy="give an .onnx file")
+    return model.with_suffix(_PLAN_SUFFIX) if model.suffix.lower() == ".onnx" else model.with_name(f"{model.name}{_PLAN_SUFFIX}")
+
+
+def look_at(plan: Path) -> Standing:
+    """What stands at an output; its digest is compared with its passport."""
+    if not plan.is_file():
+        return Standing(plan, plan.exists(), None)
+    try:
+        passport = read_passport(plan)
+        whole = passport is not None and sha256_file(plan) == passport.plan_sha256
+    except (PlanError, OSError):
+        return Standing(plan, True, None)
+    return Standing(plan, True, passport if whole else None)
+
+
+def require_room(standing: Standing, onnx_sha256: str, *, force: bool) -> None:
+    """Refuses before minutes of work what could not be written after them.
+
+    Raises:
+        ArtifactError: A file stands there, no plan of this ONNX, and `force` is not given.
+    """
+    ours = standing.passport is not None and comes_from(standing.passport, onnx_sha256)
+    if standing.exists and not force and not ours:
+        raise ArtifactError(f"{standing.plan}: exists and is no plan of this ONNX", remedy=_REPLACE)
+    if not standing.exists and not force:
+        beside = passport_path(standing.plan)
+        try:
+            read_passport(standing.plan)  # one that lost its plan may go
+        except PlanError as error:
+            raise ArtifactError(f"{beside}: exists and is no passport, which is to be written there", remedy=_REPLACE) from error
+
+
+def require_same(standing: Standing, request: PlanRequest, *, force: bool) -> bool:
+    """Whether the very plan that is asked for stands there already.
+
+    Raises:
+        ArtifactError: Another stands there, and `force` is not given.
+    """
+    if standing.passport is not None and request.describes(standing.passport):
+        return True
+    if standing.exists and not force:
+        raise ArtifactError(
+            f"{standing.plan}: exists and was built otherwise: of another ONNX, with other options, or for another TensorRT or GPU",
+            remedy=_REPLACE,
+        )
+    return False
+
+
+def deliver(plan: Path, passport: PlanPassport, fill: Fill, *, force: bool) -> tuple[PendingOutput, PendingOutput, PlanPassport]:
+    """Writes the plan and its passport.
+
+    An old passport goes before the new plan comes, so that no moment has a plan beside the passport of another. Of an identical plan the old
+    passport stays: it says when and with what effort this plan was built.
+
+    Args:
+        plan: The output.
+        passport: Of it.
+        fill: Writes the plan's bytes to a path.
+        force: Replace different files.
+
+    Returns:
+        The plan, the passport's file, and the passport in it.
+
+    Raises:
+        ArtifactError: A file cannot be written, or a different one stands there.
+    """
+    beside = passport_path(plan)
+    with atomic_output(beside, force=True) as paper, atomic_output(plan, force=force) as output:
+        fill(output.partial)
+        require_replaceable(output, force=force)
+        kept = _keep(plan, passport)
+        paper.partial.write_text(codec.dumps(kept) + "\n", encoding="utf-8")
+        if plan.exists() and sha256_file(plan) != passport.plan_sha256:
+            beside.unlink(missing_ok=True)
+    return output, paper, kept
+
+
+def _keep(plan: Path, passport: PlanPassport) -> PlanPassport:
+    """The passport that stands beside an identical plan, if all but the effort is the same."""
+    old = look_at(plan).passport
+    if old is None:
+        return passport
+    return old if dataclasses.replace(old, build_seconds=passport.build_seconds) == passport else passport

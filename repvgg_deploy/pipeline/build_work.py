@@ -1,0 +1,246 @@
+"""The steps of a build: an FP32 ONNX typed in a temporary folder, the plan built or found, its passport made, both delivered."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from .. import __version__
+from ..artifacts import PendingOutput
+from ..builder.build import BuildJob, BuiltPlan, Gpu, build
+from ..builder.graph_types import tensor_types
+from ..builder.library import Library
+from ..builder.plan_cache import CachedPlan, PlanCache
+from ..builder.precision_check import PrecisionReport
+from ..builder.recipes import Typing, is_strongly_typed, rtx_targets
+from ..builder.timing_cache import choose_timing_file
+from ..errors import ModelError
+from ..runtime.passport import passport_path
+from ..specs import PASSPORT_SCHEMA, BuildConfig, HistoryEntry, ModelSpec, PlanPassport
+from .build_files import Fill, Standing, deliver, require_same
+from .build_options import BuildOptions
+from .build_request import PlanRequest, quantize_key
+from .build_source import Source, read_source
+from .gpu_here import platform_here
+
+if TYPE_CHECKING:
+    from .quantize import QuantizeResult
+    from .quantize_options import QuantizeOptions
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""Called with the name of the stage, steps done and steps in all."""
+Origin = Literal["built", "cache", "output"]
+_PERCENT = 100
+
+
+@dataclass(frozen=True, slots=True)
+class BuildResult:
+    """What a build did.
+
+    Attributes:
+        output: The plan, and whether it was written or stood there already.
+        passport_output: Likewise.
+        passport: What is known of the plan.
+        library: Such as `TensorRT-RTX 1.7.1.116`.
+        typed_from_fp32: Whether the graph was FP32 and became typed first.
+        quantized: What that gave; None where it was not done now.
+        origin: `built`, `cache` (an identical plan had been built before) or `output` (it stands there already).
+        report: What the layer inspector saw; None where it was not asked now.
+        seconds: By stage, of this call.
+    """
+
+    output: PendingOutput
+    passport_output: PendingOutput
+    passport: PlanPassport
+    library: str
+    typed_from_fp32: bool
+    quantized: QuantizeResult | None
+    origin: Origin
+    report: PrecisionReport | None
+    seconds: dict[str, float]
+
+
+@dataclass(slots=True)
+class Task:
+    """One call of `build_plan`, as it goes on.
+
+    Attributes:
+        options: What is asked for.
+        library: Which TensorRT.
+        gpu: None where there is none.
+        standing: What stands at the output.
+        force: Replace it.
+        progress: Who is told.
+        cache: None without one.
+        typed_from_fp32: Whether the graph was FP32 and becomes typed first.
+        quantized: What that gave.
+        seconds: By stage.
+    """
+
+    options: BuildOptions
+    library: Library
+    gpu: Gpu | None
+    standing: Standing
+    force: bool
+    progress: Progress
+    cache: PlanCache | None
+    typed_from_fp32: bool = False
+    quantized: QuantizeResult | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def request(self, onnx_sha256: str, config: BuildConfig) -> PlanRequest:
+        """What the plan of a typed ONNX depends on."""
+        capabilities = rtx_targets(self.library, self.options.targets) if self.library.is_rtx else (self.gpu.compute_capability,) if self.gpu else ()
+        return PlanRequest(onnx_sha256, config, capabilities, self.library, self.gpu)
+
+
+def type_and_build(task: Task, source: Source, config: BuildConfig) -> BuildResult:
+    """Quantizes an FP32 ONNX in a temporary folder and builds what comes of it; see `build.build_plan` for what it raises.
+
+    Args:
+        task: The call.
+        source: The FP32 ONNX.
+        config: With the precision that it is to have.
+    """
+    from .quantize import quantize
+
+    options = _quantize_options(task, config)
+    key = quantize_key(source.sha256, source.path, options, task.request("", config)) if task.cache is not None else None
+    plan_key = task.cache.find_request(key) if task.cache is not None and key is not None else None
+    cached = task.cache.find(plan_key) if task.cache is not None and plan_key is not None else None
+    if cached is not None:
+        return _deliver_cached(task, cached, task.request(cached.passport.onnx_sha256, config))
+    with tempfile.TemporaryDirectory(prefix="repvgg-build-") as folder:
+        started = time.monotonic()
+        typed = Path(folder) / f"{source.path.stem}-{options.precision}.onnx"
+        task.quantized = quantize(source.path, typed, options, progress=task.progress)
+        task.seconds["quantize"] = time.monotonic() - started
+        made = read_source(typed)
+        if made.metadata.history[-1].parent_sha256 != source.sha256:
+            raise ModelError(f"{source.path}: was replaced while it was quantized", remedy="build it again")
+        return build_typed(task, made, config, key)
+
+
+def _quantize_options(task: Task, config: BuildConfig) -> QuantizeOptions:
+    from .quantize_options import QuantizeOptions
+
+    precision = config.precision
+    assert precision in ("fp16", "int8"), "what must be typed was FP32"
+    options = task.options.quantize or QuantizeOptions(precision)
+    if precision == "int8" and not is_strongly_typed(task.library):
+        return dataclasses.replace(options, int8=dataclasses.replace(options.int8, target="trt8"))  # FP32 scales, opset 17
+    return options
+
+
+def build_typed(task: Task, source: Source, config: BuildConfig, request_key: str | None) -> BuildResult:
+    """Builds a graph as it is typed, or takes the plan of an identical build; see `build.build_plan` for what it raises.
+
+    Args:
+        task: The call.
+        source: The typed ONNX.
+        config: With its precision.
+        request_key: Under which a build from FP32 is to be found again.
+    """
+    request = task.request(source.sha256, config)
+    cached = task.cache.find(request.key()) if task.cache is not None else None
+    if cached is not None:
+        _remember(task, request_key, request)
+        return _deliver_cached(task, cached, request)
+    # Without the cache the plan is built even where it stands already, to see that it comes out the same.
+    if require_same(task.standing, request, force=task.force) and task.cache is not None:
+        _remember(task, request_key, request)
+        return _up_to_date(task)
+    started = time.monotonic()
+    built = build(task.library, _job(task, source, config), report=lambda share: task.progress("build", int(_PERCENT * share), _PERCENT))
+    task.seconds |= built.seconds
+    passport = _passport(task, source, request, built=built, seconds=time.monotonic() - started)
+
+    def fill(partial: Path) -> None:
+        with partial.open("wb") as file:
+            file.write(memoryview(built.data))
+
+    result = _deliver(task, passport, fill, origin="built", report=built.report)
+    if task.cache is not None:
+        task.cache.store(request.key(), result.output.target, result.passport)
+    _remember(task, request_key, request)
+    return result
+
+
+def _job(task: Task, source: Source, config: BuildConfig) -> BuildJob:
+    spec = source.metadata.spec
+    types = tensor_types(source.graph, spec)
+    typing = Typing(source.precision, "float16" in types.values(), types)
+    gpu = None if task.gpu is None else (task.gpu.name, task.gpu.compute_capability)
+    timing = choose_timing_file(task.library, gpu, task.options.timing_cache)
+    return BuildJob(source.data, source.graph, spec, typing, config, task.options.targets, task.gpu, timing)
+
+
+def _passport(task: Task, source: Source, request: PlanRequest, *, built: BuiltPlan, seconds: float) -> PlanPassport:
+    metadata, library = source.metadata, task.library
+    entry = HistoryEntry("build", {"repvgg-deploy": __version__, library.flavour: library.version}, {}, source.sha256)
+    return PlanPassport(
+        schema=PASSPORT_SCHEMA,
+        plan_sha256=hashlib.sha256(memoryview(built.data)).hexdigest(),
+        onnx_sha256=source.sha256,
+        spec=_with_types(metadata.spec, built.output_types),
+        certificate=metadata.certificate,
+        precision=_seen(built.report),
+        config=request.config,
+        flavour=library.flavour,
+        tensorrt_version=library.version,
+        gpu_name=None if task.gpu is None else task.gpu.name,
+        compute_capabilities=request.capabilities,
+        driver_version=None if task.gpu is None else task.gpu.driver_version,
+        build_seconds=round(seconds, 2),
+        history=(*metadata.history, entry),
+        precision_shares={} if built.report is None else built.report.shares,
+        platform=platform_here(),
+    )
+
+
+def _seen(report: PrecisionReport | None) -> Literal["fp32", "fp16", "int8", "not_inspected"]:
+    known: dict[str, Literal["fp32", "fp16", "int8"]] = {"fp32": "fp32", "fp16": "fp16", "int8": "int8"}
+    return "not_inspected" if report is None else known.get(report.precision, "not_inspected")
+
+
+def _with_types(spec: ModelSpec, types: Mapping[str, str]) -> ModelSpec:
+    """The specification as the plan has it: TensorRT 8 gives class numbers as int32."""
+    changed = [dataclasses.replace(output, dtype="int32") if types.get(output.name) == "int32" else output for output in spec.outputs]
+    return dataclasses.replace(spec, outputs=tuple(changed))
+
+
+def _remember(task: Task, request_key: str | None, request: PlanRequest) -> None:
+    if task.cache is not None and request_key is not None:
+        task.cache.store_request(request_key, request.key())
+
+
+def _deliver_cached(task: Task, cached: CachedPlan, request: PlanRequest) -> BuildResult:
+    if require_same(task.standing, request, force=task.force):
+        return _up_to_date(task)
+
+    def fill(partial: Path) -> None:
+        shutil.copyfile(cached.plan, partial)
+
+    return _deliver(task, cached.passport, fill, origin="cache")
+
+
+def _up_to_date(task: Task) -> BuildResult:
+    plan, passport = task.standing.plan, task.standing.passport
+    assert passport is not None, "what stands there was compared with its passport"
+    outputs = [PendingOutput(path, path, "up to date") for path in (plan, passport_path(plan))]
+    return BuildResult(outputs[0], outputs[1], passport, task.library.name, task.typed_from_fp32, task.quantized, "output", None, task.seconds)
+
+
+def _deliver(task: Task, passport: PlanPassport, fill: Fill, *, origin: Origin, report: PrecisionReport | None = None) -> BuildResult:
+    output, paper, written = deliver(task.standing.plan, passport, fill, force=task.force)
+    return BuildResult(output, paper, written, task.library.name, task.typed_from_fp32, task.quantized, origin, report, task.seconds)

@@ -54,6 +54,15 @@ def atomic_output(target: Path, *, force: bool = False) -> Iterator[PendingOutpu
         partial.unlink(missing_ok=True)
 
 
+def require_writable(target: Path) -> None:
+    """Finds out before long work, not after it, that an output cannot be written.
+
+    Raises:
+        ArtifactError: The folder is missing or not writable, or the target is no ordinary file.
+    """
+    _create_partial(target).unlink()
+
+
 def require_distinct(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
     """Refuses outputs that are one another, or an input: `--force` is leave to replace a result, not the only copy of the weights.
 

@@ -16,6 +16,14 @@ MISSING = frozenset(name for name in OPTIONAL if importlib.util.find_spec(name) 
 LEFT_OUT: list[str] = []
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_this_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or writes the user's own cache of plans."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REPVGG_DEPLOY_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder with the really trained checkpoints and photos, which a clone of the project alone does not have."""

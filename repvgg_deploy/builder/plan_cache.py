@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ logger = logging.getLogger(__name__)
 
 VARIABLE = "REPVGG_DEPLOY_CACHE"
 _LIMIT_BYTES = 16 << 30
-_PLAN, _PASSPORT = "plan", "passport.json"
+_PLAN, _PASSPORT, _PARTIAL = "plan", "passport.json", ".partial-"
+_ABANDONED_NS = 24 * 3600 * 10**9
 
 
 def cache_folder() -> Path:
@@ -92,7 +94,7 @@ class PlanCache:
         try:
             with explain_os_errors(plans):
                 plans.mkdir(parents=True, exist_ok=True)
-                partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=plans))
+                partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=plans))
                 shutil.copyfile(plan, partial / _PLAN)
                 (partial / _PASSPORT).write_text(codec.dumps(passport), encoding="utf-8")
                 if not (plans / key).exists():
@@ -118,7 +120,7 @@ class PlanCache:
         target = self.folder / "requests" / key
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=".partial-", dir=target.parent)
+            handle, name = tempfile.mkstemp(prefix=_PARTIAL, dir=target.parent)
             with os.fdopen(handle, "w", encoding="ascii") as file:
                 file.write(plan_key)
             os.replace(name, target)
@@ -132,9 +134,12 @@ class PlanCache:
                 size = sum(file.stat().st_size for file in entry.iterdir())
                 entries.append((entry.stat().st_mtime_ns, size, entry))
         total = sum(size for _, size, _ in entries)
+        for changed, _, entry in entries:
+            if entry.name.startswith(_PARTIAL) and changed < time.time_ns() - _ABANDONED_NS:
+                shutil.rmtree(entry, ignore_errors=True)
         for _, size, entry in sorted(entries):
             if total <= self.limit_bytes:
                 return
-            if entry.name != keep and not entry.name.startswith("."):
+            if entry.name != keep and not entry.name.startswith(_PARTIAL):
                 shutil.rmtree(entry, ignore_errors=True)
                 total -= size

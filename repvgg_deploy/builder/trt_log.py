@@ -54,4 +54,4 @@ def quote(lines: list[str]) -> str:
 def find_nodes(lines: list[str], names: list[str]) -> list[str]:
     """Which of the names stand in the lines, as whole words, in order."""
     text = "\n".join(lines)
-    return [name for name in names if name and re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.]|\.\w)", text)]
+    return [name for name in names if name and re.search(rf"(?<![\w.]){re.escape(name)}(?!\w|\.\w)", text)]

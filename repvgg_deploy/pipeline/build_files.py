@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import codec
-from ..artifacts import PendingOutput, atomic_output, require_replaceable, sha256_file
+from ..artifacts import PendingOutput, atomic_output, require_replaceable, require_writable, sha256_file
 from ..errors import ArtifactError, InputError, PlanError
 from ..runtime.passport import passport_path, read_passport
 from ..specs import PlanPassport
@@ -62,8 +62,10 @@ def require_room(standing: Standing, onnx_sha256: str, *, force: bool) -> None:
     """Refuses before minutes of work what could not be written after them.
 
     Raises:
-        ArtifactError: A file stands there, no plan of this ONNX, and `force` is not given.
+        ArtifactError: A file stands there, no plan of this ONNX, and `force` is not given; or the folder cannot be written to.
     """
+    for path in (standing.plan, passport_path(standing.plan)):
+        require_writable(path)
     ours = standing.passport is not None and comes_from(standing.passport, onnx_sha256)
     if standing.exists and not force and not ours:
         raise ArtifactError(f"{standing.plan}: exists and is no plan of this ONNX", remedy=_REPLACE)

@@ -26,7 +26,8 @@ class BuildOptions:
         backend: `auto`: TensorRT where it is installed, else TensorRT-RTX.
         targets: Compute capabilities (`8.6`) that a TensorRT-RTX plan is for; empty for 8.6, 8.9 and 12.0.
         timing_cache: TensorRT's timings; None: a file of this GPU and TensorRT in the cache folder.
-        quantize: How an FP32 ONNX becomes FP16 or INT8; None: as `quantize` does by default.
+        quantize: How an FP32 ONNX becomes FP16 or INT8; None: as `quantize` does by default. What stands beside INT8 follows from the version of
+            TensorRT: FP32 for 8, FP16 for all later ones.
         use_cache: Take an identical plan that was built before, and keep this one.
     """
 

@@ -132,14 +132,17 @@ def type_and_build(task: Task, source: Source, config: BuildConfig) -> BuildResu
 
 
 def _quantize_options(task: Task, config: BuildConfig) -> QuantizeOptions:
+    from ..precision.int8_options import Target
     from .quantize_options import QuantizeOptions
 
     precision = config.precision
     assert precision in ("fp16", "int8"), "what must be typed was FP32"
     options = task.options.quantize or QuantizeOptions(precision)
-    if precision == "int8" and not is_strongly_typed(task.library):
-        return dataclasses.replace(options, int8=dataclasses.replace(options.int8, target="trt8"))  # FP32 scales, opset 17
-    return options
+    if precision == "fp16":
+        return options
+    # TensorRT 8 wants FP32 scales and opset 17; strong typing lets the rest be FP16.
+    target: Target = "trt10" if is_strongly_typed(task.library) else "trt8"
+    return dataclasses.replace(options, int8=dataclasses.replace(options.int8, target=target))
 
 
 def build_typed(task: Task, source: Source, config: BuildConfig, request_key: str | None) -> BuildResult:

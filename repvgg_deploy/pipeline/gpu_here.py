@@ -33,7 +33,7 @@ def look_for_gpu(index: int = 0) -> GpuSearch:
     except (CudaError, MissingDependencyError) as error:
         return GpuSearch(None, error.message)
     except ModuleNotFoundError as error:
-        return GpuSearch(None, f"CUDA cannot be asked: no module {error.name}")
+        return GpuSearch(None, f"CUDA cannot be asked: the module {error.name} is missing")
     return GpuSearch(Gpu(info.name, _as_text(info.compute_capability), str(info.driver_version)))
 
 

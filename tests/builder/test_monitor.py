@@ -1,0 +1,90 @@
+"""Progress and interruption of a build."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from repvgg_deploy.builder.build import build
+from repvgg_deploy.builder.library import Library
+from repvgg_deploy.builder.monitor import PhaseTree, run_cancellable
+from repvgg_deploy.errors import BuildError
+from tests.builder.fake_trt import FakeTrt, Faults
+from tests.builder.make_typed import A10, make_job, make_typed
+
+
+def library(version: str, path: Path, faults: Faults) -> Library:
+    return Library("tensorrt", FakeTrt(version, path, make_job(path).spec, faults), version)
+
+
+def test_share_counts_a_phase_as_part_of_its_parents_step() -> None:
+    tree, shares = PhaseTree(), []
+    tree.start("build", None, 2)
+    shares.append(tree.share())
+    tree.start("tactics", "build", 4)
+    for step in range(4):
+        tree.step("tactics", step)
+        shares.append(tree.share())
+    tree.finish("tactics")
+    tree.step("build", 0)
+    shares.append(tree.share())
+    tree.step("build", 1)
+    shares.append(tree.share())
+    assert shares == [0.0, 0.125, 0.25, 0.375, 0.5, 0.5, 1.0]
+
+
+def test_share_never_falls_and_survives_what_tensorrt_should_not_say() -> None:
+    tree = PhaseTree()
+    tree.step("unknown", 3)
+    tree.finish("unknown")
+    tree.start("a", None, 0)
+    tree.step("a", 7)
+    assert tree.share() == 1.0
+    tree.start("a", "a", 2)  # its own parent
+    tree.start("b", None, 2)
+    assert tree.share() == 1.0
+
+
+@pytest.mark.parametrize("version", ["10.9.0.34", "8.6.1"])
+def test_interruption_waits_for_tensorrt_and_is_raised(tmp_path: Path, version: str) -> None:
+    entered, cancelled = threading.Event(), threading.Event()
+
+    def during() -> None:
+        entered.set()
+        assert cancelled.wait(30)
+
+    path = make_typed(tmp_path, "fp32")
+    faults = Faults(during=during)
+    trt = library(version, path, faults)
+
+    def report(_: float) -> None:
+        if entered.is_set():
+            threading.Timer(0.01, cancelled.set).start()  # TensorRT goes on until its next step
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(trt, make_job(path, gpu=A10), report=report)
+    assert cancelled.is_set() and not [thread for thread in threading.enumerate() if thread.name == "repvgg-build"]
+
+
+def test_cancelled_build_stops_at_the_next_step(tmp_path: Path) -> None:
+    path = make_typed(tmp_path, "fp32")
+    event = threading.Event()
+    event.set()
+    from repvgg_deploy.builder.build import _build, _Work
+
+    work = _Work(library("10.9.0.34", path, Faults()), make_job(path, gpu=A10), cancelled=event)
+    with pytest.raises(BuildError, match="was stopped"):
+        _build(work)
+
+
+def test_error_of_the_worker_is_raised_where_it_is_waited_for(tmp_path: Path) -> None:
+    path = make_typed(tmp_path, "fp32")
+
+    def fail() -> None:
+        raise BuildError("no", remedy="none at all")
+
+    with pytest.raises(BuildError, match="no"):
+        run_cancellable(library("8.6.1", path, Faults()), fail, threading.Event(), poll=lambda: None)

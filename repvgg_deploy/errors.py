@@ -16,6 +16,8 @@
     ├── EngineBusyError                        more requests wait than may: back-pressure, try again later
     ├── DeadlineError (TimeoutError)           a request waited past its deadline and was not run
     ├── CudaError                              a CUDA call failed, or a GPU was asked for and is not there
+    │   ├── CudaMemoryError                    GPU memory ran out: the Engine stays usable
+    │   └── CudaContextError                   the GPU's state in this process is lost: only a new process helps
     └── MissingDependencyError (ImportError)   an optional package is not installed
 
 A message says what, where, expected against found; the remedy is the command or change that fixes it.
@@ -108,6 +110,14 @@ class DeadlineError(RepVGGDeployError, TimeoutError):
 
 class CudaError(RepVGGDeployError):
     """A CUDA call failed, or a GPU was asked for and is not there."""
+
+
+class CudaMemoryError(CudaError):
+    """GPU memory ran out. The Engine stays usable."""
+
+
+class CudaContextError(CudaError):
+    """The GPU's state in this process is lost: every further call fails until the process is restarted."""
 
 
 class MissingDependencyError(RepVGGDeployError, ImportError):

@@ -1,0 +1,225 @@
+"""The CUDA port over pycuda: its primary contexts only, never `pycuda.autoinit` or `make_context`.
+
+pycuda frees what its objects own when they go, and captures no graphs; streams of others are known to it by number only, which it cannot use, so
+that with them the whole device is waited for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, TypeVar
+
+from ...errors import CudaError
+from .port import DeviceInfo, read_driver_version
+from .status import make_error, no_driver, no_such_device
+
+_T = TypeVar("_T")
+_NON_BLOCKING = 1
+_NAMES = (
+    ("out of memory", "CUDA_ERROR_OUT_OF_MEMORY"),
+    ("no CUDA-capable device", "CUDA_ERROR_NO_DEVICE"),
+    ("invalid device ordinal", "CUDA_ERROR_INVALID_DEVICE"),
+    ("illegal memory access", "CUDA_ERROR_ILLEGAL_ADDRESS"),
+    ("unspecified launch failure", "CUDA_ERROR_LAUNCH_FAILED"),
+    ("launch timed out", "CUDA_ERROR_LAUNCH_TIMEOUT"),
+    ("misaligned address", "CUDA_ERROR_MISALIGNED_ADDRESS"),
+    ("uncorrectable ECC", "CUDA_ERROR_ECC_UNCORRECTABLE"),
+    ("initialization error", "CUDA_ERROR_NOT_INITIALIZED"),
+    ("driver version is insufficient", "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH"),
+)
+"""pycuda gives CUDA's words and not its name of a status."""
+
+
+class PycudaPort:
+    """See CudaPort.
+
+    Args:
+        driver: The module pycuda.driver.
+
+    Raises:
+        CudaError: No driver, or no GPU.
+    """
+
+    has_graphs = False
+
+    def __init__(self, driver: Any) -> None:
+        self._driver = driver
+        self._lock = threading.Lock()
+        self._activations: dict[int, _Activation] = {}
+        self._device_blocks: dict[int, Any] = {}
+        self._host_blocks: dict[int, Any] = {}
+        self.provider = f"pycuda {'.'.join(map(str, getattr(driver, 'get_version', tuple)()))}".strip()
+        try:
+            driver.init()
+        except driver.Error as error:
+            text = str(error)
+            raise (no_driver(text) if "stub" in text else self._translate("cuInit", error)) from error
+        number = int(driver.get_driver_version())
+        self._cuda_version = f"{number // 1000}.{number % 1000 // 10}"
+
+    def count_devices(self) -> int:
+        """See CudaPort."""
+        return int(self._ask("cuDeviceGetCount", self._driver.Device.count))
+
+    def describe_device(self, index: int) -> DeviceInfo:
+        """See CudaPort."""
+        device = self._find(index)
+        major, minor = device.compute_capability()
+        return DeviceInfo(device.name(), f"{major}.{minor}", read_driver_version(), self._cuda_version, int(device.total_memory()))
+
+    def on_device(self, index: int) -> _Activation:
+        """See CudaPort."""
+        found = self._activations.get(index)
+        if found is not None:
+            return found
+        with self._lock:
+            if index not in self._activations:
+                context = self._ask("cuDevicePrimaryCtxRetain", self._find(index).retain_primary_context)
+                self._activations[index] = _Activation(self, context)
+            return self._activations[index]
+
+    def allocate(self, size_bytes: int) -> int:
+        """See CudaPort."""
+        block = self._ask(f"cuMemAlloc({size_bytes} bytes)", lambda: self._driver.mem_alloc(size_bytes))
+        self._device_blocks[int(block)] = block
+        return int(block)
+
+    def free(self, address: int) -> None:
+        """See CudaPort."""
+        self._ask("cuMemFree", self._device_blocks.pop(address).free)
+
+    def allocate_host(self, size_bytes: int) -> int:
+        """See CudaPort."""
+        flags = self._driver.host_alloc_flags.PORTABLE
+        array = self._ask(f"cuMemHostAlloc({size_bytes} bytes)", lambda: self._driver.pagelocked_empty(size_bytes, "uint8", mem_flags=flags))
+        address = int(array.ctypes.data)
+        self._host_blocks[address] = array
+        return address
+
+    def free_host(self, address: int) -> None:
+        """See CudaPort."""
+        self._ask("cuMemFreeHost", self._host_blocks.pop(address).base.free)
+
+    def copy(self, target: int, source: int, size_bytes: int, stream: Any) -> None:
+        """See CudaPort."""
+        if isinstance(stream, int):  # of somebody else: after everything on the device, and waited for
+            self.synchronize()
+            own = self.create_stream()
+            self.copy(target, source, size_bytes, own)
+            self.synchronize_stream(own)
+            return
+        if self._is_host(source):
+            host = _view(source, size_bytes)
+            self._ask("cuMemcpyHtoDAsync", lambda: self._driver.memcpy_htod_async(target, host, stream))
+        elif self._is_host(target):
+            host = _view(target, size_bytes)
+            self._ask("cuMemcpyDtoHAsync", lambda: self._driver.memcpy_dtoh_async(host, source, stream))
+        else:
+            self._ask("cuMemcpyDtoDAsync", lambda: self._driver.memcpy_dtod_async(target, source, size_bytes, stream))
+
+    def create_stream(self) -> Any:
+        """See CudaPort."""
+        return self._ask("cuStreamCreate", lambda: self._driver.Stream(_NON_BLOCKING))
+
+    def destroy_stream(self, stream: Any) -> None:
+        """See CudaPort: pycuda frees it when the last reference to it goes."""
+
+    def stream_handle(self, stream: Any) -> int:
+        """See CudaPort."""
+        return stream if isinstance(stream, int) else int(stream.handle)
+
+    def synchronize_stream(self, stream: Any) -> None:
+        """See CudaPort."""
+        if isinstance(stream, int):
+            self.synchronize()
+        else:
+            self._ask("cuStreamSynchronize", stream.synchronize)
+
+    def create_event(self) -> Any:
+        """See CudaPort."""
+        return self._ask("cuEventCreate", lambda: self._driver.Event(self._driver.event_flags.DISABLE_TIMING))
+
+    def destroy_event(self, event: Any) -> None:
+        """See CudaPort: pycuda frees it when the last reference to it goes."""
+
+    def record_event(self, event: Any, stream: Any) -> None:
+        """See CudaPort. An event that was never recorded counts as happened, so that with a stream of somebody else waiting now is enough."""
+        if isinstance(stream, int):
+            self.synchronize()
+        else:
+            self._ask("cuEventRecord", lambda: event.record(stream))
+
+    def wait_event(self, stream: Any, event: Any) -> None:
+        """See CudaPort."""
+        if isinstance(stream, int):
+            self.synchronize_event(event)
+        else:
+            self._ask("cuStreamWaitEvent", lambda: stream.wait_for_event(event))
+
+    def synchronize_event(self, event: Any) -> None:
+        """See CudaPort."""
+        self._ask("cuEventSynchronize", event.synchronize)
+
+    def begin_capture(self, stream: Any) -> None:
+        """See CudaPort: pycuda cannot."""
+        raise CudaError("pycuda captures no CUDA graphs", remedy='use EngineOptions(cuda="bindings"), or cuda_graphs=False')
+
+    def end_capture(self, stream: Any) -> Any:
+        """See CudaPort: pycuda cannot."""
+        return self.begin_capture(stream)
+
+    def launch_graph(self, graph: Any, stream: Any) -> None:
+        """See CudaPort: pycuda cannot."""
+        self.begin_capture(stream)
+
+    def destroy_graph(self, graph: Any) -> None:
+        """See CudaPort: there are none."""
+
+    def find_device(self, address: int) -> int | None:
+        """See CudaPort: pycuda cannot say."""
+        return None
+
+    def synchronize(self) -> None:
+        """See CudaPort."""
+        self._ask("cuCtxSynchronize", self._driver.Context.synchronize)
+
+    def _find(self, index: int) -> Any:
+        count = self.count_devices()
+        if not 0 <= index < count:
+            raise no_such_device(index, count)
+        return self._driver.Device(index)
+
+    def _is_host(self, address: int) -> bool:
+        return any(start <= address < start + array.nbytes for start, array in list(self._host_blocks.items()))
+
+    def _ask(self, call: str, function: Callable[[], _T]) -> _T:
+        try:
+            return function()
+        except self._driver.Error as error:
+            raise self._translate(call, error) from error
+
+    def _translate(self, call: str, error: Exception) -> CudaError:
+        text = str(error).rpartition("failed: ")[2]
+        name = next((name for words, name in _NAMES if words in text), type(error).__name__)
+        return make_error(call, name, text)
+
+
+class _Activation:
+    """Pushes a context on the thread's stack and pops it."""
+
+    def __init__(self, port: PycudaPort, context: Any) -> None:
+        self._port = port
+        self._context = context
+
+    def __enter__(self) -> None:
+        self._port._ask("cuCtxPushCurrent", self._context.push)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._port._ask("cuCtxPopCurrent", self._context.pop)
+
+
+def _view(address: int, size_bytes: int) -> Any:
+    return (ctypes.c_ubyte * size_bytes).from_address(address)

@@ -18,7 +18,7 @@ from .library import Library
 from .monitor import Position, make_monitor, run_cancellable
 from .network import add_profile, output_types, parse, require_expected_tensors, tensor_shapes
 from .precision_check import PrecisionReport, WeightedLayer, measure, read_layers, require_honest
-from .recipes import Typing, configure, constrain_layers, create_network, require_options, require_typing, rtx_targets
+from .recipes import Typing, configure, constrain_layers, create_network, require_options, require_typing
 from .timing_cache import TimingFile
 from .trt_log import find_nodes, make_trt_logger, quote
 
@@ -54,7 +54,7 @@ class BuildJob:
         spec: Of it.
         typing: Of it.
         config: What is asked for; its profile suits the graph.
-        targets: Compute capabilities, of TensorRT-RTX; empty for its default.
+        targets: Compute capabilities that the plan is for; see `recipes.resolve_targets`.
         gpu: None where there is none.
         timing: File of the timing cache, or None for no cache.
     """
@@ -64,7 +64,7 @@ class BuildJob:
     spec: ModelSpec
     typing: Typing
     config: BuildConfig
-    targets: tuple[str, ...] = ()
+    targets: tuple[str, ...]
     gpu: Gpu | None = None
     timing: Path | None = None
 
@@ -130,7 +130,7 @@ def build(library: Library, job: BuildJob, *, report: Callable[[float], None] | 
         CudaError: TensorRT needs a GPU, and there is none.
         ArtifactError: The timing cache cannot be written.
     """
-    require_options(library, job.config, job.targets)
+    require_options(library, job.config, job.targets if library.is_rtx else ())
     require_typing(library, job.typing, job.graph.opset)
     require_gpu(library, job.gpu)
     work = _Work(library, job)
@@ -147,7 +147,7 @@ def _build(work: _Work) -> BuiltPlan:
     require_expected_tensors(network, job.spec)
     weighted = _weigh(job.graph, tensor_shapes(network))
     settings = builder.create_builder_config()
-    configure(library, settings, job.config, job.typing, targets=rtx_targets(library, job.targets) if library.is_rtx and job.targets else ())
+    configure(library, settings, job.config, job.typing, targets=job.targets)
     constrain_layers(library, network, job.typing)
     add_profile(builder, settings, job.spec, job.config.profile)
     timing = TimingFile(job.timing) if job.timing is not None else None
@@ -212,7 +212,7 @@ def _weigh(graph: GraphSummary, shapes: dict[str, tuple[int, ...]]) -> tuple[Wei
 
 def _inspect(work: _Work, trt_logger: Any, plan: Any, weighted: tuple[WeightedLayer, ...]) -> PrecisionReport | None:
     library, job = work.library, work.job
-    if job.gpu is None or (library.is_rtx and job.gpu.compute_capability not in rtx_targets(library, job.targets)):
+    if job.gpu is None or (library.is_rtx and job.gpu.compute_capability not in job.targets):
         return None
     trt = library.trt
     runtime = trt.Runtime(trt_logger)

@@ -38,8 +38,11 @@ class PhaseTree:
 
     def finish(self, name: str) -> None:
         """A phase ends."""
-        if name in self._steps and self._steps[name][0] is not None:
-            del self._steps[name]
+        if name not in self._steps:
+            return
+        parent, steps, _ = self._steps.pop(name)
+        if parent is None:
+            self._steps[name] = (None, steps, steps)  # stays, as done, though TensorRT does not tell its last step
 
     def share(self) -> float:
         """What is done of the outermost phase, 0 to 1; it never falls."""
@@ -95,6 +98,7 @@ def make_monitor(trt: Any, position: Position, cancelled: threading.Event) -> An
         def phase_finish(self, phase_name: str) -> None:
             with self.lock:
                 self.tree.finish(phase_name)
+                position.share = self.tree.share()
 
     return Monitor()
 

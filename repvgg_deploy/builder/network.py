@@ -42,11 +42,11 @@ def _call(error: Any, name: str) -> str:
 
 
 def _remedy(errors: Sequence[str], graph: GraphSummary) -> str:
-    text = " ".join(errors)
-    if "opset" in text.lower() or "version" in text.lower():
-        return f"the graph is of operator set {graph.opset}: export it with a lower repvgg-export --opset, or install a later TensorRT"
-    if "plugin" in text.lower() or "no importer" in text.lower():
+    text = " ".join(errors).lower()
+    if "plugin" in text or "no importer" in text:
         return "TensorRT does not know this operator: leave it out of the model, or run the ONNX with Engine, which uses ONNX Runtime"
+    if "opset" in text or "operator set" in text:
+        return f"the graph is of operator set {graph.opset}: export it with a lower repvgg-export --opset, or install a later TensorRT"
     return _REMEDY
 
 

@@ -14,12 +14,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import BuildError
+from ..errors import BuildError, CudaError
 from ..specs import BuildConfig, Precision
 from .library import Library
 
-RTX_DEFAULT = ("8.6", "8.9", "12.0")
-"""What TensorRT-RTX builds for where no target is given. Source: its support matrices 1.0 to 1.5, "portable by default"."""
+CURRENT = "current"
+"""As a target: the GPU of this machine, whatever it is."""
+_TURING = "7.5"
 _NEWEST_OPSET_8 = 17
 _FLOATS = {"float32": "FLOAT", "float16": "HALF"}
 _NEEDS_8_6 = {
@@ -50,14 +51,13 @@ def is_strongly_typed(library: Library) -> bool:
 
 
 def require_options(library: Library, config: BuildConfig, targets: tuple[str, ...]) -> None:
-    """Refuses what this TensorRT cannot do, before anything is built.
+    """Refuses what this TensorRT cannot do, before anything is built; of targets see `resolve_targets`.
 
     Raises:
-        BuildError: An option is not of this flavour or version; or TensorRT-RTX cannot build for a target.
+        BuildError: An option is not of this flavour or version.
     """
     if library.is_rtx:
         _require_rtx_options(library, config)
-        rtx_targets(library, targets)
         return
     if targets:
         raise BuildError(
@@ -79,24 +79,38 @@ def _require_rtx_options(library: Library, config: BuildConfig) -> None:
     if config.hardware_compatible:
         raise BuildError(
             f"{library.name} has no --hardware-compatible: its plans name the GPUs that they run on",
-            remedy=f"leave it out: by default they run on compute capability {', '.join(RTX_DEFAULT)}; or list others with --target sm_86 sm_89",
+            remedy="leave it out: without --target they run on every GPU from Ampere on that this release knows",
         )
 
 
-def rtx_targets(library: Library, targets: tuple[str, ...]) -> tuple[str, ...]:
-    """The compute capabilities that a TensorRT-RTX plan will run on, such as `8.6`.
+def resolve_targets(library: Library, targets: tuple[str, ...], gpu: str | None) -> tuple[str, ...]:
+    """The compute capabilities that a plan is built for, such as `8.6`.
+
+    Those of TensorRT-RTX are always told to it: what it takes for itself where it is told nothing, a plan does not say. Turing (7.5) is left out
+    unless it is asked for, as NVIDIA advises: it would slow down the others.
+
+    Args:
+        library: Which TensorRT.
+        targets: That are asked for; empty for the default.
+        gpu: Compute capability of the GPU that is here.
 
     Raises:
-        BuildError: It cannot build for one of them.
+        BuildError: TensorRT-RTX cannot build for one of them.
+        CudaError: `current` is one of them, and there is no GPU.
     """
+    if not library.is_rtx:
+        return (gpu,) if gpu is not None else ()
     known = _rtx_capabilities(library)
     for target in targets:
-        if target not in known:
+        if target == CURRENT and gpu is None:
+            raise CudaError("the target is the current GPU, and there is none that can be used", remedy="name it, such as --target sm_86")
+        if target not in (CURRENT, *known):
             raise BuildError(
                 f"{library.name} builds for compute capability {', '.join(known)}, not for {target}",
-                remedy="leave the target out, or build on such a GPU with --backend tensorrt",
+                remedy="leave the target out; or build on such a GPU, with --target current or with --backend tensorrt",
             )
-    return tuple(dict.fromkeys(targets)) or RTX_DEFAULT
+    named = [gpu if target == CURRENT and gpu is not None else target for target in targets]
+    return tuple(dict.fromkeys(named)) or tuple(name for name in known if name != _TURING)
 
 
 def _rtx_capabilities(library: Library) -> list[str]:
@@ -121,7 +135,7 @@ def configure(library: Library, settings: Any, config: BuildConfig, typing: Typi
         settings: Its IBuilderConfig.
         config: What is asked for; `require_options` has passed it.
         typing: Of the graph.
-        targets: Compute capabilities, of TensorRT-RTX.
+        targets: Compute capabilities that `resolve_targets` gave.
     """
     trt = library.trt
     settings.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, config.workspace_bytes)
@@ -135,10 +149,11 @@ def configure(library: Library, settings: Any, config: BuildConfig, typing: Typi
         settings.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if config.hardware_compatible:
         settings.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
-    if library.is_rtx and targets:
+    if library.is_rtx:
         settings.num_compute_capabilities = len(targets)
         for index, target in enumerate(targets):
-            settings.set_compute_capability(getattr(trt.ComputeCapability, f"SM{target.replace('.', '')}"), index)
+            known = getattr(trt.ComputeCapability, f"SM{target.replace('.', '')}", trt.ComputeCapability.CURRENT)
+            settings.set_compute_capability(known, index)
     if not is_strongly_typed(library):
         _allow_precisions(trt, settings, typing)
 

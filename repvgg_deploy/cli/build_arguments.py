@@ -59,7 +59,8 @@ def _add_builder_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--backend", choices=("auto", "tensorrt", "rtx"), default="auto",
                        help="auto: TensorRT where it is installed, else TensorRT-RTX, which builds without a GPU (default: %(default)s)")  # fmt: skip
     group.add_argument("--target", dest="targets", nargs="+", action="extend", type=_capability, default=None, metavar="SM",
-                       help="compute capabilities that a TensorRT-RTX plan is for, such as sm_86 or 8.9 (default: 8.6, 8.9 and 12.0)")  # fmt: skip
+                       help="GPUs that a TensorRT-RTX plan is for: compute capabilities such as sm_86 or 8.9, or current (default: all from "
+                            "Ampere on)")  # fmt: skip
     group.add_argument("--workspace", type=parse_bytes, default=None, metavar="SIZE", help="scratch memory, such as 512MiB (default: 4GiB)")
     group.add_argument("--optimization-level", type=int, choices=range(6), default=None, metavar="N",
                        help="0 to 5: how long TensorRT searches (default: TensorRT's own)")  # fmt: skip
@@ -113,6 +114,8 @@ def parse_target(text: str) -> dict[str, str]:
 
 
 def _capability(text: str) -> str:
+    if text.strip().lower() == "current":
+        return "current"
     found = re.fullmatch(r"(?:sm_?)?(\d{1,2})\.?(\d)", text.strip().lower())
     if found is None:
         raise argparse.ArgumentTypeError(f"expected a compute capability such as sm_86 or 8.6, found {text!r}")

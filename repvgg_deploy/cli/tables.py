@@ -22,3 +22,8 @@ def format_pairs(pairs: Sequence[tuple[str, str]]) -> str:
     """`name  value` lines with the values aligned; a value of several lines is indented as a whole."""
     width = max(len(name) for name, _ in pairs)
     return "\n".join(f"{name:<{width}}  {value}".replace("\n", "\n" + " " * (width + 2)).rstrip() for name, value in pairs)
+
+
+def show_bytes(count: int) -> str:
+    """`25.5 MB`, `3.1 kB`."""
+    return f"{count / 1e6:.1f} MB" if count >= 1_000_000 else f"{count / 1e3:.1f} kB"

@@ -17,7 +17,7 @@ from .build_arguments import find_build_conflict
 from .common import Output
 from .quantize_arguments import quantize_flags
 from .stage_progress import StageProgress
-from .tables import format_pairs
+from .tables import format_pairs, show_bytes
 from .trt_check import describe_place, describe_precision
 
 _FLAGS = ("tf32", "sparse", "version_compatible", "hardware_compatible")
@@ -93,7 +93,7 @@ def _as_pairs(args: argparse.Namespace, result: BuildResult) -> list[tuple[str, 
     profile = passport.config.profile
     on = f"on {passport.gpu_name}" if passport.gpu_name else "without a GPU"
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.seconds.items())
-    pairs = [("model", f"{args.model} ({args.model.stat().st_size / 1e6:.1f} MB)"), ("builder", f"{result.library}, {on}")]
+    pairs = [("model", f"{args.model} ({show_bytes(args.model.stat().st_size)})"), ("builder", f"{result.library}, {on}")]
     if result.origin != "built":
         where = "the cache" if result.origin == "cache" else "its place already"
         pairs.append(("reused", f"an identical plan is in {where}, built in {passport.build_seconds:.1f} s: nothing was built now"))
@@ -105,7 +105,7 @@ def _as_pairs(args: argparse.Namespace, result: BuildResult) -> list[tuple[str, 
     ]
     if stages:
         pairs.append(("seconds", f"{sum(result.seconds.values()):.1f}: {stages}"))
-    pairs.append((result.output.status, f"{result.output.target} ({result.output.target.stat().st_size / 1e6:.1f} MB)"))
+    pairs.append((result.output.status, f"{result.output.target} ({show_bytes(result.output.target.stat().st_size)})"))
     pairs.append(("passport", f"{result.passport_output.target} ({result.passport_output.status})"))
     return pairs
 

@@ -9,7 +9,7 @@ from ..pipeline.check import CheckResult, check_plan
 from ..runtime.compatibility import FLAVOURS, Compatible, Environment
 from ..specs import PlanPassport
 from .common import Output
-from .tables import format_pairs
+from .tables import format_pairs, show_bytes
 
 
 def execute(args: argparse.Namespace) -> Output:
@@ -49,7 +49,7 @@ def _as_text(args: argparse.Namespace, result: CheckResult) -> str:
     passport, verdict = result.passport, result.verdict
     profile = passport.config.profile
     pairs = [
-        ("plan", f"{args.plan}, {result.plan_bytes / 1e6:.1f} MB, as it was built"),
+        ("plan", f"{args.plan}, {show_bytes(result.plan_bytes)}, as it was built"),
         ("precision", describe_precision(passport)),
         ("batches", f"{profile.min_batch} to {profile.max_batch}, tuned for {profile.opt_batch}"),
         ("runs on", describe_place(passport)),

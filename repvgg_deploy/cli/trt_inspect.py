@@ -15,7 +15,7 @@ from ..onnx_file import GraphSummary, read_graph
 from ..runtime.model_files import as_path, read_model
 from ..specs import Certificate, ModelMetadata, ModelSpec, TensorSpec, VariantSpec
 from .common import Output
-from .tables import format_pairs, format_table
+from .tables import format_pairs, format_table, show_bytes
 
 _FEW_LABELS = 3
 _DIGEST_LETTERS = 64
@@ -103,7 +103,7 @@ def layer_rows(variant: VariantSpec, size: tuple[int, int] | None) -> tuple[Laye
 def _summary(path: Path, metadata: ModelMetadata, graph: GraphSummary, rows: Sequence[LayerRow]) -> str:
     spec, source = metadata.spec, metadata.source
     pairs = [
-        ("model", f"{path}, {_show_bytes(graph.file_bytes)}, opset {graph.opset}"),
+        ("model", f"{path}, {show_bytes(graph.file_bytes)}, opset {graph.opset}"),
         ("precision", describe_shares(*_precisions(rows, weighted_nodes(graph)))),
         ("variant", _describe_variant(metadata.variant)),
         ("input", _describe_tensor(spec.input)),
@@ -119,10 +119,6 @@ def _summary(path: Path, metadata: ModelMetadata, graph: GraphSummary, rows: Seq
         ("certificate", _describe_certificate(metadata.certificate)),
     ]
     return format_pairs(pairs)
-
-
-def _show_bytes(count: int) -> str:
-    return f"{count / 1e6:.1f} MB" if count >= 1_000_000 else f"{count / 1e3:.1f} kB"
 
 
 def _describe_variant(variant: VariantSpec | None) -> str:

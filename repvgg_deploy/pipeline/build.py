@@ -10,7 +10,7 @@ from ..artifacts import require_distinct
 from ..builder.build import require_gpu
 from ..builder.library import open_library
 from ..builder.plan_cache import PlanCache, cache_folder
-from ..builder.recipes import require_options
+from ..builder.recipes import require_options, resolve_targets
 from ..errors import InputError
 from ..runtime.passport import passport_path
 from .build_files import default_plan_output, look_at, require_room
@@ -56,13 +56,19 @@ def build_plan(
     require_options(library, options.config, options.targets)
     search = look_for_gpu()
     require_gpu(library, search.gpu, search.reason)
+    capabilities = resolve_targets(library, options.targets, None if search.gpu is None else search.gpu.compute_capability)
     standing = look_at(target)
     require_room(standing, source.sha256, force=force)
-    task = Task(options, library, search.gpu, standing, force, progress or (lambda *_: None), _open_cache(options), typing)
+    tell = progress if progress is not None else _tell_nobody
+    task = Task(options, library, search.gpu, capabilities, standing, force, tell, _open_cache(options), typing)
     config = dataclasses.replace(options.config, profile=profile, precision=options.config.precision if typing else source.precision)
     if typing:
         return type_and_build(task, source, config)
     return build_typed(task, source, config, None)
+
+
+def _tell_nobody(stage: str, done: int, total: int) -> None:
+    """Of a caller who did not ask."""
 
 
 def _inputs(options: BuildOptions) -> list[Path]:

@@ -24,7 +24,7 @@ class BuildOptions:
         config: Precision, batch sizes, memory and flags.
         profile_given: Whether the profile was asked for: else the default one gives way to a model's fixed batch.
         backend: `auto`: TensorRT where it is installed, else TensorRT-RTX.
-        targets: Compute capabilities (`8.6`) that a TensorRT-RTX plan is for; empty for 8.6, 8.9 and 12.0.
+        targets: Compute capabilities (`8.6`, or `current`) that a TensorRT-RTX plan is for; empty for all from Ampere on that it knows.
         timing_cache: TensorRT's timings; None: a file of this GPU and TensorRT in the cache folder.
         quantize: How an FP32 ONNX becomes FP16 or INT8; None: as `quantize` does by default. What stands beside INT8 follows from the version of
             TensorRT: FP32 for 8, FP16 for all later ones.

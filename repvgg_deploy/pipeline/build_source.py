@@ -11,9 +11,8 @@ from ..artifacts import explain_os_errors
 from ..errors import ModelError
 from ..graph_precision import graph_precision, weighted_nodes
 from ..onnx_file import GraphSummary, read_graph, read_metadata
+from ..runtime.passport import PLAN_MAGICS
 from ..specs import ModelMetadata, Precision
-
-_PLAN_MAGIC = b"ftrt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +56,6 @@ def _read_metadata(path: Path) -> ModelMetadata:
         return read_metadata(path)
     except ModelError as error:
         with contextlib.suppress(OSError), path.open("rb") as file:
-            if file.read(len(_PLAN_MAGIC)) == _PLAN_MAGIC:
+            if file.read(len(PLAN_MAGICS[0])) in PLAN_MAGICS:
                 raise ModelError(f"{path}: is a TensorRT plan already", remedy="give the .onnx that it was built from") from error
         raise

@@ -20,7 +20,7 @@ from ..builder.graph_types import tensor_types
 from ..builder.library import Library
 from ..builder.plan_cache import CachedPlan, PlanCache
 from ..builder.precision_check import PrecisionReport
-from ..builder.recipes import Typing, is_strongly_typed, rtx_targets
+from ..builder.recipes import Typing, is_strongly_typed
 from ..builder.timing_cache import choose_timing_file
 from ..errors import ModelError
 from ..runtime.passport import passport_path
@@ -78,6 +78,7 @@ class Task:
         options: What is asked for.
         library: Which TensorRT.
         gpu: None where there is none.
+        capabilities: That the plan is for.
         standing: What stands at the output.
         force: Replace it.
         progress: Who is told.
@@ -90,6 +91,7 @@ class Task:
     options: BuildOptions
     library: Library
     gpu: Gpu | None
+    capabilities: tuple[str, ...]
     standing: Standing
     force: bool
     progress: Progress
@@ -100,8 +102,7 @@ class Task:
 
     def request(self, onnx_sha256: str, config: BuildConfig) -> PlanRequest:
         """What the plan of a typed ONNX depends on."""
-        capabilities = rtx_targets(self.library, self.options.targets) if self.library.is_rtx else (self.gpu.compute_capability,) if self.gpu else ()
-        return PlanRequest(onnx_sha256, config, capabilities, self.library, self.gpu)
+        return PlanRequest(onnx_sha256, config, self.capabilities, self.library, self.gpu)
 
 
 def type_and_build(task: Task, source: Source, config: BuildConfig) -> BuildResult:
@@ -132,7 +133,6 @@ def type_and_build(task: Task, source: Source, config: BuildConfig) -> BuildResu
 
 
 def _quantize_options(task: Task, config: BuildConfig) -> QuantizeOptions:
-    from ..precision.int8_options import Target
     from .quantize_options import QuantizeOptions
 
     precision = config.precision
@@ -141,7 +141,7 @@ def _quantize_options(task: Task, config: BuildConfig) -> QuantizeOptions:
     if precision == "fp16":
         return options
     # TensorRT 8 wants FP32 scales and opset 17; strong typing lets the rest be FP16.
-    target: Target = "trt10" if is_strongly_typed(task.library) else "trt8"
+    target: Literal["trt8", "trt10"] = "trt10" if is_strongly_typed(task.library) else "trt8"
     return dataclasses.replace(options, int8=dataclasses.replace(options.int8, target=target))
 
 
@@ -185,7 +185,7 @@ def _job(task: Task, source: Source, config: BuildConfig) -> BuildJob:
     typing = Typing(source.precision, "float16" in types.values(), types)
     gpu = None if task.gpu is None else (task.gpu.name, task.gpu.compute_capability)
     timing = choose_timing_file(task.library, gpu, task.options.timing_cache)
-    return BuildJob(source.data, source.graph, spec, typing, config, task.options.targets, task.gpu, timing)
+    return BuildJob(source.data, source.graph, spec, typing, config, task.capabilities, task.gpu, timing)
 
 
 def _passport(task: Task, source: Source, request: PlanRequest, *, built: BuiltPlan, seconds: float) -> PlanPassport:

@@ -163,7 +163,7 @@ def _judge_gpu(case: _Case) -> Incompatible | None:
         return None
     name = f"{case.environment.gpu_name} (compute capability {found})" if case.environment.gpu_name else f"a GPU of compute capability {found}"
     if passport.flavour == "tensorrt_rtx":
-        remedy = f"build it again with --target sm_{found.replace('.', '')}, if TensorRT-RTX supports that, or with --backend tensorrt"
+        remedy = f"build it again with --target sm_{found.replace('.', '')} or, on such a GPU, with --target current or --backend tensorrt"
         return Incompatible(f"the plan is for compute capability {wanted}, and here is {name}", remedy)
     if passport.config.hardware_compatible:
         return _judge_compatible_hardware(case, name)

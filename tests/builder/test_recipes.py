@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+import types
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 
 from repvgg_deploy.builder.build import build
 from repvgg_deploy.builder.library import Library
+from repvgg_deploy.builder.recipes import require_options, resolve_targets
 from repvgg_deploy.errors import BuildError, CudaError
 from repvgg_deploy.onnx_file import read_metadata
 from repvgg_deploy.specs import BuildConfig, ShapeProfile
@@ -115,9 +118,31 @@ def test_tensorrt_8_refuses_an_operator_set_that_it_does_not_know(tmp_path: Path
     assert "--opset 17" in caught.value.remedy
 
 
-def test_targets_are_of_tensorrt_rtx(tmp_path: Path) -> None:
+def test_targets_are_of_tensorrt_rtx() -> None:
     with pytest.raises(BuildError, match="--target is of TensorRT-RTX"):
-        build_fake("10.9.0.34", make_typed(tmp_path, "fp32"), targets=("8.6",))
+        require_options(Library("tensorrt", None, "10.9.0.34"), BuildConfig(), ("8.6",))
+
+
+def rtx(capabilities: str) -> Library:
+    known = enum.IntEnum("ComputeCapability", f"NONE CURRENT {capabilities}")
+    return Library("tensorrt_rtx", types.SimpleNamespace(ComputeCapability=known), "1.7.1.116")
+
+
+def test_rtx_targets_by_default_are_all_that_it_knows_but_turing() -> None:
+    assert resolve_targets(rtx("SM75 SM120 SM86 SM80"), (), None) == ("8.0", "8.6", "12.0")
+    assert resolve_targets(rtx("SM75 SM86"), ("7.5", "8.6", "7.5"), None) == ("7.5", "8.6")
+    with pytest.raises(BuildError, match=r"builds for compute capability 7\.5, 8\.6, not for 8\.9"):
+        resolve_targets(rtx("SM75 SM86"), ("8.6", "8.9"), "8.9")
+
+
+def test_rtx_target_current_is_the_gpu_that_is_here() -> None:
+    assert resolve_targets(rtx("SM86"), ("current", "8.6"), "9.0") == ("9.0", "8.6")
+    with pytest.raises(CudaError, match="the target is the current GPU"):
+        resolve_targets(rtx("SM86"), ("current",), None)
+
+
+def test_tensorrt_builds_for_the_gpu_that_is_here() -> None:
+    assert resolve_targets(Library("tensorrt", None, "10.9.0.34"), (), "8.6") == ("8.6",)
 
 
 def test_tensorrt_needs_a_gpu(tmp_path: Path) -> None:

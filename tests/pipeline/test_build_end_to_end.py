@@ -1,0 +1,48 @@
+"""The whole line without a GPU: checkpoint → ONNX → INT8 → TensorRT-RTX plan → passport → verdict."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from repvgg_deploy.cli.trt import main
+from repvgg_deploy.onnx_file import read_metadata
+from repvgg_deploy.pipeline import build as build_module
+from repvgg_deploy.pipeline.build import BuildOptions, build_plan
+from repvgg_deploy.pipeline.check import check_plan
+from repvgg_deploy.pipeline.checkpoint import export_checkpoint
+from repvgg_deploy.pipeline.gpu_here import GpuSearch
+from repvgg_deploy.pipeline.quantize_options import QuantizeOptions
+from repvgg_deploy.precision.int8_options import FAST
+from repvgg_deploy.runtime.compatibility import Compatible, Incompatible
+from repvgg_deploy.specs import BuildConfig
+from tests.precision.rtx import needs_rtx
+
+pytestmark = needs_rtx
+
+
+def test_trained_checkpoint_becomes_an_int8_plan_whose_passport_tells_its_story(
+    tmp_path: Path, sample_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(build_module, "look_for_gpu", lambda: GpuSearch(None, "no driver"))
+    onnx = tmp_path / "sample.onnx"
+    export_checkpoint(sample_dir / "repvgg-sample.pth", onnx)
+    options = BuildOptions(BuildConfig("int8"), backend="rtx", quantize=QuantizeOptions("int8", sample_dir / "calib.npz", int8=FAST))
+    result = build_plan(onnx, options=options)
+    passport, exported = result.passport, read_metadata(onnx)
+
+    assert [entry.stage for entry in passport.history] == ["export", "int8", "build"]
+    assert passport.history[1].parent_sha256 == hashlib.sha256(onnx.read_bytes()).hexdigest()
+    assert passport.history[2].parent_sha256 == passport.onnx_sha256
+    assert passport.certificate.passed and passport.certificate.checks[: len(exported.certificate.checks)] == exported.certificate.checks
+    assert "int8 against fp32" in passport.certificate.checks[-1].name
+    assert (passport.spec.labels, passport.spec.preprocessing) == (exported.spec.labels, exported.spec.preprocessing)
+    assert (passport.config.precision, passport.precision, passport.gpu_name) == ("int8", "not_inspected", None)
+
+    version = passport.tensorrt_version
+    assert isinstance(check_plan(result.output.target, {"gpu": "rtx 4090", "rtx": version}).verdict, Compatible)
+    assert isinstance(check_plan(result.output.target, {"gpu": "t4", "rtx": version}).verdict, Incompatible)
+    assert main(["check", str(result.output.target), "--target", f"gpu=a10,rtx={version}"]) == 0
+    assert "verdict    it will run" in capsys.readouterr().out

@@ -12,6 +12,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .errors import RepVGGDeployError as RepVGGDeployError
+    from .pipeline.build import build_plan as build_plan
+    from .pipeline.build_options import BuildOptions as BuildOptions
     from .pipeline.checkpoint import export_checkpoint as export_checkpoint
     from .pipeline.module import export_module as export_module
     from .pipeline.quantize import quantize as quantize
@@ -24,10 +26,13 @@ if TYPE_CHECKING:
     from .reference.checkpoint import load_checkpoint as load_checkpoint
     from .reference.reparameterize import reparameterize as reparameterize
     from .runtime.engine import Engine as Engine
+    from .specs import BuildConfig as BuildConfig
     from .specs import VariantSpec as VariantSpec
     from .variants import get_variant as get_variant
 
 _HOMES = {
+    "BuildConfig": ".specs",
+    "BuildOptions": ".pipeline.build_options",
     "Engine": ".runtime.engine",
     "Fp16Options": ".precision.fp16",
     "Int8Options": ".precision.int8_options",
@@ -35,6 +40,7 @@ _HOMES = {
     "RepVGGDeployError": ".errors",
     "VariantSpec": ".specs",
     "build_model": ".reference.checkpoint",
+    "build_plan": ".pipeline.build",
     "export_checkpoint": ".pipeline.checkpoint",
     "export_module": ".pipeline.module",
     "get_variant": ".variants",
@@ -46,6 +52,8 @@ _HOMES = {
 }
 
 __all__ = [
+    "BuildConfig",
+    "BuildOptions",
     "Engine",
     "Fp16Options",
     "Int8Options",
@@ -53,6 +61,7 @@ __all__ = [
     "RepVGGDeployError",
     "VariantSpec",
     "build_model",
+    "build_plan",
     "export_checkpoint",
     "export_module",
     "get_variant",

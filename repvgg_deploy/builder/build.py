@@ -37,11 +37,11 @@ _REMEDIES = (
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """The GPU that a build runs on."""
+    """The GPU that a build runs on; `driver_version` is None where the system does not say."""
 
     name: str
     compute_capability: str
-    driver_version: str
+    driver_version: str | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -85,7 +85,7 @@ def look_here(flavour: Flavour) -> tuple[Environment, Incompatible | None]:
         version, lacking = None, Incompatible(f"{FLAVOURS[flavour]} cannot be used here: {error.message}", error.remedy)
     gpu = search.gpu
     if gpu is None:
-        remedy = "give --target gpu=…,trt=… to ask about another machine"
+        remedy = f"{search.remedy}; or give --target gpu=…,trt=… to ask about another machine"
         lacking = lacking or Incompatible(f"there is no GPU here that can be used: {search.reason}", remedy)
         return Environment(flavour, version, None, None, None, platform_here()), lacking
     return Environment(flavour, version, gpu.name, gpu.compute_capability, gpu.driver_version, platform_here()), lacking

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import platform
 import sys
 from dataclasses import dataclass
 
 from ..builder.build import Gpu
 from ..errors import CudaError, MissingDependencyError
-
-_PORT = "repvgg_deploy.runtime.cuda.port"
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,25 +17,23 @@ class GpuSearch:
     Attributes:
         gpu: None where there is none.
         reason: Why there is none; empty where there is one.
+        remedy: What helps.
     """
 
     gpu: Gpu | None
     reason: str = ""
+    remedy: str = "use a machine with an NVIDIA GPU and its driver"
 
 
 def look_for_gpu(index: int = 0) -> GpuSearch:
     """Asks the driver for one GPU."""
+    from ..runtime.cuda.port import open_cuda
+
     try:
-        info = importlib.import_module(_PORT).open_cuda(None).describe_device(index)
+        info = open_cuda(None).describe_device(index)
     except (CudaError, MissingDependencyError) as error:
-        return GpuSearch(None, error.message)
-    except ModuleNotFoundError as error:
-        return GpuSearch(None, f"CUDA cannot be asked: the module {error.name} is missing")
-    return GpuSearch(Gpu(info.name, _as_text(info.compute_capability), str(info.driver_version)))
-
-
-def _as_text(capability: object) -> str:
-    return ".".join(map(str, capability)) if isinstance(capability, tuple) else str(capability)
+        return GpuSearch(None, error.message, error.remedy)
+    return GpuSearch(Gpu(info.name, info.compute_capability, info.driver_version or None))
 
 
 def platform_here() -> str:

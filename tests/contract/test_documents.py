@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -14,8 +15,8 @@ import pytest
 from tests.contract.source_tree import ROOT
 
 DOCUMENTS = ["README.md", "docs/schemas.md", "engines/README.md", "CONTRIBUTING.md", "docker/README.md", "models/README.md"]
-# A block with a language is run unless the line before it says why not.
-BLOCK = re.compile(r"(?:^<!-- not run: (?P<reason>[^>]+) -->\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
+# A block with a language is run unless the line before it says why not, or names a package that is not installed.
+BLOCK = re.compile(r"(?:^<!-- (?:not run: (?P<reason>[^>]+)|needs (?P<package>\w+)) -->\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
 PROGRAMS = {"repvgg-export": "repvgg_deploy.cli.export", "repvgg-trt": "repvgg_deploy.cli.trt"}
 SHOWN_ONLY = {"toml", "json", "text"}
 
@@ -61,7 +62,7 @@ def test_snippets_of_a_document_run_one_after_the_other(document: str, exported:
         (exported / "sample.onnx").unlink()  # its own commands write it
     ran = 0
     for block in blocks(document):
-        if block["reason"] or block["language"] in SHOWN_ONLY:
+        if block["reason"] or block["language"] in SHOWN_ONLY or (block["package"] and not importlib.util.find_spec(block["package"])):
             continue
         command = {"sh": ["sh", "-euc"], "python": [sys.executable, "-c"]}[block["language"]]
         result = run([*command, block["code"]], exported)
@@ -76,7 +77,7 @@ def test_snippet_of_the_readme_recognises_the_digit(exported: Path) -> None:
 
 
 def help_texts() -> dict[str, str]:
-    commands = {"repvgg-export": [[]], "repvgg-trt": [[], ["infer"], ["inspect"], ["quantize"], ["eval"], ["compare"]]}
+    commands = {"repvgg-export": [[]], "repvgg-trt": [[], ["infer"], ["inspect"], ["quantize"], ["build"], ["check"], ["eval"], ["compare"]]}
     result = {}
     for program, variants in commands.items():
         texts = [

@@ -128,7 +128,6 @@ def build(library: Library, job: BuildJob, *, report: Callable[[float], None] | 
     Raises:
         BuildError: TensorRT refuses the graph or an option, fails, or has built a plan that computes in a wider type than the graph says.
         CudaError: TensorRT needs a GPU, and there is none.
-        ArtifactError: The timing cache cannot be written.
     """
     require_options(library, job.config, job.targets if library.is_rtx else ())
     require_typing(library, job.typing, job.graph.opset)

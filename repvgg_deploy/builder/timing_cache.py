@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifacts import atomic_output, locked
-from ..errors import InputError
+from ..errors import ArtifactError, InputError
 from .library import Library
 from .plan_cache import cache_folder
 
@@ -56,7 +56,7 @@ class TimingFile:
 
     def load(self, settings: Any) -> None:
         """Gives TensorRT the timings in the file, or none."""
-        data = self.path.read_bytes() if self.path.is_file() else b""
+        data = self._read()
         if data and settings.set_timing_cache(settings.create_timing_cache(data), False):
             self.bytes_before = len(data)
             return
@@ -66,18 +66,29 @@ class TimingFile:
         settings.set_timing_cache(settings.create_timing_cache(b""), False)
 
     def store(self, settings: Any) -> None:
-        """Writes what TensorRT has measured, together with what another build has written meanwhile.
-
-        Raises:
-            ArtifactError: The file cannot be written.
-        """
+        """Writes what TensorRT has measured, together with what another build has written meanwhile. A plan is not lost because this fails: it is logged."""
         measured = settings.get_timing_cache()
         if not self.usable or measured is None:
             return
-        with locked(self.path):
-            latest = self.path.read_bytes() if self.path.is_file() else b""
-            if latest and not measured.combine(settings.create_timing_cache(latest), False):
-                logger.warning("%s: was replaced by timings of another GPU or TensorRT, and is left as it is", self.path)
-                return
-            with atomic_output(self.path, force=True) as output:
-                output.partial.write_bytes(bytes(measured.serialize()))
+        try:
+            with locked(self.path):
+                self._merge(settings, measured)
+        except ArtifactError as error:
+            logger.warning("the timings are not kept: %s", error.message)
+
+    def _merge(self, settings: Any, measured: Any) -> None:
+        latest = self._read()
+        if latest and not measured.combine(settings.create_timing_cache(latest), False):
+            logger.warning("%s: was replaced by timings of another GPU or TensorRT, and is left as it is", self.path)
+            return
+        with atomic_output(self.path, force=True) as output:
+            output.partial.write_bytes(bytes(measured.serialize()))
+
+    def _read(self) -> bytes:
+        try:
+            return self.path.read_bytes()
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            logger.warning("%s: cannot be read: %s", self.path, error.strerror)
+            return b""

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from pathlib import Path
 
-from ..artifacts import require_distinct
+from ..artifacts import require_distinct, require_writable
 from ..builder.build import require_gpu
 from ..builder.library import open_library
 from ..builder.plan_cache import PlanCache, cache_folder
@@ -57,6 +57,8 @@ def build_plan(
     search = look_for_gpu()
     require_gpu(library, search.gpu, search.reason)
     capabilities = resolve_targets(library, options.targets, None if search.gpu is None else search.gpu.compute_capability)
+    if options.timing_cache is not None and not library.is_rtx:
+        require_writable(options.timing_cache)
     standing = look_at(target)
     require_room(standing, source.sha256, force=force)
     tell = progress if progress is not None else _tell_nobody

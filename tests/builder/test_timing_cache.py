@@ -59,6 +59,15 @@ def test_timings_leave_only_the_file_and_its_lock(tmp_path: Path) -> None:
     assert sorted(entry.name for entry in folder.iterdir()) == [".t.timing.lock", "t.timing"]
 
 
+def test_timings_that_cannot_be_kept_cost_no_plan(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = make_typed(tmp_path, "fp32")
+    assert run(model, tmp_path / "missing" / "t.timing").data
+    assert "the timings are not kept" in caplog.text
+    (tmp_path / "folder").mkdir()
+    assert run(model, tmp_path / "folder").data
+    assert "cannot be read" in caplog.text
+
+
 def test_two_builds_that_end_at_once_lose_no_timings(tmp_path: Path) -> None:
     model, file = make_typed(tmp_path, "fp32"), tmp_path / "t.timing"
     barrier = threading.Barrier(6)

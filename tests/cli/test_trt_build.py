@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -133,6 +135,20 @@ def test_interrupt_while_tensorrt_builds_exits_130_and_leaves_nothing(
     assert (status, out, err) == (130, "", "interrupted\n")
     assert heard[0] == "build" and sorted(tmp_path.iterdir()) == before and list(own_cache.iterdir()) == []
     assert not [thread for thread in threading.enumerate() if thread.name == "repvgg-build"]
+
+
+@needs_rtx
+def test_three_builds_of_the_same_plan_at_once_all_end_well(tmp_path: Path) -> None:
+    model = make_typed(tmp_path, "fp32")
+    command = [sys.executable, "-m", "repvgg_deploy.cli.trt", "build", str(model), "--backend", "rtx", "--json"]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(3)]
+    results = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], results
+    plans = {json.loads(out)["passport"]["plan_sha256"] for out, _ in results}
+    assert plans == {hashlib.sha256((tmp_path / "fp32.plan").read_bytes()).hexdigest()}
+    passport = read_passport(tmp_path / "fp32.plan")
+    assert passport is not None and passport.plan_sha256 in plans
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fp32.onnx", "fp32.plan", "fp32.plan.json"]
 
 
 @needs_rtx

@@ -1,6 +1,6 @@
 """A TensorRT of any version without TensorRT: it has the names that this version has and no others, and records what the builder is told.
 
-Names by version follow the real modules: 8.5.3.1, 10.16 and 11.4 as introspected, 8.6 and 10.x by NVIDIA's API reference.
+Names by version follow the real modules: 8.5.3.1 as introspected; 8.6.1, 10.0.1, 10.9.0.34 and 11.4.0.106 by the names that their bindings hold.
 """
 
 from __future__ import annotations
@@ -141,7 +141,9 @@ def _add_enums(trt: FakeTrt) -> None:
     trt.NetworkDefinitionCreationFlag = _enum("NetworkDefinitionCreationFlag", networks)
     trt.MemoryPoolType = _enum("MemoryPoolType", "WORKSPACE DLA_MANAGED_SRAM")
     trt.ProfilingVerbosity = _enum("ProfilingVerbosity", "LAYER_NAMES_ONLY NONE DETAILED")
-    trt.DataType = _enum("DataType", "FLOAT HALF INT8 INT32 BOOL UINT8" + (" FP8 BF16 INT64" if number >= (10, 0) else ""))
+    trt.DataType = _enum(
+        "DataType", "FLOAT HALF INT8 INT32 BOOL UINT8" + (" FP8" if number >= (8, 6) else "") + (" BF16 INT64" if number >= (10, 0) else "")
+    )
     trt.LayerType = _enum("LayerType", "CONVOLUTION ACTIVATION CONSTANT SHAPE CAST TOPK")
     trt.LayerInformationFormat = _enum("LayerInformationFormat", "ONELINE JSON")
     if number >= (8, 6):

@@ -246,7 +246,7 @@ def test_outputs_that_cannot_be_written_are_found_out_before_the_build(tmp_path:
             build_plan(model, out)
     with pytest.raises(InputError, match="would replace"):
         build_plan(model, model, force=True)
-    with pytest.raises(ArtifactError, match="the folder .*missing does not exist"):
+    with pytest.raises(ArtifactError, match=r"the folder .*missing does not exist"):
         build_plan(model, options=BuildOptions(timing_cache=tmp_path / "missing" / "t.timing"))
     assert trt.said("network") == []
 

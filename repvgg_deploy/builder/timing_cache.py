@@ -66,7 +66,7 @@ class TimingFile:
         settings.set_timing_cache(settings.create_timing_cache(b""), False)
 
     def store(self, settings: Any) -> None:
-        """Writes what TensorRT has measured, together with what another build has written meanwhile. Where that fails it is logged: a plan is not lost."""
+        """Writes what TensorRT has measured, with what another build has written meanwhile. Where that fails it is logged: no plan is lost."""
         measured = settings.get_timing_cache()
         if not self.usable or measured is None:
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from repvgg_deploy.runtime.passport import passport_path, read_passport, require
 from repvgg_deploy.specs import BuildConfig, PlanPassport, Precision, ShapeProfile
 from tests.builder.fake_trt import PLAN, FakeTrt, Faults, flags_of
 from tests.builder.make_typed import A10, make_typed
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -349,6 +352,23 @@ def test_no_tensorrt_at_all_names_the_extras(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(MissingDependencyError, match="neither TensorRT nor TensorRT-RTX is installed"):
         build_plan(make_typed(tmp_path, "fp32"))
+
+
+def test_typed_graph_is_built_where_neither_torch_nor_onnx_nor_numpy_is(tmp_path: Path, own_cache: Path) -> None:
+    model = make_typed(tmp_path, "fp16")
+    code = f"""
+import sys
+for name in ("torch", "onnx", "onnxruntime", "numpy", "PIL"):
+    sys.modules[name] = None  # an import of it fails
+sys.path.insert(0, {str(tmp_path)!r})
+from repvgg_deploy.pipeline import build
+from repvgg_deploy.errors import MissingDependencyError
+from repvgg_deploy.cli.trt import main
+sys.modules["tensorrt"] = sys.modules["tensorrt_rtx"] = None
+assert main(["build", {str(model)!r}, "--fp16"]) == 1
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0 and "neither TensorRT nor TensorRT-RTX is installed" in done.stderr, done.stderr
 
 
 def test_timings_stand_in_the_cache_of_this_gpu(tmp_path: Path, tensorrt, own_cache: Path) -> None:

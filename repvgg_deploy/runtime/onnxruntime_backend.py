@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ..errors import CudaError, MissingDependencyError, ModelError
 from ..specs import ModelSpec
 from .backends import Device, EngineOptions, is_quantized
+from .cpu_graph import prepare
 from .interface import Interface, check_interface, one_line
 
 logger = logging.getLogger(__name__)
@@ -93,9 +94,10 @@ def _import_onnxruntime(device: Device) -> Any:
 
 def _open_cpu(runtime: Any, path: Path, options: EngineOptions) -> Any:
     extras = _without_optimizers(path)
+    source = prepare(path, "onnxruntime") if is_quantized(path) else str(path)
     # The provider is named even so: a GPU build would otherwise choose for itself, and installing a package must not change answers.
     try:
-        return runtime.InferenceSession(str(path), sess_options=_session_options(runtime, options), providers=[_CPU], **extras)
+        return runtime.InferenceSession(source, sess_options=_session_options(runtime, options), providers=[_CPU], **extras)
     except Exception as error:
         raise ModelError(
             f"{path}: ONNX Runtime {runtime.__version__} refuses it: {one_line(error)}",

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from ..errors import MissingDependencyError, ModelError
 from ..specs import ModelSpec
-from .backends import EngineOptions
+from .backends import EngineOptions, is_quantized
+from .cpu_graph import prepare
 from .interface import Interface, check_interface, one_line
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class OpenVinoBackend:
         library = _import_openvino()
         try:
             core = library.Core()
-            model = core.read_model(str(path))
+            model = core.read_model(prepare(path, "openvino") if is_quantized(path) else str(path))
             self._compiled: Any = core.compile_model(model, "CPU", _settings(options))
         except Exception as error:
             raise ModelError(

@@ -170,7 +170,7 @@ def _finish(graph: _Graph, names: list[str]) -> onnx.ModelProto:
 
 def metadata_of(model: onnx.ModelProto) -> ModelMetadata:
     """Metadata as an export writes it."""
-    names = {TensorProto.FLOAT: "float32", TensorProto.UINT8: "uint8", TensorProto.INT64: "int64"}
+    names = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.UINT8: "uint8", TensorProto.INT64: "int64"}
     specs = []
     for value in (*model.graph.input, *model.graph.output):
         shape = tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)

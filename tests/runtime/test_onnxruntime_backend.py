@@ -180,10 +180,15 @@ print(",".join(heavy))
         ("from repvgg_deploy import Engine", "numpy"),
         ("import repvgg_deploy.runtime.model_files", ""),
         ("from repvgg_deploy import Engine; Engine({model!r}).close()", "numpy,onnxruntime"),
+        ("from repvgg_deploy import Engine; Engine({quantized!r}).close()", "numpy,onnxruntime"),
         ("import numpy; from repvgg_deploy import Engine; Engine({model!r}).infer(numpy.zeros((2, 3, 16, 16), 'f4'))", "numpy,onnxruntime"),
     ],
 )
-def test_runtime_imports_only_what_it_runs_with(model: Path, statement: str, allowed: str) -> None:
-    script = IMPORTS.format(statement=statement.format(model=str(model)))
+def test_runtime_imports_only_what_it_runs_with(model: Path, tmp_path: Path, statement: str, allowed: str) -> None:
+    from tests.precision.make_chain import make_batches, make_model, save
+    from tests.precision.make_quantized import quantize_mixed
+
+    quantized = save(tmp_path / "int8.onnx", quantize_mixed(make_model(), make_batches(count=4)))
+    script = IMPORTS.format(statement=statement.format(model=str(model), quantized=str(quantized)))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     assert done.stdout.strip() == allowed

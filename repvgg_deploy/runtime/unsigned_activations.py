@@ -1,0 +1,241 @@
+"""A typed INT8 graph as TensorRT wants it → the same function as a CPU computes it fast. Every quantized activation keeps scale and integers.
+
+TensorRT wants signed activations, zero point 0. ONNX Runtime makes one integer operation of a convolution, its ReLU and its Q/DQ pairs only where
+activations are unsigned: with signed ones it computes in FP32 and is slower than the FP32 model. OpenVINO is faster with unsigned ones, too.
+
+- What cannot be negative (behind a ReLU) gets zero point 0. An int8 stops at 127 and a uint8 at 255, and good calibration clips. So for ONNX
+  Runtime the uint8 is clipped to 127 between the pair, as an integer, where it does not stand in the way of the fusion; for OpenVINO, which fuses
+  either, the ReLU becomes a clip to what 127 stands for.
+- All else (the image) gets zero point 128 in ONNX Runtime: the same integers, moved.
+- FP16 between the pairs becomes FP32, which is what a CPU computes in anyhow: it saves the casts, and the faults of old versions, which truncate
+  where they should round to FP16's scales (https://github.com/microsoft/onnxruntime/pull/32452). The image is still rounded to FP16 first.
+- For ONNX Runtime, biases of fused convolutions become INT32 at the scale of the products, as the integer operation needs them (half a step of the
+  products at most), and weights of layers whose output nothing quantizes are stored as FP32, in place of being dequantized at each run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from .. import wire
+from .editable_graph import FLOAT, FLOAT16, Graph, GraphError, Node, makers, parse, readers
+
+__all__ = ["Options", "rewrite"]
+
+_KEEPS_SIGN = frozenset({"AveragePool", "Cast", "Flatten", "GlobalAveragePool", "Identity", "MaxPool", "ReduceMean", "Reshape", "Transpose"})
+_NEVER_NEGATIVE = frozenset({"Relu", "Sigmoid", "HardSigmoid", "Softmax"})
+_WIDENED = (
+    _KEEPS_SIGN
+    | _NEVER_NEGATIVE
+    | {"Add", "Clip", "Concat", "Conv", "DequantizeLinear", "Div", "Gemm", "MatMul", "Mul", "QuantizeLinear", "Sub", "TopK"}
+)
+_OWN = "repvgg_deploy.cpu."
+_DEAD_BIAS = 2.0**20
+_LARGEST_BIAS = 2.0**30  # the products of 2,560 channels stay below 2**29
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Which steps are taken.
+
+    Attributes:
+        target: Whose way of computing the graph is made for.
+        unsigned: Whether activations become unsigned, and convolutions integer operations.
+        integer_biases: Whether the biases of those become INT32. Without, the graph computes the very same integers, and ONNX Runtime fuses nothing.
+    """
+
+    target: Literal["onnxruntime", "openvino"] = "onnxruntime"
+    unsigned: bool = True
+    integer_biases: bool = True
+
+
+def rewrite(buffer: memoryview, options: Options = Options()) -> bytes:
+    """The bytes of the rewritten ONNX, without metadata.
+
+    Args:
+        buffer: Of an ONNX with Q/DQ pairs.
+        options: See there.
+
+    Raises:
+        GraphError: The graph holds what these steps do not know; it can still be run as it stands.
+    """
+    graph = parse(buffer)
+    if any(name.startswith(_OWN) for name in graph.stored()):
+        raise GraphError("it has been rewritten already")
+    _widen(graph)
+    if options.target == "openvino":
+        if options.unsigned:
+            _clip_relus(graph)
+        return graph.serialize()
+    if options.unsigned:
+        _make_unsigned(graph)
+        if options.integer_biases:
+            _make_biases_integer(graph)
+    _store_floating_weights(graph, fused=options.unsigned)
+    return graph.serialize()
+
+
+def _widen(graph: Graph) -> None:
+    """Computes in FP32 what the graph computes in FP16. Inputs and outputs keep their types, and what is cast to FP16 is still rounded."""
+    if FLOAT16 not in graph.kinds.values() and not any(map(_casts_to_half, graph.nodes)):
+        return
+    unknown = {node.op_type for node in graph.nodes if node.op_type not in _WIDENED or node.domain}
+    if unknown:
+        raise GraphError(f"it computes in FP16, with {', '.join(sorted(unknown))}")
+    for name in graph.stored():
+        if graph.kinds[name] == FLOAT16:
+            graph.store(name, graph.read(name).astype(np.float32))
+    renamed = {name: f"{name}.wide" for name in (*graph.inputs, *graph.outputs) if graph.kinds[name] == FLOAT16}
+    nodes = [_cast(name, renamed[name], FLOAT) for name in graph.inputs if name in renamed]
+    for node in graph.nodes:
+        node.inputs = [renamed.get(name, name) for name in node.inputs]
+        node.outputs = [renamed.get(name, name) for name in node.outputs]
+        nodes.append(node)
+        if _casts_to_half(node):
+            wide, node.outputs = node.outputs[0], [f"{node.outputs[0]}.half"]
+            nodes.append(_cast(node.outputs[0], wide, FLOAT))
+    graph.nodes = nodes + [_cast(renamed[name], name, FLOAT16) for name in graph.outputs if name in renamed]
+
+
+def _casts_to_half(node: Node) -> bool:
+    return node.op_type == "Cast" and node.attribute("to") == FLOAT16
+
+
+def _cast(source: str, target: str, kind: int) -> Node:
+    return Node("Cast", [source], [target], _integer_attribute("to", kind))
+
+
+def _integer_attribute(name: str, value: int) -> bytes:
+    text = wire.bytes_field(1, name.encode()) + wire.varint(3 << 3) + wire.varint(value) + wire.varint(20 << 3) + wire.varint(2)
+    return wire.bytes_field(5, text)
+
+
+def _make_unsigned(graph: Graph) -> None:
+    reading, making = readers(graph.nodes), makers(graph.nodes)
+    zero, middle = (graph.store(f"{_OWN}{value}", np.array(value, np.uint8)) for value in (0, 128))
+    last = graph.store(f"{_OWN}127", np.array(127, np.uint8))
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        nodes.append(node)
+        if node.op_type != "QuantizeLinear" or not _is_signed_pair(graph, node, reading):
+            continue
+        pairs = reading[node.outputs[0]]
+        sign = _is_never_negative(node.inputs[0], making)
+        for one in (node, *pairs):
+            one.inputs = [*one.inputs[:2], zero if sign else middle]
+        if sign:
+            clipped = f"{node.outputs[0]}.clipped"
+            nodes.append(Node("Clip", [node.outputs[0], "", last], [clipped]))
+            for pair in pairs:
+                pair.inputs[0] = clipped
+    graph.nodes = nodes
+
+
+def _clip_relus(graph: Graph) -> None:
+    reading, making = readers(graph.nodes), makers(graph.nodes)
+    zero, lowest = graph.store(f"{_OWN}0", np.array(0, np.uint8)), graph.store(f"{_OWN}0.0", np.array(0, np.float32))
+    for node in graph.nodes:
+        if node.op_type != "QuantizeLinear" or not _is_signed_pair(graph, node, reading):
+            continue
+        relu, scale = making.get(node.inputs[0]), graph.read(node.inputs[1])
+        if relu is None or relu.op_type != "Relu" or relu.outputs[0] in graph.outputs or len(reading[relu.outputs[0]]) > 1:
+            continue
+        for one in (node, *reading[node.outputs[0]]):
+            one.inputs = [*one.inputs[:2], zero]
+        relu.op_type = "Clip"
+        relu.inputs += [lowest, graph.store(f"{_OWN}{relu.outputs[0]}.largest", (127 * scale).reshape(()).astype(np.float32))]
+
+
+def _is_signed_pair(graph: Graph, node: Node, reading: dict[str, list[Node]]) -> bool:
+    """Whether a QuantizeLinear gives int8 with one scale and zero point 0, and only DequantizeLinears read it."""
+    pairs = reading.get(node.outputs[0], [])
+    return (
+        node.outputs[0] not in graph.outputs
+        and bool(pairs)
+        and all(pair.op_type == "DequantizeLinear" for pair in pairs)
+        and all(_is_signed(graph, one) for one in (node, *pairs))
+    )
+
+
+def _is_signed(graph: Graph, node: Node) -> bool:
+    if len(node.inputs) != 3 or not all(map(graph.holds, node.inputs[1:])):
+        return False
+    scale, zero = map(graph.read, node.inputs[1:])
+    return zero.dtype == np.int8 and zero.size == scale.size == 1 and not zero.any()
+
+
+def _is_never_negative(name: str, making: dict[str, Node]) -> bool:
+    node = making.get(name)
+    if node is None:
+        return False
+    if node.op_type in _NEVER_NEGATIVE:
+        return True
+    if node.op_type == "Mul":
+        return all(_is_never_negative(factor, making) for factor in node.inputs)
+    return node.op_type in _KEEPS_SIGN and _is_never_negative(node.inputs[0], making)
+
+
+def _make_biases_integer(graph: Graph) -> None:
+    reading, making = readers(graph.nodes), makers(graph.nodes)
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        pairs = [making.get(name) for name in node.inputs[:2]]
+        if len(node.inputs) == 3 and _is_fused(graph, node, reading) and all(pair and pair.op_type == "DequantizeLinear" for pair in pairs):
+            nodes += _make_bias_integer(graph, node, making)
+        nodes.append(node)
+    graph.nodes = nodes
+
+
+def _is_fused(graph: Graph, node: Node, reading: dict[str, list[Node]]) -> bool:
+    """Whether ONNX Runtime makes an integer operation of a layer between pairs: only a QuantizeLinear reads it, or its ReLU."""
+    if node.op_type != "Conv" or node.outputs[0] in graph.outputs:
+        return False
+    following = reading.get(node.outputs[0], [])
+    if len(following) == 1 and following[0].op_type == "Relu" and following[0].outputs[0] not in graph.outputs:
+        following = reading.get(following[0].outputs[0], [])
+    return len(following) == 1 and following[0].op_type == "QuantizeLinear"
+
+
+def _make_bias_integer(graph: Graph, node: Node, making: dict[str, Node]) -> list[Node]:
+    """The DequantizeLinear of a layer's bias, now INT32; none where it would not fit, and the layer is computed in floating point."""
+    source, weight = (making[name] for name in node.inputs[:2])
+    if not all(map(graph.holds, (source.inputs[1], *weight.inputs[:2], node.inputs[2]))):
+        return []
+    bias = graph.read(node.inputs[2])
+    weight_scale = np.broadcast_to(graph.read(weight.inputs[1]), bias.shape)
+    dead = ~graph.read(weight.inputs[0]).reshape(len(bias), -1).any(axis=1)
+    if dead.any():  # a channel without weights has any scale: that of its bias, which could be too large for the one it has
+        enough = np.abs(bias) / (graph.read(source.inputs[1]) * _DEAD_BIAS)
+        weight_scale = np.where(dead, np.maximum(weight_scale, enough), weight_scale).astype(np.float32)
+    scale = (graph.read(source.inputs[1]) * weight_scale).astype(np.float32)
+    integers = np.rint(bias.astype(np.float64) / scale)
+    if not np.abs(integers).max(initial=0.0) < _LARGEST_BIAS:
+        return []
+    if dead.any():
+        weight.inputs[1] = graph.store(f"{_OWN}{weight.outputs[0]}.scale", weight_scale)
+    name = f"{_OWN}{node.outputs[0]}.bias"
+    inputs = [graph.store(name, integers.astype(np.int32)), graph.store(f"{name}.scale", scale)]
+    node.inputs[2] = f"{name}.dequantized"
+    return [Node("DequantizeLinear", inputs, [node.inputs[2]], _integer_attribute("axis", 0))]
+
+
+def _store_floating_weights(graph: Graph, *, fused: bool) -> None:
+    reading, making = readers(graph.nodes), makers(graph.nodes)
+    done: set[str] = set()
+    for node in graph.nodes:
+        maker = making.get(node.inputs[1]) if node.op_type in ("Conv", "Gemm") and len(node.inputs) > 1 else None
+        if maker is None or maker.op_type != "DequantizeLinear" or not all(map(graph.holds, maker.inputs)) or len(reading[node.inputs[1]]) != 1:
+            continue
+        if fused and _is_fused(graph, node, reading):
+            continue
+        integers, scale = map(graph.read, maker.inputs[:2])
+        zero = graph.read(maker.inputs[2]) if len(maker.inputs) > 2 else np.zeros(1, np.int8)
+        if zero.any() or scale.dtype != np.float32 or (scale.size > 1 and maker.attribute("axis") != 0):
+            continue
+        scale = scale.reshape(-1, *[1] * (integers.ndim - 1))
+        graph.store(node.inputs[1], np.multiply(integers, scale, dtype=np.float32))
+        done.add(node.inputs[1])
+    graph.nodes = [node for node in graph.nodes if node.outputs[0] not in done]

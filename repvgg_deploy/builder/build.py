@@ -220,7 +220,11 @@ def _inspect(work: _Work, trt_logger: Any, plan: Any, weighted: tuple[WeightedLa
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise BuildError(f"{library.name} cannot load the plan that it has just built:{quote(trt_logger.errors)}", remedy=_REMEDIES[0][1])
-    report = measure(read_layers(_describe(trt, engine, job)), weighted)
+    try:
+        report = measure(read_layers(_describe(trt, engine, job)), weighted)
+    except BuildError as error:  # the plan is good all the same
+        logger.warning("the precision is not judged: %s", error.message)
+        return None
     if not report.inspected:
         logger.warning("the layer inspector gave the precision of %.0f %% of the multiply-accumulates only: it is not judged", 100 * report.seen)
         return None

@@ -100,13 +100,10 @@ def _layer(layer: Any) -> InspectedLayer:
     if not isinstance(layer, Mapping):
         return InspectedLayer(_node_names(str(layer), ""), None)
     names = _node_names(str(layer.get("Name", "")), str(layer.get("Metadata", "")))
+    # What the layer reads is what it computes in: integer weights that meet floats are no INT8. With dynamic shapes the inspector may not say it.
     weights = layer.get("Weights")
-    candidates = [_kind(weights.get("Type")) if isinstance(weights, Mapping) else None, _input_kind(layer.get("Inputs"))]
-    known = [kind for kind in candidates if kind is not None]
-    if not known:  # the kernel's name is what is left
-        known = [kind for kind in [_tactic_kind(str(layer.get("TacticName", "")))] if kind is not None]
-    # The wider of the two: integer weights that are multiplied as floats are no INT8.
-    return InspectedLayer(names, max(known, key=lambda kind: _WIDTH[kind], default=None))
+    stated = _kind(weights.get("Type")) if isinstance(weights, Mapping) else None
+    return InspectedLayer(names, _input_kind(layer.get("Inputs")) or stated or _tactic_kind(str(layer.get("TacticName", ""))))
 
 
 def _input_kind(inputs: Any) -> str | None:

@@ -18,7 +18,7 @@ from .common import Output
 from .quantize_arguments import quantize_flags
 from .stage_progress import StageProgress
 from .tables import format_pairs, show_bytes
-from .trt_check import describe_place, describe_precision
+from .trt_check import describe_batches, describe_place, describe_precision
 
 _FLAGS = ("tf32", "sparse", "version_compatible", "hardware_compatible")
 
@@ -90,7 +90,6 @@ def _with_quantize(args: argparse.Namespace, options: BuildOptions) -> BuildOpti
 
 def _as_pairs(args: argparse.Namespace, result: BuildResult) -> list[tuple[str, str]]:
     passport = result.passport
-    profile = passport.config.profile
     on = f"on {passport.gpu_name}" if passport.gpu_name else "without a GPU"
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.seconds.items())
     pairs = [("model", f"{args.model} ({show_bytes(args.model.stat().st_size)})"), ("builder", f"{result.library}, {on}")]
@@ -100,7 +99,7 @@ def _as_pairs(args: argparse.Namespace, result: BuildResult) -> list[tuple[str, 
     pairs += _typing_pairs(result)
     pairs += [
         ("precision", describe_precision(passport)),
-        ("batches", f"{profile.min_batch} to {profile.max_batch}, tuned for {profile.opt_batch}"),
+        ("batches", describe_batches(passport.config.profile)),
         ("runs on", describe_place(passport)),
     ]
     if stages:

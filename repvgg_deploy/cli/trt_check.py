@@ -7,7 +7,7 @@ import argparse
 from ..errors import PlanIncompatibleError
 from ..pipeline.check import CheckResult, check_plan
 from ..runtime.compatibility import FLAVOURS, Compatible, Environment
-from ..specs import PlanPassport
+from ..specs import PlanPassport, ShapeProfile
 from .common import Output
 from .tables import format_pairs, show_bytes
 
@@ -34,6 +34,13 @@ def describe_precision(passport: PlanPassport) -> str:
     return f"{passport.precision}: {seen} of the multiply-accumulates" if len(shares) > 1 else passport.precision
 
 
+def describe_batches(profile: ShapeProfile) -> str:
+    """`1 to 32, tuned for 8`."""
+    if profile.min_batch == profile.max_batch:
+        return f"{profile.max_batch} and no other"
+    return f"{profile.min_batch} to {profile.max_batch}, tuned for {profile.opt_batch}"
+
+
 def describe_place(passport: PlanPassport) -> str:
     """Where a plan runs."""
     library, config = FLAVOURS[passport.flavour], passport.config
@@ -47,11 +54,10 @@ def describe_place(passport: PlanPassport) -> str:
 
 def _as_text(args: argparse.Namespace, result: CheckResult) -> str:
     passport, verdict = result.passport, result.verdict
-    profile = passport.config.profile
     pairs = [
         ("plan", f"{args.plan}, {show_bytes(result.plan_bytes)}, as it was built"),
         ("precision", describe_precision(passport)),
-        ("batches", f"{profile.min_batch} to {profile.max_batch}, tuned for {profile.opt_batch}"),
+        ("batches", describe_batches(passport.config.profile)),
         ("runs on", describe_place(passport)),
         ("here" if result.is_here else "target", _describe_environment(result.environment)),
     ]

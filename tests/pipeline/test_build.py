@@ -136,9 +136,10 @@ def test_plan_that_fell_back_is_an_error_and_nothing_is_written(tmp_path: Path, 
     assert not (own_cache / "plans").exists()
 
 
-def test_plan_whose_layers_say_nothing_is_not_inspected(tmp_path: Path, tensorrt, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("answer", ['{"Layers": ["stage1.conv"], "Bindings": []}', "something new"])
+def test_plan_whose_layers_say_nothing_is_not_inspected(tmp_path: Path, tensorrt, caplog: pytest.LogCaptureFixture, answer: str) -> None:
     model = make_typed(tmp_path, "mixed")
-    tensorrt(model, faults=Faults(inspector='{"Layers": ["stage1.conv"], "Bindings": []}'))
+    tensorrt(model, faults=Faults(inspector=answer))
     passport = read_back(build_plan(model))
     assert (passport.precision, passport.precision_shares) == ("not_inspected", {})
     assert "layer inspector" in caplog.text

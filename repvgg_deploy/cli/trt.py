@@ -118,8 +118,8 @@ def _add_build(commands: Subparsers) -> None:
         "build",
         parents=[parent_parser()],
         help="build a TensorRT plan, with a passport that says what it is and where it runs",
-        description="Builds a TensorRT or TensorRT-RTX plan of an ONNX. The precision is the graph's, on\nevery version; an FP32 graph is typed first "
-        "where --fp16 or --int8 asks for it.\nA plan that computes in a wider type than its graph says is an error.",
+        description="Builds a TensorRT or TensorRT-RTX plan of an ONNX. The precision is the graph's, on\nevery version; an FP32 graph is typed "
+        "first where --fp16 or --int8 asks for it.\nA plan that computes in a wider type than its graph says is an error.",
         epilog=BUILD_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from repvgg_deploy.builder.build import build
 from repvgg_deploy.builder.library import Library
@@ -45,6 +48,23 @@ def test_share_never_falls_and_survives_what_tensorrt_should_not_say() -> None:
     tree.start("a", "a", 2)  # its own parent
     tree.start("b", None, 2)
     assert tree.share() == 1.0
+
+
+_NAMES = st.sampled_from(["a", "b", "c", "d"])
+_EVENTS = st.one_of(
+    st.tuples(st.just("start"), _NAMES, st.one_of(st.none(), _NAMES), st.integers(-1, 5)),
+    st.tuples(st.just("step"), _NAMES, st.integers(0, 9)),
+    st.tuples(st.just("finish"), _NAMES),
+)
+
+
+@given(st.lists(_EVENTS, max_size=40))
+def test_share_stays_between_0_and_1_and_never_falls_whatever_is_announced(events: list[tuple[Any, ...]]) -> None:
+    tree, last = PhaseTree(), 0.0
+    for kind, *values in events:
+        getattr(tree, kind)(*values)
+        assert last <= tree.share() <= 1.0
+        last = tree.share()
 
 
 @pytest.mark.parametrize("version", ["10.9.0.34", "8.6.1"])

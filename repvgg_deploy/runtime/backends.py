@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 
 from ..errors import InputError
 from ..onnx_file import read_graph
-from ..specs import ModelSpec
+from ..specs import ModelMetadata, ModelSpec
 
 logger = logging.getLogger(__name__)
 
 Device = Literal["cpu", "cuda"]
-BackendName = Literal["onnxruntime", "openvino", "fastest"]
+BackendName = Literal["onnxruntime", "openvino", "fastest", "tensorrt", "rtx"]
+_PLAN_BACKENDS = ("tensorrt", "rtx")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,11 @@ class EngineOptions:
         tf32: Whether FP32 convolutions on the GPU may round their inputs to TF32: faster, and an error of about 1e-3.
         workers: Threads that run what `submit` and `infer_async` hand in.
         max_pending: Batches that may wait for them; one more is refused.
+        cuda: Which package calls CUDA for a plan: `bindings` (cuda-bindings) or `pycuda`; None takes the one that is installed, the first before
+            the second.
+        contexts: How many batches of a plan run at once on its GPU; each takes memory for one largest batch.
+        cuda_graphs: Whether a plan's usual batch sizes run as CUDA graphs, which spares the CPU most of its work.
+        require_passport: Whether a plan without its `.plan.json` is refused.
     """
 
     max_batch: int = 64
@@ -42,6 +48,10 @@ class EngineOptions:
     tf32: bool = False
     workers: int = 2
     max_pending: int = 256
+    cuda: Literal["bindings", "pycuda"] | None = None
+    contexts: int = 2
+    cuda_graphs: bool = True
+    require_passport: bool = False
 
     def __post_init__(self) -> None:
         _require_count("max_batch", self.max_batch, 1)
@@ -50,6 +60,7 @@ class EngineOptions:
         _require_count("device_id", self.device_id, 0)
         _require_count("workers", self.workers, 1)
         _require_count("max_pending", self.max_pending, 1)
+        _require_count("contexts", self.contexts, 1)
 
 
 def _require_count(name: str, value: object, least: int) -> None:
@@ -76,6 +87,44 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Frees the model."""
+
+
+class SplittingBackend(Backend, Protocol):
+    """A backend that takes any number of images itself, in any memory order, so that copies and computing of the pieces overlap."""
+
+    @property
+    def metadata(self) -> ModelMetadata:
+        """Of the model."""
+
+    @property
+    def min_batch(self) -> int:
+        """The smallest batch that runs without padding."""
+
+    @property
+    def max_batch(self) -> int:
+        """The largest batch that runs without being split."""
+
+    def run_device(self, batch: Any, *, stream: int | None, to_host: bool) -> Any:
+        """Runs a batch that lies on the device."""
+
+    def warm_up(self, batch: NDArray[Any]) -> None:
+        """Makes ready all that can be made ready."""
+
+
+def open_plan_backend(path: Path, options: EngineOptions, *, backend: BackendName | None) -> SplittingBackend:
+    """Loads a TensorRT plan on the GPU of the options.
+
+    Raises:
+        InputError: The backend is not one for plans.
+        PlanError: The plan is damaged, refused, or made for another GPU or TensorRT.
+        CudaError: There is no usable GPU.
+        MissingDependencyError: TensorRT or a CUDA package is not installed.
+    """
+    if backend is not None and backend not in _PLAN_BACKENDS:
+        raise InputError(f"{path}: backend={backend!r} does not run plans", remedy='leave backend out, or give "tensorrt" or "rtx"')
+    from .tensorrt_backend import TensorRtBackend
+
+    return TensorRtBackend(path, options.device_id, backend, options)
 
 
 def open_backend(path: Path, spec: ModelSpec, device: Device, options: EngineOptions, *, backend: BackendName | None = None) -> Backend:
@@ -114,10 +163,14 @@ def _choose(path: Path, device: Device, backend: BackendName | None) -> Literal[
             f"backend: expected one of {', '.join(get_args(BackendName))}, found {backend!r}",
             remedy='leave it out for ONNX Runtime, or give backend="openvino"',
         )
+    if backend in _PLAN_BACKENDS:
+        raise InputError(
+            f"{path}: backend={backend!r} runs plans, and this is an ONNX", remedy=f"build one: repvgg-trt build {path.name}; or leave out backend"
+        )
     if backend == "openvino" and device != "cpu":
         raise InputError(f'backend="openvino" runs on the CPU, and device={device!r} was asked for', remedy="leave out one of the two")
     if backend != "fastest":
-        return backend or "onnxruntime"
+        return "openvino" if backend == "openvino" else "onnxruntime"
     chosen, reason = _find_fastest(path, device)
     logger.info("%s: the fastest backend here is %s: %s", path, chosen, reason)
     return chosen

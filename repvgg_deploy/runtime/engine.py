@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError, ModelError, RepVGGDeployError
 from ..specs import ModelMetadata, ModelSpec
-from .backends import Backend, BackendName, Device, EngineOptions, open_backend
+from .backends import BackendName, EngineOptions
 from .batcher import Batcher, BatchRunner
 from .batching import BatcherOptions
 from .checks import BatchCheck
+from .device_arrays import DeviceArrays
+from .devices import DeviceChoice
+from .execution import Executor, show, usual_shape
 from .lease import Lease
-from .model_files import as_path, fingerprint, read_model
+from .model_files import as_path, fingerprint
+from .opening import open_model
 from .results import Arrays, Result, TopK, join, package
 from .statistics import Recorder, Statistics
 from .submission import Submissions
@@ -28,6 +32,7 @@ from .submission import Submissions
 __all__ = ["Engine", "EngineOptions", "Result", "TopK"]
 
 _IMAGES_AT_ONCE = 32
+_T = TypeVar("_T")
 
 
 class Engine:
@@ -40,15 +45,16 @@ class Engine:
             logits = engine.infer(batch)
 
     Args:
-        path: An ONNX that repvgg-export wrote.
-        device: `cpu`, or `cuda`: the GPU or an error, never the CPU in its place. None: `cpu`.
+        path: An ONNX that repvgg-export wrote, or a TensorRT plan.
+        device: `cpu`, or `cuda`: the GPU or an error, never the CPU in its place; `cuda:1` or 1 is the second one. None: `cuda` for a plan, `cpu`
+            for an ONNX.
         backend: `onnxruntime`, `openvino` (on the CPU, the fastest for typed INT8 graphs), or `fastest`: OpenVINO if the graph is INT8 and it is
-            installed, else ONNX Runtime. None: ONNX Runtime.
+            installed, else ONNX Runtime. None: ONNX Runtime. For a plan `tensorrt` or `rtx`; None: what its passport says.
         options: Threads, memory, GPU.
 
     Raises:
         ModelError: The file is missing, truncated, changed since its export, or not one of ours.
-        PlanError: The file is a TensorRT plan.
+        PlanError: A plan is damaged, or was made for another GPU or TensorRT (PlanIncompatibleError).
         InputError: An argument is not what is expected.
         CudaError: `cuda` was asked for and cannot be had.
         MissingDependencyError: The backend's package is not installed.
@@ -58,20 +64,18 @@ class Engine:
         self,
         path: str | os.PathLike[str],
         *,
-        device: Device | None = None,
+        device: DeviceChoice = None,
         backend: BackendName | None = None,
         options: EngineOptions | None = None,
     ) -> None:
         self._path = as_path(path)
         self._options = options if options is not None else EngineOptions()
-        self._device: Device = device if device is not None else "cpu"
         before = fingerprint(self._path)
-        self._metadata = read_model(self._path)
+        opened = open_model(self._path, device, backend, self._options)
+        self._metadata, self._backend, self._device = opened.metadata, opened.backend, opened.device
         self._spec = self._metadata.spec
         self._check = BatchCheck(self._spec)
-        self._batch = self._spec.batch
-        self._largest = self._batch if self._batch is not None else self._options.max_batch
-        self._backend: Backend = open_backend(self._path, self._spec, self._device, self._options, backend=backend)
+        self._executor = Executor(opened, self._options.max_batch)
         self._lease = Lease(self._backend.close)
         self._recorder = Recorder()
         self._submissions = Submissions(self._options.workers, self._options.max_pending)
@@ -95,8 +99,8 @@ class Engine:
         return self._path
 
     @property
-    def device(self) -> Device:
-        """`cpu` or `cuda`."""
+    def device(self) -> str:
+        """`cpu`, `cuda`, or `cuda:1`."""
         return self._device
 
     @property
@@ -109,12 +113,15 @@ class Engine:
         """Whether `close` was called."""
         return self._lease.closed
 
-    def infer(self, batch: NDArray[Any]) -> Result:
+    def infer(self, batch: Any, *, stream: Any = None) -> Result:
         """Runs N images, N ≥ 1. With a fixed batch, more are split and fewer are padded; any memory order is accepted.
 
         Args:
             batch: What `spec.input` says: float32 (N, 3, H, W), RGB, normalised; or uint8 (N, H, W, 3), RGB, 0–255. A model with float16
                 input takes float16, and float32 too, which is rounded: it is what the model would do first. Do not write to it while this runs.
+                A plan also takes arrays that lie on its GPU (torch, CuPy, pycuda, anything with DLPack or `__cuda_array_interface__`), C-contiguous
+                and of just that dtype, which are used where they are; their numbers are not checked for NaN.
+            stream: For arrays on the GPU: the stream of torch, CuPy or pycuda that the batch is ready on.
 
         Returns:
             float32 (N, classes) of logits or probabilities; a TopK of a top-5 model; a dict by output name where a model has several. The
@@ -125,7 +132,27 @@ class Engine:
             ModelError: The backend failed.
             CudaError: The GPU failed.
         """
+        if stream is not None or self._executor.takes(batch):
+            return package(self._run_device(batch, stream, to_host=True), self._spec)
         return package(self._record(self._check.check(batch)), self._spec)
+
+    def infer_device(self, batch: Any, *, stream: Any = None) -> DeviceArrays:
+        """Runs images that lie on the GPU, with a plan, and leaves the results there.
+
+        Args:
+            batch: An array on the plan's GPU, as `infer` takes it.
+            stream: The stream of torch, CuPy or pycuda that the batch is ready on, and on which the results will be: this returns at once, and
+                what is put on that stream next finds them. None: the results are ready when this returns.
+
+        Returns:
+            The outputs as the plan has them (float16 stays float16), each with `__dlpack__` and `__cuda_array_interface__`. They own their memory.
+
+        Raises:
+            InputError: The batch is not what the model expects or not on its GPU, or the Engine runs no plan or is closed.
+            CudaError: The GPU failed.
+        """
+        results: DeviceArrays = self._run_device(batch, stream, to_host=False)
+        return results
 
     def submit(self, batch: NDArray[Any]) -> Future[Result]:
         """Hands in a batch of any size, to be run by a thread of this Engine, and returns at once; for single images of many clients see `batcher`.
@@ -210,7 +237,7 @@ class Engine:
         """
         from ..preprocess import load_batch
 
-        step = batch_size if batch_size is not None else min(self._largest, _IMAGES_AT_ONCE)
+        step = batch_size if batch_size is not None else min(self._executor.largest, _IMAGES_AT_ONCE)
         if step < 1:
             raise InputError(f"batch_size: expected at least 1, found {step}", remedy="leave it out, or give a positive number")
         if isinstance(paths, (str, os.PathLike)):
@@ -224,7 +251,7 @@ class Engine:
         return package(join(parts), self._spec)
 
     def warm_up(self, shape: Sequence[int] | None = None) -> None:
-        """Runs one batch of zeros, so that the first real one is not the slow one.
+        """Runs batches of zeros, so that the first real one is not the slow one. A plan makes all its contexts, and CUDA graphs for this size.
 
         Args:
             shape: Of the batch, as it will be; None takes one image (or the fixed batch) of the size in the specification.
@@ -232,8 +259,12 @@ class Engine:
         Raises:
             InputError: The shape is not one that the model accepts, or it must be given because the model accepts any image size.
         """
-        wanted = tuple(shape) if shape is not None else self._usual_shape()
-        self.infer(np.zeros(wanted, self._spec.input.dtype))
+        zeros = self._check.check(np.zeros(tuple(shape) if shape is not None else usual_shape(self._spec), self._spec.input.dtype))
+        self._enter()
+        try:
+            self._executor.warm_up(zeros)
+        finally:
+            self._lease.release()
 
     def close(self) -> None:
         """Lets no new batch in. The model is freed as soon as no batch is running; a second call does nothing."""
@@ -247,10 +278,10 @@ class Engine:
         self.close()
 
     def __repr__(self) -> str:
-        source, outputs = self._spec.input, ", ".join(f"{output.name} {_show(output.shape)}" for output in self._spec.outputs)
+        source, outputs = self._spec.input, ", ".join(f"{output.name} {show(output.shape)}" for output in self._spec.outputs)
         name = self._metadata.variant.name if self._metadata.variant else self._spec.kind
         state = ", closed" if self.closed else f" on {self._device}"
-        return f"<Engine {str(self._path)!r}: {name}{state}, {source.dtype} {_show(source.shape)} {source.layout} → {outputs}>"
+        return f"<Engine {str(self._path)!r}: {name}{state}, {source.dtype} {show(source.shape)} {source.layout} → {outputs}>"
 
     def _enter(self) -> None:
         if not self._lease.acquire():
@@ -258,12 +289,19 @@ class Engine:
 
     def _record(self, batch: NDArray[Any], *, entered: bool = False) -> Arrays:
         """Runs a checked batch and counts it; `entered`: the caller holds the lease."""
+        return self._count(lambda: self._executor.run(batch), images=len(batch), entered=entered)
+
+    def _run_device(self, batch: Any, stream: Any, *, to_host: bool) -> Any:
+        images = int(batch.shape[0]) if getattr(batch, "shape", ()) else 0
+        return self._count(lambda: self._executor.run_device(batch, stream, to_host=to_host), images=images)
+
+    def _count(self, action: Callable[[], _T], *, images: int, entered: bool = False) -> _T:
         if not entered:
             self._enter()
         try:
             start = time.perf_counter()
-            outputs = self._run(batch)
-            self._recorder.answer(len(batch), time.perf_counter() - start)
+            outputs = action()
+            self._recorder.answer(images, time.perf_counter() - start)
             return outputs
         except RepVGGDeployError as error:
             if not isinstance(error, InputError):
@@ -272,48 +310,3 @@ class Engine:
         finally:
             if not entered:
                 self._lease.release()
-
-    def _run(self, batch: NDArray[Any]) -> Arrays:
-        count = len(batch)
-        if count == self._batch or (self._batch is None and count <= self._largest):
-            return tuple(self._backend.run(np.ascontiguousarray(batch)))
-        self._require_divisible()
-        return join([self._run_piece(piece) for piece in _split(batch, self._largest)])
-
-    def _run_piece(self, piece: NDArray[Any]) -> Arrays:
-        count = len(piece)
-        if self._batch is None or count == self._batch:
-            return tuple(self._backend.run(np.ascontiguousarray(piece)))
-        padded = np.zeros((self._batch, *piece.shape[1:]), piece.dtype)
-        padded[:count] = piece
-        # Copies, so that the caller does not hold the whole padded output.
-        return tuple(output[:count].copy() for output in self._backend.run(padded))
-
-    def _require_divisible(self) -> None:
-        first = self._spec.input.shape[0]
-        remedy = f"give {'exactly' if self._batch else 'at most'} {self._largest} images at a time"
-        for output in self._spec.outputs:
-            if not output.shape or output.shape[0] != first:
-                message = f"batch: the output {output.name} {_show(output.shape)} has no row per image, so a batch cannot be split or padded"
-                raise InputError(message, remedy=remedy)
-
-    def _usual_shape(self) -> tuple[int, ...]:
-        source, preprocessing = self._spec.input, self._spec.preprocessing
-        sizes = list(source.shape)
-        sizes[0] = self._batch if self._batch is not None else 1
-        axes = {"NCHW": (2, 3), "NHWC": (1, 2)}.get(source.layout)
-        if preprocessing is not None and axes is not None:
-            for axis, size in zip(axes, preprocessing.crop, strict=True):
-                sizes[axis] = size if isinstance(sizes[axis], str) else sizes[axis]
-        known = tuple(size for size in sizes if isinstance(size, int))
-        if len(known) != len(sizes):
-            raise InputError(f"the model accepts any size: {_show(source.shape)}", remedy="give warm_up the shape of your batches")
-        return known
-
-
-def _split(batch: NDArray[Any], size: int) -> Iterator[NDArray[Any]]:
-    return (batch[start : start + size] for start in range(0, len(batch), size))
-
-
-def _show(shape: Sequence[int | str]) -> str:
-    return f"({', '.join(map(str, shape))})"

@@ -10,7 +10,7 @@ from ..errors import InputError, ModelError, PlanError
 from ..onnx_file import read_metadata
 from ..specs import ModelMetadata, ModelSpec
 
-_PLAN_MAGIC = b"ftrt"  # seen in TensorRT 8 to 11; undocumented, so it only chooses the message
+_PLAN_MAGICS = (b"ftrt", b"vtrt")  # seen in TensorRT 8 to 11 and in TensorRT-RTX 1.7; undocumented: the rest is TensorRT's to judge
 _PLAN_SUFFIXES = frozenset({".plan", ".engine", ".trt"})
 
 
@@ -32,13 +32,7 @@ def read_model(path: Path) -> ModelMetadata:
         ModelError: It is missing, empty, a folder, truncated, changed, or not an ONNX of ours.
         PlanError: It is a TensorRT plan.
     """
-    _require_file(path)
-    try:
-        with path.open("rb") as file:
-            is_plan = file.read(len(_PLAN_MAGIC)) == _PLAN_MAGIC
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}", remedy="check that it is a file that you may read") from error
-    if is_plan:
+    if is_plan(path):
         raise _plan_error(path)
     try:
         metadata = read_metadata(path)
@@ -48,6 +42,20 @@ def read_model(path: Path) -> ModelMetadata:
         raise
     _require_sense(path, metadata.spec)
     return metadata
+
+
+def is_plan(path: Path) -> bool:
+    """Whether a file begins like a TensorRT plan.
+
+    Raises:
+        ModelError: It is missing, a folder, or cannot be read.
+    """
+    _require_file(path)
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_PLAN_MAGICS[0])) in _PLAN_MAGICS
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}", remedy="check that it is a file that you may read") from error
 
 
 def _require_sense(path: Path, spec: ModelSpec) -> None:
@@ -90,6 +98,6 @@ def _require_file(path: Path) -> None:
 
 def _plan_error(path: Path) -> PlanError:
     return PlanError(
-        f"{path}: looks like a TensorRT plan, and this version runs ONNX models only",
-        remedy="give the .onnx that it was built from",
+        f"{path}: looks like a TensorRT plan, whole or damaged, and what was asked for runs ONNX models only",
+        remedy="give the .onnx that it was built from; Engine runs a whole plan on an NVIDIA GPU",
     )

@@ -258,7 +258,7 @@ class SlowBackend:
 
 
 def test_submitted_batches_are_bounded_and_survive_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from repvgg_deploy.runtime import engine as module
+    from repvgg_deploy.runtime import opening as module
 
     made: list[SlowBackend] = []
     opened = module.open_backend

@@ -33,7 +33,6 @@ CHANGES: dict[str, tuple[Callable[[bytes], bytes], type[RepVGGDeployError], str]
     "one byte short": (lambda data: data[:-1], ModelError, "truncated"),
     "text": (lambda data: b"version https://git-lfs.github.com/spec/v1\n", ModelError, "not an ONNX|truncated"),
     "zip": (lambda data: b"PK\x03\x04" + bytes(200), ModelError, "not an ONNX|truncated"),
-    "plan": (lambda data: b"ftrt" + bytes(200), PlanError, "TensorRT plan"),
     "foreign": (strip_metadata, ModelError, "without repvgg_deploy metadata"),
     "weight changed": (lambda data: data.replace(b"tiny", b"tinY", 1), ModelError, "was changed after its export"),
     "appended field": (lambda data: data + wire.bytes_field(6, b"a comment"), ModelError, "was changed after its export"),

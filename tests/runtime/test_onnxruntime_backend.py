@@ -138,8 +138,8 @@ def test_cuda_on_this_machine_is_never_silently_cpu(model: Path) -> None:
 
 
 def test_unknown_device_is_refused(model: Path) -> None:
-    with pytest.raises(InputError, match="found 'cuda:1'") as caught:
-        Engine(model, device="cuda:1")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="found 'gpu'") as caught:
+        Engine(model, device="gpu")
     assert "device_id" in caught.value.remedy
 
 

@@ -1,0 +1,213 @@
+"""TensorRT and TensorRT-RTX behind the Backend protocol: many threads at once on one plan, any number of images, arrays of host or device."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import CudaMemoryError, InputError
+from ..specs import ModelMetadata, ModelSpec
+from .backends import EngineOptions
+from .cuda import port as cuda_port
+from .device_arrays import DeviceArrays, DeviceView, view_device_array
+from .device_memory import DevicePool
+from .tensorrt_device import run_on_device
+from .tensorrt_pipeline import Pipeline
+from .tensorrt_plan import open_plan
+from .tensorrt_pool import SlotPool
+from .tensorrt_slots import Arrays, NoMoreContextsError, Slot, make_switch, require_size, split
+from .tensorrt_staging import view_host
+
+logger = logging.getLogger(__name__)
+
+_WARM_UP_RUNS = 3  # as it is, captured, replayed
+
+
+class TensorRtBackend:
+    """A plan on one GPU.
+
+    Args:
+        path: The plan.
+        device_id: Which GPU.
+        backend: `tensorrt`, `rtx`, or None: what the plan's passport says.
+        options: Contexts, graphs, provider of CUDA.
+
+    Raises:
+        CudaError: There is no driver, no such GPU, or no memory.
+        PlanIncompatibleError: The plan was built for another GPU or TensorRT.
+        PlanError: The plan is changed, truncated, or refused.
+        MissingDependencyError: TensorRT or a CUDA package is not installed.
+    """
+
+    splits = True
+
+    def __init__(self, path: Path, device_id: int, backend: str | None, options: EngineOptions) -> None:
+        # The driver comes first: without one, TensorRT ends the process.
+        self._port = cuda_port.open_cuda(options.cuda)
+        self._device_id = device_id
+        info = self._port.describe_device(device_id)
+        with self._port.on_device(device_id):
+            self._plan = open_plan(path, info, backend=backend, require_passport=options.require_passport)
+            self._switch = make_switch(self._plan, self._port, options.cuda_graphs)
+            self._pool = SlotPool(lambda: Slot(self._port, self._plan, self._switch), options.contexts, stops=(CudaMemoryError, NoMoreContextsError))
+            self._memory = DevicePool(self._port, device_id)
+            try:
+                self._pool.release(self._pool.acquire())  # what cannot work fails here and not at the first request
+            except BaseException:
+                self._plan.release()
+                raise
+        self._contexts = options.contexts
+        self._name = f"{self._plan.library.name}, {info.name} (GPU {device_id}), {self._port.provider}"
+        logger.info("%s: opened with %s", path, self._name)
+
+    @property
+    def name(self) -> str:
+        """TensorRT and its version, the GPU, the provider of CUDA."""
+        return self._name
+
+    @property
+    def spec(self) -> ModelSpec:
+        """From the passport, or as far as the plan knows it."""
+        return self._plan.spec
+
+    @property
+    def metadata(self) -> ModelMetadata:
+        """The passport in the form of an ONNX's metadata."""
+        return self._plan.describe()
+
+    @property
+    def max_batch(self) -> int:
+        """The largest batch that runs as one piece."""
+        return self._plan.interface.largest[0]
+
+    @property
+    def min_batch(self) -> int:
+        """The smallest batch that runs without padding."""
+        return self._plan.interface.smallest[0]
+
+    def run(self, batch: NDArray[Any]) -> Sequence[NDArray[Any]]:
+        """Runs any number of images from host memory, of any memory order; see Backend.
+
+        Raises:
+            InputError: The profile does not hold images of this size.
+            CudaMemoryError: GPU memory ran out; the Engine stays usable.
+            CudaContextError: The GPU's state in this process is lost.
+            CudaError: CUDA or TensorRT failed; the Engine stays usable.
+        """
+        require_size(batch.shape, self._plan.interface)
+        with self._lend() as slot:
+            outputs = _run_in_slot(slot, batch)
+        names = zip(outputs, self._plan.spec.outputs, strict=True)
+        return [output.astype(wanted.dtype, copy=False) for output, wanted in names]
+
+    def run_device(self, batch: Any, *, stream: int | None, to_host: bool) -> DeviceArrays | Sequence[NDArray[Any]]:
+        """Runs a batch that is on the GPU, in place.
+
+        Args:
+            batch: An array with `__dlpack__` or `__cuda_array_interface__`.
+            stream: Handle of the caller's stream, on which the results are in order; None waits for them.
+            to_host: Whether the results come back as NumPy arrays, which waits for them.
+
+        Raises:
+            InputError: Another GPU, dtype, shape, or an array with gaps.
+            CudaError: As of `run`.
+        """
+        with self._lend() as slot:
+            handle = slot.handle if stream is None else stream
+            view = self._view(batch, slot, handle)
+            results = run_on_device(slot, self._memory, view, stream=stream)
+            if to_host:
+                return self._download(slot, results, handle)
+            return results
+
+    def warm_up(self, batch: NDArray[Any]) -> None:
+        """Makes every context that may be used and runs each until its CUDA graph is there."""
+        require_size(batch.shape, self._plan.interface)
+        with self._port.on_device(self._device_id), contextlib.ExitStack() as stack:
+            for _ in range(self._contexts):
+                slot = self._pool.acquire_idle()
+                if slot is None:
+                    break
+                stack.enter_context(self._use(slot))
+                for _ in range(_WARM_UP_RUNS):
+                    _run_in_slot(slot, batch)
+
+    def close(self) -> None:
+        """Frees everything; results that somebody still holds are freed when they are let go."""
+        with self._port.on_device(self._device_id):
+            self._pool.close()
+            self._memory.close()
+            self._plan.release()
+
+    @contextlib.contextmanager
+    def _lend(self) -> Iterator[Slot]:
+        with self._port.on_device(self._device_id), self._use(self._pool.acquire()) as slot:
+            yield slot
+
+    @contextlib.contextmanager
+    def _use(self, slot: Slot) -> Iterator[Slot]:
+        try:
+            yield slot
+        except InputError:  # refused before anything was put on a stream
+            self._pool.release(slot)
+            raise
+        except BaseException as error:
+            self._pool.discard(slot, error)
+            raise
+        else:
+            self._pool.release(slot)
+
+    def _view(self, batch: Any, slot: Slot, handle: int) -> DeviceView:
+        source = self._plan.interface.source
+        view = view_device_array(batch, handle)
+        expected = self._plan.spec.input
+        problems = []
+        if view.dtype != source.dtype.name:
+            problems.append(f"expected {source.dtype.name}, found {view.dtype}")
+        if len(view.shape) != len(source.shape) or 0 in view.shape:
+            problems.append(f"expected shape {expected.shape}, found {view.shape}")
+        elif any(want not in (-1, have) for want, have in zip(source.shape[1:], view.shape[1:], strict=True)):
+            problems.append(f"expected {expected.layout} {expected.shape}, found {view.shape}")
+        if not view.is_contiguous:
+            problems.append("expected C-contiguous memory, found gaps or another order")
+        device = view.device_id if view.device_id is not None else self._port.find_device(view.address)
+        if device is not None and device != self._device_id:
+            problems.append(f"expected an array on GPU {self._device_id}, found one on GPU {device}")
+        if problems:
+            raise InputError(f"batch: {'; '.join(problems)}", remedy="convert it on the GPU, say with batch.to(device, dtype).contiguous()")
+        require_size(view.shape, self._plan.interface)
+        if view.producer is not None and view.producer != handle:
+            self._memory.order(handle, after=view.producer)
+        return view
+
+    def _download(self, slot: Slot, results: DeviceArrays, handle: int) -> Sequence[NDArray[Any]]:
+        """NumPy arrays of results on the device."""
+        outputs = []
+        for result, wanted in zip(results, self._plan.spec.outputs, strict=True):
+            size = int(np.prod(result.shape)) * result.dtype.itemsize
+            address = self._port.allocate_host(size)
+            try:
+                self._port.copy(address, result.address, size, handle)
+                self._port.synchronize_stream(handle)
+                outputs.append(view_host(address, size).view(result.dtype).reshape(result.shape).astype(wanted.dtype))
+            finally:
+                self._port.free_host(address)
+        return outputs
+
+
+def _run_in_slot(slot: Slot, batch: NDArray[Any]) -> Arrays:
+    interface = slot.plan.interface
+    count, most = len(batch), interface.largest[0]
+    if count > most:
+        if slot.pipeline is None:
+            slot.pipeline = Pipeline(slot)
+        return slot.pipeline.run(batch)
+    (_, _, rows), *_ = split(count, interface)
+    outputs = slot.run_whole(batch, (rows, *batch.shape[1:]))
+    return outputs if rows == count else [output[:count].copy() for output in outputs]

@@ -1,0 +1,370 @@
+"""A TensorRT module without TensorRT: the names that the runtime uses, over the fake CUDA, computing with ONNX Runtime.
+
+A fake plan is a header in JSON and the ONNX that it was "built" from. What real TensorRT leaves undefined is an error here: a context used by two
+threads at once, contexts that share scratch memory without order between them, a tensor without an address, a call in the wrong device context.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import threading
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from repvgg_deploy.onnx_file import read_metadata
+from tests.fakes.cuda import FakeCuda
+
+_ORT_TYPES = {"tensor(float)": "FLOAT", "tensor(float16)": "HALF", "tensor(uint8)": "UINT8", "tensor(int64)": "INT64", "tensor(int32)": "INT32"}
+_NUMPY = {"FLOAT": "float32", "HALF": "float16", "UINT8": "uint8", "INT64": "int64", "INT32": "int32", "BF16": "float16"}
+
+
+@dataclass
+class Faults:
+    """What is to go wrong.
+
+    Attributes:
+        enqueue: Numbers of the runs (counted from 1 over all contexts) that are refused, or `all`.
+        no_capture: Whether runs are refused during capture.
+        context: Numbers of the contexts that cannot be made.
+        uncapturable: How often `is_stream_capturable` says no, first.
+        runtime_error: What Runtime() logs.
+        message: What a refused run logs.
+    """
+
+    enqueue: set[int] = field(default_factory=set)
+    enqueue_all: bool = False
+    no_capture: bool = False
+    context: set[int] = field(default_factory=set)
+    uncapturable: int = 0
+    runtime_error: str = ""
+    message: str = "IExecutionContext::enqueueV3: Error Code 1: Cask (made to fail)"
+
+
+@dataclass
+class Seen:
+    """What happened."""
+
+    runs: int = 0
+    contexts: int = 0
+    live_contexts: int = 0
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+    threads: set[int] = field(default_factory=set)
+    deserialized: int = 0
+    largest_overlap: int = 0
+
+
+def make_plan(path: Path, onnx: Path, *, profile: tuple[int, int, int] = (1, 4, 8), sizes: tuple[int, int] = (16, 16), **header: Any) -> Path:
+    """Writes a plan as the fake reads it: its profile, and what `header` says besides (dtypes by name, TensorRT's version, image sizes)."""
+    info = {"profile": profile, "sizes": [sizes, sizes, sizes], "version": "10.16.1.11", "dtypes": {}, **header}
+    text = json.dumps(info).encode()
+    magic = b"vtrt" if info.get("rtx") else b"ftrt"
+    path.write_bytes(magic + len(text).to_bytes(4, "little") + text + onnx.read_bytes())
+    return path
+
+
+def make_module(cuda: FakeCuda, *, version: str = "10.16.1.11", name: str = "tensorrt", faults: Faults | None = None) -> types.ModuleType:
+    """The module, with `seen` and `faults` besides TensorRT's own names."""
+    module: Any = types.ModuleType(name)
+    world = _World(cuda, version, faults or Faults(), Seen())
+    major = int(version.split(".", maxsplit=1)[0])
+    world.rtx = name == "tensorrt_rtx"
+    world.shares_profiles = world.rtx or major >= 10
+    module.__version__ = version
+    module.faults, module.seen = world.faults, world.seen
+    module.ILogger = ILogger
+    module.TensorIOMode = TensorIOMode
+    module.Runtime = type("Runtime", (_Runtime,), {"world": world})
+    module.init_libnvinfer_plugins = lambda logger, namespace: True
+    if world.shares_profiles:
+        module.ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
+    world.old = not world.shares_profiles
+    return module
+
+
+class Severity(enum.Enum):
+    INTERNAL_ERROR = 0
+    ERROR = 1
+    WARNING = 2
+    INFO = 3
+    VERBOSE = 4
+
+
+class ILogger:
+    Severity: Any = Severity
+
+    def log(self, severity: Any, message: str) -> None:
+        raise NotImplementedError
+
+
+class TensorIOMode(enum.Enum):
+    NONE = 0
+    INPUT = 1
+    OUTPUT = 2
+
+
+class ExecutionContextAllocationStrategy(enum.Enum):
+    STATIC = 0
+    ON_PROFILE_CHANGE = 1
+    USER_MANAGED = 2
+
+
+DataType = enum.Enum("DataType", ["FLOAT", "HALF", "INT8", "INT32", "BOOL", "UINT8", "FP8", "BF16", "INT64"])
+
+
+@dataclass
+class _World:
+    cuda: FakeCuda
+    version: str
+    faults: Faults
+    seen: Seen
+    rtx: bool = False
+    shares_profiles: bool = True
+    old: bool = False
+
+
+@dataclass
+class _Scratch:
+    """Order of the runs that use one piece of scratch memory."""
+
+    given: int = 0
+    done: int = 0
+
+
+class _Runtime:
+    world: _World
+
+    def __init__(self, logger: ILogger) -> None:
+        self.logger = logger
+        self.engine_host_code_allowed = False
+        self.world.cuda.current_device()
+        if self.world.faults.runtime_error:
+            logger.log(Severity.ERROR, self.world.faults.runtime_error)
+
+    def deserialize_cuda_engine(self, content: bytes) -> Any:
+        assert not self.world.faults.runtime_error, "the process would have ended here"
+        world = self.world
+        world.seen.deserialized += 1
+        magic = b"vtrt" if world.rtx else b"ftrt"
+        try:
+            assert content[:4] == magic
+            size = int.from_bytes(content[4:8], "little")
+            header = json.loads(content[8 : 8 + size])
+            session = onnxruntime.InferenceSession(content[8 + size :], providers=["CPUExecutionProvider"])
+        except Exception:  # noqa: BLE001 - as the real one: whatever is wrong with the bytes, there is no engine
+            self.logger.log(Severity.ERROR, "IRuntime::deserializeCudaEngine: Error Code 1: Serialization (Serialization assertion failed.)")
+            return None
+        if header["version"] != world.version:
+            self.logger.log(Severity.ERROR, "The engine plan file is not compatible with this version of TensorRT")
+            return None
+        return _Engine(world, self.logger, header, session)
+
+
+class _Engine:
+    def __init__(self, world: _World, logger: ILogger, header: dict[str, Any], session: Any) -> None:
+        self._world, self._logger, self._header, self._session = world, logger, header, session
+        self._device = world.cuda.current_device()
+        self._tensors = {node.name: node for node in (*session.get_inputs(), *session.get_outputs())}
+        self._scratch: dict[int, _Scratch] = {}
+        self._profiles_in_use = 0
+        if world.shares_profiles:
+            self.device_memory_size_v2 = 4096
+        else:
+            self.device_memory_size = 4096
+
+    @property
+    def num_io_tensors(self) -> int:
+        return len(self._tensors)
+
+    @property
+    def num_optimization_profiles(self) -> int:
+        return 1
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(self._tensors)[::-1][index] if self._header.get("reversed") else list(self._tensors)[index]
+
+    def get_tensor_mode(self, name: str) -> TensorIOMode:
+        return TensorIOMode.INPUT if name == self._session.get_inputs()[0].name else TensorIOMode.OUTPUT
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return DataType[self._header["dtypes"].get(name, _ORT_TYPES[self._tensors[name].type])]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(size if isinstance(size, int) else -1 for size in self._tensors[name].shape)
+
+    def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, ...]]:
+        result = []
+        for batch, sizes in zip(self._header["profile"], self._header["sizes"], strict=True):
+            dynamic = iter([batch, *sizes] if isinstance(self._tensors[name].shape[0], str) else sizes)
+            result.append(tuple(size if isinstance(size, int) else next(dynamic) for size in self._tensors[name].shape))
+        return result
+
+    def create_execution_context(self, strategy: ExecutionContextAllocationStrategy) -> Any:
+        assert not self._world.old
+        assert strategy == ExecutionContextAllocationStrategy.USER_MANAGED
+        return self._create()
+
+    def create_execution_context_without_device_memory(self) -> Any:
+        assert self._world.old
+        return self._create()
+
+    def _create(self) -> Any:
+        world = self._world
+        assert world.cuda.current_device() == self._device, "context made on another device"
+        with world.cuda.lock:
+            world.seen.contexts += 1
+            if world.seen.contexts in world.faults.context:
+                self._logger.log(Severity.ERROR, "IRuntime::createExecutionContext: OutOfMemory (no further information)")
+                return None
+            return _Context(self)
+
+
+class _Context:
+    def __init__(self, engine: _Engine) -> None:
+        self._engine, self._world = engine, engine._world
+        self._guard = threading.Lock()
+        self._shape: tuple[int, ...] | None = None
+        self._addresses: dict[str, int] = {}
+        self._scratch: _Scratch | None = None
+        self._warm: set[tuple[int, ...]] = set()
+        static = all(isinstance(size, int) for size in engine._session.get_inputs()[0].shape)
+        free = self._world.shares_profiles or static or engine._profiles_in_use == 0
+        self.active_optimization_profile = 0 if free else -1
+        engine._profiles_in_use += 1
+        if static:
+            self._shape = tuple(engine._session.get_inputs()[0].shape)
+
+    def __getattribute__(self, name: str) -> Any:
+        world = object.__getattribute__(self, "__dict__").get("_world")
+        if world is not None and (
+            (name == "set_device_memory" and world.old)
+            or (name == "device_memory" and not world.old)
+            or (name == "is_stream_capturable" and not world.rtx)
+        ):
+            raise AttributeError(name)
+        return object.__getattribute__(self, name)
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        assert size >= 4096
+        self._world.cuda.find(address, size)
+        self._scratch = self._engine._scratch.setdefault(address, _Scratch())
+
+    @property
+    def device_memory(self) -> int:
+        raise AttributeError
+
+    @device_memory.setter
+    def device_memory(self, address: int) -> None:
+        self._world.cuda.find(address, 4096)
+        self._scratch = self._engine._scratch.setdefault(address, _Scratch())
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        self._engine._logger.log(Severity.ERROR, "Profile has been chosen by another IExecutionContext. Use another profileIndex or destroy it")
+        return False
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        faults = self._world.faults
+        faults.uncapturable -= 1
+        return faults.uncapturable < 0
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        with self._alone():
+            least, _, most = self._engine.get_tensor_profile_shape(name, 0)
+            if len(shape) != len(least) or not all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True)):
+                self._engine._logger.log(
+                    Severity.ERROR, "IExecutionContext::setInputShape: Static dimension mismatch or profile range: " + str(shape)
+                )
+                return False
+            self._shape = tuple(shape)
+            return True
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        assert self._shape is not None, "asked before the input shape was set"
+        source = self._engine._session.get_inputs()[0]
+        known = {text: size for text, size in zip(source.shape, self._shape, strict=True) if isinstance(text, str)}
+        return tuple(size if isinstance(size, int) else known.get(size, -1) for size in self._engine._tensors[name].shape)
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        with self._alone():
+            self._addresses[name] = address
+            return name in self._engine._tensors
+
+    def execute_async_v3(self, stream_handle: int) -> bool:
+        with self._alone():
+            world, shape = self._world, self._shape
+            assert world.cuda.current_device() == self._engine._device, "run on another device"
+            assert self._scratch is not None and shape is not None
+            assert set(self._addresses) == set(self._engine._tensors), "a tensor without an address"
+            with world.cuda.lock:
+                world.seen.runs += 1
+                world.seen.shapes.append(shape)
+                world.seen.threads.add(threading.get_ident())
+                capturing = world.cuda._stream(stream_handle).recording is not None
+                if capturing:
+                    assert shape in self._warm, "captured before the first run of this shape"
+                if world.faults.enqueue_all or world.seen.runs in world.faults.enqueue or (capturing and world.faults.no_capture):
+                    self._engine._logger.log(Severity.ERROR, world.faults.message)
+                    return False
+                self._warm.add(shape)
+                step = _Step(self, shape, dict(self._addresses), None if capturing else self._next())
+                world.cuda.enqueue(stream_handle, step)
+            return True
+
+    def _next(self) -> int:
+        assert self._scratch is not None
+        self._scratch.given += 1
+        return self._scratch.given
+
+    def _alone(self) -> Any:
+        return _Alone(self._guard)
+
+
+class _Alone:
+    def __init__(self, guard: threading.Lock) -> None:
+        self._guard = guard
+
+    def __enter__(self) -> None:
+        assert self._guard.acquire(blocking=False), "two threads in one execution context"
+
+    def __exit__(self, *_: object) -> None:
+        self._guard.release()
+
+
+class _Step:
+    """One run as it lies on a stream."""
+
+    def __init__(self, context: _Context, shape: tuple[int, ...], addresses: dict[str, int], order: int | None) -> None:
+        self._context, self._shape, self._addresses, self._order = context, shape, addresses, order
+
+    def __call__(self) -> None:
+        context, engine, cuda = self._context, self._context._engine, self._context._world.cuda
+        scratch = context._scratch
+        assert scratch is not None
+        if self._order is not None:
+            assert self._order > scratch.done, "two runs that share scratch memory, out of order: an event is missing"
+            scratch.done = self._order
+        source = engine._session.get_inputs()[0].name
+        batch = self._bytes(source, self._shape)
+        outputs = [node.name for node in engine._session.get_outputs()]
+        for name, found in zip(outputs, engine._session.run(outputs, {source: batch.copy()}), strict=True):
+            wanted = np.ascontiguousarray(found.astype(self._dtype(name)))
+            cuda.find(self._addresses[name], wanted.nbytes)[:] = wanted.reshape(-1).view(np.uint8)
+
+    def _dtype(self, name: str) -> np.dtype[Any]:
+        return np.dtype(_NUMPY[self._context._engine.get_tensor_dtype(name).name])
+
+    def _bytes(self, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
+        dtype = self._dtype(name)
+        data = self._context._world.cuda.find(self._addresses[name], int(np.prod(shape)) * dtype.itemsize)
+        return data.view(dtype).reshape(shape)
+
+
+def passport_of(onnx: Path) -> Any:
+    """The specification that a passport of a plan of this ONNX carries."""
+    return read_metadata(onnx).spec

@@ -77,11 +77,11 @@ class Lane:
         """
         if shape == self._shape:
             return self._output_shapes
-        context = self._context
+        # The context is in no local variable: an exception that somebody keeps would keep it, and TensorRT 8 makes no other one meanwhile.
         self._shape, self.runs = None, 0
-        if not context.set_input_shape(self._interface.source.name, shape):
+        if not self._context.set_input_shape(self._interface.source.name, shape):
             raise InputError(f"batch: TensorRT refuses the shape {shape}:{quote(self._log.take())}", remedy=f"give {_show_range(self._interface)}")
-        shapes = tuple(tuple(int(size) for size in context.get_tensor_shape(output.name)) for output in self._interface.outputs)
+        shapes = tuple(tuple(int(size) for size in self._context.get_tensor_shape(output.name)) for output in self._interface.outputs)
         if any(size < 0 for found in shapes for size in found):
             raise CudaError(f"the plan's outputs {shapes} are of a size that depends on the image", remedy="build a plan without such outputs")
         self._shape, self._output_shapes = shape, shapes
@@ -97,13 +97,12 @@ class Lane:
         Raises:
             CudaError: TensorRT refuses; the context must not be used again.
         """
-        context, tensors = self._context, (self._interface.source, *self._interface.outputs)
-        for tensor, address in zip(tensors, addresses, strict=True):
+        for tensor, address in zip((self._interface.source, *self._interface.outputs), addresses, strict=True):
             if self._addresses.get(tensor.name) != address:
-                if not context.set_tensor_address(tensor.name, address):
+                if not self._context.set_tensor_address(tensor.name, address):
                     raise self._refusal(f"the address of {tensor.name}")
                 self._addresses[tensor.name] = address
-        if not context.execute_async_v3(stream_handle):
+        if not self._context.execute_async_v3(stream_handle):
             raise self._refusal(f"to run a batch of {self._shape}")
         self.runs += 1
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,7 @@ class Slot:
     def __init__(self, port: CudaPort, plan: OpenPlan, graphs: GraphSwitch) -> None:
         self.port, self.plan, self._graphs = port, plan, graphs
         self.owned = Owned()
+        self._streams: list[Any] = []
         self._lanes: dict[Shape, Lane] = {}
         self._has_contexts = True
         self._busy = False
@@ -84,6 +86,7 @@ class Slot:
         """A stream that is freed with the slot."""
         stream = self.port.create_stream()
         self.owned.add(stream, lambda: self.port.destroy_stream(stream))
+        self._streams.append(stream)
         return stream
 
     def _make_lane(self) -> Lane | None:
@@ -146,14 +149,15 @@ class Slot:
 
     def close(self) -> CudaError | None:
         """Frees everything, also after a failure; the first error on the way."""
+        waits: list[Callable[[], None]] = [] if self.main is None else [functools.partial(self.port.synchronize_event, self._freed)]
+        # All of them: after a failure in the midst of a split batch, copies of other pieces may still be under way.
+        waits += [functools.partial(self.port.synchronize_stream, stream) for stream in self._streams]
         first: CudaError | None = None
-        if hasattr(self, "stream"):
+        for wait in waits:
             try:
-                if self.main is not None:
-                    self.port.synchronize_event(self._freed)
-                self.port.synchronize_stream(self.stream)
+                wait()
             except CudaError as error:
-                first = error
+                first = first or error
         for lane in (self.main, *self._lanes.values()):
             if lane is not None:
                 lane.release()
@@ -198,7 +202,11 @@ class Slot:
         if not self._graphs.on or shape[0] not in self._graphs.buckets or lane.runs == 0 or not lane.can_capture(self.handle):
             return False
         port = self.port
-        port.begin_capture(self.stream)
+        try:
+            port.begin_capture(self.stream)
+        except CudaError as error:
+            self._graphs.turn_off(error)
+            return False
         failure: CudaError | None = None
         try:
             self._enqueue(lane, shape)

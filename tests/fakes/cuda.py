@@ -205,6 +205,8 @@ class FakeCuda:
     def destroy_stream(self, stream: Any) -> None:
         with self.lock:
             self._begin("destroy_stream", cleanup=True)
+            if self.lost is not None:
+                stream.queue.clear()  # nothing runs any more
             self._drain(stream)
             del self.streams[stream.number]
 

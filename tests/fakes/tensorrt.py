@@ -10,6 +10,7 @@ import enum
 import json
 import threading
 import types
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,9 @@ class _Engine:
             result.append(tuple(size if isinstance(size, int) else next(dynamic) for size in self._tensors[name].shape))
         return result
 
+    def give_back_profile(self) -> None:
+        self._profiles_in_use -= 1
+
     def create_execution_context(self, strategy: ExecutionContextAllocationStrategy) -> Any:
         assert not self._world.old
         assert strategy == ExecutionContextAllocationStrategy.USER_MANAGED
@@ -237,6 +241,7 @@ class _Context:
         free = self._world.shares_profiles or static or engine._profiles_in_use == 0
         self.active_optimization_profile = 0 if free else -1
         engine._profiles_in_use += 1
+        weakref.finalize(self, engine.give_back_profile)
         if static:
             self._shape = tuple(engine._session.get_inputs()[0].shape)
 
@@ -277,9 +282,7 @@ class _Context:
         with self._alone():
             least, _, most = self._engine.get_tensor_profile_shape(name, 0)
             if len(shape) != len(least) or not all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True)):
-                self._engine._logger.log(
-                    Severity.ERROR, "IExecutionContext::setInputShape: Static dimension mismatch or profile range: " + str(shape)
-                )
+                self._engine._logger.log(Severity.ERROR, "IExecutionContext::setInputShape: Static dimension mismatch or profile range")
                 return False
             self._shape = tuple(shape)
             return True

@@ -77,15 +77,9 @@ def make_world(folder: Path, monkeypatch: pytest.MonkeyPatch, setting: Setting =
 
 def write_passport(plan: Path, onnx: Path, **changes: Any) -> PlanPassport:
     """The passport beside a plan."""
-    passport = replace(
-        make_passport(),
-        plan_sha256=hashlib.sha256(plan.read_bytes()).hexdigest(),
-        spec=read_metadata(onnx).spec,
-        compute_capabilities=("8.6",),
-        platform=None,
-        gpu_name="Fake GPU 0",
-        **changes,
-    )
+    known = {"compute_capabilities": ("8.6",), "platform": None, "gpu_name": "Fake GPU 0"}
+    digest = hashlib.sha256(plan.read_bytes()).hexdigest()
+    passport = replace(make_passport(), plan_sha256=digest, spec=read_metadata(onnx).spec, **{**known, **changes})
     passport_path(plan).write_text(codec.dumps(passport), encoding="utf-8")
     return passport
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -144,7 +145,13 @@ class Slot:
 
     def leave_working(self, stream: Any) -> None:
         """Notes that work of this slot is left on a caller's stream."""
-        self.port.record_event(self._freed, stream)
+        try:
+            self.port.record_event(self._freed, stream)
+        except CudaError:
+            # Nothing tells when the work is done: it is waited for, before what it uses can be freed or lent again.
+            with contextlib.suppress(CudaError):
+                self.port.synchronize_stream(stream)
+            raise
         self._busy = True
 
     def close(self) -> CudaError | None:

@@ -92,13 +92,14 @@ def time_in_turn(ways: dict[str, Callable[[], object]], rounds: int) -> tuple[Ti
 
 def time_wrapper(engine: Engine, batch: NDArray[Any], rounds: int) -> float:
     """Median seconds of `Engine.infer` around a backend that does nothing."""
-    backend, lease = engine._backend, engine._lease
+    executor, lease = engine._executor, engine._lease
+    backend = executor._backend
     instant = InstantBackend(backend.run(batch))
-    engine._backend, engine._lease = instant, Lease(instant.close)
+    executor._backend, engine._lease = instant, Lease(instant.close)
     try:
         wall, _ = time_in_turn({"wrapper": lambda: engine.infer(batch)}, rounds)
     finally:
-        engine._backend, engine._lease = backend, lease
+        executor._backend, engine._lease = backend, lease
     return statistics.median(wall["wrapper"])
 
 

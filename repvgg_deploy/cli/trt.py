@@ -73,7 +73,7 @@ def _add_infer(commands: Subparsers) -> None:
     parser.add_argument("--top", type=_positive, default=None, metavar="N", help="how many classes to print (default: 5)")
     parser.add_argument("--labels", metavar="FILE", help="names of the classes, one a line; in place of those in the model")
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="where to run; cuda never falls back to the CPU (default: %(default)s)"
+        "--device", default=None, metavar="DEVICE", help="cpu, cuda or cuda:1; a GPU never falls back to the CPU (default: cuda for a plan, else cpu)"
     )
     parser.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="images decoded and run at a time (default: %(default)s)")
     parser.add_argument("--threads", type=_positive, default=None, metavar="N", help="CPU threads (default: one a core)")
@@ -180,7 +180,7 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=_positive, default=None, metavar="N", help="only so many images, drawn evenly (default: all)")
     parser.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="images decoded and run at a time (default: %(default)s)")
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="where to run; cuda never falls back to the CPU (default: %(default)s)"
+        "--device", default=None, metavar="DEVICE", help="cpu, cuda or cuda:1; a GPU never falls back to the CPU (default: cuda for a plan, else cpu)"
     )
     parser.add_argument("--threads", type=_positive, default=None, metavar="N", help="CPU threads (default: one a core)")
     _add_backend(parser)

@@ -1,0 +1,120 @@
+"""An Engine that runs for long holds its memory and its threads: `infer` from many threads, `submit`, a batcher, engines opened and closed."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from repvgg_deploy.runtime.engine import Engine, EngineOptions
+from tests.runtime.make_model import ModelOptions, make_onnx, random_batch
+
+WORKERS = 8
+# Resident memory after warm-up; allocators keep some of what threads freed. One batch that leaked in each call would be 300 MB after 100,000.
+GROWTH_BYTES = 24 << 20
+# What Python itself holds: counters grow to a fixed size, nothing else stays.
+PYTHON_GROWTH_BYTES = 300_000
+
+
+def resident_bytes() -> int:
+    """Memory of this process now; 0 where the system does not say."""
+    try:
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    except OSError:
+        return 0
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def own_threads() -> int:
+    """Threads that Engines and batchers started."""
+    return sum(thread.name.startswith("repvgg-") for thread in threading.enumerate())
+
+
+@pytest.fixture(params=["onnxruntime", "openvino"])
+def backend(request: pytest.FixtureRequest) -> Any:
+    if request.param == "openvino":
+        pytest.importorskip("openvino")
+    return request.param
+
+
+@pytest.mark.parametrize("calls", [3_000, pytest.param(100_000, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+def test_long_run_from_many_threads_keeps_memory_and_threads(tmp_path: Path, backend: Any, calls: int) -> None:
+    options = ModelOptions()
+    path = make_onnx(tmp_path / "m.onnx", options)
+    batches = [random_batch(options, count, seed=count) for count in (1, 2, 3, 5)]
+    with Engine(path, backend=backend, options=EngineOptions(intra_op_threads=1, max_batch=4)) as engine:
+        expected = [engine.infer(batch) for batch in batches]
+
+        def work(count: int) -> int:
+            wrong = 0
+            for index in range(count):
+                answer = engine.infer(batches[index % 4])
+                wrong += not np.allclose(answer, expected[index % 4], rtol=1e-4, atol=1e-4)
+            return wrong
+
+        with ThreadPoolExecutor(WORKERS) as pool:
+            assert sum(pool.map(work, [100] * WORKERS)) == 0  # every thread has its buffers
+            gc.collect()
+            before = resident_bytes()
+            assert sum(pool.map(work, [calls // WORKERS] * WORKERS)) == 0
+            gc.collect()
+            assert own_threads() == 0  # `infer` runs in the caller's
+            assert resident_bytes() - before < GROWTH_BYTES
+        assert engine.statistics().requests == len(batches) + WORKERS * (100 + calls // WORKERS)
+        assert engine.statistics().failures == 0
+
+
+@pytest.mark.parametrize("calls", [2_000, pytest.param(50_000, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+def test_submissions_and_batches_leave_nothing_behind(tmp_path: Path, calls: int) -> None:
+    options = ModelOptions()
+    image = random_batch(options, 1)
+    with Engine(make_onnx(tmp_path / "m.onnx", options), options=EngineOptions(intra_op_threads=1)) as engine:
+        expected = engine.infer(image)
+        with engine.batcher(8, max_delay_ms=0.2) as batcher:
+
+            def work(count: int) -> None:
+                for index in range(count):
+                    future = batcher.submit(image) if index % 2 else engine.submit(image)
+                    np.testing.assert_allclose(future.result(), expected, rtol=1e-4, atol=1e-4)
+
+            with ThreadPoolExecutor(WORKERS) as pool:
+                list(pool.map(work, [50] * WORKERS))
+                gc.collect()
+                tracemalloc.start()
+                try:
+                    before = tracemalloc.get_traced_memory()[0]
+                    list(pool.map(work, [calls // WORKERS] * WORKERS))
+                    gc.collect()
+                    grown = tracemalloc.get_traced_memory()[0] - before
+                finally:
+                    tracemalloc.stop()
+                assert grown < PYTHON_GROWTH_BYTES
+                assert own_threads() <= engine._options.workers + 1
+
+
+@pytest.mark.parametrize("rounds", [20, pytest.param(500, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+def test_engines_opened_and_closed_leave_no_thread_and_no_model(tmp_path: Path, backend: Any, rounds: int) -> None:
+    path = make_onnx(tmp_path / "m.onnx")
+    image = random_batch(ModelOptions(), 1)
+
+    def once() -> None:
+        with Engine(path, backend=backend) as engine, engine.batcher(4, max_delay_ms=0) as batcher:
+            assert batcher.infer(image).shape == (1, 7)
+            assert engine.submit(image).result().shape == (1, 7)
+
+    for _ in range(5):
+        once()
+    gc.collect()
+    threads, before = threading.active_count(), resident_bytes()
+    for _ in range(rounds):
+        once()
+    gc.collect()
+    assert threading.active_count() <= threads
+    assert resident_bytes() - before < GROWTH_BYTES

@@ -7,7 +7,7 @@ Three questions, each with its bar:
   1.8 × at batch 1. `as it stands` is what ONNX Runtime makes of that graph without the Engine's unsigned activations.
 - What share of the throughput of full batches do 64 clients reach that each send one image and wait? At least 80 %.
 
-All ways run once in each round, in an order drawn anew, so that what else the machine does hits all alike; figures are medians over the rounds, and
+All ways run in each round, in an order drawn anew, so that what else the machine does hits all alike; figures are medians over the rounds, and
 ratios medians of the ratios within a round.
 
     python benchmarks/runtime.py                                  # a RepVGG-A0 with random weights, 224 px, quantized here: a minute more
@@ -42,7 +42,6 @@ RESULTS = Path(__file__).resolve().parent / "results" / "runtime.json"
 BATCHES = (1, 8, 32)
 OVERHEAD_PERCENT = 2.0
 BARS = {"onnxruntime": {1: 1.8, 8: 2.2, 32: 2.2}, "openvino": {1: 3.3, 8: 3.3, 32: 3.3}}
-PAUSE_S = 0.02  # ONNX Runtime's threads go on spinning after a run, and would take the cores from whoever is next
 CLIENTS, MICRO_BATCH, MICRO_PERCENT = 64, 32, 80.0
 Ways = dict[str, Callable[[], object]]
 
@@ -70,16 +69,17 @@ def open_as_it_stands(model: Path) -> Any:
     return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"], disabled_optimizers=["WeightBiasQuantization"])
 
 
-def time_rounds(ways: Ways, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way in each round; the first two rounds are left out."""
+def time_rounds(ways: Ways, rounds: int, calls: int = 1) -> dict[str, list[float]]:
+    """Seconds of a call of each way in each round, of so many in a row; the first two rounds are left out."""
     found: dict[str, list[float]] = {name: [] for name in ways}
     generator = np.random.default_rng(0)
     for _ in range(rounds + 2):
         for name in generator.permutation(list(ways)).tolist():
-            time.sleep(PAUSE_S)
+            ways[name]()  # not timed: the threads of whoever was before still spin, and caches are cold
             started = time.perf_counter()
-            ways[name]()
-            found[name].append(time.perf_counter() - started)
+            for _ in range(calls):
+                ways[name]()
+            found[name].append((time.perf_counter() - started) / calls)
     return {name: seconds[2:] for name, seconds in found.items()}
 
 
@@ -108,7 +108,7 @@ def measure_batch(count: int, rounds: int, plain: Engine, bare: Any, standing: A
         "INT8 as it stands, bare session": lambda: standing.run(outputs, feed),
         **{f"INT8, Engine, {name}": (lambda engine=engine: engine.infer(batch)) for name, engine in engines.items()},  # type: ignore[misc]
     }
-    found = time_rounds(ways, max(12, rounds // count))
+    found = time_rounds(ways, max(12, rounds // count), calls=max(1, 4 // count))
     return {
         "batch": count,
         "rounds": len(found["FP32, Engine"]),

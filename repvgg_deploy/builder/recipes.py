@@ -11,6 +11,9 @@ TF32 is on by default in all of them, and switched off unless it is asked for.
 
 from __future__ import annotations
 
+import ctypes
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +21,19 @@ from ..errors import BuildError, CudaError
 from ..specs import BuildConfig, Precision
 from .library import Library
 
+logger = logging.getLogger(__name__)
+
 CURRENT = "current"
 """As a target: the GPU of this machine, whatever it is."""
 _TURING = "7.5"
 _NEWEST_OPSET_8 = 17
 _FLOATS = {"float32": "FLOAT", "float16": "HALF"}
+_LIBRARIES = {
+    "CUDNN": ("libcudnn.so.8", "cudnn64_8.dll"),
+    "CUBLAS": ("libcublas.so.11", "libcublas.so.12", "cublas64_11.dll", "cublas64_12.dll"),
+    "CUBLAS_LT": ("libcublasLt.so.11", "libcublasLt.so.12", "cublasLt64_11.dll", "cublasLt64_12.dll"),
+}
+_TACTIC_SOURCES = (*_LIBRARIES, "EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
 _NEEDS_8_6 = {
     "optimization_level": "--optimization-level",
     "version_compatible": "--version-compatible",
@@ -156,6 +167,32 @@ def configure(library: Library, settings: Any, config: BuildConfig, typing: Typi
             settings.set_compute_capability(known, index)
     if not is_strongly_typed(library):
         _allow_precisions(trt, settings, typing)
+        choose_tactic_sources(trt, settings, _is_there)
+
+
+def choose_tactic_sources(trt: Any, settings: Any, is_there: Callable[[str], bool]) -> None:
+    """Leaves cuDNN and cuBLAS out of TensorRT 8's search where they are not installed: it would end with an error that names no remedy.
+
+    TensorRT 10 and later use neither by default.
+
+    Args:
+        trt: The module.
+        settings: Its IBuilderConfig.
+        is_there: Whether a shared library can be loaded.
+    """
+    missing = [kind for kind, names in _LIBRARIES.items() if not any(map(is_there, names))]
+    if missing:
+        kept = [kind for kind in _TACTIC_SOURCES if kind not in missing and hasattr(trt.TacticSource, kind)]
+        settings.set_tactic_sources(sum(1 << int(getattr(trt.TacticSource, kind)) for kind in kept))
+        logger.warning("TensorRT chooses kernels without %s, which cannot be loaded here", ", ".join(missing))
+
+
+def _is_there(name: str) -> bool:
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        return False
+    return True
 
 
 def _set_flag(settings: Any, flag: Any, on: bool) -> None:

@@ -139,6 +139,7 @@ def _add_enums(trt: FakeTrt) -> None:
     trt.BuilderFlag = _enum("BuilderFlag", flags + (" VERSION_COMPATIBLE" if number >= (8, 6) else ""))
     networks = ("EXPLICIT_BATCH EXPLICIT_PRECISION" if number < (10, 0) else "EXPLICIT_BATCH STRONGLY_TYPED") if weak else "STRONGLY_TYPED"
     trt.NetworkDefinitionCreationFlag = _enum("NetworkDefinitionCreationFlag", networks)
+    trt.TacticSource = _enum("TacticSource", "CUBLAS CUBLAS_LT CUDNN EDGE_MASK_CONVOLUTIONS JIT_CONVOLUTIONS")
     trt.MemoryPoolType = _enum("MemoryPoolType", "WORKSPACE DLA_MANAGED_SRAM")
     trt.ProfilingVerbosity = _enum("ProfilingVerbosity", "LAYER_NAMES_ONLY NONE DETAILED")
     trt.DataType = _enum(
@@ -305,6 +306,10 @@ class Config:
 
     def clear_flag(self, flag: Any) -> None:
         self.trt.calls.append(("clear_flag", flag.name))
+
+    def set_tactic_sources(self, mask: int) -> bool:
+        self.trt.calls.append(("tactic_sources", mask))
+        return True
 
     def add_optimization_profile(self, profile: Profile) -> int:
         return -1 if self.trt._faults.profile else 0

@@ -11,7 +11,7 @@ import pytest
 
 from repvgg_deploy.builder.build import build
 from repvgg_deploy.builder.library import Library
-from repvgg_deploy.builder.recipes import require_options, resolve_targets
+from repvgg_deploy.builder.recipes import choose_tactic_sources, require_options, resolve_targets
 from repvgg_deploy.errors import BuildError, CudaError
 from repvgg_deploy.onnx_file import read_metadata
 from repvgg_deploy.specs import BuildConfig, ShapeProfile
@@ -203,3 +203,25 @@ def test_profile_that_is_refused_is_an_error(tmp_path: Path) -> None:
 def test_plan_that_does_not_load_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="cannot load the plan that it has just built"):
         build_fake("10.9.0.34", make_typed(tmp_path, "fp32"), faults=Faults(no_engine=True))
+
+
+@pytest.mark.parametrize(
+    ("missing", "kept"),
+    [
+        ((), None),
+        (("cudnn",), ("CUBLAS", "CUBLAS_LT", "EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")),
+        (("cudnn", "cublas"), ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")),
+    ],
+)
+def test_libraries_that_are_not_there_are_left_out_of_tensorrt_8(tmp_path: Path, missing: tuple[str, ...], kept: tuple[str, ...] | None) -> None:
+    trt = FakeTrt("8.5.3.1", make_typed(tmp_path, "fp32"), None)
+    settings = trt_config(trt)
+    choose_tactic_sources(trt, settings, lambda name: not any(part in name for part in missing))
+    expected = [] if kept is None else [sum(1 << int(getattr(trt.TacticSource, kind)) for kind in kept)]
+    assert trt.said("tactic_sources") == expected
+
+
+def trt_config(trt: FakeTrt) -> Any:
+    from tests.builder.fake_trt import Config
+
+    return Config(trt)

@@ -1,0 +1,100 @@
+"""The bare loop that the Engine is measured against: one execution context, buffers that lie on the device for good, `execute_async_v3`."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repvgg_deploy.runtime.cuda.port import CudaPort
+from repvgg_deploy.runtime.engine import Engine
+from repvgg_deploy.runtime.tensorrt_context import count_scratch_bytes, make_context
+from repvgg_deploy.runtime.tensorrt_staging import view_host
+
+
+class DeviceBatch:
+    """A batch on the GPU that speaks `__cuda_array_interface__`, made without torch or CuPy.
+
+    Args:
+        port: CUDA, inside `on_device`.
+        batch: The numbers.
+    """
+
+    def __init__(self, port: CudaPort, batch: NDArray[Any]) -> None:
+        self._port = port
+        self.shape, self.dtype = batch.shape, batch.dtype
+        self.address = port.allocate(batch.nbytes)
+        host, stream = port.allocate_host(batch.nbytes), port.create_stream()
+        view_host(host, batch.nbytes)[:] = np.ascontiguousarray(batch).reshape(-1).view(np.uint8)
+        port.copy(self.address, host, batch.nbytes, stream)
+        port.synchronize_stream(stream)
+        port.free_host(host)
+        port.destroy_stream(stream)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """Version 3."""
+        return {"shape": self.shape, "typestr": self.dtype.str, "data": (self.address, False), "strides": None, "version": 3}
+
+    def free(self) -> None:
+        """Gives the memory back."""
+        self._port.free(self.address)
+
+
+class BareLoop:
+    """See the module. Used inside a `with` block, by one thread.
+
+    Args:
+        engine: Whose plan is run; its own contexts are not used.
+        source: The input, on the device.
+    """
+
+    def __init__(self, engine: Engine, source: DeviceBatch) -> None:
+        backend: Any = engine._backend
+        self._port: CudaPort = backend._port
+        self._device = backend._port.on_device(backend._device_id)
+        self._plan, self._source = backend._plan, source
+        self._freed: list[Any] = []
+
+    def __enter__(self) -> BareLoop:
+        port, plan = self._port, self._plan
+        self._device.__enter__()
+        self.stream = port.create_stream()
+        self.handle = port.stream_handle(self.stream)
+        size = max(count_scratch_bytes(plan.engine), 256)
+        scratch = (self._take(size), size)
+        self._context: Any = make_context(plan.library, plan.engine, scratch, profile=plan.interface.profile, stream_handle=self.handle)
+        if self._context is None:
+            raise RuntimeError("TensorRT makes no further context: open the Engine with contexts=1 and another plan object for the bare loop")
+        port.synchronize_stream(self.stream)
+        self._context.set_input_shape(plan.interface.source.name, self._source.shape)
+        self._context.set_tensor_address(plan.interface.source.name, self._source.address)
+        for output in plan.interface.outputs:
+            shape = tuple(int(dimension) for dimension in self._context.get_tensor_shape(output.name))
+            self._context.set_tensor_address(output.name, self._take(output.count_bytes(shape)))
+        self.enqueue()
+        self.wait()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._context = None
+        for address in self._freed:
+            self._port.free(address)
+        self._port.destroy_stream(self.stream)
+        self._device.__exit__(kind, error, trace)
+
+    def enqueue(self) -> None:
+        """One run, put on the stream."""
+        if not self._context.execute_async_v3(self.handle):
+            raise RuntimeError(f"execute_async_v3: {self._plan.library.log.take()}")
+
+    def wait(self) -> None:
+        """Until everything is done."""
+        self._port.synchronize_stream(self.stream)
+
+    def _take(self, size: int) -> int:
+        address = self._port.allocate(size)
+        self._freed.append(address)
+        return address

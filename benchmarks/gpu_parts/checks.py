@@ -1,0 +1,128 @@
+"""Whether a plan answers rightly in every way that the Engine offers. Each check is recorded with its error; none ends the run."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repvgg_deploy.runtime.engine import Engine, EngineOptions
+
+from .bare import DeviceBatch
+
+TOLERANCES = {"fp32": 2e-3, "fp16": 3e-2, "int8": None}
+"""Of the logits' largest value. FP32: another order of sums over 28 layers. FP16: 5e-4 an operation, and as many. INT8: see `LEAST_DB`."""
+LEAST_DB = 15.0
+"""SQNR of INT8 against FP32: `--fast` weights of an untrained network; it shows that scales and layout are right, not how accurate INT8 is."""
+SIZES = (1, 2, 3, 7, 8, 9, 31, 32, 33, 64, 100)
+
+
+def decibels(truth: NDArray[Any], found: NDArray[Any]) -> float:
+    """SQNR as the project defines it."""
+    one, two = truth.astype(np.float64), found.astype(np.float64)
+    noise = float(np.square(one - two).sum())
+    return float("inf") if noise == 0 else 10 * float(np.log10(np.square(one).sum() / noise))
+
+
+def check_parity(engine: Engine, images: NDArray[Any], logits: NDArray[Any], precision: str) -> dict[str, Any]:
+    """Against the FP32 model in ONNX Runtime."""
+    found: Any = engine.infer(images)
+    error, quality = float(np.abs(found - logits).max() / np.abs(logits).max()), decibels(logits, found)
+    agreement = float((found.argmax(axis=1) == logits.argmax(axis=1)).mean())
+    limit = TOLERANCES[precision]
+    return {"met": quality >= LEAST_DB if limit is None else error <= limit, "error": error, "sqnr_db": quality, "agreement": agreement}
+
+
+def check_ways(plan: Path, images: NDArray[Any], options: EngineOptions | None = None) -> dict[str, dict[str, Any]]:
+    """Any number of images, threads, graphs, device arrays, submit and micro-batching: all against the same plan, an image at a time."""
+    results: dict[str, dict[str, Any]] = {}
+    options = options if options is not None else EngineOptions()
+    with Engine(plan, options=options) as engine:
+        truth: Any = np.concatenate([np.asarray(engine.infer(images[index : index + 1])) for index in range(len(images))])
+        ways: dict[str, Callable[[], float]] = {
+            "any number of images": lambda: _any_number(engine, images, truth),
+            "16 threads": lambda: _threads(engine, images, truth),
+            "without CUDA graphs": lambda: _without_graphs(plan, images, truth, options=options),
+            "device array": lambda: _device(engine, images, truth),
+            "device array on a stream of torch": lambda: _torch(engine, images, truth),
+            "device array of CuPy": lambda: _cupy(engine, images, truth),
+            "micro-batching, 64 clients": lambda: _batching(engine, images, truth),
+        }
+        for name, way in ways.items():
+            results[name] = attempt(way)
+    return results
+
+
+def attempt(way: Callable[[], float]) -> dict[str, Any]:
+    """The error of a way, or why there is none."""
+    try:
+        error = way()
+    except ModuleNotFoundError as missing:
+        return {"left_out": str(missing)}
+    except Exception as problem:  # noqa: BLE001 - the run goes on, and says what failed
+        return {"met": False, "problem": f"{type(problem).__name__}: {problem}"}
+    return {"met": bool(error <= 2e-2), "error": error}
+
+
+def _difference(found: Any, truth: NDArray[Any]) -> float:
+    # Other batch sizes choose other kernels, and in FP16 and INT8 those round differently: the tolerance of `attempt`.
+    return float(np.abs(np.asarray(found, np.float32) - truth).max() / np.abs(truth).max())
+
+
+def _repeat(values: NDArray[Any], count: int) -> NDArray[Any]:
+    return np.concatenate([values] * -(-count // len(values)))[:count]
+
+
+def _any_number(engine: Engine, images: NDArray[Any], truth: NDArray[Any]) -> float:
+    return max(_difference(engine.infer(_repeat(images, count)), _repeat(truth, count)) for count in SIZES)
+
+
+def _threads(engine: Engine, images: NDArray[Any], truth: NDArray[Any]) -> float:
+    with ThreadPoolExecutor(16) as pool:
+        futures = [(count, pool.submit(engine.infer, _repeat(images, count))) for count in SIZES * 8]
+        return max(_difference(future.result(), _repeat(truth, count)) for count, future in futures)
+
+
+def _without_graphs(plan: Path, images: NDArray[Any], truth: NDArray[Any], *, options: EngineOptions) -> float:
+    with Engine(plan, options=replace(options, cuda_graphs=False)) as engine:
+        return _difference(engine.infer(images), truth)
+
+
+def _device(engine: Engine, images: NDArray[Any], truth: NDArray[Any]) -> float:
+    backend: Any = engine._backend
+    with backend._port.on_device(backend._device_id):
+        batch = DeviceBatch(backend._port, images)
+        try:
+            return _difference(engine.infer(batch), truth)
+        finally:
+            batch.free()
+
+
+def _torch(engine: Engine, images: NDArray[Any], truth: NDArray[Any]) -> float:
+    torch: Any = importlib.import_module("torch")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        batch = torch.from_numpy(images).cuda(non_blocking=True)
+        result = torch.from_dlpack(engine.infer_device(batch, stream=stream)[0]) * 1
+    stream.synchronize()
+    return _difference(result.float().cpu().numpy(), truth)
+
+
+def _cupy(engine: Engine, images: NDArray[Any], truth: NDArray[Any]) -> float:
+    if importlib.util.find_spec("cupy") is None:
+        raise ModuleNotFoundError("cupy is not installed")
+    cupy: Any = importlib.import_module("cupy")
+    return _difference(cupy.asnumpy(cupy.from_dlpack(engine.infer_device(cupy.asarray(images))[0])), truth)
+
+
+def _batching(engine: Engine, images: NDArray[Any], truth: NDArray[Any]) -> float:
+    with engine.batcher(max_batch=32, max_delay_ms=2, concurrency=2, max_queue=256) as batcher, ThreadPoolExecutor(64) as pool:
+        futures = [(index, pool.submit(batcher.infer, images[index % len(images)][None])) for index in range(256)]
+        return max(_difference(future.result(), truth[index % len(images)][None]) for index, future in futures)

@@ -144,9 +144,11 @@ class Run:
             if not self._stage(f"{variant}: models", lambda: models.make(self._folder, variant)):
                 return
         with np.load(models.reference_of(self._folder, variant)) as stored:
-            images, logits = stored["images"], stored["logits"]
+            images, answers = stored["images"], {name: stored[name] for name in stored.files}
         for precision in PRECISIONS:
-            self._stage(f"{variant} {precision}", lambda precision=precision: self._plan(variant, precision, images, logits=logits))  # type: ignore[misc]
+            kind = "int8-trt8" if precision == "int8" and self._old else precision
+            expected = answers.get(kind, answers["fp32"])
+            self._stage(f"{variant} {precision}", lambda p=precision, k=kind, e=expected: self._plan(f"{variant} {p}", k, images, expected=e))  # type: ignore[misc]
         if variant == models.VARIANTS[0]:
             self._stage(f"{variant} uint8", lambda: self._bytes(variant))
 
@@ -178,12 +180,13 @@ class Run:
     def _targets(self) -> tuple[str, ...]:
         return ("current",) if self._result["machine"]["flavour"] == "tensorrt_rtx" else ()
 
-    def _plan(self, variant: str, precision: str, images: Any, *, logits: Any) -> None:
-        plan, row = self._build(variant, "int8-trt8" if precision == "int8" and self._old else precision)
-        self._result["plans"][f"{variant} {precision}"] = row
+    def _plan(self, name: str, kind: str, images: Any, *, expected: Any) -> None:
+        variant, precision = name.split()
+        plan, row = self._build(variant, kind)
+        self._result["plans"][name] = row
         with Engine(plan) as engine:
             row["backend"] = engine.backend_name
-            row["parity"] = checks.check_parity(engine, images, logits, precision)
+            row["parity"] = checks.check_parity(engine, images, expected, precision)
         row["ways"] = checks.check_ways(plan, images)
         with Engine(plan) as engine:
             row["speed"] = [speed.measure(engine, images, count, seconds=self._seconds) for count in speed.BATCHES]

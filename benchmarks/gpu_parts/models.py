@@ -26,7 +26,7 @@ def path_of(folder: Path, variant: str, kind: str) -> Path:
 
 
 def reference_of(folder: Path, variant: str) -> Path:
-    """Images (8, 3, 224, 224) and what the FP32 model gives in ONNX Runtime, which the export compared with PyTorch's training form."""
+    """`images` (8, 3, 224, 224), and what each graph gives in ONNX Runtime, by its kind; the FP32 one was compared with PyTorch by the export."""
     return folder / f"{variant.lower()}-reference.npz"
 
 
@@ -54,8 +54,12 @@ def make(folder: Path, variant: str) -> None:
         raw = folder / "uint8.onnx"
         export_checkpoint(checkpoint, raw, options=ExportOptions(GraphOptions(input="uint8"), force=True))
         write_typed(path_of(folder, variant, "uint8-fp16"), to_fp16(raw, None)[0], force=True)
-    with Engine(fp32) as engine:
-        np.savez(reference_of(folder, variant), images=images, logits=np.asarray(engine.infer(images)))
+        raw.unlink()
+    answers = {}
+    for kind in ("fp32", "int8", "int8-trt8"):
+        with Engine(path_of(folder, variant, kind)) as engine:
+            answers[kind] = np.asarray(engine.infer(images))
+    np.savez(reference_of(folder, variant), images=images, **answers)  # type: ignore[arg-type]
     checkpoint.unlink()
 
 

@@ -43,6 +43,7 @@ BATCHES = (1, 8, 32)
 OVERHEAD_PERCENT = 2.0
 BARS = {"onnxruntime": {1: 1.8, 8: 2.2, 32: 2.2}, "openvino": {1: 3.3, 8: 3.3, 32: 3.3}}
 CLIENTS, MICRO_BATCH, MICRO_PERCENT = 64, 32, 80.0
+_PAUSE = 0.05  # seconds
 Ways = dict[str, Callable[[], object]]
 
 
@@ -69,18 +70,30 @@ def open_as_it_stands(model: Path) -> Any:
     return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"], disabled_optimizers=["WeightBiasQuantization"])
 
 
-def time_rounds(ways: Ways, rounds: int, calls: int = 1) -> dict[str, list[float]]:
-    """Seconds of a call of each way in each round, of so many in a row; the first two rounds are left out."""
+def time_rounds(ways: Ways, rounds: int, seconds: float = 0.25) -> dict[str, list[float]]:
+    """Seconds of a call of each way in each round: of calls in a row that fill the given time, one at least; the first round is left out.
+
+    Before each turn nothing runs for a moment, for the threads of whoever was before still spin, and then calls that are not timed, until the
+    way's own threads and caches are warm.
+    """
     found: dict[str, list[float]] = {name: [] for name in ways}
     generator = np.random.default_rng(0)
-    for _ in range(rounds + 2):
+    for _ in range(rounds + 1):
         for name in generator.permutation(list(ways)).tolist():
-            ways[name]()  # not timed: the threads of whoever was before still spin, and caches are cold
-            started = time.perf_counter()
-            for _ in range(calls):
-                ways[name]()
-            found[name].append((time.perf_counter() - started) / calls)
-    return {name: seconds[2:] for name, seconds in found.items()}
+            time.sleep(_PAUSE)
+            _fill(ways[name], seconds / 3)
+            found[name].append(_fill(ways[name], seconds))
+    return {name: values[1:] for name, values in found.items()}
+
+
+def _fill(way: Callable[[], object], seconds: float) -> float:
+    started, calls = time.perf_counter(), 0
+    while True:
+        way()
+        calls += 1
+        passed = time.perf_counter() - started
+        if passed >= seconds:
+            return passed / calls
 
 
 def ratio(found: dict[str, list[float]], one: str, other: str) -> float:
@@ -108,7 +121,7 @@ def measure_batch(count: int, rounds: int, plain: Engine, bare: Any, standing: A
         "INT8 as it stands, bare session": lambda: standing.run(outputs, feed),
         **{f"INT8, Engine, {name}": (lambda engine=engine: engine.infer(batch)) for name, engine in engines.items()},  # type: ignore[misc]
     }
-    found = time_rounds(ways, max(12, rounds // count), calls=max(1, 4 // count))
+    found = time_rounds(ways, rounds)
     return {
         "batch": count,
         "rounds": len(found["FP32, Engine"]),
@@ -194,7 +207,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("fp32", nargs="?", type=Path, help="an .onnx that repvgg-export wrote (default: a RepVGG-A0 with random weights)")
     parser.add_argument("int8", nargs="?", type=Path, help="what repvgg-trt quantize --int8 made of it (default: quantized here)")
-    parser.add_argument("--rounds", type=int, default=120, help="rounds at batch 1; fewer at larger ones")
+    parser.add_argument("--rounds", type=int, default=15, help="of all ways, at each batch size (default: %(default)s)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         fp32 = args.fp32 or export_random_a0(Path(folder) / "A0-random.onnx")

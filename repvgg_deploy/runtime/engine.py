@@ -70,6 +70,7 @@ class Engine:
     ) -> None:
         self._path = as_path(path)
         self._options = options if options is not None else EngineOptions()
+        self._process = os.getpid()  # after a fork, what ran in other threads of the parent is never done here
         before = fingerprint(self._path)
         opened = open_model(self._path, device, backend, self._options)
         self._metadata, self._backend, self._device = opened.metadata, opened.backend, opened.device
@@ -266,10 +267,17 @@ class Engine:
         finally:
             self._lease.release()
 
-    def close(self) -> None:
-        """Lets no new batch in. The model is freed as soon as no batch is running; a second call does nothing."""
+    def close(self, *, wait: bool = True) -> None:
+        """Lets no new batch in, waits until those that run or were submitted are done, and frees the model; a second call waits, too.
+
+        Args:
+            wait: Whether to wait; else the last batch frees the model when it is done. A thread of this Engine itself, in a callback of a future
+                of `submit`, never waits: it would wait for itself.
+        """
         self._lease.close()
         self._submissions.close()
+        if wait and self._process == os.getpid() and not self._submissions.is_own_thread():
+            self._lease.wait()
 
     def __enter__(self) -> Engine:
         return self

@@ -9,17 +9,18 @@ from collections.abc import Callable
 class Lease:
     """Counts users of a resource, and frees it once it is closed and the last of them is done.
 
-    `close` does not wait: it may be called from any thread, also from one that is a user, without a deadlock.
+    `close` does not wait: it may be called from any thread, also from one that is a user, without a deadlock. `wait` does.
 
     Args:
-        free: Frees the resource; called once.
+        free: Called once, by the thread that closes or by the last user.
     """
 
     def __init__(self, free: Callable[[], None]) -> None:
         self._free = free
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._users = 0
         self._closed = False
+        self._freed = False
 
     @property
     def closed(self) -> bool:
@@ -28,7 +29,7 @@ class Lease:
 
     def acquire(self) -> bool:
         """Counts the caller as a user, who must `release`; False when closed."""
-        with self._lock:
+        with self._changed:
             if self._closed:
                 return False
             self._users += 1
@@ -36,16 +37,29 @@ class Lease:
 
     def release(self) -> None:
         """Ends one use."""
-        with self._lock:
+        with self._changed:
             self._users -= 1
             last = self._closed and self._users == 0
         if last:
-            self._free()
+            self._finish()
 
     def close(self) -> None:
         """Lets nobody else in; a second call does nothing."""
-        with self._lock:
+        with self._changed:
             first, self._closed = not self._closed, True
             idle = self._users == 0
         if first and idle:
+            self._finish()
+
+    def wait(self) -> None:
+        """Returns when the resource is freed. Not to be called by a user, who would wait for itself, nor before `close`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._freed)
+
+    def _finish(self) -> None:
+        try:
             self._free()
+        finally:
+            with self._changed:
+                self._freed = True
+                self._changed.notify_all()

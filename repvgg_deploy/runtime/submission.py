@@ -27,6 +27,7 @@ class Submissions:
         self._pool: ThreadPoolExecutor | None = None
         self._process = 0
         self._pending = 0
+        self._own = threading.local()
 
     @property
     def waiting(self) -> int:
@@ -42,7 +43,8 @@ class Submissions:
         """
         with self._lock:
             if self._pool is None:
-                self._pool, self._process = ThreadPoolExecutor(self._workers, "repvgg-engine"), os.getpid()
+                self._pool = ThreadPoolExecutor(self._workers, "repvgg-engine", self._begin_thread)
+                self._process = os.getpid()
             if self._process != os.getpid():
                 raise InputError("this Engine was used before a fork, and threads do not follow", remedy="open the Engine in each worker process")
             if self._pending >= self._limit:
@@ -59,6 +61,10 @@ class Submissions:
         future.add_done_callback(self._done)
         return future
 
+    def is_own_thread(self) -> bool:
+        """Whether the caller is one of the threads that run what is handed in."""
+        return getattr(self._own, "yes", False)
+
     def close(self) -> None:
         """Ends the threads when what was handed in is done; does not wait."""
         with self._lock:
@@ -69,6 +75,9 @@ class Submissions:
     async def wait(self, future: Future[Result]) -> Result:
         """The answer, for a coroutine."""
         return await asyncio.wrap_future(future)
+
+    def _begin_thread(self) -> None:
+        self._own.yes = True
 
     def _done(self, future: Future[Result]) -> None:
         with self._lock:

@@ -279,14 +279,28 @@ def test_submitted_batches_are_bounded_and_survive_close(tmp_path: Path, monkeyp
     with pytest.raises(EngineBusyError, match="no more may"):
         engine.submit(batch)
     assert futures[1].cancel()
-    engine.close()
+    engine.close(wait=False)
     with pytest.raises(InputError, match="closed"):
         engine.submit(batch)
     assert slow.closed == 0  # what was handed in before is still run
     slow.gate.set()
+    engine.close()
+    assert slow.closed == 1
     wait(futures, PATIENCE)
     assert futures[0].result().shape == futures[2].result().shape == (2, 7)
-    for thread in threading.enumerate():
-        if thread.name.startswith("repvgg-engine"):
-            thread.join(PATIENCE)
-    assert slow.closed == 1
+
+
+def test_close_in_a_callback_does_not_wait_for_itself(tmp_path: Path) -> None:
+    engine = Engine(make_onnx(tmp_path / "m.onnx", ModelOptions()), options=EngineOptions(workers=1))
+    batch, closed = random_batch(ModelOptions(), 2), threading.Event()
+
+    def close(_: object) -> None:
+        engine.close()
+        closed.set()
+
+    first = engine.submit(batch)
+    second = engine.submit(batch)
+    first.add_done_callback(close)
+    assert closed.wait(PATIENCE)
+    assert second.result(PATIENCE).shape == (2, 7)
+    engine.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 from repvgg_deploy.runtime.lease import Lease
 
 
@@ -30,3 +32,18 @@ def test_lease_closed_while_used_frees_after_the_last_user() -> None:
     assert freed == []
     lease.release()
     assert freed == ["freed"]
+
+
+def test_wait_returns_when_the_resource_is_freed_and_not_before() -> None:
+    freed: list[str] = []
+    lease = Lease(lambda: freed.append("freed"))
+    assert lease.acquire()
+    lease.close()
+    waiting = threading.Thread(target=lease.wait)
+    waiting.start()
+    waiting.join(0.05)
+    assert waiting.is_alive() and freed == []
+    lease.release()
+    waiting.join(60)
+    assert not waiting.is_alive() and freed == ["freed"]
+    lease.wait()

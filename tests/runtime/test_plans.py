@@ -357,7 +357,7 @@ def test_any_call_may_fail_at_any_time_and_nothing_leaks(tmp_path, monkeypatch, 
     assert reached >= 1, "the call was never made"
 
 
-def test_close_waits_for_nobody_and_frees_when_the_last_is_done(world: World) -> None:
+def test_close_waits_for_running_work_and_frees_everything(world: World) -> None:
     engine = world.open(contexts=2)
     gate, started = threading.Event(), threading.Event()
     real = FakeCuda.synchronize_stream
@@ -371,10 +371,15 @@ def test_close_waits_for_nobody_and_frees_when_the_last_is_done(world: World) ->
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(engine.infer, batch_of(3))
         assert started.wait(PATIENCE)
-        engine.close()
-        engine.close()
+        engine.close(wait=False)
         assert world.cuda.leaks() != {}
+        closing = threading.Thread(target=engine.close)
+        closing.start()
+        closing.join(0.05)
+        assert closing.is_alive() and world.cuda.leaks() != {}
         gate.set()
+        closing.join(PATIENCE)
+        assert not closing.is_alive() and world.cuda.leaks() == {}
         np.testing.assert_allclose(running.result(PATIENCE), world.expect(batch_of(3))[0], rtol=1e-5, atol=1e-5)
     assert world.cuda.leaks() == {}
 

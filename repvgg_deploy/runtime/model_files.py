@@ -99,5 +99,5 @@ def _require_file(path: Path) -> None:
 def _plan_error(path: Path) -> PlanError:
     return PlanError(
         f"{path}: looks like a TensorRT plan, whole or damaged, and what was asked for runs ONNX models only",
-        remedy="give the .onnx that it was built from; Engine runs a whole plan on an NVIDIA GPU",
+        remedy=f"give the .onnx that it was built from; repvgg-trt check {path.name} says what the plan is and where it runs",
     )

@@ -28,7 +28,7 @@ EXAMPLES: dict[str, type] = {
     "variant": VariantSpec,
     "scales": ScaleFile,
 }
-FREE = ("versions", "options", "statistics", "scales", "factors", "exponents")  # tables whose keys are free
+FREE = ("versions", "options", "statistics", "scales", "factors", "exponents", "precision_shares")  # tables whose keys are free
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ def test_example_with_a_mistyped_field_anywhere_is_refused(name: str, path: tupl
 
 OPTIONAL_FIELDS: dict[str, set[str]] = {
     "onnx-metadata": {"notes", "content_sha256"},
-    "plan-passport": {"history"},
+    "plan-passport": {"history", "precision_shares", "platform"},
     "calibration": set(),
     "scales": {"factors", "exponents", "target"},
 }

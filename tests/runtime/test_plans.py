@@ -426,7 +426,8 @@ def soak(world: World, count: int) -> None:
         expected = [world.expect(batch)[0] for batch in batches]
         for found, wanted in zip(pool.map(engine.infer, batches), expected, strict=True):
             np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
-        engine.warm_up()
+        for size in range(1, 12):  # every context meets every size, which threads alone would leave to chance
+            engine.warm_up((size, *engine.spec.input.shape[1:]))
         taken = {name: world.cuda.calls[name] for name in ("allocate", "allocate_host", "create_stream", "create_event")}
         held = world.cuda.leaks()
         for index, found in enumerate(pool.map(engine.infer, (batches[index % 33] for index in range(count)))):

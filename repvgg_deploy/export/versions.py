@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-
-from .. import __version__
+from ..tool_versions import installed_versions
 
 _TOOLS = ("torch", "onnx", "onnxsim", "onnxruntime", "onnxruntime-gpu", "numpy")
 
 
 def tool_versions() -> dict[str, str]:
     """Installed versions by package name; packages that are not installed are left out."""
-    versions = {"repvgg-deploy": __version__}
-    for name in _TOOLS:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+    return installed_versions(_TOOLS)

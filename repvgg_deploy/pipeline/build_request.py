@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +15,7 @@ from ..builder.library import Library
 from ..builder.plan_cache import make_key
 from ..errors import InputError
 from ..specs import BuildConfig, PlanPassport
+from ..tool_versions import installed_versions
 from .gpu_here import platform_here
 
 if TYPE_CHECKING:
@@ -86,7 +86,14 @@ def quantize_key(onnx_sha256: str, model: Path, options: QuantizeOptions, plan: 
     except (OSError, InputError):
         return None  # quantize says what is wrong with them
     rest = dataclasses.replace(options, calibration=None, scales=None, save_scales=None)
-    parts = {"onnx": onnx_sha256, "options": codec.encode(rest), "images": images, "scales": scales, "plan": plan.key(), "tools": _versions()}
+    parts = {
+        "onnx": onnx_sha256,
+        "options": codec.encode(rest),
+        "images": images,
+        "scales": scales,
+        "plan": plan.key(),
+        "tools": installed_versions(_TOOLS),
+    }
     return None if images is None or options.save_scales is not None else make_key(parts)
 
 
@@ -116,13 +123,3 @@ def _fingerprint(model: Path, options: QuantizeOptions) -> list[str] | None:
 def _stats(paths: Iterable[Path]) -> list[str]:
     """Name, size and time of files, as make does it: to read them all would take as long as to use them."""
     return [f"{path}:{found.st_size}:{found.st_mtime_ns}" for path in paths for found in [os.stat(path)]]
-
-
-def _versions() -> dict[str, str]:
-    versions = {"repvgg-deploy": __version__}
-    for name in _TOOLS:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions

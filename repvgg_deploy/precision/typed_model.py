@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,11 @@ from typing import TypeAlias
 
 import onnx
 
-from .. import __version__, codec, onnx_file, wire
+from .. import codec, onnx_file, wire
 from ..artifacts import atomic_output, explain_os_errors, sha256_file
 from ..errors import CalibrationError, InputError, ModelError
 from ..specs import METADATA_KEY, HistoryEntry, ModelMetadata, ModelSpec
+from ..tool_versions import installed_versions
 
 StrPath: TypeAlias = str | os.PathLike[str]
 _TOOLS = ("onnx", "onnxruntime", "onnxruntime-gpu", "numpy")
@@ -82,21 +82,11 @@ def extend(
         options: How.
         spec: Where inputs or outputs have changed.
     """
-    entry = HistoryEntry(stage, _versions(), options, parent.sha256 or parent.metadata.content_sha256 or None)
+    entry = HistoryEntry(stage, installed_versions(_TOOLS), options, parent.sha256 or parent.metadata.content_sha256 or None)
     changed = dataclasses.replace(
         parent.metadata, spec=spec or parent.metadata.spec, statistics={}, history=(*parent.metadata.history, entry), content_sha256=""
     )
     return TypedModel(_without_metadata(model), changed)
-
-
-def _versions() -> dict[str, str]:
-    versions = {"repvgg-deploy": __version__}
-    for name in _TOOLS:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def write_typed(path: Path, typed: TypedModel, *, force: bool = False) -> str:

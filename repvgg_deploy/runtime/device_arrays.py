@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import InputError
 from . import dlpack
-from .device_memory import Block, DevicePool
+from .device_memory import UNKNOWN_STREAM, Block, DevicePool
 
 _LEGACY = 1  # how the protocols write the default stream, whose handle is 0
 
@@ -146,6 +146,7 @@ class DeviceArray:
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         """Version 3 of https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html."""
+        self._block.streams.add(UNKNOWN_STREAM)  # this protocol does not say where the reader works
         stream = None if self._stream is None else self._stream or _LEGACY
         data = (self._block.address, False)
         return {"shape": self.shape, "typestr": self.dtype.str, "data": data, "strides": None, "stream": stream, "version": 3}
@@ -154,11 +155,14 @@ class DeviceArray:
         return dlpack.CUDA, self._pool.device_id
 
     def __dlpack__(self, *, stream: int | None = None, **_: object) -> object:
-        """A capsule for the consumer's stream; newer arguments of the protocol are not needed, as it is never copied."""
-        if stream is not None and stream != -1:
-            self._block.streams.add(stream)
-            if self._stream is not None and stream != (self._stream or _LEGACY):
-                self._pool.order(stream, after=self._stream)
+        """A capsule for the consumer's stream; newer arguments of the protocol are not needed, as it is never copied.
+
+        None is the default stream, and −1 is a consumer who sees to the order himself.
+        """
+        reader = _LEGACY if stream is None else stream
+        self._block.streams.add(UNKNOWN_STREAM if reader == -1 else reader)
+        if reader != -1 and self._stream is not None and reader != (self._stream or _LEGACY):
+            self._pool.order(reader, after=self._stream)
         return dlpack.make_capsule(self, self._block.address, self.shape, dtype=self.dtype, device_id=self._pool.device_id)
 
     def __repr__(self) -> str:

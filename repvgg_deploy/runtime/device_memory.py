@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 _ALIGNMENT = 512
 _MOST_IDLE = 8
+UNKNOWN_STREAM = -1
+"""In place of a handle: work that may touch the block is on a stream that nobody named."""
 
 
 @dataclass(eq=False, slots=True)
@@ -24,7 +26,7 @@ class Block:
     Attributes:
         address: Of its first byte.
         size_bytes: Of the piece.
-        streams: Handles of the streams whose work may touch it.
+        streams: Handles of the streams whose work may touch it, and UNKNOWN_STREAM.
     """
 
     address: int

@@ -17,6 +17,7 @@ from repvgg_deploy import Engine
 from repvgg_deploy.errors import CudaError, InputError
 from repvgg_deploy.runtime import dlpack
 from repvgg_deploy.runtime.device_arrays import as_stream_handle, is_device_array, view_device_array
+from tests.fakes.cuda import Stream
 from tests.runtime.gpu_world import Setting, World, make_world
 from tests.runtime.make_model import ModelOptions, random_batch
 
@@ -191,6 +192,49 @@ def test_results_outlive_the_engine_and_free_themselves(world: World) -> None:
     assert world.cuda.leaks() == {"device memory": 1}
     del results
     gc.collect()
+    assert world.cuda.leaks() == {}
+
+
+def test_dlpack_without_a_stream_means_the_default_stream(world: World) -> None:
+    stream = world.cuda.foreign_stream()
+    world.cuda.streams[1] = Stream(1, 0)  # the legacy default stream, as the protocol numbers it
+    batch = random_batch(PLAIN, 3)
+    array = Interface(world, batch)
+    with world.open() as engine:
+        results = engine.infer_device(array, stream=stream)
+        capsule = results[0].__dlpack__()
+        with world.cuda.on_device(0):
+            world.cuda.synchronize_stream(1)
+        found = world.cuda.download(results[0].address, np.float32, results[0].shape)
+        np.testing.assert_allclose(found, world.expect(batch)[0], rtol=1e-5, atol=1e-5)
+        del results, capsule
+    free(world, array)
+    assert world.cuda.leaks() == {}
+
+
+READERS = {
+    "cuda array interface": lambda result: result.__cuda_array_interface__,
+    "dlpack of the default stream": lambda result: result.__dlpack__(),
+    "dlpack without order": lambda result: result.__dlpack__(stream=-1),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_memory_that_an_unknown_stream_may_still_read_is_not_used_again_at_once(world: World, reader: str) -> None:
+    world.cuda.streams[1] = Stream(1, 0)
+    array = Interface(world, random_batch(PLAIN, 2))
+    with world.open() as engine:
+        results = engine.infer_device(array)
+        first = results[0].address
+        READERS[reader](results[0])  # its reader's work may be on any stream when the array is let go
+        del results
+        gc.collect()
+        assert engine.infer_device(array)[0].address != first
+        for _ in range(20):  # once the whole device was waited for, it may be
+            assert engine.infer_device(array)[0].__cuda_array_interface__["version"] == 3
+        assert world.cuda.used_bytes(0) < 1 << 20
+        assert world.cuda.calls["synchronize"] > 0
+    free(world, array)
     assert world.cuda.leaks() == {}
 
 

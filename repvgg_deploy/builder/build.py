@@ -14,13 +14,14 @@ from ..errors import BuildError, CudaError
 from ..graph_precision import weighted_nodes
 from ..onnx_file import GraphSummary
 from ..specs import BuildConfig, ModelSpec
+from ..tensorrt_package import quote
 from .library import Library
 from .monitor import Position, make_monitor, run_cancellable
 from .network import add_profile, output_types, parse, require_expected_tensors, tensor_shapes
 from .precision_check import PrecisionReport, WeightedLayer, measure, read_layers, require_honest
 from .recipes import Typing, configure, constrain_layers, create_network, require_options, require_typing
 from .timing_cache import TimingFile
-from .trt_log import find_nodes, make_trt_logger, quote
+from .trt_log import BuildLog, find_nodes
 
 logger = logging.getLogger(__name__)
 
@@ -139,10 +140,10 @@ def build(library: Library, job: BuildJob, *, report: Callable[[float], None] | 
 
 def _build(work: _Work) -> BuiltPlan:
     library, job = work.library, work.job
-    trt_logger = make_trt_logger(library.trt)
-    builder = _create_builder(library, trt_logger)
+    log = BuildLog(library.trt)
+    builder = _create_builder(library, log)
     network = create_network(library, builder)
-    parser = parse(library, network, trt_logger=trt_logger, data=job.data, graph=job.graph)
+    parser = parse(library, network, log=log, data=job.data, graph=job.graph)
     require_expected_tensors(network, job.spec)
     weighted = _weigh(job.graph, tensor_shapes(network))
     settings = builder.create_builder_config()
@@ -158,29 +159,29 @@ def _build(work: _Work) -> BuiltPlan:
     work.mark("parse")
     plan = builder.build_serialized_network(network, settings)
     if plan is None:
-        raise _failure(work, trt_logger.errors)
+        raise _failure(work, log.errors)
     work.mark("build")
     if timing is not None:
         timing.store(settings)
     types = output_types(library, network)
     del parser  # it owns the weights that the network refers to, until here
-    found = _inspect(work, trt_logger, plan, weighted)
+    found = _inspect(work, log, plan, weighted)
     return BuiltPlan(plan, types, found, work.seconds, timing.bytes_before if timing is not None else 0, weighted)
 
 
-def _create_builder(library: Library, trt_logger: Any) -> Any:
+def _create_builder(library: Library, log: BuildLog) -> Any:
     try:
-        builder = library.trt.Builder(trt_logger)
+        builder = library.trt.Builder(log.trt_logger)
     except (TypeError, RuntimeError) as error:  # how the bindings say that C++ gave no object
-        raise _no_builder(library, trt_logger) from error
+        raise _no_builder(library, log) from error
     if builder is None:
-        raise _no_builder(library, trt_logger)
+        raise _no_builder(library, log)
     return builder
 
 
-def _no_builder(library: Library, trt_logger: Any) -> CudaError:
+def _no_builder(library: Library, log: BuildLog) -> CudaError:
     return CudaError(
-        f"{library.name} cannot start its builder:{quote(trt_logger.errors)}",
+        f"{library.name} cannot start its builder:{quote(log.errors)}",
         remedy="look at nvidia-smi: TensorRT builds on a GPU, with a driver new enough for it; --backend rtx builds without one",
     )
 
@@ -209,17 +210,17 @@ def _weigh(graph: GraphSummary, shapes: dict[str, tuple[int, ...]]) -> tuple[Wei
     return tuple(result)
 
 
-def _inspect(work: _Work, trt_logger: Any, plan: Any, weighted: tuple[WeightedLayer, ...]) -> PrecisionReport | None:
+def _inspect(work: _Work, log: BuildLog, plan: Any, weighted: tuple[WeightedLayer, ...]) -> PrecisionReport | None:
     library, job = work.library, work.job
     if job.gpu is None or (library.is_rtx and job.gpu.compute_capability not in job.targets):
         return None
     trt = library.trt
-    runtime = trt.Runtime(trt_logger)
+    runtime = trt.Runtime(log.trt_logger)
     if job.config.version_compatible:
         runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        raise BuildError(f"{library.name} cannot load the plan that it has just built:{quote(trt_logger.errors)}", remedy=_REMEDIES[0][1])
+        raise BuildError(f"{library.name} cannot load the plan that it has just built:{quote(log.errors)}", remedy=_REMEDIES[0][1])
     try:
         report = measure(read_layers(_describe(trt, engine, job)), weighted)
     except BuildError as error:  # the plan is good all the same

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..errors import BuildError, InputError, MissingDependencyError
+from ..tensorrt_package import BROKEN_VERSION, FLAVOURS, INSTALL, Flavour, import_tensorrt
 
 logger = logging.getLogger(__name__)
 
-Flavour = Literal["tensorrt", "tensorrt_rtx"]
 BackendChoice = Literal["auto", "tensorrt", "rtx"]
-NAMES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 _MODULES: dict[str, tuple[Flavour, ...]] = {"auto": ("tensorrt", "tensorrt_rtx"), "tensorrt": ("tensorrt",), "rtx": ("tensorrt_rtx",)}
-_EXTRAS = {"tensorrt": "pip install 'repvgg-deploy[tensorrt]'", "tensorrt_rtx": "pip install 'repvgg-deploy[rtx]'"}
 _NEWEST = {"tensorrt": 11, "tensorrt_rtx": 1}
 
 
@@ -36,7 +33,7 @@ class Library:
     @property
     def name(self) -> str:
         """For people: `TensorRT 10.9.0.34`."""
-        return f"{NAMES[self.flavour]} {self.version}"
+        return f"{FLAVOURS[self.flavour]} {self.version}"
 
     @property
     def is_rtx(self) -> bool:
@@ -69,40 +66,27 @@ def open_library(backend: BackendChoice) -> Library:
             library = Library(flavour, trt, str(trt.__version__))
             _require_version(library)
             return library
-    wanted = " nor ".join(NAMES[flavour] for flavour in _MODULES[backend])
+    wanted = " nor ".join(FLAVOURS[flavour] for flavour in _MODULES[backend])
     raise MissingDependencyError(
         f"no plan can be built: {'neither ' if backend == 'auto' else ''}{wanted} is {'' if backend == 'auto' else 'not '}installed",
-        remedy=", or ".join(f"{_EXTRAS[flavour]} ({NAMES[flavour]})" for flavour in _MODULES[backend]),
+        remedy=", or ".join(f"{INSTALL[flavour]} ({FLAVOURS[flavour]})" for flavour in _MODULES[backend]),
     )
 
 
 def _import(flavour: Flavour) -> Any:
-    try:
-        return importlib.import_module(flavour)
-    except ModuleNotFoundError as error:
-        if error.name == flavour:
-            return None
-        raise _broken(flavour, error) from error
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        raise _broken(flavour, error) from error
-
-
-def _broken(flavour: Flavour, error: Exception) -> MissingDependencyError:
     other = "rtx" if flavour == "tensorrt" else "tensorrt"
-    return MissingDependencyError(
-        f"{NAMES[flavour]} is installed but cannot be imported: {' '.join(str(error).split())}",
-        remedy=f"install it again with {_EXTRAS[flavour]}, so that its libraries match its bindings; or build with --backend {other}",
-    )
+    remedy = f"install it again with {INSTALL[flavour]}, so that its libraries match its bindings; or build with --backend {other}"
+    return import_tensorrt(flavour, FLAVOURS[flavour], remedy=remedy)
 
 
 def _require_version(library: Library) -> None:
     number = library.number
     if library.is_rtx:
         if number < (1, 0):
-            raise BuildError(f"{library.name} is not supported: expected TensorRT-RTX 1.x", remedy=_EXTRAS["tensorrt_rtx"])
+            raise BuildError(f"{library.name} is not supported: expected TensorRT-RTX 1.x", remedy=INSTALL["tensorrt_rtx"])
     elif number < (8, 5) or number[0] == 9:
         raise BuildError(f"{library.name} is not supported: expected 8.5, 8.6, 10.x or 11.x", remedy="install TensorRT 10.3 or later")
-    elif number == (10, 2):
+    elif number == BROKEN_VERSION:
         raise BuildError(f"{library.name} is known to be broken", remedy="install TensorRT 10.3 or later, or stay with 10.1")
     if number[0] > _NEWEST[library.flavour]:
         logger.warning("%s is newer than what this version was made for: it is used as %d.x", library.name, _NEWEST[library.flavour])

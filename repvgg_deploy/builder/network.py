@@ -8,22 +8,23 @@ from typing import Any
 from ..errors import BuildError
 from ..onnx_file import GraphSummary
 from ..specs import ModelSpec, ShapeProfile
+from ..tensorrt_package import quote
 from .library import Library
-from .trt_log import quote
+from .trt_log import BuildLog
 
 _REMEDY = "build the file that repvgg-export or repvgg-trt quantize wrote; if it is one, please report this with the lines above"
 
 
-def parse(library: Library, network: Any, *, trt_logger: Any, data: bytes, graph: GraphSummary) -> Any:
+def parse(library: Library, network: Any, *, log: BuildLog, data: bytes, graph: GraphSummary) -> Any:
     """Fills `network`. The parser that is returned must outlive it: it owns the weights.
 
     Raises:
         BuildError: The parser refuses the graph; the message names the node.
     """
-    parser = library.trt.OnnxParser(network, trt_logger)
+    parser = library.trt.OnnxParser(network, log.trt_logger)
     if not parser.parse(data):
         errors = [_describe(parser.get_error(index), graph) for index in range(parser.num_errors)]
-        raise BuildError(f"{library.name}'s parser refuses the graph:{quote(errors or trt_logger.errors)}", remedy=_remedy(errors, graph))
+        raise BuildError(f"{library.name}'s parser refuses the graph:{quote(errors or log.errors)}", remedy=_remedy(errors, graph))
     return parser
 
 

@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from .quantize_arguments import add_image_options, add_step_options, find_conflict, quantize_flags
+from .quantize_arguments import add_image_options, add_step_options, find_conflict, parse_positive, quantize_flags
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -50,9 +50,9 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_profile_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--min-batch", type=_positive, default=None, metavar="N", help="the smallest that the plan accepts (default: 1)")
-    group.add_argument("--opt-batch", type=_positive, default=None, metavar="N", help="the usual one, that it is tuned for (default: 8)")
-    group.add_argument("--max-batch", type=_positive, default=None, metavar="N", help="the largest; memory grows with it (default: 32)")
+    group.add_argument("--min-batch", type=parse_positive, default=None, metavar="N", help="the smallest that the plan accepts (default: 1)")
+    group.add_argument("--opt-batch", type=parse_positive, default=None, metavar="N", help="the usual one, that it is tuned for (default: 8)")
+    group.add_argument("--max-batch", type=parse_positive, default=None, metavar="N", help="the largest; memory grows with it (default: 32)")
 
 
 def _add_builder_options(group: argparse._ArgumentGroup) -> None:
@@ -120,9 +120,3 @@ def _capability(text: str) -> str:
     if found is None:
         raise argparse.ArgumentTypeError(f"expected a compute capability such as sm_86 or 8.6, found {text!r}")
     return f"{int(found[1])}.{found[2]}"
-
-
-def _positive(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()) or not 1 <= int(text[:10]) < 1 << 31:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
-    return int(text)

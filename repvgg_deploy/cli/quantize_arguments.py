@@ -54,7 +54,7 @@ def add_image_options(group: argparse._ArgumentGroup) -> None:
         help="images to calibrate with: a folder, .npz, list or image; statistics: no images, ranges from the BatchNorm statistics in MODEL "
         "(default: for INT8 the NAME.calib.npz beside MODEL, which repvgg-export --synthetic-calibration writes; for FP16 none)",
     )
-    group.add_argument("--images", type=_positive, default=_IMAGES, metavar="N",
+    group.add_argument("--images", type=parse_positive, default=_IMAGES, metavar="N",
                        help="at most so many to calibrate with; up to half as many more are held out to judge (default: %(default)s)")  # fmt: skip
     group.add_argument("--seed", type=_seed, default=0, metavar="N", help="another choice of images (default: %(default)s)")
     group.add_argument("--min-agreement", type=float, default=None, metavar="SHARE",
@@ -122,7 +122,8 @@ def _statistics_conflict(args: argparse.Namespace, given: list[str]) -> str | No
     return "--plot has nothing to draw with --calib statistics and --no-equalize" if args.plot is not None and args.no_equalize else None
 
 
-def _positive(text: str) -> int:
+def parse_positive(text: str) -> int:
+    """A whole number of at least 1."""
     return _whole(text, 1)
 
 

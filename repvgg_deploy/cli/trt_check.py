@@ -6,8 +6,9 @@ import argparse
 
 from ..errors import PlanIncompatibleError
 from ..pipeline.check import CheckResult, check_plan
-from ..runtime.compatibility import FLAVOURS, Compatible, Environment
+from ..runtime.compatibility import Compatible, Environment
 from ..specs import PlanPassport, ShapeProfile
+from ..tensorrt_package import FLAVOURS
 from .common import Output
 from .tables import format_pairs, show_bytes
 

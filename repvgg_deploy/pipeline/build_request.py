@@ -14,9 +14,9 @@ from ..builder.build import Gpu
 from ..builder.library import Library
 from ..builder.plan_cache import make_key
 from ..errors import InputError
+from ..runtime.compatibility import platform_here
 from ..specs import BuildConfig, PlanPassport
 from ..tool_versions import installed_versions
-from .gpu_here import platform_here
 
 if TYPE_CHECKING:
     from .quantize_options import QuantizeOptions

@@ -23,13 +23,13 @@ from ..builder.precision_check import PrecisionReport
 from ..builder.recipes import Typing, is_strongly_typed
 from ..builder.timing_cache import choose_timing_file
 from ..errors import ModelError
+from ..runtime.compatibility import platform_here
 from ..runtime.passport import passport_path
 from ..specs import PASSPORT_SCHEMA, BuildConfig, HistoryEntry, ModelSpec, PlanPassport
 from .build_files import Fill, Standing, deliver, require_same
 from .build_options import BuildOptions
 from .build_request import PlanRequest, quantize_key
 from .build_source import Source, read_source
-from .gpu_here import platform_here
 
 if TYPE_CHECKING:
     from .quantize import QuantizeResult

@@ -9,11 +9,12 @@ from pathlib import Path
 from ..artifacts import sha256_file
 from ..builder.library import BackendChoice, open_library
 from ..errors import BuildError, MissingDependencyError, PlanError
-from ..runtime.compatibility import FLAVOURS, Compatible, Environment, Flavour, Incompatible, judge_plan
+from ..runtime.compatibility import Compatible, Environment, Incompatible, judge_plan, platform_here
 from ..runtime.gpus import JETSON, find_gpu
 from ..runtime.passport import passport_path, read_passport, require_unchanged
 from ..specs import PlanPassport
-from .gpu_here import look_for_gpu, platform_here
+from ..tensorrt_package import FLAVOURS, Flavour
+from .gpu_here import look_for_gpu
 
 _BACKENDS: dict[Flavour, BackendChoice] = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-import sys
 from dataclasses import dataclass
 
 from ..builder.build import Gpu
@@ -34,8 +32,3 @@ def look_for_gpu(index: int = 0) -> GpuSearch:
     except (CudaError, MissingDependencyError) as error:
         return GpuSearch(None, error.message, error.remedy)
     return GpuSearch(Gpu(info.name, info.compute_capability, info.driver_version or None))
-
-
-def platform_here() -> str:
-    """Such as `linux-x86_64`: what a plan is bound to besides GPU and TensorRT."""
-    return f"{sys.platform}-{platform.machine().lower()}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 import os
@@ -124,6 +123,8 @@ class Batcher:
 
     async def infer_async(self, batch: NDArray[Any], *, client: Hashable = None, timeout_ms: float | None = None) -> Result:
         """`infer` for a coroutine; a task that is cancelled takes its request out of the queue."""
+        import asyncio  # whoever waits for a coroutine has it; for others it is a fifth of the time that opening an Engine's module takes
+
         return await asyncio.wrap_future(self.submit(batch, client=client, timeout_ms=timeout_ms))
 
     def statistics(self) -> Statistics:

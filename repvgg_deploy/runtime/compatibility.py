@@ -6,16 +6,16 @@ TensorRT-RTX (https://docs.nvidia.com/deeplearning/tensorrt-rtx).
 
 from __future__ import annotations
 
+import platform
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
 from ..specs import PlanPassport
+from ..tensorrt_package import FLAVOURS, Flavour
 from .gpus import JETSON
 
-Flavour = Literal["tensorrt", "tensorrt_rtx"]
-FLAVOURS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 _LATER_MAJOR = {8: 10, 10: 11}  # version-compatible plans may cross from one major version to this other one, no further
 _REBUILD = "build it again there from its ONNX"
 
@@ -86,6 +86,11 @@ def judge_plan(passport: PlanPassport, environment: Environment) -> Compatible |
             return found
     _judge_driver(case)
     return Compatible(tuple(case.warnings))
+
+
+def platform_here() -> str:
+    """Such as `linux-x86_64`: what a plan is bound to besides GPU and TensorRT."""
+    return f"{sys.platform}-{platform.machine().lower()}"
 
 
 def parse_version(text: str) -> tuple[int, ...]:

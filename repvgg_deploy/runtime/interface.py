@@ -9,6 +9,8 @@ from typing import TypeAlias
 from ..errors import ModelError
 from ..specs import ModelSpec
 
+RUN_REMEDY = "if memory ran out, give EngineOptions(max_batch=…) a smaller number; else check that the model accepts this image size"
+"""Where a library fails on a batch that was checked."""
 Interface: TypeAlias = "tuple[str, str, tuple[int | str | None, ...]]"
 """Name, dtype and shape of an input or output; what is not a number in the shape is a dimension of any size."""
 

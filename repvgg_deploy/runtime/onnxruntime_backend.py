@@ -14,7 +14,7 @@ from ..errors import CudaError, MissingDependencyError, ModelError
 from ..specs import ModelSpec
 from .backends import Device, EngineOptions, is_quantized
 from .cpu_graph import prepare
-from .interface import Interface, check_interface, one_line
+from .interface import RUN_REMEDY, Interface, check_interface, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class OnnxRuntimeBackend:
             kind = CudaError if self._device == "cuda" else ModelError
             raise kind(
                 f"ONNX Runtime failed on a batch of {batch.dtype} {batch.shape}: {one_line(error)}",
-                remedy="if memory ran out, give EngineOptions(max_batch=…) a smaller number; else check that the model accepts this image size",
+                remedy=RUN_REMEDY,
             ) from error
         return outputs
 
@@ -93,11 +93,11 @@ def _import_onnxruntime(device: Device) -> Any:
 
 
 def _open_cpu(runtime: Any, path: Path, options: EngineOptions) -> Any:
-    extras = _without_optimizers(path)
-    source = prepare(path, "onnxruntime") if is_quantized(path) else str(path)
+    quantized = is_quantized(path)
+    source = prepare(path, "onnxruntime") if quantized else str(path)
     # The provider is named even so: a GPU build would otherwise choose for itself, and installing a package must not change answers.
     try:
-        return runtime.InferenceSession(source, sess_options=_session_options(runtime, options), providers=[_CPU], **extras)
+        return runtime.InferenceSession(source, sess_options=_session_options(runtime, options), providers=[_CPU], **_without_optimizers(quantized))
     except Exception as error:
         raise ModelError(
             f"{path}: ONNX Runtime {runtime.__version__} refuses it: {one_line(error)}",
@@ -114,7 +114,7 @@ def _open_cuda(runtime: Any, path: Path, spec: ModelSpec, options: EngineOptions
         )
     # TF32 is on by default in this provider; FP32 means FP32 here unless the user says otherwise.
     settings = {"device_id": str(options.device_id), "use_tf32": str(int(options.tf32))}
-    session_options, extras = _session_options(runtime, options), _without_optimizers(path)
+    session_options, extras = _session_options(runtime, options), _without_optimizers(is_quantized(path))
     if spec.kind != "module":  # a module of the user's own may hold shape arithmetic, which belongs on the CPU; ours never does
         session_options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
@@ -143,9 +143,9 @@ def _session_options(runtime: Any, options: EngineOptions) -> Any:
     return session_options
 
 
-def _without_optimizers(path: Path) -> dict[str, list[str]]:
-    """What a session of this file is opened with besides: a graph with Q/DQ pairs is to be computed as it stands."""
-    return {"disabled_optimizers": list(_WRONG_WITH_PAIRS)} if is_quantized(path) else {}
+def _without_optimizers(quantized: bool) -> dict[str, list[str]]:
+    """What a session is opened with besides: a graph with Q/DQ pairs is to be computed as it stands."""
+    return {"disabled_optimizers": list(_WRONG_WITH_PAIRS)} if quantized else {}
 
 
 def _describe(node: Any) -> Interface:

@@ -17,7 +17,7 @@ from ..errors import MissingDependencyError, ModelError
 from ..specs import ModelSpec
 from .backends import EngineOptions, is_quantized
 from .cpu_graph import prepare
-from .interface import Interface, check_interface, one_line
+from .interface import RUN_REMEDY, Interface, check_interface, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class OpenVinoBackend:
         except Exception as error:
             raise ModelError(
                 f"OpenVINO failed on a batch of {batch.dtype} {batch.shape}: {one_line(error)}",
-                remedy="if memory ran out, give EngineOptions(max_batch=…) a smaller number; else check that the model accepts this image size",
+                remedy=RUN_REMEDY,
             ) from error
         finally:
             self._idle.append(request)

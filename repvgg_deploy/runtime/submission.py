@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
 from collections.abc import Callable
@@ -74,6 +73,8 @@ class Submissions:
 
     async def wait(self, future: Future[Result]) -> Result:
         """The answer, for a coroutine."""
+        import asyncio  # late, as in `Batcher.infer_async`
+
         return await asyncio.wrap_future(future)
 
     def _begin_thread(self) -> None:

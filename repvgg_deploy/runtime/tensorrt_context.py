@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 from ..errors import CudaError, CudaMemoryError, InputError
-from .tensorrt_library import Library, TrtLog, quote
+from ..tensorrt_package import quote
+from .tensorrt_library import Library, TrtLog
 from .tensorrt_tensors import Interface, Shape
 
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import platform
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import CudaError, CudaMemoryError, ModelError, PlanError, PlanIncompatibleError
 from ..specs import METADATA_SCHEMA, Certificate, ModelMetadata, ModelSpec, PlanPassport
-from .compatibility import Environment, Incompatible, judge_plan
+from ..tensorrt_package import Flavour, quote
+from .compatibility import Environment, Incompatible, judge_plan, platform_here
 from .cuda.port import DeviceInfo
 from .passport import passport_path, read_passport, require_unchanged
-from .tensorrt_library import Flavour, Library, open_library, quote
+from .tensorrt_library import Library, open_library
 from .tensorrt_tensors import Interface, describe_interface, order_interface, read_interface
 
 logger = logging.getLogger(__name__)
@@ -86,7 +85,7 @@ def open_plan(path: Path, device: DeviceInfo, *, backend: str | None, require_pa
         _miss_passport(path, require_passport)
     wanted: tuple[Flavour, ...] = (passport.flavour,) if passport is not None and backend is None else _FLAVOURS[backend]
     if passport is not None:
-        _judge(path, passport, Environment(wanted[0], None, device.name, device.compute_capability, device.driver_version or None, _platform()))
+        _judge(path, passport, Environment(wanted[0], None, device.name, device.compute_capability, device.driver_version or None, platform_here()))
     library = open_library(wanted)
     if passport is not None:
         _judge(path, passport, Environment(library.flavour, library.version, device.name, device.compute_capability, device.driver_version or None))
@@ -115,10 +114,6 @@ def _judge(path: Path, passport: PlanPassport, environment: Environment) -> None
     if environment.tensorrt_version is not None:
         for warning in verdict.warnings:
             logger.warning("%s: %s", path, warning)
-
-
-def _platform() -> str:
-    return f"{sys.platform}-{platform.machine().lower()}"
 
 
 def _read(path: Path) -> bytes:

@@ -68,7 +68,9 @@ def test_stem_in_a_wider_type_is_tolerated_and_counted() -> None:
 
 def test_narrower_type_than_asked_is_no_fallback() -> None:
     graph = tuple(WeightedLayer(wanted.name, "fp32", wanted.macs) for wanted in GRAPH)
-    require_honest(measure(read_layers(answer(ALL_INT8)), graph), "TensorRT")
+    report = measure(read_layers(answer(ALL_INT8)), graph)
+    assert report.inspected and report.fallen == () and report.shares == {"int8": 1.0}
+    require_honest(report, "TensorRT")
 
 
 def test_integer_weights_that_meet_floats_are_no_int8() -> None:

@@ -251,10 +251,17 @@ def test_progress_elsewhere_draws_nothing() -> None:
 
 
 class LostTerminal(Terminal):
+    tried = 0
+
     def write(self, text: str) -> int:
+        self.tried += 1
         raise OSError("gone")
 
 
 def test_progress_on_a_lost_terminal_does_not_stop_the_work() -> None:
-    with Progress(2, "images", stream=LostTerminal()) as bar:
-        bar.advance()
+    terminal, done = LostTerminal(), 0
+    with Progress(2, "images", stream=terminal) as bar:
+        for _ in range(2):
+            bar.advance()
+            done += 1
+    assert done == 2 and terminal.tried > 0

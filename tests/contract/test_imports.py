@@ -14,6 +14,7 @@ RANKS = {
     "errors": 0,
     "wire": 0,
     "memory": 0,
+    "tensorrt_package": 1,
     "tool_versions": 0,
     "codec": 1,
     "labels": 1,

@@ -18,6 +18,7 @@ from PIL import Image
 from repvgg_deploy.errors import InputError, ModelError
 from repvgg_deploy.preprocess import load_batch
 from repvgg_deploy.runtime.engine import Engine, EngineOptions, TopK
+from repvgg_deploy.runtime.execution import usual_shape
 from tests.runtime.make_model import CHANNELS, ModelOptions, make_onnx, random_batch
 
 KINDS = [
@@ -263,9 +264,17 @@ def test_infer_images_without_preprocessing_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [*KINDS, ModelOptions(uint8=True, size=("height", "width"))], ids=str)
-def test_warm_up_accepts_every_kind_of_model(tmp_path: Path, options: ModelOptions) -> None:
+def test_warm_up_accepts_every_kind_of_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: ModelOptions) -> None:
     with Engine(make_onnx(tmp_path / "m.onnx", options)) as engine:
+        run, shapes = engine._backend.run, []
+
+        def watch(batch: np.ndarray) -> object:
+            shapes.append(batch.shape)
+            return run(batch)
+
+        monkeypatch.setattr(engine._backend, "run", watch)
         engine.warm_up()
+        assert shapes == [(options.batch if isinstance(options.batch, int) else 1, *usual_shape(engine.spec)[1:])]
 
 
 def test_warm_up_without_known_size_asks_for_a_shape(tmp_path: Path) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from importlib import metadata
 from types import TracebackType
 from typing import Any
 
-from .port import DeviceInfo, read_driver_version
+from .port import ContextTable, DeviceInfo, read_driver_version
 from .status import driver_too_old, make_error, no_driver, no_such_device
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
@@ -30,8 +29,7 @@ class BindingsPort:
     def __init__(self, driver: Any) -> None:
         self._driver = driver
         self._success = driver.CUresult.CUDA_SUCCESS
-        self._lock = threading.Lock()
-        self._activations: dict[int, _Activation] = {}
+        self._contexts = ContextTable(lambda index: _Activation(self, self._ask("cuDevicePrimaryCtxRetain", self._find(index))))
         version = _version_of("cuda-bindings")
         self.provider = f"cuda-bindings {version}".strip()
         try:
@@ -60,15 +58,7 @@ class BindingsPort:
 
     def on_device(self, index: int) -> _Activation:
         """See CudaPort."""
-        found = self._activations.get(index)
-        if found is not None:
-            return found
-        with self._lock:
-            if index not in self._activations:
-                # Never released: the CUDA runtimes of TensorRT and torch use this context, and the last release would destroy it under them.
-                context = self._ask("cuDevicePrimaryCtxRetain", self._find(index))
-                self._activations[index] = _Activation(self, context)
-            return self._activations[index]
+        return self._contexts.get(index)
 
     def allocate(self, size_bytes: int) -> int:
         """See CudaPort."""

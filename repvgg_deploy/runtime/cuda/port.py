@@ -9,14 +9,17 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
+import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from ...errors import InputError, MissingDependencyError
 
 Provider = Literal["bindings", "pycuda"]
+_C = TypeVar("_C")
 _PROVIDERS: dict[Provider, tuple[str, str, str]] = {
     "bindings": ("cuda.bindings.driver", "cuda-bindings", "pip install 'repvgg-deploy[tensorrt]', which brings cuda-bindings"),
     "pycuda": ("pycuda.driver", "pycuda", "pip install 'repvgg-deploy[pycuda]' on a machine with the CUDA toolkit, or use cuda-bindings"),
@@ -124,6 +127,31 @@ class CudaPort(Protocol):
 
     def synchronize(self) -> None:
         """Waits for all work on the current device, of everybody."""
+
+
+class ContextTable(Generic[_C]):
+    """The primary context of each GPU, made current by `make`'s result; retained once, by whichever thread comes first.
+
+    Never released: the CUDA runtimes of TensorRT and torch use these contexts, and the last release would destroy one under them.
+
+    Args:
+        make: From the index of a GPU.
+    """
+
+    def __init__(self, make: Callable[[int], _C]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._known: dict[int, _C] = {}
+
+    def get(self, index: int) -> _C:
+        """Of one GPU; without the lock once it is known."""
+        found = self._known.get(index)
+        if found is not None:
+            return found
+        with self._lock:
+            if index not in self._known:
+                self._known[index] = self._make(index)
+            return self._known[index]
 
 
 def open_cuda(provider: Provider | None = None) -> CudaPort:

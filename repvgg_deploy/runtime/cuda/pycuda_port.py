@@ -7,13 +7,12 @@ that with them the whole device is waited for.
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeVar
 
 from ...errors import CudaError
-from .port import DeviceInfo, read_driver_version
+from .port import ContextTable, DeviceInfo, read_driver_version
 from .status import make_error, no_driver, no_such_device
 
 _T = TypeVar("_T")
@@ -47,8 +46,7 @@ class PycudaPort:
 
     def __init__(self, driver: Any) -> None:
         self._driver = driver
-        self._lock = threading.Lock()
-        self._activations: dict[int, _Activation] = {}
+        self._contexts = ContextTable(self._retain)
         self._device_blocks: dict[int, Any] = {}
         self._host_blocks: dict[int, Any] = {}
         self.provider = f"pycuda {'.'.join(map(str, getattr(driver, 'get_version', tuple)()))}".strip()
@@ -72,14 +70,7 @@ class PycudaPort:
 
     def on_device(self, index: int) -> _Activation:
         """See CudaPort."""
-        found = self._activations.get(index)
-        if found is not None:
-            return found
-        with self._lock:
-            if index not in self._activations:
-                context = self._ask("cuDevicePrimaryCtxRetain", self._find(index).retain_primary_context)
-                self._activations[index] = _Activation(self, context)
-            return self._activations[index]
+        return self._contexts.get(index)
 
     def allocate(self, size_bytes: int) -> int:
         """See CudaPort."""
@@ -185,6 +176,9 @@ class PycudaPort:
     def synchronize(self) -> None:
         """See CudaPort."""
         self._ask("cuCtxSynchronize", self._driver.Context.synchronize)
+
+    def _retain(self, index: int) -> _Activation:
+        return _Activation(self, self._ask("cuDevicePrimaryCtxRetain", self._find(index).retain_primary_context))
 
     def _find(self, index: int) -> Any:
         count = self.count_devices()

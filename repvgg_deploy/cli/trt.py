@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from .build_arguments import BUILD_EXAMPLES, CHECK_EXAMPLES, add_build_options, add_check_options, find_build_conflict
 from .common import Output, parent_parser, run
 from .quantize_arguments import add_quantize_options, find_conflict
+from .triton_arguments import TRITON_EXAMPLES, add_triton_options, find_triton_conflict
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         The exit code; see `common`. `--help`, `--version` and usage errors raise SystemExit, as argparse does.
     """
     args = build_parser().parse_args(argv)
-    conflict = {"quantize": find_conflict, "build": find_build_conflict}.get(args.command, lambda _: None)(args)
+    rules = {"quantize": find_conflict, "build": find_build_conflict, "triton": find_triton_conflict}
+    conflict = rules.get(args.command, lambda _: None)(args)
     if conflict is not None:
         args.usage_error(conflict)
     return run(_execute, args)
@@ -49,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands."""
     parser = argparse.ArgumentParser(prog="repvgg-trt", description=_DESCRIPTION, parents=[parent_parser()])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
-    for add in (_add_infer, _add_inspect, _add_quantize, _add_build, _add_check, _add_eval, _add_compare):
+    for add in (_add_infer, _add_inspect, _add_quantize, _add_build, _add_check, _add_triton, _add_eval, _add_compare):
         add(commands)
     return parser
 
@@ -137,6 +139,20 @@ def _add_check(commands: Subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_check_options(parser)
+
+
+def _add_triton(commands: Subparsers) -> None:
+    parser = commands.add_parser(
+        "triton",
+        parents=[parent_parser()],
+        help="write a model repository for Triton Inference Server, or check one",
+        description="Writes a model repository that Triton serves as it is: configuration, labels, warm-up,\n"
+        "dynamic batching. Needs no server and no GPU. --validate says what Triton would refuse;\nexit code 1 then.",
+        epilog=TRITON_EXAMPLES,
+        conflict_handler="resolve",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_triton_options(parser)
 
 
 def _add_eval(commands: Subparsers) -> None:

@@ -77,7 +77,10 @@ def test_snippet_of_the_readme_recognises_the_digit(exported: Path) -> None:
 
 
 def help_texts() -> dict[str, str]:
-    commands = {"repvgg-export": [[]], "repvgg-trt": [[], ["infer"], ["inspect"], ["quantize"], ["build"], ["check"], ["eval"], ["compare"]]}
+    commands = {
+        "repvgg-export": [[]],
+        "repvgg-trt": [[], ["infer"], ["inspect"], ["quantize"], ["build"], ["check"], ["triton"], ["eval"], ["compare"]],
+    }
     result = {}
     for program, variants in commands.items():
         texts = [

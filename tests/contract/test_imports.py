@@ -60,6 +60,7 @@ HEAVY = (
     "cuda",
     "pycuda",
     "google",
+    "tritonclient",
     "matplotlib",
 )
 # The heavy packages that each part may import, anywhere in it.

@@ -1,0 +1,57 @@
+"""The options of `repvgg-trt triton`. Standard library only: `--help` must be quick."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+TRITON_EXAMPLES = """examples:
+  repvgg-trt triton b2.plan --out model_repository
+  repvgg-trt triton b2-a10.plan b2-l4.plan --name b2 --out model_repository   (two GPU types, one model)
+  repvgg-trt triton b2.onnx --ensemble jpeg --out model_repository
+  repvgg-trt triton --validate model_repository
+"""
+
+
+def add_triton_options(parser: argparse.ArgumentParser) -> None:
+    """The models, the repository, and how they are served. `--version` is the model's here: the parser must resolve conflicts."""
+    parser.add_argument("models", metavar="MODEL", nargs="*", type=Path, help="one .onnx, or a .plan for each GPU type with its passport beside it")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="the repository; made if it is not there, and may hold other models")
+    parser.add_argument("--validate", type=Path, metavar="FOLDER", help="write nothing: say what Triton would refuse in this repository")
+    parser.add_argument("--name", metavar="NAME", help="of the model in Triton (default: the file's)")
+    parser.add_argument("--version", dest="version_number", type=_positive, default=None, metavar="N",
+                        help="of the version folder (default: one more than the highest, or that one if it holds the same files)")  # fmt: skip
+    parser.add_argument("--force", action="store_true", help="replace what is there and differs")
+    group = parser.add_argument_group("serving")
+    group.add_argument("--instances", type=_positive, default=1, metavar="N", help="copies that run at once on each GPU (default: %(default)s)")
+    group.add_argument("--max-batch", type=_positive, default=None, metavar="N", help="the largest batch (default: the plan's; 32 for an ONNX)")
+    group.add_argument("--preferred-batch", type=_positive, nargs="+", default=None, metavar="N",
+                       help="sizes that are run at once (default: the plan's usual and largest; none for an ONNX)")  # fmt: skip
+    group.add_argument("--max-queue-delay-us", type=_count, default=1000, metavar="N",
+                       help="how long a request waits for company, in microseconds (default: %(default)s)")  # fmt: skip
+    group.add_argument("--max-queue", type=_positive, default=None, metavar="N",
+                       help="requests that may wait; more are answered 503 (default: eight of the largest batches)")  # fmt: skip
+    group.add_argument("--queue-timeout-us", type=_count, default=1_000_000, metavar="N",
+                       help="how long a request may wait in all, 0 for ever (default: %(default)s)")  # fmt: skip
+    group.add_argument("--cuda-graphs", action="store_true", help="let the TensorRT backend capture CUDA graphs")
+    group.add_argument("--ensemble", choices=("jpeg",), help="also a model NAME_jpeg that takes JPEG files; decodes in the python backend")
+    parser.set_defaults(usage_error=parser.error)
+
+
+def find_triton_conflict(args: argparse.Namespace) -> str | None:
+    """What is wrong with options that cannot hold together, or None."""
+    if args.validate is not None:
+        return "--validate writes nothing: leave MODEL and --out out" if args.models or args.out is not None else None
+    if not args.models:
+        return "MODEL is needed, or --validate FOLDER"
+    return "--out FOLDER is needed" if args.out is None else None
+
+
+def _positive(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()) or not 1 <= int(text[:10]) < 1 << 31:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    return 0 if text == "0" else _positive(text)

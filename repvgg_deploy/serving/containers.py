@@ -1,0 +1,44 @@
+"""Which Triton container holds which TensorRT. Standard library only.
+
+A plan runs on the TensorRT that built it, so the container must have that very version; tags of releases whose TensorRT could be confirmed are
+listed, and for every other version the user is told where NVIDIA publishes it.
+"""
+
+from __future__ import annotations
+
+CONTAINERS = {
+    "22.11": "8.5.1",
+    "23.05": "8.6.1.2",
+    "24.02": "8.6.3",
+    "24.05": "10.0.1.6",
+    "24.08": "10.3.0.26",
+    "24.10": "10.5",
+    "24.12": "10.7.0.23",
+    "25.06": "10.11.0.33",
+}
+"""TensorRT by release of the container. Not complete.
+
+Sources: release notes of Triton and of the containers that share its base image, 22.11 to 25.06; issues 5975 and 6959 of
+https://github.com/triton-inference-server/server for 23.05 and 24.02.
+"""
+MATRIX = "https://docs.nvidia.com/deeplearning/frameworks/support-matrix/index.html"
+
+
+def find_container(tensorrt_version: str) -> str | None:
+    """The newest listed image whose TensorRT is this one, such as `nvcr.io/nvidia/tritonserver:24.12-py3`; None where none is listed.
+
+    Args:
+        tensorrt_version: Such as `10.7.0.23`. Where a release is only known as `10.5`, the numbers that are known must agree.
+    """
+    wanted = tensorrt_version.split(".")
+    for release, version in sorted(CONTAINERS.items(), reverse=True):
+        known = version.split(".")
+        if wanted[: len(known)] == known:
+            return f"nvcr.io/nvidia/tritonserver:{release}-py3"
+    return None
+
+
+def describe_container(tensorrt_version: str) -> str:
+    """The image to use, or how to find it."""
+    found = find_container(tensorrt_version)
+    return found or f"the tritonserver image with TensorRT {tensorrt_version} (not listed here; see {MATRIX})"

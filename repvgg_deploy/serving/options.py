@@ -1,0 +1,110 @@
+"""What is asked for, and what is to be served. Standard library only."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..errors import InputError
+from ..specs import ModelSpec
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class RepositoryOptions:
+    """How a model is to be served.
+
+    Attributes:
+        name: Of the model in Triton; None takes the file's.
+        version: Number of the version folder; None: one more than the highest, or the highest if that holds the same files.
+        max_batch: Largest batch that Triton may make; None: the plan's own, 32 for an ONNX.
+        instances: Copies of the model that run at once, for each GPU.
+        max_queue_delay_us: How long a request may wait for company.
+        preferred_batch: Batch sizes that are sent off at once; None: the plan's usual and largest, none for an ONNX.
+        max_queue: Requests that may wait before further ones are refused; None: eight of the largest batches.
+        queue_timeout_us: How long a request may wait in all before it is refused.
+        cuda_graphs: Let Triton's TensorRT backend capture CUDA graphs.
+        ensemble: `jpeg` adds a model that decodes and one that takes JPEG files.
+    """
+
+    name: str | None = None
+    version: int | None = None
+    max_batch: int | None = None
+    instances: int = 1
+    max_queue_delay_us: int = 1000
+    preferred_batch: tuple[int, ...] | None = None
+    max_queue: int | None = None
+    queue_timeout_us: int = 1_000_000
+    cuda_graphs: bool = False
+    ensemble: Literal["jpeg"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.name is not None:
+            require_name(self.name)
+        counts = {"version": self.version, "max_batch": self.max_batch, "instances": self.instances, "max_queue": self.max_queue}
+        wrong = [f"{name} {value}" for name, value in counts.items() if value is not None and value < 1]
+        wrong += [f"{name} {value}" for name, value in self._delays().items() if value < 0]
+        wrong += [f"preferred_batch {value}" for value in self.preferred_batch or () if value < 1]
+        if wrong:
+            raise InputError(f"expected at least 1 (a delay: at least 0), found {', '.join(wrong)}", remedy="give a larger number")
+
+    def _delays(self) -> dict[str, int]:
+        return {"max_queue_delay_us": self.max_queue_delay_us, "queue_timeout_us": self.queue_timeout_us}
+
+
+@dataclass(frozen=True, slots=True)
+class ServedFile:
+    """One file of a version folder.
+
+    Attributes:
+        name: In the folder, such as `model.plan`.
+        source: Where it is copied from, or its bytes.
+    """
+
+    name: str
+    source: Path | bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Servable:
+    """A model as Triton gets it: all that the configuration is made of.
+
+    Attributes:
+        name: In Triton.
+        platform: `tensorrt_plan` or `onnxruntime_onnx`.
+        spec: Inputs, outputs and labels.
+        files: Of the version folder.
+        max_batch: Largest batch that the model takes; None for any.
+        opt_batch: The batch that it is tuned for; None where it is tuned for none.
+        capability_files: File by compute capability, where there are several GPU types; else empty.
+        provenance: What goes into `parameters`, by name.
+    """
+
+    name: str
+    platform: Literal["tensorrt_plan", "onnxruntime_onnx"]
+    spec: ModelSpec
+    files: tuple[ServedFile, ...]
+    max_batch: int | None
+    opt_batch: int | None
+    capability_files: dict[str, str]
+    provenance: dict[str, str]
+
+    @property
+    def batches(self) -> bool:
+        """Whether Triton may put requests together: every tensor begins with the same dynamic dimension."""
+        first = self.spec.input.shape[0] if self.spec.input.shape else 0
+        return isinstance(first, str) and all(tensor.shape and tensor.shape[0] == first for tensor in self.spec.outputs)
+
+
+def require_name(name: str) -> str:
+    """A name that Triton's URLs and every file system take.
+
+    Raises:
+        InputError: It is another.
+    """
+    if not _NAME.fullmatch(name) or len(name) > 128:
+        raise InputError(f"model name {name!r}: expected letters, digits, '_', '-' and '.', no more than 128", remedy="give another with --name")
+    return name

@@ -1,0 +1,112 @@
+"""Makes `.triton/`: a real tritonserver from PyPI in an environment of its own, with ONNX Runtime behind its python backend, and HAProxy.
+
+    python tests/serving/prepare_triton.py
+
+About 450 MB, once. nvidia-pytriton brings the server; it needs NumPy 1: with NumPy 2 its python backend gives empty outputs.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / ".triton"
+PACKAGES = ("nvidia-pytriton==0.7.0", "onnxruntime>=1.20,<2", "numpy<2", "pillow>=10.3")
+BACKEND_PACKAGES = ("numpy", "numpy.libs", "onnxruntime", "PIL", "pillow.libs", "flatbuffers", "google", "packaging")
+HAPROXY_PACKAGES = ("haproxy", "liblua5.3-0", "libopentracing-c-wrapper0", "libopentracing1")
+PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
+SITE = FOLDER / "venv" / "lib" / f"python{PYTHON}" / "site-packages"
+BACKENDS = FOLDER / "backends"
+SERVER = SITE / "pytriton" / "tritonserver" / "bin" / "tritonserver"
+_STAMP = FOLDER / f"ready-{PYTHON}"
+
+
+class CannotPrepareError(Exception):
+    """Why there is no server to be had here."""
+
+
+def prepare() -> None:
+    """Makes the folder, unless it is there.
+
+    Raises:
+        CannotPrepareError: The server cannot be had here.
+    """
+    if _STAMP.exists():
+        return
+    if sys.platform != "linux" or os.uname().machine != "x86_64":
+        raise CannotPrepareError(f"nvidia-pytriton is for Linux on x86-64, and this is {sys.platform} on {os.uname().machine}")
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    try:
+        venv.create(FOLDER / "venv", with_pip=True)
+        _run(FOLDER / "venv/bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PACKAGES)
+    except (subprocess.SubprocessError, OSError) as error:
+        raise CannotPrepareError(f"nvidia-pytriton cannot be installed: {error}") from error
+    _make_backends()
+    _get_haproxy()
+    _STAMP.touch()
+
+
+def server_environment() -> dict[str, str]:
+    """What the server needs in its environment."""
+    return {**os.environ, "LD_LIBRARY_PATH": str(SITE / "nvidia_pytriton.libs"), "PYTHONPATH": str(SITE)}
+
+
+def find_haproxy() -> tuple[str, dict[str, str]] | None:
+    """The program and its environment: that of the system, or the one that was unpacked here."""
+    found = shutil.which("haproxy")
+    if found:
+        return found, dict(os.environ)
+    unpacked = FOLDER / "haproxy/usr/sbin/haproxy"
+    libraries = sorted({str(path.parent) for path in (FOLDER / "haproxy").rglob("*.so*")})
+    environment = {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(libraries)}
+    if not unpacked.exists() or subprocess.run([unpacked, "-v"], env=environment, capture_output=True, check=False).returncode:
+        return None
+    return str(unpacked), environment
+
+
+def _make_backends() -> None:
+    shipped = SITE / "pytriton" / "tritonserver"
+    stub = shipped / "python_backend_stubs" / PYTHON / "triton_python_backend_stub"
+    python = BACKENDS / "python"
+    python.mkdir(parents=True)
+    for path in (*(shipped / "backends/python").glob("*.so"), *(shipped / "backends/python").glob("*.py"), *([stub] if stub.exists() else ())):
+        shutil.copy(path, python)
+    if not stub.exists():
+        raise CannotPrepareError(f"nvidia-pytriton has no python backend for Python {PYTHON}")
+    linked = subprocess.run(["ldd", python / stub.name], capture_output=True, text=True, check=False, env=server_environment())
+    if "not found" in linked.stdout:
+        raise CannotPrepareError(f"the python backend lacks {[line.split()[0] for line in linked.stdout.splitlines() if 'not found' in line]}")
+    # The backend's interpreter takes no notice of PYTHONPATH; its own folder is on its path.
+    for name in BACKEND_PACKAGES:
+        if (SITE / name).exists():
+            (python / name).symlink_to(SITE / name)
+    (BACKENDS / "onnxruntime").mkdir()
+    shutil.copy(Path(__file__).with_name("triton_backend.py.txt"), BACKENDS / "onnxruntime/model.py")
+
+
+def _get_haproxy() -> None:
+    """Debian's package, unpacked and not installed; where that cannot be done, its test is skipped."""
+    if shutil.which("haproxy") or not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
+        return
+    folder = FOLDER / "haproxy"
+    folder.mkdir()
+    for name in HAPROXY_PACKAGES:  # each by itself: a release of Debian may lack one that it does not need
+        subprocess.run(["apt-get", "download", name], cwd=folder, capture_output=True, check=False, timeout=60)
+    for package in folder.glob("*.deb"):
+        subprocess.run(["dpkg-deb", "-x", package, folder], capture_output=True, check=False, timeout=60)
+
+
+def _run(*command: object) -> None:
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300, check=False)
+    if result.returncode:
+        raise CannotPrepareError(f"{command[0]} failed: {result.stderr.strip()[-500:]}")
+
+
+if __name__ == "__main__":
+    prepare()
+    sys.stdout.write(f"{FOLDER}: ready\n")

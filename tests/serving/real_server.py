@@ -1,0 +1,192 @@
+"""A running tritonserver, and requests to it with nothing but the standard library."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.serving.prepare_triton import BACKENDS, SERVER, server_environment
+
+PATIENCE_SECONDS = 60
+
+
+@dataclass
+class RealServer:
+    """A server under test.
+
+    Attributes:
+        process: Its process.
+        port: Of HTTP; gRPC is one above, metrics two.
+        log: What it printed.
+    """
+
+    process: subprocess.Popen[bytes]
+    port: int
+    log: Path
+
+    def get(self, path: str, *, port: int | None = None) -> tuple[int, bytes]:
+        return request("GET", port or self.port, path)
+
+    def post(self, path: str, body: object = None) -> tuple[int, Any]:
+        status, data = request("POST", self.port, path, json.dumps(body if body is not None else {}).encode())
+        return status, json.loads(data) if data else None
+
+    def load(self, model: str) -> tuple[int, Any]:
+        return self.post(f"/v2/repository/models/{model}/load")
+
+    def metric(self, name: str, model: str) -> float:
+        """Sum over all versions."""
+        lines = self.get("/metrics", port=self.port + 2)[1].decode().splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{") and f'model="{model}"' in line)
+
+    def stop(self) -> int:
+        """SIGTERM, as an orchestrator stops it; gives its exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(PATIENCE_SECONDS)
+
+
+@contextlib.contextmanager
+def start(repository: Path, models: Sequence[str], *options: str) -> Iterator[RealServer]:
+    """A server that is ready, with these models of a repository; killed at the end if it still runs."""
+    port = free_ports(3)
+    log = repository.parent / f"server-{port}.log"
+    addresses = [f"--{kind}-address=127.0.0.1" for kind in ("http", "grpc", "metrics")]
+    ports = [f"--{kind}-port={port + index}" for index, kind in enumerate(("http", "grpc", "metrics"))]
+    loads = [f"--load-model={name}" for name in models]
+    command = [str(SERVER), f"--model-repository={repository}", f"--backend-directory={BACKENDS}", *addresses, *ports, *loads]
+    command += ["--model-control-mode=explicit", "--exit-timeout-secs=20", "--metrics-interval-ms=100", *options]
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, env=server_environment(), stdout=file, stderr=subprocess.STDOUT)
+    server = RealServer(process, port, log)
+    try:
+        wait_until(lambda: process.poll() is not None or _is_ready(server), "the server to be ready")
+        assert process.poll() is None, log.read_text(errors="replace")[-4000:]
+        yield server
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def _is_ready(server: RealServer) -> bool:
+    with contextlib.suppress(OSError):
+        return server.get("/v2/health/ready")[0] == 200
+    return False
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < end, f"waited {PATIENCE_SECONDS} s for {what}"
+        time.sleep(0.02)
+
+
+def free_ports(count: int) -> int:
+    """The first of so many consecutive ports that are free."""
+    while True:
+        with contextlib.ExitStack() as stack:
+            first = stack.enter_context(socket.socket())
+            first.bind(("127.0.0.1", 0))
+            port: int = first.getsockname()[1]
+            try:
+                for index in range(1, count):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port + index))
+            except (OSError, OverflowError):
+                continue
+            return port
+
+
+def request(method: str, port: int, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_SECONDS)
+    try:
+        connection.request(method, path, body, headers or {})
+        response = connection.getresponse()
+        return response.status, response.read()
+    finally:
+        connection.close()
+
+
+def infer(port: int, model: str, batch: np.ndarray[Any, Any], *, on_sent: Callable[[], object] = int) -> tuple[int, Any]:
+    """One request with the binary tensors of the protocol; the status, and the output `logits` or the error's text."""
+    datatype = {"float32": "FP32", "uint8": "UINT8"}[batch.dtype.name]
+    tensor = {"name": "images", "shape": batch.shape, "datatype": datatype, "parameters": {"binary_data_size": batch.nbytes}}
+    head = json.dumps({"inputs": [tensor], "outputs": [{"name": "logits", "parameters": {"binary_data": True}}]}).encode()
+    headers = {"Inference-Header-Content-Length": str(len(head))}
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_SECONDS)
+    try:
+        connection.request("POST", f"/v2/models/{model}/infer", head + batch.tobytes(), headers)
+        on_sent()
+        response = connection.getresponse()
+        data = response.read()
+    finally:
+        connection.close()
+    if response.status != 200:
+        return response.status, data.decode(errors="replace")
+    size = int(response.headers["Inference-Header-Content-Length"])
+    shape = json.loads(data[:size])["outputs"][0]["shape"]
+    return 200, np.frombuffer(data[size:], np.float32).reshape(shape)
+
+
+def infer_at_once(port: int, model: str, batches: Sequence[np.ndarray[Any, Any]], *, on_sent: Callable[[], object] = int) -> list[tuple[int, Any]]:
+    """All requests from a thread each, let go together; `on_sent` is called for each that was sent."""
+    gate = threading.Barrier(len(batches))
+
+    def send(batch: np.ndarray[Any, Any]) -> tuple[int, Any]:
+        gate.wait(PATIENCE_SECONDS)
+        return infer(port, model, batch, on_sent=on_sent)
+
+    with ThreadPoolExecutor(len(batches)) as pool:
+        return list(pool.map(send, batches))
+
+
+@dataclass
+class Load:
+    """Requests one after the other from several threads, while the block runs; then what came of each.
+
+    Attributes:
+        answers: Status and output of each request, or 0 and the error where the connection failed.
+    """
+
+    port: int
+    model: str
+    batch: np.ndarray[Any, Any]
+    threads: int = 4
+    answers: list[tuple[int, Any]] = field(default_factory=list)
+    _over: threading.Event = field(default_factory=threading.Event)
+    _pool: list[threading.Thread] = field(default_factory=list)
+
+    def __enter__(self) -> Load:
+        self._pool = [threading.Thread(target=self._send) for _ in range(self.threads)]
+        for thread in self._pool:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._pool:
+            thread.join(PATIENCE_SECONDS)
+
+    def wait_for(self, count: int) -> None:
+        """Until so many more requests were answered."""
+        wanted = len(self.answers) + count
+        wait_until(lambda: len(self.answers) >= wanted, f"{count} answers")
+
+    def _send(self) -> None:
+        while not self._over.is_set():
+            try:
+                self.answers.append(infer(self.port, self.model, self.batch))
+            except (OSError, http.client.HTTPException) as error:
+                self.answers.append((0, repr(error)))

@@ -1,0 +1,135 @@
+"""The decoder that runs in Triton's Python gives what `preprocess` gives."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import types
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from repvgg_deploy import codec
+from repvgg_deploy.errors import InputError
+from repvgg_deploy.pipeline.triton import write_triton
+from repvgg_deploy.preprocess import load_batch
+from repvgg_deploy.serving.options import RepositoryOptions
+from repvgg_deploy.specs import Preprocessing
+from tests.runtime.make_model import ModelOptions, make_onnx
+from tests.serving.make_repository import needs_schema, read_config
+
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+
+
+class Tensor:
+    def __init__(self, name: str, array: np.ndarray[Any, Any]) -> None:
+        self.name, self.array = name, array
+
+    def as_numpy(self) -> np.ndarray[Any, Any]:
+        return self.array
+
+
+class Response:
+    def __init__(self, output_tensors: list[Tensor] | None = None, error: Exception | None = None) -> None:
+        self.output_tensors, self.error = output_tensors, error
+
+
+@pytest.fixture
+def template(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """The model's code, with a stand-in for the module that Triton gives it."""
+    utils = types.ModuleType("triton_python_backend_utils")
+    utils.Tensor, utils.InferenceResponse, utils.TritonError = Tensor, Response, Exception
+    utils.get_input_tensor_by_name = lambda request, name: request[name]
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", utils)
+    module = types.ModuleType("triton_jpeg")
+    exec(resources.files("repvgg_deploy").joinpath("data/triton_jpeg.py.txt").read_text(encoding="utf-8"), module.__dict__)
+    return module
+
+
+def jpeg(size: tuple[int, int], mode: str = "RGB", orientation: int | None = None) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1] // 4 + 1, size[0] // 4 + 1, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).resize(size).convert(mode)
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", exif=exif)
+    return stream.getvalue()
+
+
+def start(template: types.ModuleType, folder: Path, preprocessing: Preprocessing) -> Any:
+    (folder / "1").mkdir()
+    (folder / "1/preprocessing.json").write_text(json.dumps(codec.encode(preprocessing)))
+    model = template.TritonPythonModel()
+    config = {"input": [{"name": "image"}], "output": [{"name": "images"}]}
+    model.initialize({"model_repository": str(folder), "model_version": "1", "model_config": json.dumps(config)})
+    return model
+
+
+def request(*files: bytes) -> dict[str, Tensor]:
+    return {"image": Tensor("image", np.array(files, object).reshape(-1, 1))}
+
+
+@pytest.mark.parametrize("orientation", [None, 3, 6])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(("size", "short", "crop"), [((300, 200), 256, (224, 224)), ((97, 501), 64, (64, 96)), ((20, 20), 32, (32, 32))])
+def test_decoder_gives_the_batch_of_preprocess(
+    size: tuple[int, int], short: int, crop: tuple[int, int], mode: str, orientation: int | None, template: types.ModuleType, tmp_path: Path
+) -> None:
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(jpeg(size, mode, orientation))
+    for index, interpolation in enumerate(("bilinear", "bicubic")):
+        for in_graph in (False, True):
+            preprocessing = Preprocessing(MEAN, STD, short, crop, interpolation, in_graph)  # type: ignore[arg-type]
+            folder = tmp_path / f"{index}{in_graph}"
+            folder.mkdir()
+            (response,) = start(template, folder, preprocessing).execute([request(path.read_bytes(), path.read_bytes())])
+            expected = load_batch([path, path], preprocessing)
+            assert response.error is None
+            assert response.output_tensors[0].name == "images"
+            assert response.output_tensors[0].array.dtype == expected.dtype
+            np.testing.assert_array_equal(response.output_tensors[0].array, expected)
+
+
+def test_file_that_is_no_jpeg_fails_by_itself(template: types.ModuleType, tmp_path: Path) -> None:
+    model = start(template, tmp_path, Preprocessing(MEAN, STD, 32, (32, 32)))
+    png = io.BytesIO()
+    Image.new("RGB", (40, 40)).save(png, "PNG")
+    good = jpeg((40, 40))
+    answers = model.execute([request(good), request(b""), request(png.getvalue()), request(good[:200]), request(good, good)])
+    assert [answer.error is None for answer in answers] == [True, False, False, False, True]
+    assert all("not a usable JPEG" in str(answer.error) for answer in answers[1:4])
+
+
+def test_picture_of_too_many_pixels_is_refused(template: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template, "MAX_PIXELS", 1000)
+    model = start(template, tmp_path, Preprocessing(MEAN, STD, 32, (32, 32)))
+    (answer,) = model.execute([request(jpeg((40, 40)))])
+    assert "too many" in str(answer.error)
+
+
+@needs_schema
+@pytest.mark.parametrize(("uint8", "dims", "kind"), [(False, [3, 16, 16], 11), (True, [16, 16, 3], 2)])
+def test_decoder_and_ensemble_stand_before_the_model(uint8: bool, dims: list[int], kind: int, tmp_path: Path) -> None:
+    write_triton([make_onnx(tmp_path / "m.onnx", ModelOptions(uint8=uint8))], tmp_path / "repo", RepositoryOptions(ensemble="jpeg", max_batch=8))
+    decoder, ensemble = read_config(tmp_path / "repo/m_decode"), read_config(tmp_path / "repo/m_jpeg")
+    assert (decoder.backend, decoder.max_batch_size, decoder.output[0].name) == ("python", 8, "images")
+    assert (list(decoder.output[0].dims), decoder.output[0].data_type) == (dims, kind)
+    assert [step.model_name for step in ensemble.ensemble_scheduling.step] == ["m_decode", "m"]
+    assert (ensemble.output[0].name, ensemble.output[0].label_filename, ensemble.max_batch_size) == ("logits", "labels.txt", 8)
+    settings = json.loads((tmp_path / "repo/m_decode/1/preprocessing.json").read_text())
+    assert (settings["crop"], settings["in_graph"]) == ([16, 16], uint8)
+    assert list((tmp_path / "repo/m_jpeg/1").iterdir()) == []
+
+
+@needs_schema
+@pytest.mark.parametrize("options", [ModelOptions(preprocessing=False), ModelOptions(batch=2)])
+def test_model_that_no_jpeg_can_be_made_for_is_refused(options: ModelOptions, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--ensemble jpeg needs"):
+        write_triton([make_onnx(tmp_path / "m.onnx", options)], tmp_path / "repo", RepositoryOptions(ensemble="jpeg"))
+    assert not (tmp_path / "repo").exists()

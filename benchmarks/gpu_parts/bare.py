@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from repvgg_deploy.runtime.cuda.port import CudaPort
 from repvgg_deploy.runtime.engine import Engine
 from repvgg_deploy.runtime.tensorrt_context import count_scratch_bytes, make_context
+from repvgg_deploy.runtime.tensorrt_plan import open_plan
 from repvgg_deploy.runtime.tensorrt_staging import view_host
 
 
@@ -47,7 +48,7 @@ class BareLoop:
     """See the module. Used inside a `with` block, by one thread.
 
     Args:
-        engine: Whose plan is run; its own contexts are not used.
+        engine: Whose plan is run: deserialized a second time, as TensorRT 8 makes one context of each.
         source: The input, on the device.
     """
 
@@ -55,19 +56,20 @@ class BareLoop:
         backend: Any = engine._backend
         self._port: CudaPort = backend._port
         self._device = backend._port.on_device(backend._device_id)
-        self._plan, self._source = backend._plan, source
+        self._path, self._info, self._source = engine.path, backend._port.describe_device(backend._device_id), source
         self._freed: list[Any] = []
 
     def __enter__(self) -> BareLoop:
-        port, plan = self._port, self._plan
+        port = self._port
         self._device.__enter__()
+        self._plan = plan = open_plan(self._path, self._info, backend=None, require_passport=False)
         self.stream = port.create_stream()
         self.handle = port.stream_handle(self.stream)
         size = max(count_scratch_bytes(plan.engine), 256)
         scratch = (self._take(size), size)
         self._context: Any = make_context(plan.library, plan.engine, scratch, profile=plan.interface.profile, stream_handle=self.handle)
         if self._context is None:
-            raise RuntimeError("TensorRT makes no further context: open the Engine with contexts=1 and another plan object for the bare loop")
+            raise RuntimeError(f"TensorRT makes no context for the bare loop: {plan.library.log.take()}")
         port.synchronize_stream(self.stream)
         self._context.set_input_shape(plan.interface.source.name, self._source.shape)
         self._context.set_tensor_address(plan.interface.source.name, self._source.address)
@@ -80,6 +82,7 @@ class BareLoop:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._context = None
+        self._plan.release()
         for address in self._freed:
             self._port.free(address)
         self._port.destroy_stream(self.stream)

@@ -54,7 +54,7 @@ def check_ways(plan: Path, images: NDArray[Any], options: EngineOptions | None =
         ways: dict[str, Callable[[], float]] = {
             "any number of images": lambda: _any_number(engine, images, truth),
             "16 threads": lambda: _threads(engine, images, truth),
-            "without CUDA graphs": lambda: _without_graphs(plan, images, truth, options=options),
+            "with and without CUDA graphs": lambda: _graphs(plan, images, options),
             "device array": lambda: _device(engine, images, truth),
             "device array on a stream of torch": lambda: _torch(engine, images, truth),
             "device array of CuPy": lambda: _cupy(engine, images, truth),
@@ -95,9 +95,13 @@ def _threads(engine: Engine, images: NDArray[Any], truth: NDArray[Any]) -> float
         return max(_difference(future.result(), _repeat(truth, count)) for count, future in futures)
 
 
-def _without_graphs(plan: Path, images: NDArray[Any], truth: NDArray[Any], *, options: EngineOptions) -> float:
-    with Engine(plan, options=replace(options, cuda_graphs=False)) as engine:
-        return _difference(engine.infer(images), truth)
+def _graphs(plan: Path, images: NDArray[Any], options: EngineOptions) -> float:
+    # The same kernels in the same order, whether they are launched one by one or replayed: nothing may differ.
+    found = []
+    for on in (True, False):
+        with Engine(plan, options=replace(options, cuda_graphs=on)) as engine:
+            found.append([np.asarray(engine.infer(_repeat(images, count))) for count in SIZES for _ in range(3)])  # as it is, captured, replayed
+    return 0.0 if all(np.array_equal(one, two) for one, two in zip(*found, strict=True)) else float("inf")
 
 
 def _device(engine: Engine, images: NDArray[Any], truth: NDArray[Any]) -> float:
@@ -112,6 +116,8 @@ def _device(engine: Engine, images: NDArray[Any], truth: NDArray[Any]) -> float:
 
 def _torch(engine: Engine, images: NDArray[Any], truth: NDArray[Any]) -> float:
     torch: Any = importlib.import_module("torch")
+    if not torch.cuda.is_available():
+        raise ModuleNotFoundError("torch is installed without CUDA")
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         batch = torch.from_numpy(images).cuda(non_blocking=True)

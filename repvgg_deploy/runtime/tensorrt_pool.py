@@ -47,24 +47,24 @@ class SlotPool(Generic[_S]):
             CudaError: The first slot cannot be made.
         """
         while True:
+            found = self.acquire_idle()
+            if found is not None:
+                return found
             with self._changed:
                 while not self._idle and self._count >= self._limit and self._lost is None:
                     self._changed.wait()
-                if self._lost is not None:
-                    raise _again(self._lost)
-                if self._idle:
-                    return self._idle.pop()
-                self._count += 1
-            found = self._grow()
-            if found is not None:
-                return found
 
     def acquire_idle(self) -> _S | None:
-        """A slot if there is one without waiting."""
+        """A slot, also a new one, if it can be had without waiting for those that are lent; raises as `acquire`."""
         with self._changed:
-            if not self._idle and (self._count >= self._limit or self._lost is not None):
+            if self._lost is not None:
+                raise _again(self._lost)
+            if self._idle:
+                return self._idle.pop()
+            if self._count >= self._limit:
                 return None
-        return self.acquire()
+            self._count += 1
+        return self._grow()
 
     def release(self, slot: _S) -> None:
         """Gives back a slot that is well."""

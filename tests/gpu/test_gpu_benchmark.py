@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,15 @@ import numpy as np
 import pytest
 
 from benchmarks import gpu
-from benchmarks.gpu_parts import checks, speed
-from repvgg_deploy.errors import CudaError
+from benchmarks.gpu_parts import checks, machine, models, report, speed
+from benchmarks.gpu_parts.record import Record, find_peak
+from repvgg_deploy.errors import CudaError, InputError
 from tests.fakes.tensorrt import Faults
 from tests.runtime.gpu_world import Setting, World, make_world
 from tests.runtime.make_model import ModelOptions, random_batch
 
 MACHINE: dict[str, Any] = {
-    "gpu": "Fake GPU 0", "driver": "580", "flavour": "tensorrt", "versions": {"tensorrt": "10.16.1.11"}, "compute_capability": "8.6",
+    "gpu": "Fake GPU 0", "driver": "580", "cuda": "13.0", "flavour": "tensorrt", "versions": {"tensorrt": "10.16.1.11"}, "compute_capability": "8.6",
 }  # fmt: skip
 
 
@@ -26,41 +29,139 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     return make_world(tmp_path, monkeypatch, Setting(profile=(1, 4, 128)))
 
 
-def run_on(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def run_on(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, minutes: float = 1.0) -> tuple[gpu.Run, list[str]]:
     """The stages of one variant, with the fake plan in place of built ones."""
     images = random_batch(ModelOptions(), 8)
     np.savez(tmp_path / "a0-reference.npz", images=images, fp32=world.expect(images)[0])
     row = {"build_seconds": 1.0, "plan_bytes": 1000, "inspected": "fp32"}
     monkeypatch.setattr(gpu.Run, "_build", lambda self, variant, kind: (world.plan, dict(row)))
-    monkeypatch.setattr(gpu.Run, "_bytes", lambda self, variant: None)
+    monkeypatch.setattr(gpu.Run, "_bytes", lambda self, answers: self._record.result["plans"].__setitem__(gpu.BYTES, {**row, "done": True}))
     monkeypatch.setattr(speed, "BATCHES", (1, 32))
-    run = gpu.Run(tmp_path, tmp_path, 0.01, MACHINE)
-    run.variant("A0")
-    return run.finish()
+    run = gpu.Run(tmp_path, tmp_path, 0.01, Record(tmp_path / "gpu-fake.json", MACHINE), end=time.monotonic() + 60 * minutes)
+    return run, run.all(["A0"])
+
+
+def read(tmp_path: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((tmp_path / "gpu-fake.json").read_text())
+    return result
 
 
 def test_every_stage_runs_through_and_is_reported(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "measure_matrix_peak", lambda: None)
-    result = run_on(world, tmp_path, monkeypatch)
-    assert result["failures"] == {} and set(result["plans"]) == {"A0 fp32", "A0 fp16", "A0 int8"}
-    for row in result["plans"].values():
+    _, left = run_on(world, tmp_path, monkeypatch)
+    result = read(tmp_path)
+    assert left == [] and result["failures"] == {} and report.find_problems(result) == []
+    assert set(result["plans"]) == {"A0 fp32", "A0 fp16", "A0 int8", "A0 uint8"}
+    for name in ("A0 fp32", "A0 fp16", "A0 int8"):
+        row = result["plans"][name]
         assert row["parity"]["met"] and row["parity"]["agreement"] == 1.0
         done = {name: found for name, found in row["ways"].items() if "torch" not in name and "CuPy" not in name}
         assert len(done) == 5 and all(found["met"] for found in done.values()), done
         assert [part["batch"] for part in row["speed"]] == [1, 32]
         assert all(part["latency_ms"]["bare"] > 0 and part["images_per_second"]["device array"] > 0 for part in row["speed"])
-    shown = gpu.show(result)
-    assert "A0 fp16" in shown and "overhead at batch 1" in shown and "64 clients" in shown
-    json.dumps(result)
+    shown = report.show(result)
+    assert "A0 fp16" in shown and "overhead at batch 1" in shown and "64 clients" in shown and "not judged: the share of the matrix peak" in shown
+    assert world.cuda.leaks() == {}
+
+
+def test_run_on_tensorrt_8_has_one_context_for_each_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bare loop beside the Engine needs one, too."""
+    world = make_world(tmp_path, monkeypatch, Setting(profile=(1, 4, 128), version="8.5.3.1"))
+    monkeypatch.setitem(MACHINE, "versions", {"tensorrt": "8.5.3.1"})
+    run_on(world, tmp_path, monkeypatch)
+    result = read(tmp_path)
+    assert report.find_problems(result) == [] and "speed" in result["plans"]["A0 int8"]
     assert world.cuda.leaks() == {}
 
 
 def test_failing_stage_is_recorded_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = make_world(tmp_path, monkeypatch, Setting(profile=(1, 4, 128), faults=Faults(enqueue_all=True)))
-    monkeypatch.setattr(speed, "measure_matrix_peak", lambda: None)
-    result = run_on(world, tmp_path, monkeypatch)
+    run_on(world, tmp_path, monkeypatch)
+    result = read(tmp_path)
     assert set(result["failures"]) == {"A0 fp32", "A0 fp16", "A0 int8"}
-    assert "made to fail" in result["failures"]["A0 fp32"] and "FAILED" in gpu.show(result)
+    assert "made to fail" in result["failures"]["A0 fp32"]
+    assert "WRONG    A0 fp32: " in report.show(result)
+
+
+def test_run_without_time_goes_on_in_the_next_one(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, left = run_on(world, tmp_path, monkeypatch, minutes=0.0)
+    assert left == ["matrix peak", "A0 fp32", "A0 fp16", "A0 int8", "A0 uint8"] and read(tmp_path)["plans"] == {}
+    run_on(world, tmp_path, monkeypatch)
+    first = read(tmp_path)
+    built: list[str] = []
+    run, left = run_on(world, tmp_path, monkeypatch)
+    monkeypatch.setattr(gpu.Run, "_build", lambda self, variant, kind: built.append(kind))
+    run.variant("A0")
+    assert left == [] and built == [] and read(tmp_path)["plans"] == first["plans"]
+
+
+def test_plan_that_broke_off_is_measured_again(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_on(world, tmp_path, monkeypatch)
+    result = read(tmp_path)
+    del result["plans"]["A0 fp16"]["done"], result["plans"]["A0 fp16"]["speed"]
+    result["failures"] = {"A0 fp16": "broke off"}
+    (tmp_path / "gpu-fake.json").write_text(json.dumps(result))
+    run_on(world, tmp_path, monkeypatch)
+    assert "speed" in read(tmp_path)["plans"]["A0 fp16"] and read(tmp_path)["failures"] == {}
+
+
+def test_result_of_another_machine_is_not_mixed_with_this_one(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "gpu-fake.json"
+    path.write_text(json.dumps({"machine": {**MACHINE, "gpu": "NVIDIA A10"}, "plans": {}}))
+    with pytest.raises(InputError, match="another gpu"):
+        Record(path, MACHINE)
+    path.write_text(json.dumps({"machine": {**MACHINE, "versions": {"tensorrt": "8.5.3.1"}}, "plans": {}}))
+    with pytest.raises(InputError, match="another TensorRT"):
+        Record(path, MACHINE)
+    assert Record(path, MACHINE, anew=True).result["plans"] == {}
+    path.write_text("{")
+    with pytest.raises(InputError, match="cannot be read"):
+        Record(path, MACHINE)
+
+
+def test_matrix_peak_is_taken_from_another_result_of_the_same_gpu(tmp_path: Path) -> None:
+    assert find_peak(tmp_path, "NVIDIA A10") is None
+    (tmp_path / "gpu-broken.json").write_text("{")
+    for name, gpu_name, peak in (("a", "NVIDIA L4", 100.0), ("b", "NVIDIA A10", None), ("c", "NVIDIA A10", 110.0)):
+        found = {"machine": {"gpu": gpu_name}, "peak": {"fp16_tflops": peak, "source": "torch 2"}}
+        (tmp_path / f"gpu-{name}.json").write_text(json.dumps(found))
+    assert find_peak(tmp_path, "NVIDIA A10") == {"fp16_tflops": 110.0, "source": "torch 2, in gpu-c.json"}
+
+
+def test_nvidia_smi_that_hangs_or_is_missing_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(*_: object, **__: object) -> None:
+        raise subprocess.TimeoutExpired("nvidia-smi", 20)
+
+    assert machine.ask_smi("no-such-program") == ""
+    monkeypatch.setattr(subprocess, "run", hang)
+    assert machine.ask_smi() == ""
+
+
+def test_models_are_built_by_a_real_builder(tmp_path: Path) -> None:
+    """The way from the models to plans, with TensorRT-RTX, which builds without a GPU."""
+    pytest.importorskip("tensorrt_rtx")
+    for name in ("torch", "onnxsim", "onnxscript"):
+        pytest.importorskip(name)
+    models.make(tmp_path, models.SAMPLE)
+    here = {**MACHINE, "flavour": "tensorrt_rtx", "versions": {"tensorrt": "1.7.1.116"}}
+    run = gpu.Run(tmp_path, tmp_path, 0.01, Record(tmp_path / "gpu-fake.json", here), targets=("8.6",))
+    for kind in ("fp32", "fp16", "int8"):
+        plan, row = run._build(models.SAMPLE, kind)
+        assert row["plan_bytes"] == plan.stat().st_size > 0 and row["build_seconds"] > 0 and row["inspected"] == "not_inspected"
+    with np.load(models.reference_of(tmp_path, models.SAMPLE)) as stored:
+        images, logits = stored["images"], {name: stored[name] for name in ("fp32", "int8", "int8-trt8")}
+    assert images.shape[0] == 64 and all(len(found) == 64 for found in logits.values())
+    assert checks.decibels(logits["fp32"], logits["int8"]) > 10 and not np.array_equal(logits["fp32"], logits["int8"])
+    written = models.reference_of(tmp_path, models.SAMPLE).stat().st_mtime_ns
+    models.make(tmp_path, models.SAMPLE)
+    assert models.reference_of(tmp_path, models.SAMPLE).stat().st_mtime_ns == written
+
+
+def test_models_that_cannot_be_made_are_a_recorded_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "find_missing", lambda: ["onnxsim"])
+    run = gpu.Run(tmp_path, tmp_path, 0.01, Record(tmp_path / "gpu-fake.json", MACHINE))
+    run.variant("A0")
+    problems = report.find_problems(read(tmp_path))
+    assert "without onnxsim" in problems[0] and problems[1] == "nothing was measured"
 
 
 def test_wrong_answers_are_seen(world: World) -> None:
@@ -86,7 +187,7 @@ def test_aims_are_judged_by_their_figures() -> None:
     first = {"batch": 1, "overhead_us": 30.0, "images_per_second": {"bare": 10.0}, "device_share": 1.0}
     row = {"speed": [first, part], "clients": {"share": 0.9}}
     faster = {"speed": [first, {**part, "images_per_second": {"bare": 1700.0}}], "clients": {"share": 0.5}}
-    found = gpu.judge({"plans": {"B2 fp16": row, "B2 int8": faster}}, 100.0)
+    found = report.judge({"plans": {"B2 fp16": row, "B2 int8": faster}, "peak": {"fp16_tflops": 100.0}})
     assert not found["B2 fp16: overhead at batch 1, µs"]["met"]
     assert not found["B2 fp16: device arrays at batch 128, share of the bare loop"]["met"]
     assert found["B2: INT8 against FP16 at batch 128"] == {"value": 1.7, "met": True}
@@ -99,7 +200,7 @@ def test_machine_without_a_gpu_is_refused_with_a_remedy(capsys: pytest.CaptureFi
     def no_gpu() -> None:
         raise CudaError("no NVIDIA driver was found", remedy="install the NVIDIA driver")
 
-    monkeypatch.setattr(gpu, "open_cuda", no_gpu)
+    monkeypatch.setattr(machine, "open_cuda", no_gpu)
     assert gpu.main([]) == 1
     said = capsys.readouterr()
     assert said.out == "" and said.err == "error: no NVIDIA driver was found\n  remedy: install the NVIDIA driver\n"

@@ -293,6 +293,16 @@ def test_fewer_contexts_than_wanted_are_enough(tmp_path, monkeypatch, caplog) ->
     assert world.cuda.leaks() == {}
 
 
+@pytest.mark.parametrize("setting", [Setting(faults=Faults(context={3, 4, 5, 6, 7, 8, 9})), Setting(version="8.5.3.1")], ids=["faults", "TensorRT 8"])
+def test_warm_up_ends_where_there_are_fewer_contexts_than_wanted(tmp_path, monkeypatch, setting: Setting) -> None:
+    """It holds all that there are, so that waiting for another would never end."""
+    world = make_world(tmp_path, monkeypatch, setting)
+    with world.open(contexts=4) as engine:
+        engine.warm_up()
+        assert_answers(world, engine, batch_of(3))
+    assert world.cuda.leaks() == {}
+
+
 def test_refused_run_is_an_error_with_tensorrts_words_and_the_engine_goes_on(tmp_path, monkeypatch) -> None:
     world = make_world(tmp_path, monkeypatch, Setting(faults=Faults(enqueue={1})))
     with world.open() as engine:

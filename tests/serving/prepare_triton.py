@@ -52,8 +52,14 @@ def prepare() -> None:
 
 
 def server_environment() -> dict[str, str]:
-    """What the server needs in its environment."""
-    return {**os.environ, "LD_LIBRARY_PATH": str(SITE / "nvidia_pytriton.libs"), "PYTHONPATH": str(SITE)}
+    """What the server needs in its environment.
+
+    Its own Python comes first on PATH: the interpreter of the python backend looks there for its packages, and an activated environment with
+    NumPy 2 would be found in its place.
+    """
+    path = f"{FOLDER / 'venv' / 'bin'}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    kept = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONHOME")}
+    return {**kept, "PATH": path, "LD_LIBRARY_PATH": str(SITE / "nvidia_pytriton.libs"), "PYTHONPATH": str(SITE)}
 
 
 def find_haproxy() -> tuple[str, dict[str, str]] | None:

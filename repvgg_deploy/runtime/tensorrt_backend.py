@@ -18,10 +18,11 @@ from .cuda import port as cuda_port
 from .device_arrays import DeviceArrays, DeviceView, view_device_array
 from .device_memory import DevicePool
 from .tensorrt_device import run_on_device
+from .tensorrt_graphs import make_switch
 from .tensorrt_pipeline import Pipeline
 from .tensorrt_plan import open_plan
 from .tensorrt_pool import SlotPool
-from .tensorrt_slots import Arrays, NoMoreContextsError, Slot, make_switch, require_size, split
+from .tensorrt_slots import Arrays, NoMoreContextsError, Slot, require_size, split
 from .tensorrt_staging import view_host
 
 logger = logging.getLogger(__name__)

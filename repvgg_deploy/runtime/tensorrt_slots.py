@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +12,8 @@ from numpy.typing import NDArray
 
 from ..errors import CudaError, InputError
 from .cuda.port import CudaPort
-from .tensorrt_context import Lane, choose_buckets, count_scratch_bytes, make_context
+from .tensorrt_context import Lane, count_scratch_bytes, make_context
+from .tensorrt_graphs import GraphSwitch, capture_graph
 from .tensorrt_plan import OpenPlan
 from .tensorrt_staging import Owned, Stage
 from .tensorrt_tensors import Interface, Shape
@@ -22,23 +21,7 @@ from .tensorrt_tensors import Interface, Shape
 if TYPE_CHECKING:
     from .tensorrt_pipeline import Pipeline
 
-logger = logging.getLogger(__name__)
-
 Arrays = list[NDArray[Any]]
-
-
-@dataclass(slots=True)
-class GraphSwitch:
-    """Whether CUDA graphs are used; the first failure turns them off for the whole engine, and is logged once."""
-
-    on: bool
-    buckets: frozenset[int] = field(default_factory=frozenset)
-
-    def turn_off(self, reason: object) -> None:
-        """Graphs are left out from now on."""
-        if self.on:
-            self.on = False
-            logger.warning("CUDA graphs are left out from now on, the engine runs without: %s", " ".join(str(reason).split()))
 
 
 class NoMoreContextsError(CudaError):
@@ -210,33 +193,14 @@ class Slot:
             return False
         port = self.port
         try:
-            port.begin_capture(self.stream)
+            graph = capture_graph(port, self.stream, lambda: self._enqueue(lane, shape))
         except CudaError as error:
-            self._graphs.turn_off(error)
-            return False
-        failure: CudaError | None = None
-        try:
-            self._enqueue(lane, shape)
-        except CudaError as error:
-            failure = error
-        try:
-            graph = port.end_capture(self.stream)
-        except CudaError as error:
-            self._graphs.turn_off(failure or error)
+            self._graphs.note_failure(error)
             return False
         self.owned.add(graph, lambda: port.destroy_graph(graph))
-        if failure is not None:
-            self.owned.free(graph)
-            self._graphs.turn_off(failure)
-            return False
         lane.graph = graph
         port.launch_graph(graph, self.stream)
         return True
-
-
-def make_switch(plan: OpenPlan, port: CudaPort, wanted: bool) -> GraphSwitch:
-    """The switch of an engine."""
-    return GraphSwitch(wanted and port.has_graphs, choose_buckets(plan.interface))
 
 
 def fill(stage: Stage, interface: Interface, batch: NDArray[Any], shape: Shape) -> None:

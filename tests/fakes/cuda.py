@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from repvgg_deploy.runtime.cuda.port import DeviceInfo
+from repvgg_deploy.runtime.cuda.port import CAPTURE_LOCK, DeviceInfo
 from repvgg_deploy.runtime.cuda.status import make_error, no_such_device
 
 POISON = 0xFF  # NaN as a floating-point number
@@ -298,11 +298,21 @@ class FakeCuda:
         return None
 
     def synchronize(self) -> None:
+        with CAPTURE_LOCK:
+            self.device_wait()
+
+    def device_wait(self) -> None:
+        """What torch.cuda.synchronize() in another thread does: it knows no lock of ours."""
         with self.lock:
             device = self._begin("synchronize")
-            for stream in list(self.streams.values()):
-                if stream.device == device and stream.recording is None:
-                    self._drain(stream)
+            streams = [stream for stream in self.streams.values() if stream.device == device]
+            capturing = [stream for stream in streams if stream.recording is not None]
+            for stream in capturing:  # a wait for the device ends every capture on it, whichever thread waits
+                stream.broken_capture = True
+            if capturing:
+                raise make_error("cuCtxSynchronize", "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "a stream of the device is capturing")
+            for stream in streams:
+                self._drain(stream)
 
     # inside
 

@@ -168,6 +168,52 @@ def test_failed_capture_falls_back_and_is_logged_once(tmp_path, monkeypatch, cap
     assert len([record for record in caplog.records if "CUDA graphs are left out" in record.message]) == 1
 
 
+def test_capture_that_somebody_elses_wait_for_the_device_broke_is_tried_again(world: World, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    """torch.cuda.synchronize() in another thread, in the midst of a capture."""
+    begin = world.cuda.begin_capture
+    waits: list[bool] = []
+
+    def interfere(stream: object) -> None:
+        begin(stream)
+        if not waits:
+            with world.cuda.on_device(0), pytest.raises(CudaError, match="CAPTURE_UNSUPPORTED"):
+                waits.append(True)
+                world.cuda.device_wait()
+
+    monkeypatch.setattr(world.cuda, "begin_capture", interfere)
+    with caplog.at_level(logging.INFO), world.open(contexts=1) as engine:
+        for seed in range(4):
+            assert_answers(world, engine, batch_of(4, seed=seed))
+        assert waits and world.cuda.launches >= 1
+    assert "tried again" in caplog.text and "left out" not in caplog.text
+    assert world.cuda.leaks() == {}
+
+
+def test_own_wait_for_the_device_breaks_no_capture(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Device memory that unnamed streams used is freed after such a wait, by whichever thread: it has to wait for the capture's end."""
+    begin, waited = world.cuda.begin_capture, threading.Event()
+
+    def wait_for_device() -> None:
+        with world.cuda.on_device(0):
+            world.cuda.synchronize()
+        waited.set()
+
+    thread = threading.Thread(target=wait_for_device)
+
+    def begin_capture(stream: object) -> None:
+        begin(stream)
+        thread.start()
+        assert not waited.wait(0.2)
+
+    monkeypatch.setattr(world.cuda, "begin_capture", begin_capture)
+    with world.open(contexts=1) as engine:
+        assert_answers(world, engine, batch_of(4))
+        assert_answers(world, engine, batch_of(4, seed=1))
+        assert world.cuda.launches == 1 and waited.wait(10)
+    thread.join()
+    assert world.cuda.leaks() == {}
+
+
 def test_warm_up_makes_every_context_and_graph(world: World) -> None:
     with world.open(contexts=3) as engine:
         engine.warm_up()

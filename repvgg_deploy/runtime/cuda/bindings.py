@@ -6,7 +6,7 @@ from importlib import metadata
 from types import TracebackType
 from typing import Any
 
-from .port import ContextTable, DeviceInfo, read_driver_version
+from .port import CAPTURE_LOCK, ContextTable, DeviceInfo, read_driver_version
 from .status import driver_too_old, make_error, no_driver, no_such_device
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
@@ -146,7 +146,8 @@ class BindingsPort:
 
     def synchronize(self) -> None:
         """See CudaPort."""
-        self._ask("cuCtxSynchronize")
+        with CAPTURE_LOCK:
+            self._ask("cuCtxSynchronize")
 
     def _find(self, index: int) -> Any:
         count = self.count_devices()

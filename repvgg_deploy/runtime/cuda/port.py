@@ -19,6 +19,12 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 from ...errors import InputError, MissingDependencyError
 
 Provider = Literal["bindings", "pycuda"]
+CAPTURE_LOCK = threading.RLock()
+"""Held while a graph is captured, and while the whole device is waited for: CUDA refuses the wait where any stream captures, and ends that capture.
+
+Of the process, as the rule is: Engines that know nothing of one another share the device.
+Source: CUDA driver API, cuStreamBeginCapture and cuCtxSynchronize.
+"""
 _C = TypeVar("_C")
 _PROVIDERS: dict[Provider, tuple[str, str, str]] = {
     "bindings": ("cuda.bindings.driver", "cuda-bindings", "pip install 'repvgg-deploy[tensorrt]', which brings cuda-bindings"),
@@ -111,7 +117,7 @@ class CudaPort(Protocol):
         """Whether the provider can capture graphs."""
 
     def begin_capture(self, stream: Any) -> None:
-        """From now on the stream's work is recorded and not done."""
+        """From now on the stream's work is recorded and not done; the caller holds CAPTURE_LOCK until the end."""
 
     def end_capture(self, stream: Any) -> Any:
         """Ends the recording, also one that failed, and gives the executable graph."""
@@ -126,7 +132,7 @@ class CudaPort(Protocol):
         """Which GPU an address lies on; None where it lies on none, or the provider cannot say."""
 
     def synchronize(self) -> None:
-        """Waits for all work on the current device, of everybody."""
+        """Waits for all work on the current device, of everybody; holds CAPTURE_LOCK."""
 
 
 class ContextTable(Generic[_C]):

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from ...errors import CudaError
-from .port import ContextTable, DeviceInfo, read_driver_version
+from .port import CAPTURE_LOCK, ContextTable, DeviceInfo, read_driver_version
 from .status import make_error, no_driver, no_such_device
 
 _T = TypeVar("_T")
@@ -175,7 +175,8 @@ class PycudaPort:
 
     def synchronize(self) -> None:
         """See CudaPort."""
-        self._ask("cuCtxSynchronize", self._driver.Context.synchronize)
+        with CAPTURE_LOCK:  # pycuda captures nothing, but another Engine of the process may
+            self._ask("cuCtxSynchronize", self._driver.Context.synchronize)
 
     def _retain(self, index: int) -> _Activation:
         return _Activation(self, self._ask("cuDevicePrimaryCtxRetain", self._find(index).retain_primary_context))

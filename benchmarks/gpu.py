@@ -18,7 +18,7 @@ Aims are shown as met or not and change no exit code:
     python benchmarks/gpu.py --models models --minutes 9      # the same in parts; again until it says that all is done
     python benchmarks/gpu.py --models models --make-models    # makes the models only; needs no GPU
 
-`benchmarks/gpu_offline.sh` runs it, and `pytest -m gpu`, on a machine that reaches no package index.
+`python -m benchmarks.gpu_parts.offline` runs it, and `pytest -m gpu`, on a machine that reaches no package index.
 """
 
 from __future__ import annotations

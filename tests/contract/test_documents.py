@@ -14,7 +14,7 @@ import pytest
 
 from tests.contract.source_tree import ROOT
 
-DOCUMENTS = ["README.md", "docs/schemas.md", "engines/README.md", "CONTRIBUTING.md", "docker/README.md", "models/README.md"]
+DOCUMENTS = ["README.md", "docs/schemas.md", "engines/README.md", "CONTRIBUTING.md", "docker/README.md", "models/README.md", "benchmarks/README.md"]
 # A block with a language is run unless the line before it says why not, or names a package that is not installed.
 BLOCK = re.compile(r"(?:^<!-- (?:not run: (?P<reason>[^>]+)|needs (?P<package>\w+)) -->\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
 PROGRAMS = {"repvgg-export": "repvgg_deploy.cli.export", "repvgg-trt": "repvgg_deploy.cli.trt"}

@@ -134,6 +134,6 @@ def _cupy(engine: Engine, images: NDArray[Any], truth: NDArray[Any]) -> float:
 
 
 def _batching(engine: Engine, images: NDArray[Any], truth: NDArray[Any]) -> float:
-    with engine.batcher(max_batch=32, max_delay_ms=2, concurrency=2, max_queue=256) as batcher, ThreadPoolExecutor(64) as pool:
+    with engine.batcher(max_batch=32, max_delay_ms=2, max_queue=256) as batcher, ThreadPoolExecutor(64) as pool:
         futures = [(index, pool.submit(batcher.infer, images[index % len(images)][None])) for index in range(256)]
         return max(_difference(future.result(), truth[index % len(images)][None]) for index, future in futures)

@@ -137,7 +137,7 @@ def measure_clients(engine: Engine, images: NDArray[Any], count: int, *, seconds
     rates: dict[str, list[float]] = {"full": [], "clients": []}
     for _ in range(3):
         rates["full"].append(_rate(lambda: engine.infer(full), count, seconds))
-        with engine.batcher(max_batch=count, max_delay_ms=2, concurrency=2, max_queue=4 * count + CLIENTS) as batcher:
+        with engine.batcher(max_batch=count, max_delay_ms=2, max_queue=4 * count + CLIENTS) as batcher:
             rates["clients"].append(_rate_of_clients(lambda: batcher.infer(one), seconds))
     found = {name: statistics.median(values) for name, values in rates.items()}
     return {"batch": count, "clients": CLIENTS, "images_per_second": found, "share": found["clients"] / found["full"]}

@@ -199,7 +199,7 @@ class Engine:
         max_delay_ms: float = 2.0,
         max_queue: int | None = None,
         timeout_ms: float | None = None,
-        concurrency: int = 1,
+        concurrency: int | None = None,
     ) -> Batcher:
         """Micro-batching: single requests from many clients are run together. Close it before the Engine; nested `with` blocks do.
 
@@ -208,14 +208,16 @@ class Engine:
             max_delay_ms: How long the first request of a batch waits for others.
             max_queue: Images that may wait; None: eight batches.
             timeout_ms: What waited so long is not run any more; None: for ever.
-            concurrency: Batches under way at once.
+            concurrency: Batches under way at once; None: of a plan two, where it has as many contexts, so that one is copied while the other is
+                computed; of other models one, which has all the cores.
 
         Raises:
             InputError: An argument is out of range, or the Engine is closed.
         """
         self._enter()
         self._lease.release()
-        options = BatcherOptions(max_batch, max_delay_ms, max_queue, timeout_ms, concurrency)
+        at_once = concurrency if concurrency is not None else min(self._options.contexts, 2) if self._executor.overlaps else 1
+        options = BatcherOptions(max_batch, max_delay_ms, max_queue, timeout_ms, at_once)
         return Batcher(BatchRunner(self._check.check, self._record, lambda outputs: package(outputs, self._spec)), options)
 
     def statistics(self) -> Statistics:

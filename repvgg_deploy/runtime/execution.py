@@ -31,6 +31,11 @@ class Executor:
         if self._splitting is not None:
             self._smallest, self.largest = self._splitting.min_batch, self._splitting.max_batch
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether batches that run at once gain by it: copies of one go on beside the computation of another."""
+        return self._splitting is not None
+
     def takes(self, batch: object) -> bool:
         """Whether an object is an array on a GPU, for a backend that can read it there."""
         return type(batch) is not np.ndarray and self._splitting is not None and is_device_array(batch)

@@ -441,12 +441,22 @@ def test_close_waits_for_running_work_and_frees_everything(world: World) -> None
 
 
 def test_batcher_and_submit_run_on_plans(world: World) -> None:
-    with world.open() as engine, engine.batcher(max_batch=8, max_delay_ms=1, concurrency=2) as batcher, ThreadPoolExecutor(16) as pool:
+    with world.open() as engine, engine.batcher(max_batch=8, max_delay_ms=1) as batcher, ThreadPoolExecutor(16) as pool:
+        assert batcher.options.concurrency == 2
         batches = [batch_of(1, seed=index) for index in range(64)]
         for batch, found in zip(batches, pool.map(batcher.infer, batches), strict=True):
             np.testing.assert_allclose(found, world.expect(batch)[0], rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(engine.submit(batches[0]).result(PATIENCE), world.expect(batches[0])[0], rtol=1e-5, atol=1e-5)
     assert world.cuda.leaks() == {}
+
+
+def test_batcher_of_a_plan_with_one_context_runs_a_batch_at_a_time(world: World) -> None:
+    from repvgg_deploy import Engine
+
+    with world.open(contexts=1) as engine, engine.batcher() as batcher, Engine(world.onnx) as on_cpu, on_cpu.batcher() as other:
+        assert batcher.options.concurrency == other.options.concurrency == 1
+        with engine.batcher(concurrency=3) as asked:
+            assert asked.options.concurrency == 3
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

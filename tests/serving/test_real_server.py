@@ -27,7 +27,7 @@ from tests.serving.make_repository import edit_config, needs_schema, write_plan
 from tests.serving.prepare_triton import FOLDER, CannotPrepareError, find_haproxy, prepare
 from tests.serving.real_server import Load, RealServer, free_ports, infer, infer_at_once, request, start, wait_until
 
-pytestmark = [pytest.mark.slow, needs_schema, pytest.mark.timeout(600)]
+pytestmark = [needs_schema, pytest.mark.timeout(600)]
 IMAGE = random_batch(ModelOptions(), 1)
 # A batch is computed in another order of additions than a single image; the logits are of the size of 1.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}

@@ -10,7 +10,7 @@ FUZZ_CASES ?= 2000
 # The environment is current when it was made for this folder, this pyproject.toml and these constraints.
 STAMP := $(VENV)/.stamp-$(shell { pwd; cat pyproject.toml constraints.txt; } | cksum | cut -d ' ' -f 1)
 
-.PHONY: help install demo test slow fuzz lint format check bench clean
+.PHONY: help install demo test slow fuzz lint format check docs bench clean
 .DEFAULT_GOAL := help
 
 help: ## what each command does
@@ -25,7 +25,7 @@ $(STAMP):
 	@echo 'installing into $(VENV): a few minutes, this once'
 	@# torch first and by version, so that no range of another package can pull a newer CUDA build.
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt 'torch==2.13.0'
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,cpu,dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,cpu,dev,docs]'
 	@rm -f $(VENV)/.stamp-*
 	@touch $@
 
@@ -52,10 +52,14 @@ format: install ## put the code in form
 
 check: lint test ## what a change must pass: lint, then test
 
+docs: install ## build the documentation into site/, every warning an error; open site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo 'built: open site/index.html'
+
 bench: install ## side-by-side measurements, an hour; results in benchmarks/results/ (benchmarks/gpu.py is for a machine with a GPU)
 	@failed=; for program in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do echo "== $$program"; $(PY) "$$program" || failed="$$failed $$program"; done; \
 	  [ -z "$$failed" ] || { echo "failed, or missed an aim:$$failed" >&2; exit 1; }
 
 clean: ## remove the environment, caches and what the demo wrote
-	rm -rf .venv .venv310 .triton .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist demo *.egg-info
+	rm -rf .venv .venv310 .triton .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist demo site *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import importlib.util
 import os
 import re
@@ -12,9 +14,24 @@ from pathlib import Path
 
 import pytest
 
-from tests.contract.source_tree import ROOT
+from tests.contract.source_tree import ROOT, modules
 
-DOCUMENTS = ["README.md", "docs/schemas.md", "engines/README.md", "CONTRIBUTING.md", "docker/README.md", "models/README.md", "benchmarks/README.md"]
+GUIDES = ["docs/index.md", "docs/reparameterization.md", "docs/int8.md", "docs/deployment.md"]
+REFERENCE = ["docs/api/engine.md", "docs/api/options.md", "docs/api/errors.md"]
+DOCUMENTS = [
+    "README.md",
+    "docs/schemas.md",
+    "docs/cli.md",
+    "docs/troubleshooting.md",
+    *GUIDES,
+    *REFERENCE,
+    "docs/api/index.md",
+    "engines/README.md",
+    "CONTRIBUTING.md",
+    "docker/README.md",
+    "models/README.md",
+    "benchmarks/README.md",
+]
 # A block with a language is run unless the line before it says why not, or names a package that is not installed.
 BLOCK = re.compile(r"(?:^<!-- (?:not run: (?P<reason>[^>]+)|needs (?P<package>\w+)) -->\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
 PROGRAMS = {"repvgg-export": "repvgg_deploy.cli.export", "repvgg-trt": "repvgg_deploy.cli.trt"}
@@ -29,7 +46,7 @@ def blocks(document: str) -> list[re.Match[str]]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a reader has: the clone's folders that the snippets name, and the programs on PATH."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("models", "engines"):
+    for name in ("models", "engines", "docs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("checkpoints", "onnx", "plans", "__pycache__"))
     (folder / "bin").mkdir()
     for program, module in PROGRAMS.items():
@@ -56,7 +73,7 @@ def exported(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("document", ["README.md", "engines/README.md", "docs/schemas.md"])
+@pytest.mark.parametrize("document", ["README.md", "engines/README.md", "docs/schemas.md", *GUIDES, *REFERENCE])
 def test_snippets_of_a_document_run_one_after_the_other(document: str, exported: Path) -> None:
     if document == "README.md":
         (exported / "sample.onnx").unlink()  # its own commands write it
@@ -76,6 +93,7 @@ def test_snippet_of_the_readme_recognises_the_digit(exported: Path) -> None:
     assert run([sys.executable, "-c", python[0]], exported).stdout.split() == ["3"]
 
 
+@functools.cache
 def help_texts() -> dict[str, str]:
     commands = {
         "repvgg-export": [[]],
@@ -91,15 +109,22 @@ def help_texts() -> dict[str, str]:
     return result
 
 
-def test_options_in_the_readme_are_those_of_the_programs() -> None:
-    """Each option that the README names is in a program's help; in the table of repvgg-export's options, in its help."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    helps = help_texts()
-    code = "\n".join(re.findall(r"`([^`\n]+)`", readme)) + "\n".join(block["code"] for block in blocks("README.md"))
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", code))
-    known = set(re.findall(r"--[a-z][a-z-]+", "\n".join(helps.values())))
-    assert len(named) > 10
-    assert named - known == set()
+# Options of other programs that the documents name.
+FOREIGN = {"docs/deployment.md": {"--preload"}, "README.md": {"--gpus"}}
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/int8.md", "docs/deployment.md"])
+def test_options_in_a_document_are_those_of_the_programs(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"`([^`\n]+)`", text)) + "\n".join(block["code"] for block in blocks(document))
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", code))
+    known = set(re.findall(r"--[a-z][a-z0-9-]+", "\n".join(help_texts().values())))
+    assert len(named) > 8
+    assert named - known == FOREIGN.get(document, set())
+
+
+def test_options_in_the_readme_table_of_exports_are_its_own() -> None:
+    readme, helps = (ROOT / "README.md").read_text(encoding="utf-8"), help_texts()
     table = readme.partition("| option of `repvgg-export`")[2].partition("\n\n")[0]
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", table)) <= set(re.findall(r"--[a-z][a-z-]+", helps["repvgg-export"]))
 
@@ -141,3 +166,41 @@ def test_python_of_the_docs_is_valid() -> None:
     assert len(found) > 5
     for document, code in found:
         compile(code, document, "exec")
+
+
+def messages(document: str) -> list[str]:
+    """The error messages of the document's tables: what stands as code in the first column below the head `message`, … for what varies."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    tables = re.findall(r"^\| message \|.*\n\|[-| ]+\|\n((?:\|.*\n)+)", text, re.M)
+    return [found for table in tables for row in table.splitlines() for found in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
+
+
+@functools.cache
+def texts_of_the_package() -> list[str]:
+    """Every text of the source, with … where a value is put in."""
+    found = []
+    for module in modules():
+        for node in ast.walk(module.tree):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            if any(isinstance(part, ast.Constant) and isinstance(part.value, str) for part in parts):
+                found.append("".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts))
+    return found
+
+
+@pytest.mark.parametrize(("document", "least"), [("README.md", 20), ("docs/int8.md", 8)])
+def test_error_messages_in_a_document_are_those_of_the_code(document: str, least: int) -> None:
+    quoted = messages(document)
+    assert len(quoted) >= least
+    for message in quoted:
+        assert len(message.replace("…", "")) >= 15, f"{message}: too short to tell one error from another"
+        pattern = re.compile(".*?".join(re.escape(part) for part in message.split("…")), re.S)
+        assert any(pattern.search(text) for text in texts_of_the_package()), f"{document}: no error says {message!r}"
+
+
+def test_figures_of_the_int8_guide_are_those_of_the_readme() -> None:
+    def rows(document: str) -> dict[str, list[str]]:
+        table = (ROOT / document).read_text(encoding="utf-8").partition("| A0 top-1 |")[2].partition("\n\n")[0]
+        return {cells[0]: cells[1:7] for cells in ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:])}
+
+    assert len(rows("docs/int8.md")) > 5
+    assert rows("docs/int8.md").items() <= rows("README.md").items()

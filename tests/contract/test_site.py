@@ -1,0 +1,145 @@
+"""The site of docs/: it builds without a warning, is whole, needs no network, and its picture is that of the weights in this repository."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+import pytest
+
+import repvgg_deploy
+from repvgg_deploy import errors
+from tests.contract.source_tree import ROOT
+
+DOCS = ROOT / "docs"
+needs_mkdocs = pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("material", "mkdocstrings", "ziamath")), reason="the extra docs is not installed"
+)
+
+
+class Page(HTMLParser):
+    """What a page links to, what it loads by itself, and what can be linked to in it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.loads: list[str] = []
+        self.anchors: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = {name: value or "" for name, value in attrs}
+        self.anchors |= {values[name] for name in ("id", "name") if name in values}
+        if tag == "a" and "href" in values:
+            self.links.append(values["href"])
+        if "src" in values or (tag == "link" and values.get("rel") in ("stylesheet", "icon", "preconnect")):
+            self.loads.append(values.get("src") or values["href"])
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    result = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert result.returncode == 0, result.stderr
+    assert "WARNING" not in result.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pages(site: Path) -> dict[Path, Page]:
+    return {path: Page(path.read_text(encoding="utf-8")) for path in sorted(site.rglob("*.html")) if path.name != "404.html"}
+
+
+@needs_mkdocs
+def test_site_has_a_page_for_every_document_and_each_is_in_the_navigation(pages: dict[Path, Page], site: Path) -> None:
+    expected = {site / path.relative_to(DOCS).with_suffix(".html") for path in DOCS.rglob("*.md")}
+    assert len(expected) > 8
+    assert set(pages) == expected
+    for path in expected - {site / "index.html"}:  # the home page shows a link to every other one
+        assert path.relative_to(site).as_posix() in pages[site / "index.html"].links, path
+
+
+@needs_mkdocs
+def test_every_link_of_the_site_leads_somewhere(pages: dict[Path, Page]) -> None:
+    checked = 0
+    for path, page in pages.items():
+        for link in page.links:
+            parts = urlsplit(link)
+            if parts.scheme:
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            target = target / "index.html" if target.is_dir() else target
+            assert target.exists(), f"{path.name}: {link}"
+            if parts.fragment and target in pages:
+                assert unquote(parts.fragment) in pages[target].anchors, f"{path.name}: {link}"
+            checked += 1
+    assert checked > 200
+
+
+@needs_mkdocs
+def test_site_loads_nothing_from_the_network(pages: dict[Path, Page], site: Path) -> None:
+    for path, page in pages.items():
+        assert [load for load in page.loads if urlsplit(load).scheme or load.startswith("//")] == [], path.name
+        assert all((path.parent / unquote(urlsplit(load).path)).exists() for load in page.loads), path.name
+    styles = [path.read_text(encoding="utf-8") for path in site.rglob("*.css")]
+    assert styles
+    assert not any(re.search(r"@import|url\([\"']?(?:https?:)?//", text) for text in styles)
+
+
+@needs_mkdocs
+def test_reference_has_every_public_name_and_every_error(pages: dict[Path, Page], site: Path) -> None:
+    anchors = {anchor for path, page in pages.items() if path.parent == site / "api" for anchor in page.anchors}
+    assert [name for name in repvgg_deploy.__all__ if f"repvgg_deploy.{name}" not in anchors and name != "RepVGGDeployError"] == []
+    kinds = [name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.RepVGGDeployError)]
+    assert len(kinds) > 15
+    assert [name for name in kinds if f"repvgg_deploy.errors.{name}" not in anchors] == []
+
+
+@needs_mkdocs
+def test_help_texts_and_formulas_are_in_the_pages(site: Path) -> None:
+    commands = (site / "cli.html").read_text(encoding="utf-8")
+    assert len(re.findall(r"usage: repvgg-", commands)) == len(re.findall(r"<!-- help: ", (DOCS / "cli.md").read_text(encoding="utf-8"))) > 5
+    formulas = (site / "reparameterization.html").read_text(encoding="utf-8")
+    assert formulas.count('class="formula"') > 20
+    assert "arithmatex" not in formulas
+    for path in site.rglob("*.html"):
+        assert not re.search(r"<!-- (?:not run|needs|help):?", path.read_text(encoding="utf-8")), path.name
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    pytest.importorskip("torch")
+    pytest.importorskip("matplotlib")
+    path = tmp_path_factory.mktemp("picture") / "reparameterization.png"
+    command = [sys.executable, str(DOCS / "tools" / "draw_reparameterization.py"), "--out", str(path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
+    assert result.returncode == 0, result.stderr
+    return path, result.stdout
+
+
+def test_picture_of_the_block_is_that_of_the_sample(drawn: tuple[Path, str]) -> None:
+    image = pytest.importorskip("PIL.Image")
+    again, committed = (np.asarray(image.open(path).convert("RGB"), np.float64) for path in (drawn[0], DOCS / "images" / "reparameterization.png"))
+    assert again.shape == committed.shape
+    # Of 255. Another processor gives other last digits in three numbers, another matplotlib other edges of letters; other weights give other panels.
+    assert np.abs(again - committed).mean() < 2.0
+
+
+def test_errors_in_the_text_are_those_that_are_measured(drawn: tuple[Path, str]) -> None:
+    measured = [float(number) for number in re.findall(r"\d\.\de-\d+", drawn[1])]
+    text = (DOCS / "reparameterization.md").read_text(encoding="utf-8")
+    written = [float(number) for number in re.findall(r"^\| .* \| (\d\.\de-\d+) \|$", text, re.M)]
+    assert len(measured) == len(written) == 3
+    # Rounding errors depend on the processor's order of sums; the order of magnitude does not.
+    assert all(0.1 < one / other < 10 for one, other in zip(measured, written, strict=True))

@@ -28,12 +28,13 @@ def find_container(tensorrt_version: str) -> str | None:
     """The newest listed image whose TensorRT is this one, such as `nvcr.io/nvidia/tritonserver:24.12-py3`; None where none is listed.
 
     Args:
-        tensorrt_version: Such as `10.7.0.23`. Where a release is only known as `10.5`, the numbers that are known must agree.
+        tensorrt_version: Such as `10.7.0.23`. Where a release is only known as `10.5`, the numbers that are known must agree. The Python packages
+            of 10.0 to 10.7 call themselves `10.7.0`, and each was built once: the three numbers are enough.
     """
     wanted = tensorrt_version.split(".")
     for release, version in sorted(CONTAINERS.items(), reverse=True):
         known = version.split(".")
-        if wanted[: len(known)] == known:
+        if wanted[: len(known)] == known or (len(wanted) == 3 and wanted[0] == "10" and known[:3] == wanted):
             return f"nvcr.io/nvidia/tritonserver:{release}-py3"
     return None
 

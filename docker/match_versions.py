@@ -1,0 +1,52 @@
+"""Prints the build arguments with which an image gets the TensorRT of a plan, as its passport says.
+
+docker build -f docker/triton.Dockerfile $(python docker/match_versions.py b2.plan) -t repvgg-triton .
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from repvgg_deploy.errors import InputError, PlanError, RepVGGDeployError
+from repvgg_deploy.runtime.passport import read_passport
+from repvgg_deploy.serving.containers import find_container
+from repvgg_deploy.specs import PlanPassport
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="match_versions.py", description="prints the build arguments that match a plan's passport")
+    parser.add_argument("plan", type=Path, metavar="PLAN")
+    try:
+        passport = read_passport(parser.parse_args(argv).plan)
+        if passport is None:
+            raise PlanError("the plan has no passport beside it", remedy="copy it together with the plan")
+        print(" ".join(f"--build-arg {name}={value}" for name, value in match(passport).items()))
+    except RepVGGDeployError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def match(passport: PlanPassport) -> dict[str, str]:
+    """Build argument → value; without TRITON_RELEASE where no release is known to have this TensorRT.
+
+    Raises:
+        InputError: Neither Dockerfile installs this TensorRT.
+    """
+    version = passport.tensorrt_version
+    if passport.flavour == "tensorrt_rtx":
+        return {"TENSORRT": f"tensorrt-rtx-cu13=={version}", "CUDA_MAJOR": "13"}
+    major, minor, *_ = (int(part) for part in version.split("."))
+    if major < 10:
+        raise InputError(f"TensorRT {version} is not one of the packages for CUDA 12 or 13", remedy="build the plan with TensorRT 10 or later")
+    # The packages have three numbers before 10.8, though the library has four.
+    package = version if (major, minor) >= (10, 8) else ".".join(version.split(".")[:3])
+    arguments = {"TENSORRT_VERSION": package, "CUDA_MAJOR": "12" if major == 10 else "13"}
+    container = find_container(version)
+    return arguments if container is None else {**arguments, "TRITON_RELEASE": container.rpartition(":")[2].removesuffix("-py3")}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -349,6 +349,7 @@ class PlanPassport:
         precision_shares: By precision, the share of multiply-accumulates that the layer inspector saw compute in it, 0 to 1; empty where it
             could not look.
         platform: Where it was built, such as `linux-x86_64`: plans do not cross platforms.
+        variant: The architecture, or None for a module of the user's own or a passport of before there was this field.
     """
 
     schema: Literal[1]
@@ -367,6 +368,7 @@ class PlanPassport:
     history: tuple[HistoryEntry, ...] = ()
     precision_shares: dict[str, float] = field(default_factory=dict)
     platform: str | None = None
+    variant: VariantSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)

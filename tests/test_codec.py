@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from repvgg_deploy import codec
 from repvgg_deploy.errors import InputError
+from repvgg_deploy.measure.records import Benchmark
 from repvgg_deploy.precision.scales import ScaleFile
 from repvgg_deploy.specs import BuildConfig, CalibrationProvenance, ModelMetadata, PlanPassport, VariantSpec
 
@@ -27,8 +28,18 @@ EXAMPLES: dict[str, type] = {
     "build-config": BuildConfig,
     "variant": VariantSpec,
     "scales": ScaleFile,
+    "benchmark": Benchmark,
 }
-FREE = ("versions", "options", "statistics", "scales", "factors", "exponents", "precision_shares")  # tables whose keys are free
+FREE = (
+    "versions",
+    "options",
+    "statistics",
+    "scales",
+    "factors",
+    "exponents",
+    "precision_shares",
+    "operations_per_second",
+)  # tables whose keys are free
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +125,10 @@ def test_example_with_a_mistyped_field_anywhere_is_refused(name: str, path: tupl
 
 OPTIONAL_FIELDS: dict[str, set[str]] = {
     "onnx-metadata": {"notes", "content_sha256"},
-    "plan-passport": {"history", "precision_shares", "platform"},
+    "plan-passport": {"history", "precision_shares", "platform", "variant"},
     "calibration": set(),
     "scales": {"factors", "exponents", "target"},
+    "benchmark": set(),
 }
 
 

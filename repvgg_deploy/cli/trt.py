@@ -10,6 +10,7 @@ import importlib
 import sys
 from typing import TYPE_CHECKING
 
+from .bench_arguments import ADVISE_EXAMPLES, BENCH_EXAMPLES, add_advise_options, add_bench_options, find_advise_conflict, find_bench_conflict
 from .build_arguments import BUILD_EXAMPLES, CHECK_EXAMPLES, add_build_options, add_check_options, find_build_conflict
 from .common import Output, parent_parser, run
 from .quantize_arguments import add_quantize_options, find_conflict
@@ -40,7 +41,13 @@ def main(argv: list[str] | None = None) -> int:
         The exit code; see `common`. `--help`, `--version` and usage errors raise SystemExit, as argparse does.
     """
     args = build_parser().parse_args(argv)
-    rules = {"quantize": find_conflict, "build": find_build_conflict, "triton": find_triton_conflict}
+    rules = {
+        "quantize": find_conflict,
+        "build": find_build_conflict,
+        "triton": find_triton_conflict,
+        "bench": find_bench_conflict,
+        "advise": find_advise_conflict,
+    }
     conflict = rules.get(args.command, lambda _: None)(args)
     if conflict is not None:
         args.usage_error(conflict)
@@ -51,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands."""
     parser = argparse.ArgumentParser(prog="repvgg-trt", description=_DESCRIPTION, parents=[parent_parser()])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
-    for add in (_add_infer, _add_inspect, _add_quantize, _add_build, _add_check, _add_triton, _add_eval, _add_compare):
+    for add in (_add_infer, _add_inspect, _add_quantize, _add_build, _add_check, _add_triton, _add_eval, _add_compare, _add_bench, _add_advise):
         add(commands)
     return parser
 
@@ -183,6 +190,33 @@ def _add_compare(commands: Subparsers) -> None:
         "--layer-images", type=_count, default=64, metavar="N", help="images for the comparison of layers, 0 for none (default: %(default)s)"
     )
     _add_data_options(parser)
+
+
+def _add_bench(commands: Subparsers) -> None:
+    parser = commands.add_parser(
+        "bench",
+        parents=[parent_parser()],
+        help="measure latency, throughput and the share of the roofline",
+        description="Measures models in turn within one run: latency, throughput, and on a GPU the copies,\ncomputing and launch apart; says when "
+        "the times were not stable; and what share of the\ndevice's limits that is, layer by layer.",
+        epilog=BENCH_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_bench_options(parser)
+
+
+def _add_advise(commands: Subparsers) -> None:
+    parser = commands.add_parser(
+        "advise",
+        parents=[parent_parser()],
+        help="rank variants, batch sizes and precisions by accuracy and latency",
+        description="Ranks variant, batch size and precision by throughput among those that meet a latency and\nan accuracy: published top-1, "
+        "measured latency where there is a file of repvgg-trt bench,\nelse an estimate from multiply-accumulates and bytes. Exit code 1: none "
+        "meets both.",
+        epilog=ADVISE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_advise_options(parser)
 
 
 def _add_data_options(parser: argparse.ArgumentParser) -> None:

@@ -208,6 +208,7 @@ def _passport(task: Task, source: Source, request: PlanRequest, *, built: BuiltP
         history=(*metadata.history, entry),
         precision_shares={} if built.report is None else built.report.shares,
         platform=platform_here(),
+        variant=metadata.variant,
     )
 
 

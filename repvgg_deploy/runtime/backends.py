@@ -7,13 +7,16 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from numpy.typing import NDArray
 
 from ..errors import InputError
 from ..onnx_file import read_graph
 from ..specs import ModelMetadata, ModelSpec
+
+if TYPE_CHECKING:
+    from .tensorrt_phases import PhaseTimes
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +112,9 @@ class SplittingBackend(Backend, Protocol):
 
     def warm_up(self, batch: NDArray[Any]) -> None:
         """Makes ready all that can be made ready."""
+
+    def time_phases(self, batch: NDArray[Any], calls: int) -> tuple[PhaseTimes, ...]:
+        """Times the parts of so many runs."""
 
 
 def open_plan_backend(path: Path, options: EngineOptions, *, backend: BackendName | None) -> SplittingBackend:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,9 @@ from .opening import open_model
 from .results import Arrays, Result, TopK, join, package
 from .statistics import Recorder, Statistics
 from .submission import Submissions
+
+if TYPE_CHECKING:
+    from .tensorrt_phases import PhaseTimes
 
 __all__ = ["Engine", "EngineOptions", "Result", "TopK"]
 
@@ -108,6 +111,11 @@ class Engine:
     def backend_name(self) -> str:
         """What runs the model, for logs and reports."""
         return self._backend.name
+
+    @property
+    def largest_batch(self) -> int:
+        """The largest batch that runs as one piece: the plan's, the model's fixed one, or `EngineOptions.max_batch`."""
+        return self._executor.largest
 
     @property
     def closed(self) -> bool:
@@ -266,6 +274,27 @@ class Engine:
         self._enter()
         try:
             self._executor.warm_up(zeros)
+        finally:
+            self._lease.release()
+
+    def time_phases(self, batch: NDArray[Any], calls: int = 50) -> tuple[PhaseTimes, ...] | None:
+        """Times the copies to and from the GPU, the computing and its launch apart, one call at a time and without CUDA graphs.
+
+        Args:
+            batch: As `infer`, within the plan's profile.
+            calls: How many.
+
+        Returns:
+            The parts of each call; None where there are none: an ONNX runs as one call of its library.
+
+        Raises:
+            InputError: The batch is not what the model expects or larger than the plan takes, or the Engine is closed.
+            CudaError: The GPU failed.
+        """
+        checked = self._check.check(batch)
+        self._enter()
+        try:
+            return self._executor.time_phases(checked, calls)
         finally:
             self._lease.release()
 

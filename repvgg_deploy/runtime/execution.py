@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,9 @@ from ..specs import ModelSpec
 from .device_arrays import as_stream_handle, is_device_array
 from .opening import OpenModel
 from .results import Arrays, join
+
+if TYPE_CHECKING:
+    from .tensorrt_phases import PhaseTimes
 
 
 class Executor:
@@ -72,6 +75,10 @@ class Executor:
             self._splitting.warm_up(batch)
         else:
             self.run(batch)
+
+    def time_phases(self, batch: NDArray[Any], calls: int) -> tuple[PhaseTimes, ...] | None:
+        """The parts of so many runs of a batch that was checked; None where the backend does not know them."""
+        return None if self._splitting is None else self._splitting.time_phases(batch, calls)
 
     def _run_piece(self, piece: NDArray[Any]) -> Arrays:
         count = len(piece)

@@ -19,6 +19,7 @@ from .device_arrays import DeviceArrays, DeviceView, view_device_array
 from .device_memory import DevicePool
 from .tensorrt_device import run_on_device
 from .tensorrt_graphs import make_switch
+from .tensorrt_phases import PhaseTimes, time_phases
 from .tensorrt_pipeline import Pipeline
 from .tensorrt_plan import open_plan
 from .tensorrt_pool import SlotPool
@@ -138,6 +139,12 @@ class TensorRtBackend:
                 stack.enter_context(self._use(slot))
                 for _ in range(_WARM_UP_RUNS):
                     _run_in_slot(slot, batch)
+
+    def time_phases(self, batch: NDArray[Any], calls: int) -> tuple[PhaseTimes, ...]:
+        """The parts of so many runs of a batch; see `tensorrt_phases`."""
+        require_size(batch.shape, self._plan.interface)
+        with self._lend() as slot:
+            return time_phases(slot, batch, calls)
 
     def close(self) -> None:
         """Frees everything; results that somebody still holds are freed when they are let go."""

@@ -57,7 +57,7 @@ class OpenPlan:
         return ModelMetadata(
             schema=METADATA_SCHEMA,
             spec=self.spec,
-            variant=None,
+            variant=passport.variant if passport else None,
             source=None,
             certificate=passport.certificate if passport else Certificate("none: the plan has no passport", (), {}),
             statistics={},

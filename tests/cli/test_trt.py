@@ -14,7 +14,7 @@ from PIL import Image
 
 from repvgg_deploy import __version__
 from repvgg_deploy.cli.trt import main
-from repvgg_deploy.cli.trt_inspect import layer_rows
+from repvgg_deploy.layer_table import layer_rows
 from repvgg_deploy.runtime.engine import Engine
 from repvgg_deploy.variants import PUBLISHED, count_macs, count_parameters
 from tests.runtime.make_model import ModelOptions, make_onnx, tiny_variant

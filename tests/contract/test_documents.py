@@ -97,7 +97,7 @@ def test_snippet_of_the_readme_recognises_the_digit(exported: Path) -> None:
 def help_texts() -> dict[str, str]:
     commands = {
         "repvgg-export": [[]],
-        "repvgg-trt": [[], ["infer"], ["inspect"], ["quantize"], ["build"], ["check"], ["triton"], ["eval"], ["compare"]],
+        "repvgg-trt": [[], ["infer"], ["inspect"], ["quantize"], ["build"], ["check"], ["triton"], ["eval"], ["compare"], ["bench"], ["advise"]],
     }
     result = {}
     for program, variants in commands.items():
@@ -110,7 +110,7 @@ def help_texts() -> dict[str, str]:
 
 
 # Options of other programs that the documents name.
-FOREIGN = {"docs/deployment.md": {"--preload"}, "README.md": {"--gpus"}}
+FOREIGN = {"docs/deployment.md": {"--preload"}, "README.md": {"--build", "--gpus"}}
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/int8.md", "docs/deployment.md"])

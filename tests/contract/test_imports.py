@@ -23,6 +23,7 @@ RANKS = {
     "variants": 2,
     "image_files": 3,
     "artifacts": 3,
+    "layer_table": 3,
     "onnx_file": 3,
     "graph_precision": 4,
     "specs_io": 3,
@@ -39,9 +40,11 @@ RANKS = {
     "builder": 8,
     "runtime": 8,
     "serving": 8,
+    "measure": 8,
     "export": 9,
     "figures": 9,
     "plots": 10,
+    "speed_plots": 10,
     "pipeline": 10,
     "cli": 11,
 }
@@ -72,6 +75,7 @@ OWNED = {
     "builder": {"numpy", "tensorrt", "tensorrt_rtx", "cuda"},
     "runtime": {"numpy", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda", "pycuda"},
     "serving": {"numpy", "google"},
+    "measure": {"numpy", "onnxruntime"},
     "pipeline": {"numpy", "torch", "onnx"},
     "cli": {"numpy"},
     "tolerance": {"numpy"},
@@ -83,6 +87,7 @@ OWNED = {
     "calibration_images": {"numpy"},
     "figures": {"matplotlib"},
     "plots": {"matplotlib"},
+    "speed_plots": {"matplotlib"},
 }
 MODULES = modules()
 

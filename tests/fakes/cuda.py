@@ -8,6 +8,7 @@ between them, a thread without a context) is an error here.
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,12 +48,17 @@ class Stream:
 class Ticket:
     stream: Stream
     done: bool = False
+    at: float = 0.0
+
+    def finish(self) -> None:
+        self.done, self.at = True, time.perf_counter()
 
 
 @dataclass(eq=False)
 class Event:
     device: int
     ticket: Ticket | None = None
+    timed: bool = False
 
 
 @dataclass(eq=False)
@@ -228,6 +234,21 @@ class FakeCuda:
             self.events.add(event)
             return event
 
+    def create_timer(self) -> Any:
+        event = self.create_event()
+        event.timed = True
+        return event
+
+    def elapsed_ms(self, first: Any, second: Any) -> float:
+        with self.lock:
+            self._begin("elapsed_ms")
+            assert first in self.events and second in self.events
+            if not (first.timed and second.timed):
+                raise make_error("cuEventElapsedTime", "CUDA_ERROR_INVALID_HANDLE", "an event without a clock")
+            if first.ticket is None or second.ticket is None or not (first.ticket.done and second.ticket.done):
+                raise make_error("cuEventElapsedTime", "CUDA_ERROR_NOT_READY", "an event that has not happened")
+            return 1e3 * (second.ticket.at - first.ticket.at)
+
     def destroy_event(self, event: Any) -> None:
         with self.lock:
             self._begin("destroy_event", cleanup=True)
@@ -240,7 +261,7 @@ class FakeCuda:
             assert event in self.events and event.device == device == found.device
             ticket = Ticket(found)
             event.ticket = ticket
-            self._put(found, lambda: setattr(ticket, "done", True))
+            self._put(found, ticket.finish)
 
     def wait_event(self, stream: Any, event: Any) -> None:
         with self.lock:

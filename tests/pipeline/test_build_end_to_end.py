@@ -36,6 +36,7 @@ def test_trained_checkpoint_becomes_an_int8_plan_whose_passport_tells_its_story(
     assert [entry.stage for entry in passport.history] == ["export", "int8", "build"]
     assert passport.history[1].parent_sha256 == hashlib.sha256(onnx.read_bytes()).hexdigest()
     assert passport.history[2].parent_sha256 == passport.onnx_sha256
+    assert passport.variant == exported.variant is not None
     assert passport.certificate.passed and passport.certificate.checks[: len(exported.certificate.checks)] == exported.certificate.checks
     assert "int8 against fp32" in passport.certificate.checks[-1].name
     assert (passport.spec.labels, passport.spec.preprocessing) == (exported.spec.labels, exported.spec.preprocessing)

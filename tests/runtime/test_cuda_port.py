@@ -23,6 +23,7 @@ CALLS = (
     "cuMemAlloc", "cuMemFree", "cuMemHostAlloc", "cuMemFreeHost", "cuMemcpyAsync", "cuStreamCreate", "cuStreamDestroy", "cuStreamSynchronize",
     "cuEventCreate", "cuEventDestroy", "cuEventRecord", "cuStreamWaitEvent", "cuEventSynchronize", "cuStreamBeginCapture", "cuStreamEndCapture",
     "cuGraphInstantiate", "cuGraphDestroy", "cuGraphLaunch", "cuGraphExecDestroy", "cuCtxSynchronize", "cuDeviceGet", "cuPointerGetAttribute",
+    "cuEventElapsedTime",
 )  # fmt: skip
 
 
@@ -323,8 +324,12 @@ class PycudaDriver(types.ModuleType):
             self.waited.append(event)
 
     class Event:
-        def __init__(self, flags: int) -> None:
-            pass
+        def __init__(self, flags: int = 0) -> None:
+            self.flags = flags
+
+        def time_till(self, other: Any) -> float:
+            assert self.flags == other.flags == 0, "an event without a clock"
+            return 1.5
 
         def record(self, stream: Any) -> None:
             pass
@@ -350,6 +355,27 @@ class PycudaDriver(types.ModuleType):
         import ctypes
 
         ctypes.memmove(target, content, len(content))
+
+
+def test_timers_have_a_clock_and_events_have_none(driver: Driver) -> None:
+    driver.cuEventElapsedTime = lambda first, second: (Status.CUDA_SUCCESS, 2.5)
+    cuda = BindingsPort(driver)
+    with cuda.on_device(0):
+        cuda.create_event()
+        timer = cuda.create_timer()
+        assert cuda.elapsed_ms(timer, timer) == 2.5
+        driver.cuEventElapsedTime = lambda first, second: (Status.CUDA_ERROR_UNKNOWN, None)
+        with pytest.raises(CudaError, match="cuEventElapsedTime"):
+            cuda.elapsed_ms(timer, timer)
+    assert [call[1] for call in driver.made if call[0] == "cuEventCreate"] == [2, 0]
+
+
+def test_pycuda_times_with_events_that_have_a_clock() -> None:
+    cuda = PycudaPort(PycudaDriver())
+    with cuda.on_device(0):
+        assert cuda.elapsed_ms(cuda.create_timer(), cuda.create_timer()) == 1.5
+        with pytest.raises(AssertionError, match="without a clock"):
+            cuda.elapsed_ms(cuda.create_event(), cuda.create_event())
 
 
 def test_pycuda_copies_between_host_and_device_in_the_primary_context() -> None:

@@ -10,6 +10,7 @@ from .port import CAPTURE_LOCK, ContextTable, DeviceInfo, read_driver_version
 from .status import driver_too_old, make_error, no_driver, no_such_device
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
+_TIMING = 0  # CU_EVENT_DEFAULT
 _NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 _PORTABLE = 1  # CU_MEMHOSTALLOC_PORTABLE: page-locked for every device
 
@@ -99,6 +100,14 @@ class BindingsPort:
     def create_event(self) -> Any:
         """See CudaPort."""
         return self._ask("cuEventCreate", _NO_TIMING)
+
+    def create_timer(self) -> Any:
+        """See CudaPort."""
+        return self._ask("cuEventCreate", _TIMING)
+
+    def elapsed_ms(self, first: Any, second: Any) -> float:
+        """See CudaPort."""
+        return float(self._ask("cuEventElapsedTime", first, second))
 
     def destroy_event(self, event: Any) -> None:
         """See CudaPort."""

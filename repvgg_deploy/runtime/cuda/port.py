@@ -100,6 +100,12 @@ class CudaPort(Protocol):
     def create_event(self) -> Any:
         """An event without a clock."""
 
+    def create_timer(self) -> Any:
+        """An event with a clock; in all else an event."""
+
+    def elapsed_ms(self, first: Any, second: Any) -> float:
+        """Milliseconds on the device between two events with a clock that have happened."""
+
     def destroy_event(self, event: Any) -> None:
         """Frees an event."""
 

@@ -133,6 +133,14 @@ class PycudaPort:
         """See CudaPort."""
         return self._ask("cuEventCreate", lambda: self._driver.Event(self._driver.event_flags.DISABLE_TIMING))
 
+    def create_timer(self) -> Any:
+        """See CudaPort."""
+        return self._ask("cuEventCreate", self._driver.Event)
+
+    def elapsed_ms(self, first: Any, second: Any) -> float:
+        """See CudaPort."""
+        return float(self._ask("cuEventElapsedTime", lambda: first.time_till(second)))
+
     def destroy_event(self, event: Any) -> None:
         """See CudaPort: pycuda frees it when the last reference to it goes."""
 

@@ -1,0 +1,235 @@
+"""Which variant, batch size and precision to take: published accuracy beside measured or estimated latency. Pure arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import InputError
+from ..specs import Precision, VariantSpec
+from ..variants import PUBLISHED, get_variant
+from ..zoo import load_cards
+from .costs import LayerCost, count_costs
+from .estimate import FITTED, Assumptions, estimate_ms
+from .gpu_peaks import look_up_gpu
+from .records import Benchmark, Point
+from .roofline import Ceiling
+
+BATCHES = (1, 8, 32, 128)
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+INT8_DROP = 0.5
+"""Percentage points that INT8 is expected to lose. Nobody published top-1 of INT8 RepVGG by this project's method; on ten classes of photographs
+A0 lost 0.2 with a standard error of 0.8 (`benchmarks/results/int8.json`): this is more, on purpose."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What is asked for.
+
+    Attributes:
+        slo_ms: A batch may take so long; None for any time.
+        min_top1: In percent; None for any.
+        batches: Sizes to look at.
+        precisions: To look at.
+        int8_drop: Percentage points that INT8 loses.
+    """
+
+    slo_ms: float | None = None
+    min_top1: float | None = None
+    batches: tuple[int, ...] = BATCHES
+    precisions: tuple[Precision, ...] = PRECISIONS
+    int8_drop: float = INT8_DROP
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One variant, image size, batch size and precision.
+
+    Attributes:
+        variant: Its name.
+        image_size: Height and width in pixels, of the published accuracy.
+        precision: Of the graph.
+        batch: Images of one call.
+        top1: Percent; published for FP32, less the expected drop for INT8.
+        latency_ms: Of one batch; the median where it was measured.
+        images_per_second: One call at a time.
+        origin: How the latency is known.
+        detail: The file, or nothing.
+        gmacs: Of one image, 1e9 multiply-accumulates.
+        grouped: Whether it has grouped convolutions.
+    """
+
+    variant: str
+    image_size: int
+    precision: Precision
+    batch: int
+    top1: float
+    latency_ms: float
+    images_per_second: float
+    origin: Literal["measured", "estimated"]
+    detail: str
+    gmacs: float
+    grouped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A benchmark file that was read.
+
+    Attributes:
+        name: Of the file.
+        benchmark: Its content.
+    """
+
+    name: str
+    benchmark: Benchmark
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """The answer.
+
+    Attributes:
+        fitting: What meets the wish: most images a second first.
+        others: The rest.
+    """
+
+    fitting: tuple[Choice, ...]
+    others: tuple[Choice, ...]
+
+    def nearest(self, wish: Wish, count: int = 3) -> tuple[tuple[Choice, ...], tuple[Choice, ...]]:
+        """Of what does not fit: the most accurate that are fast enough, and the fastest that are accurate enough."""
+        fast = [choice for choice in self.others if wish.slo_ms is None or choice.latency_ms <= wish.slo_ms]
+        accurate = [choice for choice in self.others if wish.min_top1 is None or choice.top1 >= wish.min_top1]
+        fast.sort(key=lambda choice: (-choice.top1, choice.latency_ms))
+        accurate.sort(key=lambda choice: (choice.latency_ms, -choice.top1))
+        return tuple(fast[:count]), tuple(accurate[:count])
+
+
+def advise(wish: Wish, *, ceiling: Ceiling | None, measured: Sequence[Measured], assumptions: Assumptions = FITTED) -> Advice:
+    """Looks at every published variant with published accuracy.
+
+    Args:
+        wish: What is asked for.
+        ceiling: Of the GPU, to estimate what was not measured; None looks at measurements only.
+        measured: Files of the same device.
+        assumptions: Of estimates.
+
+    Raises:
+        InputError: There is neither a GPU nor a measurement of a published variant.
+    """
+    known = {_key(choice): choice for file in measured for choice in _measured_choices(file, wish)}
+    choices = list(known.values())
+    if ceiling is not None:
+        choices += [choice for choice in _estimated_choices(wish, ceiling, assumptions) if _key(choice) not in known]
+    if not choices:
+        raise InputError(
+            "there is nothing to choose from: no GPU whose peaks are known, and no measurement of a published variant at its image size",
+            remedy="give --gpu t4 or another, or --measured FILE of repvgg-trt bench with --batch, --precision as asked for here",
+        )
+    fits = [choice for choice in choices if _fits(choice, wish)]
+    fits.sort(key=lambda choice: (-choice.images_per_second, -choice.top1))
+    return Advice(tuple(fits), tuple(choice for choice in choices if not _fits(choice, wish)))
+
+
+def published_accuracy() -> tuple[tuple[VariantSpec, int, float], ...]:
+    """Variant, image size and the highest top-1 published for it, in percent."""
+    best: dict[tuple[str, int], float] = {}
+    for card in load_cards():
+        if card.variant in PUBLISHED:
+            for entry in card.accuracy:
+                key = (card.variant, entry.image_size)
+                best[key] = max(entry.top1_percent, best.get(key, 0.0))
+    return tuple((get_variant(name), size, top1) for (name, size), top1 in best.items())
+
+
+def _estimated_choices(wish: Wish, ceiling: Ceiling, assumptions: Assumptions) -> Iterable[Choice]:
+    for variant, size, top1 in published_accuracy():
+        for precision in wish.precisions:
+            costs = _costs(variant, size, precision)
+            for batch in wish.batches:
+                latency = estimate_ms(costs, ceiling, batch, assumptions)
+                if latency is None:
+                    continue
+                yield Choice(
+                    variant.name, size, precision, batch, expected_top1(top1, precision, wish), latency, 1e3 * batch / latency,
+                    "estimated", "", sum(cost.macs for cost in costs) / 1e9, max(variant.groups) > 1,
+                )  # fmt: skip
+
+
+def expected_top1(published: float, precision: Precision, wish: Wish) -> float:
+    """Percent: FP16 as FP32, INT8 less the drop that the wish expects."""
+    return published - wish.int8_drop if precision == "int8" else published
+
+
+def _costs(variant: VariantSpec, size: int, precision: Precision) -> tuple[LayerCost, ...]:
+    return count_costs(variant, (size, size), lambda _: precision)
+
+
+def _measured_choices(file: Measured, wish: Wish) -> Iterable[Choice]:
+    accuracy = {(variant.name, size): top1 for variant, size, top1 in published_accuracy()}
+    for model in file.benchmark.models:
+        size = model.image_size[0]
+        top1 = accuracy.get((model.variant or "", size))
+        if top1 is None or not model.published or model.image_size != (size, size) or model.precision not in wish.precisions:
+            continue
+        variant = get_variant(model.variant or "")
+        gmacs = sum(cost.macs for cost in _costs(variant, size, "fp32")) / 1e9
+        for point in _useful(model.points, wish):
+            yield Choice(
+                variant.name, size, model.precision, point.batch, expected_top1(top1, model.precision, wish), point.latency.median_ms,
+                point.images_per_second, "measured", file.name, gmacs, max(variant.groups) > 1,
+            )  # fmt: skip
+
+
+def _useful(points: Sequence[Point], wish: Wish) -> list[Point]:
+    """Of the Engine, with one client: what others share is not the latency of one call."""
+    return [point for point in points if point.way == "engine" and point.clients == 1 and point.batch in wish.batches]
+
+
+def unused_models(measured: Sequence[Measured]) -> tuple[str, ...]:
+    """Models of the files that no choice can come from, with the reason, in sentences."""
+    accuracy = {(variant.name, size) for variant, size, _ in published_accuracy()}
+    found = []
+    for file in measured:
+        for model in file.benchmark.models:
+            size = "×".join(map(str, model.image_size))
+            where = f"{file.name}: {model.file}"
+            if model.variant is None or not model.published:
+                found.append(f"{where} is left out: no published variant, so that its accuracy is not known")
+            elif (model.variant, model.image_size[0]) not in accuracy or model.image_size[0] != model.image_size[1]:
+                found.append(f"{where} is left out: it was measured at {size} px, for which no accuracy of {model.variant} is published")
+            elif model.classes not in (None, get_variant(model.variant).num_classes):
+                found.append(f"{where} counts as {model.variant} of 1,000 classes, although it has {model.classes}")
+    return tuple(found)
+
+
+def _key(choice: Choice) -> tuple[str, int, str, int]:
+    return choice.variant, choice.image_size, choice.precision, choice.batch
+
+
+def _fits(choice: Choice, wish: Wish) -> bool:
+    return (wish.slo_ms is None or choice.latency_ms <= wish.slo_ms) and (wish.min_top1 is None or choice.top1 >= wish.min_top1)
+
+
+def choose_files(measured: Iterable[Measured], device: str) -> tuple[tuple[Measured, ...], tuple[str, ...]]:
+    """Files that were measured on a device, and sentences about the others.
+
+    Args:
+        measured: All files.
+        device: Name of a CPU, or of a GPU as a person or the driver writes it.
+    """
+    kept, left_out = [], []
+    for file in measured:
+        found = file.benchmark.device.name
+        if _canonical(found) == _canonical(device):
+            kept.append(file)
+        else:
+            left_out.append(f"{file.name} is left out: it was measured on {found}, not on {device}")
+    return tuple(kept), tuple(left_out)
+
+
+def _canonical(device: str) -> str:
+    gpu = look_up_gpu(device)
+    return device if gpu is None else gpu.names[0]

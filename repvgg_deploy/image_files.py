@@ -8,7 +8,8 @@ from __future__ import annotations
 import glob
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -24,7 +25,8 @@ logger = logging.getLogger(__name__)
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded or resized to (Pillow's own warning limit): 256 MiB of RGB, more than any camera of one sensor needs."""
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "MPO", "PPM", "JPEG2000", "TGA", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "MPO", "PPM", "JPEG2000", "TGA", "AVIF")
+"""What is decoded, by Pillow's names; a closed list, because Pillow would otherwise start Ghostscript for a PostScript file."""
 IMAGE_SUFFIXES = frozenset(
     f".{name}" for name in ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "mpo", "ppm", "pgm", "pbm", "jp2", "tga", "avif")
 )
@@ -72,27 +74,48 @@ def decode_rgb(where: str) -> Image.Image:
         MissingDependencyError: Pillow is not installed.
     """
     _require_file(where)
+    return _decode(where, where, FORMATS, MAX_PIXELS)
+
+
+def decode_rgb_bytes(data: bytes | bytearray, where: str, formats: Sequence[str], max_pixels: int) -> Image.Image:
+    """`decode_rgb` for what an image file holds.
+
+    Args:
+        data: The file's bytes.
+        where: What it is called in messages.
+        formats: Of FORMATS, what is accepted.
+        max_pixels: What is decoded at most, MAX_PIXELS or fewer.
+
+    Raises:
+        InputError: It is empty, truncated, of another format or too large.
+        MissingDependencyError: Pillow is not installed.
+    """
+    if not data:
+        raise InputError(f"{where}: no bytes, expected those of an image file", remedy="send the file as it is")
+    return _decode(BytesIO(data), where, formats, min(max_pixels, MAX_PIXELS))
+
+
+def _decode(source: str | BytesIO, where: str, formats: Sequence[str], max_pixels: int) -> Image.Image:
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
         raise MissingDependencyError("reading image files needs Pillow, which is not installed", remedy="pip install 'repvgg-deploy[cpu]'") from error
     Image.init()
     try:
-        # A closed list: Pillow would otherwise start Ghostscript for a PostScript file.
-        with Image.open(where, formats=[name for name in _FORMATS if name in Image.OPEN]) as image:
-            check_size(image.size, where)
+        with Image.open(source, formats=[name for name in formats if name in Image.OPEN]) as image:
+            check_size(image.size, where, limit=max_pixels)
             image.load()
             return _to_rgb(_upright(image), where)
     except InputError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(
-            f"{where}: more than the {MAX_PIXELS:,} pixels that are decoded here: {error}",
+            f"{where}: more than the {max_pixels:,} pixels that are decoded here: {error}",
             remedy="shrink or crop it first; a file of few bytes that claims so many pixels is a decompression bomb",
         ) from error
     except UnidentifiedImageError as error:
         raise InputError(
-            f"{where}: not an image, or of a format that is not read here", remedy=f"convert it to one of {', '.join(_FORMATS)}"
+            f"{where}: not an image, or of a format that is not read here", remedy=f"convert it to one of {', '.join(formats)}"
         ) from error
     except Exception as error:  # decoders of damaged files raise OSError, SyntaxError, ValueError, struct.error, zlib.error and more
         raise InputError(
@@ -115,8 +138,8 @@ def _require_file(where: str) -> None:
         raise InputError(f"{where}: the file is empty, expected an image", remedy="copy the file again from its source, or leave it out")
 
 
-def check_size(size: tuple[int, int], where: str, *, what: str = "the image has") -> None:
-    """Refuses (width, height) with no pixel or more than MAX_PIXELS.
+def check_size(size: tuple[int, int], where: str, *, what: str = "the image has", limit: int = MAX_PIXELS) -> None:
+    """Refuses (width, height) with no pixel or more than `limit`.
 
     Raises:
         InputError: It is so; `what` begins the sentence.
@@ -124,9 +147,9 @@ def check_size(size: tuple[int, int], where: str, *, what: str = "the image has"
     width, height = size
     if min(size) < 1:
         raise InputError(f"{where}: {what} {width}×{height} pixels, expected at least 1×1", remedy="leave the file out")
-    if width * height > MAX_PIXELS:
+    if width * height > limit:
         raise InputError(
-            f"{where}: {what} {width}×{height} = {width * height:,} pixels, expected at most {MAX_PIXELS:,}",
+            f"{where}: {what} {width}×{height} = {width * height:,} pixels, expected at most {limit:,}",
             remedy="shrink or crop it first; a file of few bytes that claims so many pixels is a decompression bomb",
         )
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from .errors import InputError
-from .image_files import MAX_PIXELS, StrPath, check_size, decode_rgb, list_images
+from .image_files import FORMATS, MAX_PIXELS, StrPath, check_size, decode_rgb, decode_rgb_bytes, list_images
 from .specs import ModelSpec, Preprocessing
 
 if TYPE_CHECKING:
@@ -26,10 +26,12 @@ if TYPE_CHECKING:
     Float32Array: TypeAlias = NDArray[np.float32]
 
 __all__ = [
+    "FORMATS",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "MAX_PIXELS",
     "StrPath",
+    "decode_image",
     "default_preprocessing",
     "list_images",
     "load_batch",
@@ -146,18 +148,46 @@ def load_image(path: StrPath, preprocessing: Preprocessing) -> Uint8Array:
     import numpy as np
 
     if not isinstance(path, (str, os.PathLike)):
-        raise InputError(f"expected the path of an image file, found {type(path).__name__}", remedy="give paths; pixels in memory go to infer(batch)")
+        raise InputError(
+            f"expected the path of an image file, found {type(path).__name__}",
+            remedy="give paths; a file's bytes go to decode_image, pixels in memory to infer(batch)",
+        )
     where = os.fspath(path)
-    image = _resize_and_crop(decode_rgb(where), preprocessing, where)
+    image = _resize_and_crop(decode_rgb(where), preprocessing, where, MAX_PIXELS)
     return np.asarray(image, np.uint8)
 
 
-def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing, where: str) -> Image.Image:
+def decode_image(
+    data: bytes | bytearray, preprocessing: Preprocessing, *, formats: Sequence[str] = FORMATS, max_pixels: int = MAX_PIXELS
+) -> Uint8Array:
+    """`load_image` for the bytes of an image file: what a service receives.
+
+    Args:
+        data: What the file holds, still encoded.
+        preprocessing: Sizes and filter.
+        formats: Which of FORMATS are accepted: a service that expects photos need not run every decoder.
+        max_pixels: The largest image that is decoded; MAX_PIXELS at most.
+
+    Returns:
+        uint8 (H, W, 3), RGB, 0–255, with (H, W) = `preprocessing.crop`; the same pixels as `load_image` gives.
+
+    Raises:
+        InputError: It is empty, truncated, not an image of these formats, or holds more than `max_pixels` pixels.
+        MissingDependencyError: Pillow is not installed.
+    """
+    import numpy as np
+
+    where = "the image that was sent"
+    image = _resize_and_crop(decode_rgb_bytes(data, where, formats, max_pixels), preprocessing, where, min(max_pixels, MAX_PIXELS))
+    return np.asarray(image, np.uint8)
+
+
+def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing, where: str, max_pixels: int) -> Image.Image:
     from PIL.Image import Resampling
 
     height, width = preprocessing.crop
     size = _resized(image.size, preprocessing)
-    check_size(size, where, what=f"resized from {image.width}×{image.height} until it covers {height}×{width}, it would have")
+    check_size(size, where, what=f"resized from {image.width}×{image.height} until it covers {height}×{width}, it would have", limit=max_pixels)
     if size != image.size:
         image = image.resize(size, Resampling.BICUBIC if preprocessing.interpolation == "bicubic" else Resampling.BILINEAR)
     left, top = (round((have - want) / 2) for have, want in zip(size, (width, height), strict=True))

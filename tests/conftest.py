@@ -11,7 +11,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-OPTIONAL = ("torch", "onnx", "onnxsim", "onnxruntime", "safetensors", "PIL", "sklearn", "matplotlib", "openvino")
+OPTIONAL = (
+    "torch",
+    "onnx",
+    "onnxsim",
+    "onnxruntime",
+    "safetensors",
+    "PIL",
+    "sklearn",
+    "matplotlib",
+    "openvino",
+    "fastapi",
+    "uvicorn",
+    "prometheus_client",
+    "geventhttpclient",
+    "aiohttp",
+)
 MISSING = frozenset(name for name in OPTIONAL if importlib.util.find_spec(name) is None)
 LEFT_OUT: list[str] = []
 
@@ -96,7 +111,7 @@ def _imports(path: Path) -> frozenset[str]:
 
 def _own_files(name: str) -> list[Path]:
     base = ROOT.joinpath(*name.split("."))
-    return [base.with_suffix(".py"), base / "__init__.py"] if name.partition(".")[0] in ("repvgg_deploy", "tests", "benchmarks") else []
+    return [base.with_suffix(".py"), base / "__init__.py"] if name.partition(".")[0] in ("repvgg_deploy", "tests", "benchmarks", "examples") else []
 
 
 def _module_imports(path: Path) -> set[str]:

@@ -18,7 +18,7 @@ from PIL import Image, ImageCms
 
 from repvgg_deploy import image_files, preprocess
 from repvgg_deploy.errors import InputError, MissingDependencyError
-from repvgg_deploy.preprocess import IMAGENET_MEAN, IMAGENET_STD, default_preprocessing, list_images, load_batch, load_image, normalize
+from repvgg_deploy.preprocess import IMAGENET_MEAN, IMAGENET_STD, decode_image, default_preprocessing, list_images, load_batch, load_image, normalize
 from repvgg_deploy.specs import ModelSpec, Preprocessing, TensorSpec
 
 SMALL = default_preprocessing(6, 6)
@@ -304,6 +304,41 @@ def test_load_image_of_an_unusable_file_is_an_input_error_that_names_it(tmp_path
         load_image(path, SMALL)
     assert str(path) in caught.value.message
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_decode_image_of_unusable_bytes_is_an_input_error(name: str) -> None:
+    content, message = BAD_FILES[name]
+    with pytest.raises(InputError, match=message.replace("is empty", "no bytes")) as caught:
+        decode_image(content, SMALL)
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_decode_image_gives_the_pixels_of_load_image(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.img"
+    pixels = np.random.default_rng(5).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned
+    Image.fromarray(pixels).save(path, kind, **({"exif": exif} if kind in ("PNG", "JPEG", "WEBP", "TIFF") else {}))
+    preprocessing = default_preprocessing(24, 24)
+    for data in (path.read_bytes(), bytearray(path.read_bytes())):
+        np.testing.assert_array_equal(decode_image(data, preprocessing), load_image(path, preprocessing))
+
+
+def test_decode_image_of_a_format_that_is_not_wanted_is_refused() -> None:
+    with pytest.raises(InputError, match="not an image, or of a format") as caught:
+        decode_image(encoded("TIFF"), SMALL, formats=("JPEG", "PNG"))
+    assert "JPEG, PNG" in caught.value.remedy
+
+
+def test_decode_image_of_more_pixels_than_wanted_is_refused() -> None:
+    with pytest.raises(InputError, match="11×10 = 110 pixels, expected at most 100"):
+        decode_image(png(11, 10, b""), SMALL, max_pixels=100)
+    thin = io.BytesIO()
+    Image.new("L", (1000, 1)).save(thin, "PNG")
+    with pytest.raises(InputError, match=r"resized from 1000×1 .* it would have .* expected at most 2,000"):
+        decode_image(thin.getvalue(), SMALL, max_pixels=2000)
 
 
 def test_load_image_of_a_decompression_bomb_is_refused_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

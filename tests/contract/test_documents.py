@@ -31,6 +31,7 @@ DOCUMENTS = [
     "docker/README.md",
     "models/README.md",
     "benchmarks/README.md",
+    "examples/service/README.md",
 ]
 # A block with a language is run unless the line before it says why not, or names a package that is not installed.
 BLOCK = re.compile(r"(?:^<!-- (?:not run: (?P<reason>[^>]+)|needs (?P<package>\w+)) -->\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S)

@@ -56,7 +56,7 @@ def test_version_is_that_of_the_installed_package_and_the_changelog() -> None:
 def test_extras_name_an_onnx_runtime_only_in_cpu_and_gpu() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     assert {name for name, packages in extras.items() if any("onnxruntime" in package for package in packages)} == {"cpu", "gpu"}
-    assert set(extras) == {"export", "cpu", "gpu", "openvino", "tensorrt", "rtx", "pycuda", "serving", "plot", "dev", "docs"}
+    assert set(extras) == {"export", "cpu", "gpu", "openvino", "tensorrt", "rtx", "pycuda", "serving", "service", "plot", "dev", "docs"}
 
 
 @pytest.mark.parametrize("module", modules(), ids=lambda m: m.name or "__init__")

@@ -1,0 +1,1 @@
+"""An Engine behind HTTP: an example to start from. See README.md."""

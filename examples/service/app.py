@@ -1,0 +1,175 @@
+"""The routes: KServe v2, images, health, metrics."""
+
+from __future__ import annotations
+
+import logging
+import time
+from functools import partial
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.responses import JSONResponse
+from numpy.typing import NDArray
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from repvgg_deploy import __version__
+from repvgg_deploy.errors import DeadlineError, EngineBusyError, InputError, RepVGGDeployError
+from repvgg_deploy.preprocess import decode_image, normalize
+from repvgg_deploy.runtime.results import Result, TopK
+from repvgg_deploy.specs import ModelSpec
+
+from . import kserve
+from .core import Service
+
+logger = logging.getLogger(__name__)
+
+IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # MPO: what some cameras call their JPEG
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application around an open service."""
+    # Without pages of documentation: bodies here are bytes, of which they could say nothing.
+    app = FastAPI(title="repvgg-deploy", version=__version__, openapi_url=None)
+    app.add_middleware(Observer, service=service)
+    app.add_exception_handler(AnyHTTPException, _answer_http_error)
+    app.add_exception_handler(RepVGGDeployError, partial(_answer_error, service))
+    _add_health(app, service)
+    _add_inference(app, service)
+    return app
+
+
+def _add_health(app: FastAPI, service: Service) -> None:
+    @app.get("/v2/health/live")
+    async def live() -> Response:
+        return Response(status_code=200 if service.phase != "broken" else 503)
+
+    @app.get("/v2/health/ready")
+    async def ready() -> Response:
+        return Response(status_code=200 if service.phase == "ready" else 503)
+
+    @app.get("/v2/models/{name}/ready")
+    async def model_ready(name: str) -> Response:
+        _require_name(service, name)
+        return await ready()
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v2")
+    async def server() -> dict[str, Any]:
+        return {"name": "repvgg-deploy", "version": __version__, "extensions": kserve.EXTENSIONS}
+
+    @app.get("/v2/models/{name}")
+    async def model(name: str) -> dict[str, Any]:
+        _require_name(service, name)
+        return kserve.describe_model(service.spec, name, service.engine.backend_name)
+
+
+def _add_inference(app: FastAPI, service: Service) -> None:
+    @app.post("/v2/models/{name}/infer")
+    async def infer(name: str, request: Request) -> Response:
+        _require_name(service, name)
+        async with service.admit(request) as body:
+            parse = partial(_parse, service, request, body)
+            plain = kserve.HEADER in request.headers and "content-encoding" not in request.headers
+            wanted = parse() if plain else await service.in_thread(parse)  # JSON of many numbers, or to be decompressed
+            result = await service.infer(request, wanted.batch, wanted.timeout_ms)
+            content, headers = kserve.render_answer(wanted, result, service.spec, service.name)
+        return Response(content, headers=headers)
+
+    @app.post("/predict")
+    async def predict(request: Request) -> Response:
+        async with service.admit(request) as body:
+            if request.headers.get("content-type", "").startswith("multipart/"):
+                raise HTTPException(415, "expected the bytes of an image file as the body, and no form: curl --data-binary @photo.jpg")
+            batch = await service.in_thread(partial(_decode, service, body))
+            result = await service.infer(request, batch)
+        return JSONResponse({"model": service.name, "predictions": best_classes(result, service.spec)})
+
+
+def _parse(service: Service, request: Request, body: bytearray) -> kserve.InferRequest:
+    encoding, limit = request.headers.get("content-encoding", "identity"), service.settings.max_body_bytes
+    data = body if encoding == "identity" else kserve.decompress(body, encoding, limit)
+    if len(data) > limit:
+        raise HTTPException(413, f"decompressed, the body has more than {limit:,} bytes")
+    return kserve.parse_request(data, request.headers.get(kserve.HEADER), service.spec)
+
+
+def _decode(service: Service, body: bytearray) -> NDArray[Any]:
+    """One image file as a batch of one, as `Engine.infer_images` makes it."""
+    preprocessing = service.spec.preprocessing
+    if preprocessing is None or service.spec.kind not in ("logits", "probabilities", "top5"):
+        raise InputError("this model does not classify images as files", remedy=f"send tensors to /v2/models/{service.name}/infer")
+    image = decode_image(body, preprocessing, formats=IMAGE_FORMATS, max_pixels=service.settings.max_pixels)
+    return image[np.newaxis] if preprocessing.in_graph else normalize(image[np.newaxis], preprocessing)
+
+
+def best_classes(result: Result, spec: ModelSpec) -> list[dict[str, Any]]:
+    """The five best classes of the one image in a result, best first; of logits, `score` is the softmax over all classes."""
+    if isinstance(result, TopK):
+        classes, scores = result.classes[0], result.scores[0].astype(np.float64)
+    else:
+        assert isinstance(result, np.ndarray)
+        row = result[0].astype(np.float64)
+        if spec.kind == "logits":
+            row = np.exp(row - row.max())
+            row /= row.sum()
+        classes = np.argsort(-result[0], kind="stable")[:5]
+        scores = row[classes]
+    pairs = zip(classes.tolist(), scores.tolist(), strict=True)
+    return [{"class": index, "label": spec.labels[index] if spec.labels else None, "score": score} for index, score in pairs]
+
+
+def _require_name(service: Service, name: str) -> None:
+    if name != service.name:
+        raise HTTPException(404, f"no model {name[:80]!r} here, only {service.name!r}")
+
+
+async def _answer_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, AnyHTTPException)
+    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+
+
+async def _answer_error(service: Service, request: Request, error: Exception) -> Response:
+    """Ours → the status that tells a client what to do: 400 correct it, 503 come again, 504 it took too long."""
+    assert isinstance(error, RepVGGDeployError)
+    if isinstance(error, EngineBusyError) or service.batcher.closed:
+        return await _answer_http_error(request, service.refuse(error.message))
+    if isinstance(error, (InputError, DeadlineError)):
+        status = 504 if isinstance(error, DeadlineError) else 400
+        return JSONResponse({"error": f"{error.message}; {error.remedy}"}, status)
+    logger.error("a request failed: %s", error)
+    return JSONResponse({"error": "the model failed; the log says more"}, 500)
+
+
+class Observer:
+    """Counts every request, and once the server is leaving asks clients not to keep their connection."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app = app
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status, started = 500, time.perf_counter()
+
+        async def observe(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                if self._service.phase in ("leaving", "refusing"):
+                    message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, observe)
+        finally:
+            route = getattr(scope.get("route"), "path", "none")  # the pattern, so that a client cannot make up new ones
+            self._service.metrics.requests.labels(route, str(status)).inc()
+            self._service.metrics.seconds.labels(route).observe(time.perf_counter() - started)

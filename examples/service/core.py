@@ -1,0 +1,174 @@
+"""The service without its routes: the model, what is let in, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Literal, TypeVar, cast
+
+from fastapi import HTTPException, Request
+from numpy.typing import NDArray
+from starlette.requests import ClientDisconnect
+
+from repvgg_deploy import Engine
+from repvgg_deploy.errors import CudaContextError
+from repvgg_deploy.runtime.backends import BackendName
+from repvgg_deploy.runtime.engine import EngineOptions, Result
+
+from .metrics import RequestMetrics, make_registry
+from .settings import Settings
+
+logger = logging.getLogger(__name__)
+
+Phase = Literal["ready", "leaving", "refusing", "broken"]
+"""`leaving`: readiness is off, requests are answered. `refusing`: only those under way are. `broken`: only a new process helps."""
+_T = TypeVar("_T")
+CLIENT_IS_GONE = 499
+
+
+class Service:
+    """An open Engine, its batcher, and the threads that decode; a context manager.
+
+    Args:
+        settings: See `Settings`.
+
+    Raises:
+        RepVGGDeployError: The model cannot be opened, or a setting is out of range.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.phase: Phase = "ready"
+        self.active = 0
+        self._buffered = 0
+        options = EngineOptions(intra_op_threads=settings.threads or None)
+        backend = cast("BackendName", settings.backend) if settings.backend else None  # the Engine says what it does not know
+        self.engine = Engine(settings.model, device=settings.device or None, backend=backend, options=options)
+        try:
+            self.name = settings.name or self.engine.path.stem
+            self.spec = self.engine.spec
+            self._open_batcher()
+        except BaseException:
+            self.engine.close()
+            raise
+
+    def _open_batcher(self) -> None:
+        settings = self.settings
+        largest = min(settings.max_batch, self.spec.batch or settings.max_batch)
+        self.batcher = self.engine.batcher(
+            largest,
+            max_delay_ms=settings.max_delay_ms,
+            max_queue=settings.max_queue or None,
+            timeout_ms=settings.timeout_ms,
+            concurrency=settings.concurrency,
+        )
+        sizes = [size for size in self.spec.input.shape[1:] if isinstance(size, int)]
+        if len(sizes) == 3:  # of an input of any size there is no usual one
+            for images in {1, largest}:
+                self.engine.warm_up((images, *sizes))
+        self._decoders = ThreadPoolExecutor(max(1, settings.decoders), thread_name_prefix="decoder")
+        self.registry = make_registry(self.engine.statistics, self.batcher.statistics)
+        self.metrics = RequestMetrics(self.registry)
+        self.metrics.active.set_function(lambda: self.active)
+        self.metrics.buffered.set_function(lambda: self._buffered)
+        self.metrics.ready.set_function(lambda: self.phase == "ready")
+
+    def __enter__(self) -> Service:
+        logger.info("%r as %r with %s", self.engine, self.name, dataclasses.asdict(self.settings))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.batcher.close(drain=False)  # nobody waits for an answer any more
+        self._decoders.shutdown()
+        self.engine.close()
+        logger.info("closed after %d requests", self.batcher.statistics().requests)
+
+    @contextlib.asynccontextmanager
+    async def admit(self, request: Request) -> AsyncIterator[bytearray]:
+        """A place among the requests under way, and the request's body.
+
+        Raises:
+            HTTPException: 503 where there is no place, 413 of a body that is too large, 408 where it takes too long to arrive.
+        """
+        limit = self.settings.max_body_bytes
+        declared = request.headers.get("content-length", "0")
+        if declared.isdecimal() and int(declared[:20]) > limit:
+            raise self._too_large()
+        if self.active >= self.settings.max_requests:
+            raise self.refuse(f"{self.active} requests are under way, as many as may")
+        self.active += 1
+        body = bytearray()
+        try:
+            await self._receive(request, body)
+            if self.phase in ("refusing", "broken"):  # only now: an answer before the body has been read would be lost with the connection
+                raise self.refuse("this server is going away" if self.phase == "refusing" else "the GPU of this server failed")
+            yield body
+        finally:
+            self.active -= 1
+            self._buffered -= len(body)
+
+    async def _receive(self, request: Request, body: bytearray) -> None:
+        async def collect() -> None:
+            async for chunk in request.stream():
+                body.extend(chunk)
+                self._buffered += len(chunk)
+                if len(body) > self.settings.max_body_bytes:
+                    raise self._too_large()
+                if self._buffered > self.settings.max_buffered_bytes:
+                    raise self.refuse("too many bytes are being received")
+
+        try:
+            await asyncio.wait_for(collect(), self.settings.body_seconds)
+        except asyncio.TimeoutError as error:
+            raise HTTPException(408, f"the request did not arrive within {self.settings.body_seconds:g} s") from error
+        except ClientDisconnect as error:
+            raise HTTPException(CLIENT_IS_GONE) from error
+
+    def _too_large(self) -> HTTPException:
+        return HTTPException(413, f"expected a body of at most {self.settings.max_body_bytes:,} bytes; send fewer images, or smaller ones")
+
+    def refuse(self, why: str) -> HTTPException:
+        """503, which says when to come again."""
+        return HTTPException(503, f"{why}; try again", {"Retry-After": str(self.settings.retry_after_seconds)})
+
+    async def in_thread(self, work: Callable[[], _T]) -> _T:
+        """For what would hold up other requests."""
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, work)
+
+    async def infer(self, request: Request, batch: NDArray[Any], timeout_ms: float | None = None) -> Result:
+        """Runs a batch together with those of others. What a client does not wait for any more leaves the queue.
+
+        Raises:
+            RepVGGDeployError: As `Batcher.infer`.
+            HTTPException: 499 where the client went away.
+        """
+        limit = min(timeout_ms or self.settings.timeout_ms, self.settings.timeout_ms)
+        answer: asyncio.Future[Any] = asyncio.wrap_future(self.batcher.submit(batch, timeout_ms=limit))
+        gone: asyncio.Future[Any] = asyncio.ensure_future(_wait_until_gone(request))
+        try:
+            await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                raise HTTPException(CLIENT_IS_GONE)
+            result: Result = answer.result()
+            return result
+        except CudaContextError:
+            self.phase = "broken"
+            raise
+        finally:
+            gone.cancel()
+            answer.cancel()
+
+    def leave(self, phase: Phase) -> None:
+        """Enters one of the last phases."""
+        self.phase = phase if self.phase != "broken" else "broken"
+        logger.info("%s: %d requests under way", self.phase, self.active)
+
+
+async def _wait_until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,99 @@
+"""What the service is told by its environment: REPVGG_MODEL, and a variable for each other field, REPVGG_ and its name in capitals."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from repvgg_deploy.errors import InputError
+
+PREFIX = "REPVGG_"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Every option of the service.
+
+    Attributes:
+        model: An ONNX of repvgg-export, or a plan.
+        name: What clients call it; empty: the file's name without its suffix.
+        listen: Address and port. (Not `port`: Kubernetes sets REPVGG_PORT in every pod beside a service that is called repvgg.)
+        device: `cpu`, `cuda`, `cuda:1`; empty: what the file is for.
+        backend: As `Engine(backend=)`; empty: its default.
+        threads: That compute, on a CPU; 0: one a core.
+        max_batch: Images that are run together at most.
+        max_delay_ms: How long an image waits for company.
+        max_queue: Images that may wait; 0: eight batches.
+        timeout_ms: What waited so long is not run and answered with 504; a request may ask for less.
+        concurrency: Batches at once: 2 for a plan with two contexts.
+        max_body_bytes: Of a request, compressed and not; more is answered with 413.
+        max_buffered_bytes: Of all bodies in memory at once; beyond it, 503.
+        max_requests: Requests under way at once, those in the queue included; beyond it, 503.
+        max_pixels: Of an image that is decoded.
+        body_seconds: How long a client may take to send a request; then 408.
+        decoders: Threads that decode images.
+        retry_after_seconds: What a refused client is told.
+        grace_seconds: After SIGTERM, how long requests are still answered while readiness is off: longer than a balancer takes to notice.
+        drain_seconds: How long requests that are under way then may take.
+    """
+
+    model: str
+    name: str = ""
+    listen: str = "127.0.0.1:8000"
+    device: str = ""
+    backend: str = ""
+    threads: int = 0
+    max_batch: int = 32
+    max_delay_ms: float = 2.0
+    max_queue: int = 0
+    timeout_ms: float = 2000.0
+    concurrency: int = 1
+    max_body_bytes: int = 32 << 20
+    max_buffered_bytes: int = 512 << 20
+    max_requests: int = 512
+    max_pixels: int = 25_000_000
+    body_seconds: float = 10.0
+    decoders: int = 2
+    retry_after_seconds: int = 1
+    grace_seconds: float = 10.0
+    drain_seconds: float = 20.0
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of `listen`."""
+        host, _, port = self.listen.rpartition(":")
+        return host.strip("[]") or "127.0.0.1", int(port)
+
+
+def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
+    """The environment's settings.
+
+    Raises:
+        InputError: REPVGG_MODEL is missing, or a value is not a number, or negative, where one is needed.
+    """
+    values: dict[str, str | int | float] = {}
+    for field in fields(Settings):
+        text = environment.get(PREFIX + field.name.upper())
+        if text is not None:
+            values[field.name] = _parse(PREFIX + field.name.upper(), text, str(field.type))
+    if not values.get("model"):
+        raise InputError(f"{PREFIX}MODEL: not set, expected the path of an ONNX or a plan", remedy=f"set it: {PREFIX}MODEL=b2.onnx")
+    settings = Settings(**values)  # type: ignore[arg-type]  # _parse saw to it
+    if not settings.listen.rpartition(":")[2].isdecimal():
+        raise InputError(f"{PREFIX}LISTEN: expected ADDRESS:PORT, found {settings.listen!r}", remedy="give it such as 0.0.0.0:8000")
+    return settings
+
+
+def _parse(name: str, text: str, kind: str) -> str | int | float:
+    if kind == "str":
+        return text
+    try:
+        number = int(text) if kind == "int" else float(text)
+    except ValueError:
+        number = -1
+    if not 0 <= number < math.inf:
+        expected = "a whole number" if kind == "int" else "a number"
+        raise InputError(f"{name}: expected {expected} of 0 or more, found {text!r}", remedy="correct it, or leave it out")
+    return number

@@ -1,0 +1,119 @@
+"""What a real process cannot be made to do: a GPU that is lost, a model that fails."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import fastapi
+import onnxruntime
+import prometheus_client
+import pytest
+
+from examples.service.app import create_app
+from examples.service.core import Service
+from examples.service.settings import Settings, read_settings
+from repvgg_deploy.errors import CudaContextError, InputError, ModelError, RepVGGDeployError
+from tests.contract.source_tree import ROOT
+from tests.examples.running_service import binary_request
+from tests.runtime.make_model import ModelOptions, make_onnx, random_batch
+
+NEEDED = (fastapi, onnxruntime, prometheus_client)  # imported, so that without one this file is left out and named
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Service]:
+    with Service(Settings(str(make_onnx(tmp_path / "tiny.onnx")), threads=1)) as opened:
+        yield opened
+
+
+def ask(service: Service, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None) -> tuple[int, dict[str, str], bytes]:
+    """One request to the application, without a server."""
+    sent: list[dict[str, Any]] = []
+    given = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
+    scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "path": path, "query_string": b"", "headers": given}
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        if messages:
+            return messages.pop()
+        await asyncio.Event().wait()  # a client that stays
+        raise AssertionError
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(create_app(service)(scope, receive, send))  # type: ignore[arg-type]
+    found = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+    return sent[0]["status"], found, b"".join(message.get("body", b"") for message in sent[1:])
+
+
+def let_fail(service: Service, monkeypatch: pytest.MonkeyPatch, error: RepVGGDeployError) -> None:
+    """From now on the backend fails."""
+
+    def submit(*_: object, **__: object) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_exception(error)
+        return future
+
+    monkeypatch.setattr(service.batcher, "submit", submit)
+
+
+INFER = "/v2/models/tiny/infer"
+
+
+def test_lost_gpu_ends_liveness_and_readiness_and_refuses_what_comes(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    body, headers = binary_request(random_batch(ModelOptions(), 1))
+    assert ask(service, "POST", INFER, body, headers)[0] == 200
+    let_fail(service, monkeypatch, CudaContextError("illegal address", remedy="restart the process"))
+    status, _, content = ask(service, "POST", INFER, body, headers)
+    assert (status, json.loads(content)) == (500, {"error": "the model failed; the log says more"})
+    assert [ask(service, "GET", f"/v2/health/{what}")[0] for what in ("live", "ready")] == [503, 503]  # live: so that it is restarted
+    status, found, content = ask(service, "POST", INFER, body, headers)
+    assert (status, found["retry-after"], "GPU" in json.loads(content)["error"]) == (503, "1", True)
+
+
+def test_failure_of_one_batch_leaves_the_service_ready(service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    body, headers = binary_request(random_batch(ModelOptions(), 1))
+    with monkeypatch.context() as patch:
+        let_fail(service, patch, ModelError("node Conv_7 failed at /secret/path", remedy="look at the model"))
+        status, _, content = ask(service, "POST", INFER, body, headers)
+    assert status == 500 and b"secret" not in content
+    assert "node Conv_7 failed" in caplog.text
+    assert [ask(service, "GET", f"/v2/health/{what}")[0] for what in ("live", "ready")] == [200, 200]
+    assert ask(service, "POST", INFER, body, headers)[0] == 200
+
+
+def test_unforeseen_failure_is_counted_and_takes_no_place(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(service.batcher, "submit", fail)
+    with pytest.raises(ZeroDivisionError):  # for the server's log
+        ask(service, "POST", INFER, *binary_request(random_batch(ModelOptions(), 1)))
+    assert service.active == 0
+    labels = {"route": "/v2/models/{name}/infer", "status": "500"}
+    assert service.registry.get_sample_value("repvgg_http_requests_total", labels) == 1
+
+
+def test_settings_are_read_by_name_and_kind() -> None:
+    found = read_settings({"REPVGG_MODEL": "a.onnx", "REPVGG_MAX_BATCH": "8", "REPVGG_MAX_DELAY_MS": "0.5", "REPVGG_LISTEN": "[::]:80", "PATH": "x"})
+    assert found == Settings("a.onnx", max_batch=8, max_delay_ms=0.5, listen="[::]:80")
+    assert found.address == ("::", 80)
+
+
+@pytest.mark.parametrize("text", ["-1", "nan", "inf", "1e999", "", "1.5"])
+def test_setting_that_is_no_count_is_an_input_error(text: str) -> None:
+    with pytest.raises(InputError, match=r"REPVGG_MAX_BATCH: expected a whole number of 0 or more"):
+        read_settings({"REPVGG_MODEL": "a.onnx", "REPVGG_MAX_BATCH": text})
+
+
+def test_readme_names_every_setting_and_its_default() -> None:
+    readme = (ROOT / "examples/service/README.md").read_text(encoding="utf-8")
+    for name, value in ((field.name, field.default) for field in Settings.__dataclass_fields__.values()):
+        shown = "" if name == "model" or value in ("", 0) else f"{value:g}" if isinstance(value, float) else str(value)
+        assert f"| `REPVGG_{name.upper()}` | {shown} |".replace("|  |", "| |") in readme, name

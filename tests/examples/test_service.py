@@ -1,0 +1,465 @@
+"""The example service as a real process: the real tritonclient gets what the Engine gives, and nothing is lost when there is too much."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import socket
+import struct
+import threading
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import fastapi
+import geventhttpclient
+import numpy as np
+import onnxruntime
+import prometheus_client
+import pytest
+import uvicorn
+from PIL import Image
+
+from repvgg_deploy import Engine
+from repvgg_deploy.runtime.engine import EngineOptions
+from repvgg_deploy.runtime.results import TopK
+from tests.examples.make_slow import make_slow_onnx
+from tests.examples.running_service import Answer, RunningService, binary_request, read_tensor, serve, wait_until
+from tests.runtime.make_model import ModelOptions, make_onnx, random_batch
+
+NEEDED = (fastapi, geventhttpclient, onnxruntime, prometheus_client, uvicorn)  # imported, so that without one this file is left out and named
+PLAIN = ModelOptions()
+ONE_THREAD = EngineOptions(intra_op_threads=1)  # as the service under test has it
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_onnx(tmp_path_factory.mktemp("model") / "tiny.onnx", PLAIN)
+
+
+@pytest.fixture(scope="module")
+def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_slow_onnx(tmp_path_factory.mktemp("slow") / "slow.onnx")
+
+
+@pytest.fixture(scope="module")
+def service(model: Path) -> Iterator[RunningService]:
+    """One that all tests share that do not end it."""
+    with serve(model, max_batch=8, max_body_bytes=200_000, max_pixels=1_000_000, body_seconds=1) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path) -> Iterator[Engine]:
+    with Engine(model, options=ONE_THREAD) as opened:
+        yield opened
+
+
+@contextlib.contextmanager
+def triton_client(running: RunningService) -> Iterator[Any]:
+    from tritonclient import http
+
+    with http.InferenceServerClient(f"127.0.0.1:{running.port}") as client:
+        yield client
+
+
+def send_by_triton(running: RunningService, batch: np.ndarray[Any, Any], *, binary: bool = True, **options: Any) -> Any:
+    """The result of tritonclient's own `infer`."""
+    from tritonclient import http
+
+    with triton_client(running) as client:
+        metadata = client.get_model_metadata(running.model)["inputs"][0]
+        value = http.InferInput(metadata["name"], list(batch.shape), metadata["datatype"])
+        value.set_data_from_numpy(batch, binary_data=binary)
+        return client.infer(running.model, [value], **options)
+
+
+def test_triton_client_sees_a_server_that_is_live_ready_and_describes_its_model(service: RunningService) -> None:
+    with triton_client(service) as client:
+        assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("tiny")
+        assert client.get_server_metadata()["extensions"] == ["binary_tensor_data", "classification", "schedule_policy"]
+        metadata = client.get_model_metadata("tiny")
+    assert metadata["inputs"] == [{"name": "images", "datatype": "FP32", "shape": [-1, 3, 16, 16]}]
+    assert metadata["outputs"] == [{"name": "logits", "datatype": "FP32", "shape": [-1, 7]}]
+    assert "ONNX Runtime" in metadata["platform"]
+
+
+@pytest.mark.parametrize("images", [1, 5, 8])
+@pytest.mark.parametrize("binary", [True, False])
+def test_triton_client_gets_exactly_what_the_engine_gives(service: RunningService, engine: Engine, images: int, binary: bool) -> None:
+    from tritonclient import http
+
+    batch = random_batch(PLAIN, images, seed=images)
+    outputs = [http.InferRequestedOutput("logits", binary_data=binary)]
+    result = send_by_triton(service, batch, binary=binary, outputs=outputs, request_id="the id")
+    np.testing.assert_array_equal(result.as_numpy("logits"), engine.infer(batch))
+    assert result.get_response()["id"] == "the id"
+    np.testing.assert_array_equal(send_by_triton(service, batch).as_numpy("logits"), engine.infer(batch))  # all outputs, as it asks by default
+
+
+@pytest.mark.parametrize("algorithm", ["gzip", "deflate"])
+def test_triton_client_may_compress(service: RunningService, engine: Engine, algorithm: str) -> None:
+    batch = random_batch(PLAIN, 3)
+    options = {"request_compression_algorithm": algorithm, "response_compression_algorithm": algorithm}
+    np.testing.assert_array_equal(send_by_triton(service, batch, **options).as_numpy("logits"), engine.infer(batch))
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_triton_client_gets_classes_by_name(service: RunningService, engine: Engine, binary: bool) -> None:
+    from tritonclient import http
+
+    batch = random_batch(PLAIN, 2)
+    found = send_by_triton(service, batch, outputs=[http.InferRequestedOutput("logits", binary_data=binary, class_count=3)]).as_numpy("logits")
+    texts = [[text.decode() if isinstance(text, bytes) else text for text in row] for row in found.tolist()]
+    for row, logits in zip(texts, engine.infer(batch), strict=True):
+        best = np.argsort(-logits)[:3]
+        assert [text.split(":")[1:] for text in row] == [[str(index), f"class {index}"] for index in best]
+        np.testing.assert_allclose([float(text.split(":")[0]) for text in row], logits[best], atol=1e-6)  # six digits are sent
+
+
+@pytest.mark.parametrize(
+    "options", [ModelOptions(uint8=True), ModelOptions(kind="top5"), ModelOptions(kind="probabilities"), ModelOptions(half=True)], ids=str
+)
+def test_service_of_any_kind_of_classifier_gives_what_the_engine_gives(tmp_path: Path, options: ModelOptions) -> None:
+    path = make_onnx(tmp_path / "other.onnx", options)
+    photo = jpeg(40, 30)
+    (tmp_path / "photo.jpg").write_bytes(photo)
+    batch = random_batch(options, 3)
+    with Engine(path, options=ONE_THREAD) as engine, serve(path, name="own name") as running:
+        running.model = "own%20name"
+        answer = running.ask("POST", "/v2/models/own%20name/infer", *binary_request(batch))
+        expected = engine.infer(batch)
+        assert answer.status == 200, answer.body
+        data = answer.body[int(answer.headers["Inference-Header-Content-Length"]) :]
+        arrays = (expected.scores, expected.classes) if isinstance(expected, TopK) else (expected,)
+        assert data == b"".join(array.tobytes() for array in arrays)
+        compare_predictions(running.ask("POST", "/predict", photo), engine, tmp_path / "photo.jpg")
+
+
+def jpeg(width: int, height: int, *, kind: str = "JPEG", seed: int = 0) -> bytes:
+    """A picture of soft noise."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC).save(file, kind)
+    return file.getvalue()
+
+
+def compare_predictions(answer: Answer, engine: Engine, path: Path) -> None:
+    """Against `Engine.infer_images` of the same file."""
+    assert answer.status == 200, answer.body
+    found = answer.json["predictions"]
+    result = engine.infer_images([path])
+    if isinstance(result, TopK):
+        classes, scores = result.classes[0], result.scores[0]
+    else:
+        scores = result[0].astype(np.float64)
+        if engine.spec.kind == "logits":
+            scores = np.exp(scores) / np.exp(scores).sum()
+        classes = np.argsort(-scores)[:5]
+        scores = scores[classes]
+    assert [item["class"] for item in found] == classes.tolist()
+    assert [item["label"] for item in found] == [engine.spec.labels[index] for index in classes]
+    np.testing.assert_allclose([item["score"] for item in found], scores, rtol=1e-12)  # the softmax above subtracts no maximum
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_predict_of_an_image_is_that_of_infer_images(service: RunningService, engine: Engine, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "photo.img"
+    path.write_bytes(jpeg(90, 61, kind=kind))
+    compare_predictions(service.ask("POST", "/predict", path.read_bytes(), {"Content-Type": f"image/{kind.lower()}"}), engine, path)
+
+
+def test_many_clients_get_their_own_answers(service: RunningService, engine: Engine, tmp_path: Path) -> None:
+    """Requests of several are run together: whose answer is whose?"""
+    batches = [random_batch(PLAIN, 1 + seed % 3, seed=seed) for seed in range(200)]
+    before = service.metric("repvgg_batcher_batch_images_count")
+    with ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(service.infer, batches))
+    for batch, answer in zip(batches, answers, strict=True):
+        # Batches of other sizes are summed up in another order.
+        np.testing.assert_allclose(read_tensor(answer), engine.infer(batch), rtol=1e-5, atol=1e-5)
+    assert service.metric("repvgg_batcher_batch_images_count") - before < 200  # some were run together
+
+
+def gzip_bomb() -> bytes:
+    return gzip.compress(bytes(50_000_000))
+
+
+def png_bomb() -> bytes:
+    """Two kilobytes that say 5000×5000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", 5000, 5000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1_000_000))) + chunk(b"IEND", b"")
+
+
+INFER_ROUTE = "/v2/models/{name}/infer"
+INFER = "/v2/models/tiny/infer"
+BATCH = random_batch(PLAIN, 1)
+GOOD, GOOD_HEADERS = binary_request(BATCH)
+REFUSED: dict[str, tuple[str, str, Any, dict[str, str], int, str]] = {
+    "unknown_model": ("POST", "/v2/models/other/infer", GOOD, GOOD_HEADERS, 404, "only 'tiny'"),
+    "unknown_model_ready": ("GET", "/v2/models/other/ready", None, {}, 404, "only 'tiny'"),
+    "unknown_path": ("GET", "/nothing", None, {}, 404, "Not Found"),
+    "wrong_method": ("GET", INFER, None, {}, 405, "Method Not Allowed"),
+    "too_large": ("POST", INFER, bytes(200_001), {}, 413, "at most 200,000 bytes"),
+    "too_large_in_chunks": ("POST", INFER, [bytes(1000)] * 201, {}, 413, "at most 200,000 bytes"),
+    "gzip_bomb": ("POST", INFER, gzip_bomb(), {"Content-Encoding": "gzip"}, 413, "decompressed"),
+    "not_gzip": ("POST", INFER, GOOD, {"Content-Encoding": "gzip"}, 400, "gzip"),
+    "brotli": ("POST", INFER, GOOD, {"Content-Encoding": "br"}, 400, "expected gzip or deflate"),
+    "not_json": ("POST", INFER, b"{", {}, 400, "not JSON"),
+    "empty": ("POST", INFER, b"", {}, 400, "not JSON"),
+    "without_header": ("POST", INFER, GOOD, {}, 400, "Inference-Header-Content-Length"),
+    "wrong_size": ("POST", INFER, *binary_request(np.zeros((1, 3, 8, 8), np.float32)), 400, "the size differs"),
+    "not_finite": ("POST", INFER, *binary_request(np.full((1, 3, 16, 16), np.nan, np.float32)), 400, "expected finite numbers"),
+    "too_many_images": ("POST", INFER, *binary_request(random_batch(PLAIN, 9)), 400, "9 images are more than"),
+    "not_an_image": ("POST", "/predict", b"GIF89a, or not", {}, 400, "not an image"),
+    "no_image": ("POST", "/predict", b"", {}, 400, "no bytes"),
+    "half_an_image": ("POST", "/predict", jpeg(90, 61)[:700], {}, 400, "damaged or truncated"),
+    "pixel_bomb": ("POST", "/predict", png_bomb(), {}, 400, "5000×5000 = 25,000,000 pixels, expected at most 1,000,000"),
+    "tiff": ("POST", "/predict", jpeg(20, 20, kind="TIFF"), {}, 400, "JPEG, MPO, PNG, WEBP"),
+    "form": ("POST", "/predict", b"--x", {"Content-Type": "multipart/form-data; boundary=x"}, 415, "--data-binary"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_request_that_cannot_be_answered_is_told_why_and_the_next_one_is_answered(service: RunningService, engine: Engine, name: str) -> None:
+    method, path, body, headers, status, message = REFUSED[name]
+    answer = service.ask(method, path, body, headers)
+    assert (answer.status, message in answer.json["error"]) == (status, True), answer.body
+    batch = random_batch(PLAIN, 2)
+    np.testing.assert_array_equal(read_tensor(service.infer(batch)), engine.infer(batch))
+
+
+def test_triton_client_raises_what_the_service_says(service: RunningService) -> None:
+    from tritonclient.utils import InferenceServerException
+
+    with pytest.raises(InferenceServerException, match="9 images are more than"):
+        send_by_triton(service, random_batch(PLAIN, 9))
+
+
+def test_client_that_sends_too_slowly_is_let_go(service: RunningService) -> None:
+    with socket.create_connection(("127.0.0.1", service.port), 30) as connection:
+        connection.sendall(f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{{".encode())
+        assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
+    wait_until(lambda: not service.metric("repvgg_http_active_requests"), "its place to be free")
+
+
+def test_client_that_goes_away_while_it_sends_takes_no_place(service: RunningService) -> None:
+    with socket.create_connection(("127.0.0.1", service.port), 30) as connection:
+        connection.sendall(f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{{{{".encode())
+        wait_until(lambda: service.metric("repvgg_http_active_requests") == 1, "the request to be under way")
+        assert service.metric("repvgg_http_buffered_bytes") == 2
+    wait_until(lambda: not service.metric("repvgg_http_active_requests"), "its place to be free")
+    assert service.metric("repvgg_http_buffered_bytes") == 0
+
+
+def test_metrics_count_what_was_sent(service: RunningService) -> None:
+    before = service.metrics()
+    photo = jpeg(50, 50)
+    for images in (1, 2, 2):
+        assert service.infer(random_batch(PLAIN, images)).status == 200
+    assert [service.ask("POST", "/predict", body).status for body in (photo, b"x")] == [200, 400]
+    assert service.ask("GET", "/v2/models/made-up").status == 404
+    after = service.metrics()
+
+    def grown(name: str, **labels: str) -> float:
+        key = (name, frozenset(labels.items()))
+        return after[key] - before.get(key, 0.0)
+
+    assert grown("repvgg_http_requests_total", route=INFER_ROUTE, status="200") == 3
+    assert grown("repvgg_http_requests_total", route="/predict", status="200") == 1
+    assert grown("repvgg_http_requests_total", route="/predict", status="400") == 1
+    assert grown("repvgg_http_requests_total", route="/v2/models/{name}", status="404") == 1
+    assert grown("repvgg_http_request_seconds_count", route=INFER_ROUTE) == 3
+    for part in ("engine", "batcher"):
+        assert grown(f"repvgg_{part}_images_total") == 6
+        assert grown(f"repvgg_{part}_batch_images_sum") == 6
+        assert grown(f"repvgg_{part}_batch_images_bucket", le="1") == 2
+        assert grown(f"repvgg_{part}_batch_images_bucket", le="+Inf") == 4
+        assert grown(f"repvgg_{part}_run_seconds_count") == grown(f"repvgg_{part}_run_seconds_bucket", le="+Inf") == 4
+        assert grown(f"repvgg_{part}_run_seconds_sum") > 0
+    assert grown("repvgg_batcher_requests_total") == grown("repvgg_batcher_queue_seconds_count") == 4
+    assert after["repvgg_ready", frozenset()] == 1
+    assert after["repvgg_http_active_requests", frozenset()] == after["repvgg_http_buffered_bytes", frozenset()] == 0
+    assert after["process_resident_memory_bytes", frozenset()] > 0
+
+
+def at_once(running: RunningService, batches: Sequence[np.ndarray[Any, Any]]) -> list[Answer]:
+    """All of them, a thread each, let go together."""
+    gate = threading.Barrier(len(batches))
+
+    def send(batch: np.ndarray[Any, Any]) -> Answer:
+        gate.wait(30)
+        return running.infer(batch)
+
+    with ThreadPoolExecutor(len(batches)) as pool:
+        return list(pool.map(send, batches))
+
+
+def test_full_queue_refuses_with_retry_after_and_loses_nothing(slow_model: Path) -> None:
+    batches = [random_batch(PLAIN, 1, seed=seed) for seed in range(24)]
+    with serve(slow_model, max_batch=1, max_queue=3, timeout_ms=60_000, retry_after_seconds=7) as running:
+        answers = at_once(running, batches)
+        statuses = Counter(answer.status for answer in answers)
+        assert set(statuses) == {200, 503}, statuses  # each was answered, one way or the other
+        assert statuses[200] >= 3  # as many as wait; one more where the first was already taken to be run
+        for batch, answer in zip(batches, answers, strict=True):
+            if answer.status == 200:
+                np.testing.assert_array_equal(read_tensor(answer)[0], batch.ravel()[:7])  # what this model computes
+            else:
+                assert answer.headers["Retry-After"] == "7" and "the queue holds 3" in answer.json["error"]
+        assert running.metric("repvgg_batcher_refused_total") == statuses[503]
+        assert running.metric("repvgg_batcher_requests_total") == statuses[200]
+        assert running.infer(batches[0]).status == 200  # afterwards, all is well
+        assert running.metric("repvgg_http_active_requests") == 0
+
+
+@pytest.mark.parametrize(("limit", "message"), [({"max_requests": 2}, "as many as may"), ({"max_buffered_bytes": 7000}, "too many bytes")])
+def test_requests_or_bytes_beyond_the_limit_are_refused(slow_model: Path, limit: dict[str, int], message: str) -> None:
+    with serve(slow_model, max_batch=1, timeout_ms=60_000, **limit) as running:
+        answers = at_once(running, [random_batch(PLAIN, 1)] * 10)
+        assert Counter(answer.status for answer in answers)[200] >= 1
+        refused = [answer for answer in answers if answer.status == 503]
+        assert refused and len(refused) + sum(answer.status == 200 for answer in answers) == 10
+        assert all(answer.headers["Retry-After"] == "1" and message in answer.json["error"] for answer in refused)
+        assert running.metric("repvgg_http_buffered_bytes") == 0
+
+
+def arrived(running: RunningService) -> float:
+    """Inference requests that were answered or are under way."""
+    metrics = running.metrics()
+    answered = sum(value for (name, labels), value in metrics.items() if name == "repvgg_http_requests_total" and ("route", INFER_ROUTE) in labels)
+    return answered + metrics["repvgg_http_active_requests", frozenset()]
+
+
+SIX = [random_batch(PLAIN, 1, seed=seed) for seed in range(6)]
+
+
+@contextlib.contextmanager
+def six_under_way(running: RunningService) -> Iterator[list[Future[Answer]]]:
+    """Requests that keep a slow model busy for a while; afterwards, each has its answer."""
+    with ThreadPoolExecutor(6) as pool:
+        answers = [pool.submit(running.infer, batch) for batch in SIX]
+        wait_until(lambda: arrived(running) == 6, "six requests to arrive")
+        yield answers
+        for batch, answer in zip(SIX, answers, strict=True):
+            np.testing.assert_array_equal(read_tensor(answer.result())[0], batch.ravel()[:7])  # what this model computes
+
+
+def test_request_past_its_deadline_is_not_run(slow_model: Path) -> None:
+    with serve(slow_model, max_batch=1, timeout_ms=60_000) as running:
+        with six_under_way(running):
+            late = running.infer(random_batch(PLAIN, 1), timeout=1000)
+            assert (late.status, "its deadline passed" in late.json["error"]) == (504, True)
+        assert running.metric("repvgg_batcher_expired_total") == 1
+        assert running.metric("repvgg_batcher_requests_total") == 6
+
+
+def test_request_whose_client_is_gone_is_not_run(slow_model: Path) -> None:
+    with serve(slow_model, max_batch=1, timeout_ms=60_000) as running:
+        with six_under_way(running):
+            connection = running.connect()
+            connection.request("POST", "/v2/models/slow/infer", *binary_request(SIX[0]))
+            wait_until(lambda: arrived(running) == 7, "the seventh to arrive")
+            connection.close()
+        wait_until(lambda: running.metric("repvgg_batcher_cancelled_total") == 1, "it to be dropped")
+        assert running.metric("repvgg_batcher_requests_total") == 6
+        assert running.metric("repvgg_http_active_requests") == 0
+
+
+def test_sigterm_turns_readiness_off_answers_all_and_exits_with_0(slow_model: Path) -> None:
+    with serve(slow_model, max_batch=1, timeout_ms=60_000, grace_seconds=3) as running:
+        with contextlib.closing(running.connect()) as kept, six_under_way(running):
+            kept.request("GET", "/v2/health/ready")
+            assert kept.getresponse().read() == b""
+            running.terminate()
+            wait_until(lambda: running.ask("GET", "/v2/health/ready").status == 503, "readiness to be off")
+            assert running.process.poll() is None and running.metric("repvgg_ready") == 0
+            assert running.ask("GET", "/v2/health/live").status == 200
+            # A connection that was kept is still served, and asked not to be kept longer.
+            kept.request("POST", "/v2/models/slow/infer", *binary_request(SIX[0]))
+            late = kept.getresponse()
+            assert (late.status, late.headers["Connection"]) == (200, "close")
+            late.read()
+        assert running.process.wait(30) == 0
+        log = running.log.read_text()
+    assert log.index("leaving: ") < log.index("refusing: ") < log.index("Shutting down") < log.index("closed after 7 requests")
+    assert "Traceback" not in log and "ERROR" not in log
+
+
+def test_sigterm_without_grace_refuses_what_is_new_and_answers_what_is_under_way(slow_model: Path) -> None:
+    with serve(slow_model, max_batch=1, timeout_ms=60_000, grace_seconds=0, retry_after_seconds=3) as running:
+        with contextlib.closing(running.connect()) as kept, six_under_way(running):
+            kept.connect()
+            running.terminate()
+            wait_until(lambda: "refusing: " in running.log.read_text(), "the drain to begin")
+            with pytest.raises(ConnectionRefusedError):  # which a balancer takes elsewhere
+                running.infer(SIX[0])
+            kept.request("POST", "/v2/models/slow/infer", *binary_request(SIX[0]))
+            late = kept.getresponse()
+            assert (late.status, late.headers["Retry-After"], late.headers["Connection"]) == (503, "3", "close")
+            late.read()
+        assert running.process.wait(30) == 0
+
+
+def test_sigterm_under_load_loses_no_request(model: Path) -> None:
+    """Clients behind a balancer, which asks for readiness and opens no connection once it is off: every request gets its answer."""
+    outcomes: Counter[object] = Counter()
+    off = threading.Event()
+
+    def send_until_readiness_is_off(running: RunningService) -> None:
+        while not off.is_set():
+            try:
+                outcomes[running.infer(BATCH).status] += 1
+            except OSError as error:
+                outcomes[repr(error)] += 1
+
+    def watch_readiness(running: RunningService) -> None:
+        while running.ask("GET", "/v2/health/ready").status == 200:
+            off.wait(0.1)
+        off.set()
+
+    with serve(model, grace_seconds=3) as running, ThreadPoolExecutor(17) as pool:
+        clients = [pool.submit(send_until_readiness_is_off, running) for _ in range(16)]
+        clients.append(pool.submit(watch_readiness, running))
+        wait_until(lambda: outcomes[200] > 100, "the load to build up")
+        running.terminate()
+        for client in clients:
+            client.result(30)
+        assert running.process.wait(30) == 0
+    assert set(outcomes) == {200}, outcomes
+
+
+def test_second_signal_ends_the_grace_time(model: Path) -> None:
+    with serve(model, grace_seconds=600) as running:
+        running.terminate()
+        wait_until(lambda: "leaving: " in running.log.read_text(), "the first signal to be noted")
+        running.terminate()
+        assert running.process.wait(30) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_batch": 0}, "max_batch: expected a whole number of at least 1"),
+        ({"max_queue": 3}, "max_queue: expected a whole number of at least max_batch"),
+        ({"timeout_ms": "soon"}, "REPVGG_TIMEOUT_MS: expected a number of 0 or more, found 'soon'"),
+        ({"listen": "8000x"}, "REPVGG_LISTEN: expected ADDRESS:PORT"),
+        ({"device": "tpu"}, "device"),
+        ({"model": "absent.onnx"}, "absent.onnx"),
+        ({"model": ""}, "REPVGG_MODEL: not set"),
+    ],
+    ids=str,
+)
+def test_service_with_a_wrong_setting_does_not_start_and_says_which(model: Path, settings: dict[str, object], message: str) -> None:
+    with pytest.raises(AssertionError) as caught, serve(model, **settings):
+        pass
+    assert message in str(caught.value) and "remedy: " in str(caught.value)
+    assert "Traceback" not in str(caught.value)

@@ -65,7 +65,7 @@ class Service:
             max_delay_ms=settings.max_delay_ms,
             max_queue=settings.max_queue or None,
             timeout_ms=settings.timeout_ms,
-            concurrency=settings.concurrency,
+            concurrency=settings.concurrency or None,
         )
         sizes = [size for size in self.spec.input.shape[1:] if isinstance(size, int)]
         if len(sizes) == 3:  # of an input of any size there is no usual one

@@ -27,7 +27,7 @@ class Settings:
         max_delay_ms: How long an image waits for company.
         max_queue: Images that may wait; 0: eight batches.
         timeout_ms: What waited so long is not run and answered with 504; a request may ask for less.
-        concurrency: Batches at once: 2 for a plan with two contexts.
+        concurrency: Batches at once; 0: two of a plan with two contexts, else one.
         max_body_bytes: Of a request, compressed and not; more is answered with 413.
         max_buffered_bytes: Of all bodies in memory at once; beyond it, 503.
         max_requests: Requests under way at once, those in the queue included; beyond it, 503.
@@ -49,7 +49,7 @@ class Settings:
     max_delay_ms: float = 2.0
     max_queue: int = 0
     timeout_ms: float = 2000.0
-    concurrency: int = 1
+    concurrency: int = 0
     max_body_bytes: int = 32 << 20
     max_buffered_bytes: int = 512 << 20
     max_requests: int = 512

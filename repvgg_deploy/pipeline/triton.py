@@ -62,6 +62,8 @@ def write_triton(models: Sequence[Path | str], out: Path | str, options: Reposit
             remedy="write each model by itself; one repository holds any number of them",
         )
     servable = _read_plans(paths, options) if kinds == {True} else _read_onnx(paths[0], options)
+    if options.ensemble is not None and " " in str(Path(out).absolute()):
+        logger.warning("%s: has a space in its path, below which Triton's python backend, which decodes the images, may not start", out)
     if kinds == {True}:
         container = describe_container(servable.provenance["tensorrt_version"])
     else:

@@ -300,3 +300,14 @@ def test_load_schema_does_not_import_grpc() -> None:
     code = "import sys; from repvgg_deploy.serving.schema import load_schema; load_schema(); print(*sys.modules)"
     result = subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=60, capture_output=True, text=True)
     assert not {"grpc", "numpy"} & set(result.stdout.split())
+
+
+def test_repository_below_a_path_with_a_space_is_warned_of_where_the_python_backend_is_needed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """tritonserver 2.51 ends its python backend there with an error about a number."""
+    onnx = make_onnx(tmp_path / "tiny.onnx")
+    write_triton([onnx], tmp_path / "two words", RepositoryOptions())
+    assert "space" not in caplog.text
+    write_triton([onnx], tmp_path / "two words", RepositoryOptions(ensemble="jpeg"))
+    assert "has a space in its path" in caplog.text

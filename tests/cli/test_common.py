@@ -167,8 +167,10 @@ sys.exit(run({"wait": wait, "talk": talk}[sys.argv[1]], argparse.Namespace(json=
 
 
 def start(*arguments: str, stdout: int = subprocess.PIPE, ignore_hangup: bool = False) -> subprocess.Popen[str]:
-    program = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n{PROGRAM}" if ignore_hangup else PROGRAM
-    command = [sys.executable, "-c", program, *arguments]
+    # As from a terminal, also where the tests themselves run in the background or under nohup, which children inherit.
+    hangup = "signal.SIG_IGN" if ignore_hangup else "signal.SIG_DFL"
+    signals = f"import signal; signal.signal(signal.SIGHUP, {hangup}); signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [sys.executable, "-c", f"{signals}\n{PROGRAM}", *arguments]
     return subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
 

@@ -21,7 +21,7 @@ BUILDER = (
     "IOptimizationProfile", "IProgressMonitor", "ITensor", "ITimingCache", "LayerInformationFormat", "LayerType", "MemoryPoolType",
     "NetworkDefinitionCreationFlag", "OnnxParser", "ParserError", "ProfilingVerbosity", "TacticSource",
 )  # fmt: skip
-"""What a build uses besides; the lean runtime has none of them."""
+"""What a build uses besides; the lean runtime, which cannot build, has some of the enumerations only."""
 
 
 def record(name: str) -> dict[str, list[str]]:
@@ -30,10 +30,11 @@ def record(name: str) -> dict[str, list[str]]:
     found = {"module": sorted(n for n in dir(module) if not n.startswith("_"))}
     if name == "cuda.bindings.driver":
         return {"module": [n for n in found["module"] if n.startswith("cu") or n in ("CUresult", "CUdevice_attribute", "CUstreamCaptureMode")]}
-    for kind in (*CLASSES, *BUILDER):
+    kinds = (*CLASSES, *BUILDER) if hasattr(module, "Builder") else CLASSES
+    for kind in kinds:
         if hasattr(module, kind):
             found[kind] = sorted(n for n in dir(getattr(module, kind)) if not n.startswith("_"))
-    keep = {*CLASSES, *BUILDER, "init_libnvinfer_plugins"}
+    keep = {*kinds, "init_libnvinfer_plugins"}
     found["module"] = [n for n in found["module"] if n in keep]
     return found
 

@@ -41,6 +41,32 @@ def test_failing_measurement_is_the_exit_code(tmp_path: Path) -> None:
     assert "no NVIDIA driver" in log.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("what", ["tests", "figures"])
+def test_program_that_a_signal_ended_is_a_failure(tmp_path: Path, what: str) -> None:
+    """TensorRT that crashes leaves a negative exit code, which is less than 0 and no less wrong."""
+    crashing = "-m" if what == "tests" else "benchmarks/gpu.py"
+    program = tmp_path / "python"
+    program.write_text(f'#!/bin/sh\ncase "$1" in -c) exec "$REAL" "$@" ;; {crashing}) kill -SEGV $$ ;; esac\n', encoding="utf-8")
+    program.chmod(0o755)
+    arguments = ["run", str(tmp_path / "wheels"), "--models", str(tmp_path / "models"), "--out", str(tmp_path / "out"), "--", str(program)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REAL", sys.executable)
+        assert offline.main(arguments) == 1
+
+
+def test_minutes_are_those_of_tests_and_figures_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "python"
+    program.write_text(f'#!/bin/sh\ncase "$1" in -c) exec "$REAL" "$@" ;; esac\necho "$@" >> {tmp_path}/called\n', encoding="utf-8")
+    program.chmod(0o755)
+    monkeypatch.setenv("REAL", sys.executable)
+    times = iter([0.0, 240.0])  # the tests take four minutes
+    monkeypatch.setattr(offline.time, "monotonic", lambda: next(times))
+    arguments = ["run", str(tmp_path / "wheels"), "--models", "models", "--out", str(tmp_path / "out"), "--minutes", "9", "--", str(program)]
+    assert offline.main(arguments) == 0
+    tests, figures = (tmp_path / "called").read_text(encoding="utf-8").splitlines()
+    assert "pytest" in tests and "--minutes 5.00" in figures
+
+
 def test_every_package_that_makes_models_is_carried() -> None:
     from benchmarks.gpu_parts.models import find_missing
 

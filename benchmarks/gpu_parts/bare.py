@@ -58,35 +58,50 @@ class BareLoop:
         self._device = backend._port.on_device(backend._device_id)
         self._path, self._info, self._source = engine.path, backend._port.describe_device(backend._device_id), source
         self._freed: list[Any] = []
+        self._plan: Any = None
+        self._context: Any = None
+        self.stream: Any = None
 
     def __enter__(self) -> BareLoop:
-        port = self._port
         self._device.__enter__()
+        try:
+            self._open()
+        except BaseException as error:  # the stages that come after this one need the memory
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    def _open(self) -> None:
+        port = self._port
         self._plan = plan = open_plan(self._path, self._info, backend=None, require_passport=False)
         self.stream = port.create_stream()
         self.handle = port.stream_handle(self.stream)
         size = max(count_scratch_bytes(plan.engine), 256)
         scratch = (self._take(size), size)
-        self._context: Any = make_context(plan.library, plan.engine, scratch, profile=plan.interface.profile, stream_handle=self.handle)
+        self._context = make_context(plan.library, plan.engine, scratch, profile=plan.interface.profile, stream_handle=self.handle)
         if self._context is None:
             raise RuntimeError(f"TensorRT makes no context for the bare loop: {plan.library.log.take()}")
         port.synchronize_stream(self.stream)
-        self._context.set_input_shape(plan.interface.source.name, self._source.shape)
+        if not self._context.set_input_shape(plan.interface.source.name, self._source.shape):
+            raise RuntimeError(f"TensorRT refuses the shape {self._source.shape}: {plan.library.log.take()}")
         self._context.set_tensor_address(plan.interface.source.name, self._source.address)
         for output in plan.interface.outputs:
             shape = tuple(int(dimension) for dimension in self._context.get_tensor_shape(output.name))
             self._context.set_tensor_address(output.name, self._take(output.count_bytes(shape)))
         self.enqueue()
         self.wait()
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._context = None
-        self._plan.release()
-        for address in self._freed:
-            self._port.free(address)
-        self._port.destroy_stream(self.stream)
-        self._device.__exit__(kind, error, trace)
+        try:
+            self._context = None
+            if self._plan is not None:
+                self._plan.release()
+            for address in self._freed:
+                self._port.free(address)
+            if self.stream is not None:
+                self._port.destroy_stream(self.stream)
+        finally:
+            self._device.__exit__(kind, error, trace)
 
     def enqueue(self) -> None:
         """One run, put on the stream."""

@@ -153,11 +153,15 @@ def _rate(call: Callable[[], object], count: int, seconds: float) -> float:
 
 def _rate_of_clients(call: Callable[[], object], seconds: float) -> float:
     stop, counts = threading.Event(), [0] * CLIENTS
+    problems: list[Exception] = []
 
     def work(index: int) -> None:
-        while not stop.is_set():
-            call()
-            counts[index] += 1
+        try:
+            while not stop.is_set():
+                call()
+                counts[index] += 1
+        except Exception as error:  # noqa: BLE001 - raised again below: a rate of those that are left would be none
+            problems.append(error)
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(CLIENTS)]
     for thread in threads:
@@ -169,6 +173,8 @@ def _rate_of_clients(call: Callable[[], object], seconds: float) -> float:
     stop.set()
     for thread in threads:
         thread.join()
+    if problems:
+        raise problems[0]
     return done / (end - begin)
 
 

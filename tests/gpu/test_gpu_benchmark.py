@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks import gpu
 from benchmarks.gpu_parts import checks, machine, models, report, speed
+from benchmarks.gpu_parts.bare import BareLoop, DeviceBatch
 from benchmarks.gpu_parts.record import Record, find_peak
 from repvgg_deploy.errors import CudaError, InputError
 from tests.fakes.tensorrt import Faults
@@ -80,6 +81,42 @@ def test_failing_stage_is_recorded_and_the_others_go_on(tmp_path: Path, monkeypa
     assert set(result["failures"]) == {"A0 fp32", "A0 fp16", "A0 int8"}
     assert "made to fail" in result["failures"]["A0 fp32"]
     assert "WRONG    A0 fp32: " in report.show(result)
+
+
+def test_plan_whose_clients_fail_costs_no_other_plan(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise CudaError("made to fail", remedy="none")
+
+    monkeypatch.setattr(speed, "measure_clients", fail)
+    run_on(world, tmp_path, monkeypatch)
+    result = read(tmp_path)
+    assert set(result["failures"]) == {"A0 fp32", "A0 fp16", "A0 int8"} and result["plans"]["A0 uint8"]["done"]
+    assert "A0 int8: overhead at batch 1, µs" in result["aims"] and "WRONG    A0 int8: " in report.show(result)
+
+
+def test_client_that_fails_is_a_failure_and_no_slow_rate() -> None:
+    calls = iter(range(10_000))
+
+    def call() -> None:
+        if next(calls) == 100:
+            raise CudaError("made to fail", remedy="none")
+        time.sleep(0.001)
+
+    with pytest.raises(CudaError, match="made to fail"):
+        speed._rate_of_clients(call, 0.05)
+
+
+def test_bare_loop_that_cannot_be_opened_gives_everything_back(world: World) -> None:
+    with world.open() as engine:
+        port: Any = engine._backend._port  # type: ignore[attr-defined]
+        with port.on_device(0):
+            source = DeviceBatch(port, random_batch(ModelOptions(), 2))
+        source.shape = (1000, *source.shape[1:])  # the profile does not hold it
+        with pytest.raises(RuntimeError, match="refuses the shape"), BareLoop(engine, source):
+            pass
+        with port.on_device(0):
+            source.free()
+    assert world.cuda.leaks() == {}
 
 
 def test_run_without_time_goes_on_in_the_next_one(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,12 +57,13 @@ class TimingFile:
     def load(self, settings: Any) -> None:
         """Gives TensorRT the timings in the file, or none."""
         data = self._read()
-        if data and settings.set_timing_cache(settings.create_timing_cache(data), False):
+        known = settings.create_timing_cache(data) if data else None  # None, too, of bytes that are no timings
+        if known is not None and settings.set_timing_cache(known, False):
             self.bytes_before = len(data)
             return
         if data:
             self.usable = False
-            logger.warning("%s: the timings are of another GPU or TensorRT: they are not used, and the file is left as it is", self.path)
+            logger.warning("%s: the timings are damaged, or of another GPU or TensorRT: they are not used, and the file is left as it is", self.path)
         settings.set_timing_cache(settings.create_timing_cache(b""), False)
 
     def store(self, settings: Any) -> None:
@@ -78,8 +79,9 @@ class TimingFile:
 
     def _merge(self, settings: Any, measured: Any) -> None:
         latest = self._read()
-        if latest and not measured.combine(settings.create_timing_cache(latest), False):
-            logger.warning("%s: was replaced by timings of another GPU or TensorRT, and is left as it is", self.path)
+        known = settings.create_timing_cache(latest) if latest else None
+        if latest and (known is None or not measured.combine(known, False)):
+            logger.warning("%s: was replaced by what is damaged, or of another GPU or TensorRT, and is left as it is", self.path)
             return
         with atomic_output(self.path, force=True) as output:
             output.partial.write_bytes(bytes(measured.serialize()))

@@ -73,6 +73,8 @@ class Timings:
 
     def combine(self, other: Timings, ignore_mismatch: bool) -> bool:
         assert ignore_mismatch is False
+        if not isinstance(other, Timings):
+            raise TypeError("combine(): incompatible function arguments")
         if other.gpu and other.gpu != self.gpu:
             return False
         self.items |= other.items
@@ -314,11 +316,13 @@ class Config:
     def add_optimization_profile(self, profile: Profile) -> int:
         return -1 if self.trt._faults.profile else 0
 
-    def create_timing_cache(self, data: bytes) -> Timings:
-        return Timings(data)
+    def create_timing_cache(self, data: bytes) -> Timings | None:
+        return Timings(data) if not data or b"|" in data else None  # a null pointer of C++, for bytes without its header
 
     def set_timing_cache(self, cache: Timings, ignore_mismatch: bool) -> bool:
         assert ignore_mismatch is False
+        if not isinstance(cache, Timings):
+            raise TypeError("set_timing_cache(): incompatible function arguments")
         if cache.gpu not in ("", self.trt.gpu):
             return False
         self.__dict__["timings"] = cache

@@ -52,6 +52,17 @@ def test_timings_of_another_gpu_that_come_meanwhile_are_left_alone(tmp_path: Pat
     assert file.read_text() == "h100|x" and "left as it is" in caplog.text
 
 
+def test_damaged_timings_are_neither_used_nor_replaced_and_cost_no_plan(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, file = make_typed(tmp_path, "fp32"), tmp_path / "t.timing"
+    file.write_bytes(b"no timings")
+    with caplog.at_level(logging.WARNING):
+        assert run(model, file).timing_bytes == 0
+    assert file.read_bytes() == b"no timings" and "the timings are damaged" in caplog.text
+    file.unlink()
+    assert run(model, file, Faults(during=lambda: file.write_bytes(b"no timings") and None)).data
+    assert file.read_bytes() == b"no timings" and "was replaced by what is damaged" in caplog.text
+
+
 def test_timings_leave_only_the_file_and_its_lock(tmp_path: Path) -> None:
     model, folder = make_typed(tmp_path, "fp32"), tmp_path / "timing"
     folder.mkdir()

@@ -76,7 +76,8 @@ class PlanCache:
         try:
             passport = codec.loads(PlanPassport, (entry / _PASSPORT).read_text(encoding="utf-8"))
             if sha256_file(entry / _PLAN) == passport.plan_sha256:
-                os.utime(entry)
+                with contextlib.suppress(OSError):  # of another user, or on a disk that is only read: it is good all the same
+                    os.utime(entry)
                 return CachedPlan(entry / _PLAN, passport)
             logger.warning("%s: a cached plan has changed: it is removed and built again", entry)
         except FileNotFoundError:

@@ -70,6 +70,18 @@ def test_damaged_entry_is_removed_and_said(tmp_path: Path, damage: str, caplog: 
     assert cache.find(KEY) is not None
 
 
+def test_entry_whose_time_may_not_be_set_is_used_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache on a disk that is only read, or of another user."""
+    cache = PlanCache(tmp_path / "cache")
+    cache.store(KEY, *entry(tmp_path))
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert cache.find(KEY) is not None and cache.find(KEY) is not None
+
+
 def test_least_recently_used_plans_make_room(tmp_path: Path) -> None:
     cache = PlanCache(tmp_path / "cache", limit_bytes=3 * 22_500)
     for index, key in enumerate("abc"):

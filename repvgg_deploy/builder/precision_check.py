@@ -16,6 +16,8 @@ _LEAST_SEEN = 0.5
 _WIDTH = {"int8": 0, "fp8": 0, "fp16": 1, "bf16": 1, "fp32": 2}
 _PATTERNS = (("int8", r"int8|\bi8\b"), ("fp8", r"fp8|float8"), ("bf16", r"bf16|bfloat16"), ("fp16", r"fp16|half|float16"), ("fp32", r"fp32|float"))
 _SHOWN = 3
+_COPIES = ("Reformat", "NoOp")
+"""Kinds of layers that compute nothing. They are named after their neighbours: `Reformatting CopyNode for Input Tensor 0 to w + q + a.conv`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,8 @@ def _not_understood(why: str) -> BuildError:
 def _layer(layer: Any) -> InspectedLayer:
     if not isinstance(layer, Mapping):
         return InspectedLayer(_node_names(str(layer), ""), None)
+    if layer.get("LayerType") in _COPIES or str(layer.get("Name", "")).startswith("Reformatting CopyNode"):
+        return InspectedLayer(frozenset(), None)
     names = _node_names(str(layer.get("Name", "")), str(layer.get("Metadata", "")))
     # What the layer reads is what it computes in: integer weights that meet floats are no INT8. With dynamic shapes the inspector may not say it.
     weights = layer.get("Weights")

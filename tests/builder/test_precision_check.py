@@ -66,6 +66,15 @@ def test_stem_in_a_wider_type_is_tolerated_and_counted() -> None:
     require_honest(report, "TensorRT")
 
 
+@pytest.mark.parametrize("kind", ["Reformat", "CaskConvolution"])
+def test_copy_into_a_convolution_is_not_what_it_computes_in(kind: str) -> None:
+    """TensorRT 8.5 names an INT8 convolution after its weights and their QuantizeLinear first, and the copy before it after all of them."""
+    name = "stage1.0.weight + stage1.0.quantize + stage1.0.conv + stage1.0.relu"
+    copy = layer(f"Reformatting CopyNode for Input Tensor 0 to {name}", "Row major linear FP32", LayerType=kind)
+    report = measure(read_layers(answer([ALL_INT8[0], copy, layer(name, INT8), *ALL_INT8[2:]])), GRAPH)
+    assert report.fallen == () and report.shares == {"int8": 1.0}
+
+
 def test_narrower_type_than_asked_is_no_fallback() -> None:
     graph = tuple(WeightedLayer(wanted.name, "fp32", wanted.macs) for wanted in GRAPH)
     report = measure(read_layers(answer(ALL_INT8)), graph)

@@ -19,6 +19,7 @@ NEEDS_A_GPU = {
     "test_device_arrays_of_torch": "torch must have CUDA",
     "test_device_arrays_of_cupy": "CuPy must be installed",
     "test_pycuda_runs_the_same_plan": "pycuda must be installed",
+    "test_layer_inspector_shows_the_precision": "the fake plan was not inspected",
     "test_bare_loop_gives_the_same_and_memory_is_given_back": "asks the driver how much memory is free",
 }
 TESTS = {name: test for name, test in vars(test_plans_on_gpu).items() if name.startswith("test_")}
@@ -48,6 +49,11 @@ def test_test_runs_on_the_fake_gpu(name: str, world: World, tmp_path: Path) -> N
     (tmp_path / "more").mkdir()
     call(name, world, make_reference(world), tmp_path / "more", graphs=True)
     assert world.cuda.leaks() == {}
+
+
+def test_plan_that_was_not_inspected_costs_one_test(world: World, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError):
+        call("test_layer_inspector_shows_the_precision", world, make_reference(world), tmp_path)
 
 
 @pytest.mark.parametrize(

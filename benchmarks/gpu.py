@@ -4,7 +4,8 @@ Models are A0, B1g4 and B2 with seeded weights at 224 px. Where torch, onnx, onn
 elsewhere (TensorRT 8.5 has a Python of its own, without torch) they are taken from `--models`, a folder that this program wrote before.
 
 The result is written after every stage. A stage that fails is recorded with its reason, and the others go on. `--minutes` ends the run in time;
-the same command goes on where it ended. Exit code 0: all was measured and every answer was right; 1: something failed, was wrong or is left to do.
+the same command goes on where it ended; a stage in whose midst the program ended (TensorRT crashed, or it was killed) comes after all others then.
+Exit code 0: all was measured and every answer was right; 1: something failed, was wrong or is left to do.
 
 Aims are shown as met or not and change no exit code:
 
@@ -114,15 +115,18 @@ class Run:
         """Every stage that is not done; the names of those for which there was no time."""
         if not self._record.result["peak"].get("fp16_tflops"):
             self._stage(PEAK, self._peak)
+        broke_off = frozenset(self._record.result["broke_off"])
         for variant in variants:
+            self.variant(variant, later=broke_off)
+        for variant in variants if broke_off else ():
             self.variant(variant)
         self._save()
         return self._left
 
-    def variant(self, variant: str) -> None:
-        """All precisions of one variant."""
+    def variant(self, variant: str, later: frozenset[str] = frozenset()) -> None:
+        """All precisions of one variant, but for the stages that come later."""
         names = [f"{variant} {precision}" for precision in PRECISIONS] + [BYTES] * (variant == models.VARIANTS[0])
-        if all(self._record.is_done(name) for name in names):
+        if all(self._record.is_done(name) or name in later for name in names) or f"{variant} models" in later:
             return
         if not models.reference_of(self._folder, variant).exists():
             missing = models.find_missing()
@@ -134,14 +138,15 @@ class Run:
         with np.load(models.reference_of(self._folder, variant)) as stored:
             answers = {name: stored[name] for name in stored.files}
         for name in names:
-            if not self._record.is_done(name):
+            if not self._record.is_done(name) and name not in {*later, *self._left, *self._record.result["failures"]}:
                 self._stage(name, (lambda: self._bytes(answers)) if name == BYTES else (lambda n=name: self._plan(n, answers)))  # type: ignore[misc]
 
     def _stage(self, name: str, work: Callable[[], object]) -> bool:
         if time.monotonic() > self._end:
-            self._left.append(name)
+            self._left += [name] * (name not in self._left)
             return False
         start = time.perf_counter()
+        self._record.begin(name)
         try:
             work()
         except Exception as error:  # noqa: BLE001 - recorded, and the other stages go on
@@ -150,11 +155,13 @@ class Run:
             return False
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
         self._record.result["failures"].pop(name, None)
+        self._record.end(name)
         self._save()
         return True
 
     def _fail(self, name: str, reason: str) -> None:
         self._record.result["failures"][name] = reason
+        self._record.end(name)
         self._save()
 
     def _save(self) -> None:

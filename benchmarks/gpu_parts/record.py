@@ -26,7 +26,7 @@ class Record:
 
     def __init__(self, path: Path, machine: dict[str, Any], *, anew: bool = False) -> None:
         self.path = path
-        self.result: dict[str, Any] = {"machine": machine, "peak": {}, "plans": {}, "failures": {}}
+        self.result: dict[str, Any] = {"machine": machine, "peak": {}, "plans": {}, "failures": {}, "broke_off": []}
         if path.exists() and not anew:
             self._go_on(_read(path))
 
@@ -39,6 +39,18 @@ class Record:
             raise InputError(f"{self.path}: is of another {', '.join(differ)}", remedy="give another --out, or --anew to write over it")
         for name in ("peak", "plans"):
             self.result[name] = known.get(name, {})
+        self.result["broke_off"] = known.get("broke_off", [])
+
+    def begin(self, name: str) -> None:
+        """Writes that a stage has begun: a crash of TensorRT leaves no other trace, and would come again in every run before all that is left."""
+        if name not in self.result["broke_off"]:
+            self.result["broke_off"].append(name)
+        self.save()
+
+    def end(self, name: str) -> None:
+        """A stage is over, well or not."""
+        if name in self.result["broke_off"]:
+            self.result["broke_off"].remove(name)
 
     def is_done(self, name: str) -> bool:
         """Whether a plan was measured to the end, by this run or one before."""

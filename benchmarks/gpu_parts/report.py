@@ -55,6 +55,7 @@ def find_problems(result: dict[str, Any]) -> list[str]:
         for way, outcome in row.get("ways", {}).items():
             if "left_out" not in outcome and not outcome["met"]:
                 found.append(f"{name}: {way}: {outcome.get('problem') or 'error ' + format(outcome['error'], '.3g')}")
+    found += [f"{name}: the program ended in the midst of it" for name in result.get("broke_off", ())]
     if not result["plans"]:
         found.append("nothing was measured")
     return found

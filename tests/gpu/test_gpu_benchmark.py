@@ -131,6 +131,47 @@ def test_run_without_time_goes_on_in_the_next_one(world: World, tmp_path: Path, 
     assert left == [] and built == [] and read(tmp_path)["plans"] == first["plans"]
 
 
+class Crash(BaseException):
+    """Stands for the end of the process."""
+
+
+def test_plan_that_ends_the_process_is_left_for_last(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT that crashes crashes again: what can be measured is measured before."""
+    check, order = checks.check_ways, list[str]()
+
+    def crash(plan: Path, images: Any) -> Any:
+        order.append("asked")
+        if len(order) in (2, 4):  # A0 fp16; and again, when it is its turn
+            raise Crash
+        return check(plan, images)
+
+    monkeypatch.setattr(checks, "check_ways", crash)
+    with pytest.raises(Crash):
+        run_on(world, tmp_path, monkeypatch)
+    result = read(tmp_path)
+    assert set(result["plans"]) == {"A0 fp32"} and result["broke_off"] == ["A0 fp16"]
+    assert report.find_problems(result) == ["A0 fp16: the program ended in the midst of it"]
+    with pytest.raises(Crash):
+        run_on(world, tmp_path, monkeypatch)
+    assert {name for name, row in read(tmp_path)["plans"].items() if row.get("done")} == {"A0 fp32", "A0 int8", "A0 uint8"}
+    _, left = run_on(world, tmp_path, monkeypatch)
+    result = read(tmp_path)
+    assert left == [] and result["broke_off"] == [] and result["plans"]["A0 fp16"]["done"] and report.find_problems(result) == []
+
+
+def test_plan_that_fails_is_tried_once_a_run(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def fail(*_: object) -> None:
+        asked.append(1)
+        raise CudaError("made to fail", remedy="none")
+
+    monkeypatch.setattr(checks, "check_ways", fail)
+    (tmp_path / "gpu-fake.json").write_text(json.dumps({"machine": MACHINE, "broke_off": ["A0 int8"]}))
+    run_on(world, tmp_path, monkeypatch)
+    assert len(asked) == 3 and set(read(tmp_path)["failures"]) == {"A0 fp32", "A0 fp16", "A0 int8"}
+
+
 def test_plan_that_broke_off_is_measured_again(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_on(world, tmp_path, monkeypatch)
     result = read(tmp_path)

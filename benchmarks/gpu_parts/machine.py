@@ -26,7 +26,7 @@ def describe_machine() -> dict[str, Any]:
     for name in ("torch", "onnx", "onnxruntime"):
         try:
             versions[name] = str(__import__(name).__version__)
-        except ImportError:
+        except (ImportError, OSError):  # OSError: installed, and a library of it does not load
             continue
     return {
         "gpu": gpu.name,

@@ -57,7 +57,7 @@ class TimingFile:
     def load(self, settings: Any) -> None:
         """Gives TensorRT the timings in the file, or none."""
         data = self._read()
-        known = settings.create_timing_cache(data) if data else None  # None, too, of bytes that are no timings
+        known = settings.create_timing_cache(data) if data else None  # may be None, too, of bytes that are no timings
         if known is not None and settings.set_timing_cache(known, False):
             self.bytes_before = len(data)
             return

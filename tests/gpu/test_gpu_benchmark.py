@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from benchmarks import gpu
 from benchmarks.gpu_parts import checks, machine, models, report, speed
 from benchmarks.gpu_parts.bare import BareLoop, DeviceBatch
 from benchmarks.gpu_parts.record import Record, find_peak
+from repvgg_deploy.builder.library import Library
 from repvgg_deploy.errors import CudaError, InputError
 from tests.fakes.tensorrt import Faults
 from tests.runtime.gpu_world import Setting, World, make_world
@@ -203,6 +205,16 @@ def test_matrix_peak_is_taken_from_another_result_of_the_same_gpu(tmp_path: Path
         found = {"machine": {"gpu": gpu_name}, "peak": {"fp16_tflops": peak, "source": "torch 2"}}
         (tmp_path / f"gpu-{name}.json").write_text(json.dumps(found))
     assert find_peak(tmp_path, "NVIDIA A10") == {"fp16_tflops": 110.0, "source": "torch 2, in gpu-c.json"}
+
+
+def test_package_that_does_not_load_ends_no_run(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torch.py").write_text('raise OSError("libcudart.so.13: cannot open shared object file")\n', encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr(machine, "open_cuda", lambda: world.cuda)
+    monkeypatch.setattr(machine, "open_library", lambda _: Library("tensorrt", world.trt, "10.16.1.11"))
+    found = machine.describe_machine()
+    assert "torch" not in found["versions"] and found["versions"]["tensorrt"] == "10.16.1.11"
 
 
 def test_nvidia_smi_that_hangs_or_is_missing_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

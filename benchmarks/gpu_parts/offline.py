@@ -20,6 +20,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     running.add_argument("folder", type=Path, help="that pack wrote")
     running.add_argument("--models", type=Path, required=True)
     running.add_argument("--out", type=Path, required=True, help="folder of the results")
-    running.add_argument("--minutes", type=float, default=60.0, help="after which no new measurement begins (default: %(default)s)")
+    running.add_argument("--minutes", type=float, default=60.0, help="of tests and figures, after which no new figure begins (default: %(default)s)")
     running.add_argument("--no-tests", action="store_true")
     running.add_argument("program", nargs="+", help="the Python that has TensorRT, after --")
     args = parser.parse_args(argv)
@@ -91,11 +92,22 @@ def run(args: argparse.Namespace) -> int:
         with log.open("w", encoding="utf-8") as file:
             codes.append(subprocess.run(tests, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False).returncode)
         print(*log.read_text(encoding="utf-8").splitlines()[-30:], sep="\n", flush=True)
+        if count_run(log.with_suffix(".xml")) == 0:
+            print("no test ran: each was skipped, for the reasons above", flush=True)
+            codes.append(1)
     left = max(args.minutes - (time.monotonic() - started) / 60, 0.0)
     figures = [*args.program, "benchmarks/gpu.py", "--models", str(args.models.resolve()), "--minutes", f"{left:.2f}"]
     target = args.out.resolve() / f"gpu-python{version}.json"
     codes.append(subprocess.run([*figures, "--out", str(target)], cwd=ROOT, env=environment, check=False).returncode)
     return int(any(codes))  # a program that a signal ended has a negative code
+
+
+def count_run(report: Path) -> int:
+    """How many tests of a JUnit file were not skipped; 0 where there is none, as of a program that crashed."""
+    if not report.exists():
+        return 0
+    suites = ElementTree.parse(report).getroot().iter("testsuite")
+    return sum(int(suite.get("tests", 0)) - int(suite.get("skipped", 0)) for suite in suites)
 
 
 def add_packages(wheels: Path, program: list[str], site: Path) -> dict[str, str]:

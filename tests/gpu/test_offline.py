@@ -54,11 +54,27 @@ def test_program_that_a_signal_ended_is_a_failure(tmp_path: Path, what: str) -> 
         assert offline.main(arguments) == 1
 
 
+@pytest.mark.parametrize(("skipped", "code"), [(33, 1), (6, 0)])
+def test_run_whose_tests_were_all_skipped_is_not_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skipped: int, code: int) -> None:
+    """As without the models where torch is not: pytest's exit code is 0."""
+    report = tmp_path / "report.xml"
+    report.write_text(f'<testsuites><testsuite errors="0" failures="0" skipped="{skipped}" tests="33"/></testsuites>', encoding="utf-8")
+    program = tmp_path / "python"
+    lines = ("#!/bin/sh", 'case "$1" in', '-c) exec "$REAL" "$@" ;;', '-m) for last; do :; done; cp "$REPORT" "$last" ;;', "esac")
+    program.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    program.chmod(0o755)
+    monkeypatch.setenv("REAL", sys.executable)
+    monkeypatch.setenv("REPORT", str(report))
+    arguments = ["run", str(tmp_path / "wheels"), "--models", "models", "--out", str(tmp_path / "out"), "--", str(program)]
+    assert offline.main(arguments) == code
+
+
 def test_minutes_are_those_of_tests_and_figures_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "python"
     program.write_text(f'#!/bin/sh\ncase "$1" in -c) exec "$REAL" "$@" ;; esac\necho "$@" >> {tmp_path}/called\n', encoding="utf-8")
     program.chmod(0o755)
     monkeypatch.setenv("REAL", sys.executable)
+    monkeypatch.setattr(offline, "count_run", lambda _: 1)
     times = iter([0.0, 240.0])  # the tests take four minutes
     monkeypatch.setattr(offline.time, "monotonic", lambda: next(times))
     arguments = ["run", str(tmp_path / "wheels"), "--models", "models", "--out", str(tmp_path / "out"), "--minutes", "9", "--", str(program)]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CudaError, CudaMemoryError, InputError
 from ..tensorrt_package import quote
-from .tensorrt_library import Library, TrtLog
+from .tensorrt_library import TrtLog
 from .tensorrt_tensors import Interface, Shape
+
+if TYPE_CHECKING:
+    from .tensorrt_plan import OpenPlan
 
 
 def count_scratch_bytes(engine: Any) -> int:
@@ -17,23 +20,27 @@ def count_scratch_bytes(engine: Any) -> int:
     return int(newer if newer is not None else engine.device_memory_size)
 
 
-def make_context(library: Library, engine: Any, scratch: tuple[int, int], *, profile: int, stream_handle: int) -> Any | None:
+def changes_kernels(plan: OpenPlan) -> bool:
+    """Whether a context may come to run other kernels than at first, which a CUDA graph of the first ones would keep out for good.
+
+    TensorRT-RTX compiles the kernels for a new shape in the background, and runs slower ones until they are there.
+    Source: https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/inference-library/work-with-cuda-graphs.html
+    """
+    return hasattr(plan.library.trt, "DynamicShapesKernelSpecializationStrategy") and min(plan.interface.source.shape) < 0
+
+
+def make_context(plan: OpenPlan, scratch: tuple[int, int], *, stream_handle: int, one_shape: bool = False) -> Any | None:
     """A context that works in the given memory, or None where TensorRT makes no more of them.
 
     TensorRT 8 lets one context at a time use a profile; from 10 on any number may.
 
     Args:
-        library: TensorRT.
-        engine: The deserialized plan.
+        plan: The deserialized plan, and the profile that is used.
         scratch: Address and size of device memory; contexts that share it must not run at once.
-        profile: Index of the optimization profile.
         stream_handle: Where the change of the profile is put; wait for it before another stream runs the context.
+        one_shape: Whether it will run one shape, again and again: then the first run waits for the kernels of that shape.
     """
-    trt = library.trt
-    if hasattr(trt, "ExecutionContextAllocationStrategy"):  # 10 and later
-        context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-    else:
-        context = engine.create_execution_context_without_device_memory()
+    profile, context = plan.interface.profile, _create(plan, wait_for_kernels=one_shape and changes_kernels(plan))
     if context is None:
         return None
     if hasattr(context, "set_device_memory"):  # 10.1 and later
@@ -45,6 +52,19 @@ def make_context(library: Library, engine: Any, scratch: tuple[int, int], *, pro
     return context
 
 
+def _create(plan: OpenPlan, *, wait_for_kernels: bool) -> Any | None:
+    trt, engine = plan.library.trt, plan.engine
+    if not hasattr(trt, "ExecutionContextAllocationStrategy"):  # until 10
+        return engine.create_execution_context_without_device_memory()
+    strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+    if not wait_for_kernels:
+        return engine.create_execution_context(strategy)
+    settings = engine.create_runtime_config()
+    settings.set_execution_context_allocation_strategy(strategy)
+    settings.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    return engine.create_execution_context(settings)
+
+
 class Lane:
     """One context with the shape and the addresses that it was given last. Used by one thread at a time.
 
@@ -52,10 +72,11 @@ class Lane:
         context: From `make_context`.
         interface: Names and types of inputs and outputs.
         log: To quote TensorRT when it refuses.
+        keeps_kernels: Whether it runs the same kernels each time, so that a graph of them stays as fast as the context.
     """
 
-    def __init__(self, context: Any, interface: Interface, log: TrtLog) -> None:
-        self._context = context
+    def __init__(self, context: Any, interface: Interface, log: TrtLog, *, keeps_kernels: bool = True) -> None:
+        self._context, self._keeps_kernels = context, keeps_kernels
         self._interface = interface
         self._log = log
         self._addresses: dict[str, int] = {}
@@ -108,8 +129,10 @@ class Lane:
         self.runs += 1
 
     def can_capture(self, stream_handle: int) -> bool:
-        """Whether TensorRT says that a run may be captured now; TensorRT-RTX does not while it still compiles kernels."""
+        """Whether a run may be captured: its kernels stay, and TensorRT-RTX says that it can be."""
         context = self._context
+        if not self._keeps_kernels:
+            return False
         return not hasattr(context, "is_stream_capturable") or bool(context.is_stream_capturable(stream_handle))
 
     def release(self) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..errors import CudaError, InputError
 from .cuda.port import CudaPort
-from .tensorrt_context import Lane, count_scratch_bytes, make_context
+from .tensorrt_context import Lane, changes_kernels, count_scratch_bytes, make_context
 from .tensorrt_graphs import GraphSwitch, capture_graph
 from .tensorrt_plan import OpenPlan
 from .tensorrt_staging import Owned, Stage
@@ -73,13 +73,13 @@ class Slot:
         self._streams.append(stream)
         return stream
 
-    def _make_lane(self) -> Lane | None:
+    def _make_lane(self, *, one_shape: bool = False) -> Lane | None:
         plan = self.plan
-        context = make_context(plan.library, plan.engine, self._scratch, profile=plan.interface.profile, stream_handle=self.handle)
+        context = make_context(plan, self._scratch, stream_handle=self.handle, one_shape=one_shape)
         if context is None:
             return None
         self.port.synchronize_stream(self.stream)
-        return Lane(context, plan.interface, plan.library.log)
+        return Lane(context, plan.interface, plan.library.log, keeps_kernels=one_shape or not changes_kernels(plan))
 
     def run_whole(self, batch: NDArray[Any], shape: Shape) -> Arrays:
         """Runs one batch from host to host.
@@ -171,7 +171,7 @@ class Slot:
             return self.main
         found = self._lanes.get(shape)
         if found is None and self._has_contexts and len(self._lanes) < len(self._graphs.buckets):
-            found = self._make_lane()
+            found = self._make_lane(one_shape=True)
             if found is None:  # TensorRT 8: the one context holds the graph of the size that it ran last
                 self._has_contexts = False
                 self.plan.library.log.take()

@@ -85,6 +85,8 @@ def make_module(cuda: FakeCuda, *, version: str = "10.16.1.11", name: str = "ten
     module.init_libnvinfer_plugins = lambda logger, namespace: True
     if world.shares_profiles:
         module.ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
+    if world.rtx:
+        module.DynamicShapesKernelSpecializationStrategy = DynamicShapesKernelSpecializationStrategy
     world.old = not world.shares_profiles
     return module
 
@@ -114,6 +116,22 @@ class ExecutionContextAllocationStrategy(enum.Enum):
     STATIC = 0
     ON_PROFILE_CHANGE = 1
     USER_MANAGED = 2
+
+
+class DynamicShapesKernelSpecializationStrategy(enum.Enum):
+    LAZY = 0
+    EAGER = 1
+    NONE = 2
+
+
+class _RuntimeConfig:
+    """TensorRT-RTX's."""
+
+    dynamic_shapes_kernel_specialization_strategy = DynamicShapesKernelSpecializationStrategy.LAZY
+    _allocation = ExecutionContextAllocationStrategy.STATIC
+
+    def set_execution_context_allocation_strategy(self, strategy: ExecutionContextAllocationStrategy) -> None:
+        self._allocation = strategy
 
 
 DataType = enum.Enum("DataType", ["FLOAT", "HALF", "INT8", "INT32", "BOOL", "UINT8", "FP8", "BF16", "INT64"])
@@ -209,10 +227,18 @@ class _Engine:
     def give_back_profile(self) -> None:
         self._profiles_in_use -= 1
 
-    def create_execution_context(self, strategy: ExecutionContextAllocationStrategy) -> Any:
+    def create_runtime_config(self) -> Any:
+        assert self._world.rtx
+        return _RuntimeConfig()
+
+    def create_execution_context(self, how: Any) -> Any:
         assert not self._world.old
-        assert strategy == ExecutionContextAllocationStrategy.USER_MANAGED
-        return self._create()
+        given = isinstance(how, _RuntimeConfig)
+        assert (how._allocation if given else how) == ExecutionContextAllocationStrategy.USER_MANAGED
+        context = self._create()
+        if given and context is not None:
+            context._eager = how.dynamic_shapes_kernel_specialization_strategy == DynamicShapesKernelSpecializationStrategy.EAGER
+        return context
 
     def create_execution_context_without_device_memory(self) -> Any:
         assert self._world.old
@@ -242,6 +268,7 @@ class _Context:
         self.active_optimization_profile = 0 if free else -1
         engine._profiles_in_use += 1
         weakref.finalize(self, engine.give_back_profile)
+        self._eager = static or not self._world.rtx
         if static:
             self._shape = tuple(engine._session.get_inputs()[0].shape)
 
@@ -311,6 +338,7 @@ class _Context:
                 capturing = world.cuda._stream(stream_handle).recording is not None
                 if capturing:
                     assert shape in self._warm, "captured before the first run of this shape"
+                    assert self._eager, "captured with the kernels that TensorRT-RTX runs until those of the shape are compiled"
                 if world.faults.enqueue_all or world.seen.runs in world.faults.enqueue or (capturing and world.faults.no_capture):
                     self._engine._logger.log(Severity.ERROR, world.faults.message)
                     return False

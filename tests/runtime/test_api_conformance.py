@@ -31,6 +31,8 @@ GUARDED = {
     "IExecutionContext.is_stream_capturable": "TensorRT-RTX alone has it",
     "IExecutionContext.set_device_memory": "from 10.1 on, before it the attribute device_memory",
     "module.ExecutionContextAllocationStrategy": "from 10 on",
+    "ICudaEngine.create_runtime_config": "TensorRT-RTX, where there is the next one",
+    "module.DynamicShapesKernelSpecializationStrategy": "TensorRT-RTX alone has it",
     "Runtime.engine_host_code_allowed": "of version-compatible plans only, which came with 8.6",
     "module.init_libnvinfer_plugins": "the lean runtime has no plugins",
 }
@@ -78,6 +80,7 @@ def test_guards_are_needed_and_asked_for() -> None:
         newer = {
             "device_memory_size": '"device_memory_size_v2", None)',
             "create_execution_context_without_device_memory": '"ExecutionContextAllocationStrategy")',
+            "create_runtime_config": '"DynamicShapesKernelSpecializationStrategy")',
             "engine_host_code_allowed": "if carries_code",
         }
         assert asked or newer[attribute] in source, f"{name} is used without asking"

@@ -214,6 +214,22 @@ def test_own_wait_for_the_device_breaks_no_capture(world: World, monkeypatch: py
     assert world.cuda.leaks() == {}
 
 
+def test_graphs_of_tensorrt_rtx_hold_the_kernels_of_their_shape(tmp_path, monkeypatch) -> None:
+    """It compiles those in the background and runs slower ones meanwhile, which a graph would keep for good; the fake refuses to capture them."""
+    world = make_world(tmp_path, monkeypatch, Setting(version="1.7.1.116", rtx=True))
+    with world.open(contexts=1) as engine:
+        for _ in range(3):
+            assert_answers(world, engine, batch_of(4))
+        assert world.cuda.launches == 2
+        slot = engine._backend._pool.acquire_idle()
+        slot._has_contexts, slot._lanes = False, {}  # where there is no further context, the one for all shapes is not captured
+        engine._backend._pool.release(slot)
+        for _ in range(3):
+            assert_answers(world, engine, batch_of(4))
+        assert world.cuda.launches == 2
+    assert world.cuda.leaks() == {}
+
+
 def test_warm_up_makes_every_context_and_graph(world: World) -> None:
     with world.open(contexts=3) as engine:
         engine.warm_up()

@@ -12,6 +12,8 @@ from .findings import Finding
 
 BACKENDS = {"tensorrt_plan": "tensorrt", "onnxruntime_onnx": "onnxruntime"}
 """Backend by platform, of the platforms that are written here."""
+OTHER_PLATFORMS = ("ensemble", "pytorch_libtorch", "tensorflow_graphdef", "tensorflow_savedmodel")
+"""What else Triton knows by this name."""
 DEFAULT_FILES = {"tensorrt": "model.plan", "onnxruntime": "model.onnx", "python": "model.py"}
 """What a backend looks for in a version folder where the configuration names no file."""
 Rule = Callable[[Any], "Iterator[tuple[str, str]]"]
@@ -54,6 +56,13 @@ def _find_oddities(config: Any) -> Iterator[tuple[str, str]]:
 def _check_backend(config: Any) -> Iterator[tuple[str, str]]:
     if config.platform in BACKENDS and config.backend not in ("", BACKENDS[config.platform]):
         yield f"platform {config.platform!r} and backend {config.backend!r} contradict each other", "leave one of the two out"
+    if config.platform not in ("", *BACKENDS, *OTHER_PLATFORMS) and _is_of_ours(config):
+        yield f"Triton knows no platform {config.platform!r}", f"set it to {' or '.join(BACKENDS)}"
+
+
+def _is_of_ours(config: Any) -> bool:
+    """Whether a backend that is judged here would be taken whatever the platform is called: the python backend takes any name."""
+    return config.backend in BACKENDS.values() or (not config.backend and config.default_model_filename.endswith((".onnx", ".plan")))
 
 
 def _check_tensors(config: Any) -> Iterator[tuple[str, str]]:

@@ -31,10 +31,11 @@ def validate_repository(repository: Path) -> tuple[tuple[str, ...], tuple[Findin
     load_schema()
     if not repository.is_dir():
         raise InputError(f"{repository}: is no folder", remedy="give the folder that holds a folder for each model")
+    if (repository / CONFIG_FILE).exists():
+        raise InputError(f"{repository}: is one model and no repository", remedy=f"give the folder around it: {repository.absolute().parent}")
     models = tuple(sorted(entry.name for entry in repository.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
     if not models:
-        hint = "; this is one model: give the folder around it" if (repository / CONFIG_FILE).exists() else ""
-        raise InputError(f"{repository}: holds no model{hint}", remedy="write one with repvgg-trt triton MODEL --out REPOSITORY")
+        raise InputError(f"{repository}: holds no model", remedy="write one with repvgg-trt triton MODEL --out REPOSITORY")
     configs = {name: _read_config(repository / name) for name in models}
     findings = [finding for name in models for finding in _check_model(repository / name, configs[name])]
     findings += [finding for name in models for finding in _check_steps(name, configs)]

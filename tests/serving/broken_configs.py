@@ -41,6 +41,7 @@ def _gpus_of_a_cpu(config: Any) -> None:
 
 BROKEN = (
     Broken("two backends", lambda config: setattr(config, "backend", "tensorrt"), "contradict each other"),
+    Broken("unknown platform", lambda config: setattr(config, "platform", "onnxruntime_onx"), "no platform 'onnxruntime_onx'"),
     Broken("other name", lambda config: setattr(config, "name", "other"), "names the model 'other'"),
     Broken("no input", lambda config: config.ClearField("input"), "has no input"),
     Broken("output twice", _twice, "stands there twice"),

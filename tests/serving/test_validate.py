@@ -79,6 +79,12 @@ def test_backend_that_is_not_written_here_is_not_judged(platform: str, warned: b
     assert [finding.severity for finding in findings(repository)] == ["warning"] * warned
 
 
+def test_platform_of_a_python_model_may_have_any_name(repository: Path) -> None:
+    edit_config(repository / "tiny_decode", lambda config: config.ClearField("backend"))
+    edit_config(repository / "tiny_decode", lambda config: setattr(config, "platform", "own"))
+    assert findings(repository) == []
+
+
 def test_text_that_the_schema_does_not_know_is_found_with_its_line(repository: Path) -> None:
     path = repository / "tiny/config.pbtxt"
     path.write_text(path.read_text().replace("max_batch_size", "max_batchsize"))
@@ -192,10 +198,7 @@ def test_folders_that_are_no_model_are_found(repository: Path) -> None:
 
 
 def test_what_is_no_repository_is_refused(repository: Path, tmp_path: Path) -> None:
-    for folder, message in ((tmp_path / "nowhere", "is no folder"), (tmp_path / "repo/tiny/1", "holds no model")):
+    cases = ((tmp_path / "nowhere", "is no folder"), (tmp_path / "repo/tiny/1", "holds no model"), (tmp_path / "repo/tiny", "is one model"))
+    for folder, message in cases:
         with pytest.raises(InputError, match=message):
             validate_repository(folder)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty/config.pbtxt").write_text("")
-    with pytest.raises(InputError, match="this is one model"):
-        validate_repository(tmp_path / "empty")

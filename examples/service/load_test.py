@@ -28,6 +28,7 @@ import aiohttp
 import numpy as np
 
 from repvgg_deploy import Engine, RepVGGDeployError
+from repvgg_deploy.errors import InputError
 from repvgg_deploy.preprocess import list_images
 from repvgg_deploy.runtime.engine import EngineOptions
 
@@ -78,7 +79,7 @@ async def make_works(session: aiohttp.ClientSession, options: argparse.Namespace
         if options.tensor:
             work = Work(f"/v2/models/{options.name}/infer", *tensor_request(path, options.spec))
         else:
-            work = Work("/predict", path.read_bytes(), {"Content-Type": "application/octet-stream"})
+            work = Work("/predict", read_image(path), {"Content-Type": "application/octet-stream"})
         async with session.post(work.path, data=work.body, headers=work.headers) as response:
             body = await response.read()
             if response.status != 200:
@@ -87,10 +88,22 @@ async def make_works(session: aiohttp.ClientSession, options: argparse.Namespace
     return works
 
 
+def read_image(path: Path) -> bytes:
+    """A file as it is.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}", remedy="name image files, or a folder of them") from error
+
+
 def tensor_request(path: Path, spec: dict[str, Any]) -> tuple[bytes, dict[str, str]]:
     """A binary tensor of the model's size, made of an image's bytes: what is sent, not what is seen, matters here."""
     shape = [1, *(size if size > 0 else 224 for size in spec["shape"][1:])]
-    seed = int.from_bytes(path.read_bytes()[-8:], "little")
+    seed = int.from_bytes(read_image(path)[-8:], "little")
     random = np.random.default_rng(seed)
     batch = random.integers(0, 256, shape, np.uint8) if spec["datatype"] == "UINT8" else random.standard_normal(shape, np.float32)
     tensor = {"name": spec["name"], "datatype": spec["datatype"], "shape": shape, "parameters": {"binary_data_size": batch.nbytes}}
@@ -220,6 +233,8 @@ def main() -> int:
     parser.add_argument("--engine", type=Path, metavar="MODEL", help="measure Engine.infer with this model, too")
     parser.add_argument("--threads", type=int, default=0, help="that Engine.infer computes with (all cores)")
     options = parser.parse_args()
+    if not options.url.startswith(("http://", "https://")):
+        parser.error(f"argument --url: expected one such as http://127.0.0.1:8000, found {options.url!r}")
     try:
         before = measure_engine(options.engine, options.threads) if options.engine else 0.0
         tally = asyncio.run(run_load(options))

@@ -26,6 +26,7 @@ from .core import Service
 
 logger = logging.getLogger(__name__)
 
+MODEL, VERSION = "/v2/models/{name}", "/v2/models/{name}/versions/{version}"
 IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # MPO: what some cameras call their JPEG
 
 
@@ -50,9 +51,10 @@ def _add_health(app: FastAPI, service: Service) -> None:
     async def ready() -> Response:
         return Response(status_code=200 if service.phase == "ready" else 503)
 
-    @app.get("/v2/models/{name}/ready")
-    async def model_ready(name: str) -> Response:
-        _require_name(service, name)
+    @app.get(f"{MODEL}/ready")
+    @app.get(f"{VERSION}/ready")
+    async def model_ready(request: Request) -> Response:
+        _require_model(service, request)
         return await ready()
 
     @app.get("/metrics")
@@ -63,16 +65,18 @@ def _add_health(app: FastAPI, service: Service) -> None:
     async def server() -> dict[str, Any]:
         return {"name": "repvgg-deploy", "version": __version__, "extensions": kserve.EXTENSIONS}
 
-    @app.get("/v2/models/{name}")
-    async def model(name: str) -> dict[str, Any]:
-        _require_name(service, name)
-        return kserve.describe_model(service.spec, name, service.engine.backend_name)
+    @app.get(MODEL)
+    @app.get(VERSION)
+    async def model(request: Request) -> dict[str, Any]:
+        _require_model(service, request)
+        return kserve.describe_model(service.spec, service.name, service.engine.backend_name)
 
 
 def _add_inference(app: FastAPI, service: Service) -> None:
-    @app.post("/v2/models/{name}/infer")
-    async def infer(name: str, request: Request) -> Response:
-        _require_name(service, name)
+    @app.post(f"{MODEL}/infer")
+    @app.post(f"{VERSION}/infer")
+    async def infer(request: Request) -> Response:
+        _require_model(service, request)
         async with service.admit(request) as body:
             parse = partial(_parse, service, request, body)
             plain = kserve.HEADER in request.headers and "content-encoding" not in request.headers
@@ -124,9 +128,12 @@ def best_classes(result: Result, spec: ModelSpec) -> list[dict[str, Any]]:
     return [{"class": index, "label": spec.labels[index] if spec.labels else None, "score": score} for index, score in pairs]
 
 
-def _require_name(service: Service, name: str) -> None:
+def _require_model(service: Service, request: Request) -> None:
+    name, version = request.path_params["name"], request.path_params.get("version", kserve.ONLY_VERSION)
     if name != service.name:
         raise HTTPException(404, f"no model {name[:80]!r} here, only {service.name!r}")
+    if version != kserve.ONLY_VERSION:
+        raise HTTPException(404, f"no version {version[:80]!r} of {name!r} here, only {kserve.ONLY_VERSION!r}")
 
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:

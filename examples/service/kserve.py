@@ -21,6 +21,7 @@ from repvgg_deploy.errors import InputError
 from repvgg_deploy.runtime.results import Result, TopK
 from repvgg_deploy.specs import ModelSpec, TensorSpec
 
+ONLY_VERSION = "1"
 EXTENSIONS = ("binary_tensor_data", "classification", "schedule_policy")
 HEADER = "Inference-Header-Content-Length"
 MAX_JSON_BYTES = 8 << 20
@@ -195,7 +196,7 @@ def render_answer(request: InferRequest, result: Result, spec: ModelSpec, model:
         else:
             output["data"] = [text.decode() for text in array.ravel().tolist()] if texts else array.ravel().tolist()
         outputs.append(output)
-    head = {"model_name": model, "model_version": "1", **({"id": request.id} if request.id else {}), "outputs": outputs}
+    head = {"model_name": model, "model_version": ONLY_VERSION, **({"id": request.id} if request.id else {}), "outputs": outputs}
     data = json.dumps(head).encode()
     if not tail:
         return data, {"Content-Type": "application/json"}
@@ -217,7 +218,7 @@ def describe_model(spec: ModelSpec, name: str, platform: str) -> dict[str, Any]:
     """The model's metadata: what tritonclient's `get_model_metadata` shows."""
     return {
         "name": name,
-        "versions": ["1"],
+        "versions": [ONLY_VERSION],
         "platform": platform,
         "inputs": [_describe(spec.input)],
         "outputs": [_describe(o, widened=True) for o in spec.outputs],

@@ -81,7 +81,8 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
     if not values.get("model"):
         raise InputError(f"{PREFIX}MODEL: not set, expected the path of an ONNX or a plan", remedy=f"set it: {PREFIX}MODEL=b2.onnx")
     settings = Settings(**values)  # type: ignore[arg-type]  # _parse saw to it
-    if not settings.listen.rpartition(":")[2].isdecimal():
+    port = settings.listen.rpartition(":")[2]
+    if not (port.isascii() and port.isdecimal() and int(port[:6]) < 1 << 16):  # the event loop would take a larger one modulo 65536
         raise InputError(f"{PREFIX}LISTEN: expected ADDRESS:PORT, found {settings.listen!r}", remedy="give it such as 0.0.0.0:8000")
     return settings
 

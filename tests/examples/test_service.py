@@ -101,6 +101,19 @@ def test_triton_client_gets_exactly_what_the_engine_gives(service: RunningServic
     np.testing.assert_array_equal(send_by_triton(service, batch).as_numpy("logits"), engine.infer(batch))  # all outputs, as it asks by default
 
 
+def test_triton_client_may_name_the_version_that_is_there(service: RunningService, engine: Engine) -> None:
+    from tritonclient.utils import InferenceServerException
+
+    batch = random_batch(PLAIN, 2)
+    with triton_client(service) as client:
+        versions = client.get_model_metadata("tiny")["versions"]
+        assert [client.is_model_ready("tiny", version) for version in versions] == [True]
+        assert client.get_model_metadata("tiny", versions[0]) == client.get_model_metadata("tiny")
+    np.testing.assert_array_equal(send_by_triton(service, batch, model_version=versions[0]).as_numpy("logits"), engine.infer(batch))
+    with pytest.raises(InferenceServerException, match="no version '2' of 'tiny' here, only '1'"):
+        send_by_triton(service, batch, model_version="2")
+
+
 @pytest.mark.parametrize("algorithm", ["gzip", "deflate"])
 def test_triton_client_may_compress(service: RunningService, engine: Engine, algorithm: str) -> None:
     batch = random_batch(PLAIN, 3)
@@ -452,6 +465,7 @@ def test_second_signal_ends_the_grace_time(model: Path) -> None:
         ({"max_queue": 3}, "max_queue: expected a whole number of at least max_batch"),
         ({"timeout_ms": "soon"}, "REPVGG_TIMEOUT_MS: expected a number of 0 or more, found 'soon'"),
         ({"listen": "8000x"}, "REPVGG_LISTEN: expected ADDRESS:PORT"),
+        ({"listen": "127.0.0.1:65536"}, "found '127.0.0.1:65536'"),
         ({"device": "tpu"}, "device"),
         ({"model": "absent.onnx"}, "absent.onnx"),
         ({"model": ""}, "REPVGG_MODEL: not set"),

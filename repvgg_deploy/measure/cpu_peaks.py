@@ -1,7 +1,7 @@
 """What this CPU can do at most, measured: large matrix products in float32 and in uint8 · int8, and large copies.
 
-The products run in ONNX Runtime with as many threads as the session that is to be judged, because that library's kernels are what a CPU engine is
-made of. Another one's might be faster still, so a share of this peak is a share of what ONNX Runtime reaches at its best.
+The products run in ONNX Runtime with as many threads as compute at once in what is to be judged, because that library's kernels are what a CPU
+engine is made of. Another one's might be faster still, so a share of this peak is a share of what ONNX Runtime reaches at its best.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..measure.bare import BareSession
-from ..measure.cpu_peaks import combine, measure_cpu
+from ..measure.cpu_peaks import combine, count_cores, measure_cpu
 from ..measure.records import BENCHMARK_SCHEMA, Benchmark, ModelResult, Phases, Point
 from ..measure.roofline import Ceiling, bound_layers, total_floor_ms
 from ..measure.timing import Turns, count_images_per_second, find_instability, summarize
@@ -118,7 +118,14 @@ def _measure_peak(request: BenchRequest, kind: str, progress: Callable[[str], No
     if kind != "cpu" or request.peak_s <= 0:
         return None
     progress("the CPU's peak")
-    return measure_cpu(threads=request.cpu_threads, seconds=request.peak_s)
+    return measure_cpu(threads=_threads_at_work(request), seconds=request.peak_s)
+
+
+def _threads_at_work(request: BenchRequest) -> int | None:
+    """CPU threads of all clients' batches together, no more than there are cores; None for the library's default, which is a core each."""
+    if request.cpu_threads is None:
+        return None
+    return max(request.cpu_threads, min(request.cpu_threads * request.pace.clients, count_cores()))
 
 
 def _combine_peaks(before: Ceiling | None, after: Ceiling | None) -> Ceiling | None:

@@ -68,6 +68,18 @@ def test_share_is_the_rooflines_least_time_by_the_median(model: Path) -> None:
         assert point.share == pytest.approx(point.floor_ms / point.latency.median_ms)
 
 
+@pytest.mark.parametrize(
+    ("clients", "cpu_threads", "expected"), [(1, None, None), (3, None, None), (1, 1, 1), (2, 1, 2), (9, 1, 4), (2, 3, 4), (2, 6, 6)]
+)
+def test_peak_is_that_of_all_threads_that_compute_at_once(model: Path, clients: int, cpu_threads: int | None, expected, monkeypatch) -> None:
+    """Of one client's threads alone, several clients at once would exceed it."""
+    asked = []
+    monkeypatch.setattr("repvgg_deploy.pipeline.bench.count_cores", lambda: 4)
+    monkeypatch.setattr("repvgg_deploy.pipeline.bench.measure_cpu", lambda *, threads, **_: asked.append(threads))
+    run_benchmark(request(model, batches=(1,), peak_s=0.01, cpu_threads=cpu_threads, pace=Pace(0.01, 0.0, clients=clients)))
+    assert asked == [expected, expected]
+
+
 def test_peaks_before_and_after_that_differ_are_told(model: Path, monkeypatch, caplog) -> None:
     ceilings = [Ceiling("cpu", {"fp32": rate, "fp16": rate, "int8": rate}, 1e10, "made", measured=True) for rate in (1e11, 2e11)]
     monkeypatch.setattr("repvgg_deploy.pipeline.bench.measure_cpu", lambda **_: ceilings.pop(0))

@@ -92,6 +92,10 @@ class ModelError(RepVGGDeployError):
     """An ONNX file is truncated, changed since its export, or not one of ours."""
 
 
+class ForeignModelError(ModelError):
+    """An ONNX file that repvgg-export did not write, so that nothing is known of it."""
+
+
 class InputError(RepVGGDeployError, ValueError):
     """An argument, an image or a batch is not what is expected."""
 

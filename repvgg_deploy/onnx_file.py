@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import codec, wire
-from .errors import InputError, ModelError
+from .errors import ForeignModelError, InputError, ModelError
 from .specs import METADATA_KEY, ModelMetadata
 
 _GRAPH, _METADATA_PROPS, _OPSET_IMPORT = 7, 14, 8
@@ -103,7 +103,8 @@ def read_metadata(path: Path) -> ModelMetadata:
         path: The `.onnx`.
 
     Raises:
-        ModelError: The file is missing, truncated, not an ONNX, not ours, or was changed after its export.
+        ModelError: The file is missing, truncated, not an ONNX, or was changed after its export.
+        ForeignModelError: It is not ours.
     """
     with _mapped(path) as buffer:
         fields = _top_level(path, buffer)
@@ -216,7 +217,7 @@ def _find_metadata(path: Path, buffer: memoryview, fields: list[wire.Field]) -> 
                 return entry.get(2, b"").decode()
         except (wire.WireError, UnicodeDecodeError) as error:
             raise ModelError(f"{path}: its metadata is damaged: {error}", remedy=_REEXPORT) from error
-    raise ModelError(f"{path}: an ONNX file without {METADATA_KEY} metadata: it was not written by repvgg-export", remedy=_REEXPORT)
+    raise ForeignModelError(f"{path}: an ONNX file without {METADATA_KEY} metadata: it was not written by repvgg-export", remedy=_REEXPORT)
 
 
 def _feed(digest: hashlib._Hash, buffer: memoryview, field: wire.Field) -> None:

@@ -12,7 +12,7 @@ from .findings import Finding
 from .folders import PARTIAL_SUFFIX, list_versions
 from .repository import CONFIG_FILE
 from .schema import load_schema, parse_config
-from .version_rules import check_version
+from .version_rules import check_unconfigured_version, check_version
 
 
 def validate_repository(repository: Path) -> tuple[tuple[str, ...], tuple[Finding, ...]]:
@@ -60,6 +60,8 @@ def _read_config(folder: Path) -> Any:
 def _check_model(folder: Path, config: Any) -> Iterator[Finding]:
     if isinstance(config, Finding):
         yield config
+        for number in list_versions(folder)[-1:] if config.severity == "warning" else ():
+            yield from check_unconfigured_version(folder / str(number), folder.name)
         return
     yield from check_config(config, folder.name)
     yield from _check_labels(folder, config)

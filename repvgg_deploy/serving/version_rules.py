@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 from .. import codec
 from ..artifacts import sha256_file
-from ..errors import InputError, ModelError
+from ..errors import ForeignModelError, InputError, ModelError
 from ..onnx_file import read_metadata
 from ..specs import ModelSpec, PlanPassport, TensorSpec
 from .config import data_type
@@ -43,29 +43,59 @@ def check_version(folder: Path, config: Any, model: str) -> Iterator[Finding]:
             yield from _check_plan(path, config, model, where)
 
 
+def check_unconfigured_version(folder: Path, model: str) -> Iterator[Finding]:
+    """What is wrong with the file that Triton would take by its name where there is no configuration.
+
+    Args:
+        folder: The version folder.
+        model: Name of the model's folder.
+    """
+    for backend in ("tensorrt", "onnxruntime"):
+        path = folder / DEFAULT_FILES[backend]
+        read = _read_plan if backend == "tensorrt" else _read_onnx
+        if path.is_file():
+            yield from read(path, model, f"version {folder.name}: {path.name}")
+
+
 def _check_onnx(path: Path, config: Any, model: str, where: str) -> Iterator[Finding]:
+    spec = yield from _read_onnx(path, model, where)
+    if spec is not None:
+        yield from _check_interface(spec, config, model, where)
+
+
+def _read_onnx(path: Path, model: str, where: str) -> Generator[Finding, None, ModelSpec | None]:
     try:
-        spec = read_metadata(path).spec
+        return read_metadata(path).spec
+    except ForeignModelError:
+        yield Finding("warning", model, f"{where} is not of repvgg-export, so that it was not checked", "let Triton load it, or export it again")
+        return None
     except ModelError as error:
         yield Finding("error", model, f"{where}: {error.message}", error.remedy)
-        return
-    yield from _check_interface(spec, config, model, where)
+        return None
 
 
-def _check_plan(path: Path, config: Any, model: str, where: str) -> Iterator[Finding]:
+def _read_plan(path: Path, model: str, where: str) -> Generator[Finding, None, PlanPassport | None]:
+    """The passport of a plan that any configuration could name."""
     passport_file = path.with_name(f"{path.name}.json")
     try:
         passport = codec.loads(PlanPassport, passport_file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         yield Finding("warning", model, f"{where} has no passport beside it, so that it was not checked", _REWRITE)
-        return
+        return None
     except (OSError, UnicodeDecodeError, InputError) as error:
         yield Finding("error", model, f"{where}: its passport cannot be read: {error}", _REWRITE)
-        return
+        return None
     if sha256_file(path) != passport.plan_sha256:
         yield Finding("error", model, f"{where} is truncated or changed: it is not the plan of its passport", _REWRITE)
     if passport.flavour != "tensorrt":
         yield Finding("error", model, f"{where} is of TensorRT-RTX, which Triton cannot load", "build it with --backend tensorrt")
+    return passport
+
+
+def _check_plan(path: Path, config: Any, model: str, where: str) -> Iterator[Finding]:
+    passport = yield from _read_plan(path, model, where)
+    if passport is None:
+        return
     profile = passport.config.profile
     if config.max_batch_size > profile.max_batch:
         message = f"{where} takes batches up to {profile.max_batch}, and max_batch_size is {config.max_batch_size}"

@@ -178,6 +178,29 @@ def test_plan_without_a_passport_is_only_warned_of(plans: Path) -> None:
     assert "cannot be read" in only(plans)
 
 
+def test_onnx_of_others_is_only_warned_of(repository: Path) -> None:
+    """A repository may hold other models, and Triton serves them."""
+    onnx = pytest.importorskip("onnx")
+    path = repository / "tiny/1/model.onnx"
+    model = onnx.load(path)
+    del model.metadata_props[:]
+    onnx.save(model, path)
+    assert "is not of repvgg-export, so that it was not checked" in only(repository, "warning")
+
+
+def test_file_that_cannot_be_served_is_found_without_a_configuration(repository: Path, tmp_path: Path) -> None:
+    (repository / "tiny/config.pbtxt").unlink()
+    assert "Triton would make one up" in only(repository, "warning")
+    (repository / "tiny/1/model.onnx").write_bytes(b"\x08\x0acut off")
+    assert [finding.severity for finding in findings(repository)] == ["error", "warning"]
+    rtx = write_plan(tmp_path / "rtx.plan", flavour="tensorrt_rtx")
+    (tmp_path / "own/rtx/1").mkdir(parents=True)
+    for suffix in ("", ".json"):
+        (tmp_path / f"own/rtx/1/model.plan{suffix}").write_bytes(rtx.with_name(f"rtx.plan{suffix}").read_bytes())
+    messages = [finding.message for finding in findings(tmp_path / "own") if finding.severity == "error"]
+    assert messages == ["version 1: model.plan is of TensorRT-RTX, which Triton cannot load"]
+
+
 def test_ensemble_of_models_that_do_not_fit_is_found(repository: Path) -> None:
     edit_config(repository / "tiny_jpeg", lambda config: setattr(config, "max_batch_size", 64))
     assert {finding.message for finding in findings(repository)} == {

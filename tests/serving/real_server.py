@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -69,16 +70,17 @@ def start(repository: Path, models: Sequence[str], *options: str) -> Iterator[Re
     command = [str(SERVER), f"--model-repository={repository}", f"--backend-directory={BACKENDS}", *addresses, *ports, *loads]
     command += ["--model-control-mode=explicit", "--exit-timeout-secs=20", "--metrics-interval-ms=100", *options]
     with log.open("wb") as file:
-        process = subprocess.Popen(command, env=server_environment(), stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, env=server_environment(), stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
     server = RealServer(process, port, log)
     try:
         wait_until(lambda: process.poll() is not None or _is_ready(server), "the server to be ready")
         assert process.poll() is None, log.read_text(errors="replace")[-4000:]
         yield server
     finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+        # The whole session: the interpreters of its python backend would outlive a server that is killed.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _is_ready(server: RealServer) -> bool:

@@ -11,6 +11,7 @@
     ├── PlanError                              a plan cannot be read
     │   └── PlanIncompatibleError              a plan was made for another GPU or TensorRT
     ├── ModelError                             an ONNX file is truncated, changed or not one of ours
+    │   └── ForeignModelError                  repvgg-export did not write it, so that nothing is known of it
     ├── InputError (ValueError)                an argument, image or batch is not what is expected
     ├── ArtifactError (OSError)                an output cannot be written, or exists already
     ├── EngineBusyError                        more requests wait than may: back-pressure, try again later

@@ -50,9 +50,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("models", "engines", "docs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("checkpoints", "onnx", "plans", "__pycache__"))
     (folder / "bin").mkdir()
-    for program, module in PROGRAMS.items():
+    # `python` is that of the environment, as a reader has it activated.
+    for program, module in {**{name: f" -m {module}" for name, module in PROGRAMS.items()}, "python": ""}.items():
         path = folder / "bin" / program
-        path.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m {module} "$@"\n', encoding="utf-8")
+        path.write_text(f'#!/bin/sh\nexec "{sys.executable}"{module} "$@"\n', encoding="utf-8")
         path.chmod(0o755)
     return folder
 

@@ -28,6 +28,7 @@ from repvgg_deploy.pipeline.checkpoint import ExportOptions
 from repvgg_deploy.preprocess import default_preprocessing, load_image, normalize
 from repvgg_deploy.reference.block import TrainingBlock
 from repvgg_deploy.reference.network import RepVGG
+from repvgg_deploy.runtime.results import softmax
 from repvgg_deploy.specs import Check
 
 mpl.use("Agg")  # before pyplot: no window, also where there is no screen
@@ -64,12 +65,6 @@ class Prediction:
     @property
     def right(self) -> bool:
         return self.answer == self.truth
-
-
-def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Probabilities of float32 (N, C) logits."""
-    exponent = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
-    return cast("NDArray[np.float64]", exponent / exponent.sum(1, keepdims=True))
 
 
 def export(ckpt: Path, out: Path, size: int, *, labels: tuple[str, ...] | None = None) -> None:

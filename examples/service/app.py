@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from repvgg_deploy import __version__
 from repvgg_deploy.errors import DeadlineError, EngineBusyError, InputError, RepVGGDeployError
 from repvgg_deploy.preprocess import decode_image, normalize
-from repvgg_deploy.runtime.results import Result, TopK
+from repvgg_deploy.runtime.results import Result, rank_classes
 from repvgg_deploy.specs import ModelSpec
 
 from . import kserve
@@ -114,16 +114,7 @@ def _decode(service: Service, body: bytearray) -> NDArray[Any]:
 
 def best_classes(result: Result, spec: ModelSpec) -> list[dict[str, Any]]:
     """The five best classes of the one image in a result, best first; of logits, `score` is the softmax over all classes."""
-    if isinstance(result, TopK):
-        classes, scores = result.classes[0], result.scores[0].astype(np.float64)
-    else:
-        assert isinstance(result, np.ndarray)
-        row = result[0].astype(np.float64)
-        if spec.kind == "logits":
-            row = np.exp(row - row.max())
-            row /= row.sum()
-        classes = np.argsort(-result[0], kind="stable")[:5]
-        scores = row[classes]
+    classes, scores = next(rank_classes(result, spec, 5))
     pairs = zip(classes.tolist(), scores.tolist(), strict=True)
     return [{"class": index, "label": spec.labels[index] if spec.labels else None, "score": score} for index, score in pairs]
 

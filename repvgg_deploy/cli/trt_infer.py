@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,14 +13,14 @@ import numpy as np
 from ..errors import InputError, ModelError, RepVGGDeployError
 from ..labels import read_labels
 from ..preprocess import list_images
-from ..runtime.engine import Engine, EngineOptions, TopK
+from ..runtime.engine import Engine, EngineOptions
+from ..runtime.results import rank_classes
 from .common import Output, Progress
 from .tables import format_table
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ..runtime.results import Result
     from ..specs import ModelSpec
 
 
@@ -121,26 +121,8 @@ def _answer_batch(engine: Engine, files: Sequence[Path], labels: tuple[str, ...]
         if len(files) == 1:
             return [Answer(str(files[0]), error=error)]
         return [answer for file in files for answer in _answer_batch(engine, [file], labels, top)]
-    rows = _rank(result, engine.spec, top)
+    rows = rank_classes(result, engine.spec, top)
     return [_make_answer(str(file), classes, scores, labels) for file, (classes, scores) in zip(files, rows, strict=True)]
-
-
-def _rank(result: Result, spec: ModelSpec, top: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]]:
-    """Classes and probabilities of each image, best first; of equal ones, the lower class first."""
-    if isinstance(result, TopK):
-        yield from zip(result.classes[:, :top], result.scores[:, :top].astype(np.float64), strict=True)
-        return
-    assert isinstance(result, np.ndarray), "a classifier has one output"
-    for row in result.astype(np.float64):
-        probabilities = _softmax(row) if spec.kind == "logits" else row
-        order = np.argsort(-probabilities, kind="stable")[:top]
-        yield order, probabilities[order]
-
-
-def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    powers = np.exp(logits - logits.max())
-    total: NDArray[np.float64] = powers / powers.sum()
-    return total
 
 
 def _make_answer(image: str, classes: NDArray[np.int64], scores: NDArray[np.float64], labels: tuple[str, ...] | None) -> Answer:

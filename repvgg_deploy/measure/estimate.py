@@ -4,7 +4,7 @@ Of each layer: the longer of operations ÷ (peak · efficiency) and bytes ÷ ban
 image does not fill. A grouped convolution pays that once a group: each group is a small product of its own.
 
 The constants for FP32 were chosen to meet published times of TensorRT 8.0 on a V100 (`PUBLISHED_V100_MS`): ten of the twelve estimates are within
-16 %; B3, whose published times are hardly longer than those of the smaller B2, is 21 % and 47 % too long. For FP16 and INT8 no published times were
+17 %; B3, whose published times are hardly longer than those of the smaller B2, is 21 % and 47 % too long. For FP16 and INT8 no published times were
 at hand: that tensor cores reach 40 % of their peak is an assumption. Copies to and from the GPU are not in it.
 """
 

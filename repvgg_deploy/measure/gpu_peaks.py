@@ -1,7 +1,8 @@
-"""Peaks of GPUs by name, from NVIDIA's data sheets: `data/gpus.toml`. Standard library only."""
+"""Peaks of GPUs by name, from `data/gpus.toml`, which names the source of each. Standard library only."""
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ class _Table:
     gpu: tuple[GpuPeaks, ...]
 
 
+@functools.cache
 def load_gpus() -> tuple[GpuPeaks, ...]:
     """All GPUs of the table, in its order."""
     if sys.version_info >= (3, 11):

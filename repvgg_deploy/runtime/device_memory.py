@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import CudaError, CudaMemoryError
-from .cuda.port import CudaPort
+from .cuda.port import CAPTURE_LOCK, CudaPort
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,8 @@ class DevicePool:
 
     def _free_returned(self) -> None:
         try:
-            with self._port.on_device(self.device_id), self._lock:
+            # In this order: the garbage collector may bring a thread here that holds the first, in the midst of a capture.
+            with self._port.on_device(self.device_id), CAPTURE_LOCK, self._lock:
                 self._idle.extend(self._drain())
                 self._free_idle()
         except CudaError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -48,3 +48,29 @@ def package(outputs: Sequence[NDArray[Any]], spec: ModelSpec) -> Result:
 def join(parts: Sequence[Arrays]) -> Arrays:
     """The outputs of consecutive pieces of a batch as those of the whole."""
     return parts[0] if len(parts) == 1 else tuple(np.concatenate(pieces) for pieces in zip(*parts, strict=True))
+
+
+def softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
+    """Probabilities (…, classes) in float64 of logits (…, classes)."""
+    wide = logits.astype(np.float64)
+    powers = np.exp(wide - wide.max(axis=-1, keepdims=True))
+    total: NDArray[np.float64] = powers / powers.sum(axis=-1, keepdims=True)
+    return total
+
+
+def rank_classes(result: Result, spec: ModelSpec, top: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]]:
+    """Classes and scores of each image, best first; of equal ones, the lower class first.
+
+    Args:
+        result: Of a classifier.
+        spec: Of the same model. The scores of logits are their softmax over all classes, those of other models what they give.
+        top: How many of each image, where there are so many.
+    """
+    if isinstance(result, TopK):
+        yield from zip(result.classes[:, :top], result.scores[:, :top].astype(np.float64), strict=True)
+        return
+    assert isinstance(result, np.ndarray), "a classifier has one output"
+    for row in result.astype(np.float64):
+        scores = softmax(row) if spec.kind == "logits" else row
+        order = np.argsort(-scores, kind="stable")[:top]
+        yield order, scores[order]

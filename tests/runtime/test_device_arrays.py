@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,8 +17,10 @@ import pytest
 from repvgg_deploy import Engine
 from repvgg_deploy.errors import CudaError, InputError
 from repvgg_deploy.runtime import dlpack
+from repvgg_deploy.runtime.cuda.port import CAPTURE_LOCK
 from repvgg_deploy.runtime.device_arrays import as_stream_handle, is_device_array, view_device_array
-from tests.fakes.cuda import Stream
+from repvgg_deploy.runtime.device_memory import UNKNOWN_STREAM, DevicePool
+from tests.fakes.cuda import FakeCuda, Stream
 from tests.runtime.gpu_world import Setting, World, make_world
 from tests.runtime.make_model import ModelOptions, random_batch
 
@@ -348,3 +351,28 @@ def test_tensor_that_does_not_hand_over_its_memory_says_what_to_do() -> None:
 
     with pytest.raises(InputError, match="require gradient"):
         view_device_array(Grad(), 1)
+
+
+def test_memory_that_comes_back_in_the_midst_of_a_capture_waits_for_nobody_who_waits_for_the_capture() -> None:
+    """The garbage collector may free an array of a closed Engine in any thread, also in one that captures a graph of another Engine."""
+    cuda = FakeCuda()
+    pool = DevicePool(cuda, 0)
+    with cuda.on_device(0):
+        blocks = [pool.take(64, 7) for _ in range(2)]
+    for block in blocks:
+        block.streams.add(UNKNOWN_STREAM)  # so that freeing it waits for the whole device
+    pool.give_back(blocks[0])
+    done = threading.Event()
+
+    def capture() -> None:
+        with CAPTURE_LOCK:
+            closing.start()
+            closing.join(0.2)  # by now it waits for the capture's end
+            pool.give_back(blocks[1])
+        done.set()
+
+    closing = threading.Thread(target=pool.close, daemon=True)
+    threading.Thread(target=capture, daemon=True).start()
+    assert done.wait(10)
+    closing.join(10)
+    assert cuda.leaks() == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import gc
 import importlib.util
 import signal
 from collections.abc import Iterator
@@ -62,6 +63,12 @@ def shared_data() -> Path:
 def sample_dir() -> Path:
     """The committed sample: checkpoint, variant, labelled images."""
     return ROOT / "models" / "sample"
+
+
+def pytest_collection_finish() -> None:
+    """What is there when the tests begin stays to the end: the many collections of garbage that tests of memory ask for need not look through it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

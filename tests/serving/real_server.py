@@ -121,7 +121,7 @@ def request(method: str, port: int, path: str, body: bytes | None = None, header
         connection.close()
 
 
-def infer(port: int, model: str, batch: np.ndarray[Any, Any], *, on_sent: Callable[[], object] = int) -> tuple[int, Any]:
+def infer(port: int, model: str, batch: np.ndarray[Any, Any]) -> tuple[int, Any]:
     """One request with the binary tensors of the protocol; the status, and the output `logits` or the error's text."""
     datatype = {"float32": "FP32", "uint8": "UINT8"}[batch.dtype.name]
     tensor = {"name": "images", "shape": batch.shape, "datatype": datatype, "parameters": {"binary_data_size": batch.nbytes}}
@@ -130,7 +130,6 @@ def infer(port: int, model: str, batch: np.ndarray[Any, Any], *, on_sent: Callab
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_SECONDS)
     try:
         connection.request("POST", f"/v2/models/{model}/infer", head + batch.tobytes(), headers)
-        on_sent()
         response = connection.getresponse()
         data = response.read()
     finally:
@@ -142,13 +141,13 @@ def infer(port: int, model: str, batch: np.ndarray[Any, Any], *, on_sent: Callab
     return 200, np.frombuffer(data[size:], np.float32).reshape(shape)
 
 
-def infer_at_once(port: int, model: str, batches: Sequence[np.ndarray[Any, Any]], *, on_sent: Callable[[], object] = int) -> list[tuple[int, Any]]:
-    """All requests from a thread each, let go together; `on_sent` is called for each that was sent."""
+def infer_at_once(port: int, model: str, batches: Sequence[np.ndarray[Any, Any]]) -> list[tuple[int, Any]]:
+    """All requests from a thread each, let go together."""
     gate = threading.Barrier(len(batches))
 
     def send(batch: np.ndarray[Any, Any]) -> tuple[int, Any]:
         gate.wait(PATIENCE_SECONDS)
-        return infer(port, model, batch, on_sent=on_sent)
+        return infer(port, model, batch)
 
     with ThreadPoolExecutor(len(batches)) as pool:
         return list(pool.map(send, batches))

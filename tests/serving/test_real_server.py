@@ -215,7 +215,8 @@ def test_corrupt_new_version_leaves_the_old_one_serving(tmp_path: Path) -> None:
 
 
 def test_full_queue_answers_503(tmp_path: Path) -> None:
-    write(tmp_path / "repo", delay_ms=200, max_batch=1, max_queue=2)
+    # Without a time limit: on a machine that is slow enough those that wait would be refused for it.
+    write(tmp_path / "repo", delay_ms=200, max_batch=1, max_queue=2, queue_timeout_us=0)
     with start(tmp_path / "repo", ["tiny"]) as server:
         answers = infer_at_once(server.port, "tiny", [IMAGE] * 16)
         statuses = [status for status, _ in answers]

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 from repvgg_deploy.errors import InputError, PlanError, RepVGGDeployError
-from repvgg_deploy.runtime.passport import read_passport
+from repvgg_deploy.runtime.model_files import is_plan
+from repvgg_deploy.runtime.passport import passport_path, read_passport
 from repvgg_deploy.serving.containers import find_container
 from repvgg_deploy.specs import PlanPassport
 
@@ -19,14 +20,26 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="match_versions.py", description="prints the build arguments that match a plan's passport")
     parser.add_argument("plan", type=Path, metavar="PLAN")
     try:
-        passport = read_passport(parser.parse_args(argv).plan)
+        plan = parser.parse_args(argv).plan
+        passport = read_passport(plan)  # by itself enough: the plan may lie elsewhere
         if passport is None:
-            raise PlanError("the plan has no passport beside it", remedy="copy it together with the plan")
+            raise explain_missing_passport(plan)
         print(" ".join(f"--build-arg {name}={value}" for name, value in match(passport).items()))
     except RepVGGDeployError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def explain_missing_passport(plan: Path) -> RepVGGDeployError:
+    """Whether only the passport is missing, or what was given is no plan at all.
+
+    Raises:
+        ModelError: There is no such file.
+    """
+    if is_plan(plan):
+        return PlanError(f"{plan}: has no passport {passport_path(plan).name} beside it", remedy="copy it together with the plan")
+    return InputError(f"{plan}: is no TensorRT plan", remedy="give the .plan that repvgg-trt build wrote, with its passport beside it")
 
 
 def match(passport: PlanPassport) -> dict[str, str]:

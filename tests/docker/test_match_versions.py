@@ -58,5 +58,24 @@ def test_plan_without_a_passport_is_an_error_and_no_traceback(tmp_path: Path) ->
     (tmp_path / "net.plan").write_bytes(b"ftrt")
     done = match(tmp_path / "net.plan")
     assert (done.returncode, done.stdout) == (1, "")
-    assert "passport" in done.stderr
+    assert "net.plan: has no passport net.plan.json beside it" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [("net.onnx", b"\x08\x08onnx", "is no TensorRT plan"), ("missing.plan", None, "no such file")],
+    ids=["onnx", "missing"],
+)
+def test_what_is_no_plan_is_called_so(name: str, content: bytes | None, said: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    done = match(tmp_path / name)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"{name}: {said}" in done.stderr
+    assert "remedy: " in done.stderr
+
+
+def test_passport_alone_is_enough(tmp_path: Path) -> None:
+    write_plan(tmp_path / "net.plan").unlink()
+    assert match(tmp_path / "net.plan").returncode == 0

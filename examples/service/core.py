@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from starlette.requests import ClientDisconnect
 
 from repvgg_deploy import Engine
-from repvgg_deploy.errors import CudaContextError
+from repvgg_deploy.errors import CudaContextError, InputError
 from repvgg_deploy.runtime.backends import BackendName
 from repvgg_deploy.runtime.engine import EngineOptions, Result
 
 from .metrics import RequestMetrics, make_registry
-from .settings import Settings
+from .settings import Settings, name_variable
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,12 @@ class Service:
     """
 
     def __init__(self, settings: Settings) -> None:
+        try:
+            self._open(settings)
+        except InputError as error:
+            raise name_variable(error) from error
+
+    def _open(self, settings: Settings) -> None:
         self.settings = settings
         self.phase: Phase = "ready"
         self.active = 0

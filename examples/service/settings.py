@@ -87,6 +87,16 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
     return settings
 
 
+def name_variable(error: InputError) -> InputError:
+    """An error of the Engine about one of its parameters, as one about the variable that set it; any other error as it is."""
+    variables = {field.name: PREFIX + field.name.upper() for field in fields(Settings)}
+    parameter, _, text = error.message.removeprefix("batcher: ").partition(": ")
+    if parameter not in variables:
+        return error
+    text = text.replace("max_batch", variables["max_batch"])  # what a queue must hold
+    return InputError(f"{variables[parameter]}: {text}", remedy="correct it, or leave it out")
+
+
 def _parse(name: str, text: str, kind: str) -> str | int | float:
     if kind == "str":
         return text

@@ -112,6 +112,29 @@ def test_setting_that_is_no_count_is_an_input_error(text: str) -> None:
         read_settings({"REPVGG_MODEL": "a.onnx", "REPVGG_MAX_BATCH": text})
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"max_queue": 5}, "REPVGG_MAX_QUEUE: expected a whole number of at least REPVGG_MAX_BATCH, 32, found 5"),
+        ({"max_batch": 0}, "REPVGG_MAX_BATCH: expected a whole number of at least 1, found 0"),
+        ({"timeout_ms": 0.0}, "REPVGG_TIMEOUT_MS: expected a positive number, found 0.0"),
+        ({"device": "gpu"}, "REPVGG_DEVICE: expected cpu, cuda, cuda:N or the number of a GPU, found 'gpu'"),
+        ({"backend": "onnx"}, "REPVGG_BACKEND: expected one of onnxruntime"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_setting_that_the_engine_refuses_is_named_as_its_variable(setting: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as refused:
+        Service(Settings(str(make_onnx(tmp_path / "tiny.onnx")), threads=1, **setting))
+    assert refused.value.message.startswith(message)
+    assert refused.value.remedy == "correct it, or leave it out"
+
+
+def test_model_that_cannot_be_opened_keeps_its_own_error(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no such file"):
+        Service(Settings(str(tmp_path / "missing.onnx")))
+
+
 def test_readme_names_every_setting_and_its_default() -> None:
     readme = (ROOT / "examples/service/README.md").read_text(encoding="utf-8")
     for name, value in ((field.name, field.default) for field in Settings.__dataclass_fields__.values()):

@@ -12,6 +12,7 @@ from ..errors import InputError
 from ..measure.advise import Advice, Choice, Measured, Wish, advise, choose_files, unused_models
 from ..measure.estimate import EFFICIENCY, PUBLISHED_V100_MS, Assumptions
 from ..measure.gpu_peaks import find_gpu_peaks, look_up_gpu
+from ..measure.nearest import Nearest, find_nearest
 from ..measure.records import read_benchmark
 from ..measure.roofline import Ceiling
 from ..pipeline.gpu_here import look_for_gpu
@@ -43,21 +44,21 @@ def execute(args: argparse.Namespace) -> Output:
     assumptions = Assumptions({name: args.efficiency or value for name, value in EFFICIENCY.items()}, args.overhead_us)
     ground = _find_ground(args)
     answer = advise(wish, ceiling=ground.ceiling, measured=ground.measured, assumptions=assumptions)
-    fast, accurate = ((), ()) if answer.fitting else answer.nearest(wish)
+    nearest = None if answer.fitting else find_nearest(answer, wish)
     shown = answer.fitting[: args.top]
     lines = [format_pairs(_head(wish, ground, answer))]
-    lines += [format_table([_HEADER, *map(_row, shown)], _ALIGN)] if shown else _nearest_lines(wish, fast, accurate)
+    lines += [_table(shown)] if nearest is None else _nearest_lines(wish, nearest)
     lines.append(format_pairs([*_notes(wish, assumptions, answer), *(("warning", text) for text in ground.warnings)]))
     data = {
         "device": ground.device,
         "wish": wish,
         "fitting": answer.fitting,
-        "nearest": {"fast_enough": fast, "accurate_enough": accurate},
+        "nearest": nearest,
         "assumptions": assumptions if ground.ceiling is not None else None,
         "grouped": _grouped(),
         "warnings": ground.warnings,
     }
-    errors = () if answer.fitting else (InputError(f"nothing meets {_show_wish(wish)} on {ground.device}", remedy=_remedy(fast, accurate)),)
+    errors = () if nearest is None else (InputError(f"nothing meets {_show_wish(wish)} on {ground.device}", remedy=_remedy(nearest)),)
     return Output(data=data, text="\n".join(lines), next_command=_next(shown) if ground.ceiling is not None else None, errors=errors)
 
 
@@ -104,19 +105,32 @@ def _show_wish(wish: Wish) -> str:
     return " and ".join(parts)
 
 
-def _nearest_lines(wish: Wish, fast: Sequence[Choice], accurate: Sequence[Choice]) -> list[str]:
+def _table(choices: Sequence[Choice]) -> str:
+    return format_table([_HEADER, *map(_row, choices)], _ALIGN)
+
+
+def _nearest_lines(wish: Wish, nearest: Nearest) -> list[str]:
+    """For each part of the wish the candidates that keep it; where none does, those that come nearest to it."""
     lines = []
-    if fast and wish.slo_ms is not None:
-        lines += [f"the most accurate within {wish.slo_ms:g} ms", format_table([_HEADER, *map(_row, fast)], _ALIGN)]
-    if accurate and wish.min_top1 is not None:
-        lines += [f"the fastest with at least {wish.min_top1:g} %", format_table([_HEADER, *map(_row, accurate)], _ALIGN)]
+    if wish.slo_ms is not None:
+        kept = f"the most accurate within {wish.slo_ms:g} ms"
+        lines += (
+            [kept, _table(nearest.fast_enough)]
+            if nearest.fast_enough
+            else [f"none takes {wish.slo_ms:g} ms or less; the fastest", _table(nearest.fastest)]
+        )
+    if wish.min_top1 is not None:
+        kept = f"the fastest with at least {wish.min_top1:g} %"
+        missed = [f"none has {wish.min_top1:g} % or more; the most accurate", _table(nearest.most_accurate)]
+        lines += [kept, _table(nearest.accurate_enough)] if nearest.accurate_enough else missed
     return lines
 
 
-def _remedy(fast: Sequence[Choice], accurate: Sequence[Choice]) -> str:
+def _remedy(nearest: Nearest) -> str:
+    fast, accurate = nearest.fast_enough, nearest.accurate_enough
     parts = [f"--slo-ms {math.ceil(100 * accurate[0].latency_ms) / 100:g}, for {accurate[0].variant} in {accurate[0].precision}"] if accurate else []
     parts += [f"--min-top1 {math.floor(100 * fast[0].top1 + 1e-6) / 100:g}, for {fast[0].variant} in {fast[0].precision}"] if fast else []
-    return f"give {' or '.join(parts)}" if parts else "ask for less, or give a faster --gpu"
+    return f"give {' or '.join(parts)}" if parts else "ask for less of both, as the tables show, or give a faster --gpu"
 
 
 def _notes(wish: Wish, assumptions: Assumptions, answer: Advice) -> list[tuple[str, str]]:

@@ -98,14 +98,6 @@ class Advice:
     fitting: tuple[Choice, ...]
     others: tuple[Choice, ...]
 
-    def nearest(self, wish: Wish, count: int = 3) -> tuple[tuple[Choice, ...], tuple[Choice, ...]]:
-        """Of what does not fit: the most accurate that are fast enough, and the fastest that are accurate enough."""
-        fast = [choice for choice in self.others if wish.slo_ms is None or choice.latency_ms <= wish.slo_ms]
-        accurate = [choice for choice in self.others if wish.min_top1 is None or choice.top1 >= wish.min_top1]
-        fast.sort(key=lambda choice: (-choice.top1, choice.latency_ms))
-        accurate.sort(key=lambda choice: (choice.latency_ms, -choice.top1))
-        return tuple(fast[:count]), tuple(accurate[:count])
-
 
 def advise(wish: Wish, *, ceiling: Ceiling | None, measured: Sequence[Measured], assumptions: Assumptions = FITTED) -> Advice:
     """Looks at every published variant with published accuracy.

@@ -55,6 +55,29 @@ def test_nothing_that_fits_is_exit_code_one_with_the_nearest(capsys) -> None:
     assert status == 1 and "for RepVGGplus-L2pse" in err
 
 
+@pytest.mark.parametrize(
+    ("wish", "headings"),
+    [
+        ({"--slo-ms": 0.01}, ["none takes 0.01 ms or less; the fastest"]),
+        ({"--min-top1": 99}, ["none has 99 % or more; the most accurate"]),
+        ({"--slo-ms": 0.3, "--min-top1": 80}, ["none takes 0.3 ms or less; the fastest", "the fastest with at least 80 %"]),
+        ({"--slo-ms": 5, "--min-top1": 99}, ["the most accurate within 5 ms", "none has 99 % or more; the most accurate"]),
+        ({"--slo-ms": 0.01, "--min-top1": 99}, ["none takes 0.01 ms or less; the fastest", "none has 99 % or more; the most accurate"]),
+    ],
+    ids=str,
+)
+def test_each_part_of_a_wish_that_nothing_meets_has_a_table_of_the_nearest(wish: dict[str, float], headings: list[str], capsys) -> None:
+    status, text, _ = run(capsys, "--gpu", "t4", *(word for pair in wish.items() for word in pair))
+    assert status == 1
+    lines = text.splitlines()
+    places = [lines.index(heading) for heading in headings]
+    assert places == sorted(places)
+    for place in places:
+        assert lines[place + 1].split()[:2] == ["variant", "px"]
+        assert len(rows("\n".join(lines[place + 2 : place + 5]))) == 3
+    assert len(rows(text)) == 3 * len(headings)
+
+
 @pytest.mark.parametrize("wish", [(1.6, 83), (0.3, 80), (2.2, 79)])
 def test_remedies_of_an_answer_that_failed_work(wish: tuple[float, float], capsys) -> None:
     slo, top1 = wish

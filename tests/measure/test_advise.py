@@ -11,6 +11,7 @@ from repvgg_deploy.measure.advise import Choice, Measured, Wish, advise, choose_
 from repvgg_deploy.measure.costs import count_costs
 from repvgg_deploy.measure.estimate import FITTED, PUBLISHED_V100_MS, Assumptions, estimate_ms
 from repvgg_deploy.measure.gpu_peaks import find_gpu_peaks
+from repvgg_deploy.measure.nearest import find_nearest
 from repvgg_deploy.specs import Precision
 from repvgg_deploy.variants import get_variant
 from tests.measure.make_benchmark import make_benchmark, make_model, make_point
@@ -118,9 +119,31 @@ def test_nearest_are_the_most_accurate_in_time_and_the_fastest_accurate_ones() -
     wish = Wish(slo_ms=1.6, min_top1=83)
     answer = advise(wish, ceiling=T4, measured=())
     assert answer.fitting == ()
-    fast, accurate = answer.nearest(wish)
+    nearest = find_nearest(answer, wish)
+    fast, accurate = nearest.fast_enough, nearest.accurate_enough
     assert len(fast) == len(accurate) == 3
     assert all(choice.latency_ms <= 1.6 for choice in fast) and all(choice.top1 >= 83 for choice in accurate)
     assert fast[0].top1 == max(choice.top1 for choice in answer.others if choice.latency_ms <= 1.6)
     assert accurate[0].latency_ms == min(choice.latency_ms for choice in answer.others if choice.top1 >= 83)
     assert isinstance(accurate[0], Choice)
+
+
+def test_nearest_to_what_is_out_of_reach_are_the_fastest_and_the_most_accurate_of_all() -> None:
+    wish = Wish(slo_ms=0.01, min_top1=99)
+    answer = advise(wish, ceiling=T4, measured=())
+    nearest = find_nearest(answer, wish, count=5)
+    assert nearest.fast_enough == nearest.accurate_enough == ()
+    assert nearest.fastest[0].latency_ms == min(choice.latency_ms for choice in answer.others)
+    assert nearest.most_accurate[0].top1 == max(choice.top1 for choice in answer.others)
+    for choices in (nearest.fastest, nearest.most_accurate):
+        assert len({(choice.variant, choice.image_size, choice.precision) for choice in choices}) == 5  # no batch sizes of the same in their place
+    latencies = [choice.latency_ms for choice in nearest.fastest]
+    assert latencies == sorted(latencies)
+
+
+@pytest.mark.parametrize("wish", [Wish(slo_ms=0.01), Wish(min_top1=99)])
+def test_nearest_of_one_wish_are_those_that_come_nearest_to_it(wish: Wish) -> None:
+    nearest = find_nearest(advise(wish, ceiling=T4, measured=()), wish)
+    kept, missed = (nearest.accurate_enough, nearest.fast_enough) if wish.min_top1 is None else (nearest.fast_enough, nearest.accurate_enough)
+    assert missed == ()
+    assert kept == (nearest.fastest if wish.min_top1 is None else nearest.most_accurate)

@@ -264,6 +264,8 @@ class Engine:
     def warm_up(self, shape: Sequence[int] | None = None) -> None:
         """Runs batches of zeros, so that the first real one is not the slow one. A plan makes all its contexts, and CUDA graphs for this size.
 
+        So none of this size is captured later, when another thread may wait for the whole device (see `EngineOptions.cuda_graphs`).
+
         Args:
             shape: Of the batch, as it will be; None takes one image (or the fixed batch) of the size in the specification.
 

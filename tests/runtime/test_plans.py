@@ -239,6 +239,20 @@ def test_warm_up_makes_every_context_and_graph(world: World) -> None:
         assert world.cuda.launches == launches + 1 and world.trt.seen.contexts == contexts
 
 
+def test_nothing_is_captured_after_every_size_was_warmed_up(world: World) -> None:
+    """So that a caller may wait for the whole device from then on."""
+    with world.open(contexts=2) as engine:
+        for size in range(1, 9):
+            engine.warm_up((size, *engine.spec.input.shape[1:]))
+        captures = world.cuda.calls["begin_capture"]
+        assert captures == 2 * 8
+        for index in range(40):
+            assert_answers(world, engine, batch_of(1 + index % 8, seed=index))
+            with world.cuda.on_device(0):
+                world.cuda.device_wait()
+        assert world.cuda.calls["begin_capture"] == captures
+
+
 # passports and refusals
 
 

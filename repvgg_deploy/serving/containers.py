@@ -7,19 +7,22 @@ listed, and for every other version the user is told where NVIDIA publishes it.
 from __future__ import annotations
 
 CONTAINERS = {
-    "22.11": "8.5.1",
-    "23.05": "8.6.1.2",
-    "24.02": "8.6.3",
-    "24.05": "10.0.1.6",
-    "24.08": "10.3.0.26",
+    "22.11": "8.5.1",  # release notes of Triton
+    "23.04": "8.6.1.2",  # issue 5812
+    "23.05": "8.6.1.2",  # issue 5975
+    "24.02": "8.6.3",  # issues 6959 and 7221
+    "24.03": "8.6.3",  # issue 7221
+    "24.04": "8.6.3",  # issue 7221
+    "24.05": "10.0.1.6",  # issue 7374
+    "24.08": "10.3.0.26",  # release notes of the containers that share its base image, as those below
     "24.10": "10.5",
     "24.12": "10.7.0.23",
     "25.06": "10.11.0.33",
 }
-"""TensorRT by release of the container. Not complete.
+"""TensorRT by release of the container `RELEASE-py3`, each with its source. Not complete: no others could be confirmed.
 
-Sources: release notes of Triton and of the containers that share its base image, 22.11 to 25.06; issues 5975 and 6959 of
-https://github.com/triton-inference-server/server for 23.05 and 24.02.
+Issues are those of https://github.com/triton-inference-server/server/issues, whose reporters saw the version in that very container. The `trtllm`
+containers of the same releases hold other versions (docs/introduction/compatibility.md there), and so may the TensorRT containers (issue 5975).
 """
 MATRIX = "https://docs.nvidia.com/deeplearning/frameworks/support-matrix/index.html"
 

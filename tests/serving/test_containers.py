@@ -9,7 +9,15 @@ from repvgg_deploy.serving.containers import CONTAINERS, describe_container, fin
 
 @pytest.mark.parametrize(
     ("version", "release"),
-    [("10.7.0.23", "24.12"), ("8.6.1.2", "23.05"), ("10.5.0.18", "24.10"), ("10.0.1.6", "24.05"), ("10.7.0", "24.12"), ("10.0.1", "24.05")],
+    [
+        ("8.6.1.2", "23.05"),
+        ("8.6.3.1", "24.04"),
+        ("10.7.0.23", "24.12"),
+        ("10.5.0.18", "24.10"),
+        ("10.0.1.6", "24.05"),
+        ("10.7.0", "24.12"),
+        ("10.0.1", "24.05"),
+    ],
 )
 def test_find_container_of_a_listed_version_names_its_image(version: str, release: str) -> None:
     assert find_container(version) == f"nvcr.io/nvidia/tritonserver:{release}-py3"

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 
 from repvgg_deploy.runtime.statistics import Recorder
+from tests.docker.compose_network import SERVERS
 from tests.docker.dashboard import FOLDER as DASHBOARDS
 from tests.docker.dashboard import GPU_METRICS, NAMES, expressions, metric_names, panels, read_dashboard
+from tests.docker.prometheus import find_prometheus
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docker"
@@ -120,13 +122,42 @@ def test_settings_of_the_services_are_those_of_first_start(services: dict[str, A
 
 def test_prometheus_asks_services_of_the_compose_file_at_their_own_port(services: dict[str, Any]) -> None:
     text = (FOLDER / "prometheus/prometheus.yml").read_text(encoding="utf-8")
-    targets = re.findall(r'"([\w.-]+):(\d+)"', text)
+    targets = re.findall(r'names: \["(\w+)"\]\n +type: A\n +port: (\d+)\n', text)
     assert targets == [("triton", "8002"), ("service", "8000")]
     assert {name for name, _ in targets} <= set(services)
     assert "EXPOSE 8000 8001 8002" in (FOLDER / "triton.Dockerfile").read_text(encoding="utf-8")
     assert "REPVGG_LISTEN=0.0.0.0:8000" in (FOLDER / "runtime.Dockerfile").read_text(encoding="utf-8")
     mounted = [volume["target"] for volume in services["prometheus"]["volumes"] if volume["source"] == str(FOLDER / "prometheus/prometheus.yml")]
     assert [f"--config.file={path}" in services["prometheus"]["command"] for path in mounted] == [True]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_service_that_does_not_run_is_no_target_and_none_that_is_down(tmp_path: Path) -> None:
+    """A real Prometheus with the configuration as it is, and a DNS that knows what runs, as Docker's does."""
+    program = find_prometheus()
+    if program is None:
+        pytest.skip("no Prometheus on PATH, and Debian's package cannot be had")
+    apart = ["unshare", "--user", "--map-root-user", "--mount", "--net"]
+    if not (shutil.which("unshare") and shutil.which("ip")) or subprocess.run([*apart, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no namespaces of one's own can be had here")
+    command = [
+        *apart,
+        sys.executable,
+        str(ROOT / "tests/docker/compose_network.py"),
+        program,
+        str(FOLDER / "prometheus/prometheus.yml"),
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+    assert done.returncode == 0, done.stderr
+    before, running, after = json.loads(done.stdout)
+    assert before == after == {"targets": {}, "servers": ["0", "0"]}
+    assert running == {"targets": {"service service:8000": "up"}, "servers": ["0", "1"]}  # Triton was not started, which its dashboard says
+
+
+def test_panels_that_show_whether_a_server_runs_are_those_that_are_tried() -> None:
+    assert tuple(expressions(name)["Server A"] for name in NAMES) == SERVERS
 
 
 def test_grafana_finds_the_source_and_the_dashboard_that_are_mounted(services: dict[str, Any]) -> None:

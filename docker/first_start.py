@@ -12,7 +12,8 @@ command finds the plan in REPVGG_MODEL, too, and none of the other settings. Set
     REPVGG_TRITON    options of `repvgg-trt triton`: "--ensemble jpeg --instances 2"
 
 Whether a plan that stands there is the one that is wanted is decided by `repvgg-trt build`: same ONNX, options, TensorRT and GPU. Containers that
-start at once on one folder wait for each other. Exit codes are those of repvgg-trt; what fails leaves nothing half done, and the command is not run.
+start at once on one folder wait for each other. What an earlier start wrote into the model repository and this one did not is taken out, unless
+another container serves from it. Exit codes are those of repvgg-trt; what fails leaves nothing half done, and the command is not run.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import io
+import json
 import os
 import re
 import shlex
@@ -32,6 +35,7 @@ from typing import NoReturn
 
 from repvgg_deploy.cli.trt import main as repvgg_trt
 
+WRITER = "first_start"  # what it wrote into a repository is what it may take out again
 SETTINGS = ("REPVGG_MODEL", "REPVGG_ENGINES", "REPVGG_SERVE", "REPVGG_BUILD", "REPVGG_TRITON")
 
 
@@ -53,8 +57,7 @@ def main(argv: list[str]) -> None:
         ready = [prepare_model(model, place) for model in models]
         repository = place / "model_repository"
         if args.triton:
-            for model in ready:
-                do("triton", str(model), "--out", str(repository), "--force", *options_of("REPVGG_TRITON"))
+            take_out_the_rest(repository, {name for model in ready for name in write_model(model, repository)})
     become(fill(command, ready[0], repository), ready[0])
 
 
@@ -154,11 +157,55 @@ def prepare_model(model: Path, place: Path) -> Path:
     return plan
 
 
+def write_model(model: Path, repository: Path) -> list[str]:
+    """Names of the models that Triton serves it as."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        command = ("triton", str(model), "--out", str(repository), "--force", "--written-by", WRITER, "--json", *options_of("REPVGG_TRITON"))
+        code = run(*command)
+    answer = json.loads(printed.getvalue() or "{}")
+    if "error" in answer:
+        say(f"error: {answer['error']}\n  remedy: {answer['remedy']}")
+    end_if_failed(code, "triton")
+    for one in answer["models"]:
+        print(f"{one['status']:<10} {one['name']}, version {one['version']}")
+    return [one["name"] for one in answer["models"]]
+
+
+def take_out_the_rest(repository: Path, wanted: set[str]) -> None:
+    """What an earlier start wrote, and this one did not, goes where no other container may be serving it. From here on, this one is."""
+    from repvgg_deploy.errors import RepVGGDeployError
+    from repvgg_deploy.serving.prune import find_stale, remove_models
+
+    handle = os.open(repository.parent / ".serving", os.O_RDWR | os.O_CREAT, 0o666)
+    os.set_inheritable(handle, True)  # the command holds the lock for as long as it runs
+    stale = find_stale(repository, WRITER, wanted)
+    for name, reason in stale.kept.items():
+        say(f"{name} is no longer wanted, and stays: {reason}")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for name in stale.removable:
+            say(f"{name} is no longer wanted: taken out of {repository}")
+        remove_models(repository, stale.removable)
+    except BlockingIOError:
+        for name in stale.removable:
+            say(f"{name} is no longer wanted, and stays: another container serves from {repository}")
+    except RepVGGDeployError as error:
+        fail(error.message, error.remedy)
+    fcntl.flock(handle, fcntl.LOCK_SH)
+
+
 def do(*arguments: str) -> None:
+    end_if_failed(run(*arguments), arguments[0])
+
+
+def run(*arguments: str) -> int:
     say(f"repvgg-trt {shlex.join(arguments)}")
-    code = repvgg_trt(list(arguments))
+    return repvgg_trt(list(arguments))
+
+
+def end_if_failed(code: int, command: str) -> None:
     if code:
-        say(f"repvgg-trt {arguments[0]} failed with exit code {code}: nothing is started")
+        say(f"repvgg-trt {command} failed with exit code {code}: nothing is started")
         sys.exit(code)
 
 

@@ -35,6 +35,7 @@ def add_triton_options(parser: argparse.ArgumentParser) -> None:
                        help="how long a request may wait in all, 0 for ever (default: %(default)s)")  # fmt: skip
     group.add_argument("--cuda-graphs", action="store_true", help="let the TensorRT backend capture CUDA graphs")
     group.add_argument("--ensemble", choices=("jpeg",), help="also a model NAME_jpeg that takes JPEG files; decodes in the python backend")
+    group.add_argument("--written-by", metavar="NAME", help="kept in the models' parameters, for programs that take out again what they wrote")
     parser.set_defaults(usage_error=parser.error)
 
 

@@ -32,6 +32,7 @@ def execute(args: argparse.Namespace) -> Output:
         queue_timeout_us=args.queue_timeout_us,
         cuda_graphs=args.cuda_graphs,
         ensemble=args.ensemble,
+        written_by=args.written_by,
     )
     result = write_triton(args.models, args.out, options, force=args.force)
     return Output(

@@ -15,6 +15,8 @@ from .schema import load_schema
 LABELS_FILE = "labels.txt"
 PREFIX = "repvgg_deploy."
 """Of the parameters that this project writes; all others are the user's."""
+WRITTEN_BY, WRITTEN_VERSIONS = f"{PREFIX}written_by", f"{PREFIX}written_versions"
+"""Who wrote a model, and which of its versions: others may have put more beside them."""
 _ONNX_MAX_BATCH = 32
 _TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "uint8": "TYPE_UINT8", "int64": "TYPE_INT64", "int32": "TYPE_INT32"}
 _ANY_SIDE = 224  # of a warm-up image where any size is taken and none is the model's own

@@ -28,6 +28,7 @@ class RepositoryOptions:
         queue_timeout_us: How long a request may wait in all before it is refused.
         cuda_graphs: Let Triton's TensorRT backend capture CUDA graphs.
         ensemble: `jpeg` adds a model that decodes and one that takes JPEG files.
+        written_by: Who writes it, kept in the parameters of each of the models: `prune_repository` takes out only what carries the same name.
     """
 
     name: str | None = None
@@ -40,6 +41,7 @@ class RepositoryOptions:
     queue_timeout_us: int = 1_000_000
     cuda_graphs: bool = False
     ensemble: Literal["jpeg"] | None = None
+    written_by: str | None = None
 
     def __post_init__(self) -> None:
         if self.name is not None:

@@ -9,8 +9,8 @@ from typing import Any
 
 from ..artifacts import explain_os_errors, write_text
 from ..errors import ArtifactError, InputError
-from .config import LABELS_FILE, PREFIX, has_labels, make_config
-from .folders import WrittenVersion, choose_version, require_version_replaceable, write_version
+from .config import LABELS_FILE, PREFIX, WRITTEN_BY, WRITTEN_VERSIONS, has_labels, make_config
+from .folders import WrittenVersion, choose_version, list_versions, require_version_replaceable, write_version
 from .jpeg import make_jpeg_models
 from .options import RepositoryOptions, Servable, ServedFile
 from .schema import parse_config, print_config
@@ -67,6 +67,8 @@ def write_repository(model: Servable, out: Path, options: RepositoryOptions, *, 
     if options.ensemble is not None:
         before = make_jpeg_models(model, options, drafts[0].config)
         drafts += [_Draft(config, files, 1, labels if not files else None) for config, files in before]
+    for draft in drafts if options.written_by is not None else ():
+        draft.config.parameters[WRITTEN_BY].string_value = options.written_by
     for draft in drafts:
         _require_replaceable(draft, out / draft.config.name, force=force)
     with explain_os_errors(out):
@@ -91,11 +93,8 @@ def _require_replaceable(draft: _Draft, folder: Path, *, force: bool) -> None:
 
 def _serves_the_same(path: Path, config: Any) -> bool:
     """Whether a configuration on disk differs in nothing but the provenance that we state in it."""
-    try:
-        found = parse_config(path.read_text(encoding="utf-8"), path)
-    except (InputError, UnicodeDecodeError):
-        return False
-    return bool(_without_provenance(found) == _without_provenance(config))
+    found = read_config(path.parent)
+    return found is not None and bool(_without_provenance(found) == _without_provenance(config))
 
 
 def _without_provenance(config: Any) -> Any:
@@ -113,9 +112,41 @@ def _write(draft: _Draft, folder: Path, *, force: bool) -> WrittenModel:
         write_text(folder / LABELS_FILE, _labels_text(draft.labels), force=force)
     number = choose_version(folder, draft.files, draft.version)
     version = write_version(folder / str(number), draft.files, force=force)
+    _note_version(draft, folder, number)
     # Last, so that a server that polls finds no model whose files are not there yet. What differs was allowed above, or is provenance.
     write_text(folder / CONFIG_FILE, print_config(draft.config), force=True)
     return WrittenModel(draft.config.name, version, folder / CONFIG_FILE, draft.config.max_batch_size)
+
+
+def _note_version(draft: _Draft, folder: Path, number: int) -> None:
+    """Adds a version to those that the same writer wrote before."""
+    if WRITTEN_BY not in draft.config.parameters:
+        return
+    versions = {number}
+    found = read_config(folder)
+    if found is not None and read_writer(found) == draft.config.parameters[WRITTEN_BY].string_value:
+        versions |= set(read_written_versions(found)) & set(list_versions(folder))
+    draft.config.parameters[WRITTEN_VERSIONS].string_value = ",".join(map(str, sorted(versions)))
+
+
+def read_config(folder: Path) -> Any:
+    """The configuration in a model's folder; None where none can be read."""
+    path = folder / CONFIG_FILE
+    try:
+        return parse_config(path.read_text(encoding="utf-8"), path)
+    except (OSError, UnicodeDecodeError, InputError):
+        return None
+
+
+def read_writer(config: Any) -> str | None:
+    """`RepositoryOptions.written_by` of when it was written; None where nobody was named."""
+    return str(config.parameters[WRITTEN_BY].string_value) if WRITTEN_BY in config.parameters else None
+
+
+def read_written_versions(config: Any) -> tuple[int, ...]:
+    """The versions that this writer wrote."""
+    text = config.parameters[WRITTEN_VERSIONS].string_value if WRITTEN_VERSIONS in config.parameters else ""
+    return tuple(int(number) for number in text.split(",") if number.isdecimal())
 
 
 def _labels_text(labels: Sequence[str]) -> str:

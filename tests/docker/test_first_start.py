@@ -260,6 +260,64 @@ def test_onnx_is_served_as_it_is_without_a_gpu(container: Container) -> None:
     assert files_below(Path(repository)) == before
 
 
+@needs_schema
+def test_model_that_was_taken_out_of_the_folder_is_no_longer_served_and_what_others_put_there_is(container: Container, tmp_path: Path) -> None:
+    for name in ("gone", "stays"):
+        make_onnx(container.models / f"{name}.onnx")
+    environment = {"REPVGG_SERVE": "onnx", "REPVGG_TRITON": "--ensemble jpeg"}
+    assert container.start("--triton", *SHOW, **environment).returncode == 0
+    repository = container.engines / "onnx/model_repository"
+    theirs = make_onnx(tmp_path / "theirs.onnx")
+    assert repvgg_trt(["triton", str(theirs), "--out", str(repository)]) == 0
+    before = {path: content for path, content in files_below(repository).items() if not path.startswith("gone")}
+
+    (container.models / "gone.onnx").unlink()
+    done = container.start("--triton", *SHOW, **environment)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in repository.iterdir()) == ["stays", "stays_decode", "stays_jpeg", "theirs"]
+    assert files_below(repository) == before
+    assert all(f"{name} is no longer wanted: taken out of " in done.stderr for name in ("gone", "gone_decode", "gone_jpeg"))
+
+    done = container.start("--triton", *SHOW, **{**environment, "REPVGG_TRITON": ""})  # no longer with an ensemble
+    assert sorted(path.name for path in repository.iterdir()) == ["stays", "theirs"], done.stderr
+
+
+@needs_schema
+def test_nothing_is_taken_out_while_another_container_serves_from_the_repository(container: Container) -> None:
+    for name in ("gone", "stays"):
+        make_onnx(container.models / f"{name}.onnx")
+    container.environment["REPVGG_SERVE"] = "onnx"
+    code = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); print('serves', flush=True); signal.pause()"
+    repository = container.engines / "onnx/model_repository"
+    with container.popen("--triton", sys.executable, "-c", code) as server:
+        assert server.stdout is not None
+        assert "serves\n" in iter(server.stdout.readline, "")
+        (container.models / "gone.onnx").unlink()
+        done = container.start("--triton", *SHOW)
+        assert done.returncode == 0, done.stderr
+        assert "gone is no longer wanted, and stays: another container serves from " in done.stderr
+        assert sorted(path.name for path in repository.iterdir()) == ["gone", "stays"]
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(30) == 0
+    assert container.start("--triton", *SHOW).returncode == 0
+    assert [path.name for path in repository.iterdir()] == ["stays"]
+
+
+@needs_schema
+def test_plan_whose_onnx_was_taken_out_is_no_longer_served_and_found_again_when_it_is_back(machine: Machine, container: Container) -> None:
+    for seed, name in enumerate(("gone", "stays")):
+        make_onnx(container.models / f"{name}.onnx", seed=seed)
+    repository = Path(machine.start("--triton", "{repository}")[0])
+    assert sorted(path.name for path in repository.iterdir()) == ["gone", "stays"]
+    kept = (container.models / "gone.onnx").rename(container.models / "gone.bak")
+    machine.start("--triton", "{repository}")
+    assert [path.name for path in repository.iterdir()] == ["stays"]
+    assert (repository.parent / "gone.plan").exists()
+    kept.rename(container.models / "gone.onnx")
+    machine.start("--triton", "{repository}")
+    assert (repository / "gone/1/model.plan").read_bytes() == (repository.parent / "gone.plan").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
@@ -330,6 +388,9 @@ class Machine:
         return words
 
     def _become(self, _: str, command: list[str], environment: dict[str, str]) -> None:
+        for handle in Path("/proc/self/fd").iterdir():
+            if os.path.realpath(handle).endswith("/.serving"):  # the command would hold it until it ends
+                os.close(int(handle.name))
         raise BecameError([*command, environment["REPVGG_MODEL"]])
 
     def _trt(self, argv: list[str]) -> int:

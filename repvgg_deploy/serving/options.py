@@ -28,7 +28,7 @@ class RepositoryOptions:
         queue_timeout_us: How long a request may wait in all before it is refused.
         cuda_graphs: Let Triton's TensorRT backend capture CUDA graphs.
         ensemble: `jpeg` adds a model that decodes and one that takes JPEG files.
-        written_by: Who writes it, kept in the parameters of each of the models: `prune_repository` takes out only what carries the same name.
+        written_by: Who writes it, kept in the parameters of each of the models: `serving.prune` takes out only what carries the same name.
     """
 
     name: str | None = None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.serving.prepare_triton import FOLDER
-from tests.serving.real_server import free_ports, wait_until
+from tests.serving.real_server import PATIENCE_SECONDS, free_ports, wait_until
 
 
 def find_prometheus(name: str = "prometheus") -> str | None:
@@ -26,21 +26,29 @@ def find_prometheus(name: str = "prometheus") -> str | None:
     program = folder / "usr/bin" / name
     if not program.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["apt-get", "download", "prometheus"], cwd=folder, capture_output=True, check=False, timeout=120)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # as apt-get does for minutes where there is no network
+            subprocess.run(["apt-get", "download", "prometheus"], cwd=folder, capture_output=True, check=False, timeout=120)
         for package in folder.glob("prometheus_*.deb"):
-            subprocess.run(["dpkg-deb", "-x", package, folder], capture_output=True, check=False, timeout=60)
+            subprocess.run(["dpkg-deb", "-x", package, folder], capture_output=True, check=False)
     return str(program) if program.exists() else None
 
 
 @dataclass(frozen=True)
 class Prometheus:
-    """One that runs; `url` is its address."""
+    """One that runs.
+
+    Attributes:
+        url: Its address.
+        at: The moment that is asked for, in seconds since 1970; None for now.
+    """
 
     url: str
+    at: float | None = None
 
     def ask(self, expression: str) -> list[dict[str, Any]]:
-        """The series of an expression, now. Raises HTTPError where it is none."""
-        with urllib.request.urlopen(f"{self.url}/api/v1/query?{urllib.parse.urlencode({'query': expression})}", timeout=30) as answer:
+        """The series of an expression. Raises HTTPError where it is none."""
+        question = {"query": expression, **({} if self.at is None else {"time": self.at})}
+        with urllib.request.urlopen(f"{self.url}/api/v1/query?{urllib.parse.urlencode(question)}", timeout=PATIENCE_SECONDS) as answer:
             result: list[dict[str, Any]] = json.load(answer)["data"]["result"]
             return result
 

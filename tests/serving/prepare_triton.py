@@ -7,6 +7,7 @@ About 450 MB, once. nvidia-pytriton brings the server; it needs NumPy 1: with Nu
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -37,6 +38,7 @@ def prepare() -> None:
         CannotPrepareError: The server cannot be had here.
     """
     if _STAMP.exists():
+        _place_backend()  # of another state of the tests, perhaps
         return
     if sys.platform != "linux" or os.uname().machine != "x86_64":
         raise CannotPrepareError(f"nvidia-pytriton is for Linux on x86-64, and this is {sys.platform} on {os.uname().machine}")
@@ -92,7 +94,15 @@ def _make_backends() -> None:
         if (SITE / name).exists():
             (python / name).symlink_to(SITE / name)
     (BACKENDS / "onnxruntime").mkdir()
-    shutil.copy(Path(__file__).with_name("triton_backend.py.txt"), BACKENDS / "onnxruntime/model.py")
+    _place_backend()
+
+
+def _place_backend() -> None:
+    """In one step: another run of the tests may be loading it."""
+    target = BACKENDS / "onnxruntime/model.py"
+    partial = target.with_name(f"model.{os.getpid()}.partial")
+    shutil.copy(Path(__file__).with_name("triton_backend.py.txt"), partial)
+    partial.replace(target)
 
 
 def _get_haproxy() -> None:
@@ -102,9 +112,10 @@ def _get_haproxy() -> None:
     folder = FOLDER / "haproxy"
     folder.mkdir()
     for name in HAPROXY_PACKAGES:  # each by itself: a release of Debian may lack one that it does not need
-        subprocess.run(["apt-get", "download", name], cwd=folder, capture_output=True, check=False, timeout=60)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # as apt-get does for minutes where there is no network
+            subprocess.run(["apt-get", "download", name], cwd=folder, capture_output=True, check=False, timeout=60)
     for package in folder.glob("*.deb"):
-        subprocess.run(["dpkg-deb", "-x", package, folder], capture_output=True, check=False, timeout=60)
+        subprocess.run(["dpkg-deb", "-x", package, folder], capture_output=True, check=False)
 
 
 def _run(*command: object) -> None:

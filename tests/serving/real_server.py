@@ -6,13 +6,14 @@ import contextlib
 import http.client
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 
 from tests.serving.prepare_triton import BACKENDS, SERVER, server_environment
 
-PATIENCE_SECONDS = 60
+PATIENCE_SECONDS = 300  # until a test that hangs is given up; none waits so long, on however busy a machine
 
 
 @dataclass
@@ -53,10 +54,24 @@ class RealServer:
         lines = self.get("/metrics", port=self.port + 2)[1].decode().splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{") and f'model="{model}"' in line)
 
+    def wait_for_queue(self, model: str, count: int) -> None:
+        """Until so many requests wait besides those that are being run."""
+        wait_until(lambda: self.metric("nv_inference_pending_request_count", model) == count, f"{count} requests to wait")
+
     def stop(self) -> int:
         """SIGTERM, as an orchestrator stops it; gives its exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(PATIENCE_SECONDS)
+
+    def kill(self) -> None:
+        """Ends it and what it started, if it still runs, and frees the shared memory that its python backend would leave behind."""
+        shared = _shared_memory(self.process.pid)
+        # The whole session: the interpreters of its python backend would outlive a server that is killed.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        for path in shared:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -68,7 +83,7 @@ def start(repository: Path, models: Sequence[str], *options: str) -> Iterator[Re
     ports = [f"--{kind}-port={port + index}" for index, kind in enumerate(("http", "grpc", "metrics"))]
     loads = [f"--load-model={name}" for name in models]
     command = [str(SERVER), f"--model-repository={repository}", f"--backend-directory={BACKENDS}", *addresses, *ports, *loads]
-    command += ["--model-control-mode=explicit", "--exit-timeout-secs=20", "--metrics-interval-ms=100", *options]
+    command += ["--model-control-mode=explicit", "--exit-timeout-secs=120", "--metrics-interval-ms=100", *options]
     with log.open("wb") as file:
         process = subprocess.Popen(command, env=server_environment(), stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
     server = RealServer(process, port, log)
@@ -77,10 +92,15 @@ def start(repository: Path, models: Sequence[str], *options: str) -> Iterator[Re
         assert process.poll() is None, log.read_text(errors="replace")[-4000:]
         yield server
     finally:
-        # The whole session: the interpreters of its python backend would outlive a server that is killed.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        server.kill()
+
+
+def _shared_memory(process: int) -> set[Path]:
+    """The files in /dev/shm that a process has mapped."""
+    with contextlib.suppress(OSError):
+        lines = Path(f"/proc/{process}/maps").read_text(errors="replace").splitlines()
+        return {Path(line[line.index("/dev/shm/") :]) for line in lines if "/dev/shm/" in line and not line.endswith("(deleted)")}
+    return set()
 
 
 def _is_ready(server: RealServer) -> bool:
@@ -97,17 +117,18 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 
 
 def free_ports(count: int) -> int:
-    """The first of so many consecutive ports that are free."""
+    """The first of so many consecutive ports that are free, and that the system gives to no outgoing connection until they are bound."""
+    try:
+        end = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
+    except (OSError, ValueError):
+        end = 32768
+    first = 10_000 if end > 12_000 else 1024
+    chance = random.SystemRandom()  # two runs of the tests at once must not choose the same
     while True:
-        with contextlib.ExitStack() as stack:
-            first = stack.enter_context(socket.socket())
-            first.bind(("127.0.0.1", 0))
-            port: int = first.getsockname()[1]
-            try:
-                for index in range(1, count):
-                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port + index))
-            except (OSError, OverflowError):
-                continue
+        port = chance.randrange(first, max(end, first + 10_000) - count)
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for index in range(count):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port + index))
             return port
 
 
@@ -141,16 +162,33 @@ def infer(port: int, model: str, batch: np.ndarray[Any, Any]) -> tuple[int, Any]
     return 200, np.frombuffer(data[size:], np.float32).reshape(shape)
 
 
-def infer_at_once(port: int, model: str, batches: Sequence[np.ndarray[Any, Any]]) -> list[tuple[int, Any]]:
-    """All requests from a thread each, let go together."""
-    gate = threading.Barrier(len(batches))
+class Gate:
+    """A file that holds up the models that were told of it, for as long as it is there: a test decides what is under way, not the clock."""
 
-    def send(batch: np.ndarray[Any, Any]) -> tuple[int, Any]:
-        gate.wait(PATIENCE_SECONDS)
-        return infer(port, model, batch)
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._reached = Path(f"{path}.reached")
 
-    with ThreadPoolExecutor(len(batches)) as pool:
-        return list(pool.map(send, batches))
+    def close(self) -> None:
+        self._reached.unlink(missing_ok=True)
+        self.path.touch()
+
+    def open(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+    def wait_for_batch(self) -> None:
+        """Until a batch is held up."""
+        wait_until(self._reached.exists, "a batch to be under way")
+
+    @contextlib.contextmanager
+    def hold(self, port: int, batches: Sequence[np.ndarray[Any, Any]]) -> Iterator[list[Future[tuple[int, Any]]]]:
+        """Requests to `tiny` from a thread each, none of which is answered before the gate is opened; at the end all are."""
+        self.close()
+        with ThreadPoolExecutor(len(batches)) as pool:
+            try:
+                yield [pool.submit(infer, port, "tiny", batch) for batch in batches]
+            finally:
+                self.open()
 
 
 @dataclass

@@ -32,6 +32,15 @@ OPTIONAL = (
 MISSING = frozenset(name for name in OPTIONAL if importlib.util.find_spec(name) is None)
 LEFT_OUT: list[str] = []
 
+# A change must not be refused for what it did not do: no example is too slow because the machine was busy, and every run draws the same ones.
+# `--hypothesis-profile search` draws others. (tests/gpu also runs where Hypothesis is not installed.)
+if importlib.util.find_spec("hypothesis") is not None:
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("search", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.register_profile("repeatable", settings.get_profile("search"), derandomize=True)
+    settings.load_profile("repeatable")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_this_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

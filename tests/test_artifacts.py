@@ -133,7 +133,7 @@ def test_output_past_a_real_file_size_limit_is_an_error_that_leaves_nothing(tmp_
         "write_text(Path(sys.argv[1]), 'x' * 100_000)"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "big.txt")], capture_output=True, text=True, cwd=ROOT, timeout=60, check=False
+        [sys.executable, "-c", code, str(tmp_path / "big.txt")], capture_output=True, text=True, cwd=ROOT, timeout=300, check=False
     )
     assert result.returncode == 1
     assert "ArtifactError" in result.stderr

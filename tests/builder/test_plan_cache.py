@@ -105,7 +105,7 @@ def test_many_that_store_the_same_plan_leave_one_whole_entry(tmp_path: Path) -> 
     plan, passport = entry(tmp_path, b"x" * 100_000)
 
     def work() -> None:
-        barrier.wait(30)
+        barrier.wait(300)
         cache.store(KEY, plan, passport)
         found.append(cache.find(KEY))
 
@@ -113,7 +113,7 @@ def test_many_that_store_the_same_plan_leave_one_whole_entry(tmp_path: Path) -> 
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(300)
     assert len(found) == 8 and all(item is not None and item.passport == passport for item in found)
     assert [path.name for path in (tmp_path / "cache" / "plans").iterdir()] == [KEY]
 

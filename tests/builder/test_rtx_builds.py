@@ -36,7 +36,7 @@ def digest(path: Path, *targets: str) -> str:
         "import hashlib, sys; from pathlib import Path; from tests.builder.test_rtx_builds import build_rtx; "
         "print(hashlib.sha256(memoryview(build_rtx(Path(sys.argv[1]), targets=tuple(sys.argv[2:])).data)).hexdigest())"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(path), *targets], capture_output=True, text=True, check=True, timeout=120, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code, str(path), *targets], capture_output=True, text=True, check=True, timeout=300, cwd=ROOT)
     return done.stdout.strip()
 
 

@@ -82,12 +82,12 @@ def test_timings_that_cannot_be_kept_cost_no_plan(tmp_path: Path, caplog: pytest
 def test_two_builds_that_end_at_once_lose_no_timings(tmp_path: Path) -> None:
     model, file = make_typed(tmp_path, "fp32"), tmp_path / "t.timing"
     barrier = threading.Barrier(6)
-    faults = [Faults(measured=(f"m{index}",), during=lambda: barrier.wait(30) and None) for index in range(6)]
+    faults = [Faults(measured=(f"m{index}",), during=lambda: barrier.wait(300) and None) for index in range(6)]
     threads = [threading.Thread(target=run, args=(model, file, fault)) for fault in faults]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(300)
     assert file.read_text() == "a10|m0,m1,m2,m3,m4,m5"
 
 
@@ -104,7 +104,7 @@ def test_lock_lets_one_in_at_a_time(tmp_path: Path) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(300)
     assert counter.read_text() == "200"
 
 

@@ -142,7 +142,7 @@ def test_three_builds_of_the_same_plan_at_once_all_end_well(tmp_path: Path) -> N
     model = make_typed(tmp_path, "fp32")
     command = [sys.executable, "-m", "repvgg_deploy.cli.trt", "build", str(model), "--backend", "rtx", "--json"]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(3)]
-    results = [process.communicate(timeout=120) for process in processes]
+    results = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], results
     plans = {json.loads(out)["passport"]["plan_sha256"] for out, _ in results}
     assert plans == {hashlib.sha256((tmp_path / "fp32.plan").read_bytes()).hexdigest()}

@@ -48,7 +48,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     result = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     )
     assert result.returncode == 0, result.stderr
     assert "WARNING" not in result.stderr
@@ -123,7 +123,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     path = tmp_path_factory.mktemp("picture") / "reparameterization.png"
     command = [sys.executable, str(DOCS / "tools" / "draw_reparameterization.py"), "--out", str(path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
     assert result.returncode == 0, result.stderr
     return path, result.stdout
 

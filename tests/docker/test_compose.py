@@ -30,7 +30,9 @@ def read_compose(*files: str, **environment: str) -> dict[str, Any]:
         pytest.skip("docker-compose is not installed: the extra dev brings it on Linux x86-64")
     names = [word for file in files or ("compose.yaml",) for word in ("-f", str(FOLDER / file))]
     command = [program, *names, "--profile", "*", "config", "--format", "json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env={"PATH": "/usr/bin:/bin", "HOME": "/", **environment})
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=300, env={"PATH": "/usr/bin:/bin", "HOME": "/", **environment}
+    )
     assert done.returncode == 0, done.stderr
     assert "variable is not set" not in done.stderr
     result: dict[str, Any] = json.loads(done.stdout)

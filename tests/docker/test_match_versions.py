@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def match(plan: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "docker/match_versions.py"), str(plan)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env={"PYTHONPATH": str(ROOT)})
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env={"PYTHONPATH": str(ROOT)})
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def installed(image: Image, *names: str) -> dict[str, bool]:
     """Which modules the image's Python finds."""
     code = f"import importlib.util as u, json; print(json.dumps({{n: u.find_spec(n) is not None for n in {names!r}}}))"
     python = shutil.which("python", path=image.environment["PATH"])
-    done = subprocess.run([str(python), "-c", code], env=image.environment, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([str(python), "-c", code], env=image.environment, capture_output=True, text=True, check=True, timeout=300)
     found: dict[str, bool] = json.loads(done.stdout)
     return found
 
@@ -122,7 +122,7 @@ def test_triton_image_writes_its_repository_and_becomes_the_server(tmp_path: Pat
     }  # fmt: skip
     # The system's own Python, without the image's folder: that of Triton's python backend.
     code = "import numpy, PIL; assert numpy.__version__ < '2', numpy.__version__"
-    subprocess.run([image.base / "bin/python", "-c", code], env={}, check=True, timeout=60)
+    subprocess.run([image.base / "bin/python", "-c", code], env={}, check=True, timeout=300)
     make_onnx(image.folder / "models/net.onnx")
     done = image.start(REPVGG_SERVE="onnx", REPVGG_TRITON="--ensemble jpeg")
     assert done.returncode == 0, done.stderr
@@ -197,7 +197,7 @@ def test_bindings_get_their_usual_name(tmp_path: Path) -> None:
     (tmp_path / "tensorrt_bindings/__init__.py").write_text('__version__ = "10.11.0.33"\n_hidden = 1\n', encoding="utf-8")
     code = "import tensorrt, tensorrt_bindings; assert tensorrt is tensorrt_bindings; print(tensorrt.__version__)"
     environment = {"PYTHONPATH": f"{ROOT / 'docker/triton'}:{tmp_path}"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert (done.returncode, done.stdout) == (0, "10.11.0.33\n"), done.stderr
 
 

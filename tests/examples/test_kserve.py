@@ -140,7 +140,7 @@ VALUES = st.recursive(
 
 
 @given(st.sampled_from(["inputs", "outputs", "parameters", "id"]), VALUES, st.binary(max_size=100))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_fuzz_any_field_of_any_kind_is_read_or_an_input_error(field: str, value: object, tail: bytes) -> None:
     for head in (
         {"inputs": [tensor()], field: value},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -101,7 +101,6 @@ def test_fold_of_some_rows_is_those_rows_of_the_whole(spec: BlockSpec, data: st.
     assert torch.equal(part.bias, whole.bias[rows])
 
 
-@settings(deadline=None)
 @given(block_specs(), st.integers(1, 40))
 def test_fold_in_float64_in_any_piece_size_gives_the_same(spec: BlockSpec, chunk: int) -> None:
     block = build_block(spec, dtype=torch.float32)

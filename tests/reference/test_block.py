@@ -22,7 +22,7 @@ FLOAT32_TOLERANCE = 5e-6
 
 
 @torch.no_grad()
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(spec=block_specs(), height=st.integers(1, 9), width=st.integers(1, 9), seed=st.integers(0, 9))
 def test_deploy_block_equals_training_block_in_float64(spec: BlockSpec, height: int, width: int, seed: int) -> None:
     block, x = build_block(spec, seed=seed), random_input(spec, height, width)
@@ -35,14 +35,12 @@ def test_deploy_block_equals_training_block_in_float64(spec: BlockSpec, height: 
 
 
 @torch.no_grad()
-@settings(deadline=None)
 @given(spec=block_specs(), height=st.integers(1, 9), width=st.integers(1, 9))
 def test_deploy_block_equals_training_block_in_float32(spec: BlockSpec, height: int, width: int) -> None:
     block, x = build_block(spec, dtype=torch.float32), random_input(spec, height, width, dtype=torch.float32)
     assert relative_error(fold_block(block).linear(x), block.linear(x)) < FLOAT32_TOLERANCE
 
 
-@settings(deadline=None)
 @given(block_specs())
 def test_equivalent_kernel_is_that_of_the_deploy_block(spec: BlockSpec) -> None:
     block = build_block(spec)
@@ -53,7 +51,6 @@ def test_equivalent_kernel_is_that_of_the_deploy_block(spec: BlockSpec) -> None:
     assert torch.equal(bias.detach(), deploy.bias)
 
 
-@settings(deadline=None)
 @given(block_specs())
 def test_gradient_of_the_equivalent_kernel_reaches_every_branch_parameter(spec: BlockSpec) -> None:
     block = build_block(spec)
@@ -105,7 +102,6 @@ def custom_l2_in_numpy(block: Any) -> float:
     return float(total)
 
 
-@settings(deadline=None)
 @given(block_specs(kinds=("repvgg",)))
 def test_custom_l2_equals_the_plain_formula(spec: BlockSpec) -> None:
     block = build_block(spec)

@@ -299,7 +299,7 @@ def test_convert_with_save_path_on_a_full_disk_leaves_the_older_file(tmp_path: P
         "model = small_net(); signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "repvgg_model_convert(model, sys.argv[1])"
     )
-    result = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False, timeout=120, cwd=ROOT)
+    result = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False, timeout=300, cwd=ROOT)
     assert result.returncode == 1
     assert "ArtifactError" in result.stderr
     assert path.read_bytes() == b"older"

@@ -141,5 +141,5 @@ def test_lean_runtime_recorded_again_is_what_stands_here(version: str, tmp_path:
     if done.returncode:
         pytest.skip(f"TensorRT's lean runtime {version} cannot be had here: {done.stderr.strip().splitlines()[-1:]}")
     command = [sys.executable, str(GOLDEN / "record_tensorrt_api.py"), "tensorrt_lean_bindings"]
-    found = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(tmp_path)}, timeout=120)
+    found = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(tmp_path)}, timeout=300)
     assert json.loads(found.stdout) == APIS[f"tensorrt_lean {version}"]

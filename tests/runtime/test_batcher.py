@@ -19,7 +19,7 @@ from repvgg_deploy.runtime.batching import BatcherOptions
 from repvgg_deploy.runtime.engine import Engine, EngineOptions, TopK
 from tests.runtime.make_model import ModelOptions, make_onnx, random_batch
 
-PATIENCE = 60  # seconds until a test that hangs is given up; none waits so long
+PATIENCE = 300  # seconds until a test that hangs is given up; none waits so long
 
 
 class Model:

@@ -190,5 +190,5 @@ class QueueMachine(RuleBasedStateMachine):
         self.waiting = [r for r in self.waiting if id(r) not in left]
 
 
-QueueMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+QueueMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30)
 test_queue_under_any_sequence = QueueMachine.TestCase

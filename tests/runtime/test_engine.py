@@ -118,7 +118,7 @@ def test_infer_of_output_without_row_per_image_refuses_to_split(tmp_path: Path) 
     assert "at most 4 images" in caught.value.remedy
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(count=st.integers(1, 23), max_batch=st.integers(1, 9), fixed=st.booleans(), seed=st.integers(0, 1000))
 def test_infer_of_any_count_and_split_equals_one_by_one(model: Path, fixed_model: Path, count: int, max_batch: int, fixed: bool, seed: int) -> None:
     batch = random_batch(ModelOptions(), count, seed=seed)
@@ -173,7 +173,6 @@ def test_infer_of_padded_batch_does_not_keep_the_padding_alive(fixed_model: Path
     assert result.base is None
 
 
-@pytest.mark.timeout(120)
 def test_infer_from_32_threads_equals_sequential(model: Path, fixed_model: Path) -> None:
     batches = [random_batch(ModelOptions(), 1 + index % 7, seed=index) for index in range(320)]
     for path in (model, fixed_model):
@@ -196,7 +195,6 @@ def test_close_twice_and_infer_afterwards_is_refused(model: Path) -> None:
         engine.warm_up()
 
 
-@pytest.mark.timeout(120)
 def test_close_while_threads_infer_gives_answers_or_closed_error(model: Path) -> None:
     batch = random_batch(ModelOptions(), 8)
     expected = run_bare(model, batch)[0]
@@ -222,7 +220,7 @@ def test_close_while_threads_infer_gives_answers_or_closed_error(model: Path) ->
         started.wait()
         engine.close()
         for thread in threads:
-            thread.join(30)
+            thread.join(300)
         assert not any(thread.is_alive() for thread in threads)
         assert unexpected == []
 

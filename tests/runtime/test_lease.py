@@ -44,6 +44,6 @@ def test_wait_returns_when_the_resource_is_freed_and_not_before() -> None:
     waiting.join(0.05)
     assert waiting.is_alive() and freed == []
     lease.release()
-    waiting.join(60)
+    waiting.join(300)
     assert not waiting.is_alive() and freed == ["freed"]
     lease.wait()

@@ -67,7 +67,6 @@ def test_engine_of_unknown_content_named_plan_speaks_of_plans(tmp_path: Path) ->
         Engine(path)
 
 
-@pytest.mark.timeout(20)
 @pytest.mark.parametrize("kind", ["missing", "folder", "pipe", "below a file", "long name"])
 def test_engine_of_no_file_is_refused(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "m.onnx"

@@ -18,7 +18,6 @@ PLAIN = ModelOptions()
 MACHINES = [Setting(version="8.5.3.1"), Setting(version="10.16.1.11"), Setting(version="1.7.1.116", rtx=True)]
 
 
-@pytest.mark.timeout(30)
 def test_warm_up_does_not_wait_for_a_second_context_that_tensorrt_8_never_makes(tmp_path: Path, monkeypatch) -> None:
     world = make_world(tmp_path, monkeypatch, Setting(version="8.5.3.1"))
     with world.open(contexts=2) as engine:

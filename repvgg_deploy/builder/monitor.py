@@ -117,25 +117,35 @@ def run_cancellable(library: Library, work: Callable[[], T], cancelled: threadin
     """
     outcome: list[T] = []
     errors: list[BaseException] = []
+    begun, done = threading.Event(), threading.Event()
 
     def target() -> None:
+        begun.set()  # before it looks at `cancelled`, which the other thread sets before it looks at `begun`: one of them sees the other
         try:
-            outcome.append(work())
+            if not cancelled.is_set():
+                outcome.append(work())
         except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits
             errors.append(error)
+        finally:
+            done.set()
 
     thread = threading.Thread(target=target, name="repvgg-build", daemon=True)
-    thread.start()
     try:
-        while thread.is_alive():
-            thread.join(_WAIT_SECONDS)
+        thread.start()
+        # Not thread.join: before Python 3.13, a join that a signal interrupts takes the thread for ended, and no later one waits for it.
+        while not done.wait(_WAIT_SECONDS):
             poll()
+        poll()
     except BaseException:
         cancelled.set()
         if not hasattr(library.trt, "IProgressMonitor"):
             logger.warning("%s cannot be stopped: waiting for its build to end; interrupt again to leave at once", library.name)
-        thread.join()
+        if begun.is_set():
+            done.wait()
         raise
+    finally:
+        if done.is_set():
+            thread.join()
     if errors:
         raise errors[0]
     return outcome[0]

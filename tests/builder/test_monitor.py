@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,6 +91,70 @@ def test_interruption_waits_for_tensorrt_and_is_raised(tmp_path: Path, version: 
     with pytest.raises(KeyboardInterrupt):
         build(trt, make_job(path, gpu=A10), report=report)
     assert cancelled.is_set() and not [thread for thread in threading.enumerate() if thread.name == "repvgg-build"]
+
+
+class Stoppable:
+    """Work that ends some time after it was told to, as TensorRT's does at its next step."""
+
+    def __init__(self) -> None:
+        self.cancelled, self.entered, self.ended = threading.Event(), threading.Event(), threading.Event()
+
+    def work(self) -> None:
+        self.entered.set()
+        assert self.cancelled.wait(300)
+        time.sleep(0.2)
+        self.ended.set()
+
+    def run(self) -> None:
+        trt = SimpleNamespace(IProgressMonitor=None)
+        run_cancellable(Library("tensorrt", trt, "10.9.0.34"), self.work, self.cancelled, poll=lambda: None)
+
+
+def test_signal_in_the_midst_of_waiting_waits_for_tensorrt_too() -> None:
+    """Not from `report`, which runs between two waits: a real signal nearly always meets the wait itself."""
+    build = Stoppable()
+
+    def interrupt() -> None:
+        assert build.entered.wait(300)
+        time.sleep(0.2)  # by now the main thread waits
+        os.kill(os.getpid(), signal.SIGINT)
+
+    sender = threading.Thread(target=interrupt)
+    sender.start()
+    with pytest.raises(KeyboardInterrupt):
+        build.run()
+    assert build.ended.is_set()
+    sender.join()
+
+
+def test_signal_while_the_thread_starts_waits_for_what_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    build, start = Stoppable(), threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name == "repvgg-build":
+            assert build.entered.wait(300)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build.run()
+    assert build.ended.is_set()
+
+
+def test_signal_before_the_thread_begins_begins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    build, late = Stoppable(), []
+
+    def interrupted(thread: threading.Thread) -> None:
+        late.append(thread)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(threading.Thread, "start", interrupted)
+        build.run()
+    late[0].start()
+    late[0].join()
+    assert not build.entered.is_set()
 
 
 def test_cancelled_build_stops_at_the_next_step(tmp_path: Path) -> None:

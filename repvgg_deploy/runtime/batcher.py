@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import logging
 import math
 import os
@@ -17,11 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DeadlineError, EngineBusyError, InputError
+from .answers import answer, fail
 from .batching import BatcherOptions, BatchQueue, Request
 from .results import Arrays, Result
 from .statistics import Recorder, Statistics
 
 logger = logging.getLogger(__name__)
+
+_LONGEST_WAIT_SECONDS = 3600.0  # Python refuses to wait for centuries, which a delay may say
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,8 @@ class Batcher:
         self._threads = [threading.Thread(target=self._work, name=f"repvgg-batcher-{index}", daemon=True) for index in range(options.concurrency)]
         for thread in self._threads:
             thread.start()
+        # Python ends threads of this kind in the midst of a library's call, and that ends the process with a signal: they are ended before.
+        atexit.register(self.close)
 
     @property
     def options(self) -> BatcherOptions:
@@ -139,6 +146,9 @@ class Batcher:
         Args:
             drain: Whether those that wait are still run; else they are cancelled.
         """
+        if self._process != os.getpid():  # the threads are in the parent, and so is whoever held the lock
+            self._closing = True
+            return
         with self._changed:
             self._closing = True
             waiting = [] if drain else list(self._queue)
@@ -147,10 +157,10 @@ class Batcher:
             request.future.cancel()
         with self._changed:
             self._changed.notify_all()
-        if self._process == os.getpid():
-            for thread in self._threads:
-                if thread is not threading.current_thread():  # called from a future's callback
-                    thread.join()
+        for thread in self._threads:
+            if thread is not threading.current_thread():  # called from a future's callback
+                thread.join()
+        atexit.unregister(self.close)
 
     def __enter__(self) -> Batcher:
         return self
@@ -186,7 +196,7 @@ class Batcher:
                         self._changed.notify_all()
                         return
                     wake = self._queue.wake_at()
-                    self._changed.wait(None if wake == math.inf else max(0.0, wake - now))
+                    self._changed.wait(None if wake == math.inf else min(max(0.0, wake - now), _LONGEST_WAIT_SECONDS))
                     continue
                 if batch and len(self._queue):
                     self._changed.notify()  # another thread may have a batch, too
@@ -200,8 +210,9 @@ class Batcher:
         for request in expired:
             if request.future.set_running_or_notify_cancel():
                 waited = (self._clock() - request.arrival) * 1e3
-                request.future.set_exception(
-                    DeadlineError(f"the request waited {waited:.0f} ms and its deadline passed", remedy="add Engines, or give a larger timeout_ms")
+                fail(
+                    request.future,
+                    DeadlineError(f"the request waited {waited:.0f} ms and its deadline passed", remedy="add Engines, or give a larger timeout_ms"),
                 )
         if expired or cancelled:
             self._recorder.count("expired", len(expired))
@@ -220,14 +231,16 @@ class Batcher:
         for request in batch:
             rows = slice(position, position + request.images)
             position += request.images
-            # Copies, so that one caller does not hold the answers of all.
-            own = outputs if len(batch) == 1 else [output[rows].copy() for output in outputs]
-            request.future.set_result(self._runner.package(own))
+            answer(request.future, functools.partial(self._package, outputs, None if len(batch) == 1 else rows))
+
+    def _package(self, outputs: Arrays, rows: slice | None) -> Result:
+        # Copies, so that one caller does not hold the answers of all.
+        return self._runner.package(outputs if rows is None else [output[rows].copy() for output in outputs])
 
     def _recover(self, batch: list[Request], error: BaseException) -> None:
         if len(batch) == 1:
             self._recorder.count("failures")
-            batch[0].future.set_exception(error)
+            fail(batch[0].future, error)
             return
         logger.warning("a batch of %d requests failed, each is run by itself: %s", len(batch), error)
         for request in batch:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import signal
+import subprocess
+import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
@@ -168,6 +172,57 @@ def test_callback_may_submit_again_and_close() -> None:
     assert finished.wait(PATIENCE)
     batcher.close()
     assert answers == [2, 4, 8]
+
+
+@pytest.mark.parametrize("broken", ["callback", "answer", "callback of a failure"])
+def test_thread_of_a_batcher_outlives_what_its_futures_do(broken: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = Model()
+    model.fail = lambda batch: broken == "callback of a failure" and 1 in batch
+    packaged: list[int] = []
+
+    def package(outputs) -> np.ndarray:
+        packaged.append(1)
+        if broken == "answer" and len(packaged) == 2:
+            raise MemoryError("no room for a copy")
+        return outputs[0]
+
+    with Batcher(BatchRunner(model.check, model.run, package), BatcherOptions(max_batch=8, max_delay_ms=0)) as batcher:
+        held(model, batcher)
+        futures = [batcher.submit(one(value)) for value in (1, 2, 3)]
+        if broken != "answer":
+            futures[0].add_done_callback(lambda _: sys.exit(3))
+        model.gate.set()
+        assert [future.result(PATIENCE)[0, 0] for future in futures[1:]] == [4, 6]
+        assert batcher.submit(one(5)).result(PATIENCE)[0, 0] == 10
+    assert isinstance(futures[0].exception(PATIENCE), {"answer": MemoryError, "callback of a failure": ModelError}.get(broken, type(None)))
+    assert ("tried to end the thread" in caplog.text) == (broken != "answer")
+
+
+def test_delay_of_centuries_waits_for_a_full_batch() -> None:
+    model = Model()
+    with model.open(max_batch=2, max_delay_ms=1e300) as batcher:
+        first = batcher.submit(one(1))
+        time.sleep(0.1)  # the thread begins to wait
+        assert batcher.submit(one(2)).result(PATIENCE)[0, 0] == 4 and first.result(PATIENCE)[0, 0] == 2
+
+
+_PROGRAM = """
+import sys
+import numpy as np
+from repvgg_deploy.runtime.engine import Engine
+
+batcher = Engine(sys.argv[1]).batcher(max_batch=64)
+for _ in range(8):
+    batcher.submit(np.zeros((64, 3, 96, 96), np.float32)).add_done_callback(lambda _: print("answered", flush=True))
+raise KeyboardInterrupt
+"""
+
+
+def test_program_that_ends_without_close_drains_and_is_not_killed(tmp_path: Path) -> None:
+    path = make_onnx(tmp_path / "m.onnx", ModelOptions(size=(96, 96)))
+    found = subprocess.run([sys.executable, "-c", _PROGRAM, str(path)], capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert found.returncode in (130, -signal.SIGINT) and "Fatal" not in found.stderr
+    assert found.stdout.split() == ["answered"] * 8
 
 
 def test_batcher_holds_no_images_while_it_waits() -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InputError, ModelError, RepVGGDeployError
+from ..errors import EngineBusyError, InputError, ModelError, RepVGGDeployError
 from ..specs import ModelMetadata, ModelSpec
 from .backends import BackendName, EngineOptions
 from .batcher import Batcher, BatchRunner
@@ -186,10 +186,12 @@ class Engine:
 
         try:
             future = self._submissions.submit(work)
-        except BaseException:
+        except BaseException as error:
             self._lease.release()
+            if isinstance(error, EngineBusyError):
+                self._recorder.count("refused")
             raise
-        future.add_done_callback(lambda _: self._lease.release())
+        future.add_done_callback(self._leave)
         return future
 
     async def infer_async(self, batch: NDArray[Any]) -> Result:
@@ -220,10 +222,11 @@ class Engine:
                 computed; of other models one, which has all the cores.
 
         Raises:
-            InputError: An argument is out of range, or the Engine is closed.
+            InputError: An argument is out of range, the Engine is closed, or the model has an output without a row per image.
         """
         self._enter()
         self._lease.release()
+        self._executor.require_rows("requests cannot be run together", remedy="call infer, submit or infer_async, which run each batch by itself")
         at_once = concurrency if concurrency is not None else min(self._options.contexts, 2) if self._executor.overlaps else 1
         options = BatcherOptions(max_batch, max_delay_ms, max_queue, timeout_ms, at_once)
         return Batcher(BatchRunner(self._check.check, self._record, lambda outputs: package(outputs, self._spec)), options)
@@ -243,7 +246,8 @@ class Engine:
             As `infer`.
 
         Raises:
-            InputError: A file is not a usable image, there are none, or the model does not say how an image becomes its input.
+            InputError: A file is not a usable image, there are none, the model does not say how an image becomes its input, or they are more than
+                run at once and an output has no row per image.
             MissingDependencyError: Pillow is not installed.
         """
         from ..preprocess import load_batch
@@ -256,6 +260,8 @@ class Engine:
         files = list(paths)
         if not files:
             raise InputError("paths: expected at least one image, found none", remedy="give at least one path")
+        if len(files) > step:
+            self._executor.require_rows(f"{len(files)} images cannot be run {step} at a time", remedy=f"give at most {step}, or a larger batch_size")
         parts = []
         for start in range(0, len(files), step):
             parts.append(self._record(self._check.check(load_batch(files[start : start + step], self._spec))))
@@ -327,6 +333,11 @@ class Engine:
     def _enter(self) -> None:
         if not self._lease.acquire():
             raise InputError(f"{self._path}: this Engine is closed", remedy="call infer inside the with block and before close(), or open another")
+
+    def _leave(self, future: Future[Result]) -> None:
+        self._lease.release()
+        if future.cancelled():
+            self._recorder.count("cancelled")
 
     def _record(self, batch: NDArray[Any], *, entered: bool = False) -> Arrays:
         """Runs a checked batch and counts it; `entered`: the caller holds the lease."""

@@ -90,12 +90,20 @@ class Executor:
         return tuple(output[:count].copy() for output in self._backend.run(padded))
 
     def _require_divisible(self) -> None:
+        self.require_rows(
+            "a batch cannot be split or padded", remedy=f"give {'exactly' if self._batch else 'at most'} {self.largest} images at a time"
+        )
+
+    def require_rows(self, consequence: str, *, remedy: str) -> None:
+        """Refuses what takes the outputs apart or puts them together by images, where an output is of the batch as a whole.
+
+        Raises:
+            InputError: An output has no row per image.
+        """
         first = self._spec.input.shape[0]
-        remedy = f"give {'exactly' if self._batch else 'at most'} {self.largest} images at a time"
         for output in self._spec.outputs:
             if not output.shape or output.shape[0] != first:
-                message = f"batch: the output {output.name} {show(output.shape)} has no row per image, so a batch cannot be split or padded"
-                raise InputError(message, remedy=remedy)
+                raise InputError(f"batch: the output {output.name} {show(output.shape)} has no row per image, so {consequence}", remedy=remedy)
 
 
 def usual_shape(spec: ModelSpec) -> tuple[int, ...]:

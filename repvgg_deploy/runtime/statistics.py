@@ -79,7 +79,7 @@ class Statistics:
         refused: Requests that found the queue full.
         expired: Requests whose deadline passed before they were run.
         cancelled: Requests that were cancelled before they were run.
-        waiting: Images in the queue now.
+        waiting: Images in the queue now; of an Engine, batches that were submitted and wait for a thread.
         batch_sizes: How often so many images were run together.
         queue_ms: From a request's arrival until it was run.
         run_ms: Of each batch in the backend, splitting and joining included.

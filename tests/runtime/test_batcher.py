@@ -281,6 +281,12 @@ def test_engine_batcher_answers_as_infer_does(tmp_path: Path, options: ModelOpti
             batcher.submit(batches[0][0])
 
 
+def test_engine_batcher_of_an_output_without_row_per_image_is_refused(tmp_path: Path) -> None:
+    path = make_onnx(tmp_path / "m.onnx", ModelOptions(kind="module"))
+    with Engine(path) as engine, pytest.raises(InputError, match=r"mean .* has no row per image, so requests cannot be run together"):
+        engine.batcher()
+
+
 def test_engine_submit_and_infer_async_answer_as_infer_does(tmp_path: Path) -> None:
     options = ModelOptions()
     with Engine(make_onnx(tmp_path / "m.onnx", options)) as engine:
@@ -334,6 +340,7 @@ def test_submitted_batches_are_bounded_and_survive_close(tmp_path: Path, monkeyp
     with pytest.raises(EngineBusyError, match="no more may"):
         engine.submit(batch)
     assert futures[1].cancel()
+    assert (engine.statistics().refused, engine.statistics().cancelled) == (1, 1)
     engine.close(wait=False)
     with pytest.raises(InputError, match="closed"):
         engine.submit(batch)

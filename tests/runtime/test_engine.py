@@ -240,6 +240,16 @@ def test_infer_images_equals_loading_and_inferring(tmp_path: Path) -> None:
             assert_close(result, expected)
 
 
+def test_infer_images_of_output_without_row_per_image_refuses_to_join(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(path)
+    with Engine(make_onnx(tmp_path / "m.onnx", ModelOptions(kind="module"))) as engine:
+        result = engine.infer_images([path] * 3)
+        assert isinstance(result, dict) and result["mean"].shape == (1, CHANNELS)
+        with pytest.raises(InputError, match=r"mean .* has no row per image, so 3 images cannot be run 2 at a time"):
+            engine.infer_images([path] * 3, batch_size=2)
+
+
 @pytest.mark.parametrize(
     ("paths", "batch_size", "message"),
     [

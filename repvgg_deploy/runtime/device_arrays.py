@@ -14,6 +14,7 @@ from . import dlpack
 from .device_memory import UNKNOWN_STREAM, Block, DevicePool
 
 _LEGACY = 1  # how the protocols write the default stream, whose handle is 0
+_NO_ORDER = -1  # in DLPack: nothing is read, so nothing need be waited for
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,16 @@ def _has_interface(batch: object) -> bool:
         return False
 
 
+def read_shape(batch: Any) -> tuple[int, ...]:
+    """Shape of an array, () of what is none. Neither protocol asks for an attribute `shape`: some have none, and of others (DALI's) it is a method."""
+    shape = getattr(batch, "shape", None)
+    if isinstance(shape, tuple):
+        return shape
+    if _has_interface(batch):
+        return tuple(batch.__cuda_array_interface__["shape"])
+    return dlpack.read_capsule(_export(batch, _NO_ORDER)).shape if is_device_array(batch) else ()
+
+
 def view_device_array(batch: Any, stream_handle: int) -> DeviceView:
     """Address, shape and type of an array on the GPU.
 
@@ -66,12 +77,7 @@ def view_device_array(batch: Any, stream_handle: int) -> DeviceView:
         InputError: The array refuses, for one that needs a gradient.
     """
     if hasattr(batch, "__dlpack__") and hasattr(batch, "__dlpack_device__"):
-        try:
-            capsule = batch.__dlpack__(stream=stream_handle or _LEGACY)
-        except (RuntimeError, BufferError, TypeError, ValueError) as error:
-            raise InputError(
-                f"batch: {type(batch).__name__} does not hand over its memory: {' '.join(str(error).split())}", remedy="give batch.detach()"
-            ) from error
+        capsule = _export(batch, stream_handle or _LEGACY)
         found = dlpack.read_capsule(capsule)
         contiguous = _is_contiguous(found.shape, found.strides_bytes, found.dtype)
         return DeviceView(found.address, found.shape, found.dtype, contiguous, found.device_id, None, (batch, capsule))
@@ -79,6 +85,15 @@ def view_device_array(batch: Any, stream_handle: int) -> DeviceView:
     dtype, shape = np.dtype(interface["typestr"]).name, tuple(interface["shape"])
     contiguous = _is_contiguous(shape, interface.get("strides"), dtype) and interface.get("mask") is None
     return DeviceView(int(interface["data"][0]), shape, dtype, contiguous, None, interface.get("stream"), batch)
+
+
+def _export(batch: Any, stream: int) -> object:
+    try:
+        return batch.__dlpack__(stream=stream)
+    except (RuntimeError, BufferError, TypeError, ValueError) as error:
+        raise InputError(
+            f"batch: {type(batch).__name__} does not hand over its memory: {' '.join(str(error).split())}", remedy="give batch.detach()"
+        ) from error
 
 
 def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: str) -> bool:

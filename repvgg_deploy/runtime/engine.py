@@ -19,7 +19,7 @@ from .backends import BackendName, EngineOptions
 from .batcher import Batcher, BatchRunner
 from .batching import BatcherOptions
 from .checks import BatchCheck
-from .device_arrays import DeviceArrays
+from .device_arrays import DeviceArrays, read_shape
 from .devices import DeviceChoice
 from .execution import Executor, show, usual_shape
 from .lease import Lease
@@ -344,8 +344,8 @@ class Engine:
         return self._count(lambda: self._executor.run(batch), images=len(batch), entered=entered)
 
     def _run_device(self, batch: Any, stream: Any, *, to_host: bool) -> Any:
-        images = int(batch.shape[0]) if getattr(batch, "shape", ()) else 0
-        return self._count(lambda: self._executor.run_device(batch, stream, to_host=to_host), images=images)
+        shape = read_shape(batch)
+        return self._count(lambda: self._executor.run_device(batch, stream, to_host=to_host), images=shape[0] if shape else 0)
 
     def _count(self, action: Callable[[], _T], *, images: int, entered: bool = False) -> _T:
         if not entered:

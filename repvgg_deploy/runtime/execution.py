@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..errors import InputError
 from ..specs import ModelSpec
-from .device_arrays import as_stream_handle, is_device_array
+from .device_arrays import as_stream_handle, is_device_array, read_shape
 from .opening import OpenModel
 from .results import Arrays, join
 
@@ -65,7 +65,8 @@ class Executor:
             what = "arrays on a GPU run with a TensorRT plan only" if self._splitting is None else f"{type(batch).__name__} does not lie on a GPU"
             raise InputError(f"batch: {what}", remedy="call infer(array) with a NumPy array and without stream, or give a plan an array on its GPU")
         handle = None if stream is None else as_stream_handle(stream)
-        if len(batch.shape) and not self._smallest <= batch.shape[0] <= self.largest:
+        shape = read_shape(batch)
+        if shape and not self._smallest <= shape[0] <= self.largest:
             self._require_divisible()
         return self._splitting.run_device(batch, stream=handle, to_host=to_host)
 

@@ -83,6 +83,41 @@ def test_device_batch_is_answered_in_place(world: World, kind: type, count: int)
     assert world.cuda.leaks() == {}
 
 
+class Bare:
+    """An array that speaks one protocol and has no attribute besides."""
+
+    def __init__(self, array: Interface | Dlpack) -> None:
+        self._array = array
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("__cuda_array_interface__", "__dlpack__", "__dlpack_device__"):
+            return getattr(self._array, name)
+        raise AttributeError(name)
+
+
+class MethodShape(Bare):
+    """As DALI's."""
+
+    def shape(self) -> list[int]:
+        return list(self._array.shape)
+
+
+@pytest.mark.parametrize("kind", [Interface, Dlpack])
+@pytest.mark.parametrize("wrapped", [Bare, MethodShape])
+@pytest.mark.parametrize("count", [3, 11])
+def test_arrays_need_no_attribute_shape(tmp_path, monkeypatch, kind: type, wrapped: type, count: int) -> None:
+    world = make_world(tmp_path, monkeypatch, Setting(profile=(2, 4, 8)))
+    batch = random_batch(PLAIN, count)
+    array = kind(world, batch)
+    with world.open() as engine:
+        np.testing.assert_allclose(engine.infer(wrapped(array)), world.expect(batch)[0], rtol=1e-5, atol=1e-5)
+        assert engine.infer_device(wrapped(array))[0].shape == (count, 7)
+        assert engine.statistics().images == 2 * count
+    free(world, array)
+    gc.collect()
+    assert world.cuda.leaks() == {}
+
+
 def test_fewer_images_than_the_profile_are_padded_on_the_device(tmp_path, monkeypatch) -> None:
     world = make_world(tmp_path, monkeypatch, Setting(profile=(4, 4, 8)))
     batch = random_batch(PLAIN, 10)

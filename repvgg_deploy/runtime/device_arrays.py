@@ -57,7 +57,7 @@ def _has_interface(batch: object) -> bool:
 
 
 def read_shape(batch: Any) -> tuple[int, ...]:
-    """Shape of an array, () of what is none. Neither protocol asks for an attribute `shape`: some have none, and of others (DALI's) it is a method."""
+    """Shape of an array, () of what is none. Neither protocol asks for an attribute `shape`: some have none, and DALI's is a method."""
     shape = getattr(batch, "shape", None)
     if isinstance(shape, tuple):
         return shape

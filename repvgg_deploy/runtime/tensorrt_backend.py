@@ -187,6 +187,12 @@ class TensorRtBackend:
         device = view.device_id if view.device_id is not None else self._port.find_device(view.address)
         if device is not None and device != self._device_id:
             problems.append(f"expected an array on GPU {self._device_id}, found one on GPU {device}")
+        elif view.device_id is None and not self._port.is_reachable(view.address):
+            # A kernel that read it would end the GPU's state in this process, for everybody.
+            raise InputError(
+                "batch: lies in a CUDA context of its own, and not in the primary one, which the Engine shares with torch and CuPy",
+                remedy="import pycuda.autoprimaryctx in place of pycuda.autoinit or make_context",
+            )
         if problems:
             raise InputError(f"batch: {'; '.join(problems)}", remedy="convert it on the GPU, say with batch.to(device, dtype).contiguous()")
         require_size(view.shape, self._plan.interface)

@@ -91,6 +91,7 @@ class FakeCuda:
         self.events: set[Event] = set()
         self.graphs: set[Graph] = set()
         self.launches = 0
+        self.foreign: set[int] = set()  # addresses of another context
         self._numbers = 100
         self._current = threading.local()
 
@@ -317,6 +318,11 @@ class FakeCuda:
                 if start <= address < start + memory.data.nbytes:
                     return memory.device if memory.device >= 0 else None
         return None
+
+    def is_reachable(self, address: int) -> bool:
+        with self.lock:
+            self._begin("is_reachable")
+        return address not in self.foreign
 
     def synchronize(self) -> None:
         with CAPTURE_LOCK:

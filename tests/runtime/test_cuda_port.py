@@ -44,7 +44,9 @@ class Driver(types.ModuleType):
         self.CUdevice_attribute = types.SimpleNamespace(
             CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR="major", CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR="minor"
         )
-        self.CUpointer_attribute = types.SimpleNamespace(CU_POINTER_ATTRIBUTE_MEMORY_TYPE="type", CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL="ordinal")
+        self.CUpointer_attribute = types.SimpleNamespace(
+            CU_POINTER_ATTRIBUTE_MEMORY_TYPE="type", CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL="ordinal", CU_POINTER_ATTRIBUTE_CONTEXT="context"
+        )
         self.CUmemorytype = types.SimpleNamespace(CU_MEMORYTYPE_DEVICE=2)
         self.CUstreamCaptureMode = types.SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL="thread")
         self.status: dict[str, Status] = {}
@@ -191,6 +193,14 @@ def test_address_of_the_host_or_of_nobody_lies_on_no_gpu(driver: Driver) -> None
     assert cuda.find_device(4096) == 2
     driver.status["cuPointerGetAttribute"] = Status.CUDA_ERROR_UNKNOWN
     assert cuda.find_device(4096) is None
+
+
+@pytest.mark.parametrize(("owner", "reachable"), [(7, True), (8, False), (0, True), (None, True)])
+def test_memory_of_another_context_is_told_apart(driver: Driver, owner: int | None, reachable: bool) -> None:
+    """0: memory of a pool; None: CUDA does not know."""
+    driver.cuPointerGetAttribute = lambda kind, address: (Status.CUDA_ERROR_UNKNOWN if owner is None else Status.CUDA_SUCCESS, owner)
+    driver.cuCtxGetCurrent = lambda: (Status.CUDA_SUCCESS, 7)
+    assert BindingsPort(driver).is_reachable(4096) is reachable
 
 
 def test_missing_driver_and_old_driver_and_no_gpu_are_said(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,6 +209,17 @@ def test_gaps_and_other_gpus_are_refused(tmp_path, monkeypatch) -> None:
             engine.infer(turned, stream="the first one")
 
 
+def test_array_of_another_context_is_refused_before_a_kernel_reads_it(world: World) -> None:
+    """As pycuda.autoinit makes one."""
+    array = Interface(world, random_batch(PLAIN, 3))
+    world.cuda.foreign.add(array.address)
+    with world.open() as engine:
+        runs = world.trt.seen.runs
+        with pytest.raises(InputError, match="a CUDA context of its own") as caught:
+            engine.infer(array)
+        assert "autoprimaryctx" in caught.value.remedy and world.trt.seen.runs == runs
+
+
 def test_arrays_on_a_gpu_need_a_plan(world: World) -> None:
     array = Interface(world, random_batch(PLAIN, 1))
     with Engine(world.onnx) as engine:
@@ -292,7 +303,7 @@ def test_results_memory_is_used_again(world: World) -> None:
     assert world.cuda.leaks() == {}
 
 
-@pytest.mark.parametrize("call", ["allocate", "record_event", "synchronize_stream", "create_event", "find_device"])
+@pytest.mark.parametrize("call", ["allocate", "record_event", "synchronize_stream", "create_event", "find_device", "is_reachable"])
 def test_failures_leave_no_memory_behind(world: World, call: str) -> None:
     batch = random_batch(PLAIN, 20)
     array = Interface(world, batch)

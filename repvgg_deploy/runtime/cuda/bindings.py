@@ -153,6 +153,11 @@ class BindingsPort:
             return None
         return int(self._ask("cuPointerGetAttribute", kinds.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, address))
 
+    def is_reachable(self, address: int) -> bool:
+        """See CudaPort. Memory of a pool belongs to no context."""
+        status, owner = self._driver.cuPointerGetAttribute(self._driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_CONTEXT, address)
+        return status != self._success or int(owner) in (0, int(self._ask("cuCtxGetCurrent")))
+
     def synchronize(self) -> None:
         """See CudaPort."""
         with CAPTURE_LOCK:

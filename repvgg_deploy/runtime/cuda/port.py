@@ -137,6 +137,9 @@ class CudaPort(Protocol):
     def find_device(self, address: int) -> int | None:
         """Which GPU an address lies on; None where it lies on none, or the provider cannot say."""
 
+    def is_reachable(self, address: int) -> bool:
+        """False where device memory belongs to another context than the current one, which must not read it; True, too, if nobody can say."""
+
     def synchronize(self) -> None:
         """Waits for all work on the current device, of everybody; holds CAPTURE_LOCK."""
 

@@ -181,6 +181,10 @@ class PycudaPort:
         """See CudaPort: pycuda cannot say."""
         return None
 
+    def is_reachable(self, address: int) -> bool:
+        """See CudaPort: pycuda cannot say."""
+        return True
+
     def synchronize(self) -> None:
         """See CudaPort."""
         with CAPTURE_LOCK:  # pycuda captures nothing, but another Engine of the process may

@@ -311,11 +311,14 @@ class Engine:
 
         Args:
             wait: Whether to wait; else the last batch frees the model when it is done. A thread of this Engine itself, in a callback of a future
-                of `submit`, never waits: it would wait for itself.
+                of `submit`, never waits: it would wait for itself. In a child of `fork` the model is let lie: it is the parent's.
         """
+        if self._process != os.getpid():
+            self._lease.abandon()
+            return
         self._lease.close()
         self._submissions.close()
-        if wait and self._process == os.getpid() and not self._submissions.is_own_thread():
+        if wait and not self._submissions.is_own_thread():
             self._lease.wait()
 
     def __enter__(self) -> Engine:

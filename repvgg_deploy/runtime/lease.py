@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable
 
@@ -39,7 +40,7 @@ class Lease:
         """Ends one use."""
         with self._changed:
             self._users -= 1
-            last = self._closed and self._users == 0
+            last = self._closed and self._users == 0 and not self._freed
         if last:
             self._finish()
 
@@ -50,6 +51,11 @@ class Lease:
             idle = self._users == 0
         if first and idle:
             self._finish()
+
+    def abandon(self) -> None:
+        """Closes, and frees nothing for ever: in a child of `fork`, where the threads that freeing would end and the lock's owner are not."""
+        self._closed = self._freed = True
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._free))  # or the end of the program would free it
 
     def wait(self) -> None:
         """Returns when the resource is freed. Not to be called by a user, who would wait for itself, nor before `close`."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 
 from repvgg_deploy.runtime.lease import Lease
 
@@ -47,3 +49,27 @@ def test_wait_returns_when_the_resource_is_freed_and_not_before() -> None:
     waiting.join(300)
     assert not waiting.is_alive() and freed == ["freed"]
     lease.wait()
+
+
+class Thing:
+    def __init__(self) -> None:
+        self.freed = 0
+
+    def free(self) -> None:
+        self.freed += 1
+
+
+def test_abandoned_lease_frees_nothing_and_lets_nobody_in() -> None:
+    thing = Thing()
+    lease = Lease(thing.free)
+    assert lease.acquire()
+    lease.abandon()
+    assert lease.closed and not lease.acquire()
+    lease.wait()
+    lease.release()
+    lease.close()
+    seen = weakref.ref(thing)
+    del lease, thing
+    gc.collect()
+    kept = seen()
+    assert kept is not None and kept.freed == 0  # nor does the garbage collector free it

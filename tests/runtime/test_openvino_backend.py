@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -128,3 +129,33 @@ def test_missing_openvino_names_the_extra(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(MissingDependencyError, match="needs OpenVINO") as caught:
         Engine(make_onnx(tmp_path / "m.onnx"), backend="openvino")
     assert "repvgg-deploy[openvino]" in caught.value.remedy
+
+
+_PROGRAM = """
+import os, sys, time
+import numpy as np
+from repvgg_deploy.runtime.engine import Engine
+
+with Engine(sys.argv[1], backend="openvino") as engine:
+    engine.infer(np.zeros((3, 3, 16, 16), np.float32))
+    child = os.fork()
+    if not child:
+        engine.close()
+        os._exit(7)
+    for _ in range(400):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.05)
+    else:
+        os.kill(child, 9)
+        sys.exit("the child hangs")
+    assert os.waitstatus_to_exitcode(status) == 7
+    assert engine.infer(np.zeros((3, 3, 16, 16), np.float32)).shape == (3, 7)
+"""
+
+
+def test_close_in_a_child_of_fork_does_not_wait_for_threads_that_are_not_there(tmp_path: Path) -> None:
+    path = make_onnx(tmp_path / "m.onnx")
+    found = subprocess.run([sys.executable, "-c", _PROGRAM, str(path)], capture_output=True, text=True, timeout=120, check=False)
+    assert found.returncode == 0, found.stderr

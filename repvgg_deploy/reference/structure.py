@@ -153,6 +153,8 @@ def _find_kernels(shapes: Shapes, names: list[str], form: Form) -> dict[str, _Ke
     for name, key in zip(names, wanted, strict=True):
         shape = _require(shapes, key, 4)
         width, per_group = shape[:2]
+        if name == "stage0" and shape[2:] == (3, 3) and per_group != channels:
+            raise _other_channels(key, shape)
         if shape[2:] != (3, 3) or width < 1 or per_group < 1 or channels % per_group:
             raise CheckpointError(
                 f"{key} has the shape {list(shape)}, expected [C, I, 3, 3] with I a divisor of the {channels} channels before it",
@@ -161,6 +163,15 @@ def _find_kernels(shapes: Shapes, names: list[str], form: Form) -> dict[str, _Ke
         kernels[name] = _Kernel(channels, width, channels // per_group)
         channels = width
     return kernels
+
+
+def _other_channels(key: str, shape: Shape) -> CheckpointError:
+    # One channel would divide three, too: a grayscale stem must not pass for three groups, which no RepVGG has there.
+    what = "grayscale, " if shape[1] == 1 else ""
+    return CheckpointError(
+        f"{key} has the shape {list(shape)}: it reads {shape[1]} input channel{'s' * (shape[1] != 1)} ({what}not RGB), expected 3",
+        remedy="load it with its own code, then reparameterize(model) and export_module(model, example_inputs); images are then prepared by you",
+    )
 
 
 def _require(shapes: Shapes, name: str, dimensions: int) -> Shape:

@@ -245,6 +245,18 @@ def test_wrong_arch_names_the_first_tensor_and_the_variant_that_fits(arch, tenso
     assert "--arch A0" in caught.value.remedy
 
 
+@pytest.mark.parametrize("arch", [None, SMALL])
+@pytest.mark.parametrize("channels", [1, 4])
+def test_stem_that_does_not_read_rgb_is_refused(channels, arch, tmp_path):
+    # 3 is divisible by 1: as three groups of one channel a grayscale network would be exported for RGB, and every gate would pass.
+    state = dict(state_of(random_model(SMALL)))
+    for name in [name for name in state if name.startswith("stage0.") and name.endswith("conv.weight")]:
+        state[name] = state[name][:, [0] * channels].clone()
+    with pytest.raises(CheckpointError, match=rf"stage0\.rbr_dense\.conv\.weight has the shape \[8, {channels}, 3, 3\]: it reads {channels}") as caught:
+        load_checkpoint(save(state, tmp_path), arch=arch)
+    assert "export_module" in caught.value.remedy
+
+
 def test_wrong_arch_of_a_custom_variant_describes_it(tmp_path):
     with pytest.raises(CheckpointError, match=r"a custom variant \(depths \[1, 2, 3, 1\], widths \[8, 8, 16, 24, 32\], groups up to 2\)"):
         load_checkpoint(save(state_of(_RAW), tmp_path), arch=get_variant("A0"))

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from . import codec, wire
 from .errors import ForeignModelError, InputError, ModelError
+from .foreign_files import HEAD_BYTES, name_foreign
 from .specs import METADATA_KEY, ModelMetadata
 
 _GRAPH, _METADATA_PROPS, _OPSET_IMPORT = 7, 14, 8
@@ -188,6 +189,8 @@ class _Mapped:
 def _mapped(path: Path) -> _Mapped:
     try:
         return _Mapped(path)
+    except IsADirectoryError as error:
+        raise ModelError(f"{path}: is a folder, expected an ONNX file", remedy="give the .onnx file that repvgg-export wrote") from error
     except ValueError as error:
         raise ModelError(f"{path}: is empty, expected an ONNX file", remedy=_REEXPORT) from error
     except FileNotFoundError as error:
@@ -200,11 +203,18 @@ def _top_level(path: Path, buffer: memoryview) -> list[wire.Field]:
     try:
         fields = list(wire.walk(buffer))
     except wire.WireError as error:
-        raise ModelError(f"{path}: truncated, or not an ONNX file: {error}", remedy=f"copy the file again, or {_REEXPORT}") from error
+        remedy = f"copy the file again, or {_REEXPORT}"
+        raise _no_onnx(path, buffer) or ModelError(f"{path}: truncated, or not an ONNX file: {error}", remedy=remedy) from error
     graphs = [field for field in fields if field.number == _GRAPH and field.wire_type == wire.BYTES]
     if len(graphs) != 1 or any(field.number not in _MODEL_FIELDS for field in fields):
-        raise ModelError(f"{path}: not an ONNX file: expected one graph, found {len(graphs)}", remedy="give an .onnx file that repvgg-export wrote")
+        message = f"{path}: not an ONNX file: expected one graph, found {len(graphs)}"
+        raise _no_onnx(path, buffer) or ModelError(message, remedy="give an .onnx file that repvgg-export wrote")
     return fields
+
+
+def _no_onnx(path: Path, buffer: memoryview) -> ModelError | None:
+    foreign = name_foreign(path, bytes(buffer[:HEAD_BYTES]))
+    return foreign and ModelError(f"{path}: is {foreign[0]}, expected an ONNX file", remedy=foreign[1])
 
 
 def _find_metadata(path: Path, buffer: memoryview, fields: list[wire.Field]) -> str:

@@ -180,7 +180,7 @@ def test_metadata_with_half_a_surrogate_pair_escaped_is_refused(path: Path) -> N
 def test_file_of_another_kind_is_refused(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     for read in (read_metadata, read_graph):
-        with pytest.raises(ModelError, match="not an ONNX file"):
+        with pytest.raises(ModelError, match=r"not an ONNX file|expected an ONNX file"):
             read(path)
 
 
@@ -190,7 +190,7 @@ def test_missing_empty_or_folder_is_refused(path: Path, tmp_path: Path) -> None:
     path.write_bytes(b"")
     with pytest.raises(ModelError, match="is empty"):
         read_metadata(path)
-    with pytest.raises(ModelError, match="cannot be read"):
+    with pytest.raises(ModelError, match="is a folder, expected an ONNX file"):
         read_metadata(tmp_path)
 
 
@@ -208,3 +208,22 @@ def test_metadata_holding_nan_is_never_written(path: Path) -> None:
     broken = dataclasses.replace(METADATA.certificate, checks=(dataclasses.replace(check, error=float("nan")),))
     with pytest.raises(InputError, match="nan cannot be written"):
         write_ours(path, dataclasses.replace(METADATA, certificate=broken))
+
+
+@pytest.mark.parametrize(
+    ("head", "what", "remedy"),
+    [
+        (b"PK\x03\x04 torch", "is a zip archive, such as torch.save writes", "repvgg-export --ckpt"),
+        (b"\x80\x02}q\x00.", "is a pickle", "repvgg-export --ckpt"),
+        (b'\x10\x00\x00\x00\x00\x00\x00\x00{"stage0.rbr', "is a safetensors checkpoint", "repvgg-export --ckpt"),
+        (b"ftrt" + bytes(8), "is a TensorRT plan", "the .onnx that it was built from"),
+        (b"\n <!DOCTYPE html><html>", "is an HTML or XML page", "download it again"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer", "git lfs pull"),
+    ],
+)
+def test_other_file_than_an_onnx_is_named_with_what_to_do_about_it(path: Path, head: bytes, what: str, remedy: str) -> None:
+    path.write_bytes(head + bytes(200))
+    for read in (read_metadata, read_graph):
+        with pytest.raises(ModelError, match=f"model.onnx: {what}") as caught:
+            read(path)
+        assert remedy in caught.value.remedy

@@ -185,12 +185,18 @@ def _verdict(options: QuantizeOptions, result: QuantizeResult) -> list[tuple[str
     what = "held-out images" if found.held_out else "images" if result.images is not None else "drawn images"
     pairs = []
     if found.agreement is not None:
-        demanded = result.ungated or f"at least {100 * options.min_agreement:g} % demanded"
+        demanded = result.ungated or describe_demand(found.agreement, options.min_agreement)
         same = found.images - found.differing
         pairs.append(("agreement", f"{100 * found.agreement:.2f} %: {same} of {found.images} {what} keep FP32's best class ({demanded})"))
         pairs.append(("expected drop", f"{found.expected_drop:.2f} points of top-1, by FP32's own probabilities"))
     where = "the logits" if found.agreement is not None else f"the outputs on {found.images} {what} ({result.ungated})"
     return [*pairs, ("SQNR", f"{found.sqnr_db:.1f} dB of {where}")]
+
+
+def describe_demand(agreement: float, least: float) -> str:
+    """What was demanded of a result that passed, both as shares from 0 to 1: below `least` it passed because there were so few images."""
+    demanded = f"at least {100 * least:g} % demanded"
+    return demanded if agreement >= least else f"{demanded}; of so few images one may differ"
 
 
 def _layer_lines(report: Int8Report, beside: str) -> list[str]:

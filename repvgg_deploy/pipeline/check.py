@@ -65,6 +65,10 @@ def _read(path: Path) -> PlanPassport:
     if not path.is_file():
         raise PlanError(f"{path}: {'is no file' if path.exists() else 'no such file'}", remedy="check the path, or build it with repvgg-trt build")
     passport = read_passport(path)
+    if passport is None and path.suffix.lower() == ".onnx":
+        raise PlanError(
+            f"{path}: is an ONNX file by its name, expected a plan", remedy=f"repvgg-trt inspect {path} says what it is; it needs no GPU to run"
+        )
     if passport is None:
         raise PlanError(
             f"{path}: has no passport {passport_path(path).name} beside it, so nothing is known of it",

@@ -64,6 +64,9 @@ class ExportOptions:
         save_deploy: Write the deploy-form checkpoint here, too.
         force: Replace different files.
         calibration: Synthesise calibration images from the BatchNorm statistics, too, and write them beside the ONNX as `NAME.calib.npz`.
+
+    Raises:
+        InputError: `mean` or `std` is in units of 0–1.
     """
 
     graph: GraphOptions = field(default_factory=GraphOptions)
@@ -74,6 +77,13 @@ class ExportOptions:
     save_deploy: Path | None = None
     force: bool = False
     calibration: SynthesisOptions | None = None
+
+    def __post_init__(self) -> None:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            # torchvision and timm write 0.485 for 123.675: no gate could see it, for both forms would get the same wrong pixels.
+            if values is not None and 0 < max(values) < 1:
+                scaled = ",".join(f"{255 * value:.6g}" for value in values)
+                raise InputError(f"{name} {values} is in units of 0–1, expected 0–255", remedy=f"give --{name} {scaled}, which is 255 times as much")
 
 
 @dataclass(frozen=True, slots=True)

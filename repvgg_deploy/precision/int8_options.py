@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -63,6 +64,20 @@ MAX_CALIBRATION = Int8Options(
 """What most tools do: per-channel weights, per-tensor activations, nothing clipped."""
 FAST = Int8Options(target="trt8", equalize=EqualizeOptions(0.5), search=None, rounding=RoundOptions(method="nearest"))
 """Without the second-order rounding and without the search."""
+
+
+def require_layers(keep: Sequence[str], known: Sequence[str]) -> None:
+    """Every name of `keep` must be a layer's.
+
+    Raises:
+        CalibrationError: One is not.
+    """
+    unknown = sorted(set(keep) - set(known))
+    if unknown:
+        # `repvgg-trt inspect` lists stage1.0, the whole block; its convolution is what can be kept.
+        meant = f"{unknown[0]}.conv"
+        remedy = f"give {meant}" if meant in known else f"its layers are {', '.join(known)}"
+        raise CalibrationError(f"no layer is called {unknown[0]!r}", remedy=remedy)
 
 
 @dataclass(frozen=True, slots=True)

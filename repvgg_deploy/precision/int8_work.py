@@ -20,7 +20,7 @@ from .closed_form import correct_bias
 from .equalize import InterfaceReport, apply_factors, equalize
 from .execute import has_fixed_batch, spread_images
 from .fit import fit_scales
-from .int8_options import Int8Options, Int8Report, LayerReport
+from .int8_options import Int8Options, Int8Report, LayerReport, require_layers
 from .metrics import judge, layer_sqnr
 from .mixed import halve_quantized, round_activation_scales, round_layer_to_half
 from .qdq import insert_pairs, write_integers
@@ -66,9 +66,7 @@ class Int8Work:
         self._progress = progress
         self._chain = read_chain(model)
         self._half = options.target == "trt10"
-        unknown = sorted(set(options.keep) - {layer.name for layer in self._chain.layers})
-        if unknown:
-            raise CalibrationError(f"no layer is called {unknown[0]!r}", remedy="repvgg-trt inspect MODEL lists the layers, such as stage1.0.conv")
+        require_layers(options.keep, [layer.name for layer in self._chain.layers])
         self._prepared = model
         self._scales: dict[str, float] = {}
         self._factors: dict[str, NDArray[np.float64]] = {}

@@ -86,6 +86,13 @@ def test_plan_that_will_not_run_here(
     assert message in err and "remedy:" in err and "Traceback" not in err
 
 
+def test_onnx_in_place_of_a_plan_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "m.onnx"
+    model.write_bytes(b"anything")
+    status, _, err = run(capsys, model)
+    assert status == 1 and "m.onnx: is an ONNX file by its name, expected a plan" in err and f"repvgg-trt inspect {model}" in err
+
+
 @pytest.mark.parametrize(
     ("target", "status", "text"),
     [

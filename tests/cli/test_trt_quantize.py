@@ -20,6 +20,7 @@ from PIL import Image
 
 from repvgg_deploy.cli.stage_progress import StageProgress
 from repvgg_deploy.cli.trt import main
+from repvgg_deploy.cli.trt_quantize import describe_demand
 from repvgg_deploy.export.synthesize import SynthesisOptions
 from repvgg_deploy.pipeline.checkpoint import ExportOptions, export_checkpoint
 from repvgg_deploy.runtime.engine import Engine
@@ -82,6 +83,12 @@ def test_quantize_takes_the_synthetic_images_beside_the_model(sample: Path, samp
     assert len(out.splitlines()) == 17 and "stage" in out.splitlines()[-1]
     assert err.splitlines()[-1] == f"next: repvgg-trt compare {sample} {target} --data PATH"
     assert accuracy(target, sample_dir) > 0.98
+
+
+def test_demand_below_which_so_few_images_passed_says_why() -> None:
+    # "83.33 %: 5 of 6 (at least 97 % demanded)" read as if a failure had been written.
+    assert describe_demand(5 / 6, 0.97) == "at least 97 % demanded; of so few images one may differ"
+    assert describe_demand(0.97, 0.97) == "at least 97 % demanded"
 
 
 def test_quantize_with_real_images_keeps_the_accuracy(sample: Path, real: Path, sample_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,7 +191,7 @@ def test_quantize_below_the_gate_exits_1_and_names_layers(sample: Path, real: Pa
 
 FAULTS: dict[str, tuple[list[str], str]] = {
     "no file": (["nowhere.onnx", "--fp16"], "no such file"),
-    "folder": (["folder", "--fp16"], "cannot be read"),
+    "folder": (["folder", "--fp16"], "is a folder, expected an ONNX file"),
     "truncated": (["short.onnx", "--int8"], "truncated"),
     "typed": (["half.onnx", "--int8", "--calib", "statistics"], "already"),
     "backbone of another": (["tiny.onnx", "--int8", "--calib", "statistics"], "no BatchNorm statistics"),

@@ -24,6 +24,7 @@ RANKS = {
     "image_files": 3,
     "artifacts": 3,
     "layer_table": 3,
+    "foreign_files": 0,
     "onnx_file": 3,
     "graph_precision": 4,
     "specs_io": 3,

@@ -280,6 +280,20 @@ def test_export_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert files(tmp_path) == ["model.pth"]
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "remedy"),
+    [("mean", (0.485, 0.456, 0.406), "--mean 123.675,116.28,103.53"), ("std", (0.229, 0.224, 0.225), "--std 58.395,57.12,57.375")],
+)
+def test_export_normalisation_in_units_of_0_to_1_is_refused_with_what_was_meant(name: str, values: tuple[float, ...], remedy: str) -> None:
+    with pytest.raises(InputError, match=f"{name} .* is in units of 0–1") as caught:
+        ExportOptions(**{name: values})  # type: ignore[arg-type]
+    assert remedy in caught.value.remedy
+
+
+def test_export_raw_pixels_need_no_normalisation() -> None:
+    assert ExportOptions(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)).std == (1.0, 1.0, 1.0)
+
+
 def test_export_bad_folder_is_refused_before_the_work(tmp_path: Path) -> None:
     start = time.monotonic()
     with pytest.raises(ArtifactError, match="does not exist"):

@@ -127,8 +127,15 @@ def test_keep_leaves_layers_without_any_pair(kind: str, options: Int8Options) ->
 
 
 def test_keep_unknown_layer_is_refused() -> None:
-    with pytest.raises(CalibrationError, match="no layer is called 'stage9'"):
+    with pytest.raises(CalibrationError, match="no layer is called 'stage9'") as caught:
         quantize_graph(make_model(), make_batches(), dataclasses.replace(FAST, keep=("stage1.conv", "stage9")))
+    assert "its layers are stage0.conv, stage1.conv" in caught.value.remedy
+
+
+def test_keep_block_as_inspect_lists_it_is_refused_with_the_name_of_its_convolution() -> None:
+    with pytest.raises(CalibrationError, match="no layer is called 'stage1'") as caught:
+        quantize_graph(make_model(), make_batches(), dataclasses.replace(FAST, keep=("stage1",)))
+    assert caught.value.remedy == "give stage1.conv"
 
 
 def test_max_drop_without_a_classifier_is_refused() -> None:

@@ -252,7 +252,9 @@ def test_stem_that_does_not_read_rgb_is_refused(channels, arch, tmp_path):
     state = dict(state_of(random_model(SMALL)))
     for name in [name for name in state if name.startswith("stage0.") and name.endswith("conv.weight")]:
         state[name] = state[name][:, [0] * channels].clone()
-    with pytest.raises(CheckpointError, match=rf"stage0\.rbr_dense\.conv\.weight has the shape \[8, {channels}, 3, 3\]: it reads {channels}") as caught:
+    with pytest.raises(
+        CheckpointError, match=rf"stage0\.rbr_dense\.conv\.weight has the shape \[8, {channels}, 3, 3\]: it reads {channels}"
+    ) as caught:
         load_checkpoint(save(state, tmp_path), arch=arch)
     assert "export_module" in caught.value.remedy
 

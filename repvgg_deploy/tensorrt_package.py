@@ -6,6 +6,8 @@ Standard library only: TensorRT is imported when it is asked for.
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -15,6 +17,8 @@ Flavour = Literal["tensorrt", "tensorrt_rtx"]
 FLAVOURS: dict[Flavour, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 INSTALL: dict[Flavour, str] = {"tensorrt": "pip install 'repvgg-deploy[tensorrt]'", "tensorrt_rtx": "pip install 'repvgg-deploy[rtx]'"}
 BROKEN_VERSION = (10, 2)
+LEAN = "tensorrt_lean"
+"""The module of TensorRT's lean runtime: it runs version-compatible plans, and builds none."""
 _QUOTED = 5
 _QUOTED_CHARACTERS = 400
 
@@ -36,6 +40,11 @@ def import_tensorrt(module: str, name: str, *, remedy: str) -> Any:
         if isinstance(error, ModuleNotFoundError) and error.name == module:
             return None
         raise MissingDependencyError(f"{name} is installed but cannot be imported: {' '.join(str(error).split())}", remedy=remedy) from error
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module is installed, without importing it."""
+    return sys.modules[module] is not None if module in sys.modules else importlib.util.find_spec(module) is not None
 
 
 def make_trt_logger(trt: Any, hear: Callable[[str, str], None]) -> Any:

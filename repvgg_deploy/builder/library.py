@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..errors import BuildError, InputError, MissingDependencyError
-from ..tensorrt_package import BROKEN_VERSION, FLAVOURS, INSTALL, Flavour, import_tensorrt
+from ..tensorrt_package import BROKEN_VERSION, FLAVOURS, INSTALL, LEAN, Flavour, import_tensorrt, is_installed
 
 logger = logging.getLogger(__name__)
 
@@ -66,11 +66,18 @@ def open_library(backend: BackendChoice) -> Library:
             library = Library(flavour, trt, str(trt.__version__))
             _require_version(library)
             return library
-    wanted = " nor ".join(FLAVOURS[flavour] for flavour in _MODULES[backend])
     raise MissingDependencyError(
-        f"no plan can be built: {'neither ' if backend == 'auto' else ''}{wanted} is {'' if backend == 'auto' else 'not '}installed",
+        f"no plan can be built: {_describe_missing(backend)}",
         remedy=", or ".join(f"{INSTALL[flavour]} ({FLAVOURS[flavour]})" for flavour in _MODULES[backend]),
     )
+
+
+def _describe_missing(backend: BackendChoice) -> str:
+    wanted = " nor ".join(FLAVOURS[flavour] for flavour in _MODULES[backend])
+    text = f"neither {wanted} is installed" if backend == "auto" else f"{wanted} is not installed"
+    if "tensorrt" in _MODULES[backend] and is_installed(LEAN):
+        text += f"; what is here of TensorRT is its lean runtime ({LEAN}), which runs plans and builds none"
+    return text
 
 
 def _import(flavour: Flavour) -> Any:

@@ -6,7 +6,7 @@ import argparse
 
 from ..errors import PlanIncompatibleError
 from ..pipeline.check import CheckResult, check_plan
-from ..runtime.compatibility import Compatible, Environment
+from ..runtime.compatibility import Compatible
 from ..specs import PlanPassport, ShapeProfile
 from ..tensorrt_package import FLAVOURS
 from .common import Output
@@ -60,7 +60,7 @@ def _as_text(args: argparse.Namespace, result: CheckResult) -> str:
         ("precision", describe_precision(passport)),
         ("batches", describe_batches(passport.config.profile)),
         ("runs on", describe_place(passport)),
-        ("here" if result.is_here else "target", _describe_environment(result.environment)),
+        ("here" if result.is_here else "target", _describe_environment(result)),
     ]
     if isinstance(verdict, Compatible):
         pairs.append(("verdict", "it will run, as far as that is known" if verdict.warnings else "it will run"))
@@ -70,8 +70,13 @@ def _as_text(args: argparse.Namespace, result: CheckResult) -> str:
     return format_pairs(pairs)
 
 
-def _describe_environment(environment: Environment) -> str:
+def _describe_environment(result: CheckResult) -> str:
+    environment = result.environment
     library = FLAVOURS[environment.flavour] if environment.flavour else "any TensorRT"
+    if result.is_here and environment.tensorrt_version is None:
+        library = f"no {library}"
+    elif environment.lean:
+        library += " (lean runtime)"
     capability = f"compute capability {environment.compute_capability}" if environment.compute_capability else ""
     gpu = f"{environment.gpu_name} ({capability})" if environment.gpu_name else capability or "no GPU"
     driver = f", driver {environment.driver_version}" if environment.driver_version else ""

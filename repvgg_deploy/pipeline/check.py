@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..artifacts import sha256_file
-from ..builder.library import BackendChoice, open_library
-from ..errors import BuildError, MissingDependencyError, PlanError
+from ..errors import MissingDependencyError, PlanError
 from ..runtime.compatibility import Compatible, Environment, Incompatible, judge_plan, platform_here
 from ..runtime.gpus import JETSON, find_gpu
 from ..runtime.passport import passport_path, read_passport, require_unchanged
+from ..runtime.tensorrt_library import find_library
 from ..specs import PlanPassport
-from ..tensorrt_package import FLAVOURS, Flavour
+from ..tensorrt_package import Flavour
 from .gpu_here import look_for_gpu
-
-_BACKENDS: dict[Flavour, BackendChoice] = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,18 +80,19 @@ def _read(path: Path) -> PlanPassport:
 
 
 def look_here(flavour: Flavour) -> tuple[Environment, Incompatible | None]:
-    """This machine, and what it lacks to run any plan of this flavour."""
-    search, lacking = look_for_gpu(), None
+    """This machine, and what it lacks to run any plan of this flavour; TensorRT is found as the Engine finds it, and only imported."""
+    search, lacking, version, lean = look_for_gpu(), None, None, False
     try:
-        version = open_library(_BACKENDS[flavour]).version
-    except (MissingDependencyError, BuildError) as error:
-        version, lacking = None, Incompatible(f"{FLAVOURS[flavour]} cannot be used here: {error.message}", error.remedy)
+        library = find_library((flavour,))
+        version, lean = library.version, library.is_lean
+    except (MissingDependencyError, PlanError) as error:
+        lacking = Incompatible(error.message, error.remedy)
     gpu = search.gpu
     if gpu is None:
         remedy = f"{search.remedy}; or give --target gpu=…,trt=… to ask about another machine"
         lacking = lacking or Incompatible(f"there is no GPU here that can be used: {search.reason}", remedy)
-        return Environment(flavour, version, None, None, None, platform_here()), lacking
-    return Environment(flavour, version, gpu.name, gpu.compute_capability, gpu.driver_version, platform_here()), lacking
+        return Environment(flavour, version, None, None, None, platform_here(), lean), lacking
+    return Environment(flavour, version, gpu.name, gpu.compute_capability, gpu.driver_version, platform_here(), lean), lacking
 
 
 def read_target(target: Mapping[str, str]) -> Environment:

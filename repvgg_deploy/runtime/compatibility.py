@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..specs import PlanPassport
-from ..tensorrt_package import FLAVOURS, Flavour
+from ..tensorrt_package import FLAVOURS, INSTALL, Flavour
 from .gpus import JETSON
 
 _LATER_MAJOR = {8: 10, 10: 11}  # version-compatible plans may cross from one major version to this other one, no further
@@ -31,6 +31,7 @@ class Environment:
         compute_capability: Such as `8.6`.
         driver_version: Such as `580.95.05`.
         platform: Such as `linux-x86_64`.
+        lean: Whether of TensorRT only its lean runtime is there.
     """
 
     flavour: Flavour | None
@@ -39,6 +40,7 @@ class Environment:
     compute_capability: str | None
     driver_version: str | None
     platform: str | None = None
+    lean: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ class _Case:
 def judge_plan(passport: PlanPassport, environment: Environment) -> Compatible | Incompatible:
     """Compares what a plan was built for with where it is to run."""
     case = _Case(passport, environment)
-    rules: tuple[Callable[[_Case], Incompatible | None], ...] = (_judge_flavour, _judge_platform, _judge_version, _judge_gpu)
+    rules: tuple[Callable[[_Case], Incompatible | None], ...] = (_judge_flavour, _judge_platform, _judge_lean, _judge_version, _judge_gpu)
     for rule in rules:
         found = rule(case)
         if found is not None:
@@ -118,6 +120,18 @@ def _judge_platform(case: _Case) -> Incompatible | None:
     if wanted is None or found is None or wanted == found:
         return None
     return Incompatible(f"the plan was built on {wanted}, and here is {found}: plans do not cross platforms", _REBUILD)
+
+
+def _judge_lean(case: _Case) -> Incompatible | None:
+    environment, wanted = case.environment, case.passport.tensorrt_version
+    if not environment.lean or case.passport.config.version_compatible:
+        return None
+    return Incompatible(
+        f"here is only the lean runtime of {case.library} {environment.tensorrt_version or ''}".rstrip()
+        + ", which runs version-compatible plans and no others, and the plan is not version-compatible",
+        f"build it again with --version-compatible where the whole {case.library} is; or install the whole {case.library} {wanted} here: "
+        f"{INSTALL[case.passport.flavour]}",
+    )
 
 
 def _judge_version(case: _Case) -> Incompatible | None:

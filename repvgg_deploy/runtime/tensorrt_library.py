@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import MissingDependencyError, PlanError
-from ..tensorrt_package import BROKEN_VERSION, FLAVOURS, INSTALL, Flavour, import_tensorrt, make_trt_logger
+from ..tensorrt_package import BROKEN_VERSION, FLAVOURS, INSTALL, LEAN, Flavour, import_tensorrt, make_trt_logger
 from .compatibility import parse_version
 
 logger = logging.getLogger(__name__)
 
-_LEAN = "tensorrt_lean"
-_MODULES: dict[Flavour, tuple[str, ...]] = {"tensorrt": ("tensorrt", _LEAN), "tensorrt_rtx": ("tensorrt_rtx",)}
+_MODULES: dict[Flavour, tuple[str, ...]] = {"tensorrt": ("tensorrt", LEAN), "tensorrt_rtx": ("tensorrt_rtx",)}
 _LEVELS = {"ERROR": logging.WARNING, "WARNING": logging.WARNING, "INFO": logging.DEBUG}  # an error of TensorRT is one of ours, or was none
 _KEPT = 50
 
@@ -43,33 +42,58 @@ class TrtLog:
 
 
 @dataclass(frozen=True, slots=True)
-class Library:
-    """An imported TensorRT.
+class InstalledLibrary:
+    """A TensorRT that was imported and not yet touched.
 
     Attributes:
         flavour: `tensorrt` or `tensorrt_rtx`.
         trt: The module.
         version: Such as `10.9.0.34`.
-        log: What it says.
-        trt_logger: The object through which it says it.
     """
 
     flavour: Flavour
     trt: Any
     version: str
-    log: TrtLog
-    trt_logger: Any
 
     @property
     def name(self) -> str:
         """For people: `TensorRT 10.9.0.34`."""
         return f"{_name_of(self.trt.__name__, self.flavour)} {self.version}"
 
+    @property
+    def is_lean(self) -> bool:
+        """Whether it is TensorRT's lean runtime, which runs version-compatible plans only."""
+        return bool(self.trt.__name__ == LEAN)
+
+
+@dataclass(frozen=True, slots=True)
+class Library(InstalledLibrary):
+    """An imported TensorRT that can be used.
+
+    Attributes:
+        log: What it says.
+        trt_logger: The object through which it says it.
+    """
+
+    log: TrtLog
+    trt_logger: Any
+
 
 def open_library(flavours: tuple[Flavour, ...]) -> Library:
-    """Imports the first of the given flavours that is installed.
+    """The first of the given flavours that is installed, with its log.
 
     The caller has made sure that there is a driver: without one the lean runtime ends the process.
+
+    Raises:
+        MissingDependencyError: As `find_library`.
+        PlanError: As `find_library`.
+    """
+    found, log = find_library(flavours), TrtLog()
+    return Library(found.flavour, found.trt, found.version, log, make_trt_logger(found.trt, log.hear))
+
+
+def find_library(flavours: tuple[Flavour, ...]) -> InstalledLibrary:
+    """Imports the first of the given flavours that is installed, which needs no driver; the whole TensorRT comes before its lean runtime.
 
     Raises:
         MissingDependencyError: None is installed, or one does not load.
@@ -79,8 +103,7 @@ def open_library(flavours: tuple[Flavour, ...]) -> Library:
         for module in _MODULES[flavour]:
             trt = import_tensorrt(module, _name_of(module, flavour), remedy=f"install it again: {INSTALL[flavour]}")
             if trt is not None:
-                log = TrtLog()
-                return _check_version(Library(flavour, trt, str(trt.__version__), log, make_trt_logger(trt, log.hear)))
+                return _check_version(InstalledLibrary(flavour, trt, str(trt.__version__)))
     wanted = " or ".join(FLAVOURS[flavour] for flavour in flavours)
     raise MissingDependencyError(
         f"running a plan needs {wanted}, which is not installed", remedy=", or ".join(INSTALL[flavour] for flavour in flavours)
@@ -88,10 +111,10 @@ def open_library(flavours: tuple[Flavour, ...]) -> Library:
 
 
 def _name_of(module: str, flavour: Flavour) -> str:
-    return f"{FLAVOURS[flavour]} (lean runtime)" if module == _LEAN else FLAVOURS[flavour]
+    return f"{FLAVOURS[flavour]} (lean runtime)" if module == LEAN else FLAVOURS[flavour]
 
 
-def _check_version(library: Library) -> Library:
+def _check_version(library: InstalledLibrary) -> InstalledLibrary:
     number = parse_version(library.version)[:2]
     if library.flavour == "tensorrt" and (number < (8, 5) or number == BROKEN_VERSION):
         problem = "is known to be broken" if number == BROKEN_VERSION else "is too old: expected 8.5 or later"

@@ -88,7 +88,10 @@ def open_plan(path: Path, device: DeviceInfo, *, backend: str | None, require_pa
         _judge(path, passport, Environment(wanted[0], None, device.name, device.compute_capability, device.driver_version or None, platform_here()))
     library = open_library(wanted)
     if passport is not None:
-        _judge(path, passport, Environment(library.flavour, library.version, device.name, device.compute_capability, device.driver_version or None))
+        here = Environment(
+            library.flavour, library.version, device.name, device.compute_capability, device.driver_version or None, lean=library.is_lean
+        )
+        _judge(path, passport, here)
     content = _read(path)
     if passport is not None:
         require_unchanged(path, hashlib.sha256(content).hexdigest(), passport)
@@ -141,8 +144,8 @@ def _deserialize(library: Library, content: bytes, path: Path, *, carries_code: 
         lines = log.take()
         if any("out of memory" in line.lower() for line in lines):
             raise CudaMemoryError(f"{path}: no GPU memory for it:{quote(lines)}", remedy="free GPU memory: nvidia-smi shows who has it")
-        raise PlanError(
-            f"{path}: {library.name} refuses it:{quote(lines)}",
-            remedy="build it again on this machine with repvgg-trt build: it is truncated, or of another TensorRT or GPU",
-        )
+        remedy = "build it again on this machine with repvgg-trt build: it is truncated, or of another TensorRT or GPU"
+        if library.is_lean:
+            remedy = "build it with --version-compatible, for a lean runtime runs no other plans; or install the whole TensorRT that built it"
+        raise PlanError(f"{path}: {library.name} refuses it:{quote(lines)}", remedy=remedy)
     return runtime, engine

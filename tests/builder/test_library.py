@@ -15,7 +15,7 @@ from repvgg_deploy.errors import BuildError, InputError, MissingDependencyError
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch):
     def put(**versions: str | None) -> None:
-        for name in ("tensorrt", "tensorrt_rtx"):
+        for name in ("tensorrt", "tensorrt_rtx", "tensorrt_lean"):
             version = versions.get(name)
             module = types.ModuleType(name)
             module.__version__ = version
@@ -38,6 +38,14 @@ def test_nothing_installed_names_the_extras(install, backend: str, extras: tuple
     with pytest.raises(MissingDependencyError, match="no plan can be built") as caught:
         open_library(backend)
     assert all(extra in caught.value.remedy for extra in extras)
+
+
+@pytest.mark.parametrize(("backend", "said"), [("auto", True), ("tensorrt", True), ("rtx", False)])
+def test_lean_runtime_is_named_where_it_is_all_that_is_there(install, backend: str, said: bool) -> None:
+    install(tensorrt_lean="11.4.0.106")
+    with pytest.raises(MissingDependencyError, match="no plan can be built") as caught:
+        open_library(backend)
+    assert ("what is here of TensorRT is its lean runtime (tensorrt_lean), which runs plans and builds none" in caught.value.message) == said
 
 
 @pytest.mark.parametrize(("version", "message"), [("10.2.0.19", "known to be broken"), ("8.4.3.1", "not supported"), ("9.3.0", "not supported")])

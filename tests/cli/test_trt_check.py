@@ -38,10 +38,11 @@ def write_plan(path: Path, **changes: Any) -> Path:
 def machine(monkeypatch: pytest.MonkeyPatch):
     """A machine with a GPU and a TensorRT, or without."""
 
-    def put(version: str | None, gpu: Gpu | None) -> None:
-        module = types.ModuleType("tensorrt")
-        module.__version__ = version
-        monkeypatch.setitem(sys.modules, "tensorrt", module if version else None)
+    def put(version: str | None, gpu: Gpu | None, lean: str | None = None) -> None:
+        for name, found in (("tensorrt", version), ("tensorrt_lean", lean)):
+            module = types.ModuleType(name)
+            module.__version__ = found
+            monkeypatch.setitem(sys.modules, name, module if found else None)
         monkeypatch.setattr(check_module, "look_for_gpu", lambda: GpuSearch(gpu, "" if gpu else "no NVIDIA driver"))
         monkeypatch.setattr(check_module, "platform_here", lambda: "linux-x86_64")
 
@@ -72,9 +73,9 @@ def test_plan_that_will_run_here(plan: Path, machine, capsys: pytest.CaptureFixt
     [
         ("11.4.0.107", L4, "11.4.0.107 runs plans of its own version only"),
         ("11.4.0.106", Gpu("NVIDIA A10", "8.6", "580.1"), "NVIDIA A10 (compute capability 8.6)"),
-        (None, L4, "TensorRT cannot be used here"),
+        (None, L4, "running a plan needs TensorRT, which is not installed"),
         ("11.4.0.106", None, "there is no GPU here that can be used: no NVIDIA driver"),
-        ("10.2.0.19", L4, "cannot be used here"),
+        ("10.2.0.19", L4, "TensorRT 10.2.0.19 is known to be broken"),
     ],
 )
 def test_plan_that_will_not_run_here(
@@ -91,6 +92,42 @@ def test_onnx_in_place_of_a_plan_is_named(tmp_path: Path, capsys: pytest.Capture
     model.write_bytes(b"anything")
     status, _, err = run(capsys, model)
     assert status == 1 and "m.onnx: is an ONNX file by its name, expected a plan" in err and f"repvgg-trt inspect {model}" in err
+
+
+def test_machine_without_tensorrt_is_not_said_to_have_one(plan: Path, machine, capsys: pytest.CaptureFixture[str]) -> None:
+    machine(None, L4)
+    _, out, err = run(capsys, plan)
+    assert re.search(r"^here       NVIDIA L4 \(compute capability 8\.9\), driver 580\.95\.05, no TensorRT$", out, re.M)
+    assert "can be built" not in err  # nobody asked for a build
+
+
+@pytest.mark.parametrize(("flexible", "status"), [(True, 0), (False, 1)])
+def test_lean_runtime_runs_version_compatible_plans_only(
+    tmp_path: Path, machine, capsys: pytest.CaptureFixture[str], flexible: bool, status: int
+) -> None:
+    machine(None, L4, lean="11.4.0.106")  # a module that only has a version: it is neither used nor asked for more
+    plan = write_plan(tmp_path / "x.plan", version_compatible=flexible)
+    found, out, err = run(capsys, plan)
+    assert found == status
+    assert re.search(r"^here       NVIDIA L4 .*, TensorRT \(lean runtime\) 11\.4\.0\.106$", out, re.M)
+    if not flexible:
+        assert "here is only the lean runtime of TensorRT 11.4.0.106, which runs version-compatible plans and no others" in err
+        assert "--version-compatible" in err and "[tensorrt]" in err
+    answer = json.loads(run(capsys, plan, "--json")[1])
+    assert (answer["compatible"], answer["environment"]["lean"]) == (flexible, True)
+
+
+def test_lean_runtime_without_a_driver_is_never_started(tmp_path: Path, machine, capsys: pytest.CaptureFixture[str]) -> None:
+    machine(None, None, lean="11.4.0.106")
+    status, out, err = run(capsys, write_plan(tmp_path / "x.plan", version_compatible=True))
+    assert status == 1 and "no GPU, TensorRT (lean runtime) 11.4.0.106" in out
+    assert "there is no GPU here that can be used: no NVIDIA driver" in err
+
+
+def test_whole_tensorrt_comes_before_its_lean_runtime(plan: Path, machine, capsys: pytest.CaptureFixture[str]) -> None:
+    machine("11.4.0.106", L4, lean="10.16.1.11")
+    status, out, _ = run(capsys, plan)
+    assert status == 0 and "TensorRT 11.4.0.106\n" in out and "lean" not in out
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,13 @@ def test_plan_where_it_was_built_is_compatible_without_a_warning() -> None:
     assert judge_plan(make_passport(platform="linux-x86_64"), environment(platform="linux-x86_64")) == Compatible(())
 
 
+@pytest.mark.parametrize(("version", "flexible", "runs"), [("11.4.0.106", True, True), ("11.5.0.1", True, True), ("11.3.0.1", True, False)])
+def test_lean_runtime_runs_the_versions_that_the_whole_one_would(version: str, flexible: bool, runs: bool) -> None:
+    passport = make_passport(version_compatible=flexible)
+    assert isinstance(judge_plan(passport, environment(tensorrt_version=version, lean=True)), Compatible) == runs
+    assert "and the plan is not version-compatible" in refusal(make_passport(), environment(tensorrt_version=version, lean=True))
+
+
 @pytest.mark.parametrize(("plan", "here"), [("tensorrt", "tensorrt_rtx"), ("tensorrt_rtx", "tensorrt")])
 def test_plan_of_the_other_flavour_is_refused(plan: str, here: str) -> None:
     passport = make_passport(**(RTX if plan == "tensorrt_rtx" else {}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -28,6 +29,7 @@ from tests.fakes.cuda import FakeCuda
 from tests.fakes.tensorrt import Faults
 from tests.runtime.gpu_world import Setting, World, assert_answers, make_world, write_passport
 from tests.runtime.make_model import ModelOptions, random_batch
+from tests.runtime.make_passport import make_passport
 
 PATIENCE = 300
 VERSIONS = [Setting(version=version) for version in ("8.5.3.1", "8.6.1", "10.0.1", "10.16.1.11", "11.4.0.106")]
@@ -287,6 +289,35 @@ def test_plan_of_another_gpu_or_tensorrt_is_refused_before_it_is_loaded(world: W
     with pytest.raises((PlanIncompatibleError, MissingDependencyError), match=match):
         world.open()
     assert world.trt.seen.deserialized == 0 and world.cuda.leaks() == {}
+
+
+def put_lean(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine has TensorRT's lean runtime only, which has no plugins either."""
+    world.trt.__name__ = "tensorrt_lean"
+    del world.trt.init_libnvinfer_plugins
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setitem(sys.modules, "tensorrt_lean", world.trt)
+
+
+def test_lean_runtime_gets_version_compatible_plans_and_no_others(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_lean(world, monkeypatch)
+    with pytest.raises(PlanIncompatibleError, match=r"only the lean runtime of TensorRT 10\.16\.1\.11") as caught:
+        world.open()
+    assert "--version-compatible" in caught.value.remedy and world.trt.seen.deserialized == 0
+    flexible = make_passport(version_compatible=True).config
+    write_passport(world.plan, world.onnx, tensorrt_version="10.16.1.11", config=flexible)
+    with world.open() as engine:
+        assert_answers(world, engine, batch_of(3))
+        assert "TensorRT (lean runtime) 10.16.1.11" in engine.backend_name
+
+
+def test_plan_without_passport_that_a_lean_runtime_refuses_says_what_it_runs(tmp_path, monkeypatch) -> None:
+    world = make_world(tmp_path, monkeypatch, Setting(passport=False))
+    put_lean(world, monkeypatch)
+    world.plan.write_bytes(world.plan.read_bytes()[:200])
+    with pytest.raises(PlanError, match=r"TensorRT \(lean runtime\) 10\.16\.1\.11 refuses it") as caught:
+        world.open()
+    assert "--version-compatible" in caught.value.remedy
 
 
 def test_truncated_plan_without_passport_quotes_tensorrt(tmp_path, monkeypatch) -> None:

@@ -11,30 +11,19 @@ TF32 is on by default in all of them, and switched off unless it is asked for.
 
 from __future__ import annotations
 
-import ctypes
-import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import BuildError, CudaError
 from ..specs import BuildConfig, Precision
 from .library import Library
-
-logger = logging.getLogger(__name__)
+from .tactic_sources import choose_tactic_sources, find_tactic_libraries
 
 CURRENT = "current"
 """As a target: the GPU of this machine, whatever it is."""
 _TURING = "7.5"
 _NEWEST_OPSET_8 = 17
 _FLOATS = {"float32": "FLOAT", "float16": "HALF"}
-_LIBRARIES = {
-    "CUDNN": ("cudnnGetVersion", ("libcudnn.so.8", "cudnn64_8.dll")),
-    "CUBLAS": ("cublasCreate_v2", ("libcublas.so.11", "libcublas.so.12", "cublas64_11.dll", "cublas64_12.dll")),
-    "CUBLAS_LT": ("cublasLtCreate", ("libcublasLt.so.11", "libcublasLt.so.12", "cublasLt64_11.dll", "cublasLt64_12.dll")),
-}
-"""Of each tactic source: a function that its library has, and the names of the library."""
-_TACTIC_SOURCES = (*_LIBRARIES, "EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
 _NEEDS_8_6 = {
     "optimization_level": "--optimization-level",
     "version_compatible": "--version-compatible",
@@ -168,32 +157,7 @@ def configure(library: Library, settings: Any, config: BuildConfig, typing: Typi
             settings.set_compute_capability(known, index)
     if not is_strongly_typed(library):
         _allow_precisions(trt, settings, typing)
-        choose_tactic_sources(trt, settings, has_function)
-
-
-def choose_tactic_sources(trt: Any, settings: Any, has: Callable[[str, str], bool]) -> None:
-    """Leaves cuDNN and cuBLAS out of TensorRT 8's search where they are not installed: it would end with an error that names no remedy.
-
-    TensorRT 10 and later use neither by default.
-
-    Args:
-        trt: The module.
-        settings: Its IBuilderConfig.
-        has: Whether a shared library, by its name, can be loaded and has a function; see `has_function`.
-    """
-    missing = [kind for kind, (function, names) in _LIBRARIES.items() if not any(has(name, function) for name in names)]
-    if missing:
-        kept = [kind for kind in _TACTIC_SOURCES if kind not in missing and hasattr(trt.TacticSource, kind)]
-        settings.set_tactic_sources(sum(1 << int(getattr(trt.TacticSource, kind)) for kind in kept))
-        logger.warning("TensorRT chooses kernels without %s, which cannot be loaded here", ", ".join(missing))
-
-
-def has_function(library: str, function: str) -> bool:
-    """Whether a shared library can be loaded and has a function: where TensorRT 8 is packed small, empty libraries stand in for cuDNN and cuBLAS."""
-    try:
-        return hasattr(ctypes.CDLL(library), function)
-    except OSError:
-        return False
+        choose_tactic_sources(trt, settings, find_tactic_libraries())
 
 
 def _set_flag(settings: Any, flag: Any, on: bool) -> None:

@@ -10,7 +10,8 @@ from ..artifacts import require_distinct, require_writable
 from ..builder.build import require_gpu
 from ..builder.library import open_library
 from ..builder.plan_cache import PlanCache, cache_folder
-from ..builder.recipes import require_options, resolve_targets
+from ..builder.recipes import is_strongly_typed, require_options, resolve_targets
+from ..builder.tactic_sources import find_tactic_libraries
 from ..errors import InputError
 from ..runtime.passport import passport_path
 from .build_files import default_plan_output, look_at, require_room
@@ -63,6 +64,7 @@ def build_plan(
     require_room(standing, source.sha256, force=force)
     tell = progress if progress is not None else _tell_nobody
     task = Task(options, library, search.gpu, capabilities, standing, force, tell, _open_cache(options), typing)
+    task.tactic_libraries = {} if is_strongly_typed(library) else find_tactic_libraries()
     config = dataclasses.replace(options.config, profile=profile, precision=options.config.precision if typing else source.precision)
     if typing:
         return type_and_build(task, source, config)

@@ -13,6 +13,7 @@ from ..artifacts import sha256_file
 from ..builder.build import Gpu
 from ..builder.library import Library
 from ..builder.plan_cache import make_key
+from ..builder.tactic_sources import TacticLibraries
 from ..errors import InputError
 from ..runtime.compatibility import platform_here
 from ..specs import BuildConfig, PlanPassport
@@ -35,6 +36,7 @@ class PlanRequest:
         capabilities: Compute capabilities that the plan is for.
         library: Which TensorRT.
         gpu: None where there is none.
+        tactic_libraries: That TensorRT 8 takes kernels from; empty for the others.
     """
 
     onnx_sha256: str
@@ -42,28 +44,35 @@ class PlanRequest:
     capabilities: tuple[str, ...]
     library: Library
     gpu: Gpu | None
+    tactic_libraries: TacticLibraries = dataclasses.field(default_factory=dict)
 
     def key(self) -> str:
         """Of the plan cache."""
         gpu = None if self.gpu is None else [self.gpu.name, self.gpu.compute_capability, self.gpu.driver_version]
-        return make_key(
-            {
-                "onnx": self.onnx_sha256,
-                "config": self.config,
-                "capabilities": self.capabilities,
-                "library": [self.library.flavour, self.library.version],
-                "gpu": gpu,
-                "platform": platform_here(),
-                "project": __version__,
-            }
-        )
+        parts: dict[str, object] = {
+            "onnx": self.onnx_sha256,
+            "config": self.config,
+            "capabilities": self.capabilities,
+            "library": [self.library.flavour, self.library.version],
+            "gpu": gpu,
+            "platform": platform_here(),
+            "project": __version__,
+        }
+        if self.tactic_libraries:  # where there are none, plans that were cached before stay valid
+            parts["tactic_libraries"] = self.tactic_libraries
+        return make_key(parts)
+
+    def build_options(self) -> dict[str, str | int | float | bool | None]:
+        """What the last entry of a passport's history says of the build, besides the passport's own fields."""
+        return {name.lower(): version for name, version in self.tactic_libraries.items()}
 
     def describes(self, passport: PlanPassport) -> bool:
-        """Whether a plan was built of the same ONNX in the same way, with the same TensorRT, for the same GPU."""
+        """Whether a plan was built of the same ONNX in the same way, with the same TensorRT and libraries, for the same GPU."""
         name, driver = (None, None) if self.gpu is None else (self.gpu.name, self.gpu.driver_version)
         same = (passport.onnx_sha256, passport.config, passport.compute_capabilities) == (self.onnx_sha256, self.config, self.capabilities)
         here = (passport.flavour, passport.tensorrt_version, passport.gpu_name, passport.driver_version, passport.platform)
-        return same and here == (self.library.flavour, self.library.version, name, driver, platform_here())
+        options = passport.history[-1].options if passport.history else {}
+        return same and options == self.build_options() and here == (self.library.flavour, self.library.version, name, driver, platform_here())
 
 
 def comes_from(passport: PlanPassport, onnx_sha256: str) -> bool:

@@ -21,6 +21,7 @@ from ..builder.library import Library
 from ..builder.plan_cache import CachedPlan, PlanCache
 from ..builder.precision_check import PrecisionReport
 from ..builder.recipes import Typing, is_strongly_typed
+from ..builder.tactic_sources import TacticLibraries
 from ..builder.timing_cache import choose_timing_file
 from ..errors import ModelError
 from ..runtime.compatibility import platform_here
@@ -85,6 +86,7 @@ class Task:
         cache: None without one.
         typed_from_fp32: Whether the graph was FP32 and becomes typed first.
         quantized: What that gave.
+        tactic_libraries: That TensorRT 8 takes kernels from; empty for the others.
         seconds: By stage.
     """
 
@@ -98,11 +100,12 @@ class Task:
     cache: PlanCache | None
     typed_from_fp32: bool = False
     quantized: QuantizeResult | None = None
+    tactic_libraries: TacticLibraries = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def request(self, onnx_sha256: str, config: BuildConfig) -> PlanRequest:
         """What the plan of a typed ONNX depends on."""
-        return PlanRequest(onnx_sha256, config, self.capabilities, self.library, self.gpu)
+        return PlanRequest(onnx_sha256, config, self.capabilities, self.library, self.gpu, self.tactic_libraries)
 
 
 def type_and_build(task: Task, source: Source, config: BuildConfig) -> BuildResult:
@@ -190,7 +193,7 @@ def _job(task: Task, source: Source, config: BuildConfig) -> BuildJob:
 
 def _passport(task: Task, source: Source, request: PlanRequest, *, built: BuiltPlan, seconds: float) -> PlanPassport:
     metadata, library = source.metadata, task.library
-    entry = HistoryEntry("build", {"repvgg-deploy": __version__, library.flavour: library.version}, {}, source.sha256)
+    entry = HistoryEntry("build", {"repvgg-deploy": __version__, library.flavour: library.version}, request.build_options(), source.sha256)
     return PlanPassport(
         schema=PASSPORT_SCHEMA,
         plan_sha256=hashlib.sha256(memoryview(built.data)).hexdigest(),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import enum
-import shutil
-import subprocess
 import types
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import pytest
 
 from repvgg_deploy.builder.build import build
 from repvgg_deploy.builder.library import Library
-from repvgg_deploy.builder.recipes import choose_tactic_sources, has_function, require_options, resolve_targets
+from repvgg_deploy.builder.recipes import require_options, resolve_targets
 from repvgg_deploy.errors import BuildError, CudaError
 from repvgg_deploy.onnx_file import read_metadata
 from repvgg_deploy.specs import BuildConfig, ShapeProfile
@@ -205,38 +203,3 @@ def test_profile_that_is_refused_is_an_error(tmp_path: Path) -> None:
 def test_plan_that_does_not_load_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="cannot load the plan that it has just built"):
         build_fake("10.9.0.34", make_typed(tmp_path, "fp32"), faults=Faults(no_engine=True))
-
-
-@pytest.mark.parametrize(
-    ("missing", "kept"),
-    [
-        ((), None),
-        (("cudnn",), ("CUBLAS", "CUBLAS_LT", "EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")),
-        (("cudnn", "cublas"), ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")),
-    ],
-)
-def test_libraries_that_are_not_there_are_left_out_of_tensorrt_8(tmp_path: Path, missing: tuple[str, ...], kept: tuple[str, ...] | None) -> None:
-    trt = FakeTrt("8.5.3.1", make_typed(tmp_path, "fp32"), None)
-    settings = trt_config(trt)
-    choose_tactic_sources(trt, settings, lambda name, _: not any(part in name for part in missing))
-    expected = [] if kept is None else [sum(1 << int(getattr(trt.TacticSource, kind)) for kind in kept)]
-    assert trt.said("tactic_sources") == expected
-
-
-def test_empty_library_in_place_of_cudnn_is_not_taken_for_it(tmp_path: Path) -> None:
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("no C compiler to make a library with")
-    libraries = {}
-    for name, source in (("empty", ""), ("real", "int cudnnGetVersion(void) { return 8600; }\n")):
-        libraries[name] = tmp_path / f"lib{name}.so"
-        subprocess.run([compiler, "-shared", "-fPIC", "-x", "c", "-", "-o", libraries[name]], input=source, text=True, check=True, timeout=300)
-    assert has_function(str(libraries["real"]), "cudnnGetVersion")
-    assert not has_function(str(libraries["empty"]), "cudnnGetVersion")
-    assert not has_function(str(tmp_path / "libnone.so"), "cudnnGetVersion")
-
-
-def trt_config(trt: FakeTrt) -> Any:
-    from tests.builder.fake_trt import Config
-
-    return Config(trt)

@@ -166,6 +166,31 @@ CHANGES: dict[str, Any] = {
 }
 
 
+def test_libraries_that_tensorrt_8_takes_kernels_from_are_part_of_the_plan(tmp_path: Path, tensorrt, monkeypatch: pytest.MonkeyPatch) -> None:
+    def put(**found: str | None) -> None:
+        monkeypatch.setattr(build_module, "find_tactic_libraries", lambda: {"CUDNN": None, "CUBLAS": "11.11.3", **found})
+
+    model = make_typed(tmp_path, "fp16")
+    trt = tensorrt(model, "8.5.3.1")
+    put()
+    assert read_back(build_plan(model)).history[-1].options == {"cudnn": None, "cublas": "11.11.3"}
+    for found in ({"CUDNN": "8.6.0"}, {"CUBLAS": "11.12.0"}):
+        put(**found)
+        with pytest.raises(ArtifactError, match="was built otherwise"):
+            build_plan(model)
+        assert build_plan(model, force=True).origin == "built"
+    put()
+    again = build_plan(model, tmp_path / "again.plan")
+    assert (again.origin, again.passport.history[-1].options["cudnn"], len(trt.said("network"))) == ("cache", None, 3)
+
+
+def test_libraries_that_tensorrt_10_does_not_use_are_not_even_looked_for(tmp_path: Path, tensorrt, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_module, "find_tactic_libraries", None)
+    model = make_typed(tmp_path, "fp16")
+    tensorrt(model, "10.9.0.34")
+    assert read_back(build_plan(model)).history[-1].options == {}
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_the_plan_depends_on_is_built_anew(tmp_path: Path, tensorrt, change: str) -> None:
     model = make_typed(tmp_path, "fp16")

@@ -17,7 +17,7 @@ import pytest
 from tests.contract.source_tree import ROOT, modules
 
 GUIDES = ["docs/index.md", "docs/reparameterization.md", "docs/int8.md", "docs/deployment.md"]
-REFERENCE = ["docs/api/engine.md", "docs/api/options.md", "docs/api/errors.md"]
+REFERENCE = [f"docs/api/{name}.md" for name in ("index", "engine", "options", "serving", "measure", "accuracy", "specs", "errors")]
 DOCUMENTS = [
     "README.md",
     "docs/schemas.md",
@@ -25,7 +25,6 @@ DOCUMENTS = [
     "docs/troubleshooting.md",
     *GUIDES,
     *REFERENCE,
-    "docs/api/index.md",
     "engines/README.md",
     "CONTRIBUTING.md",
     "docker/README.md",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import inspect
 import os
 import re
 import subprocess
@@ -16,7 +18,7 @@ import pytest
 
 import repvgg_deploy
 from repvgg_deploy import errors
-from tests.contract.source_tree import ROOT
+from tests.contract.source_tree import ROOT, imports, modules
 
 DOCS = ROOT / "docs"
 needs_mkdocs = pytest.mark.skipif(
@@ -103,6 +105,31 @@ def test_reference_has_every_public_name_and_every_error(pages: dict[Path, Page]
     kinds = [name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.RepVGGDeployError)]
     assert len(kinds) > 15
     assert [name for name in kinds if f"repvgg_deploy.errors.{name}" not in anchors] == []
+
+
+# Of what the programs call: parts of their own checks and output.
+HELPERS = {"as_path", "classes_of", "count_steps", "first_below", "look_for_gpu", "look_up_gpu", "read_model", "require_free"}
+STAGES = {"pipeline", "measure", "serving", "verify", "builder", "runtime", "image_sets", "plots", "speed_plots"}
+
+
+@needs_mkdocs
+def test_reference_has_what_the_programs_call_and_what_modules_export(pages: dict[Path, Page], site: Path) -> None:
+    """What `repvgg-trt` and `repvgg-export` do, a program of a user's can do, too, and reads here how."""
+    anchors = {anchor for path, page in pages.items() if path.parent == site / "api" for anchor in page.anchors}
+    documented = {anchor.rpartition(".")[2] for anchor in anchors if anchor.startswith("repvgg_deploy.")}
+    called: set[str] = set()
+    for module in modules():
+        for name, _ in imports(module) if module.layer == "cli" else ():
+            parts = name.split(".")
+            home = importlib.import_module(".".join(parts[:-1])) if parts[1:] and parts[0] == "repvgg_deploy" and parts[1] in STAGES else None
+            if home is not None and inspect.isroutine(getattr(home, parts[-1], None)):
+                called.add(parts[-1])
+    assert {"write_triton", "validate_repository", "run_benchmark", "advise", "evaluate", "check_plan"} <= called
+    assert called - documented == HELPERS
+    for place in ("pipeline.build", "pipeline.quantize", "precision.int8", "preprocess", "runtime.engine"):
+        exported = importlib.import_module(f"repvgg_deploy.{place}")
+        kinds = {name for name in exported.__all__ if inspect.isroutine(getattr(exported, name)) or inspect.isclass(getattr(exported, name))}
+        assert kinds - documented == set(), place
 
 
 @needs_mkdocs

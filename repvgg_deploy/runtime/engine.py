@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -83,6 +84,8 @@ class Engine:
         self._lease = Lease(self._backend.close)
         self._recorder = Recorder()
         self._submissions = Submissions(self._options.workers, self._options.max_pending)
+        # An Engine that is dropped without close() gives all back, too: threads, and a plan's memory on the GPU, would stay as long as the process.
+        weakref.finalize(self, _let_go, self._lease, self._submissions, self._process).atexit = False
         if fingerprint(self._path) != before:
             self.close()
             raise ModelError(f"{self._path}: was replaced while it was being opened", remedy="open it again")
@@ -313,12 +316,8 @@ class Engine:
             wait: Whether to wait; else the last batch frees the model when it is done. A thread of this Engine itself, in a callback of a future
                 of `submit`, never waits: it would wait for itself. In a child of `fork` the model is let lie: it is the parent's.
         """
-        if self._process != os.getpid():
-            self._lease.abandon()
-            return
-        self._lease.close()
-        self._submissions.close()
-        if wait and not self._submissions.is_own_thread():
+        _let_go(self._lease, self._submissions, self._process)
+        if wait and self._process == os.getpid() and not self._submissions.is_own_thread():
             self._lease.wait()
 
     def __enter__(self) -> Engine:
@@ -365,3 +364,11 @@ class Engine:
         finally:
             if not entered:
                 self._lease.release()
+
+
+def _let_go(lease: Lease, submissions: Submissions, process: int) -> None:
+    if process == os.getpid():
+        lease.close()
+        submissions.close()
+    else:
+        lease.abandon()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -499,6 +501,23 @@ def test_close_waits_for_running_work_and_frees_everything(world: World) -> None
         assert not closing.is_alive() and world.cuda.leaks() == {}
         np.testing.assert_allclose(running.result(PATIENCE), world.expect(batch_of(3))[0], rtol=1e-5, atol=1e-5)
     assert world.cuda.leaks() == {}
+
+
+def test_engine_that_is_dropped_gives_memory_and_threads_back(world: World) -> None:
+    threads = threading.active_count()
+    engine = world.open()
+    answers = [engine.submit(random_batch(PLAIN, count)) for count in (3, 8, 20)]
+    batcher = engine.batcher()
+    answers.append(batcher.submit(random_batch(PLAIN, 2)))
+    batcher.close()
+    del engine, batcher
+    assert [len(answer.result(PATIENCE)) for answer in answers] == [3, 8, 20, 2]
+    del answers
+    end = time.monotonic() + PATIENCE
+    while (world.cuda.leaks() or threading.active_count() > threads) and time.monotonic() < end:
+        gc.collect()
+        time.sleep(0.01)  # until the threads that ran them have let go of the Engine, too
+    assert world.cuda.leaks() == {} and threading.active_count() <= threads
 
 
 def test_batcher_and_submit_run_on_plans(world: World) -> None:

@@ -80,6 +80,17 @@ class Request:
         return len(self.batch)
 
 
+@dataclass(slots=True, eq=False)
+class _Cancellations:
+    """Whether a request may have been cancelled since somebody looked; futures hold this and not the queue."""
+
+    seen: bool = False
+
+    def hear(self, future: Future[Any]) -> None:
+        if future.cancelled():
+            self.seen = True
+
+
 class BatchQueue:
     """Requests that wait.
 
@@ -95,6 +106,9 @@ class BatchQueue:
         self._options = options
         self._clients: OrderedDict[Hashable, deque[Request]] = OrderedDict()
         self._images = 0
+        # So that a long queue is looked through only when something in it may be over: it would cost more than a batch does.
+        self._soonest = math.inf  # no deadline of those that wait is earlier
+        self._cancellations = _Cancellations()
 
     @property
     def images(self) -> int:
@@ -121,6 +135,8 @@ class BatchQueue:
             )
         self._clients.setdefault(request.client, deque()).append(request)
         self._images += request.images
+        self._soonest = min(self._soonest, request.deadline)
+        request.future.add_done_callback(self._cancellations.hear)
 
     def discard(self, now: float) -> tuple[list[Request], list[Request]]:
         """Removes what need not be run any more.
@@ -128,10 +144,18 @@ class BatchQueue:
         Returns:
             Requests whose deadline has passed, and requests that were cancelled.
         """
-        expired = [request for request in self if request.deadline <= now and not request.future.cancelled()]
-        cancelled = [request for request in self if request.future.cancelled()]
-        for request in (*expired, *cancelled):
-            self._remove(request)
+        expired: list[Request] = []
+        cancelled: list[Request] = []
+        if now < self._soonest and not self._cancellations.seen:
+            return expired, cancelled
+        self._cancellations.seen = False
+        for client, waiting in list(self._clients.items()):
+            alive: deque[Request] = deque()
+            for request in waiting:
+                (cancelled if request.future.cancelled() else expired if request.deadline <= now else alive).append(request)
+            self._keep(client, alive)
+        self._images -= sum(request.images for request in (*expired, *cancelled))
+        self._soonest = min((request.deadline for request in self), default=math.inf)
         return expired, cancelled
 
     def take(self, now: float, *, at_once: bool = False) -> list[Request]:
@@ -141,14 +165,16 @@ class BatchQueue:
             now: The time.
             at_once: Whether nothing may be waited for, because the queue is being closed.
         """
-        oldest = min((request.arrival for request in self), default=math.inf)
-        due = at_once or self._images >= self._options.max_batch or now - oldest >= self._options.max_delay_ms / 1e3
+        due = at_once or self._images >= self._options.max_batch or now - self._oldest() >= self._options.max_delay_ms / 1e3
         return self._collect(now) if due and self._clients else []
 
     def wake_at(self) -> float:
         """When something falls due by itself: a batch, or a deadline; infinity where nothing waits."""
-        delay = self._options.max_delay_ms / 1e3
-        return min((min(request.arrival + delay, request.deadline) for request in self), default=math.inf)
+        return min(self._oldest() + self._options.max_delay_ms / 1e3, self._soonest)
+
+    def _oldest(self) -> float:
+        """Arrival of the request that waits longest; a client's stand in the order in which they came."""
+        return min((waiting[0].arrival for waiting in self._clients.values()), default=math.inf)
 
     def _collect(self, now: float) -> list[Request]:
         batch: list[Request] = []
@@ -157,6 +183,8 @@ class BatchQueue:
         closed: set[Hashable] = set()  # clients whose next request does not fit: a later one may not overtake it
         while room and (clients := [client for client in self._clients if client not in closed]):
             for client in clients:
+                if not room:
+                    break
                 request = self._next(client, shape, now)
                 if request is None or request.images > room:
                     closed.add(client)
@@ -179,6 +207,13 @@ class BatchQueue:
     def _remove(self, request: Request) -> None:
         waiting = self._clients[request.client]
         waiting.remove(request)
-        if not waiting:
-            del self._clients[request.client]
+        self._keep(request.client, waiting)
         self._images -= request.images
+
+    def _keep(self, client: Hashable, waiting: deque[Request]) -> None:
+        if waiting:
+            self._clients[client] = waiting
+            return
+        del self._clients[client]
+        if not self._clients:
+            self._soonest = math.inf

@@ -68,6 +68,27 @@ def test_full_queue_refuses_and_frees_the_places_of_the_dead() -> None:
     assert queue.images == 4
 
 
+class Watched(Future[object]):
+    asked = 0
+
+    def cancelled(self) -> bool:
+        Watched.asked += 1
+        return super().cancelled()
+
+
+def test_long_queue_is_not_looked_through_for_every_batch() -> None:
+    queue = BatchQueue(BatcherOptions(max_batch=4, max_delay_ms=0, max_queue=2000))
+    requests = fill(queue, *(make(arrival=index, deadline=1e4 + index, client=index % 3) for index in range(2000)))
+    for request in requests:
+        request.future.__class__ = Watched
+    for _ in range(100):
+        assert queue.discard(2000.0) == ([], []) and len(queue.take(2000.0)) == 4
+    assert Watched.asked < 2000 and queue.images == 1600
+    requests[1999].future.cancel()
+    assert queue.discard(10_401.0) == ([requests[400], requests[401]], [requests[1999]])
+    assert queue.images == 1597 and queue.wake_at() == 402.0
+
+
 def test_deadline_wakes_before_the_delay_does() -> None:
     queue = BatchQueue(BatcherOptions(max_batch=4, max_delay_ms=100))
     fill(queue, make(arrival=0.0, deadline=0.05))

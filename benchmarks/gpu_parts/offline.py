@@ -48,6 +48,10 @@ def main(argv: list[str] | None = None) -> int:
     running.add_argument("--out", type=Path, required=True, help="folder of the results")
     running.add_argument("--minutes", type=float, default=60.0, help="of tests and figures, after which no new figure begins (default: %(default)s)")
     running.add_argument("--no-tests", action="store_true")
+    running.add_argument("--seconds", help="for each figure, as of benchmarks/gpu.py")
+    running.add_argument(
+        "--variants", nargs="+", help="as of benchmarks/gpu.py, which takes them in this order: where minutes are few, first what matters"
+    )
     running.add_argument("program", nargs="+", help="the Python that has TensorRT, after --")
     args = parser.parse_args(argv)
     if args.command == "pack":
@@ -85,6 +89,8 @@ def run(args: argparse.Namespace) -> int:
             "gpu",
             "-p",
             "no:cacheprovider",
+            "-W",
+            "default",  # of the machine's own packages, in versions that nobody here chose: no reason to have no figures
             "tests/gpu",
             "--junitxml",
             str(log.with_suffix(".xml").resolve()),
@@ -98,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
     left = max(args.minutes - (time.monotonic() - started) / 60, 0.0)
     figures = [*args.program, "benchmarks/gpu.py", "--models", str(args.models.resolve()), "--minutes", f"{left:.2f}"]
     target = args.out.resolve() / f"gpu-python{version}.json"
+    figures += [*(["--seconds", args.seconds] if args.seconds else []), *(["--variants", *args.variants] if args.variants else [])]
     codes.append(subprocess.run([*figures, "--out", str(target)], cwd=ROOT, env=environment, check=False).returncode)
     return int(any(codes))  # a program that a signal ended has a negative code
 

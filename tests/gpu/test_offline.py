@@ -77,10 +77,11 @@ def test_minutes_are_those_of_tests_and_figures_together(tmp_path: Path, monkeyp
     monkeypatch.setattr(offline, "count_run", lambda _: 1)
     times = iter([0.0, 240.0])  # the tests take four minutes
     monkeypatch.setattr(offline.time, "monotonic", lambda: next(times))
-    arguments = ["run", str(tmp_path / "wheels"), "--models", "models", "--out", str(tmp_path / "out"), "--minutes", "9", "--", str(program)]
+    arguments = ["run", str(tmp_path / "wheels"), "--models", "models", "--out", str(tmp_path / "out"), "--minutes", "9"]
+    arguments += ["--seconds", "1", "--variants", "B2", "A0", "--", str(program)]
     assert offline.main(arguments) == 0
     tests, figures = (tmp_path / "called").read_text(encoding="utf-8").splitlines()
-    assert "pytest" in tests and "--minutes 5.00" in figures
+    assert "pytest" in tests and "-W default" in tests and "--minutes 5.00 --seconds 1 --variants B2 A0 --out" in figures
 
 
 def test_every_package_that_makes_models_is_carried() -> None:

@@ -9,7 +9,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ import torch
 from repvgg_deploy import artifacts
 from repvgg_deploy.cli.export import main
 from repvgg_deploy.variants import get_variant
+from tests.endless import PATIENCE_SECONDS, Stage, start_endless
 from tests.reference.generated import random_model
 from tests.reference.random_blocks import small_variant
 
@@ -225,17 +225,14 @@ def test_export_really_full_disk_leaves_nothing(checkpoint: Path, tmp_path: Path
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_export_interrupted_at_any_moment_leaves_nothing(tmp_path: Path, number: signal.Signals, status: int) -> None:
-    torch.save(random_model(get_variant("A0", num_classes=10)).state_dict(), tmp_path / "a0.pth")
+@pytest.mark.parametrize(("number", "status", "stage"), [(signal.SIGINT, 130, "to_onnx"), (signal.SIGTERM, 143, "verify_onnx")])
+def test_export_interrupted_at_work_leaves_nothing(checkpoint: Path, tmp_path: Path, number: signal.Signals, status: int, stage: str) -> None:
     (tmp_path / "out").mkdir()
-    command = [sys.executable, "-m", "repvgg_deploy.cli.export", "--ckpt", str(tmp_path / "a0.pth"), "--out", str(tmp_path / "out" / "m.onnx")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "out").iterdir()) and time.monotonic() < deadline:  # the hidden partial file: the work has begun
-        time.sleep(0.02)
+    arguments = ["--ckpt", checkpoint, "--out", tmp_path / "out" / "m.onnx", *SIZE]
+    process = start_endless("repvgg_deploy.cli.export", arguments, Stage("repvgg_deploy.pipeline.checkpoint", stage), tmp_path / "reached")
+    assert len(list((tmp_path / "out").iterdir())) == 1  # the hidden partial file
     process.send_signal(number)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == status, err
     assert "Traceback" not in err
     assert list((tmp_path / "out").iterdir()) == []

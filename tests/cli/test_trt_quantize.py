@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +20,7 @@ from repvgg_deploy.cli.trt_quantize import describe_demand
 from repvgg_deploy.export.synthesize import SynthesisOptions
 from repvgg_deploy.pipeline.checkpoint import ExportOptions, export_checkpoint
 from repvgg_deploy.runtime.engine import Engine
+from tests.endless import PATIENCE_SECONDS, Stage, start_endless
 from tests.precision.make_chain import KINDS, ChainOptions, make_model, save
 
 
@@ -296,16 +293,13 @@ def test_quantize_other_kinds_from_a_folder_of_photos(tmp_path: Path, capsys: py
     assert "1 of 25 images could not be read" in err
 
 
-def test_interrupted_quantize_leaves_nothing(sample: Path) -> None:
+def test_interrupted_quantize_leaves_nothing(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     before = sorted(sample.parent.iterdir())
-    command = [sys.executable, "-m", "repvgg_deploy.cli.trt", "quantize", str(sample), "--int8"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
-    deadline = time.monotonic() + 60
-    while sorted(sample.parent.iterdir()) == before and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(0.3)
-    os.kill(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    stage, marker = Stage("repvgg_deploy.pipeline.quantize_work", "to_int8"), tmp_path_factory.mktemp("marker") / "reached"
+    process = start_endless("repvgg_deploy.cli.trt", ["quantize", sample, "--int8"], stage, marker)
+    assert len(list(sample.parent.iterdir())) == len(before) + 1  # the hidden partial file
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=PATIENCE_SECONDS)
     assert (process.returncode, out) == (130, ""), err
     assert err.endswith("interrupted\n")
     assert sorted(sample.parent.iterdir()) == before

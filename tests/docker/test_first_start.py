@@ -23,6 +23,7 @@ from repvgg_deploy.cli import trt
 from repvgg_deploy.cli.trt import main as repvgg_trt
 from repvgg_deploy.pipeline import gpu_here
 from repvgg_deploy.pipeline.gpu_here import GpuSearch
+from tests.endless import PATIENCE_SECONDS, Stage, start_endless
 from tests.precision.rtx import needs_rtx
 from tests.runtime.make_model import ModelOptions, make_onnx
 from tests.serving.make_repository import files_below, needs_schema, write_plan
@@ -55,7 +56,7 @@ class Container:
         """Runs it to its end."""
         return subprocess.run(
             [sys.executable, str(PROGRAM), *(arguments or SHOW)],
-            env={**self.environment, **environment}, capture_output=True, text=True, check=False, timeout=120,
+            env={**self.environment, **environment}, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS,
         )  # fmt: skip
 
     def popen(self, *arguments: str) -> subprocess.Popen[str]:
@@ -142,7 +143,7 @@ def test_containers_that_start_at_once_build_once(container: Container, tmp_path
     for number in range(3):
         container.environment["XDG_CACHE_HOME"] = str(tmp_path / f"cache {number}")  # so that it is not the cache that saves the other builds
         started.append(container.popen(*SHOW))
-    outputs = [process.communicate(timeout=120) for process in started]
+    outputs = [process.communicate(timeout=PATIENCE_SECONDS) for process in started]
     assert [process.returncode for process in started] == [0, 0, 0], outputs
     assert sum("nothing was built now" in out for out, _ in outputs) == 2
 
@@ -176,13 +177,13 @@ def test_failed_build_ends_with_its_code_starts_nothing_and_leaves_nothing(
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_signal_during_the_build_stops_it_and_leaves_nothing(number: int, code: int, container: Container) -> None:
     make_onnx(container.models / "net.onnx")
-    with container.popen("echo", "started") as process:
-        assert process.stderr is not None
-        assert process.stdout is not None
-        assert "repvgg-trt build" in process.stderr.readline()
-        process.send_signal(number)
-        assert process.wait(60) == code
-        assert "started" not in process.stdout.read()
+    stage, marker = Stage("repvgg_deploy.pipeline.build_work", "build"), container.models.parent / "reached"
+    process = start_endless(str(PROGRAM), ["echo", "started"], stage, marker, container.environment)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == code
+    assert "repvgg-trt build" in err
+    assert "started" not in out
     assert [path for path in container.engines.rglob("*") if path.is_file() and path.name != ".lock"] == []
 
 
@@ -215,12 +216,12 @@ def test_start_that_builds_nothing_writes_nothing(container: Container) -> None:
 def test_command_gets_signals_itself(container: Container) -> None:
     make_onnx(container.models / "net.onnx")
     container.environment["REPVGG_SERVE"] = "onnx"
-    code = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); print('ready', flush=True); signal.pause()"
+    code = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); print('ready', flush=True)\nwhile True: time.sleep(0.05)"
     with container.popen(sys.executable, "-c", code) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 7
+        assert process.wait(PATIENCE_SECONDS) == 7
 
 
 def test_command_has_default_signals_again(container: Container) -> None:
@@ -239,7 +240,7 @@ def test_signal_while_another_container_builds_ends_the_waiting(container: Conta
             assert process.stderr is not None
             assert "waiting for it" in process.stderr.readline()
             process.send_signal(signal.SIGTERM)
-            assert process.wait(30) == 143
+            assert process.wait(PATIENCE_SECONDS) == 143
             assert process.stdout is not None
             assert process.stdout.read() == ""
 

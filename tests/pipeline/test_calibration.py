@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +24,7 @@ from repvgg_deploy.precision.int8 import to_int8
 from repvgg_deploy.precision.typed_model import write_typed
 from repvgg_deploy.preprocess import normalize
 from repvgg_deploy.reference.checkpoint import load_checkpoint
+from tests.endless import PATIENCE_SECONDS, Stage, start_endless
 from tests.reference.generated import CASES, Case, random_model, write_case
 from tests.reference.random_blocks import small_variant
 
@@ -231,22 +228,19 @@ def test_program_with_an_option_that_cannot_hold_is_a_usage_error(checkpoint: Pa
     capsys.readouterr()
 
 
-def test_program_terminated_leaves_its_state_and_the_same_command_goes_on(checkpoint: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "repvgg_deploy.cli.export", "--ckpt", str(checkpoint), "--image-size", "32"]
-    command += ["--synthetic-calibration", "4", "--calibration-steps", "400"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    state = tmp_path / "model.calib.partial.npz"
-    deadline = time.monotonic() + 120
-    while not state.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(0.3)  # some steps
+def test_program_terminated_leaves_its_state_and_the_same_command_goes_on(
+    checkpoint: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--ckpt", str(checkpoint), "--image-size", "32", "--synthetic-calibration", "4", "--calibration-steps", "40"]
+    stage, marker = Stage("repvgg_deploy.pipeline.calibration", "Synthesizer.advance", before=7), tmp_path_factory.mktemp("marker") / "reached"
+    process = start_endless("repvgg_deploy.cli.export", arguments, stage, marker)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143
+    process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 143
     assert files(tmp_path) == ["model.calib.partial.npz", "model.onnx", "model.pth"]
-    with np.load(state) as stored:
-        assert 0 < int(stored["step"]) < 400
-    assert subprocess.run(command, env=environment, capture_output=True, timeout=240, check=False).returncode == 0
+    with np.load(tmp_path / "model.calib.partial.npz") as stored:
+        assert int(stored["step"]) == 7
+    assert main(arguments) == 0
     assert files(tmp_path) == ["model.calib.npz", "model.onnx", "model.pth"]
 
 

@@ -1,0 +1,67 @@
+"""A program whose work does not end by itself: so that a signal meets it at work, however late the test sends it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PATIENCE_SECONDS = 300  # until a test that hangs is given up; none waits so long
+_CODE = """
+import importlib, operator, pathlib, runpy, sys
+marker, module, name, before, program = sys.argv[1:6]
+sys.argv[:] = [program, *sys.argv[6:]]
+*path, last = name.split(".")
+owner = operator.attrgetter(".".join(path))(importlib.import_module(module)) if path else importlib.import_module(module)
+real, calls = getattr(owner, last), 0
+
+def endless(*args, **named):
+    global calls
+    calls += 1
+    if calls > int(before):
+        pathlib.Path(marker).touch()
+        while True:
+            real(*args, **named)
+    return real(*args, **named)
+
+setattr(owner, last, endless)
+if program.endswith(".py"):
+    runpy.run_path(program, run_name="__main__")
+else:
+    runpy.run_module(program, run_name="__main__", alter_sys=True)
+"""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A function of the package that is called again and again.
+
+    Attributes:
+        module: Where it is looked up.
+        name: Its name there.
+        before: How many calls of it end as ever before.
+    """
+
+    module: str
+    name: str
+    before: int = 0
+
+
+def start_endless(program: str, arguments: Sequence[object], stage: Stage, marker: Path, environment: dict[str, str] | None = None) -> Any:
+    """The process of a module or script that works at this stage, and would for ever. `marker` must not exist; it says that the stage was reached."""
+    command = [sys.executable, "-c", _CODE, str(marker), stage.module, stage.name, str(stage.before), program, *map(str, arguments)]
+    given = {**(os.environ if environment is None else environment), "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=given)
+    end = time.monotonic() + PATIENCE_SECONDS
+    while not marker.exists():
+        if process.poll() is not None or time.monotonic() > end:
+            process.kill()
+            raise AssertionError(f"{stage.name} was not reached: {process.communicate()}")
+        time.sleep(0.02)
+    return process

@@ -1,81 +1,100 @@
-"""Ways in turn: order, what counts, how long, clients, failures."""
+"""Ways in turn, on a clock that only calls move: order, what counts, how long, clients, failures."""
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 
 import pytest
 
 from repvgg_deploy.errors import ModelError
+from repvgg_deploy.measure import turns as module
 from repvgg_deploy.measure.turns import MOST_TURNS, Pace, measure_in_turns
 
 
-def recording(log: list[str], name: str, seconds: float = 0.001) -> Callable[[], None]:
+class Clock:
+    """In place of the module `time`."""
+
+    def __init__(self) -> None:
+        self._now, self._lock = 0.0, threading.Lock()
+
+    def perf_counter(self) -> float:
+        return self._now
+
+    def advance(self, seconds: float) -> None:
+        with self._lock:
+            self._now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(module, "time", made)
+    return made
+
+
+def recording(log: list[str], name: str, clock: Clock) -> Callable[[], None]:
     def call() -> None:
         log.append(name)
-        time.sleep(seconds)
+        clock.advance(0.001)
 
     return call
 
 
-def test_ways_take_turns_and_each_round_begins_with_another() -> None:
+def test_ways_take_turns_and_each_round_begins_with_another(clock: Clock) -> None:
     log: list[str] = []
-    found = measure_in_turns({name: recording(log, name) for name in "abc"}, Pace(duration_s=0.8, warm_up_s=0.0))
+    found = measure_in_turns({name: recording(log, name, clock) for name in "abc"}, Pace(duration_s=0.8, warm_up_s=0.0))
     assert {name: len(turns.seconds) for name, turns in found.items()} == dict.fromkeys("abc", MOST_TURNS)
     changes = [log[index] for index in range(len(log)) if index == 0 or log[index] != log[index - 1]]
     # The warm-up's a, b, c; then the rounds, whose borders fall together where one ends and the next begins with the same way.
     assert changes[:9] == ["a", "b", "c", "a", "b", "c", "b", "c", "a"]
 
 
-def test_warm_up_and_the_first_call_of_each_turn_are_not_counted() -> None:
+def test_warm_up_and_the_first_call_of_each_turn_are_not_counted(clock: Clock) -> None:
     log: list[str] = []
-    turns = measure_in_turns({"a": recording(log, "a")}, Pace(duration_s=0.05, warm_up_s=0.0))["a"]
+    turns = measure_in_turns({"a": recording(log, "a", clock)}, Pace(duration_s=0.05, warm_up_s=0.0))["a"]
     assert len(log) == 3 + turns.calls + len(turns.seconds)
-    assert all(second >= 0.001 for turn in turns.seconds for second in turn)
-    assert all(wall >= sum(turn) for wall, turn in zip(turns.wall_seconds, turns.seconds, strict=True))
+    assert all(second == pytest.approx(0.001) for turn in turns.seconds for second in turn)
+    assert turns.wall_seconds == pytest.approx([sum(turn) for turn in turns.seconds])
 
 
-def test_slow_calls_make_two_turns_of_one_call_each() -> None:
-    turns = measure_in_turns({"a": lambda: time.sleep(0.02)}, Pace(duration_s=0.01, warm_up_s=0.0))["a"]
+def test_slow_calls_make_two_turns_of_one_call_each(clock: Clock) -> None:
+    turns = measure_in_turns({"a": lambda: clock.advance(0.02)}, Pace(duration_s=0.01, warm_up_s=0.0))["a"]
     assert [len(turn) for turn in turns.seconds] == [1, 1]
 
 
-def test_progress_is_told_once_a_way_and_turn() -> None:
+def test_progress_is_told_once_a_way_and_turn(clock: Clock) -> None:
     told: list[str] = []
-    measure_in_turns({"a": lambda: time.sleep(0.001), "b": lambda: time.sleep(0.001)}, Pace(0.8, 0.0), progress=told.append)
+    ways = {"a": lambda: clock.advance(0.001), "b": lambda: clock.advance(0.001)}
+    measure_in_turns(ways, Pace(0.8, 0.0), progress=told.append)
     assert told.count("a") == told.count("b") == MOST_TURNS + 1
 
 
-def test_clients_call_at_once() -> None:
-    together, most, guard = 0, 0, threading.Lock()
+def test_clients_call_at_once(clock: Clock) -> None:
+    """A call of a client ends when all four are in theirs, and takes a second: one that waited for another would never end."""
+    main, meeting = threading.current_thread(), threading.Barrier(4, action=lambda: clock.advance(1.0))
 
     def call() -> None:
-        nonlocal together, most
-        with guard:
-            together += 1
-            most = max(most, together)
-        time.sleep(0.002)
-        with guard:
-            together -= 1
+        if threading.current_thread() is main:  # the warm-up
+            clock.advance(1.0)
+        else:
+            meeting.wait(300)
 
     turns = measure_in_turns({"a": call}, Pace(duration_s=0.2, warm_up_s=0.0, clients=4))["a"]
-    assert most == 4
-    assert turns.calls >= 4 * len(turns.seconds)
-    assert sum(second for turn in turns.seconds for second in turn) > 1.5 * sum(turns.wall_seconds)  # four at once, and a busy machine
+    assert turns.seconds == ((1.0,) * 4,) * 2
+    assert max(turns.wall_seconds) <= 1.0
 
 
 @pytest.mark.parametrize("clients", [1, 3])
-def test_failure_of_a_call_ends_the_run_and_its_threads(clients: int) -> None:
-    before, calls = threading.active_count(), [0]
+def test_failure_of_a_call_ends_the_run_and_its_threads(clock: Clock, clients: int) -> None:
+    before, calls = set(threading.enumerate()), [0]
 
     def call() -> None:
         calls[0] += 1
         if calls[0] > 8:
             raise ModelError("the backend failed", remedy="look")
-        time.sleep(0.001)
+        clock.advance(0.001)
 
     with pytest.raises(ModelError, match="the backend failed"):
         measure_in_turns({"a": call}, Pace(duration_s=0.5, warm_up_s=0.0, clients=clients))
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -295,10 +294,8 @@ def test_export_raw_pixels_need_no_normalisation() -> None:
 
 
 def test_export_bad_folder_is_refused_before_the_work(tmp_path: Path) -> None:
-    start = time.monotonic()
-    with pytest.raises(ArtifactError, match="does not exist"):
+    with pytest.raises(ArtifactError, match="does not exist"):  # the checkpoint was not even looked at: its absence would be another error
         export_checkpoint(tmp_path / "missing.pth", tmp_path / "no" / "m.onnx")
-    assert time.monotonic() - start < 30  # the checkpoint was not even looked at: its absence would be another error
 
 
 def test_export_every_error_of_a_bad_checkpoint_is_ours(tmp_path: Path) -> None:

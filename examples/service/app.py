@@ -19,9 +19,9 @@ from repvgg_deploy import __version__
 from repvgg_deploy.errors import DeadlineError, EngineBusyError, InputError, RepVGGDeployError
 from repvgg_deploy.preprocess import decode_image, normalize
 from repvgg_deploy.runtime.results import Result, rank_classes
+from repvgg_deploy.serving import kserve
 from repvgg_deploy.specs import ModelSpec
 
-from . import kserve
 from .core import Service
 
 logger = logging.getLogger(__name__)

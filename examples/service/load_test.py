@@ -31,8 +31,7 @@ from repvgg_deploy import Engine, RepVGGDeployError
 from repvgg_deploy.errors import InputError
 from repvgg_deploy.preprocess import list_images
 from repvgg_deploy.runtime.engine import EngineOptions
-
-from .kserve import HEADER
+from repvgg_deploy.serving.kserve import HEADER
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,1 +1,1 @@
-"""A Triton model repository from plans or an ONNX, and what Triton would refuse in one. Needs the extra `serving`, no server."""
+"""What servers need: Triton model repositories and what Triton would refuse in one (extra `serving`); KServe v2, statistics for Prometheus."""

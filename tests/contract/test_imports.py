@@ -66,6 +66,7 @@ HEAVY = (
     "google",
     "tritonclient",
     "matplotlib",
+    "prometheus_client",
 )
 # The heavy packages that each part may import, anywhere in it.
 OWNED = {
@@ -75,7 +76,7 @@ OWNED = {
     "verify": {"numpy", "onnxruntime"},
     "builder": {"numpy", "tensorrt", "tensorrt_rtx", "cuda"},
     "runtime": {"numpy", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda", "pycuda"},
-    "serving": {"numpy", "google"},
+    "serving": {"numpy", "google", "prometheus_client"},
     "measure": {"numpy", "onnxruntime"},
     "pipeline": {"numpy", "torch", "onnx"},
     "cli": {"numpy"},

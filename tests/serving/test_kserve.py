@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from examples.service import kserve
 from repvgg_deploy.errors import InputError
 from repvgg_deploy.runtime.results import TopK
+from repvgg_deploy.serving import kserve
 from repvgg_deploy.specs import ModelSpec, TensorSpec
 
 LOGITS = TensorSpec("logits", "float32", ("batch", 4), "NC")

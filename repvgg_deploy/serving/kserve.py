@@ -12,14 +12,16 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from repvgg_deploy.errors import InputError
-from repvgg_deploy.runtime.results import Result, TopK
-from repvgg_deploy.specs import ModelSpec, TensorSpec
+from ..errors import InputError
+from ..specs import ModelSpec, TensorSpec
+
+if TYPE_CHECKING:
+    from ..runtime.results import Result
 
 ONLY_VERSION = "1"
 EXTENSIONS = ("binary_tensor_data", "classification", "schedule_policy")
@@ -33,7 +35,13 @@ _WINDOW_BITS = {"gzip": 31, "deflate": 15}
 
 @dataclass(frozen=True, slots=True)
 class WantedOutput:
-    """One output that a client asks for; `classes`: so many `score:index:label` in place of the tensor, 0: the tensor."""
+    """One output that a client asks for.
+
+    Attributes:
+        name: Of the output.
+        binary: Whether its bytes follow the JSON; else its numbers stand in it.
+        classes: So many `score:index:label` in place of the tensor; 0: the tensor.
+    """
 
     name: str
     binary: bool
@@ -42,7 +50,14 @@ class WantedOutput:
 
 @dataclass(frozen=True, slots=True)
 class InferRequest:
-    """A request: its batch as the model takes it (dtype and byte order; not yet its shape), and how it is to be answered."""
+    """A request, and how it is to be answered.
+
+    Attributes:
+        batch: (N, …) of the model's dtype and this machine's byte order; its shape is for the Engine to judge.
+        outputs: What is wanted, in order.
+        id: Comes back with the answer.
+        timeout_ms: How long the client would wait; None: as long as the service lets it.
+    """
 
     batch: NDArray[Any]
     outputs: tuple[WantedOutput, ...]
@@ -52,6 +67,11 @@ class InferRequest:
 
 def decompress(body: bytes | bytearray, encoding: str, limit: int) -> bytes:
     """Undoes Content-Encoding; of more than `limit` bytes, the first limit + 1.
+
+    Args:
+        body: Of the request.
+        encoding: What its header `Content-Encoding` says.
+        limit: Bytes that a request may have.
 
     Raises:
         InputError: Another encoding than gzip and deflate, or damaged.
@@ -177,13 +197,22 @@ def _read_outputs(head: Mapping[str, Any], spec: ModelSpec, *, all_binary: bool)
 
 def by_name(result: Result, spec: ModelSpec) -> dict[str, NDArray[Any]]:
     """What `Engine.infer` gives, by output name."""
-    if isinstance(result, TopK):
-        return dict(zip((output.name for output in spec.outputs), (result.scores, result.classes), strict=True))
-    return result if isinstance(result, dict) else {spec.outputs[0].name: result}
+    if isinstance(result, dict):
+        return result
+    if isinstance(result, np.ndarray):
+        return {spec.outputs[0].name: result}
+    return dict(zip((output.name for output in spec.outputs), (result.scores, result.classes), strict=True))
 
 
 def render_answer(request: InferRequest, result: Result, spec: ModelSpec, model: str) -> tuple[bytes, dict[str, str]]:
-    """The body of an answer and its headers."""
+    """The body of an answer and its headers.
+
+    Args:
+        request: What it answers.
+        result: Of `Engine.infer`.
+        spec: Of the model.
+        model: What clients call it.
+    """
     arrays = by_name(result, spec)
     outputs, tail = [], []
     for wanted in request.outputs:
@@ -215,7 +244,13 @@ def _pack(texts: Sequence[bytes]) -> bytes:
 
 
 def describe_model(spec: ModelSpec, name: str, platform: str) -> dict[str, Any]:
-    """The model's metadata: what tritonclient's `get_model_metadata` shows."""
+    """The model's metadata: what tritonclient's `get_model_metadata` shows.
+
+    Args:
+        spec: Of the model.
+        name: What clients call it.
+        platform: What runs it.
+    """
     return {
         "name": name,
         "versions": [ONLY_VERSION],

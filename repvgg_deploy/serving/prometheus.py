@@ -1,0 +1,79 @@
+"""The statistics of an Engine or a batcher as Prometheus reads them, taken when they are asked for; for a service of one's own (extra `service`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from ..errors import MissingDependencyError
+
+if TYPE_CHECKING:
+    from prometheus_client.core import HistogramMetricFamily, Metric
+    from prometheus_client.registry import Collector
+
+    from ..runtime.statistics import Histogram, Statistics
+
+_BATCH_SIZES = tuple(1 << power for power in range(10))
+_COUNTERS = {
+    "requests": "Answered",
+    "images": "Of the requests that were answered",
+    "failures": "That ended with an error of the backend",
+    "refused": "That found the queue full",
+    "expired": "Whose deadline passed before they were run",
+    "cancelled": "Whose client went away before they were run",
+}
+
+
+def make_collector(prefix: str, read: Callable[[], Statistics]) -> Collector:
+    """Statistics that only grow, as counters and histograms of Prometheus: `registry.register(make_collector("repvgg_engine", engine.statistics))`.
+
+    Args:
+        prefix: Of each name.
+        read: Gives the statistics; asked at every scrape, and not before.
+
+    Raises:
+        MissingDependencyError: prometheus-client is not installed.
+    """
+    try:
+        from prometheus_client.registry import Collector
+    except ImportError as error:
+        raise MissingDependencyError("prometheus-client is not installed", remedy="pip install 'repvgg-deploy[service]'") from error
+
+    class StatisticsCollector(Collector):
+        def describe(self) -> Iterator[Metric]:
+            return iter(())  # so that registering it does not ask the Engine yet
+
+        def collect(self) -> Iterator[Metric]:
+            return _collect(prefix, read())
+
+    return StatisticsCollector()
+
+
+def _collect(prefix: str, found: Statistics) -> Iterator[Metric]:
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+    for name, text in _COUNTERS.items():
+        unit = "" if name == "images" else "Requests: "
+        yield CounterMetricFamily(f"{prefix}_{name}", unit + text, value=getattr(found, name))
+    yield GaugeMetricFamily(f"{prefix}_waiting_images", "In the queue now", value=found.waiting)
+    yield _seconds(f"{prefix}_queue_seconds", "From a request's arrival until it was run", found.queue_ms)
+    yield _seconds(f"{prefix}_run_seconds", "Of each batch in the backend", found.run_ms)
+    yield _sizes(f"{prefix}_batch_images", "Images that were run together", found.batch_sizes)
+
+
+def _seconds(name: str, text: str, times: Histogram) -> HistogramMetricFamily:
+    """One bucket a doubling, of those times that a model can take."""
+    from prometheus_client.core import HistogramMetricFamily
+
+    kept = [(bound / 1e3, count) for bound, count in times.cumulative() if 0.05 < bound < 2e4 or bound == math.inf]
+    buckets = [("+Inf" if bound == math.inf else f"{bound:.6g}", count) for bound, count in kept]
+    return HistogramMetricFamily(name, text, buckets=buckets, sum_value=times.total_ms / 1e3)
+
+
+def _sizes(name: str, text: str, batches: Mapping[int, int]) -> HistogramMetricFamily:
+    from prometheus_client.core import HistogramMetricFamily
+
+    buckets = [(str(bound), sum(count for size, count in batches.items() if size <= bound)) for bound in _BATCH_SIZES]
+    total = sum(size * count for size, count in batches.items())
+    return HistogramMetricFamily(name, text, buckets=[*buckets, ("+Inf", sum(batches.values()))], sum_value=total)

@@ -7,6 +7,7 @@ import errno
 import filecmp
 import hashlib
 import os
+import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Literal
 from .errors import ArtifactError, InputError
 
 _CHUNK_BYTES = 1 << 20
+_NAME_BYTES = 100
 
 
 @dataclass(slots=True)
@@ -44,14 +46,24 @@ def atomic_output(target: Path, *, force: bool = False) -> Iterator[PendingOutpu
     Raises:
         ArtifactError: The folder is missing or not writable, the disk is full, or a different file stands there already.
     """
-    partial = _create_partial(target)
-    output = PendingOutput(target, partial)
+    with pending_output(target) as output:
+        yield output
+        _commit(output, force)
+
+
+@contextlib.contextmanager
+def pending_output(target: Path) -> Iterator[PendingOutput]:
+    """Gives a hidden file beside `target`, for who renames it himself; what is left of it at the end of the block is removed.
+
+    Raises:
+        ArtifactError: The folder is missing or not writable, or the disk is full.
+    """
+    output = PendingOutput(target, _create_partial(target))
     try:
         with explain_os_errors(target):
             yield output
-            _commit(output, force)
     finally:
-        partial.unlink(missing_ok=True)
+        output.partial.unlink(missing_ok=True)
 
 
 def require_writable(target: Path) -> None:
@@ -84,9 +96,13 @@ def require_replaceable(output: PendingOutput, *, force: bool) -> None:
     Raises:
         ArtifactError: A different file stands there, and `force` is not given.
     """
-    target = output.target
-    if target.exists() and not force and not filecmp.cmp(target, output.partial, shallow=False):
-        raise _exists(target)
+    if output.target.exists() and not force and not is_same(output):
+        raise _exists(output.target)
+
+
+def hidden_name(name: str, suffix: str) -> str:
+    """`.NAME` and the suffix, cut so that a disk takes it: most allow 255 bytes, which are 85 Chinese characters."""
+    return f".{name.encode('utf-8', 'surrogateescape')[:_NAME_BYTES].decode('utf-8', 'ignore')}{suffix}"
 
 
 def _exists(target: Path) -> ArtifactError:
@@ -99,23 +115,45 @@ def _create_partial(target: Path) -> Path:
     if target.exists() and not target.is_file():
         raise ArtifactError(f"{target}: is a device or pipe, expected a file", remedy="give the name of an ordinary file")
     if not target.parent.is_dir():
-        raise ArtifactError(f"{target}: the folder {target.parent} does not exist", remedy=f"mkdir -p {target.parent}")
+        raise ArtifactError(f"{target}: the folder {target.parent} does not exist", remedy=f"mkdir -p {shlex.quote(str(target.parent))}")
     with explain_os_errors(target):
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}.", suffix=".partial")
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=hidden_name(target.name, "."), suffix=".partial")
         os.close(handle)
     return Path(name)
 
 
 def _commit(output: PendingOutput, force: bool) -> None:
-    if output.target.exists():
-        if filecmp.cmp(output.target, output.partial, shallow=False):
-            output.status = "up to date"
-            return
-        if not force:
-            raise _exists(output.target)
+    if is_same(output):
+        output.status = "up to date"
+        return
+    if output.target.exists() and not force:
+        raise _exists(output.target)
+    settle(output)
+    put_in_place(output)
+
+
+def is_same(output: PendingOutput) -> bool:
+    """Whether an identical file stands at the target already."""
+    return output.target.exists() and filecmp.cmp(output.target, output.partial, shallow=False)
+
+
+def settle(output: PendingOutput) -> None:
+    """Brings what was written to the disk and gives it the mode of a file that others may read: then only a rename is left.
+
+    Raises:
+        OSError: The disk is full.
+    """
     with output.partial.open("rb+") as file:
         os.fsync(file.fileno())
     os.chmod(output.partial, 0o666 & ~_umask())
+
+
+def put_in_place(output: PendingOutput) -> None:
+    """Replaces the target.
+
+    Raises:
+        OSError: The operating system refuses.
+    """
     os.replace(output.partial, output.target)
     output.status = "written"
 
@@ -147,22 +185,6 @@ def explain_os_errors(target: Path) -> Iterator[None]:
             errno.EROFS: "write to another disk with --out",
         }.get(error.errno or 0, "look at the message of the operating system, or write elsewhere with --out")
         raise ArtifactError(f"{target}: cannot be written: {error.strerror or error}", remedy=remedy) from error
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Lets one process at a time into the block, by a lock file beside `path` that stays; others wait. The lock goes with its process.
-
-    Raises:
-        ArtifactError: The folder is missing or not writable.
-    """
-    import fcntl
-
-    with explain_os_errors(path):
-        file = path.with_name(f".{path.name}.lock").open("ab")
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def sha256_file(path: Path) -> str:

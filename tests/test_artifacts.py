@@ -145,6 +145,9 @@ def test_output_in_a_missing_folder_names_the_command_that_makes_it(tmp_path: Pa
     with pytest.raises(ArtifactError, match="does not exist") as caught:
         write_text(tmp_path / "a" / "notes.txt", "text")
     assert caught.value.remedy == f"mkdir -p {tmp_path / 'a'}"
+    with pytest.raises(ArtifactError) as caught:
+        write_text(tmp_path / "two words" / "notes.txt", "text")
+    assert caught.value.remedy == f"mkdir -p '{tmp_path / 'two words'}'"
 
 
 def test_output_that_is_a_folder_is_an_error(tmp_path: Path) -> None:
@@ -164,8 +167,9 @@ def test_output_has_the_mode_that_the_users_mask_says(tmp_path: Path, mask: int,
 
 
 def test_output_with_the_longest_name_that_a_disk_takes_is_written(tmp_path: Path) -> None:
-    target = tmp_path / ("n" * 251 + ".txt")
-    assert write_text(target, "text").status == "written"
+    for name in ("n" * 251 + ".txt", "計" * 85, "x" * 99 + "ü"):  # 255 bytes at most, which no character of a hidden name may be cut in two for
+        assert write_text(tmp_path / name, "text").status == "written"
+    assert len(names(tmp_path)) == 3
 
 
 def test_output_that_is_a_link_replaces_the_link_and_not_what_it_shows(tmp_path: Path) -> None:

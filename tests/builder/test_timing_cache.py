@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from repvgg_deploy.artifacts import locked
 from repvgg_deploy.builder.build import build
 from repvgg_deploy.builder.library import Library
 from repvgg_deploy.builder.timing_cache import choose_timing_file
+from repvgg_deploy.publication import locked
 from tests.builder.fake_trt import FakeTrt, Faults
 from tests.builder.make_typed import A10, make_job, make_typed
 
@@ -67,7 +67,7 @@ def test_timings_leave_only_the_file_and_its_lock(tmp_path: Path) -> None:
     model, folder = make_typed(tmp_path, "fp32"), tmp_path / "timing"
     folder.mkdir()
     run(model, folder / "t.timing")
-    assert sorted(entry.name for entry in folder.iterdir()) == [".t.timing.lock", "t.timing"]
+    assert sorted(entry.name for entry in folder.iterdir()) == ["t.timing"]
 
 
 def test_timings_that_cannot_be_kept_cost_no_plan(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

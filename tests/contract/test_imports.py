@@ -23,6 +23,7 @@ RANKS = {
     "variants": 2,
     "image_files": 3,
     "artifacts": 3,
+    "publication": 4,
     "layer_table": 3,
     "foreign_files": 0,
     "onnx_file": 3,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import codec
-from ..artifacts import explain_os_errors, sha256_file
+from ..artifacts import explain_os_errors, write_text
 from ..errors import ArtifactError, InputError
 from ..specs import PlanPassport
 
@@ -50,11 +50,16 @@ def make_key(parts: Mapping[str, object]) -> str:
     return hashlib.sha256(codec.dumps(parts).encode()).hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class CachedPlan:
-    """An entry whose content is what its passport says."""
+    """An entry whose content is what its passport says. It is in memory: the files may go at any time, when another process makes room.
 
-    plan: Path
+    Attributes:
+        data: The plan's bytes.
+        passport: Of it.
+    """
+
+    data: bytes
     passport: PlanPassport
 
 
@@ -75,12 +80,13 @@ class PlanCache:
         entry = self.folder / "plans" / key
         try:
             passport = codec.loads(PlanPassport, (entry / _PASSPORT).read_text(encoding="utf-8"))
-            if sha256_file(entry / _PLAN) == passport.plan_sha256:
-                with contextlib.suppress(OSError):  # of another user, or on a disk that is only read: it is good all the same
+            data = (entry / _PLAN).read_bytes()
+            if hashlib.sha256(data).hexdigest() == passport.plan_sha256:
+                with contextlib.suppress(OSError):  # of another user, on a disk that is only read, or gone by now: it is good all the same
                     os.utime(entry)
-                return CachedPlan(entry / _PLAN, passport)
+                return CachedPlan(data, passport)
             logger.warning("%s: a cached plan has changed: it is removed and built again", entry)
-        except FileNotFoundError:
+        except FileNotFoundError:  # there is none, or another process is removing it
             if not entry.exists():
                 return None
         except (InputError, OSError, UnicodeDecodeError) as error:
@@ -88,7 +94,7 @@ class PlanCache:
         shutil.rmtree(entry, ignore_errors=True)
         return None
 
-    def store(self, key: str, plan: Path, passport: PlanPassport) -> None:
+    def store(self, key: str, data: bytes | memoryview, passport: PlanPassport) -> None:
         """Keeps a plan; another process that was faster is left its entry."""
         plans = self.folder / "plans"
         partial: Path | None = None
@@ -96,12 +102,13 @@ class PlanCache:
             with explain_os_errors(plans):
                 plans.mkdir(parents=True, exist_ok=True)
                 partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=plans))
-                shutil.copyfile(plan, partial / _PLAN)
+                partial.chmod(plans.stat().st_mode & 0o777)  # mkdtemp's is for nobody else, and users may share the folder
+                (partial / _PLAN).write_bytes(data)
                 (partial / _PASSPORT).write_text(codec.dumps(passport), encoding="utf-8")
                 if not (plans / key).exists():
                     with contextlib.suppress(OSError):  # the other process has just put it there
                         partial.rename(plans / key)
-            self._prune(keep=key)
+                self._prune(keep=key)
         except ArtifactError as error:
             logger.warning("the plan was not put into the cache: %s", error.message)
         finally:
@@ -120,13 +127,11 @@ class PlanCache:
         """Remembers it."""
         target = self.folder / "requests" / key
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=_PARTIAL, dir=target.parent)
-            with os.fdopen(handle, "w", encoding="ascii") as file:
-                file.write(plan_key)
-            os.replace(name, target)
-        except OSError as error:
-            logger.warning("the request was not put into the cache: %s", error)
+            with explain_os_errors(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+            write_text(target, plan_key, force=True)
+        except ArtifactError as error:
+            logger.warning("the request was not put into the cache: %s", error.message)
 
     def _prune(self, keep: str) -> None:
         entries = []
@@ -135,9 +140,10 @@ class PlanCache:
                 size = sum(file.stat().st_size for file in entry.iterdir())
                 entries.append((entry.stat().st_mtime_ns, size, entry))
         total = sum(size for _, size, _ in entries)
-        for changed, _, entry in entries:
+        for changed, size, entry in entries:
             if entry.name.startswith(_PARTIAL) and changed < time.time_ns() - _ABANDONED_NS:
                 shutil.rmtree(entry, ignore_errors=True)
+                total -= size
         for _, size, entry in sorted(entries):
             if total <= self.limit_bytes:
                 return

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -177,7 +176,7 @@ def build_typed(task: Task, source: Source, config: BuildConfig, request_key: st
 
     result = _deliver(task, passport, fill, origin="built", report=built.report)
     if task.cache is not None:
-        task.cache.store(request.key(), result.output.target, result.passport)
+        task.cache.store(request.key(), memoryview(built.data), result.passport)
     _remember(task, request_key, request)
     return result
 
@@ -236,7 +235,7 @@ def _deliver_cached(task: Task, cached: CachedPlan, request: PlanRequest) -> Bui
         return _up_to_date(task)
 
     def fill(partial: Path) -> None:
-        shutil.copyfile(cached.plan, partial)
+        partial.write_bytes(cached.data)
 
     return _deliver(task, cached.passport, fill, origin="cache")
 

@@ -95,7 +95,8 @@ def _as_pairs(args: argparse.Namespace, result: BuildResult) -> list[tuple[str, 
     pairs = [("model", f"{args.model} ({show_bytes(args.model.stat().st_size)})"), ("builder", f"{result.library}, {on}")]
     if result.origin != "built":
         where = "the cache" if result.origin == "cache" else "its place already"
-        pairs.append(("reused", f"an identical plan is in {where}, built in {passport.build_seconds:.1f} s: nothing was built now"))
+        end = "another build was faster" if "build" in result.seconds else "nothing was built now"
+        pairs.append(("reused", f"an identical plan is in {where}, built in {passport.build_seconds:.1f} s: {end}"))
     pairs += _typing_pairs(result)
     pairs += [
         ("precision", describe_precision(passport)),

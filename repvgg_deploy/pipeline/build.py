@@ -14,7 +14,7 @@ from ..builder.recipes import is_strongly_typed, require_options, resolve_target
 from ..builder.tactic_sources import find_tactic_libraries
 from ..errors import InputError
 from ..runtime.passport import passport_path
-from .build_files import default_plan_output, look_at, require_room
+from .build_files import choose_output, default_plan_output, look_at, require_room
 from .build_options import BuildOptions, choose_profile, must_type
 from .build_source import read_source
 from .build_work import BuildResult, Progress, Task, build_typed, type_and_build
@@ -48,7 +48,7 @@ def build_plan(
         InputError: Two outputs are one file, or an output is an input.
     """
     path, options = Path(model), options if options is not None else BuildOptions()
-    target = default_plan_output(path) if out is None else Path(out)
+    target = choose_output(path, out)
     require_distinct([target, passport_path(target)], [path, *_inputs(options)])
     source = read_source(path)
     profile = choose_profile(source.metadata.spec, options, path)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from .. import codec
-from ..artifacts import PendingOutput, atomic_output, require_replaceable, require_writable, sha256_file
+from ..artifacts import PendingOutput, explain_os_errors, pending_output, put_in_place, require_replaceable, require_writable, settle, sha256_file
 from ..errors import ArtifactError, InputError, PlanError
+from ..publication import locked, publish_pair
 from ..runtime.passport import passport_path, read_passport
 from ..specs import PlanPassport
 from .build_request import PlanRequest, comes_from
@@ -33,6 +35,23 @@ class Standing:
     plan: Path
     exists: bool
     passport: PlanPassport | None
+
+
+def choose_output(model: Path, out: Path | str | None) -> Path:
+    """Where the plan will stand.
+
+    Raises:
+        InputError: The model's path has no file name.
+        ArtifactError: `out` is a folder, or a name that the disk does not take.
+    """
+    usual = default_plan_output(model)
+    target = usual if out is None else Path(out)
+    with explain_os_errors(target):
+        if not target.name or target.is_dir():
+            example = shlex.quote(str(target / usual.name))
+            raise ArtifactError(f"{target}: is a folder, expected a file name", remedy=f"give a file, such as --out {example}")
+        passport_path(target).exists()  # of a name that is too long even this cannot be told
+    return target
 
 
 def default_plan_output(model: Path) -> Path:
@@ -94,10 +113,9 @@ def require_same(standing: Standing, request: PlanRequest, *, force: bool) -> bo
 
 
 def deliver(plan: Path, passport: PlanPassport, fill: Fill, *, force: bool) -> tuple[PendingOutput, PendingOutput, PlanPassport]:
-    """Writes the plan and its passport.
+    """Writes the plan and its passport. Builds that write to the same place at once come one after the other, so that the two files belong together.
 
-    An old passport goes before the new plan comes, so that no moment has a plan beside the passport of another. Of an identical plan the old
-    passport stays: it says when and with what effort this plan was built.
+    Of an identical plan the old passport stays: it says when and with what effort this plan was built.
 
     Args:
         plan: The output.
@@ -112,14 +130,38 @@ def deliver(plan: Path, passport: PlanPassport, fill: Fill, *, force: bool) -> t
         ArtifactError: A file cannot be written, or a different one stands there.
     """
     beside = passport_path(plan)
-    with atomic_output(beside, force=True) as paper, atomic_output(plan, force=force) as output:
+    with pending_output(beside) as paper, pending_output(plan) as output:
         fill(output.partial)
-        require_replaceable(output, force=force)
-        kept = _keep(plan, passport)
-        paper.partial.write_text(codec.dumps(kept) + "\n", encoding="utf-8")
-        if plan.exists() and sha256_file(plan) != passport.plan_sha256:
-            beside.unlink(missing_ok=True)
+        with locked(plan):
+            require_replaceable(output, force=force)
+            kept = _keep(plan, passport)
+            _write(paper, kept)
+            publish_pair(output, paper)
     return output, paper, kept
+
+
+def refresh_passport(plan: Path, passport: PlanPassport) -> PendingOutput:
+    """Gives a plan that stands a passport that says more of it.
+
+    Returns:
+        The passport's file; `up to date` where another plan has come meanwhile, whose passport stays.
+
+    Raises:
+        ArtifactError: It cannot be written.
+    """
+    with pending_output(passport_path(plan)) as paper, locked(plan):
+        standing = look_at(plan).passport
+        if standing is None or standing.plan_sha256 != passport.plan_sha256:
+            paper.status = "up to date"
+            return paper
+        _write(paper, passport)
+        settle(paper)
+        put_in_place(paper)
+    return paper
+
+
+def _write(paper: PendingOutput, passport: PlanPassport) -> None:
+    paper.partial.write_text(codec.dumps(passport) + "\n", encoding="utf-8")
 
 
 def _keep(plan: Path, passport: PlanPassport) -> PlanPassport:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from .. import __version__
 from ..artifacts import PendingOutput
-from ..builder.build import BuildJob, BuiltPlan, Gpu, build
+from ..builder.build import BuildJob, Gpu, build
 from ..builder.graph_types import tensor_types
 from ..builder.library import Library
 from ..builder.plan_cache import CachedPlan, PlanCache
@@ -23,11 +21,11 @@ from ..builder.recipes import Typing, is_strongly_typed
 from ..builder.tactic_sources import TacticLibraries
 from ..builder.timing_cache import choose_timing_file
 from ..errors import ModelError
-from ..runtime.compatibility import platform_here
 from ..runtime.passport import passport_path
-from ..specs import PASSPORT_SCHEMA, BuildConfig, HistoryEntry, ModelSpec, PlanPassport
-from .build_files import Fill, Standing, deliver, require_same
+from ..specs import BuildConfig, PlanPassport
+from .build_files import Fill, Standing, deliver, look_at, refresh_passport, require_same
 from .build_options import BuildOptions
+from .build_passport import complete_passport, make_passport
 from .build_request import PlanRequest, quantize_key
 from .build_source import Source, read_source
 
@@ -122,7 +120,7 @@ def type_and_build(task: Task, source: Source, config: BuildConfig) -> BuildResu
     plan_key = task.cache.find_request(key) if task.cache is not None and key is not None else None
     cached = task.cache.find(plan_key) if task.cache is not None and plan_key is not None else None
     if cached is not None:
-        return _deliver_cached(task, cached, task.request(cached.passport.onnx_sha256, config))
+        return _deliver_cached(task, cached, task.request(cached.passport.onnx_sha256, config), source)
     with tempfile.TemporaryDirectory(prefix="repvgg-build-") as folder:
         started = time.monotonic()
         typed = Path(folder) / f"{source.path.stem}-{options.precision}.onnx"
@@ -160,20 +158,23 @@ def build_typed(task: Task, source: Source, config: BuildConfig, request_key: st
     cached = task.cache.find(request.key()) if task.cache is not None else None
     if cached is not None:
         _remember(task, request_key, request)
-        return _deliver_cached(task, cached, request)
+        return _deliver_cached(task, cached, request, source)
     # Without the cache the plan is built even where it stands already, to see that it comes out the same.
     if require_same(task.standing, request, force=task.force) and task.cache is not None:
         _remember(task, request_key, request)
-        return _up_to_date(task)
+        return _up_to_date(task, source)
     started = time.monotonic()
     built = build(task.library, _job(task, source, config), report=lambda share: task.progress("build", int(_PERCENT * share), _PERCENT))
     task.seconds |= built.seconds
-    passport = _passport(task, source, request, built=built, seconds=time.monotonic() - started)
+    passport = make_passport(source, request, built, time.monotonic() - started)
 
     def fill(partial: Path) -> None:
         with partial.open("wb") as file:
             file.write(memoryview(built.data))
 
+    task.standing = look_at(task.standing.plan)  # an identical build may have ended before this one
+    if task.cache is not None and not task.force and require_same(task.standing, request, force=False):
+        return _up_to_date(task, source)
     result = _deliver(task, passport, fill, origin="built", report=built.report)
     if task.cache is not None:
         task.cache.store(request.key(), memoryview(built.data), result.passport)
@@ -190,61 +191,29 @@ def _job(task: Task, source: Source, config: BuildConfig) -> BuildJob:
     return BuildJob(source.data, source.graph, spec, typing, config, task.capabilities, task.gpu, timing)
 
 
-def _passport(task: Task, source: Source, request: PlanRequest, *, built: BuiltPlan, seconds: float) -> PlanPassport:
-    metadata, library = source.metadata, task.library
-    entry = HistoryEntry("build", {"repvgg-deploy": __version__, library.flavour: library.version}, request.build_options(), source.sha256)
-    return PlanPassport(
-        schema=PASSPORT_SCHEMA,
-        plan_sha256=hashlib.sha256(memoryview(built.data)).hexdigest(),
-        onnx_sha256=source.sha256,
-        spec=_with_types(metadata.spec, built.output_types),
-        certificate=metadata.certificate,
-        precision=_seen(built.report),
-        config=request.config,
-        flavour=library.flavour,
-        tensorrt_version=library.version,
-        gpu_name=None if task.gpu is None else task.gpu.name,
-        compute_capabilities=request.capabilities,
-        driver_version=None if task.gpu is None else task.gpu.driver_version,
-        build_seconds=round(seconds, 2),
-        history=(*metadata.history, entry),
-        precision_shares={} if built.report is None else built.report.shares,
-        platform=platform_here(),
-        variant=metadata.variant,
-    )
-
-
-def _seen(report: PrecisionReport | None) -> Literal["fp32", "fp16", "int8", "not_inspected"]:
-    known: dict[str, Literal["fp32", "fp16", "int8"]] = {"fp32": "fp32", "fp16": "fp16", "int8": "int8"}
-    return "not_inspected" if report is None else known.get(report.precision, "not_inspected")
-
-
-def _with_types(spec: ModelSpec, types: Mapping[str, str]) -> ModelSpec:
-    """The specification as the plan has it: TensorRT 8 gives class numbers as int32."""
-    changed = [dataclasses.replace(output, dtype="int32") if types.get(output.name) == "int32" else output for output in spec.outputs]
-    return dataclasses.replace(spec, outputs=tuple(changed))
-
-
 def _remember(task: Task, request_key: str | None, request: PlanRequest) -> None:
     if task.cache is not None and request_key is not None:
         task.cache.store_request(request_key, request.key())
 
 
-def _deliver_cached(task: Task, cached: CachedPlan, request: PlanRequest) -> BuildResult:
+def _deliver_cached(task: Task, cached: CachedPlan, request: PlanRequest, source: Source) -> BuildResult:
     if require_same(task.standing, request, force=task.force):
-        return _up_to_date(task)
+        return _up_to_date(task, source)
 
     def fill(partial: Path) -> None:
         partial.write_bytes(cached.data)
 
-    return _deliver(task, cached.passport, fill, origin="cache")
+    return _deliver(task, complete_passport(cached.passport, source), fill, origin="cache")
 
 
-def _up_to_date(task: Task) -> BuildResult:
+def _up_to_date(task: Task, source: Source) -> BuildResult:
     plan, passport = task.standing.plan, task.standing.passport
     assert passport is not None, "what stands there was compared with its passport"
-    outputs = [PendingOutput(path, path, "up to date") for path in (plan, passport_path(plan))]
-    return BuildResult(outputs[0], outputs[1], passport, task.library.name, task.typed_from_fp32, task.quantized, "output", None, task.seconds)
+    output, paper = (PendingOutput(path, path, "up to date") for path in (plan, passport_path(plan)))
+    complete = complete_passport(passport, source)
+    if complete != passport:
+        paper = refresh_passport(plan, complete)
+    return BuildResult(output, paper, complete, task.library.name, task.typed_from_fp32, task.quantized, "output", None, task.seconds)
 
 
 def _deliver(task: Task, passport: PlanPassport, fill: Fill, *, origin: Origin, report: PrecisionReport | None = None) -> BuildResult:

@@ -5,27 +5,35 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from repvgg_deploy.builder.build import Gpu
 from repvgg_deploy.errors import ArtifactError, BuildError, CudaError, InputError, MissingDependencyError, ModelError, RepVGGDeployError
 from repvgg_deploy.onnx_file import read_graph, read_metadata
 from repvgg_deploy.pipeline import build as build_module
+from repvgg_deploy.pipeline import build_work
 from repvgg_deploy.pipeline.build import BuildOptions, BuildResult, build_plan
+from repvgg_deploy.pipeline.build_files import deliver, refresh_passport
 from repvgg_deploy.pipeline.gpu_here import GpuSearch
 from repvgg_deploy.pipeline.quantize_options import QuantizeOptions
 from repvgg_deploy.precision.int8_options import FAST
 from repvgg_deploy.runtime.compatibility import Compatible, Environment, judge_plan
 from repvgg_deploy.runtime.passport import passport_path, read_passport, require_unchanged
-from repvgg_deploy.specs import BuildConfig, PlanPassport, Precision, ShapeProfile
+from repvgg_deploy.specs import BuildConfig, PlanPassport, Precision, ShapeProfile, VariantSpec
 from tests.builder.fake_trt import PLAN, FakeTrt, Faults, flags_of
 from tests.builder.make_typed import A10, make_typed
+from tests.runtime.make_model import write_bound
+from tests.runtime.make_passport import make_passport
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -244,8 +252,6 @@ def test_plan_that_changed_since_is_built_again(tmp_path: Path, tensorrt) -> Non
 
 
 def test_old_passport_never_stands_beside_a_new_plan(tmp_path: Path, tensorrt, monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
     model = make_typed(tmp_path, "fp16")
     tensorrt(model)
     build_plan(model)
@@ -265,6 +271,151 @@ def test_old_passport_never_stands_beside_a_new_plan(tmp_path: Path, tensorrt, m
     result = build_plan(other, tmp_path / "fp16.plan", force=True)
     assert moments == [(b"ftrt another plan", False), (b"ftrt another plan", True)]
     read_back(result)
+
+
+def write_old_passport(passport: Path) -> None:
+    """As it was before passports named the architecture."""
+    text = json.loads(passport.read_text())
+    assert text.pop("variant")
+    passport.write_text(json.dumps(text))
+
+
+def add_variant(model: Path) -> Path:
+    graph, metadata = onnx.load(model), read_metadata(model)
+    del graph.metadata_props[:]
+    variant = VariantSpec("tiny", (1, 1, 1, 1), (8, 8, 8, 8, 8), (1,) * 5)
+    return write_bound(model, graph.SerializeToString(), dataclasses.replace(metadata, variant=variant))
+
+
+@pytest.mark.parametrize("typing", ["fp16", "fp32"])
+def test_second_build_adds_the_architecture_to_an_old_passport(tmp_path: Path, tensorrt, own_cache: Path, typing: str) -> None:
+    model = add_variant(make_typed(tmp_path, typing)).rename(tmp_path / "m.onnx")
+    (tmp_path / "fp32.onnx").unlink(missing_ok=True)
+    trt = tensorrt(model, faults=Faults())
+    options = BuildOptions(config("fp16"))
+
+    def build_plan(model: Path, out: Path | None = None) -> BuildResult:
+        return build_module.build_plan(model, out, options)
+
+    first = build_plan(model)
+    assert first.passport.variant is not None
+    write_old_passport(passport_path(first.output.target))
+    for passport in own_cache.glob("plans/*/passport.json"):
+        write_old_passport(passport)
+    again, elsewhere = build_plan(model), build_plan(model, tmp_path / "elsewhere.plan")
+    assert (again.output.status, again.passport_output.status, elsewhere.origin) == ("up to date", "written", "cache")
+    assert read_back(again) == read_back(elsewhere) == first.passport
+    assert build_plan(model).passport_output.status == "up to date"
+    write_old_passport(passport_path(first.output.target))
+    shutil.rmtree(own_cache)  # what stands is known to be the same without the cache, too
+    assert read_back(build_plan(model)) == first.passport
+    assert len(trt.said("network")) == 1
+    assert sorted(path.name for path in tmp_path.iterdir() if path != own_cache) == sorted(
+        ["m.onnx", *(f"{name}.plan{end}" for name in ("m", "elsewhere") for end in ("", ".json"))]
+    )
+
+
+def test_passport_of_another_plan_that_came_meanwhile_is_left_alone(tmp_path: Path, tensorrt) -> None:
+    model = make_typed(tmp_path, "fp16")
+    tensorrt(model)
+    first = build_plan(model)
+    first.output.target.write_bytes(b"ftrt another")
+    before = first.passport_output.target.read_bytes()
+    assert refresh_passport(first.output.target, first.passport).status == "up to date"
+    assert first.passport_output.target.read_bytes() == before
+
+
+def test_two_builds_at_once_leave_the_plan_and_the_passport_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slower one is held between its two files for as long as the other needs, or until it is clear that the other waits."""
+    plan, real = tmp_path / "x.plan", os.replace
+    halfway, other_done = threading.Event(), threading.Event()
+
+    def replace(source: Any, target: Any) -> None:
+        real(source, target)
+        if threading.current_thread().name == "slow" and Path(target) == plan:
+            halfway.set()
+            other_done.wait(1)
+
+    def write(content: bytes) -> None:
+        passport = make_passport(plan_sha256=hashlib.sha256(content).hexdigest())
+        deliver(plan, passport, lambda partial: write_bytes(partial, content), force=True)
+
+    def write_bytes(partial: Path, content: bytes) -> None:
+        partial.write_bytes(content)
+
+    monkeypatch.setattr(os, "replace", replace)
+    slow = threading.Thread(target=write, args=(b"ftrt slow",), name="slow")
+    slow.start()
+    assert halfway.wait(60)
+    write(b"ftrt fast")
+    other_done.set()
+    slow.join(60)
+    passport = read_passport(plan)
+    assert passport is not None
+    require_unchanged(plan, hashlib.sha256(plan.read_bytes()).hexdigest(), passport)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.plan", "x.plan.json"]
+
+
+def test_build_that_ends_after_an_identical_one_is_up_to_date(tmp_path: Path, tensorrt, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT's builds of one graph differ in their bytes: that is no reason to fail after minutes."""
+    model = make_typed(tmp_path, "fp16")
+    results: list[BuildResult] = []
+
+    def build_the_other() -> None:
+        faults.during = lambda: None
+        results.append(build_plan(model))
+        monkeypatch.setattr("tests.builder.fake_trt.PLAN", b"ftrt other bytes")
+
+    faults = Faults(inspector=inspect_as(model), during=build_the_other)
+    tensorrt(model, faults=faults)
+    slower = build_plan(model)
+    assert (slower.origin, slower.output.status, slower.passport) == ("output", "up to date", results[0].passport)
+    assert read_back(slower) and slower.output.target.read_bytes() == PLAN
+
+
+def test_cached_plan_that_another_process_removes_is_no_error(tmp_path: Path, tensorrt, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_typed(tmp_path, "fp16")
+    trt = tensorrt(model)
+    first = build_plan(model)
+    (found,) = (own_cache / "plans").iterdir()
+    real = build_work.require_same
+
+    def remove(*arguments: Any, **named: Any) -> bool:
+        shutil.rmtree(found)  # another process makes room, after it was found and before it is copied
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(build_work, "require_same", remove)
+    result = build_plan(model, tmp_path / "elsewhere.plan")
+    assert not found.exists() and (result.origin, read_back(result)) == ("cache", first.passport)
+    assert len(trt.said("network")) == 1
+
+
+@pytest.mark.parametrize("name", ["a b ü 計.plan", "計" * 80, "n" * 250], ids=["spaces", "long, not ASCII", "long"])
+def test_output_of_any_name_that_the_disk_takes_is_written(tmp_path: Path, tensorrt, name: str) -> None:
+    model = make_typed(tmp_path, "fp16")
+    tensorrt(model)
+    assert read_back(build_plan(model, tmp_path / name))
+
+
+@pytest.mark.parametrize("name", [".", "/", "", "folder", "folder/"])
+def test_output_that_is_a_folder_names_a_file_in_it(tmp_path: Path, tensorrt, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    model = make_typed(tmp_path, "fp16")
+    tensorrt(model)
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArtifactError, match="is a folder, expected a file name") as caught:
+        build_plan(model, name, force=True)
+    assert caught.value.remedy == f"give a file, such as --out {Path(name) / 'fp16.plan'}"
+
+
+@pytest.mark.parametrize("length", [252, 300])
+def test_output_whose_name_is_too_long_is_an_error_of_ours(tmp_path: Path, tensorrt, length: int) -> None:
+    """The passport's name is longer than the plan's."""
+    model = make_typed(tmp_path, "fp16")
+    trt = tensorrt(model)
+    with pytest.raises(ArtifactError, match="File name too long"):
+        build_plan(model, tmp_path / ("n" * length))
+    assert trt.said("network") == []
 
 
 def test_outputs_that_cannot_be_written_are_found_out_before_the_build(tmp_path: Path, tensorrt) -> None:
@@ -350,8 +501,6 @@ def test_class_numbers_in_the_passport_are_those_of_the_plan(tmp_path: Path, ten
 
 
 def test_what_is_no_onnx_of_ours_is_refused(tmp_path: Path, tensorrt) -> None:
-    import onnx
-
     model = make_typed(tmp_path, "fp32")
     tensorrt(model)
     bare = onnx.load(model)

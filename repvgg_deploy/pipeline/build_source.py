@@ -7,7 +7,6 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..artifacts import explain_os_errors
 from ..errors import ModelError
 from ..graph_precision import graph_precision, weighted_nodes
 from ..onnx_file import GraphSummary, read_graph, read_metadata
@@ -43,12 +42,25 @@ def read_source(path: Path) -> Source:
     """Reads an ONNX of ours.
 
     Raises:
-        ModelError: It is missing, damaged, changed, or not one of ours.
+        ModelError: It is missing, damaged, changed, not one of ours, or is replaced meanwhile.
     """
+    before = _stamp(path)
     metadata, graph = _read_metadata(path), read_graph(path)
-    with explain_os_errors(path):
+    try:
         data = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}", remedy="check that it is a file that you may read") from error
+    if _stamp(path) != before:  # the certificate may speak of another graph than the one that would be built
+        raise ModelError(f"{path}: was replaced while it was read", remedy="build it again")
     return Source(path, data, hashlib.sha256(data).hexdigest(), metadata, graph)
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = path.stat()
+    except OSError:  # who reads it says what is wrong
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _read_metadata(path: Path) -> ModelMetadata:

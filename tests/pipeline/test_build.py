@@ -21,7 +21,7 @@ from repvgg_deploy.builder.build import Gpu
 from repvgg_deploy.errors import ArtifactError, BuildError, CudaError, InputError, MissingDependencyError, ModelError, RepVGGDeployError
 from repvgg_deploy.onnx_file import read_graph, read_metadata
 from repvgg_deploy.pipeline import build as build_module
-from repvgg_deploy.pipeline import build_work
+from repvgg_deploy.pipeline import build_source, build_work
 from repvgg_deploy.pipeline.build import BuildOptions, BuildResult, build_plan
 from repvgg_deploy.pipeline.build_files import deliver, refresh_passport
 from repvgg_deploy.pipeline.gpu_here import GpuSearch
@@ -513,6 +513,35 @@ def test_what_is_no_onnx_of_ours_is_refused(tmp_path: Path, tensorrt) -> None:
         with pytest.raises(ModelError, match=message):
             build_plan(tmp_path / name, tmp_path / "out.plan")
     assert not (tmp_path / "out.plan").exists()
+
+
+def test_onnx_that_is_replaced_while_it_is_read_is_not_built(tmp_path: Path, tensorrt, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the passport would hold the certificate of one graph, and the plan another."""
+    model, other = make_typed(tmp_path, "fp16"), make_typed(tmp_path, "mixed")
+    trt = tensorrt(model)
+    real = build_source.read_graph
+
+    def replace(path: Path) -> Any:
+        found = real(path)
+        os.replace(other, path)
+        return found
+
+    monkeypatch.setattr(build_source, "read_graph", replace)
+    with pytest.raises(ModelError, match="was replaced while it was read"):
+        build_plan(model)
+    assert trt.said("network") == [] and not (tmp_path / "fp16.plan").exists()
+
+
+def test_onnx_that_cannot_be_read_to_its_end_is_said_so(tmp_path: Path, tensorrt, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_typed(tmp_path, "fp16")
+    tensorrt(model)
+
+    def fail(self: Path) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(ModelError, match=r"fp16\.onnx: cannot be read: Input/output error"):
+        build_plan(model)
 
 
 def test_tensorrt_without_a_gpu_says_why_before_anything_else(tmp_path: Path, tensorrt) -> None:

@@ -35,9 +35,11 @@ def locked(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # of another user, or a file system that removes no open file: it locks nothing any more
-            name.unlink()
-        os.close(handle)
+        try:
+            with contextlib.suppress(OSError):  # of another user, or a file system that removes no open file: it locks nothing any more
+                name.unlink()
+        finally:
+            os.close(handle)
 
 
 def _acquire(name: Path) -> int:

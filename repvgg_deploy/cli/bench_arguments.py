@@ -12,7 +12,7 @@ _PRECISIONS = ("fp32", "fp16", "int8")
 BENCH_EXAMPLES = """examples:
   repvgg-trt bench a0.onnx a0-int8.onnx --batch 1,8 --out a0.json --plot a0.png
   repvgg-trt bench a0.onnx --compare torch,onnxruntime --cpu-threads 1
-  repvgg-trt bench b2.plan --threads 4 --duration 10        (four clients at once)
+  repvgg-trt bench b2.plan --threads 4 --duration 10    (four clients at once)
 """
 ADVISE_EXAMPLES = """examples:
   repvgg-trt advise --slo-ms 2 --min-top1 77 --gpu t4

@@ -11,14 +11,14 @@ from .quantize_arguments import add_image_options, add_step_options, find_confli
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 BUILD_EXAMPLES = """examples:
-  repvgg-trt build b2.onnx                                  (as the graph is typed)
+  repvgg-trt build b2.onnx                               (as the graph is typed)
   repvgg-trt build b2.onnx --fp16 --max-batch 64
   repvgg-trt build b2.onnx --int8 --calib train/ --out b2-int8.plan
   repvgg-trt build b2-int8.onnx --config engines/configs/int8.toml
-  repvgg-trt build b2.onnx --backend rtx --target sm_86 sm_89   (needs no GPU)
+  repvgg-trt build b2.onnx --backend rtx --target sm_86 sm_89  (needs no GPU)
 """
 CHECK_EXAMPLES = """examples:
-  repvgg-trt check b2.plan                                  (on this machine)
+  repvgg-trt check b2.plan                         (on this machine)
   repvgg-trt check b2.plan --target gpu=a10,trt=10.9
   repvgg-trt check b2.plan --target gpu=sm_120,rtx=1.7.1.116
 """

@@ -25,14 +25,21 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType, TracebackType
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from .. import __version__
 from ..errors import ArtifactError, RepVGGDeployError
+from .tables import fold_lines
+
+if TYPE_CHECKING:
+    _StreamHandler = logging.StreamHandler[TextIO]
+else:
+    _StreamHandler = logging.StreamHandler  # generic from Python 3.11 on
 
 EXIT_DONE, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 0, 1, 2, 130, 141
 _BAR_WIDTH = 24
 _BAR_SECONDS = 0.1  # at most ten drawings a second
+_CLEAR = "\r\x1b[K"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +65,15 @@ class Output:
 
 
 Body = Callable[[argparse.Namespace], Output]
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Prose is filled to the terminal's width; examples, whose lines are commands, stay as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text.startswith("examples:"):
+            return "".join(indent + line for line in text.splitlines(keepends=True))
+        return super()._fill_text(text, width, indent)
 
 
 class Terminated(BaseException):
@@ -145,7 +161,7 @@ def _print_output(output: Output, as_json: bool) -> None:
 
         _write_stdout(json.dumps(encode(output.data), indent=2, allow_nan=False))
         return
-    _write_stdout(output.text)
+    _write_stdout(fold_lines(output.text, terminal_columns(sys.stdout)) if sys.stdout.isatty() else output.text)
     for error in output.errors:
         print(f"error: {error}", file=sys.stderr)
     if output.next_command:
@@ -195,11 +211,18 @@ def _signals_raise() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+class _LogHandler(_StreamHandler):
+    """Clears the bar that may be drawn in this line of a terminal; its next drawing brings it back."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return (_CLEAR if self.stream.isatty() else "") + super().format(record)
+
+
 @contextlib.contextmanager
 def _logging(verbose: int) -> Iterator[None]:
     """Our log records go to standard error inside the block: warnings, with -v progress, with -vv everything."""
     logger = logging.getLogger("repvgg_deploy")
-    handler = logging.StreamHandler()
+    handler = _LogHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s" if verbose > 1 else "%(levelname)s: %(message)s"))
     before = logger.level
     logger.setLevel({0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG))
@@ -209,6 +232,14 @@ def _logging(verbose: int) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
+
+
+def terminal_columns(stream: TextIO) -> int:
+    """The width of the terminal behind a stream; 80 where it does not say."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):  # no terminal, or closed
+        return 80
 
 
 class Progress:
@@ -235,7 +266,7 @@ class Progress:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._draws:
-            self._write("\r\x1b[K")
+            self._write(_CLEAR)
 
     def advance(self, steps: int = 1, *, label: str | None = None) -> None:
         """Counts `steps` as done; `label` names what is done from here on."""
@@ -251,7 +282,11 @@ class Progress:
         self._drawn = time.monotonic()
         filled = _BAR_WIDTH * self._done // self._total
         seconds = self._drawn - self._started
-        self._write(f"\r\x1b[K{self._label} [{'#' * filled}{'.' * (_BAR_WIDTH - filled)}] {self._done}/{self._total} {seconds:.0f} s")
+        bar = f" [{'#' * filled}{'.' * (_BAR_WIDTH - filled)}] {self._done}/{self._total} {seconds:.0f} s"
+        # What reaches the last column goes on in the next line, and only that one would be cleared.
+        room = terminal_columns(self._stream) - 1 - len(bar)
+        label = self._label if len(self._label) <= room else self._label[: max(room - 1, 0)] + "…"
+        self._write(_CLEAR + label + bar)
 
     def _write(self, text: str) -> None:
         try:

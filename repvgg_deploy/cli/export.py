@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..artifacts import default_output
 from ..errors import CheckpointError
-from .common import Output, Progress, parent_parser, run
+from .common import HelpFormatter, Output, Progress, parent_parser, run
 from .tables import format_pairs, format_table
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ _STAGES = 6
 _EPILOG = """examples:
   repvgg-export --ckpt RepVGG-B2-train.pth --describe
   repvgg-export --arch B2 --ckpt RepVGG-B2-train.pth --out b2.onnx
-  repvgg-export --ckpt mine.pth --out mine.onnx --input uint8 --output top5 --labels names.txt
-  repvgg-export --ckpt mine.pth --out backbone.onnx --features --image-size 512x1024
-  repvgg-export --arch B2 --ckpt RepVGG-B2-train.pth --out b2.onnx --synthetic-calibration
+  repvgg-export --ckpt mine.pth --input uint8 --output top5 --labels names.txt
+  repvgg-export --ckpt mine.pth --features --image-size 512x1024
+  repvgg-export --ckpt RepVGG-B2-train.pth --out b2.onnx --synthetic-calibration
 """
 
 
@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="repvgg-export",
         description="Reparameterizes a RepVGG checkpoint and writes it as one simplified ONNX file, proven equal to the training-mode model.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         parents=[parent_parser()],
     )
     parser.add_argument(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 TRITON_EXAMPLES = """examples:
   repvgg-trt triton b2.plan --out model_repository
-  repvgg-trt triton b2-a10.plan b2-l4.plan --name b2 --out model_repository   (two GPU types, one model)
+  repvgg-trt triton b2-a10.plan b2-l4.plan --name b2 --out model_repository
   repvgg-trt triton b2.onnx --ensemble jpeg --out model_repository
   repvgg-trt triton --validate model_repository
 """

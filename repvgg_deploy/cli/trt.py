@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from .bench_arguments import ADVISE_EXAMPLES, BENCH_EXAMPLES, add_advise_options, add_bench_options, find_advise_conflict, find_bench_conflict
 from .build_arguments import BUILD_EXAMPLES, CHECK_EXAMPLES, add_build_options, add_check_options, find_build_conflict
-from .common import Output, parent_parser, run
+from .common import HelpFormatter, Output, parent_parser, run
 from .quantize_arguments import add_quantize_options, find_conflict
 from .triton_arguments import TRITON_EXAMPLES, add_triton_options, find_triton_conflict
 
@@ -25,9 +25,9 @@ _DESCRIPTION = "Quantizes, builds, runs, measures and describes models that repv
 
 _QUANTIZE_EXAMPLES = """examples:
   repvgg-trt quantize b2.onnx --fp16
-  repvgg-trt quantize b2.onnx --int8                        (with b2.calib.npz, which repvgg-export --synthetic-calibration wrote)
-  repvgg-trt quantize b2.onnx --int8 --calib train/ --max-drop 0.3 --plot b2-int8.png
-  repvgg-trt quantize b2.onnx --int8 --calib statistics     (no images at all)
+  repvgg-trt quantize b2.onnx --int8                    (b2.calib.npz is there)
+  repvgg-trt quantize b2.onnx --int8 --calib train/ --max-drop 0.3 --plot b2.png
+  repvgg-trt quantize b2.onnx --int8 --calib statistics    (no images at all)
 """
 
 
@@ -77,7 +77,7 @@ def _add_infer(commands: Subparsers) -> None:
         description="Prints the best classes of each image with their probabilities. An image that cannot be read is named, the others are "
         "answered all the same, and the exit code is 1.",
     )
-    parser.add_argument("model", metavar="MODEL", help="an .onnx that repvgg-export wrote")
+    parser.add_argument("model", metavar="MODEL", help="an .onnx that repvgg-export wrote, or a plan with its passport beside it")
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="image files, folders of them, or quoted patterns")
     parser.add_argument("--top", type=_positive, default=None, metavar="N", help="how many classes to print (default: 5)")
     parser.add_argument("--labels", metavar="FILE", help="names of the classes, one a line; in place of those in the model")
@@ -117,7 +117,7 @@ def _add_quantize(commands: Subparsers) -> None:
         description="Makes an FP16 or INT8 ONNX of an FP32 one: calibrates, compares the result with FP32 on images that took no part, and writes "
         "it only if they agree. Needs neither a GPU nor TensorRT.",
         epilog=_QUANTIZE_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add_quantize_options(parser)
 
@@ -127,10 +127,10 @@ def _add_build(commands: Subparsers) -> None:
         "build",
         parents=[parent_parser()],
         help="build a TensorRT plan, with a passport that says what it is and where it runs",
-        description="Builds a TensorRT or TensorRT-RTX plan of an ONNX. The precision is the graph's, on\nevery version; an FP32 graph is typed "
-        "first where --fp16 or --int8 asks for it.\nA plan that computes in a wider type than its graph says is an error.",
+        description="Builds a TensorRT or TensorRT-RTX plan of an ONNX. The precision is the graph's, on every version; an FP32 graph is typed "
+        "first where --fp16 or --int8 asks for it. A plan that computes in a wider type than its graph says is an error.",
         epilog=BUILD_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add_build_options(parser)
 
@@ -140,10 +140,10 @@ def _add_check(commands: Subparsers) -> None:
         "check",
         parents=[parent_parser()],
         help="say whether a plan will run here, or on another GPU and TensorRT",
-        description="Compares a plan's passport with this machine, or with another that --target describes.\nNeeds no GPU. Exit code 0: it will run; "
+        description="Compares a plan's passport with this machine, or with another that --target describes. Needs no GPU. Exit code 0: it will run; "
         "1: it will not, and why.",
         epilog=CHECK_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add_check_options(parser)
 
@@ -153,11 +153,11 @@ def _add_triton(commands: Subparsers) -> None:
         "triton",
         parents=[parent_parser()],
         help="write a model repository for Triton Inference Server, or check one",
-        description="Writes a model repository that Triton serves as it is: configuration, labels, warm-up,\n"
-        "dynamic batching. Needs no server and no GPU. --validate says what Triton would refuse;\nexit code 1 then.",
+        description="Writes a model repository that Triton serves as it is: configuration, labels, warm-up, "
+        "dynamic batching. Needs no server and no GPU. --validate says what Triton would refuse; exit code 1 then.",
         epilog=TRITON_EXAMPLES,
         conflict_handler="resolve",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add_triton_options(parser)
 
@@ -170,7 +170,7 @@ def _add_eval(commands: Subparsers) -> None:
         description="Runs a classifier on labelled images and prints top-1, top-5, images a second and the worst classes with what they are "
         "taken for. An image that cannot be read is skipped and counted; above 10 % it is an error.",
     )
-    parser.add_argument("model", metavar="MODEL", help="an .onnx that repvgg-export wrote, or a typed one made of it")
+    parser.add_argument("model", metavar="MODEL", help="an .onnx that repvgg-export or quantize wrote, or a plan with its passport beside it")
     parser.add_argument("--worst", type=_positive, default=5, metavar="N", help="how many of the worst classes to print (default: %(default)s)")
     _add_data_options(parser)
 
@@ -197,10 +197,10 @@ def _add_bench(commands: Subparsers) -> None:
         "bench",
         parents=[parent_parser()],
         help="measure latency, throughput and the share of the roofline",
-        description="Measures models in turn within one run: latency, throughput, and on a GPU the copies,\ncomputing and launch apart; says when "
-        "the times were not stable; and what share of the\ndevice's limits that is, layer by layer.",
+        description="Measures models in turn within one run: latency, throughput, and on a GPU the copies, computing and launch apart; says when "
+        "the times were not stable; and what share of the device's limits that is, layer by layer.",
         epilog=BENCH_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add_bench_options(parser)
 
@@ -210,11 +210,11 @@ def _add_advise(commands: Subparsers) -> None:
         "advise",
         parents=[parent_parser()],
         help="rank variants, batch sizes and precisions by accuracy and latency",
-        description="Ranks variant, batch size and precision by throughput among those that meet a latency and\nan accuracy: published top-1, "
-        "measured latency where there is a file of repvgg-trt bench,\nelse an estimate from multiply-accumulates and bytes. Exit code 1: none "
+        description="Ranks variant, batch size and precision by throughput among those that meet a latency and an accuracy: published top-1, "
+        "measured latency where there is a file of repvgg-trt bench, else an estimate from multiply-accumulates and bytes. Exit code 1: none "
         "meets both.",
         epilog=ADVISE_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add_advise_options(parser)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import shlex
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from ..pipeline.gpu_here import look_for_gpu
 from .common import Output
 from .tables import format_pairs, format_table
 
+_NOTE_COLUMNS = 68  # beside the names of the notes, within 80
 _GROUPED = """variants with groups (…g2, …g4) lose at batch 1, although they have fewer multiply-accumulates: each group is a small
 product of its own that does not fill a GPU. TensorRT 8.0 in FP32 on a V100 (PaddleClas): B1g4 takes {0:.2f} ms where
 B1 takes {1:.2f} at batch 1, but {2:.2f} where B1 takes {3:.2f} at batch 8"""
@@ -142,7 +144,8 @@ and its bytes at full bandwidth, and {assumptions.overhead_us:g} µs a group; co
 The FP32 constants were fitted to TensorRT 8.0 on a V100, the others are assumed: measure before you decide
 (repvgg-trt bench --out FILE, then --measured FILE)"""
     guessed = any(choice.origin == "estimated" for choice in (*answer.fitting, *answer.others))
-    return [("top-1", top1), *([("estimated", estimated)] if guessed else []), ("grouped", _grouped())]
+    notes = [("top-1", top1), *([("estimated", estimated)] if guessed else []), ("grouped", _grouped())]
+    return [(name, textwrap.fill(text, _NOTE_COLUMNS, break_on_hyphens=False)) for name, text in notes]
 
 
 def _grouped() -> str:

@@ -112,7 +112,7 @@ def _shorten_digest(value: str | float | bool) -> str:
 def _describe_certificate(certificate: Certificate) -> str:
     passed = sum(check.passed for check in certificate.checks)
     verdict = "passed" if certificate.passed else "NOT PASSED"
-    rows = [["check", "error", "tolerance", "scale", ""]]
+    rows = [["check", "error", "allowed", "scale", ""]]
     rows += [[c.name, f"{c.error:.2e}", f"{c.tolerance:.2e}", f"{c.scale:.3g}", "" if c.passed else "FAILED"] for c in certificate.checks]
     versions = ", ".join(f"{name} {version}" for name, version in sorted(certificate.versions.items()))
     head = f"{verdict}, {passed} of {len(certificate.checks)} checks, against {certificate.reference}\nwith {versions}"

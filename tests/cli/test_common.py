@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from repvgg_deploy.cli import common
 from repvgg_deploy.cli.common import Output, Progress, parent_parser, run
 from repvgg_deploy.errors import InputError, MissingDependencyError
 
@@ -151,6 +152,7 @@ PROGRAM = """
 import argparse, sys, time
 from pathlib import Path
 from repvgg_deploy.artifacts import atomic_output
+from repvgg_deploy.cli import common
 from repvgg_deploy.cli.common import Output, run
 
 def wait(args):
@@ -264,3 +266,37 @@ def test_progress_on_a_lost_terminal_does_not_stop_the_work() -> None:
             bar.advance()
             done += 1
     assert done == 2 and terminal.tried > 0
+
+
+def test_progress_never_reaches_the_last_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A drawing that is longer than the line leaves its beginning behind when the next one clears the line.
+    monkeypatch.setattr(common, "terminal_columns", lambda _: 60)
+    stream = Terminal()
+    with Progress(6, "verify the deploy form against the training form", stream=stream) as bar:
+        bar.advance(label="short")
+    drawn = stream.getvalue().split("\r\x1b[K")
+    assert max(map(len, drawn)) == 59 and drawn[1].startswith("verify the deploy form") and "… [" in drawn[1]
+    assert drawn[2].startswith("short [")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_warning_while_a_bar_is_drawn_stands_in_a_line_of_its_own(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+
+    def body(_: argparse.Namespace) -> Output:
+        with Progress(2, "images", stream=stream):
+            logging.getLogger("repvgg_deploy.some").warning("mind")
+        return Output({}, "")
+
+    assert run(body, parse()) == 0
+    assert stream.getvalue().endswith("0/2 0 s\r\x1b[KWARNING: mind\n\r\x1b[K" if terminal else "WARNING: mind\n")
+    assert terminal or stream.getvalue() == "WARNING: mind\n"
+
+
+def test_text_is_folded_for_a_terminal_and_left_alone_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    long = "seconds  " + "word " * 20
+    for stream, lines in ((Terminal(), 2), (io.StringIO(), 1)):
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert run(lambda _: Output({}, long.rstrip()), parse()) == 0
+        assert len(stream.getvalue().splitlines()) == lines, stream.getvalue()

@@ -39,6 +39,8 @@ def test_rows_meet_what_was_asked_for_and_say_how_they_are_known(capsys) -> None
 
 def test_what_it_rests_on_is_said(capsys) -> None:
     _, text, _ = run(capsys, "--min-top1", 70, "--gpu", "a10", "--efficiency", 0.3, "--overhead-us", 7, "--int8-drop", 1.25)
+    assert max(map(len, text.splitlines())) <= 80
+    text = " ".join(text.split())
     assert "variants with groups (…g2, …g4) lose at batch 1" in text
     assert "4.73 ms" in text and "3.56" in text and "11.14" in text and "13.94" in text
     assert "30 % in fp32, 30 % in fp16, 30 % in int8" in text and "7 µs a group" in text and "1.25 points" in text

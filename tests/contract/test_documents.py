@@ -100,10 +100,13 @@ def help_texts() -> dict[str, str]:
         "repvgg-export": [[]],
         "repvgg-trt": [[], ["infer"], ["inspect"], ["quantize"], ["build"], ["check"], ["triton"], ["eval"], ["compare"], ["bench"], ["advise"]],
     }
+    narrow = {**os.environ, "COLUMNS": "80"}
     result = {}
     for program, variants in commands.items():
         texts = [
-            subprocess.run([sys.executable, "-m", PROGRAMS[program], *v, "--help"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+            subprocess.run(
+                [sys.executable, "-m", PROGRAMS[program], *v, "--help"], capture_output=True, text=True, check=True, cwd=ROOT, env=narrow
+            ).stdout
             for v in variants
         ]
         result[program] = "\n".join(texts)
@@ -128,6 +131,10 @@ def test_options_in_the_readme_table_of_exports_are_its_own() -> None:
     readme, helps = (ROOT / "README.md").read_text(encoding="utf-8"), help_texts()
     table = readme.partition("| option of `repvgg-export`")[2].partition("\n\n")[0]
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", table)) <= set(re.findall(r"--[a-z][a-z-]+", helps["repvgg-export"]))
+
+
+def test_help_fits_a_terminal_of_80_columns() -> None:
+    assert [line for text in help_texts().values() for line in text.splitlines() if len(line) > 80] == []
 
 
 def test_help_of_every_option_says_something() -> None:

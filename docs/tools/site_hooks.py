@@ -20,6 +20,7 @@ _FORMULA = re.compile(r'<(?P<tag>span|div) class="arithmatex">\\(?P<open>[(\[])(
 _OUTSIDE = re.compile(r"\[(?P<text>[^\]]+)\]\((?:\.\./)+[^)]*\)")
 _VIEW = re.compile(r'viewBox="([^"]+)"')
 _ERROR = re.compile(f"<code>({'|'.join(kind for kind, value in vars(errors).items() if isinstance(value, type))})</code>")
+_OPTION = re.compile(r"<code>(?=--?[a-z][^<]{,28}</code>)")
 _SHIM = re.compile(r'<script src="https://unpkg\.com/iframe-worker/shim">')
 _UNITS_PER_EM = 24
 _COMMENT = re.compile(r"^<!-- (?:not run|needs)\b[^>]*-->\n", re.M)
@@ -36,10 +37,11 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
 
 
 def on_page_content(content: str, *, page: Any, config: Any, files: Any) -> str:
-    """Formulas are drawn, and names of errors lead to their page."""
+    """Formulas are drawn, options are marked so that no line breaks inside one, and names of errors lead to their page."""
     del config, files
     content = _FORMULA.sub(lambda found: draw_formula(html.unescape(found["latex"]), display=found["open"] == "["), content)
     home = os.path.relpath("api/errors.html", os.path.dirname(page.url) or ".")
+    content = _OPTION.sub(r'<code class="option">', content)
     return _ERROR.sub(lambda found: f'<a href="{home}#repvgg_deploy.errors.{found[1]}">{found[0]}</a>', content)
 
 
@@ -48,6 +50,12 @@ def on_post_page(output: str, *, page: Any, config: Any) -> str:
     del config
     up = "../" * page.url.count("/")
     return _SHIM.sub(f'<script src="{up}javascripts/worker-from-disk.js">', output)
+
+
+def on_post_template(output_content: str, *, template_name: str, config: Any) -> str:
+    """The same of the page for what is not there, whose links begin at the site's root."""
+    del template_name, config
+    return _SHIM.sub('<script src="/javascripts/worker-from-disk.js">', output_content)
 
 
 def leaves_docs(base: str, link: str) -> bool:
@@ -65,9 +73,9 @@ def readme_section(title: str) -> str:
 
 
 def help_text(program: str, command: str | None) -> str:
-    """What `program [command] --help` prints, 100 columns wide."""
+    """What `program [command] --help` prints; wider lines than 80 columns would be cut off beside the table of contents."""
     line = [sys.executable, "-m", PROGRAMS[program], *([command] if command else []), "--help"]
-    environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1"}
+    environment = {**os.environ, "COLUMNS": "80", "NO_COLOR": "1"}
     return subprocess.run(line, check=True, capture_output=True, text=True, env=environment).stdout
 
 

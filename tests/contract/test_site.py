@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib
 import importlib.util
 import inspect
@@ -99,6 +100,28 @@ def test_site_loads_nothing_from_the_network(pages: dict[Path, Page], site: Path
 
 
 @needs_mkdocs
+def test_page_for_what_is_not_there_loads_nothing_from_the_network(site: Path) -> None:
+    page = Page((site / "404.html").read_text(encoding="utf-8"))
+    assert page.loads and [load for load in page.loads if urlsplit(load).scheme or load.startswith("//")] == []
+    assert all((site / urlsplit(load).path.lstrip("/")).exists() for load in page.loads)
+
+
+@needs_mkdocs
+def test_what_a_function_returns_is_one_item(site: Path) -> None:
+    # A colon in a continued line was taken for the beginning of another value.
+    engine = (site / "api" / "engine.html").read_text(encoding="utf-8")
+    sections = re.findall(r"Returns:</span>(.*?)</ul>", engine, re.S)
+    assert len(sections) > 5
+    assert [text for text in sections if text.count("<li") != 1] == []
+
+
+@needs_mkdocs
+def test_options_are_not_broken_between_their_dashes(site: Path) -> None:
+    text = (site / "cli.html").read_text(encoding="utf-8")
+    assert '<code class="option">--force</code>' in text and "<code>--" not in text
+
+
+@needs_mkdocs
 def test_reference_has_every_public_name_and_every_error(pages: dict[Path, Page], site: Path) -> None:
     anchors = {anchor for path, page in pages.items() if path.parent == site / "api" for anchor in page.anchors}
     assert [name for name in repvgg_deploy.__all__ if f"repvgg_deploy.{name}" not in anchors and name != "RepVGGDeployError"] == []
@@ -135,6 +158,10 @@ def test_reference_has_what_the_programs_call_and_what_modules_export(pages: dic
 @needs_mkdocs
 def test_help_texts_and_formulas_are_in_the_pages(site: Path) -> None:
     commands = (site / "cli.html").read_text(encoding="utf-8")
+    assert (
+        max(len(html.unescape(re.sub("<[^>]+>", "", line))) for block in re.findall(r"<pre.*?</pre>", commands, re.S) for line in block.splitlines())
+        <= 80
+    )
     assert len(re.findall(r"usage: repvgg-", commands)) == len(re.findall(r"<!-- help: ", (DOCS / "cli.md").read_text(encoding="utf-8"))) > 5
     formulas = (site / "reparameterization.html").read_text(encoding="utf-8")
     assert formulas.count('class="formula"') > 20

@@ -39,6 +39,8 @@ def import_tensorrt(module: str, name: str, *, remedy: str) -> Any:
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         if isinstance(error, ModuleNotFoundError) and error.name == module:
             return None
+        if error.__cause__ is not None and not isinstance(error.__cause__, Exception):  # Ctrl-C, which its C++ makes an ImportError of
+            raise error.__cause__ from None
         raise MissingDependencyError(f"{name} is installed but cannot be imported: {' '.join(str(error).split())}", remedy=remedy) from error
 
 

@@ -74,6 +74,14 @@ def test_unknown_backend_is_refused() -> None:
         open_library("cuda")
 
 
+def test_ctrl_c_while_it_is_imported_is_not_taken_for_a_broken_installation(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tensorrt.py").write_text("raise ImportError('initialization failed') from KeyboardInterrupt()", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        open_library("auto")
+
+
 def test_bindings_without_their_libraries_are_explained(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tensorrt.py").write_text("raise OSError('libnvinfer.so.10: cannot open shared object file')", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)

@@ -123,14 +123,14 @@ def _judge_platform(case: _Case) -> Incompatible | None:
 
 
 def _judge_lean(case: _Case) -> Incompatible | None:
-    environment, wanted = case.environment, case.passport.tensorrt_version
+    environment, library = case.environment, case.library
     if not environment.lean or case.passport.config.version_compatible:
         return None
+    here = f"{library} {environment.tensorrt_version}" if environment.tensorrt_version else library
     return Incompatible(
-        f"here is only the lean runtime of {case.library} {environment.tensorrt_version or ''}".rstrip()
-        + ", which runs version-compatible plans and no others, and the plan is not version-compatible",
-        f"build it again with --version-compatible where the whole {case.library} is; or install the whole {case.library} {wanted} here: "
-        f"{INSTALL[case.passport.flavour]}",
+        f"here is only the lean runtime of {here}, which runs version-compatible plans and no others, and the plan is not version-compatible",
+        f"build it again with --version-compatible where the whole {library} is; or install the whole {library} {case.passport.tensorrt_version} "
+        f"here: {INSTALL[case.passport.flavour]}",
     )
 
 

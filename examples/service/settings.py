@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from repvgg_deploy.errors import InputError
 
 PREFIX = "REPVGG_"
+_POSITIVE = frozenset({"max_body_bytes", "max_buffered_bytes", "max_requests", "max_pixels", "body_seconds", "decoders"})  # with 0 all is refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +72,13 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
     """The environment's settings.
 
     Raises:
-        InputError: REPVGG_MODEL is missing, or a value is not a number, or negative, where one is needed.
+        InputError: REPVGG_MODEL is missing, or a value is not a number, or out of range, where one is needed.
     """
     values: dict[str, str | int | float] = {}
     for field in fields(Settings):
         text = environment.get(PREFIX + field.name.upper())
         if text is not None:
-            values[field.name] = _parse(PREFIX + field.name.upper(), text, str(field.type))
+            values[field.name] = _parse(field.name, text, str(field.type))
     if not values.get("model"):
         raise InputError(f"{PREFIX}MODEL: not set, expected the path of an ONNX or a plan", remedy=f"set it: {PREFIX}MODEL=b2.onnx")
     settings = Settings(**values)  # type: ignore[arg-type]  # _parse saw to it
@@ -90,21 +91,22 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
 def name_variable(error: InputError) -> InputError:
     """An error of the Engine about one of its parameters, as one about the variable that set it; any other error as it is."""
     variables = {field.name: PREFIX + field.name.upper() for field in fields(Settings)}
-    parameter, _, text = error.message.removeprefix("batcher: ").partition(": ")
+    parameter, _, text = error.message.removeprefix("batcher: ").removeprefix("EngineOptions: intra_op_").partition(": ")
     if parameter not in variables:
         return error
     text = text.replace("max_batch", variables["max_batch"])  # what a queue must hold
     return InputError(f"{variables[parameter]}: {text}", remedy="correct it, or leave it out")
 
 
-def _parse(name: str, text: str, kind: str) -> str | int | float:
+def _parse(field: str, text: str, kind: str) -> str | int | float:
     if kind == "str":
         return text
     try:
         number = int(text) if kind == "int" else float(text)
     except ValueError:
         number = -1
-    if not 0 <= number < math.inf:
+    if not 0 <= number < math.inf or (number == 0 and field in _POSITIVE):
         expected = "a whole number" if kind == "int" else "a number"
-        raise InputError(f"{name}: expected {expected} of 0 or more, found {text!r}", remedy="correct it, or leave it out")
+        least = "above 0" if field in _POSITIVE else "of 0 or more"
+        raise InputError(f"{PREFIX}{field.upper()}: expected {expected} {least}, found {text!r}", remedy="correct it, or leave it out")
     return number

@@ -25,6 +25,10 @@ BackendName = Literal["onnxruntime", "openvino", "fastest", "tensorrt", "rtx"]
 _PLAN_BACKENDS = ("tensorrt", "rtx")
 
 
+MOST_THREADS = 1024
+"""With some thousands ONNX Runtime answers no more, and says nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """How an Engine runs; the defaults suit a service.
@@ -33,7 +37,7 @@ class EngineOptions:
         max_batch: Where a model accepts any batch, larger ones run in pieces of this many images: memory grows with it, and past a few tens
             of images speed does not.
         intra_op_threads: Threads that share one batch on the CPU; None for one a physical core. Set it in a container that may use only some
-            of the machine's cores, and to 1 where many threads or processes call `infer` at once.
+            of the machine's cores, and to 1 where many threads or processes call `infer` at once. At most MOST_THREADS.
         device_id: Which GPU, with `device="cuda"`.
         tf32: Whether FP32 convolutions on the GPU may round their inputs to TF32: faster, and an error of about 1e-3.
         workers: Threads that run what `submit` and `infer_async` hand in.
@@ -61,6 +65,9 @@ class EngineOptions:
         _require_count("max_batch", self.max_batch, 1)
         if self.intra_op_threads is not None:
             _require_count("intra_op_threads", self.intra_op_threads, 1)
+            if self.intra_op_threads > MOST_THREADS:
+                message = f"EngineOptions: intra_op_threads: expected at most {MOST_THREADS}, found {self.intra_op_threads}"
+                raise InputError(message, remedy="give the number of cores, or None")
         _require_count("device_id", self.device_id, 0)
         _require_count("workers", self.workers, 1)
         _require_count("max_pending", self.max_pending, 1)

@@ -112,9 +112,16 @@ def test_setting_that_is_no_count_is_an_input_error(text: str) -> None:
         read_settings({"REPVGG_MODEL": "a.onnx", "REPVGG_MAX_BATCH": text})
 
 
+@pytest.mark.parametrize("name", ["MAX_BODY_BYTES", "MAX_BUFFERED_BYTES", "MAX_REQUESTS", "MAX_PIXELS", "BODY_SECONDS", "DECODERS"])
+def test_setting_with_which_all_would_be_refused_is_an_input_error(name: str) -> None:
+    with pytest.raises(InputError, match=rf"REPVGG_{name}: expected a (whole )?number above 0, found '0'"):
+        read_settings({"REPVGG_MODEL": "a.onnx", f"REPVGG_{name}": "0"})
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
+        ({"threads": 5000}, "REPVGG_THREADS: expected at most 1024, found 5000"),
         ({"max_queue": 5}, "REPVGG_MAX_QUEUE: expected a whole number of at least REPVGG_MAX_BATCH, 32, found 5"),
         ({"max_batch": 0}, "REPVGG_MAX_BATCH: expected a whole number of at least 1, found 0"),
         ({"timeout_ms": 0.0}, "REPVGG_TIMEOUT_MS: expected a positive number, found 0.0"),
@@ -125,7 +132,7 @@ def test_setting_that_is_no_count_is_an_input_error(text: str) -> None:
 )
 def test_setting_that_the_engine_refuses_is_named_as_its_variable(setting: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError) as refused:
-        Service(Settings(str(make_onnx(tmp_path / "tiny.onnx")), threads=1, **setting))
+        Service(Settings(str(make_onnx(tmp_path / "tiny.onnx")), **{"threads": 1, **setting}))
     assert refused.value.message.startswith(message)
     assert refused.value.remedy == "correct it, or leave it out"
 

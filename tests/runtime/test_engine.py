@@ -305,7 +305,11 @@ def test_engine_describes_itself(model: Path) -> None:
     assert "closed" in repr(engine)
 
 
-@pytest.mark.parametrize("values", [{"max_batch": 0}, {"intra_op_threads": 0}, {"device_id": -1}, {"max_batch": 2.5}, {"max_batch": True}], ids=str)
+@pytest.mark.parametrize(
+    "values",
+    [{"max_batch": 0}, {"intra_op_threads": 0}, {"intra_op_threads": 1025}, {"device_id": -1}, {"max_batch": 2.5}, {"max_batch": True}],
+    ids=str,
+)
 def test_engine_options_out_of_range_are_refused(values: dict[str, object]) -> None:
     with pytest.raises(InputError, match=next(iter(values))):
         EngineOptions(**values)  # type: ignore[arg-type]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.waiting import wait_until
+
 ROOT = Path(__file__).resolve().parents[1]
-PATIENCE_SECONDS = 300  # until a test that hangs is given up; none waits so long
 _CODE = """
 import importlib, operator, pathlib, runpy, sys
 marker, module, name, before, program = sys.argv[1:6]
@@ -58,10 +58,6 @@ def start_endless(program: str, arguments: Sequence[object], stage: Stage, marke
     command = [sys.executable, "-c", _CODE, str(marker), stage.module, stage.name, str(stage.before), program, *map(str, arguments)]
     given = {**(os.environ if environment is None else environment), "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=given)
-    end = time.monotonic() + PATIENCE_SECONDS
-    while not marker.exists():
-        if process.poll() is not None or time.monotonic() > end:
-            process.kill()
-            raise AssertionError(f"{stage.name} was not reached: {process.communicate()}")
-        time.sleep(0.02)
+    wait_until(lambda: marker.exists() or process.poll() is not None, f"{stage.name} to be reached")
+    assert process.poll() is None, process.communicate()
     return process

@@ -25,7 +25,9 @@ from .app import create_app
 from .core import Service
 from .settings import read_settings
 
-_LINGER_SECONDS = 1.0  # for requests that are on their way on a connection that was accepted
+# For requests that are on their way, on connections that were accepted or wait to be. Rounds of the loop, of 10 ms or more, not seconds: a process
+# that was held up for a second has accepted nothing meanwhile.
+_LINGER_ROUNDS = 100
 _IDLE_SECONDS = 75  # longer than balancers keep an idle connection: who closes first must not be the one who is asked next
 
 
@@ -55,17 +57,23 @@ class DrainingServer(uvicorn.Server):
         settings, service = self._service.settings, self._service
         service.leave("leaving")
         await self._wait(settings.grace_seconds if self._has_grace else 0.0, lambda: False)
-        await self._wait(_LINGER_SECONDS, lambda: not self._has_unaccepted())
+        await self._linger(lambda: not self._has_unaccepted())
         for server in self.servers:
             server.close()
         service.leave("refusing")
         await asyncio.sleep(0.1)  # what was accepted last is not among the connections yet
-        await self._wait(_LINGER_SECONDS, lambda: not self.server_state.connections)
+        await self._linger(lambda: not self.server_state.connections)
         await self._wait(settings.drain_seconds, lambda: not service.active)
 
     async def _wait(self, seconds: float, over: Callable[[], bool]) -> None:
         end = time.monotonic() + seconds
         while not (over() or self.force_exit) and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+
+    async def _linger(self, over: Callable[[], bool]) -> None:
+        for _ in range(_LINGER_ROUNDS):
+            if over() or self.force_exit:
+                return
             await asyncio.sleep(0.01)
 
     def _has_unaccepted(self) -> bool:

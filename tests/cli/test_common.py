@@ -18,9 +18,9 @@ import pytest
 from repvgg_deploy.cli import common
 from repvgg_deploy.cli.common import Output, Progress, parent_parser, run
 from repvgg_deploy.errors import InputError, MissingDependencyError
+from tests.waiting import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_SECONDS = 300  # until a test that hangs is given up; none waits so long
 DONE = Output({"answer": 42}, "the answer is 42", "ask again")
 
 

@@ -17,9 +17,10 @@ import torch
 from repvgg_deploy import artifacts
 from repvgg_deploy.cli.export import main
 from repvgg_deploy.variants import get_variant
-from tests.endless import PATIENCE_SECONDS, Stage, start_endless
+from tests.endless import Stage, start_endless
 from tests.reference.generated import random_model
 from tests.reference.random_blocks import small_variant
+from tests.waiting import PATIENCE_SECONDS
 
 SIZE = ["--image-size", "64"]
 

@@ -20,8 +20,9 @@ from repvgg_deploy.cli.trt_quantize import describe_demand
 from repvgg_deploy.export.synthesize import SynthesisOptions
 from repvgg_deploy.pipeline.checkpoint import ExportOptions, export_checkpoint
 from repvgg_deploy.runtime.engine import Engine
-from tests.endless import PATIENCE_SECONDS, Stage, start_endless
+from tests.endless import Stage, start_endless
 from tests.precision.make_chain import KINDS, ChainOptions, make_model, save
+from tests.waiting import PATIENCE_SECONDS
 
 
 @pytest.fixture(scope="module")

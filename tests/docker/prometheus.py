@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.serving.prepare_triton import FOLDER
-from tests.serving.real_server import PATIENCE_SECONDS, free_ports, wait_until
+from tests.serving.real_server import free_ports
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
 
 def find_prometheus(name: str = "prometheus") -> str | None:

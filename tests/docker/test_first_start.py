@@ -23,10 +23,11 @@ from repvgg_deploy.cli import trt
 from repvgg_deploy.cli.trt import main as repvgg_trt
 from repvgg_deploy.pipeline import gpu_here
 from repvgg_deploy.pipeline.gpu_here import GpuSearch
-from tests.endless import PATIENCE_SECONDS, Stage, start_endless
+from tests.endless import Stage, start_endless
 from tests.precision.rtx import needs_rtx
 from tests.runtime.make_model import ModelOptions, make_onnx
 from tests.serving.make_repository import files_below, needs_schema, write_plan
+from tests.waiting import PATIENCE_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "docker" / "first_start.py"

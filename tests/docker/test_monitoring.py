@@ -24,7 +24,8 @@ from tests.docker.test_first_start import PROGRAM, ROOT, Container
 from tests.runtime.make_model import ModelOptions, make_onnx, random_batch
 from tests.serving.make_repository import needs_schema
 from tests.serving.prepare_triton import BACKENDS, SERVER, CannotPrepareError, prepare, server_environment
-from tests.serving.real_server import PATIENCE_SECONDS, Load, RealServer, free_ports, infer, wait_until
+from tests.serving.real_server import Load, RealServer, free_ports, infer
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
 pytestmark = [pytest.mark.slow, needs_schema, pytest.mark.timeout(1200)]
 CLIENTS = 8

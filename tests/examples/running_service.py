@@ -11,7 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from tests.contract.source_tree import ROOT
-
-PATIENCE_SECONDS = 60
+from tests.examples.held_service import GATE, GRACE_IS_OVER
+from tests.waiting import PATIENCE_SECONDS, Gate, wait_until
 
 
 @dataclass
@@ -45,12 +46,14 @@ class RunningService:
         port: Where it listens.
         log: What it printed.
         model: What clients call its model.
+        gate: Holds up its batches, if it was started for that.
     """
 
     process: subprocess.Popen[bytes]
     port: int
     log: Path
     model: str
+    gate: Gate
 
     def connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_SECONDS)
@@ -79,6 +82,20 @@ class RunningService:
     def metric(self, name: str, **labels: str) -> float:
         return self.metrics().get((name, frozenset(labels.items())), 0.0)
 
+    @contextlib.contextmanager
+    def hold(self, batches: Sequence[np.ndarray[Any, Any]]) -> Iterator[list[Future[Answer]]]:
+        """Requests from a thread each, none of which is run before the gate is opened; at the end each has its answer."""
+        self.gate.close()
+        with ThreadPoolExecutor(len(batches)) as pool:
+            try:
+                yield [pool.submit(self.infer, batch) for batch in batches]
+            finally:
+                self.gate.open()
+
+    def end_grace(self) -> None:
+        """As if its time were over."""
+        _grace(self.gate).touch()
+
     def terminate(self) -> None:
         """SIGTERM, as an orchestrator sends it."""
         self.process.send_signal(signal.SIGTERM)
@@ -100,27 +117,31 @@ def read_tensor(answer: Answer) -> np.ndarray[Any, Any]:
 
 
 @contextlib.contextmanager
-def serve(path: Path, **settings: object) -> Iterator[RunningService]:
-    """A service that answers; killed at the end if it still runs. One thread computes, unless the settings say otherwise: tests share few cores."""
-    given = {f"REPVGG_{name.upper()}": str(value) for name, value in {"threads": 1, "grace_seconds": 0, **settings}.items()}
-    environment = {**os.environ, "REPVGG_MODEL": str(path), "REPVGG_LISTEN": "127.0.0.1:0", **given}
+def serve(path: Path, *, held: bool = False, **settings: object) -> Iterator[RunningService]:
+    """A service that answers; killed at the end if it still runs. `held`: its batches go through a gate, which is open, and its grace can be ended.
+
+    One thread computes, and nothing is too late, unless the settings say otherwise: tests share few cores with others.
+    """
+    usual = {"threads": 1, "grace_seconds": 0, "drain_seconds": 600, "timeout_ms": 600_000, "body_seconds": 600}
+    given = {f"REPVGG_{name.upper()}": str(value) for name, value in {**usual, **settings}.items()}
     log = path.with_suffix(f".{time.monotonic_ns()}.log")
+    gate = Gate(log.with_suffix(".gate"))
+    environment = {**os.environ, "REPVGG_MODEL": str(path), "REPVGG_LISTEN": "127.0.0.1:0", **given}
+    environment |= {GATE: str(gate.path), GRACE_IS_OVER: str(_grace(gate))}
+    program = "tests.examples.held_service" if held else "examples.service"
     with log.open("wb") as file:
-        process = subprocess.Popen([sys.executable, "-m", "examples.service"], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen([sys.executable, "-m", program], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
     try:
         port = re.compile(r"running on http://127\.0\.0\.1:(\d+)")
         wait_until(lambda: process.poll() is not None or port.search(log.read_text()), "the service to listen")
         found = port.search(log.read_text())
         assert found, log.read_text()
-        yield RunningService(process, int(found[1]), log, path.stem)
+        yield RunningService(process, int(found[1]), log, path.stem, gate)
     finally:
         if process.poll() is None:
             process.kill()
             process.wait()
 
 
-def wait_until(condition: Callable[[], object], what: str) -> None:
-    end = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < end, f"waited {PATIENCE_SECONDS} s for {what}"
-        time.sleep(0.02)
+def _grace(gate: Gate) -> Path:
+    return gate.path.with_suffix(".over")

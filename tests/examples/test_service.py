@@ -8,9 +8,10 @@ import io
 import socket
 import struct
 import threading
+import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,9 @@ from PIL import Image
 from repvgg_deploy import Engine
 from repvgg_deploy.runtime.engine import EngineOptions
 from repvgg_deploy.runtime.results import TopK
-from tests.examples.make_slow import make_slow_onnx
-from tests.examples.running_service import Answer, RunningService, binary_request, read_tensor, serve, wait_until
+from tests.examples.running_service import Answer, RunningService, binary_request, read_tensor, serve
 from tests.runtime.make_model import ModelOptions, make_onnx, random_batch
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
 NEEDED = (fastapi, geventhttpclient, onnxruntime, prometheus_client, uvicorn)  # imported, so that without one this file is left out and named
 PLAIN = ModelOptions()
@@ -42,14 +43,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_slow_onnx(tmp_path_factory.mktemp("slow") / "slow.onnx")
-
-
-@pytest.fixture(scope="module")
 def service(model: Path) -> Iterator[RunningService]:
     """One that all tests share that do not end it."""
-    with serve(model, max_batch=8, max_body_bytes=200_000, max_pixels=1_000_000, body_seconds=1) as running:
+    with serve(model, max_batch=8, max_body_bytes=200_000, max_pixels=1_000_000) as running:
         yield running
 
 
@@ -186,16 +182,18 @@ def test_predict_of_an_image_is_that_of_infer_images(service: RunningService, en
     compare_predictions(service.ask("POST", "/predict", path.read_bytes(), {"Content-Type": f"image/{kind.lower()}"}), engine, path)
 
 
-def test_many_clients_get_their_own_answers(service: RunningService, engine: Engine, tmp_path: Path) -> None:
+def test_many_clients_get_their_own_answers(model: Path, engine: Engine) -> None:
     """Requests of several are run together: whose answer is whose?"""
     batches = [random_batch(PLAIN, 1 + seed % 3, seed=seed) for seed in range(200)]
-    before = service.metric("repvgg_batcher_batch_images_count")
-    with ThreadPoolExecutor(32) as pool:
-        answers = list(pool.map(service.infer, batches))
-    for batch, answer in zip(batches, answers, strict=True):
-        # Batches of other sizes are summed up in another order.
-        np.testing.assert_allclose(read_tensor(answer), engine.infer(batch), rtol=1e-5, atol=1e-5)
-    assert service.metric("repvgg_batcher_batch_images_count") - before < 200  # some were run together
+    with serve(model, held=True, max_batch=8, max_queue=200) as running:
+        with running.hold(batches[:32]) as sent:
+            wait_until(lambda: running.metric("repvgg_http_active_requests") == 32, "all of them")
+        with ThreadPoolExecutor(32) as pool:
+            answers = [*(one.result() for one in sent), *pool.map(running.infer, batches[32:])]
+        for batch, answer in zip(batches, answers, strict=True):
+            # Batches of other sizes are summed up in another order.
+            np.testing.assert_allclose(read_tensor(answer), engine.infer(batch), rtol=1e-5, atol=1e-5)
+        assert running.metric("repvgg_batcher_batch_images_count") < 200  # some were run together
 
 
 def gzip_bomb() -> bytes:
@@ -257,15 +255,16 @@ def test_triton_client_raises_what_the_service_says(service: RunningService) -> 
         send_by_triton(service, random_batch(PLAIN, 9))
 
 
-def test_client_that_sends_too_slowly_is_let_go(service: RunningService) -> None:
-    with socket.create_connection(("127.0.0.1", service.port), 30) as connection:
-        connection.sendall(f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{{".encode())
-        assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
-    wait_until(lambda: not service.metric("repvgg_http_active_requests"), "its place to be free")
+def test_client_that_sends_too_slowly_is_let_go(model: Path) -> None:
+    with serve(model, body_seconds=1) as running:
+        with socket.create_connection(("127.0.0.1", running.port), PATIENCE_SECONDS) as connection:
+            connection.sendall(f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{{".encode())
+            assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
+        wait_until(lambda: not running.metric("repvgg_http_active_requests"), "its place to be free")
 
 
 def test_client_that_goes_away_while_it_sends_takes_no_place(service: RunningService) -> None:
-    with socket.create_connection(("127.0.0.1", service.port), 30) as connection:
+    with socket.create_connection(("127.0.0.1", service.port), PATIENCE_SECONDS) as connection:
         connection.sendall(f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{{{{".encode())
         wait_until(lambda: service.metric("repvgg_http_active_requests") == 1, "the request to be under way")
         assert service.metric("repvgg_http_buffered_bytes") == 2
@@ -304,28 +303,19 @@ def test_metrics_count_what_was_sent(service: RunningService) -> None:
     assert after["process_resident_memory_bytes", frozenset()] > 0
 
 
-def at_once(running: RunningService, batches: Sequence[np.ndarray[Any, Any]]) -> list[Answer]:
-    """All of them, a thread each, let go together."""
-    gate = threading.Barrier(len(batches))
-
-    def send(batch: np.ndarray[Any, Any]) -> Answer:
-        gate.wait(30)
-        return running.infer(batch)
-
-    with ThreadPoolExecutor(len(batches)) as pool:
-        return list(pool.map(send, batches))
-
-
-def test_full_queue_refuses_with_retry_after_and_loses_nothing(slow_model: Path) -> None:
+def test_full_queue_refuses_with_retry_after_and_loses_nothing(model: Path, engine: Engine) -> None:
     batches = [random_batch(PLAIN, 1, seed=seed) for seed in range(24)]
-    with serve(slow_model, max_batch=1, max_queue=3, timeout_ms=60_000, retry_after_seconds=7) as running:
-        answers = at_once(running, batches)
+    with serve(model, held=True, max_batch=1, max_queue=3, retry_after_seconds=7) as running:
+        with running.hold(batches) as sent:
+            # Three wait and one runs: the others must not have to wait for them.
+            wait_until(lambda: sum(one.done() for one in sent) >= 20, "the refusals")
+        answers = [one.result() for one in sent]
         statuses = Counter(answer.status for answer in answers)
         assert set(statuses) == {200, 503}, statuses  # each was answered, one way or the other
         assert statuses[200] >= 3  # as many as wait; one more where the first was already taken to be run
         for batch, answer in zip(batches, answers, strict=True):
             if answer.status == 200:
-                np.testing.assert_array_equal(read_tensor(answer)[0], batch.ravel()[:7])  # what this model computes
+                np.testing.assert_array_equal(read_tensor(answer), engine.infer(batch))
             else:
                 assert answer.headers["Retry-After"] == "7" and "the queue holds 3" in answer.json["error"]
         assert running.metric("repvgg_batcher_refused_total") == statuses[503]
@@ -335,9 +325,11 @@ def test_full_queue_refuses_with_retry_after_and_loses_nothing(slow_model: Path)
 
 
 @pytest.mark.parametrize(("limit", "message"), [({"max_requests": 2}, "as many as may"), ({"max_buffered_bytes": 7000}, "too many bytes")])
-def test_requests_or_bytes_beyond_the_limit_are_refused(slow_model: Path, limit: dict[str, int], message: str) -> None:
-    with serve(slow_model, max_batch=1, timeout_ms=60_000, **limit) as running:
-        answers = at_once(running, [random_batch(PLAIN, 1)] * 10)
+def test_requests_or_bytes_beyond_the_limit_are_refused(model: Path, limit: dict[str, int], message: str) -> None:
+    with serve(model, held=True, max_batch=1, **limit) as running:
+        with running.hold([random_batch(PLAIN, 1)] * 10) as sent:
+            wait_until(lambda: sum(one.done() for one in sent) >= 8, "the refusals")  # of two bodies there is room, too
+        answers = [one.result() for one in sent]
         assert Counter(answer.status for answer in answers)[200] >= 1
         refused = [answer for answer in answers if answer.status == 503]
         assert refused and len(refused) + sum(answer.status == 200 for answer in answers) == 10
@@ -345,81 +337,80 @@ def test_requests_or_bytes_beyond_the_limit_are_refused(slow_model: Path, limit:
         assert running.metric("repvgg_http_buffered_bytes") == 0
 
 
-def arrived(running: RunningService) -> float:
-    """Inference requests that were answered or are under way."""
-    metrics = running.metrics()
-    answered = sum(value for (name, labels), value in metrics.items() if name == "repvgg_http_requests_total" and ("route", INFER_ROUTE) in labels)
-    return answered + metrics["repvgg_http_active_requests", frozenset()]
-
-
 SIX = [random_batch(PLAIN, 1, seed=seed) for seed in range(6)]
 
 
 @contextlib.contextmanager
-def six_under_way(running: RunningService) -> Iterator[list[Future[Answer]]]:
-    """Requests that keep a slow model busy for a while; afterwards, each has its answer."""
-    with ThreadPoolExecutor(6) as pool:
-        answers = [pool.submit(running.infer, batch) for batch in SIX]
-        wait_until(lambda: arrived(running) == 6, "six requests to arrive")
+def six_under_way(running: RunningService, engine: Engine) -> Iterator[list[Future[Answer]]]:
+    """Requests that a model is busy with, until its gate is opened; afterwards, each has its answer."""
+    with running.hold(SIX) as answers:
+        wait_until(lambda: running.metric("repvgg_batcher_waiting_images") == 5, "one to run and five to wait")
         yield answers
-        for batch, answer in zip(SIX, answers, strict=True):
-            np.testing.assert_array_equal(read_tensor(answer.result())[0], batch.ravel()[:7])  # what this model computes
+    for batch, answer in zip(SIX, answers, strict=True):
+        np.testing.assert_array_equal(read_tensor(answer.result()), engine.infer(batch))
 
 
-def test_request_past_its_deadline_is_not_run(slow_model: Path) -> None:
-    with serve(slow_model, max_batch=1, timeout_ms=60_000) as running:
-        with six_under_way(running):
-            late = running.infer(random_batch(PLAIN, 1), timeout=1000)
+def test_request_past_its_deadline_is_not_run(model: Path, engine: Engine) -> None:
+    with serve(model, held=True, max_batch=1) as running:
+        with ThreadPoolExecutor(1) as pool, six_under_way(running, engine):
+            sent = pool.submit(running.infer, random_batch(PLAIN, 1), timeout=1000)
+            wait_until(lambda: running.metric("repvgg_batcher_waiting_images") == 6, "the seventh to wait")
+            time.sleep(0.01)  # by now it waits for longer than it may
+            running.gate.open()
+            late = sent.result()
             assert (late.status, "its deadline passed" in late.json["error"]) == (504, True)
         assert running.metric("repvgg_batcher_expired_total") == 1
         assert running.metric("repvgg_batcher_requests_total") == 6
 
 
-def test_request_whose_client_is_gone_is_not_run(slow_model: Path) -> None:
-    with serve(slow_model, max_batch=1, timeout_ms=60_000) as running:
-        with six_under_way(running):
+def test_request_whose_client_is_gone_is_not_run(model: Path, engine: Engine) -> None:
+    with serve(model, held=True, max_batch=1) as running:
+        with six_under_way(running, engine):
             connection = running.connect()
-            connection.request("POST", "/v2/models/slow/infer", *binary_request(SIX[0]))
-            wait_until(lambda: arrived(running) == 7, "the seventh to arrive")
+            connection.request("POST", INFER, *binary_request(SIX[0]))
+            wait_until(lambda: running.metric("repvgg_batcher_waiting_images") == 6, "the seventh to wait")
             connection.close()
+            wait_until(lambda: running.metric("repvgg_http_active_requests") == 6, "the service to notice")
         wait_until(lambda: running.metric("repvgg_batcher_cancelled_total") == 1, "it to be dropped")
         assert running.metric("repvgg_batcher_requests_total") == 6
         assert running.metric("repvgg_http_active_requests") == 0
 
 
-def test_sigterm_turns_readiness_off_answers_all_and_exits_with_0(slow_model: Path) -> None:
-    with serve(slow_model, max_batch=1, timeout_ms=60_000, grace_seconds=3) as running:
-        with contextlib.closing(running.connect()) as kept, six_under_way(running):
+def test_sigterm_turns_readiness_off_answers_all_and_exits_with_0(model: Path, engine: Engine) -> None:
+    with serve(model, held=True, max_batch=1, grace_seconds=3600) as running:
+        with contextlib.closing(running.connect()) as kept, six_under_way(running, engine):
             kept.request("GET", "/v2/health/ready")
             assert kept.getresponse().read() == b""
             running.terminate()
             wait_until(lambda: running.ask("GET", "/v2/health/ready").status == 503, "readiness to be off")
             assert running.process.poll() is None and running.metric("repvgg_ready") == 0
             assert running.ask("GET", "/v2/health/live").status == 200
+            running.gate.open()
             # A connection that was kept is still served, and asked not to be kept longer.
-            kept.request("POST", "/v2/models/slow/infer", *binary_request(SIX[0]))
+            kept.request("POST", INFER, *binary_request(SIX[0]))
             late = kept.getresponse()
             assert (late.status, late.headers["Connection"]) == (200, "close")
             late.read()
-        assert running.process.wait(30) == 0
+        running.end_grace()
+        assert running.process.wait(PATIENCE_SECONDS) == 0
         log = running.log.read_text()
     assert log.index("leaving: ") < log.index("refusing: ") < log.index("Shutting down") < log.index("closed after 7 requests")
     assert "Traceback" not in log and "ERROR" not in log
 
 
-def test_sigterm_without_grace_refuses_what_is_new_and_answers_what_is_under_way(slow_model: Path) -> None:
-    with serve(slow_model, max_batch=1, timeout_ms=60_000, grace_seconds=0, retry_after_seconds=3) as running:
-        with contextlib.closing(running.connect()) as kept, six_under_way(running):
+def test_sigterm_without_grace_refuses_what_is_new_and_answers_what_is_under_way(model: Path, engine: Engine) -> None:
+    with serve(model, held=True, max_batch=1, retry_after_seconds=3) as running:
+        with contextlib.closing(running.connect()) as kept, six_under_way(running, engine):
             kept.connect()
             running.terminate()
             wait_until(lambda: "refusing: " in running.log.read_text(), "the drain to begin")
             with pytest.raises(ConnectionRefusedError):  # which a balancer takes elsewhere
                 running.infer(SIX[0])
-            kept.request("POST", "/v2/models/slow/infer", *binary_request(SIX[0]))
+            kept.request("POST", INFER, *binary_request(SIX[0]))
             late = kept.getresponse()
             assert (late.status, late.headers["Retry-After"], late.headers["Connection"]) == (503, "3", "close")
             late.read()
-        assert running.process.wait(30) == 0
+        assert running.process.wait(PATIENCE_SECONDS) == 0
 
 
 def test_sigterm_under_load_loses_no_request(model: Path) -> None:
@@ -439,14 +430,15 @@ def test_sigterm_under_load_loses_no_request(model: Path) -> None:
             off.wait(0.1)
         off.set()
 
-    with serve(model, grace_seconds=3) as running, ThreadPoolExecutor(17) as pool:
+    with serve(model, held=True, grace_seconds=3600) as running, ThreadPoolExecutor(17) as pool:
         clients = [pool.submit(send_until_readiness_is_off, running) for _ in range(16)]
         clients.append(pool.submit(watch_readiness, running))
         wait_until(lambda: outcomes[200] > 100, "the load to build up")
         running.terminate()
         for client in clients:
-            client.result(30)
-        assert running.process.wait(30) == 0
+            client.result(PATIENCE_SECONDS)
+        running.end_grace()  # which is longer than the balancer takes to notice
+        assert running.process.wait(PATIENCE_SECONDS) == 0
     assert set(outcomes) == {200}, outcomes
 
 
@@ -455,7 +447,7 @@ def test_second_signal_ends_the_grace_time(model: Path) -> None:
         running.terminate()
         wait_until(lambda: "leaving: " in running.log.read_text(), "the first signal to be noted")
         running.terminate()
-        assert running.process.wait(30) == 0
+        assert running.process.wait(PATIENCE_SECONDS) == 0
 
 
 @pytest.mark.parametrize(

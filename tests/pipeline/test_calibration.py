@@ -24,9 +24,10 @@ from repvgg_deploy.precision.int8 import to_int8
 from repvgg_deploy.precision.typed_model import write_typed
 from repvgg_deploy.preprocess import normalize
 from repvgg_deploy.reference.checkpoint import load_checkpoint
-from tests.endless import PATIENCE_SECONDS, Stage, start_endless
+from tests.endless import Stage, start_endless
 from tests.reference.generated import CASES, Case, random_model, write_case
 from tests.reference.random_blocks import small_variant
+from tests.waiting import PATIENCE_SECONDS
 
 GRAPH = GraphOptions(image_size=(32, 32))
 QUICK = SynthesisOptions(images=6, steps=5)

@@ -11,8 +11,7 @@ import signal
 import socket
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +20,7 @@ from typing import Any
 import numpy as np
 
 from tests.serving.prepare_triton import BACKENDS, SERVER, server_environment
-
-PATIENCE_SECONDS = 300  # until a test that hangs is given up; none waits so long, on however busy a machine
+from tests.waiting import PATIENCE_SECONDS, Gate, wait_until
 
 
 @dataclass
@@ -109,13 +107,6 @@ def _is_ready(server: RealServer) -> bool:
     return False
 
 
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < end, f"waited {PATIENCE_SECONDS} s for {what}"
-        time.sleep(0.02)
-
-
 def free_ports(count: int) -> int:
     """The first of so many consecutive ports that are free, and that the system gives to no outgoing connection until they are bound."""
     try:
@@ -162,27 +153,12 @@ def infer(port: int, model: str, batch: np.ndarray[Any, Any]) -> tuple[int, Any]
     return 200, np.frombuffer(data[size:], np.float32).reshape(shape)
 
 
-class Gate:
-    """A file that holds up the models that were told of it, for as long as it is there: a test decides what is under way, not the clock."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._reached = Path(f"{path}.reached")
-
-    def close(self) -> None:
-        self._reached.unlink(missing_ok=True)
-        self.path.touch()
-
-    def open(self) -> None:
-        self.path.unlink(missing_ok=True)
-
-    def wait_for_batch(self) -> None:
-        """Until a batch is held up."""
-        wait_until(self._reached.exists, "a batch to be under way")
+class TritonGate(Gate):
+    """Before the model `tiny`: its backend looks for the file."""
 
     @contextlib.contextmanager
     def hold(self, port: int, batches: Sequence[np.ndarray[Any, Any]]) -> Iterator[list[Future[tuple[int, Any]]]]:
-        """Requests to `tiny` from a thread each, none of which is answered before the gate is opened; at the end all are."""
+        """Requests from a thread each, none of which is answered before the gate is opened; at the end all are."""
         self.close()
         with ThreadPoolExecutor(len(batches)) as pool:
             try:

@@ -24,7 +24,8 @@ from tests.runtime.make_model import ModelOptions, make_onnx, random_batch
 from tests.serving.broken_configs import BROKEN
 from tests.serving.make_repository import edit_config, needs_schema, write_plan
 from tests.serving.prepare_triton import FOLDER, CannotPrepareError, find_haproxy, prepare
-from tests.serving.real_server import PATIENCE_SECONDS, Gate, Load, RealServer, free_ports, infer, request, start, wait_until
+from tests.serving.real_server import Load, RealServer, TritonGate, free_ports, infer, request, start
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
 pytestmark = [needs_schema, pytest.mark.timeout(1200)]
 IMAGE = random_batch(ModelOptions(), 1)
@@ -51,13 +52,13 @@ def onnx(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def gate(folder: Path) -> Gate:
+def gate(folder: Path) -> TritonGate:
     """Of the model `tiny` of `server`."""
-    return Gate(folder / "gate")
+    return TritonGate(folder / "gate")
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path, onnx: Path, gate: Gate) -> Iterator[RealServer]:
+def server(folder: Path, onnx: Path, gate: TritonGate) -> Iterator[RealServer]:
     """A server with the model behind its ensemble, for tests that change nothing."""
     write_triton([onnx], folder / "repo", RepositoryOptions(ensemble="jpeg", max_queue_delay_us=50_000, queue_timeout_us=0))
     put_behind(gate, folder / "repo/tiny")
@@ -65,16 +66,16 @@ def server(folder: Path, onnx: Path, gate: Gate) -> Iterator[RealServer]:
         yield running
 
 
-def write(repository: Path, *, seed: int = 0, **options: Any) -> Gate:
+def write(repository: Path, *, seed: int = 0, **options: Any) -> TritonGate:
     """A model `tiny`, and what holds it up."""
     settings = RepositoryOptions(**{"name": "tiny", "queue_timeout_us": 0, **options})  # 0: on however busy a machine, nothing is refused for its age
     write_triton([make_onnx(repository.parent / "source.onnx", seed=seed)], repository, settings, force=True)
-    gate = Gate(repository.parent / "gate")
+    gate = TritonGate(repository.parent / "gate")
     put_behind(gate, repository / "tiny")
     return gate
 
 
-def put_behind(gate: Gate, model: Path) -> None:
+def put_behind(gate: TritonGate, model: Path) -> None:
     edit_config(model, lambda config: setattr(config.parameters["test_gate"], "string_value", str(gate.path)))
 
 
@@ -142,7 +143,7 @@ def test_provenance_can_be_asked_of_the_server(server: RealServer) -> None:
     assert len(config["parameters"]["repvgg_deploy.source_sha256"]["string_value"]) == 64
 
 
-def test_single_requests_are_really_put_together(server: RealServer, onnx: Path, gate: Gate) -> None:
+def test_single_requests_are_really_put_together(server: RealServer, onnx: Path, gate: TritonGate) -> None:
     names = ("nv_inference_count", "nv_inference_exec_count")
     before = [server.metric(name, "tiny") for name in names]
     images = [random_batch(ModelOptions(), 1, seed=seed) for seed in range(32)]

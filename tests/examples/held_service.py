@@ -1,0 +1,43 @@
+"""The example service, whose batches wait while a file is there (TEST_GATE), and whose times to wait end once another is (TEST_GRACE_IS_OVER)."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+from examples.service import __main__ as program
+from repvgg_deploy.runtime.batcher import Batcher
+from repvgg_deploy.runtime.batching import Request
+from tests.waiting import Gate
+
+GATE, GRACE_IS_OVER = "TEST_GATE", "TEST_GRACE_IS_OVER"
+_A_DAY = 86_400.0
+
+
+class Clock:
+    """In place of the module `time`: once the file is there, a day passes from each look to the next."""
+
+    def __init__(self, over: Path) -> None:
+        self._over, self._days = over, 0
+
+    def monotonic(self) -> float:
+        self._days += self._over.exists()
+        return time.monotonic() + _A_DAY * self._days
+
+
+def main() -> int:
+    gate, answer = Gate(Path(os.environ[GATE])), Batcher._answer
+
+    def answer_when_let(batcher: Batcher, batch: list[Request]) -> None:
+        gate.pass_through()
+        answer(batcher, batch)
+
+    with mock.patch.object(Batcher, "_answer", answer_when_let), mock.patch.object(program, "time", Clock(Path(os.environ[GRACE_IS_OVER]))):
+        return program.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

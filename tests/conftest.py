@@ -7,6 +7,7 @@ import functools
 import gc
 import importlib.util
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,6 +73,13 @@ def shared_data() -> Path:
 def sample_dir() -> Path:
     """The committed sample: checkpoint, variant, labelled images."""
     return ROOT / "models" / "sample"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What a test draws from torch's own generator does not depend on the tests before it."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 def pytest_collection_finish() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import MissingDependencyError, ModelError
+from ..errors import InputError, MissingDependencyError, ModelError
 from ..specs import ModelSpec
 from .backends import EngineOptions, is_quantized
 from .cpu_graph import prepare
@@ -52,6 +52,7 @@ class OpenVinoBackend:
             ) from error
         check_interface(path, spec, [_describe(port) for port in model.inputs], [_describe(port) for port in model.outputs])
         self._count = len(spec.outputs)
+        self._process = os.getpid()
         self._idle: deque[Any] = deque([self._compiled.create_infer_request()])
         self._label = f"OpenVINO {_version(library)}, CPU"
         logger.info("%s: opened with %s", path, self._label)
@@ -65,8 +66,11 @@ class OpenVinoBackend:
         """Runs one batch; see Backend.
 
         Raises:
+            InputError: The process forked after the model was opened.
             ModelError: OpenVINO failed.
         """
+        if self._process != os.getpid():  # it would wait for its threads for ever
+            raise InputError("this Engine was opened before a fork, and threads do not follow", remedy="open the Engine in each worker process")
         try:
             request = self._idle.pop()
         except IndexError:

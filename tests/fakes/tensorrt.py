@@ -11,6 +11,7 @@ import json
 import threading
 import types
 import weakref
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -263,6 +264,7 @@ class _Context:
         self._addresses: dict[str, int] = {}
         self._scratch: _Scratch | None = None
         self._warm: set[tuple[int, ...]] = set()
+        self._fallbacks = Counter[tuple[int, ...]]()
         static = all(isinstance(size, int) for size in engine._session.get_inputs()[0].shape)
         free = self._world.shares_profiles or static or engine._profiles_in_use == 0
         self.active_optimization_profile = 0 if free else -1
@@ -343,7 +345,10 @@ class _Context:
                     self._engine._logger.log(Severity.ERROR, world.faults.message)
                     return False
                 self._warm.add(shape)
+                # TensorRT-RTX runs other kernels until those of a shape are compiled, and other kernels round otherwise.
+                self._fallbacks[shape] += not self._eager
                 step = _Step(self, shape, dict(self._addresses), None if capturing else self._next())
+                step.scale += 1e-6 * (0 < self._fallbacks[shape] <= 2)
                 world.cuda.enqueue(stream_handle, step)
             return True
 
@@ -372,6 +377,7 @@ class _Step:
 
     def __init__(self, context: _Context, shape: tuple[int, ...], addresses: dict[str, int], order: int | None) -> None:
         self._context, self._shape, self._addresses, self._order = context, shape, addresses, order
+        self.scale = 1.0
 
     def __call__(self) -> None:
         context, engine, cuda = self._context, self._context._engine, self._context._world.cuda
@@ -384,7 +390,8 @@ class _Step:
         batch = self._bytes(source, self._shape)
         outputs = [node.name for node in engine._session.get_outputs()]
         for name, found in zip(outputs, engine._session.run(outputs, {source: batch.copy()}), strict=True):
-            wanted = np.ascontiguousarray(found.astype(self._dtype(name)))
+            scaled = found * np.float32(self.scale) if found.dtype.kind == "f" else found
+            wanted = np.ascontiguousarray(scaled.astype(self._dtype(name)))
             cuda.find(self._addresses[name], wanted.nbytes)[:] = wanted.reshape(-1).view(np.uint8)
 
     def _dtype(self, name: str) -> np.dtype[Any]:

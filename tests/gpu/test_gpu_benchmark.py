@@ -269,6 +269,16 @@ def test_wrong_answers_are_seen(world: World) -> None:
             assert not checks.check_parity(engine, images, logits[::-1].copy(), precision)["met"]
 
 
+def test_answer_that_is_no_number_is_wrong_in_whatever_batch(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = random_batch(ModelOptions(), 8)
+    truth = world.expect(images)[0]
+    with world.open() as engine:
+        infer = engine.infer
+        monkeypatch.setattr(engine, "infer", lambda batch: np.asarray(infer(batch)) * (np.nan if len(batch) == 33 else 1.0))
+        found = checks.attempt(lambda: checks._any_number(engine, images, truth))
+    assert not found["met"] and found["error"] == float("inf")
+
+
 def test_large_numpy_batches_are_measured_against_the_bare_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ModelOptions(uint8=True)
     world = make_world(tmp_path, monkeypatch, Setting(model=options, profile=(1, 4, 8)))

@@ -70,3 +70,19 @@ def test_test_fails_where_the_answers_are_others(name: str, world: World, tmp_pa
     wrong = dataclasses.replace(reference, logits=np.roll(reference.logits, 1, axis=0))
     with pytest.raises(AssertionError):
         call(name, world, wrong, tmp_path, graphs=True)
+
+
+def test_kernels_that_tensorrt_rtx_runs_at_first_are_no_fault_of_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = make_world(tmp_path, monkeypatch, Setting(profile=(1, 4, 8), rtx=True))
+    with world.open(cuda_graphs=False) as engine:
+        runs = [np.asarray(engine.infer(random_batch(ModelOptions(), 3))) for _ in range(4)]
+    assert not np.array_equal(runs[0], runs[-1])  # else this test shows nothing
+    call("test_cuda_graphs_change_no_bit", world, make_reference(world), tmp_path)
+
+
+@pytest.mark.parametrize("rtx", [False, True])
+def test_graphs_that_replay_what_was_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rtx: bool) -> None:
+    world = make_world(tmp_path, monkeypatch, Setting(profile=(1, 4, 8), rtx=rtx))
+    monkeypatch.setattr(world.cuda, "launch_graph", lambda graph, stream: None)
+    with pytest.raises(AssertionError, match="inf"):
+        call("test_cuda_graphs_change_no_bit", world, make_reference(world), tmp_path)

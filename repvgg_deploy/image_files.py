@@ -45,13 +45,13 @@ def list_images(paths: Iterable[StrPath]) -> tuple[Path, ...]:
         Files, sorted within each folder and pattern.
 
     Raises:
-        InputError: A folder or pattern holds no image, or `paths` is empty.
+        InputError: A folder or pattern holds no image, a folder may not be read, or `paths` is empty.
     """
     found: list[Path] = []
     for item in paths:
         path, text = Path(item), os.fspath(item)
         if path.is_dir():
-            matches = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file())
+            matches = _images_in(path)
         elif not path.exists() and glob.has_magic(text):
             matches = [Path(name) for name in sorted(glob.glob(text, recursive=True)) if Path(name).is_file()]
         else:
@@ -64,6 +64,13 @@ def list_images(paths: Iterable[StrPath]) -> tuple[Path, ...]:
     if not found:
         raise InputError("expected at least one image, found none", remedy="name image files, folders or patterns")
     return tuple(found)
+
+
+def _images_in(folder: Path) -> list[Path]:
+    try:
+        return sorted(entry for entry in folder.iterdir() if entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file())
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read: {error.strerror}", remedy="make the folder readable") from error
 
 
 def decode_rgb(where: str) -> Image.Image:

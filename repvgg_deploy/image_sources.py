@@ -164,10 +164,18 @@ def _skip(file: IO[bytes], count: int) -> None:
 
 
 def find_images(folder: Path) -> tuple[Path, ...]:
-    """All image files below a folder, sorted by path; hidden files and folders are left out, links are followed once."""
+    """All image files below a folder, sorted by path; hidden files and folders are left out, links are followed once.
+
+    Raises:
+        InputError: A folder may not be read: without it, a class could be missing unseen.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror}", remedy="make the folder readable, or move it out") from error
+
     found: list[Path] = []
     seen: set[str] = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
+    for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(root)
         if real in seen:
             folders[:] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from repvgg_deploy.calibration_images import CalibrationImages, load_calibration
 from repvgg_deploy.class_index import Classes, index_folders, index_labels
 from repvgg_deploy.errors import CalibrationError, InputError
 from repvgg_deploy.image_sets import SetOptions, choose_evenly, open_images
-from repvgg_deploy.image_sources import NpzSource
+from repvgg_deploy.image_sources import NpzSource, find_images
 from repvgg_deploy.labels import imagenet_labels, imagenet_wordnet_ids
 from repvgg_deploy.preprocess import load_image, normalize
 from repvgg_deploy.specs import ModelSpec, Preprocessing, TensorSpec
@@ -360,3 +361,19 @@ def test_held_out_share_that_cannot_be_is_refused(tmp_path: Path) -> None:
         split_held_out(images)
     with pytest.raises(CalibrationError, match="between 0 and 1"):
         split_held_out(images, share=1.0)
+
+
+def test_folder_that_may_not_be_read_is_an_error_and_not_a_class_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").touch()
+    real = os.scandir
+
+    def refuse(path: str) -> Any:
+        if Path(path).name == "dog":
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(InputError, match=r"dog: cannot be read: Permission denied"):
+        find_images(tmp_path)

@@ -464,6 +464,15 @@ def test_list_images_expands_folders_and_patterns_and_keeps_files(tmp_path: Path
     assert [path.name for path in list_images([f"{tmp_path}/*.png", tmp_path / "absent.jpg"])] == ["b.png", "absent.jpg"]
 
 
+def test_list_images_of_a_folder_that_may_not_be_read_is_our_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(InputError, match="cannot be read: Permission denied"):
+        list_images([tmp_path])
+
+
 def test_list_images_of_a_name_with_brackets_is_that_file(tmp_path: Path) -> None:
     path = tmp_path / "photo[1].png"
     path.touch()

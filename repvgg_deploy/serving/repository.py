@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,11 +109,15 @@ def _without_provenance(config: Any) -> Any:
 def _write(draft: _Draft, folder: Path, *, force: bool) -> WrittenModel:
     with explain_os_errors(folder):
         folder.mkdir(exist_ok=True)
-    if draft.labels is not None:
-        write_text(folder / LABELS_FILE, _labels_text(draft.labels), force=force)
-    number = choose_version(folder, draft.files, draft.version)
-    version = write_version(folder / str(number), draft.files, force=force)
-    _note_version(draft, folder, number)
+    try:
+        if draft.labels is not None:
+            write_text(folder / LABELS_FILE, _labels_text(draft.labels), force=force)
+        number = choose_version(folder, draft.files, draft.version)
+        version = write_version(folder / str(number), draft.files, force=force)
+        _note_version(draft, folder, number)
+    except BaseException:
+        _remove_beginning(folder)
+        raise
     # Last, so that a server that polls finds no model whose files are not there yet. What differs was allowed above, or is provenance.
     write_text(folder / CONFIG_FILE, print_config(draft.config), force=True)
     return WrittenModel(draft.config.name, version, folder / CONFIG_FILE, draft.config.max_batch_size)
@@ -147,6 +152,14 @@ def read_written_versions(config: Any) -> tuple[int, ...]:
     """The versions that this writer wrote."""
     text = config.parameters[WRITTEN_VERSIONS].string_value if WRITTEN_VERSIONS in config.parameters else ""
     return tuple(int(number) for number in text.split(",") if number.isdecimal())
+
+
+def _remove_beginning(folder: Path) -> None:
+    """Removes a model's folder that holds labels at most: tritonserver does not start on a repository with a model that has no version."""
+    with contextlib.suppress(OSError):
+        if {entry.name for entry in folder.iterdir()} <= {LABELS_FILE}:
+            (folder / LABELS_FILE).unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def _labels_text(labels: Sequence[str]) -> str:

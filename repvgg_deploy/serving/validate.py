@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, RepVGGDeployError
 from .config_rules import backend_of, check_config
 from .findings import Finding
 from .folders import PARTIAL_SUFFIX, list_versions
@@ -25,10 +25,20 @@ def validate_repository(repository: Path) -> tuple[tuple[str, ...], tuple[Findin
         The models, and what is wrong with them, errors first.
 
     Raises:
-        InputError: It is no folder, or holds no model.
+        InputError: It is no folder, holds no model, or may not be read.
         MissingDependencyError: The extra `serving` is not installed.
     """
     load_schema()
+    try:
+        return _check_repository(repository)
+    except RepVGGDeployError:
+        raise
+    except OSError as error:
+        remedy = "run it as the user that tritonserver runs as, and let that user read all of the repository"
+        raise InputError(f"{error.filename or repository}: cannot be read: {error.strerror}", remedy=remedy) from error
+
+
+def _check_repository(repository: Path) -> tuple[tuple[str, ...], tuple[Finding, ...]]:
     if not repository.is_dir():
         raise InputError(f"{repository}: is no folder", remedy="give the folder that holds a folder for each model")
     if (repository / CONFIG_FILE).exists():

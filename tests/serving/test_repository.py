@@ -311,3 +311,15 @@ def test_repository_below_a_path_with_a_space_is_warned_of_where_the_python_back
     assert "space" not in caplog.text
     write_triton([onnx], tmp_path / "two words", RepositoryOptions(ensemble="jpeg"))
     assert "has a space in its path" in caplog.text
+
+
+def test_new_model_that_does_not_fit_on_the_disk_leaves_nothing_that_a_server_would_stumble_on(
+    onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("repvgg_deploy.serving.folders._write", fail)
+    with pytest.raises(ArtifactError, match="No space left"):
+        write(onnx, tmp_path, name="new")
+    assert list((tmp_path / "repo").iterdir()) == []

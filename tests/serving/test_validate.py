@@ -225,3 +225,13 @@ def test_what_is_no_repository_is_refused(repository: Path, tmp_path: Path) -> N
     for folder, message in cases:
         with pytest.raises(InputError, match=message):
             validate_repository(folder)
+
+
+def test_repository_that_may_not_be_read_is_one_message(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(InputError, match=r"config\.pbtxt: cannot be read: Permission denied") as caught:
+        validate_repository(repository)
+    assert "the user that tritonserver runs as" in caught.value.remedy

@@ -23,7 +23,8 @@ def read_labels(path: Path) -> tuple[str, ...]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as labels: {error}", remedy="give a UTF-8 text file with one label a line") from error
+        reason = error.strerror if isinstance(error, OSError) else error  # without the path, which stands before it
+        raise InputError(f"{path}: cannot be read as labels: {reason}", remedy="give a UTF-8 text file with one label a line") from error
     return tuple(line.strip() for line in text.rstrip().splitlines())
 
 

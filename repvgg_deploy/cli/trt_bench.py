@@ -11,6 +11,7 @@ from pathlib import Path
 from ..artifacts import require_distinct, require_writable
 from ..errors import ArtifactError
 from ..figures import require_drawable, save_figure
+from ..measure.advise import published_accuracy
 from ..measure.records import Benchmark, ModelResult, Point, require_free, write_benchmark
 from ..measure.roofline import LayerBound, bound_layers, total_floor_ms
 from ..measure.timing import FEW_CALLS, LARGEST_DRIFT, LARGEST_SPREAD
@@ -50,8 +51,10 @@ def execute(args: argparse.Namespace) -> Output:
 
 
 def _next(out: Path, result: Benchmark) -> str | None:
-    """Advice that begins with what was measured here; None where no accuracy is published of it."""
-    found = [point.latency.median_ms for model in result.models if model.published for point in model.points if point.way == "engine"]
+    """Advice that begins with what was measured here; None where no accuracy is published of it, as at another image size."""
+    known = {(variant.name, (size, size)) for variant, size, _ in published_accuracy()}
+    usable = [model for model in result.models if model.published and (model.variant, model.image_size) in known]
+    found = [point.latency.median_ms for model in usable for point in model.points if point.way == "engine"]
     return f"repvgg-trt advise --slo-ms {math.ceil(max(found))} --measured {shlex.quote(str(out))}" if found else None
 
 

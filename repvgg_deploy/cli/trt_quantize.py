@@ -52,6 +52,8 @@ def execute(args: argparse.Namespace) -> Output:
         result = quantize(args.model, args.out, options, force=args.force, progress=progress)
     errors = draw(args, lambda: _figure(args.model, result))
     command = f"repvgg-trt compare {shlex.quote(str(args.model))} {shlex.quote(str(result.output.target))} --data PATH"
+    if result.metadata.spec.kind not in ("logits", "probabilities", "top5"):  # `compare` is for classifiers
+        command = f"repvgg-trt inspect {shlex.quote(str(result.output.target))}"
     return Output(data=_as_json(args, result), text=_as_text(args, options, result), next_command=command, errors=errors)
 
 

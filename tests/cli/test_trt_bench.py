@@ -83,6 +83,13 @@ def test_next_command_reads_what_was_written(model: Path, tmp_path: Path, monkey
     assert "measured, b 1.json" in capsys.readouterr().out
 
 
+def test_no_advice_is_offered_on_an_image_size_that_nobody_published(model: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    # What was offered ended with "there is nothing to choose from".
+    result = make_benchmark(dataclasses.replace(make_model("B1"), image_size=(128, 128)), device="Tesla T4")
+    monkeypatch.setattr("repvgg_deploy.cli.trt_bench.run_benchmark", lambda *_, **__: result)
+    assert run(capsys, model, "--out", tmp_path / "b.json")[::2] == (0, "")
+
+
 def test_device_without_a_known_peak_has_no_roofline(model: Path, capsys) -> None:
     status, text, _ = run(capsys, model, "--batch", "1", *QUICK, "--no-peak")
     assert status == 0 and "roofline  none: the device's peak is not known" in text

@@ -90,9 +90,9 @@ def _count(text: str) -> int:
 
 
 def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d{1,5})(?:[xX×](\d{1,5}))?", text)
-    if not match or not text.isascii() or 0 in (int(match[1]), int(match[2] or 1)):
-        raise argparse.ArgumentTypeError(f"expected a number or HEIGHTxWIDTH in pixels, found {text!r}")
+    match = re.fullmatch(r"([0-9]{1,5})(?:[xX×]([0-9]{1,5}))?", text)
+    if not match or 0 in (int(match[1]), int(match[2] or 1)):
+        raise argparse.ArgumentTypeError(f"expected a number or HEIGHTxWIDTH in pixels, from 1 to 99999, found {text!r}")
     return int(match[1]), int(match[2] or match[1])
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from repvgg_deploy import artifacts
-from repvgg_deploy.cli.export import main
+from repvgg_deploy.cli.export import build_parser, main
 from repvgg_deploy.variants import get_variant
 from tests.endless import Stage, start_endless
 from tests.reference.generated import random_model
@@ -239,10 +239,17 @@ def test_export_interrupted_at_work_leaves_nothing(checkpoint: Path, tmp_path: P
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.parametrize("text", ["48x64", "48X64", "48×64"])
+def test_export_image_size_is_taken_as_it_is_printed(text: str) -> None:
+    assert build_parser().parse_args(["--ckpt", "x.pth", "--image-size", text]).image_size == (48, 64)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         ["--opset", "16"],
+        ["--image-size", "100000"],
+        ["--image-size", "٣"],
         ["--batch", "0"],
         ["--image-size", "0"],
         ["--image-size", "axb"],

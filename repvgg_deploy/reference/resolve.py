@@ -78,6 +78,17 @@ def resolve(content: Content, arch: VariantSpec | None) -> Resolved:
         raise CheckpointError(f"cannot be read: {error}", remedy="save the state dict alone: torch.save(model.state_dict(), …)") from error
     if not candidates:
         raise _no_tensors(content)
+    try:
+        return _resolve(content, candidates, arch)
+    except CheckpointError as error:
+        if not content.suspicious:
+            raise
+        # Whoever is told only that a tensor is missing may go on to open the file with a program that runs what is in it.
+        remedy = f"do not open it elsewhere: it may be made to run code on your machine; where you trust its source, {error.remedy}"
+        raise CheckpointError(f"{error.message}; {_security_notes(content)[0]}", remedy=remedy) from error
+
+
+def _resolve(content: Content, candidates: list[Candidate], arch: VariantSpec | None) -> Resolved:
     embedded = _read_embedded(content)
     notes = _security_notes(content)
     attempts = _find_attempts(candidates, numpy=content.numpy)

@@ -329,6 +329,14 @@ class _Runs:
         return (eval, (f"open({str(self.marker)!r}, 'w').close()",))
 
 
+def test_refused_checkpoint_that_would_run_code_says_so_beside_what_is_missing(tmp_path):
+    state: dict[str, object] = {**state_of(_RAW), "stage0.rbr_dense.conv.weight": _Runs(tmp_path / "ran")}
+    message = r"first stage0\.rbr_dense\.conv\.weight; WARNING: .* would reach for builtins\.eval; nothing was called"
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_checkpoint(save(state, tmp_path))
+    assert caught.value.remedy.startswith("do not open it elsewhere") and not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("modern", [True, False], ids=["zip", "legacy"])
 def test_pickle_that_would_run_code_gives_its_tensors_and_runs_nothing(modern, tmp_path):
     path, marker = tmp_path / "m.pth", tmp_path / "ran"

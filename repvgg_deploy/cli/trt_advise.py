@@ -55,7 +55,7 @@ def execute(args: argparse.Namespace) -> Output:
         "device": ground.device,
         "wish": wish,
         "fitting": answer.fitting,
-        "nearest": nearest,
+        "nearest": nearest or Nearest((), (), (), ()),
         "assumptions": assumptions if ground.ceiling is not None else None,
         "grouped": _grouped(),
         "warnings": ground.warnings,

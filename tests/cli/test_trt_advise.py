@@ -148,6 +148,10 @@ def test_json_holds_the_answer_and_its_assumptions(capsys) -> None:
     assert answer["device"] == "A10" and answer["assumptions"]["efficiency"]["fp16"] == 0.4
     assert {choice["precision"] for choice in answer["fitting"]} == {"fp16"} and {choice["batch"] for choice in answer["fitting"]} <= {1, 8}
     assert "lose at batch 1" in answer["grouped"]
+    assert answer["nearest"] == {"fast_enough": [], "accurate_enough": [], "fastest": [], "most_accurate": []}
+    answer = json.loads(run(capsys, "--slo-ms", 0.01, "--gpu", "a10", "--json")[1])
+    assert answer["fitting"] == answer["nearest"]["fast_enough"] == []
+    assert answer["nearest"]["fastest"][0]["variant"] == "A0" and len(answer["nearest"]["most_accurate"]) == 3
 
 
 @pytest.mark.parametrize(

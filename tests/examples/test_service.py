@@ -453,12 +453,12 @@ def test_second_signal_ends_the_grace_time(model: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_batch": 0}, "max_batch: expected a whole number of at least 1"),
-        ({"max_queue": 3}, "max_queue: expected a whole number of at least max_batch"),
+        ({"max_batch": 0}, "REPVGG_MAX_BATCH: expected a whole number of at least 1"),
+        ({"max_queue": 3}, "REPVGG_MAX_QUEUE: expected a whole number of at least REPVGG_MAX_BATCH"),
         ({"timeout_ms": "soon"}, "REPVGG_TIMEOUT_MS: expected a number of 0 or more, found 'soon'"),
         ({"listen": "8000x"}, "REPVGG_LISTEN: expected ADDRESS:PORT"),
         ({"listen": "127.0.0.1:65536"}, "found '127.0.0.1:65536'"),
-        ({"device": "tpu"}, "device"),
+        ({"device": "tpu"}, "REPVGG_DEVICE: expected cpu"),
         ({"model": "absent.onnx"}, "absent.onnx"),
         ({"model": ""}, "REPVGG_MODEL: not set"),
     ],

@@ -7,7 +7,6 @@ Each is validated once, here; behind this border the code trusts it. An example 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -396,7 +395,3 @@ class CalibrationProvenance:
     steps: int
     loss: float
     versions: dict[str, str]
-
-
-MetadataValue = Mapping[str, object]
-"""A decoded but not yet validated metadata value."""

@@ -30,13 +30,13 @@ def read_labels(path: Path) -> tuple[str, ...]:
 
 def imagenet_labels() -> tuple[str, ...]:
     """The names by class index: `tench` is 0, `toilet tissue` 999."""
-    labels = tuple(resources.files(__package__).joinpath("data/imagenet1k.txt").read_text(encoding="utf-8").splitlines())
+    labels = tuple(resources.files("repvgg_deploy").joinpath("data/imagenet1k.txt").read_text(encoding="utf-8").splitlines())
     assert len(labels) == len(set(labels)) == IMAGENET_CLASSES, f"data/imagenet1k.txt holds {len(labels)} names"
     return labels
 
 
 def imagenet_wordnet_ids() -> tuple[str, ...]:
     """WordNet ids by class index, the folder names of the data set: `n01440764` is 0. Source: synsets.txt of ILSVRC 2012, sorted."""
-    names = tuple(resources.files(__package__).joinpath("data/imagenet1k_wordnet.txt").read_text(encoding="utf-8").split())
+    names = tuple(resources.files("repvgg_deploy").joinpath("data/imagenet1k_wordnet.txt").read_text(encoding="utf-8").split())
     assert len(set(names)) == IMAGENET_CLASSES, f"data/imagenet1k_wordnet.txt holds {len(names)} ids"
     return names

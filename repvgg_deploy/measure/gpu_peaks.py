@@ -60,7 +60,7 @@ def load_gpus() -> tuple[GpuPeaks, ...]:
         import tomllib
     else:
         import tomli as tomllib
-    text = resources.files(f"{__package__.rpartition('.')[0]}").joinpath("data/gpus.toml").read_text(encoding="utf-8")
+    text = resources.files("repvgg_deploy").joinpath("data/gpus.toml").read_text(encoding="utf-8")
     table: dict[str, Any] = tomllib.loads(text)
     return codec.decode(_Table, table).gpu
 

@@ -6,20 +6,18 @@ Two arrays: `images`, uint8 (N, H, W, 3) RGB 0–255 or float32 (N, 3, H, W) nor
 
 from __future__ import annotations
 
-import os
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import codec
 from ..errors import CalibrationError, InputError
+from ..image_files import StrPath
 from ..specs import CalibrationProvenance
-
-StrPath: TypeAlias = "str | os.PathLike[str]"
 
 REMAKE = "make it again: repvgg-export --ckpt CHECKPOINT --out ONNX --synthetic-calibration"
 _SUFFIX = ".calib.npz"

@@ -30,7 +30,7 @@ def make_checkpoint(variant: str, path: Path) -> None:
     from torch import nn
 
     from repvgg_deploy.reference.network import RepVGG
-    from repvgg_deploy.variants import get_variant
+    from repvgg_deploy.specs.variants import get_variant
 
     torch.manual_seed(0)
     model = RepVGG(get_variant(variant))
@@ -56,7 +56,7 @@ def run_plain(variant: str, checkpoint: Path, out: Path, dynamo: bool) -> None:
 
     from repvgg_deploy.reference.network import RepVGG
     from repvgg_deploy.reference.upstream import repvgg_model_convert
-    from repvgg_deploy.variants import get_variant
+    from repvgg_deploy.specs.variants import get_variant
 
     model = RepVGG(get_variant(variant))
     model.load_state_dict(torch.load(checkpoint, weights_only=True))  # noqa: TID251 - what the plain recipe does

@@ -40,9 +40,10 @@ from benchmarks.gpu_parts import checks, models, report, speed
 from benchmarks.gpu_parts.machine import describe_machine
 from benchmarks.gpu_parts.record import Record, find_peak
 from repvgg_deploy.errors import RepVGGDeployError
-from repvgg_deploy.pipeline.build import BuildOptions, build_plan
+from repvgg_deploy.pipeline.build import build_plan
+from repvgg_deploy.pipeline.build_options import BuildOptions
 from repvgg_deploy.runtime.engine import Engine
-from repvgg_deploy.specs import BuildConfig, ShapeProfile
+from repvgg_deploy.specs.values import BuildConfig, ShapeProfile
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PROFILE = ShapeProfile(1, 32, 128)

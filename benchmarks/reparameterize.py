@@ -35,8 +35,8 @@ from torch.profiler import ProfilerActivity, profile
 from repvgg_deploy.reference.block import DeployBlock, SEBlock, TrainingBlock
 from repvgg_deploy.reference.network import RepVGG
 from repvgg_deploy.reference.reparameterize import reparameterize
-from repvgg_deploy.specs import Form
-from repvgg_deploy.variants import get_variant
+from repvgg_deploy.specs.values import Form
+from repvgg_deploy.specs.variants import get_variant
 
 RESULTS = Path(__file__).resolve().parent / "results" / "reparameterize.json"
 GROUPS = ("3×3 conv", "1×1 conv", "BatchNorm", "add", "ReLU", "SE, pool, linear", "copies, other")

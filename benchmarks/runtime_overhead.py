@@ -26,9 +26,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from repvgg_deploy.runtime.engine import Engine, EngineOptions
+from repvgg_deploy.runtime.backends import EngineOptions
+from repvgg_deploy.runtime.engine import Engine
 from repvgg_deploy.runtime.lease import Lease
-from repvgg_deploy.specs import ModelSpec
+from repvgg_deploy.specs.values import ModelSpec
 
 RESULTS = Path(__file__).resolve().parent / "results" / "runtime_overhead.json"
 AIM_PERCENT = 2.0
@@ -55,7 +56,7 @@ def export_random_a0(path: Path) -> Path:
 
     from repvgg_deploy.pipeline.checkpoint import export_checkpoint
     from repvgg_deploy.reference.network import RepVGG
-    from repvgg_deploy.variants import get_variant
+    from repvgg_deploy.specs.variants import get_variant
 
     torch.manual_seed(0)
     checkpoint = path.with_suffix(".pth")

@@ -13,7 +13,7 @@ from repvgg_deploy.errors import InputError, PlanError, RepVGGDeployError
 from repvgg_deploy.runtime.model_files import is_plan
 from repvgg_deploy.runtime.passport import passport_path, read_passport
 from repvgg_deploy.serving.containers import find_container
-from repvgg_deploy.specs import PlanPassport
+from repvgg_deploy.specs.values import PlanPassport
 
 
 def main(argv: list[str]) -> int:

@@ -29,7 +29,7 @@ from repvgg_deploy.preprocess import default_preprocessing, load_image, normaliz
 from repvgg_deploy.reference.block import TrainingBlock
 from repvgg_deploy.reference.network import RepVGG
 from repvgg_deploy.runtime.results import softmax
-from repvgg_deploy.specs import Check
+from repvgg_deploy.specs.values import Check
 
 mpl.use("Agg")  # before pyplot: no window, also where there is no screen
 from matplotlib import pyplot as plt

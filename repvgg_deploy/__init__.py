@@ -11,39 +11,36 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .errors import RepVGGDeployError as RepVGGDeployError
-    from .pipeline.build import build_plan as build_plan
-    from .pipeline.build_options import BuildOptions as BuildOptions
-    from .pipeline.checkpoint import export_checkpoint as export_checkpoint
-    from .pipeline.module import export_module as export_module
-    from .pipeline.quantize import quantize as quantize
-    from .pipeline.quantize_options import QuantizeOptions as QuantizeOptions
-    from .precision.fp16 import Fp16Options as Fp16Options
-    from .precision.fp16 import to_fp16 as to_fp16
-    from .precision.int8 import to_int8 as to_int8
-    from .precision.int8_options import Int8Options as Int8Options
-    from .reference.checkpoint import build_model as build_model
-    from .reference.checkpoint import load_checkpoint as load_checkpoint
-    from .reference.reparameterize import reparameterize as reparameterize
-    from .runtime.engine import Engine as Engine
-    from .specs import BuildConfig as BuildConfig
-    from .specs import VariantSpec as VariantSpec
-    from .variants import get_variant as get_variant
+    from .errors import RepVGGDeployError
+    from .pipeline.build import build_plan
+    from .pipeline.build_options import BuildOptions
+    from .pipeline.checkpoint import export_checkpoint
+    from .pipeline.module import export_module
+    from .pipeline.quantize import quantize
+    from .pipeline.quantize_options import QuantizeOptions
+    from .precision.fp16 import Fp16Options, to_fp16
+    from .precision.int8 import to_int8
+    from .precision.int8_options import Int8Options
+    from .reference.checkpoint import build_model, load_checkpoint
+    from .reference.reparameterize import reparameterize
+    from .runtime.engine import Engine
+    from .specs.values import BuildConfig, VariantSpec
+    from .specs.variants import get_variant
 
 _HOMES = {
-    "BuildConfig": ".specs",
+    "BuildConfig": ".specs.values",
     "BuildOptions": ".pipeline.build_options",
     "Engine": ".runtime.engine",
     "Fp16Options": ".precision.fp16",
     "Int8Options": ".precision.int8_options",
     "QuantizeOptions": ".pipeline.quantize_options",
     "RepVGGDeployError": ".errors",
-    "VariantSpec": ".specs",
+    "VariantSpec": ".specs.values",
     "build_model": ".reference.checkpoint",
     "build_plan": ".pipeline.build",
     "export_checkpoint": ".pipeline.checkpoint",
     "export_module": ".pipeline.module",
-    "get_variant": ".variants",
+    "get_variant": ".specs.variants",
     "load_checkpoint": ".reference.checkpoint",
     "quantize": ".pipeline.quantize",
     "reparameterize": ".reference.reparameterize",

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from .errors import CalibrationError, InputError
 from .image_files import StrPath
 from .image_sets import ImageSet, SetOptions, open_images
-from .specs import ModelSpec
+from .specs.values import ModelSpec
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from .errors import InputError
 from .preprocess import normalize
-from .specs import ModelSpec, Preprocessing
+from .specs.values import ModelSpec, Preprocessing
 
 _RESIZE = "give image files, which are resized and cropped, or store images of the size that the model takes"
 

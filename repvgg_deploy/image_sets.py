@@ -19,7 +19,7 @@ from .errors import InputError
 from .image_arrays import to_input
 from .image_files import StrPath
 from .image_sources import FileSource, ImageSource, NpzSource, find_images, read_list
-from .specs import ModelSpec, Preprocessing
+from .specs.values import ModelSpec, Preprocessing
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol, TypeAlias
 from .errors import InputError
 from .image_files import IMAGE_SUFFIXES
 from .preprocess import load_image
-from .specs import Preprocessing
+from .specs.values import Preprocessing
 
 if TYPE_CHECKING:
     import numpy as np

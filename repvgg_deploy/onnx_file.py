@@ -17,10 +17,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import codec, wire
+from . import wire
 from .errors import ForeignModelError, InputError, ModelError
 from .foreign_files import HEAD_BYTES, name_foreign
-from .specs import METADATA_KEY, ModelMetadata
+from .specs import codec
+from .specs.values import METADATA_KEY, ModelMetadata
 
 _GRAPH, _METADATA_PROPS, _OPSET_IMPORT = 7, 14, 8
 _NODE, _INITIALIZER, _RAW_DATA = 1, 5, 9

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from .errors import InputError
 from .image_files import FORMATS, MAX_PIXELS, StrPath, check_size, decode_rgb, decode_rgb_bytes, list_images
-from .specs import ModelSpec, Preprocessing
+from .specs.values import ModelSpec, Preprocessing
 
 if TYPE_CHECKING:
     import numpy as np

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .specs import Check
+from .specs.values import Check
 
 FACTOR = 10.0
 """Two float32 computations of one function differ by rounding alone, but sum in different orders and with folded weights. On two trained networks

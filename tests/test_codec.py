@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from repvgg_deploy import codec
 from repvgg_deploy.errors import InputError
 from repvgg_deploy.measure.records import Benchmark
 from repvgg_deploy.precision.scales import ScaleFile
-from repvgg_deploy.specs import BuildConfig, CalibrationProvenance, ModelMetadata, PlanPassport, VariantSpec
+from repvgg_deploy.specs import codec
+from repvgg_deploy.specs.values import BuildConfig, CalibrationProvenance, ModelMetadata, PlanPassport, VariantSpec
 
 SCHEMAS = Path(__file__).resolve().parents[1] / "docs" / "schemas"
 EXAMPLES: dict[str, type] = {

@@ -20,7 +20,7 @@ from repvgg_deploy.image_sets import SetOptions, choose_evenly, open_images
 from repvgg_deploy.image_sources import NpzSource, find_images
 from repvgg_deploy.labels import imagenet_labels, imagenet_wordnet_ids
 from repvgg_deploy.preprocess import load_image, normalize
-from repvgg_deploy.specs import ModelSpec, Preprocessing, TensorSpec
+from repvgg_deploy.specs.values import ModelSpec, Preprocessing, TensorSpec
 
 LABELS = ("cat", "dog", "garbage truck")
 PREPROCESSING = Preprocessing((123.675, 116.28, 103.53), (58.395, 57.12, 57.375), 8, (8, 8))

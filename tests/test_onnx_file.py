@@ -12,10 +12,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from repvgg_deploy import codec, onnx_file, wire
+from repvgg_deploy import onnx_file, wire
 from repvgg_deploy.errors import InputError, ModelError
 from repvgg_deploy.onnx_file import read_graph, read_metadata
-from repvgg_deploy.specs import METADATA_KEY, ModelMetadata
+from repvgg_deploy.specs import codec
+from repvgg_deploy.specs.values import METADATA_KEY, ModelMetadata
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "docs" / "schemas" / "onnx-metadata.json"
 METADATA = codec.decode(ModelMetadata, json.loads(EXAMPLE.read_text(encoding="utf-8")))

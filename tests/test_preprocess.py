@@ -18,8 +18,9 @@ from PIL import Image, ImageCms
 
 from repvgg_deploy import image_files, preprocess
 from repvgg_deploy.errors import InputError, MissingDependencyError
-from repvgg_deploy.preprocess import IMAGENET_MEAN, IMAGENET_STD, decode_image, default_preprocessing, list_images, load_batch, load_image, normalize
-from repvgg_deploy.specs import ModelSpec, Preprocessing, TensorSpec
+from repvgg_deploy.image_files import list_images
+from repvgg_deploy.preprocess import IMAGENET_MEAN, IMAGENET_STD, decode_image, default_preprocessing, load_batch, load_image, normalize
+from repvgg_deploy.specs.values import ModelSpec, Preprocessing, TensorSpec
 
 SMALL = default_preprocessing(6, 6)
 

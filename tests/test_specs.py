@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from repvgg_deploy.errors import InputError
-from repvgg_deploy.specs import BuildConfig, Certificate, Check, ModelSpec, Preprocessing, ShapeProfile, TensorSpec, VariantSpec
-from repvgg_deploy.specs_io import load_build_config
+from repvgg_deploy.specs.codec import load_build_config
+from repvgg_deploy.specs.values import BuildConfig, Certificate, Check, ModelSpec, Preprocessing, ShapeProfile, TensorSpec, VariantSpec
 
 CONFIGS = Path(__file__).resolve().parents[1] / "engines" / "configs"
 VARIANT = VariantSpec("small", (1, 2, 1, 1), (16, 16, 32, 64, 128), (1, 1, 2, 1, 1, 1), num_classes=10)

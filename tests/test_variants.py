@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from repvgg_deploy.errors import InputError
-from repvgg_deploy.specs import VariantSpec
-from repvgg_deploy.variants import PUBLISHED, architecture_of, count_macs, count_parameters, get_variant, load_variant, name_variant
+from repvgg_deploy.specs.values import VariantSpec
+from repvgg_deploy.specs.variants import PUBLISHED, architecture_of, count_macs, count_parameters, get_variant, load_variant, name_variant
 
 # Layers, millions of parameters in training and in deploy form, 10⁹ multiply-accumulates and the image size that they hold for.
 # Source: the model table of https://github.com/DingXiaoH/RepVGG and the paper's tables 2 to 4, https://arxiv.org/abs/2101.03697.

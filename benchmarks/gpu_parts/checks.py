@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from repvgg_deploy.runtime.engine import Engine, EngineOptions
+from repvgg_deploy.runtime.backends import EngineOptions
+from repvgg_deploy.runtime.engine import Engine
 from repvgg_deploy.runtime.tensorrt_context import changes_kernels
 
 from .bare import DeviceBatch

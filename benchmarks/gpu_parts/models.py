@@ -42,7 +42,8 @@ def make(folder: Path, variant: str) -> None:
     from repvgg_deploy.export.options import GraphOptions
     from repvgg_deploy.pipeline.checkpoint import ExportOptions, export_checkpoint
     from repvgg_deploy.precision.fp16 import to_fp16
-    from repvgg_deploy.precision.int8 import FAST, to_int8
+    from repvgg_deploy.precision.int8 import to_int8
+    from repvgg_deploy.precision.int8_options import FAST
     from repvgg_deploy.precision.typed_model import write_typed
     from repvgg_deploy.runtime.engine import Engine
     from repvgg_deploy.runtime.execution import usual_shape
@@ -84,7 +85,7 @@ def save_checkpoint(variant: str, path: Path) -> None:
     import torch
 
     from repvgg_deploy.reference.network import RepVGG
-    from repvgg_deploy.variants import get_variant
+    from repvgg_deploy.specs.variants import get_variant
 
     torch.manual_seed(0)
     model = RepVGG(get_variant(variant))

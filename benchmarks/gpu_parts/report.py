@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from repvgg_deploy.variants import count_macs, get_variant
+from repvgg_deploy.specs.variants import count_macs, get_variant
 
 from . import models
 

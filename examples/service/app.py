@@ -20,7 +20,7 @@ from repvgg_deploy.errors import DeadlineError, EngineBusyError, InputError, Rep
 from repvgg_deploy.preprocess import decode_image, normalize
 from repvgg_deploy.runtime.results import Result, rank_classes
 from repvgg_deploy.serving import kserve
-from repvgg_deploy.specs import ModelSpec
+from repvgg_deploy.specs.values import ModelSpec
 
 from .core import Service
 

@@ -17,8 +17,8 @@ from starlette.requests import ClientDisconnect
 
 from repvgg_deploy import Engine
 from repvgg_deploy.errors import CudaContextError, InputError
-from repvgg_deploy.runtime.backends import BackendName
-from repvgg_deploy.runtime.engine import EngineOptions, Result
+from repvgg_deploy.runtime.backends import BackendName, EngineOptions
+from repvgg_deploy.runtime.results import Result
 
 from .metrics import RequestMetrics, make_registry
 from .settings import Settings, name_variable

@@ -26,12 +26,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from repvgg_deploy import codec
 from repvgg_deploy.artifacts import sha256_file
 from repvgg_deploy.preprocess import default_preprocessing, normalize
 from repvgg_deploy.reference.network import RepVGG, weight_decay_groups
-from repvgg_deploy.specs import VariantSpec
-from repvgg_deploy.variants import count_parameters, load_variant
+from repvgg_deploy.specs import codec
+from repvgg_deploy.specs.values import VariantSpec
+from repvgg_deploy.specs.variants import count_parameters, load_variant
 
 HERE = Path(__file__).resolve().parent
 SIDE = 32

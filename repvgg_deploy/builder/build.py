@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import BuildError, CudaError
 from ..graph_precision import weighted_nodes
 from ..onnx_file import GraphSummary
-from ..specs import BuildConfig, ModelSpec
+from ..specs.values import BuildConfig, ModelSpec
 from ..tensorrt_package import quote
 from .library import Library
 from .monitor import Position, make_monitor, run_cancellable

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..onnx_file import GraphSummary, NodeSummary
-from ..specs import ModelSpec
+from ..specs.values import ModelSpec
 
 _CAST = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64", 16: "bfloat16"}
 # Operators whose result has the type of another input than the first, or one of its own.

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import BuildError
 from ..onnx_file import GraphSummary
-from ..specs import ModelSpec, ShapeProfile
+from ..specs.values import ModelSpec, ShapeProfile
 from ..tensorrt_package import quote
 from .library import Library
 from .trt_log import BuildLog

@@ -17,10 +17,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import codec
 from ..artifacts import explain_os_errors, write_text
 from ..errors import ArtifactError, InputError
-from ..specs import PlanPassport
+from ..specs import codec
+from ..specs.values import PlanPassport
 
 logger = logging.getLogger(__name__)
 

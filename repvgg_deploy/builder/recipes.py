@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import BuildError, CudaError
-from ..specs import BuildConfig, Precision
+from ..specs.values import BuildConfig, Precision
 from .library import Library
 from .tactic_sources import choose_tactic_sources, find_tactic_libraries
 

@@ -1,1 +1,1 @@
-"""The command line programs `repvgg-export` and `repvgg-trt`."""
+"""The programs `repvgg-export` and `repvgg-trt`: one file a command. Each parses, calls one entry function and prints."""

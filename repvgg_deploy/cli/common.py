@@ -157,7 +157,7 @@ def _complain(text: str, verbose: int) -> None:
 
 def _print_output(output: Output, as_json: bool) -> None:
     if as_json:
-        from ..codec import encode
+        from ..specs.codec import encode
 
         _write_stdout(json.dumps(encode(output.data), indent=2, allow_nan=False))
         return

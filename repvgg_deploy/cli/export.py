@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..pipeline.calibration import CalibrationResult
     from ..pipeline.checkpoint import ExportOptions, ExportResult
     from ..reference.describe import Description
-    from ..specs import Certificate, Check, Preprocessing
+    from ..specs.values import Certificate, Check, Preprocessing
 
 _STAGES = 6
 _EPILOG = """examples:
@@ -124,9 +124,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _describe(args: argparse.Namespace) -> Output:
-    from ..codec import encode
     from ..reference.describe import describe_checkpoint
-    from ..zoo import find_card, find_card_by_name
+    from ..specs.codec import encode
+    from ..specs.zoo import find_card, find_card_by_name
 
     description = describe_checkpoint(args.ckpt)
     card, named = find_card(description.sha256), find_card_by_name(args.ckpt.name)
@@ -140,7 +140,7 @@ def _describe(args: argparse.Namespace) -> Output:
 
 
 def _description_text(description: Description, published: str | None, size: int) -> str:
-    from ..variants import count_macs
+    from ..specs.variants import count_macs
 
     spec = description.spec
     pairs = [("file", f"{description.file} ({description.bytes:,} bytes)"), ("sha256", description.sha256)]
@@ -210,7 +210,7 @@ def _options(args: argparse.Namespace) -> ExportOptions:
     from ..export.options import GraphOptions
     from ..export.synthesize import SynthesisOptions
     from ..pipeline.checkpoint import ExportOptions
-    from ..variants import get_variant
+    from ..specs.variants import get_variant
 
     graph = GraphOptions(
         opset=args.opset,

@@ -10,9 +10,11 @@ from typing import Any
 from ..errors import InputError
 from ..graph_precision import graph_precision, weighted_nodes
 from ..onnx_file import read_graph
-from ..pipeline.build import BuildOptions, BuildResult, build_plan
-from ..specs import BuildConfig, ShapeProfile
-from ..specs_io import load_build_config
+from ..pipeline.build import build_plan
+from ..pipeline.build_options import BuildOptions
+from ..pipeline.build_work import BuildResult
+from ..specs.codec import load_build_config
+from ..specs.values import BuildConfig, ShapeProfile
 from .build_arguments import find_build_conflict
 from .common import Output
 from .quantize_arguments import quantize_flags

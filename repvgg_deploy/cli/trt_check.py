@@ -7,7 +7,7 @@ import argparse
 from ..errors import PlanIncompatibleError
 from ..pipeline.check import CheckResult, check_plan
 from ..runtime.compatibility import Compatible
-from ..specs import PlanPassport, ShapeProfile
+from ..specs.values import PlanPassport, ShapeProfile
 from ..tensorrt_package import FLAVOURS
 from .common import Output
 from .tables import format_pairs, show_bytes

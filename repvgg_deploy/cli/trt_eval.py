@@ -11,7 +11,8 @@ from ..errors import ArtifactError, InputError
 from ..figures import require_drawable, save_figure
 from ..image_sets import ImageSet, SetOptions, classes_of, open_images
 from ..plots import AccuracyRow, ClassBar, draw_accuracy, draw_confusion
-from ..runtime.engine import Engine, EngineOptions
+from ..runtime.backends import EngineOptions
+from ..runtime.engine import Engine
 from ..verify.accuracy import AccuracyReport, Answer, ClassAccuracy, evaluate
 from .common import Output, Progress
 from .tables import format_pairs, format_table

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import InputError, ModelError, RepVGGDeployError
+from ..image_files import list_images
 from ..labels import read_labels
-from ..preprocess import list_images
-from ..runtime.engine import Engine, EngineOptions
+from ..runtime.backends import EngineOptions
+from ..runtime.engine import Engine
 from ..runtime.results import rank_classes
 from .common import Output, Progress
 from .tables import format_table
@@ -21,7 +22,7 @@ from .tables import format_table
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ..specs import ModelSpec
+    from ..specs.values import ModelSpec
 
 
 _USUAL_TOP = 5

@@ -8,12 +8,12 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from .. import codec
 from ..graph_precision import WeightedNode, count_weights, describe_shares, precision_of, share_by_precision, weighted_nodes
-from ..layer_table import LayerRow, image_size, layer_rows
 from ..onnx_file import GraphSummary, read_graph
 from ..runtime.model_files import as_path, read_model
-from ..specs import Certificate, ModelMetadata, ModelSpec, TensorSpec, VariantSpec
+from ..specs import codec
+from ..specs.values import Certificate, ModelMetadata, ModelSpec, TensorSpec, VariantSpec
+from ..specs.variants import LayerRow, image_size, layer_rows
 from .common import Output
 from .tables import format_pairs, format_table, show_bytes
 

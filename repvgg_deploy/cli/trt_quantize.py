@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..artifacts import require_distinct
-from ..codec import encode
 from ..figures import require_drawable
-from ..pipeline.quantize import QuantizeOptions, QuantizeResult, default_typed_output, quantize
-from ..pipeline.quantize_options import MIN_AGREEMENT
+from ..pipeline.quantize import QuantizeResult, default_typed_output, quantize
+from ..pipeline.quantize_options import MIN_AGREEMENT, QuantizeOptions
 from ..plots import ChannelSpread, SqnrSeries, draw_quantization
 from ..precision.equalize import EqualizeOptions
 from ..precision.fp16 import Fp16Options, Fp16Report
 from ..precision.int8_options import FAST, Int8Options, Int8Report, LayerReport
 from ..precision.round import RoundOptions
 from ..precision.scales import ScaleOptions
+from ..specs.codec import encode
 from .common import Output
 from .stage_progress import StageProgress
 from .tables import format_pairs, format_table

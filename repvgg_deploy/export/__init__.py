@@ -1,1 +1,1 @@
-"""Deploy model → clean ONNX: to_onnx, simplify, contract. Needs the `export` extra."""
+"""Checkpoint or module → verified ONNX. The entries are `export.export_checkpoint` and `module.export_module`. Needs torch, onnx and onnxsim."""

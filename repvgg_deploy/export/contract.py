@@ -14,7 +14,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from ..errors import ContractError
-from ..specs import LayerSpec, ModelSpec, TensorSpec, VariantSpec
+from ..specs.values import LayerSpec, ModelSpec, TensorSpec, VariantSpec
 from .options import IR_VERSIONS, TOP_K, GraphOptions
 
 _FORBIDDEN_IN_MODULES = ("BatchNormalization", "Dropout", "Identity", "If", "Loop", "Scan")

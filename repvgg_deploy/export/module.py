@@ -16,7 +16,7 @@ from .. import tolerance
 from ..errors import InputError, ParityError
 from ..reference.block import TrainingBlock
 from ..reference.reparameterize import foreign_names, reparameterize
-from ..specs import METADATA_SCHEMA, Certificate, HistoryEntry, ModelMetadata, ModelSpec, Preprocessing, TensorSpec
+from ..specs.values import METADATA_SCHEMA, Certificate, HistoryEntry, ModelMetadata, ModelSpec, Preprocessing, TensorSpec
 from .contract import check_module_contract
 from .options import IR_VERSIONS, OPSETS
 from .simplify import simplify

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import InputError
-from ..specs import InputKind, ModelSpec, OutputKind, Preprocessing, TensorSpec, VariantSpec
+from ..specs.values import InputKind, ModelSpec, OutputKind, Preprocessing, TensorSpec, VariantSpec
 
 OPSETS = (17, 18, 19, 20)
 IR_VERSIONS = {17: 8, 18: 8, 19: 9, 20: 9}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..reference.block import ConvBN, TrainingBlock
 from ..reference.network import RepVGG
-from ..specs import ChannelStatistics
+from ..specs.values import ChannelStatistics
 
 
 @torch.no_grad()

@@ -23,8 +23,8 @@ from torch import Tensor
 from ..errors import CalibrationError, InputError
 from ..preprocess import IMAGENET_MEAN, IMAGENET_STD
 from ..reference.network import RepVGG
-from ..specs import Preprocessing, VariantSpec
-from ..variants import count_macs
+from ..specs.values import Preprocessing, VariantSpec
+from ..specs.variants import count_macs
 from .bn_mismatch import StatisticsMismatch
 
 MOST_IMAGES, MOST_STEPS = 100_000, 100_000

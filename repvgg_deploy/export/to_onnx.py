@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..errors import ExportError
 from ..reference.network import RepVGG
-from ..specs import ModelSpec, Preprocessing, TensorSpec, VariantSpec
+from ..specs.values import ModelSpec, Preprocessing, TensorSpec, VariantSpec
 from .options import IR_VERSIONS, TOP_K, GraphOptions
 
 _TRACE_SIZE = (32, 32)  # the graph does not depend on the image size (sizes are set by `_stamp`), and a small one is traced faster

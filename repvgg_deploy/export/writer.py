@@ -19,7 +19,7 @@ from onnx import numpy_helper
 from .. import wire
 from ..errors import ExportError
 from ..onnx_file import metadata_field
-from ..specs import ModelMetadata
+from ..specs.values import ModelMetadata
 
 _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
 _MAX_BYTES = (1 << 31) - 1

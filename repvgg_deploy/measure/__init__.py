@@ -1,1 +1,1 @@
-"""How fast a model is, how fast it could be, and which one to take: times, rooflines, benchmark files, advice. Runs no model itself."""
+"""How fast a model runs, and how fast it could. The entry is `bench.run_benchmark`."""

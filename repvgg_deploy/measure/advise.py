@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import InputError
-from ..specs import Precision, VariantSpec
-from ..variants import PUBLISHED, get_variant
-from ..zoo import load_cards
+from ..specs.values import Precision, VariantSpec
+from ..specs.variants import PUBLISHED, get_variant
+from ..specs.zoo import load_cards
 from .costs import LayerCost, count_costs
 from .estimate import FITTED, Assumptions, estimate_ms
 from .gpu_peaks import look_up_gpu

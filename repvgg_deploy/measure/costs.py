@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from ..layer_table import LayerRow, layer_rows
-from ..specs import Precision, VariantSpec
+from ..specs.values import Precision, VariantSpec
+from ..specs.variants import LayerRow, layer_rows
 
 ITEM_BYTES: dict[str, int] = {"fp32": 4, "fp16": 2, "int8": 1}
 _INPUT_BYTES = {"float32": 4, "float16": 2, "uint8": 1}

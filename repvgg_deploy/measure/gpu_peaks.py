@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from .. import codec
 from ..errors import InputError
+from ..specs import codec
 from .roofline import Ceiling
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .. import codec
 from ..artifacts import PendingOutput, write_text
 from ..errors import ArtifactError, InputError
-from ..specs import Precision
+from ..specs import codec
+from ..specs.values import Precision
 from .costs import LayerCost
 from .roofline import Ceiling
 from .timing import Latency

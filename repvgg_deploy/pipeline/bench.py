@@ -18,9 +18,9 @@ from ..measure.timing import Turns, count_images_per_second, find_instability, s
 from ..measure.turns import MOST_TURNS, Call, Pace, measure_in_turns
 from ..runtime.backends import BackendName, EngineOptions
 from ..runtime.engine import Engine
-from ..specs import VariantSpec
+from ..specs.values import VariantSpec
+from ..specs.variants import name_variant
 from ..tool_versions import installed_versions
-from ..variants import name_variant
 from .bench_device import choose_ceiling, describe_device
 from .bench_subjects import Rival, Subject, TorchRival, describe_subject
 

@@ -13,14 +13,13 @@ from numpy.typing import NDArray
 from ..artifacts import sha256_file
 from ..errors import InputError, MissingDependencyError
 from ..graph_precision import WeightedNode, graph_precision, precision_of, weighted_nodes
-from ..layer_table import image_size
 from ..measure.costs import ITEM_BYTES, LayerCost, count_costs
 from ..onnx_file import read_graph
 from ..runtime.engine import Engine
 from ..runtime.model_files import is_plan
 from ..runtime.passport import read_passport
-from ..specs import PlanPassport, Precision, VariantSpec
-from ..variants import name_variant
+from ..specs.values import PlanPassport, Precision, VariantSpec
+from ..specs.variants import image_size, name_variant
 
 Rival = Literal["onnxruntime", "torch"]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..builder.library import BackendChoice
 from ..errors import BuildError, InputError
-from ..specs import BuildConfig, ModelSpec, Precision, ShapeProfile
+from ..specs.values import BuildConfig, ModelSpec, Precision, ShapeProfile
 
 if TYPE_CHECKING:
     from .quantize_options import QuantizeOptions

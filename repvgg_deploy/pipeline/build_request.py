@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import __version__, codec
+from .. import __version__
 from ..artifacts import sha256_file
 from ..builder.build import Gpu
 from ..builder.library import Library
@@ -16,7 +16,8 @@ from ..builder.plan_cache import make_key
 from ..builder.tactic_sources import TacticLibraries
 from ..errors import InputError
 from ..runtime.compatibility import platform_here
-from ..specs import BuildConfig, PlanPassport
+from ..specs import codec
+from ..specs.values import BuildConfig, PlanPassport
 from ..tool_versions import installed_versions
 
 if TYPE_CHECKING:

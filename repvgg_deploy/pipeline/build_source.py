@@ -11,7 +11,7 @@ from ..errors import ModelError
 from ..graph_precision import graph_precision, weighted_nodes
 from ..onnx_file import GraphSummary, read_graph, read_metadata
 from ..runtime.passport import PLAN_MAGICS
-from ..specs import ModelMetadata, Precision
+from ..specs.values import ModelMetadata, Precision
 
 
 @dataclass(frozen=True, slots=True)

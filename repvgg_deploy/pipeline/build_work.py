@@ -22,7 +22,7 @@ from ..builder.tactic_sources import TacticLibraries
 from ..builder.timing_cache import choose_timing_file
 from ..errors import ModelError
 from ..runtime.passport import passport_path
-from ..specs import BuildConfig, PlanPassport
+from ..specs.values import BuildConfig, PlanPassport
 from .build_files import Fill, Standing, deliver, look_at, refresh_passport, require_same
 from .build_options import BuildOptions
 from .build_passport import complete_passport, make_passport

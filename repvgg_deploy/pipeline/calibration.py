@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .. import codec
 from ..artifacts import PendingOutput, atomic_output, sha256_file
 from ..errors import ArtifactError, InputError, RepVGGDeployError
 from ..export.synthesize import BatchState, SynthesisOptions, SynthesisPlan, Synthesizer, plan_synthesis
@@ -28,7 +27,8 @@ from ..export.versions import tool_versions
 from ..onnx_file import read_metadata
 from ..precision.calibration_file import calibration_path, load_calibration_file
 from ..reference.checkpoint import Checkpoint, build_model, load_checkpoint
-from ..specs import CALIBRATION_SCHEMA, CalibrationProvenance, ModelMetadata, Preprocessing
+from ..specs import codec
+from ..specs.values import CALIBRATION_SCHEMA, CalibrationProvenance, ModelMetadata, Preprocessing
 
 _SAVE_SECONDS = 30.0
 _LOG = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from ..runtime.compatibility import Compatible, Environment, Incompatible, judge
 from ..runtime.gpus import JETSON, find_gpu
 from ..runtime.passport import passport_path, read_passport, require_unchanged
 from ..runtime.tensorrt_library import find_library
-from ..specs import PlanPassport
+from ..specs.values import PlanPassport
 from ..tensorrt_package import Flavour
 from .gpu_here import look_for_gpu
 

@@ -27,7 +27,7 @@ from ..reference.checkpoint import Checkpoint, build_model, load_checkpoint, wri
 from ..reference.network import RepVGG
 from ..reference.parity import FormReport, compare_forms, reference_of_deploy, require_passed
 from ..reference.reparameterize import reparameterize
-from ..specs import (
+from ..specs.values import (
     METADATA_SCHEMA,
     Certificate,
     ChannelStatistics,
@@ -39,9 +39,9 @@ from ..specs import (
     Preprocessing,
     VariantSpec,
 )
+from ..specs.zoo import find_card
 from ..verify.batches import Batch, make_batches
 from ..verify.onnx_parity import require_same_weights, verify_onnx
-from ..zoo import find_card
 from .calibration import CalibrationResult, Steps, write_calibration
 
 _SMALL_SIZES = ((48, 64), (33, 47))  # float64 is slow; not square, and one odd, so that every stride meets a remainder

@@ -12,7 +12,7 @@ from ..export.module import ModuleOptions, module_metadata, reference_outputs, s
 from ..export.versions import tool_versions
 from ..export.writer import append_metadata, write_with_initializers
 from ..reference.parity import require_passed
-from ..specs import Certificate
+from ..specs.values import Certificate
 from ..verify.onnx_parity import compare_outputs, run_onnx
 from .checkpoint import TRAINING_REFERENCE, ExportResult
 

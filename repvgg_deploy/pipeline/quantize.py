@@ -6,13 +6,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import codec
 from ..artifacts import PendingOutput, atomic_output, require_distinct, require_replaceable
 from ..precision.chain import read_chain
 from ..precision.fp16 import Fp16Report
 from ..precision.int8_options import Int8Report
 from ..precision.typed_model import load_parent, write_typed
-from ..specs import ModelMetadata
+from ..specs import codec
+from ..specs.values import ModelMetadata
 from .quantize_gate import Verification
 from .quantize_options import QuantizeOptions
 from .quantize_work import Clock, ImageUse, Progress, StageTime, make_fp16, make_int8

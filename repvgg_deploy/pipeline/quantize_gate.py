@@ -22,7 +22,7 @@ from ..precision.metrics import decibels
 from ..precision.round import round_nearest
 from ..precision.scales import ScaleFile
 from ..precision.sensitivity import rank_layers
-from ..specs import Check
+from ..specs.values import Check
 from ..verify.layers import compare_layers
 
 MIN_FP16_DB = 40.0

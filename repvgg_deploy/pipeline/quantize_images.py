@@ -16,7 +16,7 @@ from ..errors import CalibrationError
 from ..precision.calibration_file import calibration_path, find_calibration_file, load_calibration_file
 from ..precision.execute import count_images
 from ..preprocess import normalize
-from ..specs import ModelSpec
+from ..specs.values import ModelSpec
 from ..verify.batches import draw_images
 from .quantize_options import QuantizeOptions
 

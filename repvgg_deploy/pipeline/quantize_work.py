@@ -11,12 +11,13 @@ from pathlib import Path
 from ..artifacts import explain_os_errors
 from ..errors import InputError, ParityError
 from ..precision.fp16 import Fp16Report, to_fp16
-from ..precision.int8 import Images, to_int8
+from ..precision.int8 import to_int8
 from ..precision.int8_options import Int8Options, Int8Report
+from ..precision.int8_work import Images
 from ..precision.metrics import Judgement
 from ..precision.scales import ScaleFile, ScaleOptions, load_scales
 from ..precision.typed_model import TypedModel, load_parent
-from ..specs import Check
+from ..specs.values import Check
 from .quantize_gate import MIN_FP16_DB, Verification, agreement_check, blame_fp16, blame_int8, error_check, verify_typed
 from .quantize_images import Gathered, draw_inputs, gather_images
 from .quantize_options import STATISTICS, QuantizeOptions

@@ -16,7 +16,7 @@ from ..runtime.passport import passport_path, read_passport, require_unchanged
 from ..serving.containers import describe_container
 from ..serving.options import RepositoryOptions, Servable, ServedFile, require_name
 from ..serving.repository import WrittenModel, write_repository
-from ..specs import PlanPassport
+from ..specs.values import PlanPassport
 
 logger = logging.getLogger(__name__)
 

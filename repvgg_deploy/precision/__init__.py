@@ -1,1 +1,1 @@
-"""ONNX → typed ONNX: chain, equalize, calibrate, round, int8, fp16. NumPy, onnx and ONNX Runtime; no torch, no GPU."""
+"""FP32 ONNX → FP16 or INT8 ONNX, judged before it is written. The entry is `quantization.quantize`. Needs onnx and ONNX Runtime, no torch."""

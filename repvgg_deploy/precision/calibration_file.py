@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import codec
 from ..errors import CalibrationError, InputError
 from ..image_files import StrPath
-from ..specs import CalibrationProvenance
+from ..specs import codec
+from ..specs.values import CalibrationProvenance
 
 REMAKE = "make it again: repvgg-export --ckpt CHECKPOINT --out ONNX --synthetic-calibration"
 _SUFFIX = ".calib.npz"

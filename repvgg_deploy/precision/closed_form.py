@@ -18,7 +18,7 @@ import onnx
 from numpy.typing import NDArray
 
 from ..errors import CalibrationError
-from ..specs import ChannelStatistics, Preprocessing
+from ..specs.values import ChannelStatistics, Preprocessing
 from .calibrate import BINS, Statistics, TensorStatistics
 from .chain import Chain, FloatArray, Layer, read_chain, read_weights
 from .ranges import INPUT_SUFFIX, decode_channels

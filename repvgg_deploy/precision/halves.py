@@ -14,7 +14,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from ..errors import CalibrationError
-from ..specs import ModelSpec, TensorSpec
+from ..specs.values import ModelSpec, TensorSpec
 
 Io: TypeAlias = Literal["fp32", "fp16"]
 

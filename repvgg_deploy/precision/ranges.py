@@ -12,7 +12,7 @@ import onnx
 from numpy.typing import NDArray
 
 from ..errors import CalibrationError, ModelError
-from ..specs import ChannelStatistics, ModelSpec
+from ..specs.values import ChannelStatistics, ModelSpec
 from .chain import read_chain
 from .execute import count_images, run_tensors
 from .typed_model import TypedModel

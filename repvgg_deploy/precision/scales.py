@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from .. import codec
 from ..errors import CalibrationError
+from ..specs import codec
 from .calibrate import LEVELS, Statistics, TensorStatistics
 from .chain import input_norms, read_chain, read_weights
 

@@ -11,10 +11,11 @@ from typing import TypeAlias
 
 import onnx
 
-from .. import codec, onnx_file, wire
+from .. import onnx_file, wire
 from ..artifacts import atomic_output, explain_os_errors, sha256_file
 from ..errors import CalibrationError, InputError, ModelError
-from ..specs import METADATA_KEY, HistoryEntry, ModelMetadata, ModelSpec
+from ..specs import codec
+from ..specs.values import METADATA_KEY, HistoryEntry, ModelMetadata, ModelSpec
 from ..tool_versions import installed_versions
 
 StrPath: TypeAlias = str | os.PathLike[str]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..specs import BlockKind, SePosition
+from ..specs.values import BlockKind, SePosition
 from .arithmetic import Branch, KernelBias, fold_branches
 
 

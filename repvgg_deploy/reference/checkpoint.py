@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from .. import codec
 from ..artifacts import PendingOutput, atomic_output, sha256_file
 from ..errors import CheckpointError, InputError
-from ..specs import Form, Preprocessing, VariantSpec
+from ..specs import codec
+from ..specs.values import Form, Preprocessing, VariantSpec
 from .network import RepVGG
 from .readers import read_file
 from .resolve import Resolved, resolve

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from ..errors import CheckpointError, InputError
-from ..specs import Form, VariantSpec
+from ..specs.values import Form, VariantSpec
 from .lazy_tensor import listing
 from .network import RepVGG
 from .structure import INCOMPLETE, Shape, Shapes, Structure

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ..artifacts import default_output, sha256_file
 from ..errors import CheckpointError
-from ..specs import Form, VariantSpec
-from ..variants import count_parameters
+from ..specs.values import Form, VariantSpec
+from ..specs.variants import count_parameters
 from .checkpoint import load_file
 from .completeness import describe_custom
 from .readers import check_file, open_binary, read_file

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from ..errors import InputError
-from ..specs import Form, LayerSpec, VariantSpec
+from ..specs.values import Form, LayerSpec, VariantSpec
 from .block import BlockSpec, DeployBlock, TrainingBlock
 
 STAGE_NAMES = ("stage1", "stage2", "stage3", "stage4")

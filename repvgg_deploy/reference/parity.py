@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import tolerance
 from ..errors import ParityError
-from ..specs import Check
+from ..specs.values import Check
 from .arithmetic import fold_in_float64
 from .block import BlockSpec, DeployBlock, TrainingBlock
 from .network import RepVGG

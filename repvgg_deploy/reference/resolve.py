@@ -6,10 +6,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .. import codec
 from ..errors import CheckpointError, InputError
-from ..specs import Form, Preprocessing, VariantSpec
-from ..variants import architecture_of
+from ..specs import codec
+from ..specs.values import Form, Preprocessing, VariantSpec
+from ..specs.variants import architecture_of
 from .completeness import check_complete, expected_shapes, match_architecture
 from .lazy_tensor import LazyTensor, MalformedError, listing, printable
 from .pickle_values import ForeignObject

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import CheckpointError, InputError
-from ..specs import BlockKind, Form, SePosition, VariantSpec
-from ..variants import name_variant
+from ..specs.values import BlockKind, Form, SePosition, VariantSpec
+from ..specs.variants import name_variant
 from .lazy_tensor import listing
 
 Shape = tuple[int, ...]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..artifacts import atomic_output
 from ..errors import InputError
-from ..variants import PUBLISHED
+from ..specs.variants import PUBLISHED
 from .network import RepVGG
 from .reparameterize import reparameterize
 

@@ -1,1 +1,1 @@
-"""The Engine and its backends. Needs NumPy; a backend is imported when it is opened."""
+"""A model file → answers. The entry is `engine.Engine`. Never imports torch or onnx."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..errors import InputError
 from ..onnx_file import read_graph
-from ..specs import ModelMetadata, ModelSpec
+from ..specs.values import ModelMetadata, ModelSpec
 
 if TYPE_CHECKING:
     from .tensorrt_phases import PhaseTimes

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
-from ..specs import ModelSpec
+from ..specs.values import ModelSpec
 
 _FLOAT16_ENDS = 65520.0  # what is smaller rounds to 65504 or less
 _CHANNEL_AXIS = {"NCHW": 1, "NHWC": 3}

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ..specs import PlanPassport
+from ..specs.values import PlanPassport
 from ..tensorrt_package import FLAVOURS, INSTALL, Flavour
 from .gpus import JETSON
 

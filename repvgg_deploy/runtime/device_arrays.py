@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from . import dlpack
+from ..runtime import dlpack
 from .device_memory import UNKNOWN_STREAM, Block, DevicePool
 
 _LEGACY = 1  # how the protocols write the default stream, whose handle is 0

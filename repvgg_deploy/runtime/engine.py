@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import EngineBusyError, InputError, ModelError, RepVGGDeployError
-from ..specs import ModelMetadata, ModelSpec
+from ..specs.values import ModelMetadata, ModelSpec
 from .backends import BackendName, EngineOptions
 from .batcher import Batcher, BatchRunner
 from .batching import BatcherOptions

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
-from ..specs import ModelSpec
+from ..specs.values import ModelSpec
 from .device_arrays import as_stream_handle, is_device_array, read_shape
 from .opening import OpenModel
 from .results import Arrays, join

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from ..errors import ModelError
-from ..specs import ModelSpec
+from ..specs.values import ModelSpec
 
 RUN_REMEDY = "if memory ran out, give EngineOptions(max_batch=…) a smaller number; else check that the model accepts this image size"
 """Where a library fails on a batch that was checked."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import InputError, ModelError, PlanError
 from ..onnx_file import read_metadata
-from ..specs import ModelMetadata, ModelSpec
+from ..specs.values import ModelMetadata, ModelSpec
 
 _PLAN_MAGICS = (b"ftrt", b"vtrt")  # seen in TensorRT 8 to 11 and in TensorRT-RTX 1.7; undocumented: the rest is TensorRT's to judge
 _PLAN_SUFFIXES = frozenset({".plan", ".engine", ".trt"})

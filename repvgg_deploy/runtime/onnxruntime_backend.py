@@ -11,7 +11,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ..errors import CudaError, MissingDependencyError, ModelError
-from ..specs import ModelSpec
+from ..specs.values import ModelSpec
 from .backends import Device, EngineOptions, is_quantized
 from .cpu_graph import prepare
 from .interface import RUN_REMEDY, Interface, check_interface, one_line

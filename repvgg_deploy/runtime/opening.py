@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError
-from ..specs import ModelMetadata
+from ..specs.values import ModelMetadata
 from .backends import Backend, BackendName, EngineOptions, SplittingBackend, open_backend, open_plan_backend
 from .devices import DeviceChoice, find_place
 from .model_files import is_plan, read_model

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError, MissingDependencyError, ModelError
-from ..specs import ModelSpec
+from ..specs.values import ModelSpec
 from .backends import EngineOptions, is_quantized
 from .cpu_graph import prepare
 from .interface import RUN_REMEDY, Interface, check_interface, one_line

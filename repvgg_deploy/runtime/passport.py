@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .. import codec
 from ..errors import InputError, PlanError
-from ..specs import PlanPassport
+from ..specs import codec
+from ..specs.values import PlanPassport
 
 PLAN_MAGICS = (b"ftrt", b"vtrt")
 """How plans begin: of TensorRT 8 to 11, and of TensorRT-RTX 1.7. Undocumented, so for messages only."""

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ..specs import ModelSpec
+from ..specs.values import ModelSpec
 
 Arrays: TypeAlias = "tuple[NDArray[Any], ...]"
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CudaMemoryError, InputError
-from ..specs import ModelMetadata, ModelSpec
+from ..specs.values import ModelMetadata, ModelSpec
 from .backends import EngineOptions
 from .cuda import port as cuda_port
 from .device_arrays import DeviceArrays, DeviceView, view_device_array

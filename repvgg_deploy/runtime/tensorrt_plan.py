@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CudaError, CudaMemoryError, ModelError, PlanError, PlanIncompatibleError
-from ..specs import METADATA_SCHEMA, Certificate, ModelMetadata, ModelSpec, PlanPassport
+from ..specs.values import METADATA_SCHEMA, Certificate, ModelMetadata, ModelSpec, PlanPassport
 from ..tensorrt_package import Flavour, quote
 from .compatibility import Environment, Incompatible, judge_plan, platform_here
 from .cuda.port import DeviceInfo

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from ..errors import PlanError
-from ..specs import ModelSpec, TensorSpec
+from ..specs.values import ModelSpec, TensorSpec
 
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT32": "int32", "INT64": "int64", "UINT8": "uint8"}
 """By TensorRT's names. `trt.nptype` fails with NumPy 1.24 and newer in TensorRT 8.5."""

@@ -1,1 +1,1 @@
-"""What servers need: Triton model repositories and what Triton would refuse in one (extra `serving`); KServe v2, statistics for Prometheus."""
+"""A model in production: Triton's repository, the KServe protocol, Prometheus. The entry is `triton.write_triton`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import InputError
-from ..specs import TensorSpec
+from ..specs.values import TensorSpec
 from .options import RepositoryOptions, Servable
 from .schema import load_schema
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
-from ..specs import ModelSpec, TensorSpec
+from ..specs.values import ModelSpec, TensorSpec
 
 if TYPE_CHECKING:
     from ..runtime.results import Result

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import InputError
-from ..specs import ModelSpec
+from ..specs.values import ModelSpec
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 

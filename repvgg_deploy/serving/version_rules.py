@@ -6,11 +6,11 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-from .. import codec
 from ..artifacts import sha256_file
 from ..errors import ForeignModelError, InputError, ModelError
 from ..onnx_file import read_metadata
-from ..specs import ModelSpec, PlanPassport, TensorSpec
+from ..specs import codec
+from ..specs.values import ModelSpec, PlanPassport, TensorSpec
 from .config import data_type
 from .config_rules import DEFAULT_FILES, backend_of
 from .findings import Finding

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..preprocess import normalize
-from ..specs import Preprocessing
+from ..specs.values import Preprocessing
 
 _LARGE = 100.0  # some forty times the largest normalised pixel: activations far from where training left them
 

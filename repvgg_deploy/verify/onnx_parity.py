@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from .. import tolerance
 from ..errors import MissingDependencyError, ParityError
 from ..onnx_file import open_initializers
-from ..specs import Check, ModelSpec
+from ..specs.values import Check, ModelSpec
 from .batches import Batch
 
 _MAX_PROBABILITY_TOLERANCE = 0.01

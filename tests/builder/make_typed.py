@@ -15,7 +15,7 @@ from repvgg_deploy.graph_precision import graph_precision, weighted_nodes
 from repvgg_deploy.onnx_file import read_graph, read_metadata
 from repvgg_deploy.precision.fp16 import Fp16Options, to_fp16
 from repvgg_deploy.precision.typed_model import extend, load_parent, write_typed
-from repvgg_deploy.specs import BuildConfig
+from repvgg_deploy.specs.values import BuildConfig
 from tests.precision.make_chain import KINDS, ChainOptions, make_batches, make_model, save
 from tests.precision.make_quantized import quantize_mixed, quantize_plainly
 

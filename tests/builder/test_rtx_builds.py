@@ -18,7 +18,7 @@ from repvgg_deploy.builder.monitor import make_monitor
 from repvgg_deploy.builder.recipes import resolve_targets
 from repvgg_deploy.errors import BuildError
 from repvgg_deploy.runtime.passport import PLAN_MAGICS
-from repvgg_deploy.specs import BuildConfig, ShapeProfile
+from repvgg_deploy.specs.values import BuildConfig, ShapeProfile
 from tests.builder.make_typed import make_job, make_typed
 from tests.precision.rtx import needs_rtx
 

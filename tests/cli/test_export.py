@@ -16,7 +16,7 @@ import torch
 
 from repvgg_deploy import artifacts
 from repvgg_deploy.cli.export import build_parser, main
-from repvgg_deploy.variants import get_variant
+from repvgg_deploy.specs.variants import get_variant
 from tests.endless import Stage, start_endless
 from tests.reference.generated import random_model
 from tests.reference.random_blocks import small_variant

@@ -14,9 +14,8 @@ from PIL import Image
 
 from repvgg_deploy import __version__
 from repvgg_deploy.cli.trt import main
-from repvgg_deploy.layer_table import layer_rows
 from repvgg_deploy.runtime.engine import Engine
-from repvgg_deploy.variants import PUBLISHED, count_macs, count_parameters
+from repvgg_deploy.specs.variants import PUBLISHED, count_macs, count_parameters, layer_rows
 from tests.runtime.make_model import ModelOptions, make_onnx, tiny_variant
 
 ROOT = Path(__file__).parents[2]

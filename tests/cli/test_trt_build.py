@@ -26,7 +26,7 @@ from repvgg_deploy.errors import InputError
 from repvgg_deploy.pipeline import build, build_work
 from repvgg_deploy.pipeline.gpu_here import GpuSearch
 from repvgg_deploy.runtime.passport import read_passport
-from repvgg_deploy.specs import ShapeProfile
+from repvgg_deploy.specs.values import ShapeProfile
 from tests.builder.make_typed import make_typed
 from tests.precision.rtx import needs_rtx
 

@@ -160,7 +160,7 @@ def test_make_targets_in_the_documents_exist() -> None:
 
 
 def test_numbers_of_the_readme_table_are_those_of_the_variants() -> None:
-    from repvgg_deploy.variants import PUBLISHED, count_macs, count_parameters
+    from repvgg_deploy.specs.variants import PUBLISHED, count_macs, count_parameters
 
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for name, spec in PUBLISHED.items():

@@ -22,8 +22,8 @@ from repvgg_deploy.export.to_onnx import trace as trace_module
 from repvgg_deploy.export.writer import write_model
 from repvgg_deploy.preprocess import default_preprocessing
 from repvgg_deploy.reference.network import RepVGG
-from repvgg_deploy.specs import ModelSpec, VariantSpec
-from repvgg_deploy.variants import PUBLISHED
+from repvgg_deploy.specs.values import ModelSpec, VariantSpec
+from repvgg_deploy.specs.variants import PUBLISHED
 from tests.reference.generated import random_model
 from tests.reference.random_blocks import small_variant
 

@@ -15,8 +15,8 @@ from repvgg_deploy.export.synthesize import SynthesisOptions, Synthesizer, image
 from repvgg_deploy.preprocess import default_preprocessing
 from repvgg_deploy.reference.block import TrainingBlock
 from repvgg_deploy.reference.network import RepVGG
-from repvgg_deploy.specs import BlockKind, SePosition, VariantSpec
-from repvgg_deploy.variants import PUBLISHED
+from repvgg_deploy.specs.values import BlockKind, SePosition, VariantSpec
+from repvgg_deploy.specs.variants import PUBLISHED
 from tests.reference.generated import SMALL_PLUS, random_model
 from tests.reference.random_blocks import small_variant
 

@@ -27,10 +27,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from repvgg_deploy import codec
 from repvgg_deploy.errors import RepVGGDeployError
 from repvgg_deploy.reference.checkpoint import build_model, load_checkpoint
-from repvgg_deploy.specs import VariantSpec
+from repvgg_deploy.specs import codec
+from repvgg_deploy.specs.values import VariantSpec
 from tests.reference.generated import random_model, rename, write_paddle
 
 TINY = VariantSpec("tiny", (1, 1, 2, 1), (4, 4, 4, 8, 8), (1, 1, 2, 1, 2, 1), num_classes=3)

@@ -17,10 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from repvgg_deploy import codec, onnx_file, wire
+from repvgg_deploy import onnx_file, wire
 from repvgg_deploy.errors import RepVGGDeployError
-from repvgg_deploy.runtime.engine import Engine, EngineOptions
-from repvgg_deploy.specs import METADATA_KEY, ModelMetadata
+from repvgg_deploy.runtime.backends import EngineOptions
+from repvgg_deploy.runtime.engine import Engine
+from repvgg_deploy.specs import codec
+from repvgg_deploy.specs.values import METADATA_KEY, ModelMetadata
 from tests.runtime.make_model import ModelOptions, make_metadata, random_batch
 
 _HANG_SECONDS = 200.0

@@ -6,8 +6,8 @@ from repvgg_deploy.measure.costs import count_costs
 from repvgg_deploy.measure.records import Benchmark, Device, ModelResult, Phases, Point
 from repvgg_deploy.measure.roofline import Ceiling
 from repvgg_deploy.measure.timing import Latency
-from repvgg_deploy.specs import Precision
-from repvgg_deploy.variants import get_variant
+from repvgg_deploy.specs.values import Precision
+from repvgg_deploy.specs.variants import get_variant
 
 CEILING = Ceiling("Fake GPU", {"fp32": 8e12, "fp16": 6.5e13, "int8": 1.3e14}, 3.2e11, "made for tests", measured=False)
 PHASES = Phases(0.1, 0.9, 0.05, 0.2, 50)

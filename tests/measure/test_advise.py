@@ -12,8 +12,8 @@ from repvgg_deploy.measure.costs import count_costs
 from repvgg_deploy.measure.estimate import FITTED, PUBLISHED_V100_MS, Assumptions, estimate_ms
 from repvgg_deploy.measure.gpu_peaks import find_gpu_peaks
 from repvgg_deploy.measure.nearest import find_nearest
-from repvgg_deploy.specs import Precision
-from repvgg_deploy.variants import get_variant
+from repvgg_deploy.specs.values import Precision
+from repvgg_deploy.specs.variants import get_variant
 from tests.measure.make_benchmark import make_benchmark, make_model, make_point
 
 V100, T4 = (find_gpu_peaks(name).ceiling() for name in ("v100", "t4"))

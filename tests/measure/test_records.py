@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from repvgg_deploy import codec
 from repvgg_deploy.errors import ArtifactError, InputError
 from repvgg_deploy.measure.records import Benchmark, read_benchmark, require_free, write_benchmark
+from repvgg_deploy.specs import codec
 from tests.measure.make_benchmark import make_benchmark, make_model
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from repvgg_deploy.measure.costs import LayerCost, count_costs
 from repvgg_deploy.measure.roofline import Ceiling, bound_layers, total_floor_ms
-from repvgg_deploy.variants import get_variant
+from repvgg_deploy.specs.variants import get_variant
 
 CEILING = Ceiling("device", {"fp32": 1e12, "int8": 4e12}, 1e11, "made", measured=False)
 BUSY = LayerCost("busy", 1, "fp32", macs=500_000_000, weight_bytes=1_000_000, activation_bytes=1_000_000)

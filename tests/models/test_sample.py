@@ -14,12 +14,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from repvgg_deploy import codec
 from repvgg_deploy.artifacts import sha256_file
 from repvgg_deploy.preprocess import default_preprocessing, load_image, normalize
 from repvgg_deploy.reference.network import RepVGG
-from repvgg_deploy.specs import Preprocessing, VariantSpec
-from repvgg_deploy.variants import count_macs, count_parameters, load_variant
+from repvgg_deploy.specs import codec
+from repvgg_deploy.specs.values import Preprocessing, VariantSpec
+from repvgg_deploy.specs.variants import count_macs, count_parameters, load_variant
 
 
 @pytest.fixture(scope="module")

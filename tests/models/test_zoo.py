@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from repvgg_deploy.artifacts import sha256_file
-from repvgg_deploy.variants import PUBLISHED, get_variant
-from repvgg_deploy.zoo import CheckpointCard, find_card, find_card_by_name, load_cards
+from repvgg_deploy.specs.variants import PUBLISHED, get_variant
+from repvgg_deploy.specs.zoo import CheckpointCard, find_card, find_card_by_name, load_cards
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 CARDS = load_cards()

@@ -14,7 +14,7 @@ from repvgg_deploy.measure.costs import count_costs
 from repvgg_deploy.measure.roofline import Ceiling, bound_layers, total_floor_ms
 from repvgg_deploy.measure.turns import Pace
 from repvgg_deploy.pipeline.bench import BenchRequest, count_steps, run_benchmark
-from repvgg_deploy.specs import BuildConfig, VariantSpec
+from repvgg_deploy.specs.values import BuildConfig, VariantSpec
 from tests.precision.make_chain import metadata_of
 from tests.precision.make_variant import SMALL_G4, make_variant
 from tests.runtime.gpu_world import Setting, make_world, write_passport

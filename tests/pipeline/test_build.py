@@ -22,14 +22,16 @@ from repvgg_deploy.errors import ArtifactError, BuildError, CudaError, InputErro
 from repvgg_deploy.onnx_file import read_graph, read_metadata
 from repvgg_deploy.pipeline import build as build_module
 from repvgg_deploy.pipeline import build_source, build_work
-from repvgg_deploy.pipeline.build import BuildOptions, BuildResult, build_plan
+from repvgg_deploy.pipeline.build import build_plan
 from repvgg_deploy.pipeline.build_files import deliver, refresh_passport
+from repvgg_deploy.pipeline.build_options import BuildOptions
+from repvgg_deploy.pipeline.build_work import BuildResult
 from repvgg_deploy.pipeline.gpu_here import GpuSearch
 from repvgg_deploy.pipeline.quantize_options import QuantizeOptions
 from repvgg_deploy.precision.int8_options import FAST
 from repvgg_deploy.runtime.compatibility import Compatible, Environment, judge_plan
 from repvgg_deploy.runtime.passport import passport_path, read_passport, require_unchanged
-from repvgg_deploy.specs import BuildConfig, PlanPassport, Precision, ShapeProfile, VariantSpec
+from repvgg_deploy.specs.values import BuildConfig, PlanPassport, Precision, ShapeProfile, VariantSpec
 from tests.builder.fake_trt import PLAN, FakeTrt, Faults, flags_of
 from tests.builder.make_typed import A10, make_typed
 from tests.runtime.make_model import write_bound

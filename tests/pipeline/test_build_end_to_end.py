@@ -10,14 +10,15 @@ import pytest
 from repvgg_deploy.cli.trt import main
 from repvgg_deploy.onnx_file import read_metadata
 from repvgg_deploy.pipeline import build as build_module
-from repvgg_deploy.pipeline.build import BuildOptions, build_plan
+from repvgg_deploy.pipeline.build import build_plan
+from repvgg_deploy.pipeline.build_options import BuildOptions
 from repvgg_deploy.pipeline.check import check_plan
 from repvgg_deploy.pipeline.checkpoint import export_checkpoint
 from repvgg_deploy.pipeline.gpu_here import GpuSearch
 from repvgg_deploy.pipeline.quantize_options import QuantizeOptions
 from repvgg_deploy.precision.int8_options import FAST
 from repvgg_deploy.runtime.compatibility import Compatible, Incompatible
-from repvgg_deploy.specs import BuildConfig
+from repvgg_deploy.specs.values import BuildConfig
 from tests.precision.rtx import needs_rtx
 
 pytestmark = needs_rtx

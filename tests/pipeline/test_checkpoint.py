@@ -23,8 +23,8 @@ from repvgg_deploy.pipeline.checkpoint import DEPLOY_REFERENCE, TRAINING_REFEREN
 from repvgg_deploy.reference.checkpoint import load_checkpoint
 from repvgg_deploy.reference.network import RepVGG
 from repvgg_deploy.reference.reparameterize import reparameterize
-from repvgg_deploy.specs import VariantSpec
-from repvgg_deploy.variants import PUBLISHED
+from repvgg_deploy.specs.values import VariantSpec
+from repvgg_deploy.specs.variants import PUBLISHED
 from tests.reference.generated import CASES, Case, random_model, write_case
 from tests.reference.random_blocks import small_variant
 

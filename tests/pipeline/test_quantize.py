@@ -11,20 +11,21 @@ import numpy as np
 import onnx
 import pytest
 
-from repvgg_deploy import codec
 from repvgg_deploy.artifacts import sha256_file
 from repvgg_deploy.errors import ArtifactError, CalibrationError, InputError, ModelError, ParityError
 from repvgg_deploy.onnx_file import read_metadata
 from repvgg_deploy.pipeline import quantize_work
-from repvgg_deploy.pipeline.quantize import QuantizeOptions, QuantizeResult, default_typed_output, quantize
+from repvgg_deploy.pipeline.quantize import QuantizeResult, default_typed_output, quantize
 from repvgg_deploy.pipeline.quantize_gate import Verification, agreement_check, allowed_to_differ, blame_int8, verify_typed
+from repvgg_deploy.pipeline.quantize_options import QuantizeOptions
 from repvgg_deploy.precision.equalize import EqualizeOptions
 from repvgg_deploy.precision.int8_options import FAST, MAX_CALIBRATION, Int8Options
 from repvgg_deploy.precision.round import RoundOptions
 from repvgg_deploy.precision.scales import ScaleFile, ScaleOptions, load_scales
 from repvgg_deploy.precision.search import SearchOptions
 from repvgg_deploy.precision.typed_model import load_parent
-from repvgg_deploy.specs import CalibrationProvenance
+from repvgg_deploy.specs import codec
+from repvgg_deploy.specs.values import CalibrationProvenance
 from tests.precision.make_chain import KINDS, ChainOptions, make_batches, make_model, save
 
 QUICK = dataclasses.replace(FAST, target="trt10")

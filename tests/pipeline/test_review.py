@@ -21,7 +21,7 @@ from repvgg_deploy.pipeline.checkpoint import ExportOptions, export_checkpoint
 from repvgg_deploy.pipeline.module import export_module
 from repvgg_deploy.reference.parity import _compare_kernels, _exact_deploy
 from repvgg_deploy.reference.reparameterize import fold_block
-from repvgg_deploy.specs import Preprocessing
+from repvgg_deploy.specs.values import Preprocessing
 from tests.reference.generated import random_model
 from tests.reference.random_blocks import BlockSpec, build_block, randomise, relative_error, small_variant
 from tests.reference.test_reparameterize import OfficialBlock, build_network

@@ -11,7 +11,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from repvgg_deploy.specs import METADATA_KEY, Certificate, Check, HistoryEntry, ModelMetadata, ModelSpec, Preprocessing, TensorSpec
+from repvgg_deploy.specs.values import METADATA_KEY, Certificate, Check, HistoryEntry, ModelMetadata, ModelSpec, Preprocessing, TensorSpec
 from tests.runtime.make_model import write_bound
 
 SIZE = 16

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from repvgg_deploy.precision.chain import Layer, read_chain, read_weights, replace_weights, scale_inputs
 from repvgg_deploy.precision.execute import run_tensors
 from repvgg_deploy.precision.moments import columns, pick_positions
-from repvgg_deploy.specs import VariantSpec
-from repvgg_deploy.variants import alternating_groups
+from repvgg_deploy.specs.values import VariantSpec
+from repvgg_deploy.specs.variants import alternating_groups
 from tests.precision.make_variant import make_variant
 
 Outlier = Literal["none", "channel scales", "centre tap", "heavy weights", "grown activations"]

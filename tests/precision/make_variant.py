@@ -9,10 +9,10 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from repvgg_deploy import codec
 from repvgg_deploy.precision.ranges import DEVIATIONS
-from repvgg_deploy.specs import METADATA_KEY, ChannelStatistics, VariantSpec
-from repvgg_deploy.variants import alternating_groups
+from repvgg_deploy.specs import codec
+from repvgg_deploy.specs.values import METADATA_KEY, ChannelStatistics, VariantSpec
+from repvgg_deploy.specs.variants import alternating_groups
 from tests.precision.make_chain import ChainOptions, _finish, _Graph, _head, _tail, metadata_of
 
 PLAIN = ChainOptions()

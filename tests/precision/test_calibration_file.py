@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from repvgg_deploy import codec
 from repvgg_deploy.errors import CalibrationError, InputError
 from repvgg_deploy.precision.calibration_file import calibration_path, find_calibration_file, load_calibration_file
-from repvgg_deploy.specs import CalibrationProvenance
+from repvgg_deploy.specs import codec
+from repvgg_deploy.specs.values import CalibrationProvenance
 
 PROVENANCE = CalibrationProvenance(1, "e" * 64, "a" * 64, "bn_statistics", images=3, seed=0, steps=9, loss=0.5, versions={"torch": "2"})
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 8, 6, 3), np.uint8)

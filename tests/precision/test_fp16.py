@@ -8,13 +8,14 @@ import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
 
-from repvgg_deploy import Engine, codec, onnx_file
+from repvgg_deploy import Engine, onnx_file
 from repvgg_deploy.errors import CalibrationError, ModelError
 from repvgg_deploy.precision.fp16 import Fp16Options, to_fp16
 from repvgg_deploy.precision.halves import write_halves
 from repvgg_deploy.precision.ranges import draw_batches, measure_ranges
 from repvgg_deploy.precision.typed_model import write_typed
-from repvgg_deploy.specs import METADATA_KEY, ModelMetadata, TensorSpec
+from repvgg_deploy.specs import codec
+from repvgg_deploy.specs.values import METADATA_KEY, ModelMetadata, TensorSpec
 from tests.precision.compare import STRETCHED, batches_for, close, stretch, values
 from tests.precision.make_chain import KINDS, make_batches, make_model, metadata_of, save
 from tests.precision.make_variant import state_statistics

@@ -7,7 +7,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from repvgg_deploy.precision import execute, half_rounding
 from repvgg_deploy.precision.half_rounding import rounds_halves, widen_quantizers
-from repvgg_deploy.precision.int8 import FAST, quantize_graph
+from repvgg_deploy.precision.int8 import quantize_graph
+from repvgg_deploy.precision.int8_options import FAST
 from tests.precision.make_chain import make_batches, make_model
 
 

@@ -13,7 +13,8 @@ from repvgg_deploy.errors import InputError, ModelError
 from repvgg_deploy.precision.execute import run_tensors
 from repvgg_deploy.precision.fp16 import Fp16Options, to_fp16
 from repvgg_deploy.precision.inspect_layers import LayerRun, run_pairs
-from repvgg_deploy.precision.int8 import FAST, MAX_CALIBRATION, quantize_graph
+from repvgg_deploy.precision.int8 import quantize_graph
+from repvgg_deploy.precision.int8_options import FAST, MAX_CALIBRATION
 from repvgg_deploy.precision.mixed import halve_quantized, round_scales_to_half
 from repvgg_deploy.verify.layers import LayerAgreement, compare_layers
 from tests.precision.make_chain import KINDS, ChainOptions, make_batches, make_model, metadata_of
@@ -27,8 +28,8 @@ def compare(reference: onnx.ModelProto, other: onnx.ModelProto, batches: list[An
 
 
 def with_metadata(model: onnx.ModelProto) -> onnx.ModelProto:
-    from repvgg_deploy import codec
-    from repvgg_deploy.specs import METADATA_KEY
+    from repvgg_deploy.specs import codec
+    from repvgg_deploy.specs.values import METADATA_KEY
 
     copy = onnx.ModelProto()
     copy.CopyFrom(model)

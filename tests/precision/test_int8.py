@@ -13,7 +13,8 @@ from repvgg_deploy import onnx_file
 from repvgg_deploy.errors import ArtifactError, CalibrationError, ModelError
 from repvgg_deploy.precision.check import check_quantized
 from repvgg_deploy.precision.execute import run_tensors
-from repvgg_deploy.precision.int8 import FAST, MAX_CALIBRATION, Int8Options, quantize_graph, to_int8
+from repvgg_deploy.precision.int8 import quantize_graph, to_int8
+from repvgg_deploy.precision.int8_options import FAST, MAX_CALIBRATION, Int8Options
 from repvgg_deploy.precision.metrics import layer_sqnr
 from repvgg_deploy.precision.round import RoundOptions
 from repvgg_deploy.precision.search import SearchOptions

@@ -13,8 +13,8 @@ import pytest
 from repvgg_deploy.precision.check import check_halves, check_quantized
 from repvgg_deploy.precision.fp16 import Fp16Options, to_fp16
 from repvgg_deploy.precision.halves import write_halves
-from repvgg_deploy.specs import VariantSpec
-from repvgg_deploy.variants import get_variant
+from repvgg_deploy.specs.values import VariantSpec
+from repvgg_deploy.specs.variants import get_variant
 from tests.precision.make_chain import KINDS, ChainOptions, make_batches, make_model
 from tests.precision.make_quantized import quantize_mixed, quantize_plainly
 from tests.precision.make_variant import SMALL_G4, images_for, make_variant

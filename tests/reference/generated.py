@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from repvgg_deploy.reference.network import RepVGG
-from repvgg_deploy.specs import Form, VariantSpec
-from repvgg_deploy.variants import alternating_groups
+from repvgg_deploy.specs.values import Form, VariantSpec
+from repvgg_deploy.specs.variants import alternating_groups
 
 State = dict[str, Tensor]
 

@@ -16,12 +16,12 @@ import pytest
 import torch
 from torch import nn
 
-from repvgg_deploy import codec
 from repvgg_deploy.errors import ArtifactError, CheckpointError, InputError
 from repvgg_deploy.reference.checkpoint import build_model, load_checkpoint, save_deploy
 from repvgg_deploy.reference.network import RepVGG
-from repvgg_deploy.specs import Preprocessing
-from repvgg_deploy.variants import get_variant
+from repvgg_deploy.specs import codec
+from repvgg_deploy.specs.values import Preprocessing
+from repvgg_deploy.specs.variants import get_variant
 from tests.reference.generated import SMALL, SMALL_PLUS, Case, family_state, images, outputs, random_model, rename, write_case
 
 ROOT = Path(__file__).resolve().parents[2]

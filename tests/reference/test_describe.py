@@ -11,7 +11,7 @@ import torch
 
 from repvgg_deploy.errors import CheckpointError
 from repvgg_deploy.reference.describe import describe_checkpoint
-from repvgg_deploy.variants import count_parameters, get_variant
+from repvgg_deploy.specs.variants import count_parameters, get_variant
 from tests.reference.generated import SMALL, Case, random_model, write_case
 
 

@@ -12,8 +12,8 @@ from repvgg_deploy.reference.checkpoint import build_model, load_checkpoint, sav
 from repvgg_deploy.reference.completeness import expected_shapes
 from repvgg_deploy.reference.structure import infer_structure
 from repvgg_deploy.reference.translation import translate
-from repvgg_deploy.specs import VariantSpec
-from repvgg_deploy.variants import PUBLISHED, architecture_of, get_variant
+from repvgg_deploy.specs.values import VariantSpec
+from repvgg_deploy.specs.variants import PUBLISHED, architecture_of, get_variant
 from tests.reference.generated import (
     CASES,
     SMALL,

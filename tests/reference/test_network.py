@@ -12,8 +12,8 @@ from repvgg_deploy.errors import InputError
 from repvgg_deploy.reference.block import DeployBlock, TrainingBlock
 from repvgg_deploy.reference.network import RepVGG, weight_decay_groups
 from repvgg_deploy.reference.reparameterize import reparameterize
-from repvgg_deploy.specs import BlockKind, Form, SePosition
-from repvgg_deploy.variants import PUBLISHED, count_macs, count_parameters
+from repvgg_deploy.specs.values import BlockKind, Form, SePosition
+from repvgg_deploy.specs.variants import PUBLISHED, count_macs, count_parameters
 from tests.reference.random_blocks import KINDS, randomise, relative_error, small_variant
 
 # Float64 over ten layers of up to 9 · 16 products; the largest seen is 3e-15.

@@ -10,7 +10,7 @@ from repvgg_deploy.errors import CheckpointError
 from repvgg_deploy.reference.block import BlockSpec, DeployBlock, TrainingBlock
 from repvgg_deploy.reference.network import RepVGG
 from repvgg_deploy.reference.reparameterize import fold_block, reparameterize
-from repvgg_deploy.specs import BlockKind, SePosition
+from repvgg_deploy.specs.values import BlockKind, SePosition
 from tests.reference.random_blocks import KINDS, build_block, randomise, relative_error, small_variant
 
 # Two float32 computations of a nine-layer network: each layer rounds to 6e-8 of its largest value.

@@ -25,7 +25,7 @@ from repvgg_deploy.reference.upstream import (
     get_RepVGG_func_by_name,
     repvgg_model_convert,
 )
-from repvgg_deploy.variants import PUBLISHED
+from repvgg_deploy.specs.variants import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = [name if name.startswith("RepVGG") else f"RepVGG-{name}" for name in PUBLISHED]
@@ -147,7 +147,7 @@ def small_net() -> nn.Sequential:
 
 
 def create_small() -> RepVGG:
-    from repvgg_deploy.specs import VariantSpec
+    from repvgg_deploy.specs.values import VariantSpec
 
     return RepVGG(VariantSpec("small", (1, 1, 2, 1), (8, 8, 8, 16, 16), (1,) * 6, num_classes=5))
 
@@ -310,7 +310,7 @@ class TinyPlus(upstream.RepVGGplus):
     """RepVGGplus at a size for tests."""
 
     def __init__(self) -> None:
-        from repvgg_deploy.specs import VariantSpec
+        from repvgg_deploy.specs.values import VariantSpec
 
         super().__init__(VariantSpec("tiny", (1, 2, 4, 1), (8, 8, 8, 12, 16), (1,) * 9, "after_relu", 4, num_classes=6, auxiliary_heads=True))
         randomise(self)

@@ -12,7 +12,17 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from repvgg_deploy import onnx_file, wire
-from repvgg_deploy.specs import Certificate, Check, CheckpointSource, HistoryEntry, ModelMetadata, ModelSpec, Preprocessing, TensorSpec, VariantSpec
+from repvgg_deploy.specs.values import (
+    Certificate,
+    Check,
+    CheckpointSource,
+    HistoryEntry,
+    ModelMetadata,
+    ModelSpec,
+    Preprocessing,
+    TensorSpec,
+    VariantSpec,
+)
 
 CHANNELS = 8
 IMAGENET = Preprocessing(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), resize_short=16, crop=(16, 16))

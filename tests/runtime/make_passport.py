@@ -6,8 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from repvgg_deploy import codec
-from repvgg_deploy.specs import PlanPassport
+from repvgg_deploy.specs import codec
+from repvgg_deploy.specs.values import PlanPassport
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "schemas" / "plan-passport.json"
 

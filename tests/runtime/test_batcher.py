@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 
 from repvgg_deploy.errors import DeadlineError, EngineBusyError, InputError, ModelError
+from repvgg_deploy.runtime.backends import EngineOptions
 from repvgg_deploy.runtime.batcher import Batcher, BatchRunner
 from repvgg_deploy.runtime.batching import BatcherOptions
-from repvgg_deploy.runtime.engine import Engine, EngineOptions, TopK
+from repvgg_deploy.runtime.engine import Engine
+from repvgg_deploy.runtime.results import TopK
 from tests.runtime.make_model import ModelOptions, make_onnx, random_batch
 
 PATIENCE = 300  # seconds until a test that hangs is given up; none waits so long

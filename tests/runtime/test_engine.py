@@ -17,8 +17,10 @@ from PIL import Image
 
 from repvgg_deploy.errors import InputError, ModelError
 from repvgg_deploy.preprocess import load_batch
-from repvgg_deploy.runtime.engine import Engine, EngineOptions, TopK
+from repvgg_deploy.runtime.backends import EngineOptions
+from repvgg_deploy.runtime.engine import Engine
 from repvgg_deploy.runtime.execution import usual_shape
+from repvgg_deploy.runtime.results import TopK
 from tests.runtime.make_model import CHANNELS, ModelOptions, make_onnx, random_batch
 
 KINDS = [

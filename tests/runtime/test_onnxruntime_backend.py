@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from repvgg_deploy.errors import CudaError, InputError, MissingDependencyError, ModelError
-from repvgg_deploy.runtime.engine import Engine, EngineOptions
+from repvgg_deploy.runtime.backends import EngineOptions
+from repvgg_deploy.runtime.engine import Engine
 from tests.runtime.make_model import ModelOptions, make_onnx, random_batch
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"

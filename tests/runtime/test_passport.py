@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from repvgg_deploy import codec
 from repvgg_deploy.errors import PlanError
 from repvgg_deploy.runtime.passport import passport_path, read_passport, require_unchanged
+from repvgg_deploy.specs import codec
 from tests.runtime.make_passport import make_passport
 
 

@@ -26,7 +26,7 @@ from repvgg_deploy.errors import (
     PlanError,
     PlanIncompatibleError,
 )
-from repvgg_deploy.runtime.engine import TopK
+from repvgg_deploy.runtime.results import TopK
 from tests.fakes.cuda import FakeCuda
 from tests.fakes.tensorrt import Faults
 from tests.runtime.gpu_world import Setting, World, assert_answers, make_world, write_passport

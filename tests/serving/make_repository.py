@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from repvgg_deploy import codec
 from repvgg_deploy.serving.schema import parse_config, print_config
+from repvgg_deploy.specs import codec
 from tests.runtime.make_passport import make_passport
 
 needs_schema = pytest.mark.skipif(importlib.util.find_spec("tritonclient") is None, reason="tritonclient, Triton's schema, is not installed")

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repvgg_deploy import codec
 from repvgg_deploy.errors import InputError
 from repvgg_deploy.pipeline.triton import write_triton
 from repvgg_deploy.preprocess import load_batch
 from repvgg_deploy.serving.options import RepositoryOptions
-from repvgg_deploy.specs import Preprocessing
+from repvgg_deploy.specs import codec
+from repvgg_deploy.specs.values import Preprocessing
 from tests.runtime.make_model import ModelOptions, make_onnx
 from tests.serving.make_repository import needs_schema, read_config
 

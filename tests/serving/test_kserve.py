@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from repvgg_deploy.errors import InputError
 from repvgg_deploy.runtime.results import TopK
 from repvgg_deploy.serving import kserve
-from repvgg_deploy.specs import ModelSpec, TensorSpec
+from repvgg_deploy.specs.values import ModelSpec, TensorSpec
 
 LOGITS = TensorSpec("logits", "float32", ("batch", 4), "NC")
 SPEC = ModelSpec(TensorSpec("images", "float32", ("batch", 3, 2, 2), "NCHW"), (LOGITS,), "logits", labels=("ant", "bee", "cat", "dög"))

@@ -155,7 +155,7 @@ def test_cuda_graphs_are_for_plans_and_only_when_asked_for(tmp_path: Path, onnx:
 
 
 def test_plans_of_several_gpu_types_are_one_model(tmp_path: Path) -> None:
-    from repvgg_deploy.specs import ShapeProfile
+    from repvgg_deploy.specs.values import ShapeProfile
 
     plans = [
         write_plan(tmp_path / "a.plan", b"ftrt for 8.6", compute_capabilities=("8.6",), profile=ShapeProfile(1, 8, 32)),
@@ -189,7 +189,7 @@ def test_plans_that_do_not_go_together_are_refused(changes: dict[str, Any], mess
 
 
 def test_plan_that_triton_cannot_serve_is_refused(tmp_path: Path) -> None:
-    from repvgg_deploy.specs import ShapeProfile
+    from repvgg_deploy.specs.values import ShapeProfile
 
     with pytest.raises(InputError, match="TensorRT-RTX"):
         write(write_plan(tmp_path / "rtx.plan", flavour="tensorrt_rtx"), tmp_path)

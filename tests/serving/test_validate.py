@@ -13,7 +13,7 @@ from repvgg_deploy.pipeline.triton import write_triton
 from repvgg_deploy.serving.findings import Finding
 from repvgg_deploy.serving.options import RepositoryOptions
 from repvgg_deploy.serving.validate import validate_repository
-from repvgg_deploy.specs import ShapeProfile
+from repvgg_deploy.specs.values import ShapeProfile
 from tests.runtime.make_model import ModelOptions, make_onnx
 from tests.serving.broken_configs import BROKEN
 from tests.serving.make_repository import edit_config, needs_schema, write_plan

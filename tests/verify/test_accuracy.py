@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from repvgg_deploy import codec
 from repvgg_deploy.errors import InputError, ModelError
 from repvgg_deploy.image_sets import ImageBatch
+from repvgg_deploy.specs import codec
 from repvgg_deploy.verify.accuracy import AccuracyReport, evaluate, rank, standard_error
 
 NAMES = tuple(f"class {index}" for index in range(8))

@@ -5,7 +5,7 @@ import pytest
 
 from repvgg_deploy import tolerance
 from repvgg_deploy.preprocess import default_preprocessing, normalize
-from repvgg_deploy.specs import Certificate, ModelSpec, TensorSpec
+from repvgg_deploy.specs.values import Certificate, ModelSpec, TensorSpec
 from repvgg_deploy.verify.batches import draw_images, make_batches
 from repvgg_deploy.verify.onnx_parity import _compare, compare_outputs, softmax
 

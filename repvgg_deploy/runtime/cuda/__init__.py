@@ -1,1 +1,1 @@
-"""CUDA, as far as an Engine needs it: `port` says what that is, a module each fulfils it with cuda-bindings and with pycuda."""
+"""The calls that an Engine makes to CUDA, through cuda-bindings or pycuda."""

@@ -10,14 +10,13 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .errors import InputError
+from ..errors import InputError
 
 METADATA_KEY = "repvgg_deploy"
 """Key of the one JSON value that an ONNX carries in `metadata_props`."""
 METADATA_SCHEMA: Literal[1] = 1
 PASSPORT_SCHEMA: Literal[1] = 1
 CALIBRATION_SCHEMA: Literal[1] = 1
-
 BlockKind = Literal["repvgg", "qarepvgg_v1", "qarepvgg_v2", "plain"]
 SePosition = Literal["none", "before_relu", "after_relu"]
 Form = Literal["training", "deploy"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from . import codec
+from ..specs import codec
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,8 @@
 """Frozen dataclasses to and from JSON, strictly: an unknown, missing or mistyped field is an error, never a guess.
 
 Standard library only: a service that reads a specification needs nothing else.
+
+Specs from files that people write. Standard library only (and tomli below Python 3.11).
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ import sys
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
-from .errors import InputError
+from ..errors import InputError
+from .values import BuildConfig
 
 T = TypeVar("T")
 
@@ -141,3 +145,26 @@ def _decode_scalar(kind: Any, data: Any, where: str) -> Any:
 
 def _fail(where: str, expected: str, found: object) -> Any:
     raise InputError(f"{where}: expected {expected}, found {str(found)[:80]!r}", remedy="compare the file with the example in docs/schemas")
+
+
+def load_build_config(path: Path) -> BuildConfig:
+    """Reads what the plan builder is given from a TOML file, such as those in `engines/configs/`.
+
+    Keys are the fields of `BuildConfig`, the profile a table of its own; what is left out keeps its default.
+
+    Raises:
+        InputError: The file cannot be read, or a key is unknown or mistyped; the message names it.
+    """
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    remedy = "compare it with engines/configs/fp16.toml"
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as a build configuration: {error}", remedy=remedy) from error
+    try:
+        return decode(BuildConfig, table)
+    except InputError as error:
+        raise InputError(f"{path}: {error.message}", remedy=remedy) from error

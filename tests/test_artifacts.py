@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from repvgg_deploy import artifacts
-from repvgg_deploy.artifacts import atomic_output, sha256_file, write_text
 from repvgg_deploy.errors import ArtifactError
+from repvgg_deploy.files import output
+from repvgg_deploy.files.output import atomic_output, sha256_file, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -128,7 +128,7 @@ def test_output_in_a_really_unwritable_folder_is_an_error(tmp_path: Path) -> Non
 def test_output_past_a_real_file_size_limit_is_an_error_that_leaves_nothing(tmp_path: Path) -> None:
     """The kernel itself refuses the write, in another process, because the limit cannot be lifted again."""
     code = (
-        "import resource, signal, sys; from pathlib import Path; from repvgg_deploy.artifacts import write_text\n"
+        "import resource, signal, sys; from pathlib import Path; from repvgg_deploy.files.output import write_text\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "write_text(Path(sys.argv[1]), 'x' * 100_000)"
     )
@@ -194,5 +194,5 @@ def test_hash_of_a_stream_takes_no_more_than_asked(tmp_path: Path, size: int) ->
     path = tmp_path / "data"
     path.write_bytes(b"0123456789")
     with path.open("rb") as file:
-        assert artifacts.hash_stream(hashlib.sha256(), file, size).digest() == hashlib.sha256(b"0123456789"[:size]).digest()
+        assert output.hash_stream(hashlib.sha256(), file, size).digest() == hashlib.sha256(b"0123456789"[:size]).digest()
         assert file.tell() == min(size, 10)

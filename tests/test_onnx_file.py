@@ -12,9 +12,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from repvgg_deploy import onnx_file, wire
 from repvgg_deploy.errors import InputError, ModelError
-from repvgg_deploy.onnx_file import read_graph, read_metadata
+from repvgg_deploy.files import onnx as onnx_file
+from repvgg_deploy.files import wire
+from repvgg_deploy.files.onnx import read_graph, read_metadata
 from repvgg_deploy.specs import codec
 from repvgg_deploy.specs.values import METADATA_KEY, ModelMetadata
 

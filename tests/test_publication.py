@@ -17,9 +17,8 @@ from typing import Any
 
 import pytest
 
-from repvgg_deploy.artifacts import pending_output
 from repvgg_deploy.errors import ArtifactError
-from repvgg_deploy.publication import locked, publish_pair, signals_deferred
+from repvgg_deploy.files.output import locked, pending_output, publish_pair, signals_deferred
 
 ROOT = Path(__file__).resolve().parent.parent
 COUNT = """

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from repvgg_deploy import wire
+from repvgg_deploy.files import wire
 
 # Source: the examples of https://protobuf.dev/programming-guides/encoding/.
 TESTING = bytes([0x12, 0x07, 0x74, 0x65, 0x73, 0x74, 0x69, 0x6E, 0x67])

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from repvgg_deploy.artifacts import write_text
 from repvgg_deploy.errors import InputError
+from repvgg_deploy.files.output import write_text
 
 _SAME = ("gpu", "flavour", "driver")
 

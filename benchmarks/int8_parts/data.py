@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repvgg_deploy.export.options import GraphOptions
-from repvgg_deploy.onnx_file import read_metadata
+from repvgg_deploy.files.onnx import read_metadata
 from repvgg_deploy.pipeline.checkpoint import ExportOptions, export_checkpoint
 from repvgg_deploy.preprocess import normalize
 

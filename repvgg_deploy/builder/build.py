@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BuildError, CudaError
-from ..graph_precision import weighted_nodes
-from ..onnx_file import GraphSummary
+from ..files.onnx import GraphSummary, weighted_nodes
+from ..files.plan_place import quote
 from ..specs.values import BuildConfig, ModelSpec
-from ..tensorrt_package import quote
 from .library import Library
 from .monitor import Position, make_monitor, run_cancellable
 from .network import add_profile, output_types, parse, require_expected_tensors, tensor_shapes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..onnx_file import GraphSummary, NodeSummary
+from ..files.onnx import GraphSummary, NodeSummary
 from ..specs.values import ModelSpec
 
 _CAST = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64", 16: "bfloat16"}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..errors import BuildError, InputError, MissingDependencyError
-from ..tensorrt_package import BROKEN_VERSION, FLAVOURS, INSTALL, LEAN, Flavour, import_tensorrt, is_installed
+from ..files.plan_place import BROKEN_VERSION, FLAVOURS, INSTALL, LEAN, Flavour, import_tensorrt, is_installed
 
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import BuildError
-from ..onnx_file import GraphSummary
+from ..files.onnx import GraphSummary
+from ..files.plan_place import quote
 from ..specs.values import ModelSpec, ShapeProfile
-from ..tensorrt_package import quote
 from .library import Library
 from .trt_log import BuildLog
 

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..artifacts import explain_os_errors, write_text
 from ..errors import ArtifactError, InputError
+from ..files.output import explain_os_errors, write_text
 from ..specs import codec
 from ..specs.values import PlanPassport
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..artifacts import atomic_output
 from ..errors import ArtifactError, InputError
-from ..publication import locked
+from ..files.output import atomic_output, locked
 from .library import Library
 from .plan_cache import cache_folder
 

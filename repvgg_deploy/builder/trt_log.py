@@ -6,7 +6,7 @@ import logging
 import re
 from typing import Any
 
-from ..tensorrt_package import make_trt_logger
+from ..files.plan_place import make_trt_logger
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..artifacts import default_output
 from ..errors import CheckpointError
+from ..files.output import default_output
 from .common import HelpFormatter, Output, Progress, parent_parser, run
 from .tables import format_pairs, format_table
 

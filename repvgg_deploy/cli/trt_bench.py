@@ -8,9 +8,9 @@ import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..artifacts import require_distinct, require_writable
 from ..errors import ArtifactError
 from ..figures import require_drawable, save_figure
+from ..files.output import require_distinct, require_writable
 from ..measure.advise import published_accuracy
 from ..measure.records import Benchmark, ModelResult, Point, require_free, write_benchmark
 from ..measure.roofline import LayerBound, bound_layers, total_floor_ms

@@ -8,8 +8,7 @@ import shlex
 from typing import Any
 
 from ..errors import InputError
-from ..graph_precision import graph_precision, weighted_nodes
-from ..onnx_file import read_graph
+from ..files.onnx import graph_precision, read_graph, weighted_nodes
 from ..pipeline.build import build_plan
 from ..pipeline.build_options import BuildOptions
 from ..pipeline.build_work import BuildResult

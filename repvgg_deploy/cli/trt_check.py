@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 
 from ..errors import PlanIncompatibleError
+from ..files.plan_place import FLAVOURS, Compatible
 from ..pipeline.check import CheckResult, check_plan
-from ..runtime.compatibility import Compatible
 from ..specs.values import PlanPassport, ShapeProfile
-from ..tensorrt_package import FLAVOURS
 from .common import Output
 from .tables import format_pairs, show_bytes
 

@@ -8,8 +8,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..graph_precision import WeightedNode, count_weights, describe_shares, precision_of, share_by_precision, weighted_nodes
-from ..onnx_file import GraphSummary, read_graph
+from ..files.onnx import GraphSummary, WeightedNode, count_weights, describe_shares, precision_of, read_graph, share_by_precision, weighted_nodes
 from ..runtime.model_files import as_path, read_model
 from ..specs import codec
 from ..specs.values import Certificate, ModelMetadata, ModelSpec, TensorSpec, VariantSpec

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..artifacts import require_distinct
 from ..figures import require_drawable
+from ..files.output import require_distinct
 from ..pipeline.quantize import QuantizeResult, default_typed_output, quantize
 from ..pipeline.quantize_options import MIN_AGREEMENT, QuantizeOptions
 from ..plots import ChannelSpread, SqnrSeries, draw_quantization

@@ -16,9 +16,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from .. import wire
 from ..errors import ExportError
-from ..onnx_file import metadata_field
+from ..files import wire
+from ..files.onnx import metadata_field
 from ..specs.values import ModelMetadata
 
 _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import wire
+from ..files import wire
 from .roofline import Ceiling
 
 logger = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..artifacts import PendingOutput, write_text
 from ..errors import ArtifactError, InputError
+from ..files.output import PendingOutput, write_text
 from ..specs import codec
 from ..specs.values import Precision
 from .costs import LayerCost

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ..files.versions import installed_versions
 from ..measure.bare import BareSession
 from ..measure.cpu_peaks import combine, count_cores, measure_cpu
 from ..measure.records import BENCHMARK_SCHEMA, Benchmark, ModelResult, Phases, Point
@@ -20,7 +21,6 @@ from ..runtime.backends import BackendName, EngineOptions
 from ..runtime.engine import Engine
 from ..specs.values import VariantSpec
 from ..specs.variants import name_variant
-from ..tool_versions import installed_versions
 from .bench_device import choose_ceiling, describe_device
 from .bench_subjects import Rival, Subject, TorchRival, describe_subject
 

@@ -10,14 +10,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..artifacts import sha256_file
 from ..errors import InputError, MissingDependencyError
-from ..graph_precision import WeightedNode, graph_precision, precision_of, weighted_nodes
+from ..files.onnx import WeightedNode, graph_precision, precision_of, read_graph, weighted_nodes
+from ..files.output import sha256_file
+from ..files.passport import read_passport
 from ..measure.costs import ITEM_BYTES, LayerCost, count_costs
-from ..onnx_file import read_graph
 from ..runtime.engine import Engine
 from ..runtime.model_files import is_plan
-from ..runtime.passport import read_passport
 from ..specs.values import PlanPassport, Precision, VariantSpec
 from ..specs.variants import image_size, name_variant
 

@@ -6,14 +6,14 @@ import dataclasses
 import logging
 from pathlib import Path
 
-from ..artifacts import require_distinct, require_writable
 from ..builder.build import require_gpu
 from ..builder.library import open_library
 from ..builder.plan_cache import PlanCache, cache_folder
 from ..builder.recipes import is_strongly_typed, require_options, resolve_targets
 from ..builder.tactic_sources import find_tactic_libraries
 from ..errors import InputError
-from ..runtime.passport import passport_path
+from ..files.output import require_distinct, require_writable
+from ..files.passport import passport_path
 from .build_files import choose_output, default_plan_output, look_at, require_room
 from .build_options import BuildOptions, choose_profile, must_type
 from .build_source import read_source

@@ -8,10 +8,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..artifacts import PendingOutput, explain_os_errors, pending_output, put_in_place, require_replaceable, require_writable, settle, sha256_file
 from ..errors import ArtifactError, InputError, PlanError
-from ..publication import locked, publish_pair
-from ..runtime.passport import passport_path, read_passport
+from ..files.output import (
+    PendingOutput,
+    explain_os_errors,
+    locked,
+    pending_output,
+    publish_pair,
+    put_in_place,
+    require_replaceable,
+    require_writable,
+    settle,
+    sha256_file,
+)
+from ..files.passport import passport_path, read_passport
 from ..specs import codec
 from ..specs.values import PlanPassport
 from .build_request import PlanRequest, comes_from

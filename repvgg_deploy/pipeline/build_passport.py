@@ -10,7 +10,7 @@ from typing import Literal
 from .. import __version__
 from ..builder.build import BuiltPlan
 from ..builder.precision_check import PrecisionReport
-from ..runtime.compatibility import platform_here
+from ..files.plan_place import platform_here
 from ..specs.values import PASSPORT_SCHEMA, HistoryEntry, ModelSpec, PlanPassport
 from .build_request import PlanRequest
 from .build_source import Source

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import __version__
-from ..artifacts import sha256_file
 from ..builder.build import Gpu
 from ..builder.library import Library
 from ..builder.plan_cache import make_key
 from ..builder.tactic_sources import TacticLibraries
 from ..errors import InputError
-from ..runtime.compatibility import platform_here
+from ..files.output import sha256_file
+from ..files.plan_place import platform_here
+from ..files.versions import installed_versions
 from ..specs import codec
 from ..specs.values import BuildConfig, PlanPassport
-from ..tool_versions import installed_versions
 
 if TYPE_CHECKING:
     from .quantize_options import QuantizeOptions

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ModelError
-from ..graph_precision import graph_precision, weighted_nodes
-from ..onnx_file import GraphSummary, read_graph, read_metadata
-from ..runtime.passport import PLAN_MAGICS
+from ..files.onnx import GraphSummary, graph_precision, read_graph, read_metadata, weighted_nodes
+from ..files.passport import PLAN_MAGICS
 from ..specs.values import ModelMetadata, Precision
 
 

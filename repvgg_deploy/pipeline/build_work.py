@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ..artifacts import PendingOutput
 from ..builder.build import BuildJob, Gpu, build
 from ..builder.graph_types import tensor_types
 from ..builder.library import Library
@@ -21,7 +20,8 @@ from ..builder.recipes import Typing, is_strongly_typed
 from ..builder.tactic_sources import TacticLibraries
 from ..builder.timing_cache import choose_timing_file
 from ..errors import ModelError
-from ..runtime.passport import passport_path
+from ..files.output import PendingOutput
+from ..files.passport import passport_path
 from ..specs.values import BuildConfig, PlanPassport
 from .build_files import Fill, Standing, deliver, look_at, refresh_passport, require_same
 from .build_options import BuildOptions

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..artifacts import PendingOutput, atomic_output, sha256_file
 from ..errors import ArtifactError, InputError, RepVGGDeployError
 from ..export.synthesize import BatchState, SynthesisOptions, SynthesisPlan, Synthesizer, plan_synthesis
-from ..export.versions import tool_versions
-from ..onnx_file import read_metadata
+from ..files.onnx import read_metadata
+from ..files.output import PendingOutput, atomic_output, sha256_file
+from ..files.versions import tool_versions
 from ..precision.calibration_file import calibration_path, load_calibration_file
 from ..reference.checkpoint import Checkpoint, build_model, load_checkpoint
 from ..specs import codec

@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..artifacts import sha256_file
 from ..errors import MissingDependencyError, PlanError
-from ..runtime.compatibility import Compatible, Environment, Incompatible, judge_plan, platform_here
-from ..runtime.gpus import JETSON, find_gpu
-from ..runtime.passport import passport_path, read_passport, require_unchanged
+from ..files.output import sha256_file
+from ..files.passport import passport_path, read_passport, require_unchanged
+from ..files.plan_place import JETSON, Compatible, Environment, Flavour, Incompatible, find_gpu, judge_plan, platform_here
 from ..runtime.tensorrt_library import find_library
 from ..specs.values import PlanPassport
-from ..tensorrt_package import Flavour
 from .gpu_here import look_for_gpu
 
 

@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..artifacts import PendingOutput, atomic_output, require_distinct, require_replaceable
 from ..errors import CalibrationError, InputError
 from ..export.contract import check_contract
 from ..export.options import GraphOptions, model_spec
@@ -17,10 +16,10 @@ from ..export.simplify import drop_weight_inputs, rename, simplify
 from ..export.statistics import collect_statistics
 from ..export.synthesize import SynthesisOptions, plan_synthesis
 from ..export.to_onnx import to_onnx
-from ..export.versions import tool_versions
 from ..export.writer import append_metadata, write_model
+from ..files.output import PendingOutput, atomic_output, release_freed_memory, require_distinct, require_replaceable
+from ..files.versions import tool_versions
 from ..labels import IMAGENET_CLASSES, imagenet_labels
-from ..memory import release_freed_memory
 from ..precision.calibration_file import calibration_path
 from ..preprocess import default_preprocessing
 from ..reference.checkpoint import Checkpoint, build_model, load_checkpoint, write_deploy

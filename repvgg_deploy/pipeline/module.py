@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..artifacts import atomic_output
 from ..export.module import ModuleOptions, module_metadata, reference_outputs, single_input, to_deploy_form, trace_module, vary_input
-from ..export.versions import tool_versions
 from ..export.writer import append_metadata, write_with_initializers
+from ..files.output import atomic_output
+from ..files.versions import tool_versions
 from ..reference.parity import require_passed
 from ..specs.values import Certificate
 from ..verify.onnx_parity import compare_outputs, run_onnx

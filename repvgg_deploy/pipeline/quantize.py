@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..artifacts import PendingOutput, atomic_output, require_distinct, require_replaceable
+from ..files.output import PendingOutput, atomic_output, require_distinct, require_replaceable
 from ..precision.chain import read_chain
 from ..precision.fp16 import Fp16Report
 from ..precision.int8_options import Int8Report

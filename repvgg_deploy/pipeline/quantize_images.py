@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..artifacts import sha256_file
 from ..calibration_images import CalibrationImages, load_calibration, split_held_out
 from ..errors import CalibrationError
+from ..files.output import sha256_file
 from ..precision.calibration_file import calibration_path, find_calibration_file, load_calibration_file
 from ..precision.execute import count_images
 from ..preprocess import normalize

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..artifacts import explain_os_errors
 from ..errors import InputError, ParityError
+from ..files.output import explain_os_errors
 from ..precision.fp16 import Fp16Report, to_fp16
 from ..precision.int8 import to_int8
 from ..precision.int8_options import Int8Options, Int8Report

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..artifacts import sha256_file
 from ..errors import InputError, PlanError
-from ..graph_precision import graph_precision, weighted_nodes
-from ..onnx_file import read_graph
+from ..files.onnx import graph_precision, read_graph, weighted_nodes
+from ..files.output import sha256_file
+from ..files.passport import passport_path, read_passport, require_unchanged
 from ..runtime.model_files import is_plan, read_model
-from ..runtime.passport import passport_path, read_passport, require_unchanged
 from ..serving.containers import describe_container
 from ..serving.options import RepositoryOptions, Servable, ServedFile, require_name
 from ..serving.repository import WrittenModel, write_repository

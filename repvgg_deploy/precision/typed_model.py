@@ -11,12 +11,13 @@ from typing import TypeAlias
 
 import onnx
 
-from .. import onnx_file, wire
-from ..artifacts import atomic_output, explain_os_errors, sha256_file
 from ..errors import CalibrationError, InputError, ModelError
+from ..files import onnx as onnx_file
+from ..files import wire
+from ..files.output import atomic_output, explain_os_errors, sha256_file
+from ..files.versions import installed_versions
 from ..specs import codec
 from ..specs.values import METADATA_KEY, HistoryEntry, ModelMetadata, ModelSpec
-from ..tool_versions import installed_versions
 
 StrPath: TypeAlias = str | os.PathLike[str]
 _TOOLS = ("onnx", "onnxruntime", "onnxruntime-gpu", "numpy")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from ..artifacts import PendingOutput, atomic_output, sha256_file
 from ..errors import CheckpointError, InputError
+from ..files.output import PendingOutput, atomic_output, sha256_file
 from ..specs import codec
 from ..specs.values import Form, Preprocessing, VariantSpec
 from .network import RepVGG

@@ -6,8 +6,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..artifacts import default_output, sha256_file
 from ..errors import CheckpointError
+from ..files.output import default_output, sha256_file
 from ..specs.values import Form, VariantSpec
 from ..specs.variants import count_parameters
 from .checkpoint import load_file

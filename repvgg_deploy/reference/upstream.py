@@ -15,8 +15,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..artifacts import atomic_output
 from ..errors import InputError
+from ..files.output import atomic_output
 from ..specs.variants import PUBLISHED
 from .network import RepVGG
 from .reparameterize import reparameterize

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 from numpy.typing import NDArray
 
 from ..errors import InputError
-from ..onnx_file import read_graph
 from ..specs.values import ModelMetadata, ModelSpec
 
 if TYPE_CHECKING:
@@ -198,12 +197,3 @@ def _find_fastest(path: Path, device: Device) -> tuple[Literal["onnxruntime", "o
     if importlib.util.find_spec("openvino") is None:
         return "onnxruntime", "OpenVINO is not installed"
     return "openvino", "the graph is INT8"
-
-
-def is_quantized(path: Path) -> bool:
-    """Whether an ONNX holds Q/DQ pairs.
-
-    Raises:
-        ModelError: It is not an ONNX.
-    """
-    return any(node.op_type == "QuantizeLinear" for node in read_graph(path).nodes)

@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 
 from ..errors import InputError, ModelError, PlanError
-from ..onnx_file import read_metadata
+from ..files.onnx import read_metadata
 from ..specs.values import ModelMetadata, ModelSpec
 
 _PLAN_MAGICS = (b"ftrt", b"vtrt")  # seen in TensorRT 8 to 11 and in TensorRT-RTX 1.7; undocumented: the rest is TensorRT's to judge

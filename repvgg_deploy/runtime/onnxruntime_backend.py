@@ -11,8 +11,9 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ..errors import CudaError, MissingDependencyError, ModelError
+from ..files.onnx import is_quantized
 from ..specs.values import ModelSpec
-from .backends import Device, EngineOptions, is_quantized
+from .backends import Device, EngineOptions
 from .cpu_graph import prepare
 from .interface import RUN_REMEDY, Interface, check_interface, one_line
 

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError, MissingDependencyError, ModelError
+from ..files.onnx import is_quantized
 from ..specs.values import ModelSpec
-from .backends import EngineOptions, is_quantized
+from .backends import EngineOptions
 from .cpu_graph import prepare
 from .interface import RUN_REMEDY, Interface, check_interface, one_line
 

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CudaError, CudaMemoryError, InputError
-from ..tensorrt_package import quote
+from ..files.plan_place import quote
 from .tensorrt_library import TrtLog
 from .tensorrt_tensors import Interface, Shape
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import MissingDependencyError, PlanError
-from ..tensorrt_package import BROKEN_VERSION, FLAVOURS, INSTALL, LEAN, Flavour, import_tensorrt, make_trt_logger
-from .compatibility import parse_version
+from ..files.plan_place import BROKEN_VERSION, FLAVOURS, INSTALL, LEAN, Flavour, import_tensorrt, make_trt_logger, parse_version
 
 logger = logging.getLogger(__name__)
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CudaError, CudaMemoryError, ModelError, PlanError, PlanIncompatibleError
+from ..files.passport import passport_path, read_passport, require_unchanged
+from ..files.plan_place import Environment, Flavour, Incompatible, judge_plan, platform_here, quote
 from ..specs.values import METADATA_SCHEMA, Certificate, ModelMetadata, ModelSpec, PlanPassport
-from ..tensorrt_package import Flavour, quote
-from .compatibility import Environment, Incompatible, judge_plan, platform_here
 from .cuda.port import DeviceInfo
-from .passport import passport_path, read_passport, require_unchanged
 from .tensorrt_library import Library, open_library
 from .tensorrt_tensors import Interface, describe_interface, order_interface, read_interface
 

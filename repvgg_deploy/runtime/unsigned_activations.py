@@ -20,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-from .. import wire
+from ..files import wire
 from .editable_graph import FLOAT, FLOAT16, Graph, GraphError, Node, makers, parse, readers
 
 __all__ = ["Options", "rewrite"]

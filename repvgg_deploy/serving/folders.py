@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..artifacts import explain_os_errors, sha256_file
 from ..errors import ArtifactError
+from ..files.output import explain_os_errors, sha256_file
 from .options import ServedFile
 
 PARTIAL_SUFFIX = ".partial"

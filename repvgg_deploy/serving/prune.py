@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..artifacts import explain_os_errors
+from ..files.output import explain_os_errors
 from .config import LABELS_FILE
 from .folders import PARTIAL_SUFFIX
 from .repository import CONFIG_FILE, read_config, read_writer, read_written_versions

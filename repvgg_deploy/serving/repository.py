@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..artifacts import explain_os_errors, write_text
 from ..errors import ArtifactError, InputError
+from ..files.output import explain_os_errors, write_text
 from .config import LABELS_FILE, PREFIX, WRITTEN_BY, WRITTEN_VERSIONS, has_labels, make_config
 from .folders import WrittenVersion, choose_version, list_versions, require_version_replaceable, write_version
 from .jpeg import make_jpeg_models

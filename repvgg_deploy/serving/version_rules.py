@@ -6,9 +6,9 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..artifacts import sha256_file
 from ..errors import ForeignModelError, InputError, ModelError
-from ..onnx_file import read_metadata
+from ..files.onnx import read_metadata
+from ..files.output import sha256_file
 from ..specs import codec
 from ..specs.values import ModelSpec, PlanPassport, TensorSpec
 from .config import data_type

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .. import tolerance
 from ..errors import MissingDependencyError, ParityError
-from ..onnx_file import open_initializers
+from ..files.onnx import open_initializers
 from ..specs.values import Check, ModelSpec
 from .batches import Batch
 

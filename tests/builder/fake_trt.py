@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from repvgg_deploy.onnx_file import GraphSummary, read_graph
+from repvgg_deploy.files.onnx import GraphSummary, read_graph
 
 PLAN = b"ftrt a plan"
 

@@ -11,8 +11,7 @@ from onnx import TensorProto
 from repvgg_deploy.builder.build import BuildJob, Gpu
 from repvgg_deploy.builder.graph_types import tensor_types
 from repvgg_deploy.builder.recipes import Typing
-from repvgg_deploy.graph_precision import graph_precision, weighted_nodes
-from repvgg_deploy.onnx_file import read_graph, read_metadata
+from repvgg_deploy.files.onnx import graph_precision, read_graph, read_metadata, weighted_nodes
 from repvgg_deploy.precision.fp16 import Fp16Options, to_fp16
 from repvgg_deploy.precision.typed_model import extend, load_parent, write_typed
 from repvgg_deploy.specs.values import BuildConfig

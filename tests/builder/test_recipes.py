@@ -13,7 +13,7 @@ from repvgg_deploy.builder.build import build
 from repvgg_deploy.builder.library import Library
 from repvgg_deploy.builder.recipes import require_options, resolve_targets
 from repvgg_deploy.errors import BuildError, CudaError
-from repvgg_deploy.onnx_file import read_metadata
+from repvgg_deploy.files.onnx import read_metadata
 from repvgg_deploy.specs.values import BuildConfig, ShapeProfile
 from tests.builder.fake_trt import PLAN, FakeTrt, Faults, flags_of
 from tests.builder.make_typed import A10, make_job, make_typed

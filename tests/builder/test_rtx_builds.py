@@ -17,7 +17,7 @@ from repvgg_deploy.builder.library import open_library
 from repvgg_deploy.builder.monitor import make_monitor
 from repvgg_deploy.builder.recipes import resolve_targets
 from repvgg_deploy.errors import BuildError
-from repvgg_deploy.runtime.passport import PLAN_MAGICS
+from repvgg_deploy.files.passport import PLAN_MAGICS
 from repvgg_deploy.specs.values import BuildConfig, ShapeProfile
 from tests.builder.make_typed import make_job, make_typed
 from tests.precision.rtx import needs_rtx

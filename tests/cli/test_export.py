@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from repvgg_deploy import artifacts
 from repvgg_deploy.cli.export import build_parser, main
+from repvgg_deploy.files import output
 from repvgg_deploy.specs.variants import get_variant
 from tests.endless import Stage, start_endless
 from tests.reference.generated import random_model
@@ -195,7 +195,7 @@ def test_export_unwritable_folder_and_full_disk_are_refused(
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
     with monkeypatch.context() as patch:  # tests may run as root, whom no folder denies anything
-        patch.setattr(artifacts.tempfile, "mkstemp", deny)
+        patch.setattr(output.tempfile, "mkstemp", deny)
         assert "writable" in refused(capsys, tmp_path, "--ckpt", checkpoint)
 
     from repvgg_deploy.pipeline import checkpoint as pipeline

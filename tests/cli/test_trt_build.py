@@ -23,9 +23,9 @@ from repvgg_deploy.cli.build_arguments import parse_bytes
 from repvgg_deploy.cli.stage_progress import StageProgress
 from repvgg_deploy.cli.trt import build_parser, main
 from repvgg_deploy.errors import InputError
+from repvgg_deploy.files.passport import read_passport
 from repvgg_deploy.pipeline import build, build_work
 from repvgg_deploy.pipeline.gpu_here import GpuSearch
-from repvgg_deploy.runtime.passport import read_passport
 from repvgg_deploy.specs.values import ShapeProfile
 from tests.builder.make_typed import make_typed
 from tests.precision.rtx import needs_rtx

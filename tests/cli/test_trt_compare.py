@@ -16,7 +16,7 @@ from repvgg_deploy.calibration_images import load_calibration
 from repvgg_deploy.cli.trt import main
 from repvgg_deploy.cli.trt_compare import share_input
 from repvgg_deploy.errors import InputError
-from repvgg_deploy.onnx_file import read_metadata
+from repvgg_deploy.files.onnx import read_metadata
 from repvgg_deploy.pipeline.checkpoint import export_checkpoint
 from repvgg_deploy.precision.int8 import to_int8
 from repvgg_deploy.precision.int8_options import FAST

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from repvgg_deploy import onnx_file, wire
 from repvgg_deploy.errors import RepVGGDeployError
+from repvgg_deploy.files import onnx as onnx_file
+from repvgg_deploy.files import wire
 from repvgg_deploy.runtime.backends import EngineOptions
 from repvgg_deploy.runtime.engine import Engine
 from repvgg_deploy.specs import codec

@@ -17,11 +17,11 @@ from benchmarks.gpu_parts.checks import compare_graphs
 from benchmarks.gpu_parts.models import SAMPLE, path_of
 from repvgg_deploy.builder.library import open_library
 from repvgg_deploy.errors import InputError, PlanError, PlanIncompatibleError
+from repvgg_deploy.files.passport import passport_path, read_passport
 from repvgg_deploy.pipeline.build import build_plan
 from repvgg_deploy.pipeline.build_options import BuildOptions
 from repvgg_deploy.runtime.backends import EngineOptions
 from repvgg_deploy.runtime.engine import Engine
-from repvgg_deploy.runtime.passport import passport_path, read_passport
 from repvgg_deploy.specs import codec
 from repvgg_deploy.specs.values import BuildConfig, ShapeProfile
 from tests.gpu.reference import Reference, require_close

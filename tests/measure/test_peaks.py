@@ -13,11 +13,11 @@ import onnxruntime
 import pytest
 
 from repvgg_deploy.errors import InputError
+from repvgg_deploy.files.plan_place import gpu_names
 from repvgg_deploy.measure import cpu_peaks
 from repvgg_deploy.measure.cpu_peaks import combine, cpu_name, make_product, measure_cpu
 from repvgg_deploy.measure.gpu_peaks import GpuPeaks, find_gpu_peaks, load_gpus, look_up_gpu
 from repvgg_deploy.measure.roofline import Ceiling
-from repvgg_deploy.runtime.gpus import gpu_names
 
 
 @pytest.mark.parametrize("gpu", load_gpus(), ids=lambda gpu: gpu.names[0])

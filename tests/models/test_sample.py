@@ -14,7 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from repvgg_deploy.artifacts import sha256_file
+from repvgg_deploy.files.output import sha256_file
 from repvgg_deploy.preprocess import default_preprocessing, load_image, normalize
 from repvgg_deploy.reference.network import RepVGG
 from repvgg_deploy.specs import codec

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from repvgg_deploy.artifacts import sha256_file
+from repvgg_deploy.files.output import sha256_file
 from repvgg_deploy.specs.variants import PUBLISHED, get_variant
 from repvgg_deploy.specs.zoo import CheckpointCard, find_card, find_card_by_name, load_cards
 

@@ -19,7 +19,9 @@ import pytest
 
 from repvgg_deploy.builder.build import Gpu
 from repvgg_deploy.errors import ArtifactError, BuildError, CudaError, InputError, MissingDependencyError, ModelError, RepVGGDeployError
-from repvgg_deploy.onnx_file import read_graph, read_metadata
+from repvgg_deploy.files.onnx import read_graph, read_metadata
+from repvgg_deploy.files.passport import passport_path, read_passport, require_unchanged
+from repvgg_deploy.files.plan_place import Compatible, Environment, judge_plan
 from repvgg_deploy.pipeline import build as build_module
 from repvgg_deploy.pipeline import build_source, build_work
 from repvgg_deploy.pipeline.build import build_plan
@@ -29,8 +31,6 @@ from repvgg_deploy.pipeline.build_work import BuildResult
 from repvgg_deploy.pipeline.gpu_here import GpuSearch
 from repvgg_deploy.pipeline.quantize_options import QuantizeOptions
 from repvgg_deploy.precision.int8_options import FAST
-from repvgg_deploy.runtime.compatibility import Compatible, Environment, judge_plan
-from repvgg_deploy.runtime.passport import passport_path, read_passport, require_unchanged
 from repvgg_deploy.specs.values import BuildConfig, PlanPassport, Precision, ShapeProfile, VariantSpec
 from tests.builder.fake_trt import PLAN, FakeTrt, Faults, flags_of
 from tests.builder.make_typed import A10, make_typed
@@ -62,7 +62,7 @@ def tensorrt(monkeypatch: pytest.MonkeyPatch):
 def inspect_as(model: Path, **changed: str) -> str:
     """What the inspector says of a plan that computes as its graph, but for the layers that are named."""
     words = {"int8": "Int8", "fp16": "Half", "fp32": "Float"}
-    from repvgg_deploy.graph_precision import weighted_nodes
+    from repvgg_deploy.files.onnx import weighted_nodes
 
     layers = []
     for node in weighted_nodes(read_graph(model)):

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from repvgg_deploy.cli.trt import main
-from repvgg_deploy.onnx_file import read_metadata
+from repvgg_deploy.files.onnx import read_metadata
+from repvgg_deploy.files.plan_place import Compatible, Incompatible
 from repvgg_deploy.pipeline import build as build_module
 from repvgg_deploy.pipeline.build import build_plan
 from repvgg_deploy.pipeline.build_options import BuildOptions
@@ -17,7 +18,6 @@ from repvgg_deploy.pipeline.checkpoint import export_checkpoint
 from repvgg_deploy.pipeline.gpu_here import GpuSearch
 from repvgg_deploy.pipeline.quantize_options import QuantizeOptions
 from repvgg_deploy.precision.int8_options import FAST
-from repvgg_deploy.runtime.compatibility import Compatible, Incompatible
 from repvgg_deploy.specs.values import BuildConfig
 from tests.precision.rtx import needs_rtx
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from repvgg_deploy import Engine
-from repvgg_deploy.artifacts import sha256_file
 from repvgg_deploy.cli.export import main
 from repvgg_deploy.errors import ArtifactError, CalibrationError, InputError
 from repvgg_deploy.export.options import GraphOptions
 from repvgg_deploy.export.synthesize import SynthesisOptions, SynthesisPlan
+from repvgg_deploy.files.output import sha256_file
 from repvgg_deploy.pipeline import calibration as pipeline
 from repvgg_deploy.pipeline.calibration import partial_path, write_calibration
 from repvgg_deploy.pipeline.checkpoint import ExportOptions, export_checkpoint

@@ -17,7 +17,7 @@ from torch import nn
 from repvgg_deploy import Engine
 from repvgg_deploy.errors import ArtifactError, ContractError, InputError, ParityError, RepVGGDeployError
 from repvgg_deploy.export.options import GraphOptions
-from repvgg_deploy.onnx_file import read_metadata
+from repvgg_deploy.files.onnx import read_metadata
 from repvgg_deploy.pipeline import checkpoint as pipeline
 from repvgg_deploy.pipeline.checkpoint import DEPLOY_REFERENCE, TRAINING_REFERENCE, ExportOptions, export_checkpoint
 from repvgg_deploy.reference.checkpoint import load_checkpoint

@@ -11,9 +11,9 @@ import numpy as np
 import onnx
 import pytest
 
-from repvgg_deploy.artifacts import sha256_file
 from repvgg_deploy.errors import ArtifactError, CalibrationError, InputError, ModelError, ParityError
-from repvgg_deploy.onnx_file import read_metadata
+from repvgg_deploy.files.onnx import read_metadata
+from repvgg_deploy.files.output import sha256_file
 from repvgg_deploy.pipeline import quantize_work
 from repvgg_deploy.pipeline.quantize import QuantizeResult, default_typed_output, quantize
 from repvgg_deploy.pipeline.quantize_gate import Verification, agreement_check, allowed_to_differ, blame_int8, verify_typed

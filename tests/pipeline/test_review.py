@@ -15,7 +15,7 @@ from repvgg_deploy import reparameterize
 from repvgg_deploy.errors import ArtifactError, CheckpointError, InputError, ParityError
 from repvgg_deploy.export.module import ModuleOptions
 from repvgg_deploy.export.options import GraphOptions
-from repvgg_deploy.onnx_file import read_metadata
+from repvgg_deploy.files.onnx import read_metadata
 from repvgg_deploy.pipeline import checkpoint as pipeline
 from repvgg_deploy.pipeline.checkpoint import ExportOptions, export_checkpoint
 from repvgg_deploy.pipeline.module import export_module

@@ -8,8 +8,9 @@ import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
 
-from repvgg_deploy import Engine, onnx_file
+from repvgg_deploy import Engine
 from repvgg_deploy.errors import CalibrationError, ModelError
+from repvgg_deploy.files import onnx as onnx_file
 from repvgg_deploy.precision.fp16 import Fp16Options, to_fp16
 from repvgg_deploy.precision.halves import write_halves
 from repvgg_deploy.precision.ranges import draw_batches, measure_ranges

@@ -9,8 +9,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from repvgg_deploy import onnx_file
 from repvgg_deploy.errors import ArtifactError, CalibrationError, ModelError
+from repvgg_deploy.files import onnx as onnx_file
 from repvgg_deploy.precision.check import check_quantized
 from repvgg_deploy.precision.execute import run_tensors
 from repvgg_deploy.precision.int8 import quantize_graph, to_int8

@@ -13,11 +13,11 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from repvgg_deploy.onnx_file import read_metadata
+from repvgg_deploy.files.onnx import read_metadata
+from repvgg_deploy.files.passport import passport_path
 from repvgg_deploy.runtime.backends import EngineOptions
 from repvgg_deploy.runtime.cuda import port
 from repvgg_deploy.runtime.engine import Engine
-from repvgg_deploy.runtime.passport import passport_path
 from repvgg_deploy.specs import codec
 from repvgg_deploy.specs.values import PlanPassport
 from tests.fakes.cuda import FakeCuda

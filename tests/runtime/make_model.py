@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from repvgg_deploy import onnx_file, wire
+from repvgg_deploy.files import onnx as onnx_file
+from repvgg_deploy.files import wire
 from repvgg_deploy.specs.values import (
     Certificate,
     Check,

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from repvgg_deploy.errors import InputError
-from repvgg_deploy.runtime.compatibility import Compatible, Environment, Incompatible, judge_plan, parse_version
-from repvgg_deploy.runtime.gpus import find_gpu, gpu_names
+from repvgg_deploy.files.plan_place import Compatible, Environment, Incompatible, find_gpu, gpu_names, judge_plan, parse_version
 from tests.runtime.make_passport import make_passport
 
 RTX: dict[str, Any] = {

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from repvgg_deploy import wire
 from repvgg_deploy.errors import InputError, ModelError, PlanError, RepVGGDeployError
+from repvgg_deploy.files import wire
 from repvgg_deploy.runtime.engine import Engine
 from repvgg_deploy.specs.values import ModelMetadata, TensorSpec
 from tests.runtime.make_model import ModelOptions, make_metadata, make_onnx, write_bound

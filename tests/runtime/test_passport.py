@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from repvgg_deploy.errors import PlanError
-from repvgg_deploy.runtime.passport import passport_path, read_passport, require_unchanged
+from repvgg_deploy.files.passport import passport_path, read_passport, require_unchanged
 from repvgg_deploy.specs import codec
 from tests.runtime.make_passport import make_passport
 

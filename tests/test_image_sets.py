@@ -13,13 +13,12 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from repvgg_deploy.calibration_images import CalibrationImages, load_calibration, split_held_out
-from repvgg_deploy.class_index import Classes, index_folders, index_labels
 from repvgg_deploy.errors import CalibrationError, InputError
-from repvgg_deploy.image_sets import SetOptions, choose_evenly, open_images
-from repvgg_deploy.image_sources import NpzSource, find_images
-from repvgg_deploy.labels import imagenet_labels, imagenet_wordnet_ids
-from repvgg_deploy.preprocess import load_image, normalize
+from repvgg_deploy.images.calibration import CalibrationImages, load_calibration, split_held_out
+from repvgg_deploy.images.classes import Classes, imagenet_labels, imagenet_wordnet_ids, index_folders, index_labels
+from repvgg_deploy.images.decode import load_image, normalize
+from repvgg_deploy.images.sets import SetOptions, choose_evenly, open_images
+from repvgg_deploy.images.sources import NpzSource, find_images
 from repvgg_deploy.specs.values import ModelSpec, Preprocessing, TensorSpec
 
 LABELS = ("cat", "dog", "garbage truck")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from repvgg_deploy.labels import imagenet_labels
+from repvgg_deploy.images.classes import imagenet_labels
 
 KNOWN = {
     0: "tench", 1: "goldfish", 22: "bald eagle", 65: "sea snake", 88: "macaw", 107: "jellyfish", 130: "flamingo", 134: "crane (bird)",

@@ -16,10 +16,18 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from repvgg_deploy import image_files, preprocess
 from repvgg_deploy.errors import InputError, MissingDependencyError
-from repvgg_deploy.image_files import list_images
-from repvgg_deploy.preprocess import IMAGENET_MEAN, IMAGENET_STD, decode_image, default_preprocessing, load_batch, load_image, normalize
+from repvgg_deploy.images import decode
+from repvgg_deploy.images.decode import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    decode_image,
+    default_preprocessing,
+    list_images,
+    load_batch,
+    load_image,
+    normalize,
+)
 from repvgg_deploy.specs.values import ModelSpec, Preprocessing, TensorSpec
 
 SMALL = default_preprocessing(6, 6)
@@ -97,7 +105,7 @@ def test_load_image_of_every_size_up_to_40_covers_the_crop() -> None:
     for width in range(1, 41):
         for height in range(1, 41):
             for crop in ((6, 6), (5, 9), (9, 5)):
-                wide, high = preprocess._resized((width, height), crop_only(*crop))
+                wide, high = decode._resized((width, height), crop_only(*crop))
                 assert high >= crop[0] and wide >= crop[1], (width, height, crop)
 
 
@@ -349,7 +357,7 @@ def test_load_image_of_a_decompression_bomb_is_refused_before_decoding(tmp_path:
         raise AssertionError("decoded")
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
-    monkeypatch.setattr(image_files, "MAX_PIXELS", 100)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 100)
     path = tmp_path / "bomb.png"
     path.write_bytes(png(11, 10, b""))
     with pytest.raises(InputError, match="11×10 = 110 pixels, expected at most 100"):
@@ -404,7 +412,7 @@ def test_load_image_without_pillow_names_the_extra(tmp_path: Path, monkeypatch: 
 
 
 def test_preprocess_import_loads_neither_numpy_nor_pillow() -> None:
-    code = "import sys, repvgg_deploy.preprocess; print([m for m in ('numpy', 'PIL') if m in sys.modules])"
+    code = "import sys, repvgg_deploy.images.decode; print([m for m in ('numpy', 'PIL') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
     assert done.stdout.strip() == "[]"
 

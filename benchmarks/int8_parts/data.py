@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from repvgg_deploy.export.options import GraphOptions
 from repvgg_deploy.files.onnx import read_metadata
+from repvgg_deploy.images.decode import normalize
 from repvgg_deploy.pipeline.checkpoint import ExportOptions, export_checkpoint
-from repvgg_deploy.preprocess import normalize
 
 from .places import SAMPLE, SUBJECTS, Subject
 

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from repvgg_deploy import __version__
 from repvgg_deploy.errors import DeadlineError, EngineBusyError, InputError, RepVGGDeployError
-from repvgg_deploy.preprocess import decode_image, normalize
+from repvgg_deploy.images.decode import decode_image, normalize
 from repvgg_deploy.runtime.results import Result, rank_classes
 from repvgg_deploy.serving import kserve
 from repvgg_deploy.specs.values import ModelSpec

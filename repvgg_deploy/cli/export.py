@@ -230,7 +230,7 @@ def _options(args: argparse.Namespace) -> ExportOptions:
 
 
 def _read_labels(path: Path) -> tuple[str, ...]:
-    from ..labels import imagenet_labels, read_labels
+    from ..images.classes import imagenet_labels, read_labels
 
     if str(path) == "imagenet1k":
         return imagenet_labels()

@@ -14,9 +14,9 @@ import numpy as np
 
 from ..errors import InputError
 from ..figures import require_drawable
-from ..image_sets import ImageSet, SetOptions, classes_of, open_images
+from ..images.decode import normalize
+from ..images.sets import ImageSet, SetOptions, classes_of, open_images
 from ..plots import AccuracyRow, SqnrSeries, draw_accuracy, draw_layer_sqnr
-from ..preprocess import normalize
 from ..specs.values import ModelSpec, TensorSpec
 from ..verify.agreement import AgreementReport, Kind, ModelAccuracy, compare
 from ..verify.layers import compare_layers, first_below

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ArtifactError, InputError
 from ..figures import require_drawable, save_figure
-from ..image_sets import ImageSet, SetOptions, classes_of, open_images
+from ..images.sets import ImageSet, SetOptions, classes_of, open_images
 from ..plots import AccuracyRow, ClassBar, draw_accuracy, draw_confusion
 from ..runtime.backends import EngineOptions
 from ..runtime.engine import Engine

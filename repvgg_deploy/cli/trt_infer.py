@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import InputError, ModelError, RepVGGDeployError
-from ..image_files import list_images
-from ..labels import read_labels
+from ..images.classes import read_labels
+from ..images.decode import list_images
 from ..runtime.backends import EngineOptions
 from ..runtime.engine import Engine
 from ..runtime.results import rank_classes

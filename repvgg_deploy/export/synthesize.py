@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import CalibrationError, InputError
-from ..preprocess import IMAGENET_MEAN, IMAGENET_STD
+from ..images.decode import IMAGENET_MEAN, IMAGENET_STD
 from ..reference.network import RepVGG
 from ..specs.values import Preprocessing, VariantSpec
 from ..specs.variants import count_macs

@@ -113,18 +113,18 @@ def _fingerprint(model: Path, options: QuantizeOptions) -> list[str] | None:
     if options.calibration is None:
         if options.precision == "fp16":
             return ["none"]
-        from ..precision.calibration_file import find_calibration_file
+        from ..images.calibration import find_calibration_file
 
         beside = find_calibration_file(model)
         return None if beside is None else [sha256_file(beside)]
     source = Path(options.calibration)
     if source.is_dir():
-        from ..image_sources import find_images
+        from ..images.sources import find_images
 
         return _stats(find_images(source))
     listed: tuple[Path, ...] = ()
     if source.suffix.lower() in _LISTS:
-        from ..image_sources import read_list
+        from ..images.sources import read_list
 
         listed = read_list(source).paths
     return [sha256_file(source), *_stats(listed)]

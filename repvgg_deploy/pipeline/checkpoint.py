@@ -19,9 +19,10 @@ from ..export.to_onnx import to_onnx
 from ..export.writer import append_metadata, write_model
 from ..files.output import PendingOutput, atomic_output, release_freed_memory, require_distinct, require_replaceable
 from ..files.versions import tool_versions
-from ..labels import IMAGENET_CLASSES, imagenet_labels
-from ..precision.calibration_file import calibration_path
-from ..preprocess import default_preprocessing
+from ..images.calibration import calibration_path
+from ..images.classes import IMAGENET_CLASSES, imagenet_labels
+from ..images.decode import default_preprocessing
+from ..images.drawn import Batch, make_batches
 from ..reference.checkpoint import Checkpoint, build_model, load_checkpoint, write_deploy
 from ..reference.network import RepVGG
 from ..reference.parity import FormReport, compare_forms, reference_of_deploy, require_passed
@@ -39,7 +40,6 @@ from ..specs.values import (
     VariantSpec,
 )
 from ..specs.zoo import find_card
-from ..verify.batches import Batch, make_batches
 from ..verify.onnx_parity import require_same_weights, verify_onnx
 from .calibration import CalibrationResult, Steps, write_calibration
 

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..calibration_images import CalibrationImages, load_calibration, split_held_out
 from ..errors import CalibrationError
 from ..files.output import sha256_file
-from ..precision.calibration_file import calibration_path, find_calibration_file, load_calibration_file
+from ..images.calibration import CalibrationImages, calibration_path, find_calibration_file, load_calibration, load_calibration_file, split_held_out
+from ..images.decode import normalize
+from ..images.drawn import draw_images
 from ..precision.execute import count_images
-from ..preprocess import normalize
 from ..specs.values import ModelSpec
-from ..verify.batches import draw_images
 from .quantize_options import QuantizeOptions
 
 LEAST_IMAGES = 8

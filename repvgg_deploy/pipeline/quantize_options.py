@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ..calibration_images import USUAL_IMAGES
 from ..errors import InputError
+from ..images.calibration import USUAL_IMAGES
 from ..precision.fp16 import Fp16Options
 from ..precision.int8_options import Int8Options
 

@@ -106,7 +106,7 @@ class BatchCheck:
 
     def _fix_dtype(self, dtype: np.dtype[Any]) -> str:
         if dtype == np.uint8 and self._has_floats and self._spec.preprocessing is not None:
-            return "normalise it: repvgg_deploy.preprocess.normalize(images, engine.spec.preprocessing), or export the model with --input uint8"
+            return "normalise it: repvgg_deploy.images.decode.normalize(images, engine.spec.preprocessing), or export the model with --input uint8"
         if self._dtype == np.uint8:
             return "give the bytes of the images as they are, RGB 0-255 of dtype uint8: this model normalises them itself"
         if dtype.kind in "fiu":

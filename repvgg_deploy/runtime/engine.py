@@ -253,7 +253,7 @@ class Engine:
                 run at once and an output has no row per image.
             MissingDependencyError: Pillow is not installed.
         """
-        from ..preprocess import load_batch
+        from ..images.decode import load_batch
 
         step = batch_size if batch_size is not None else min(self._executor.largest, _IMAGES_AT_ONCE)
         if step < 1:

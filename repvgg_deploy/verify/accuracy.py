@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError, ModelError
-from ..image_sets import ImageBatch
+from ..images.sets import ImageBatch
 
 _BEST = 5
 _CONFUSED_WITH = 3

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
-from ..image_sets import ImageBatch
+from ..images.sets import ImageBatch
 from .accuracy import Answer, Run, Tally, rank, standard_error
 from .layers import LayerAgreement, decibels
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from .. import tolerance
 from ..errors import MissingDependencyError, ParityError
 from ..files.onnx import open_initializers
+from ..images.drawn import Batch
 from ..specs.values import Check, ModelSpec
-from .batches import Batch
 
 _MAX_PROBABILITY_TOLERANCE = 0.01
 Arrays = Mapping[str, NDArray[Any]]

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repvgg_deploy.calibration_images import load_calibration
 from repvgg_deploy.cli.trt import main
 from repvgg_deploy.cli.trt_compare import share_input
 from repvgg_deploy.errors import InputError
 from repvgg_deploy.files.onnx import read_metadata
+from repvgg_deploy.images.calibration import load_calibration
+from repvgg_deploy.images.decode import normalize
 from repvgg_deploy.pipeline.checkpoint import export_checkpoint
 from repvgg_deploy.precision.int8 import to_int8
 from repvgg_deploy.precision.int8_options import FAST
 from repvgg_deploy.precision.typed_model import write_typed
-from repvgg_deploy.preprocess import normalize
 from repvgg_deploy.runtime.engine import Engine
 from repvgg_deploy.specs import codec
 from repvgg_deploy.verify.agreement import AgreementReport

@@ -53,7 +53,7 @@ def test_eval_of_the_sample_gives_the_accuracy_of_its_card(sample: Path, sample_
     answer = ask(capsys, sample, "--data", sample_dir / "eval.npz", "--threads", 2)
     report = codec.decode(AccuracyReport, answer["report"])
     with np.load(sample_dir / "eval.npz") as data, Engine(sample) as engine:
-        from repvgg_deploy.preprocess import normalize
+        from repvgg_deploy.images.decode import normalize
 
         best = engine.infer(normalize(data["images"], engine.spec.preprocessing)).argmax(axis=1)
         assert report.top1 == (best == data["labels"]).mean() > 0.95

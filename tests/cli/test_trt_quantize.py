@@ -59,7 +59,7 @@ def ask(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any
 
 
 def accuracy(path: Path, sample_dir: Path) -> float:
-    from repvgg_deploy.preprocess import normalize
+    from repvgg_deploy.images.decode import normalize
 
     with np.load(sample_dir / "eval.npz") as data, Engine(path) as engine:
         logits = engine.infer(normalize(data["images"], engine.spec.preprocessing))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from repvgg_deploy.errors import CalibrationError, InputError
 from repvgg_deploy.export.bn_mismatch import StatisticsMismatch
 from repvgg_deploy.export.synthesize import SynthesisOptions, Synthesizer, image_bytes, plan_synthesis
-from repvgg_deploy.preprocess import default_preprocessing
+from repvgg_deploy.images.decode import default_preprocessing
 from repvgg_deploy.reference.block import TrainingBlock
 from repvgg_deploy.reference.network import RepVGG
 from repvgg_deploy.specs.values import BlockKind, SePosition, VariantSpec

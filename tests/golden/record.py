@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from repvgg_deploy.preprocess import load_batch
+from repvgg_deploy.images.decode import load_batch
 from repvgg_deploy.reference.checkpoint import build_model, load_checkpoint
 
 SAMPLE = Path(__file__).resolve().parents[2] / "models" / "sample"

@@ -110,7 +110,7 @@ def test_export_uint8_model_equals_the_float_model_on_the_same_pixels(tmp_path: 
     path, _ = save(tmp_path, small_variant())
     export_checkpoint(path, tmp_path / "f.onnx", options=ExportOptions(GRAPH))
     export_checkpoint(path, tmp_path / "u.onnx", options=ExportOptions(dataclasses.replace(GRAPH, input="uint8")))
-    from repvgg_deploy.preprocess import normalize
+    from repvgg_deploy.images.decode import normalize
 
     pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
     with Engine(tmp_path / "f.onnx") as floats, Engine(tmp_path / "u.onnx") as bytes_:
@@ -314,7 +314,7 @@ def test_export_trained_a0_agrees_with_its_training_form_on_photos(shared_data: 
 
     from PIL import Image
 
-    from repvgg_deploy.preprocess import normalize
+    from repvgg_deploy.images.decode import normalize
 
     data = np.load(shared_data / "imagenette128.npz")
     chosen = np.flatnonzero(data["split"] == 1)[:64]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from repvgg_deploy.errors import CalibrationError, InputError
-from repvgg_deploy.precision.calibration_file import calibration_path, find_calibration_file, load_calibration_file
+from repvgg_deploy.images.calibration import calibration_path, find_calibration_file, load_calibration_file
 from repvgg_deploy.specs import codec
 from repvgg_deploy.specs.values import CalibrationProvenance
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from repvgg_deploy.errors import InputError, ModelError
-from repvgg_deploy.preprocess import load_batch
+from repvgg_deploy.images.decode import load_batch
 from repvgg_deploy.runtime.backends import EngineOptions
 from repvgg_deploy.runtime.engine import Engine
 from repvgg_deploy.runtime.execution import usual_shape

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from repvgg_deploy.errors import InputError, ModelError
-from repvgg_deploy.image_sets import ImageBatch
+from repvgg_deploy.images.sets import ImageBatch
 from repvgg_deploy.specs import codec
 from repvgg_deploy.verify.accuracy import AccuracyReport, evaluate, rank, standard_error
 

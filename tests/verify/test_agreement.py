@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from repvgg_deploy.errors import InputError, ModelError
-from repvgg_deploy.image_sets import ImageBatch
+from repvgg_deploy.images.sets import ImageBatch
 from repvgg_deploy.specs import codec
 from repvgg_deploy.verify.agreement import AgreementReport, compare
 from repvgg_deploy.verify.layers import compare_layers, first_below

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from repvgg_deploy import tolerance
-from repvgg_deploy.preprocess import default_preprocessing, normalize
+from repvgg_deploy.images.decode import default_preprocessing, normalize
+from repvgg_deploy.images.drawn import draw_images, make_batches
 from repvgg_deploy.specs.values import Certificate, ModelSpec, TensorSpec
-from repvgg_deploy.verify.batches import draw_images, make_batches
 from repvgg_deploy.verify.onnx_parity import _compare, compare_outputs, softmax
 
 PREPROCESSING = default_preprocessing(40, 56)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..preprocess import normalize
 from ..specs.values import Preprocessing
+from .decode import normalize
 
 _LARGE = 100.0  # some forty times the largest normalised pixel: activations far from where training left them
 

@@ -15,17 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from .errors import InputError
-from .image_files import IMAGE_SUFFIXES
-from .preprocess import load_image
-from .specs.values import Preprocessing
+from ..errors import InputError
+from ..specs.values import Preprocessing
+from .decode import IMAGE_SUFFIXES, load_image
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     Image: TypeAlias = "NDArray[np.uint8] | NDArray[np.float32]"
-
 _CHUNK_BYTES = 1 << 20
 _PATH_NAMES, _LABEL_NAMES = ("path", "file", "filename", "image"), ("label", "class", "target")
 _NPZ_REMEDY = "write it with numpy.savez(file, images=…, labels=…): one C-ordered array uint8 (N, H, W, 3), and integers (N,)"

@@ -1,0 +1,1 @@
+"""Image files → batches as a model takes them; the only place that normalises."""

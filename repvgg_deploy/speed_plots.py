@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from .figures import DARK, SERIES, draw_grid, draw_legend, open_figure, open_panels, require_data
+from .evaluate.figures import DARK, SERIES, draw_grid, draw_legend, open_figure, open_panels, require_data
 from .measure.records import Benchmark, ModelResult
 from .measure.roofline import Ceiling, LayerBound, bound_layers
 

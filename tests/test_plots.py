@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from repvgg_deploy.errors import ArtifactError, InputError, MissingDependencyError
-from repvgg_deploy.figures import open_figure, require_drawable, save_figure
-from repvgg_deploy.plots import AccuracyRow, ChannelSpread, ClassBar, SqnrSeries, draw_accuracy, draw_confusion, draw_layer_sqnr, draw_ranges
+from repvgg_deploy.evaluate.figures import open_figure, require_drawable, save_figure
+from repvgg_deploy.evaluate.plots import AccuracyRow, ChannelSpread, ClassBar, SqnrSeries, draw_accuracy, draw_confusion, draw_layer_sqnr, draw_ranges
 
 LAYERS = ("stage0.conv", *(f"stage{stage}.{index}.conv" for stage, depth in ((1, 2), (2, 4), (3, 14), (4, 1)) for index in range(depth)), "linear")
 FALLING = tuple(45 - 1.2 * index for index in range(len(LAYERS)))

@@ -41,8 +41,8 @@ def table(subject: str, found: dict[str, Any]) -> str:
 
 def draw(target: Path, results: dict[str, Any]) -> None:
     """Top-1 by method of the first model, with its standard error."""
-    from repvgg_deploy.figures import save_figure
-    from repvgg_deploy.plots import AccuracyRow, draw_accuracy
+    from repvgg_deploy.evaluate.figures import save_figure
+    from repvgg_deploy.evaluate.plots import AccuracyRow, draw_accuracy
 
     name, found = next(iter(results.items()))
     rows = []

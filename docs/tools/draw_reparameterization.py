@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from repvgg_deploy import build_model, load_checkpoint, reparameterize
-from repvgg_deploy.figures import BLUE, DARK, GREEN, ORANGE, open_figure, save_figure
+from repvgg_deploy.evaluate.figures import BLUE, DARK, GREEN, ORANGE, open_figure, save_figure
 from repvgg_deploy.images.decode import default_preprocessing, load_image, normalize
 from repvgg_deploy.reference.block import ConvBN, DeployBlock, TrainingBlock
 from repvgg_deploy.reference.network import RepVGG

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import ArtifactError
-from ..figures import require_drawable, save_figure
+from ..evaluate.figures import require_drawable, save_figure
 from ..files.output import require_distinct, require_writable
 from ..measure.advise import published_accuracy
 from ..measure.records import Benchmark, ModelResult, Point, require_free, write_benchmark

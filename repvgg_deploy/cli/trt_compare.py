@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import InputError
-from ..figures import require_drawable
+from ..evaluate.agreement import AgreementReport, Kind, ModelAccuracy, compare, compare_layers, first_below
+from ..evaluate.figures import require_drawable
+from ..evaluate.plots import AccuracyRow, SqnrSeries, draw_accuracy, draw_layer_sqnr
 from ..images.decode import normalize
 from ..images.sets import ImageSet, SetOptions, classes_of, open_images
-from ..plots import AccuracyRow, SqnrSeries, draw_accuracy, draw_layer_sqnr
 from ..specs.values import ModelSpec, TensorSpec
-from ..verify.agreement import AgreementReport, Kind, ModelAccuracy, compare
-from ..verify.layers import compare_layers, first_below
 from .common import Output, Progress
 from .tables import format_pairs, format_table
 from .trt_eval import draw, infer, open_engine, show_share

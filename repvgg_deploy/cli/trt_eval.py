@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ArtifactError, InputError
-from ..figures import require_drawable, save_figure
+from ..evaluate.accuracy import AccuracyReport, Answer, ClassAccuracy, evaluate
+from ..evaluate.figures import require_drawable, save_figure
+from ..evaluate.plots import AccuracyRow, ClassBar, draw_accuracy, draw_confusion
 from ..images.sets import ImageSet, SetOptions, classes_of, open_images
-from ..plots import AccuracyRow, ClassBar, draw_accuracy, draw_confusion
 from ..runtime.backends import EngineOptions
 from ..runtime.engine import Engine
-from ..verify.accuracy import AccuracyReport, Answer, ClassAccuracy, evaluate
 from .common import Output, Progress
 from .tables import format_pairs, format_table
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..figures import require_drawable
+from ..evaluate.figures import require_drawable
+from ..evaluate.plots import ChannelSpread, SqnrSeries, draw_quantization
 from ..files.output import require_distinct
 from ..pipeline.quantize import QuantizeResult, default_typed_output, quantize
 from ..pipeline.quantize_options import MIN_AGREEMENT, QuantizeOptions
-from ..plots import ChannelSpread, SqnrSeries, draw_quantization
 from ..precision.equalize import EqualizeOptions
 from ..precision.fp16 import Fp16Options, Fp16Report
 from ..precision.int8_options import FAST, Int8Options, Int8Report, LayerReport

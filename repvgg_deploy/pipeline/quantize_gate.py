@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from ..errors import ParityError
+from ..evaluate.agreement import compare_layers
 from ..precision.chain import read_chain, read_weights
 from ..precision.equalize import apply_factors
 from ..precision.execute import count_images, run_tensors, spread_images
@@ -23,7 +24,6 @@ from ..precision.round import round_nearest
 from ..precision.scales import ScaleFile
 from ..precision.sensitivity import rank_layers
 from ..specs.values import Check
-from ..verify.layers import compare_layers
 
 MIN_FP16_DB = 40.0
 """FP16 rounds to 66 dB an operation; some thirty layers in a row leave 50 or more. Below 40, a hundredth of the logits, something has overflowed or

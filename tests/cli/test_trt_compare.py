@@ -15,6 +15,7 @@ from PIL import Image
 from repvgg_deploy.cli.trt import main
 from repvgg_deploy.cli.trt_compare import share_input
 from repvgg_deploy.errors import InputError
+from repvgg_deploy.evaluate.agreement import AgreementReport
 from repvgg_deploy.files.onnx import read_metadata
 from repvgg_deploy.images.calibration import load_calibration
 from repvgg_deploy.images.decode import normalize
@@ -24,7 +25,6 @@ from repvgg_deploy.precision.int8_options import FAST
 from repvgg_deploy.precision.typed_model import write_typed
 from repvgg_deploy.runtime.engine import Engine
 from repvgg_deploy.specs import codec
-from repvgg_deploy.verify.agreement import AgreementReport
 from tests.runtime.make_model import ModelOptions, make_metadata, make_onnx
 
 

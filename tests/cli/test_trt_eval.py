@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from repvgg_deploy.cli.trt import main
+from repvgg_deploy.evaluate.accuracy import AccuracyReport
 from repvgg_deploy.pipeline.checkpoint import export_checkpoint
 from repvgg_deploy.runtime.engine import Engine
 from repvgg_deploy.runtime.results import TopK
 from repvgg_deploy.specs import codec
-from repvgg_deploy.verify.accuracy import AccuracyReport
 from tests.runtime.make_model import ModelOptions, make_onnx
 
 

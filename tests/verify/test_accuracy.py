@@ -11,9 +11,9 @@ import pytest
 from numpy.typing import NDArray
 
 from repvgg_deploy.errors import InputError, ModelError
+from repvgg_deploy.evaluate.accuracy import AccuracyReport, evaluate, rank, standard_error
 from repvgg_deploy.images.sets import ImageBatch
 from repvgg_deploy.specs import codec
-from repvgg_deploy.verify.accuracy import AccuracyReport, evaluate, rank, standard_error
 
 NAMES = tuple(f"class {index}" for index in range(8))
 

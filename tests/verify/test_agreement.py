@@ -9,10 +9,9 @@ import pytest
 from numpy.typing import NDArray
 
 from repvgg_deploy.errors import InputError, ModelError
+from repvgg_deploy.evaluate.agreement import AgreementReport, compare, compare_layers, first_below
 from repvgg_deploy.images.sets import ImageBatch
 from repvgg_deploy.specs import codec
-from repvgg_deploy.verify.agreement import AgreementReport, compare
-from repvgg_deploy.verify.layers import compare_layers, first_below
 
 
 def logits(count: int = 60, classes: int = 7, *, seed: int = 0) -> NDArray[np.float32]:

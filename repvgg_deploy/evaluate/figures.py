@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .errors import InputError, MissingDependencyError
-from .files.output import atomic_output
+from ..errors import InputError, MissingDependencyError
+from ..files.output import atomic_output
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,0 +1,1 @@
+"""Labelled images → accuracy; two models side by side; the pictures of both."""

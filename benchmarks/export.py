@@ -29,7 +29,7 @@ def make_checkpoint(variant: str, path: Path) -> None:
     import torch
     from torch import nn
 
-    from repvgg_deploy.reference.network import RepVGG
+    from repvgg_deploy.model.network import RepVGG
     from repvgg_deploy.specs.variants import get_variant
 
     torch.manual_seed(0)
@@ -54,8 +54,8 @@ def run_plain(variant: str, checkpoint: Path, out: Path, dynamo: bool) -> None:
     import onnxsim
     import torch
 
-    from repvgg_deploy.reference.network import RepVGG
-    from repvgg_deploy.reference.upstream import repvgg_model_convert
+    from repvgg_deploy.model.network import RepVGG
+    from repvgg_deploy.model.upstream import repvgg_model_convert
     from repvgg_deploy.specs.variants import get_variant
 
     model = RepVGG(get_variant(variant))

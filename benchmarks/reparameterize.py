@@ -32,9 +32,9 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from repvgg_deploy.reference.block import DeployBlock, SEBlock, TrainingBlock
-from repvgg_deploy.reference.network import RepVGG
-from repvgg_deploy.reference.reparameterize import reparameterize
+from repvgg_deploy.model.block import DeployBlock, SEBlock, TrainingBlock
+from repvgg_deploy.model.fold import reparameterize
+from repvgg_deploy.model.network import RepVGG
 from repvgg_deploy.specs.values import Form
 from repvgg_deploy.specs.variants import get_variant
 

@@ -12,6 +12,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .errors import RepVGGDeployError
+    from .model.checkpoint.load import build_model, load_checkpoint
+    from .model.fold import reparameterize
     from .pipeline.build import build_plan
     from .pipeline.build_options import BuildOptions
     from .pipeline.checkpoint import export_checkpoint
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
     from .precision.fp16 import Fp16Options, to_fp16
     from .precision.int8 import to_int8
     from .precision.int8_options import Int8Options
-    from .reference.checkpoint import build_model, load_checkpoint
-    from .reference.reparameterize import reparameterize
     from .runtime.engine import Engine
     from .specs.values import BuildConfig, VariantSpec
     from .specs.variants import get_variant
@@ -36,14 +36,14 @@ _HOMES = {
     "QuantizeOptions": ".pipeline.quantize_options",
     "RepVGGDeployError": ".errors",
     "VariantSpec": ".specs.values",
-    "build_model": ".reference.checkpoint",
+    "build_model": ".model.checkpoint.load",
     "build_plan": ".pipeline.build",
     "export_checkpoint": ".pipeline.checkpoint",
     "export_module": ".pipeline.module",
     "get_variant": ".specs.variants",
-    "load_checkpoint": ".reference.checkpoint",
+    "load_checkpoint": ".model.checkpoint.load",
     "quantize": ".pipeline.quantize",
-    "reparameterize": ".reference.reparameterize",
+    "reparameterize": ".model.fold",
     "to_fp16": ".precision.fp16",
     "to_int8": ".precision.int8",
 }

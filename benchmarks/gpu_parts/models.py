@@ -84,7 +84,7 @@ def save_checkpoint(variant: str, path: Path) -> None:
     """Weights of a seed, with BatchNorm statistics and affine parameters that are not those of a fresh network."""
     import torch
 
-    from repvgg_deploy.reference.network import RepVGG
+    from repvgg_deploy.model.network import RepVGG
     from repvgg_deploy.specs.variants import get_variant
 
     torch.manual_seed(0)

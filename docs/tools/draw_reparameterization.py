@@ -24,8 +24,8 @@ from torch import nn
 from repvgg_deploy import build_model, load_checkpoint, reparameterize
 from repvgg_deploy.evaluate.figures import BLUE, DARK, GREEN, ORANGE, open_figure, save_figure
 from repvgg_deploy.images.decode import default_preprocessing, load_image, normalize
-from repvgg_deploy.reference.block import ConvBN, DeployBlock, TrainingBlock
-from repvgg_deploy.reference.network import RepVGG
+from repvgg_deploy.model.block import ConvBN, DeployBlock, TrainingBlock
+from repvgg_deploy.model.network import RepVGG
 
 SAMPLE = Path(__file__).resolve().parents[2] / "models" / "sample"
 BLOCK = "stage2.2"  # three branches, one group

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from repvgg_deploy.files.output import sha256_file
 from repvgg_deploy.images.decode import default_preprocessing, normalize
-from repvgg_deploy.reference.network import RepVGG, weight_decay_groups
+from repvgg_deploy.model.network import RepVGG, weight_decay_groups
 from repvgg_deploy.specs import codec
 from repvgg_deploy.specs.values import VariantSpec
 from repvgg_deploy.specs.variants import count_parameters, load_variant

@@ -17,9 +17,9 @@ from .common import HelpFormatter, Output, Progress, parent_parser, run
 from .tables import format_pairs, format_table
 
 if TYPE_CHECKING:
+    from ..model.checkpoint.load import Description
     from ..pipeline.calibration import CalibrationResult
     from ..pipeline.checkpoint import ExportOptions, ExportResult
-    from ..reference.describe import Description
     from ..specs.values import Certificate, Check, Preprocessing
 
 _STAGES = 6
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _describe(args: argparse.Namespace) -> Output:
-    from ..reference.describe import describe_checkpoint
+    from ..model.checkpoint.load import describe_checkpoint
     from ..specs.codec import encode
     from ..specs.zoo import find_card, find_card_by_name
 

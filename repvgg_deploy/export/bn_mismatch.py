@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
-from ..reference.arithmetic import Branch
-from ..reference.block import BlockSpec, TrainingBlock
-from ..reference.network import RepVGG
+from ..model.arithmetic import Branch
+from ..model.block import BlockSpec, TrainingBlock
+from ..model.network import RepVGG
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .. import tolerance
 from ..errors import InputError, ParityError
-from ..reference.block import TrainingBlock
-from ..reference.reparameterize import foreign_names, reparameterize
+from ..model import parity
+from ..model.block import TrainingBlock
+from ..model.fold import foreign_names, reparameterize
 from ..specs.values import METADATA_SCHEMA, Certificate, HistoryEntry, ModelMetadata, ModelSpec, Preprocessing, TensorSpec
 from .contract import check_module_contract
 from .options import IR_VERSIONS, OPSETS
@@ -176,7 +176,7 @@ def reference_outputs(reference: nn.Module, inputs: Mapping[str, Tensor], spec: 
     error = 0.0
     for name, x in inputs.items():
         wide = [t.numpy() for t in flatten_outputs(wide_model(x.double())).values()]
-        error = max([error, *(tolerance.relative_error(n, w) for n, w in zip(narrow[name], wide, strict=True) if n.dtype.kind == "f")])
+        error = max([error, *(parity.relative_error(n, w) for n, w in zip(narrow[name], wide, strict=True) if n.dtype.kind == "f")])
     if not all(np.isfinite(array).all() for arrays in narrow.values() for array in arrays):
         raise ParityError("the training-mode model gives NaN or infinity", remedy="give an example input like those that it was trained on")
     first, second = (narrow[name] for name in list(narrow)[:2])

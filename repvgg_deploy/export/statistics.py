@@ -14,8 +14,8 @@ import base64
 import torch
 from torch import Tensor, nn
 
-from ..reference.block import ConvBN, TrainingBlock
-from ..reference.network import RepVGG
+from ..model.block import ConvBN, TrainingBlock
+from ..model.network import RepVGG
 from ..specs.values import ChannelStatistics
 
 

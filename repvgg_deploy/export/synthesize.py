@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import CalibrationError, InputError
 from ..images.decode import IMAGENET_MEAN, IMAGENET_STD
-from ..reference.network import RepVGG
+from ..model.network import RepVGG
 from ..specs.values import Preprocessing, VariantSpec
 from ..specs.variants import count_macs
 from .bn_mismatch import StatisticsMismatch

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..errors import ExportError
-from ..reference.network import RepVGG
+from ..model.network import RepVGG
 from ..specs.values import ModelSpec, Preprocessing, TensorSpec, VariantSpec
 from .options import IR_VERSIONS, TOP_K, GraphOptions
 

@@ -125,7 +125,7 @@ class TorchRival:
             raise MissingDependencyError(
                 "--compare torch needs PyTorch, which is not installed", remedy="pip install 'repvgg-deploy[export]'"
             ) from error
-        from ..reference.network import RepVGG
+        from ..model.network import RepVGG
 
         self._torch: Any = torch
         self._threads = torch.get_num_threads()

@@ -26,7 +26,7 @@ from ..files.onnx import read_metadata
 from ..files.output import PendingOutput, atomic_output, sha256_file
 from ..files.versions import tool_versions
 from ..images.calibration import calibration_path, load_calibration_file
-from ..reference.checkpoint import Checkpoint, build_model, load_checkpoint
+from ..model.checkpoint.load import Checkpoint, build_model, load_checkpoint
 from ..specs import codec
 from ..specs.values import CALIBRATION_SCHEMA, CalibrationProvenance, ModelMetadata, Preprocessing
 

@@ -23,10 +23,10 @@ from ..images.calibration import calibration_path
 from ..images.classes import IMAGENET_CLASSES, imagenet_labels
 from ..images.decode import default_preprocessing
 from ..images.drawn import Batch, make_batches
-from ..reference.checkpoint import Checkpoint, build_model, load_checkpoint, write_deploy
-from ..reference.network import RepVGG
-from ..reference.parity import FormReport, compare_forms, reference_of_deploy, require_passed
-from ..reference.reparameterize import reparameterize
+from ..model.checkpoint.load import Checkpoint, build_model, load_checkpoint, write_deploy
+from ..model.fold import reparameterize
+from ..model.network import RepVGG
+from ..model.parity import FormReport, compare_forms, reference_of_deploy, require_passed
 from ..specs.values import (
     METADATA_SCHEMA,
     Certificate,

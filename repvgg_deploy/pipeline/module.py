@@ -11,7 +11,7 @@ from ..export.module import ModuleOptions, module_metadata, reference_outputs, s
 from ..export.writer import append_metadata, write_with_initializers
 from ..files.output import atomic_output
 from ..files.versions import tool_versions
-from ..reference.parity import require_passed
+from ..model.parity import require_passed
 from ..specs.values import Certificate
 from ..verify.onnx_parity import compare_outputs, run_onnx
 from .checkpoint import TRAINING_REFERENCE, ExportResult

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import tolerance
 from ..errors import MissingDependencyError, ParityError
 from ..files.onnx import open_initializers
 from ..images.drawn import Batch
+from ..model import parity
 from ..specs.values import Check, ModelSpec
 
 _MAX_PROBABILITY_TOLERANCE = 0.01
@@ -111,7 +111,7 @@ def verify_onnx(
     fixed = spec.batch
     feeds = {batch.name: {spec.input.name: _fit_batch(batch.input_for(spec.input.dtype), fixed)} for batch in usable}
     results = run_onnx(path, feeds)
-    allowed = tolerance.allow_float32(training_error)
+    allowed = parity.allow_float32(training_error)
     checks: list[Check] = []
     for batch in usable:
         count = len(batch.array) if fixed is None else min(fixed, len(batch.array))
@@ -133,9 +133,9 @@ def compare_outputs(results: Mapping[str, Arrays], references: Mapping[str, Arra
         references: By batch and output name.
         training_error: Float32 error of the model that gave the references.
     """
-    allowed = tolerance.allow_float32(training_error)
+    allowed = parity.allow_float32(training_error)
     return tuple(
-        tolerance.compare(f"ONNX, {name}, {batch}", results[batch][name].astype(np.float64), reference.astype(np.float64), allowed)
+        parity.compare(f"ONNX, {name}, {batch}", results[batch][name].astype(np.float64), reference.astype(np.float64), allowed)
         for batch, outputs in references.items()
         for name, reference in outputs.items()
     )
@@ -154,12 +154,12 @@ def _fit_batch(array: NDArray[Any], fixed: int | None) -> NDArray[Any]:
 
 def _compare(name: str, spec: ModelSpec, result: Arrays, reference: Arrays, *, allowed: float) -> list[Check]:
     if spec.kind == "features":
-        return [tolerance.compare(f"ONNX, {output.name}, {name}", result[output.name], reference[output.name], allowed) for output in spec.outputs]
+        return [parity.compare(f"ONNX, {output.name}, {name}", result[output.name], reference[output.name], allowed) for output in spec.outputs]
     logits = reference["logits"]
     if spec.kind == "logits":
-        return [tolerance.compare(f"ONNX, {name}", result["logits"], logits, allowed)]
+        return [parity.compare(f"ONNX, {name}", result["logits"], logits, allowed)]
     # An error d of every logit changes a probability by a factor of at most exp(2·d).
-    relative = float(np.expm1(2 * allowed * tolerance.largest(logits)))
+    relative = float(np.expm1(2 * allowed * parity.largest(logits)))
     if relative > _MAX_PROBABILITY_TOLERANCE:
         return []  # logits so large that rounding alone decides the probabilities: such a check could not fail
     probabilities = softmax(logits)
@@ -177,7 +177,7 @@ def softmax(logits: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def _compare_probabilities(name: str, result: NDArray[Any], reference: NDArray[Any], relative: float) -> Check:
-    return tolerance.compare(name, result, reference, relative + tolerance.FLOAT32_FLOOR)
+    return parity.compare(name, result, reference, relative + parity.FLOAT32_FLOOR)
 
 
 def _compare_top_k(name: str, result: Arrays, probabilities: NDArray[np.float64], relative: float) -> list[Check]:

@@ -21,7 +21,7 @@ from repvgg_deploy.export.to_onnx import trace as trace_module
 from repvgg_deploy.export.writer import write_model
 from repvgg_deploy.files import onnx as onnx_file
 from repvgg_deploy.images.decode import default_preprocessing
-from repvgg_deploy.reference.network import RepVGG
+from repvgg_deploy.model.network import RepVGG
 from repvgg_deploy.specs.values import ModelSpec, VariantSpec
 from repvgg_deploy.specs.variants import PUBLISHED
 from tests.reference.generated import random_model

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from repvgg_deploy.export.statistics import collect_statistics
-from repvgg_deploy.reference.block import TrainingBlock
-from repvgg_deploy.reference.network import RepVGG
+from repvgg_deploy.model.block import TrainingBlock
+from repvgg_deploy.model.network import RepVGG
 from repvgg_deploy.specs.values import BlockKind, ChannelStatistics
 from tests.reference.generated import random_model
 from tests.reference.random_blocks import KINDS, small_variant

@@ -13,8 +13,8 @@ from repvgg_deploy.errors import CalibrationError, InputError
 from repvgg_deploy.export.bn_mismatch import StatisticsMismatch
 from repvgg_deploy.export.synthesize import SynthesisOptions, Synthesizer, image_bytes, plan_synthesis
 from repvgg_deploy.images.decode import default_preprocessing
-from repvgg_deploy.reference.block import TrainingBlock
-from repvgg_deploy.reference.network import RepVGG
+from repvgg_deploy.model.block import TrainingBlock
+from repvgg_deploy.model.network import RepVGG
 from repvgg_deploy.specs.values import BlockKind, SePosition, VariantSpec
 from repvgg_deploy.specs.variants import PUBLISHED
 from tests.reference.generated import SMALL_PLUS, random_model

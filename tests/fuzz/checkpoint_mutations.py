@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from repvgg_deploy.errors import RepVGGDeployError
-from repvgg_deploy.reference.checkpoint import build_model, load_checkpoint
+from repvgg_deploy.model.checkpoint.load import build_model, load_checkpoint
 from repvgg_deploy.specs import codec
 from repvgg_deploy.specs.values import VariantSpec
 from tests.reference.generated import random_model, rename, write_paddle

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from repvgg_deploy.images.decode import load_batch
-from repvgg_deploy.reference.checkpoint import build_model, load_checkpoint
+from repvgg_deploy.model.checkpoint.load import build_model, load_checkpoint
 
 SAMPLE = Path(__file__).resolve().parents[2] / "models" / "sample"
 

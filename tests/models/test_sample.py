@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from repvgg_deploy.files.output import sha256_file
 from repvgg_deploy.images.decode import default_preprocessing, load_image, normalize
-from repvgg_deploy.reference.network import RepVGG
+from repvgg_deploy.model.network import RepVGG
 from repvgg_deploy.specs import codec
 from repvgg_deploy.specs.values import Preprocessing, VariantSpec
 from repvgg_deploy.specs.variants import count_macs, count_parameters, load_variant

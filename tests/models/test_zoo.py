@@ -52,7 +52,7 @@ def test_card_size_is_that_of_its_variants_float32_tensors(card: CheckpointCard)
         pytest.skip("no size is known")
     import torch
 
-    from repvgg_deploy.reference.network import RepVGG
+    from repvgg_deploy.model.network import RepVGG
 
     spec = get_variant(str(MODELS / "sample" / "variant.toml") if card.variant == "sample" else card.variant)
     with torch.device("meta"):

@@ -18,12 +18,12 @@ from repvgg_deploy.export.synthesize import SynthesisOptions, SynthesisPlan
 from repvgg_deploy.files.output import sha256_file
 from repvgg_deploy.images.calibration import find_calibration_file, load_calibration_file
 from repvgg_deploy.images.decode import normalize
+from repvgg_deploy.model.checkpoint.load import load_checkpoint
 from repvgg_deploy.pipeline import calibration as pipeline
 from repvgg_deploy.pipeline.calibration import partial_path, write_calibration
 from repvgg_deploy.pipeline.checkpoint import ExportOptions, export_checkpoint
 from repvgg_deploy.precision.int8 import to_int8
 from repvgg_deploy.precision.typed_model import write_typed
-from repvgg_deploy.reference.checkpoint import load_checkpoint
 from tests.endless import Stage, start_endless
 from tests.reference.generated import CASES, Case, random_model, write_case
 from tests.reference.random_blocks import small_variant

@@ -18,11 +18,11 @@ from repvgg_deploy import Engine
 from repvgg_deploy.errors import ArtifactError, ContractError, InputError, ParityError, RepVGGDeployError
 from repvgg_deploy.export.options import GraphOptions
 from repvgg_deploy.files.onnx import read_metadata
+from repvgg_deploy.model.checkpoint.load import load_checkpoint
+from repvgg_deploy.model.fold import reparameterize
+from repvgg_deploy.model.network import RepVGG
 from repvgg_deploy.pipeline import checkpoint as pipeline
 from repvgg_deploy.pipeline.checkpoint import DEPLOY_REFERENCE, TRAINING_REFERENCE, ExportOptions, export_checkpoint
-from repvgg_deploy.reference.checkpoint import load_checkpoint
-from repvgg_deploy.reference.network import RepVGG
-from repvgg_deploy.reference.reparameterize import reparameterize
 from repvgg_deploy.specs.values import VariantSpec
 from repvgg_deploy.specs.variants import PUBLISHED
 from tests.reference.generated import CASES, Case, random_model, write_case
@@ -325,7 +325,7 @@ def test_export_trained_a0_agrees_with_its_training_form_on_photos(shared_data: 
         assert engine.spec.preprocessing is not None
         batch = normalize(images, engine.spec.preprocessing)
         logits = engine.infer(batch)
-    from repvgg_deploy.reference.checkpoint import build_model
+    from repvgg_deploy.model.checkpoint.load import build_model
 
     model = build_model(load_checkpoint(path))
     with torch.no_grad():

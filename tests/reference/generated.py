@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from repvgg_deploy.reference.network import RepVGG
+from repvgg_deploy.model.network import RepVGG
 from repvgg_deploy.specs.values import Form, VariantSpec
 from repvgg_deploy.specs.variants import alternating_groups
 

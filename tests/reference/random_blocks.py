@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from repvgg_deploy.reference.block import BlockSpec, TrainingBlock
+from repvgg_deploy.model.block import BlockSpec, TrainingBlock
 from repvgg_deploy.specs.values import BlockKind, SePosition, VariantSpec
 
 KINDS: tuple[BlockKind, ...] = ("repvgg", "qarepvgg_v1", "qarepvgg_v2", "plain")

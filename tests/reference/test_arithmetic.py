@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from repvgg_deploy.reference import arithmetic
-from repvgg_deploy.reference.arithmetic import Branch, KernelBias, add_at_centre, fold_branches, fold_in_float64, fuse_bn, identity_kernel
-from repvgg_deploy.reference.block import BlockSpec
+from repvgg_deploy.model import arithmetic
+from repvgg_deploy.model.arithmetic import Branch, KernelBias, add_at_centre, fold_branches, fold_in_float64, fuse_bn, identity_kernel
+from repvgg_deploy.model.block import BlockSpec
 from tests.reference.random_blocks import block_specs, build_block, randomise, relative_error
 
 # Float64 rounds at 1e-16; sums of up to 9 · 16 products and three BatchNorms lose about two digits, cancellation two more.

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from repvgg_deploy.errors import ArtifactError, CheckpointError, InputError
-from repvgg_deploy.reference.checkpoint import build_model, load_checkpoint, save_deploy
-from repvgg_deploy.reference.network import RepVGG
+from repvgg_deploy.model.checkpoint.load import build_model, load_checkpoint, save_deploy
+from repvgg_deploy.model.network import RepVGG
 from repvgg_deploy.specs import codec
 from repvgg_deploy.specs.values import Preprocessing
 from repvgg_deploy.specs.variants import get_variant

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from repvgg_deploy.errors import CheckpointError
-from repvgg_deploy.reference.describe import describe_checkpoint
+from repvgg_deploy.model.checkpoint.load import describe_checkpoint
 from repvgg_deploy.specs.variants import count_parameters, get_variant
 from tests.reference.generated import SMALL, Case, random_model, write_case
 

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from repvgg_deploy.errors import CheckpointError
-from repvgg_deploy.reference.checkpoint import build_model, load_checkpoint, save_deploy
-from repvgg_deploy.reference.completeness import expected_shapes
-from repvgg_deploy.reference.structure import infer_structure
-from repvgg_deploy.reference.translation import translate
+from repvgg_deploy.model.checkpoint.load import build_model, load_checkpoint, save_deploy
+from repvgg_deploy.model.checkpoint.names import translate
+from repvgg_deploy.model.checkpoint.structure import expected_shapes, infer_structure
 from repvgg_deploy.specs.values import VariantSpec
 from repvgg_deploy.specs.variants import PUBLISHED, architecture_of, get_variant
 from tests.reference.generated import (
@@ -64,7 +63,7 @@ def test_every_published_variant_is_inferred_from_its_names_and_shapes(name, for
     spec = PUBLISHED[name]
     for family in _FAMILY_OF.get(name, ["official", "timm", "mmpretrain"]):
         with torch.device("meta"):
-            from repvgg_deploy.reference.network import RepVGG
+            from repvgg_deploy.model.network import RepVGG
 
             state = RepVGG(spec, form).state_dict()
         theirs = rename(state, family, half=spec.depths[2] // 2)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from repvgg_deploy.errors import InputError
-from repvgg_deploy.reference.block import DeployBlock, TrainingBlock
-from repvgg_deploy.reference.network import RepVGG, weight_decay_groups
-from repvgg_deploy.reference.reparameterize import reparameterize
+from repvgg_deploy.model.block import DeployBlock, TrainingBlock
+from repvgg_deploy.model.fold import reparameterize
+from repvgg_deploy.model.network import RepVGG, weight_decay_groups
 from repvgg_deploy.specs.values import BlockKind, Form, SePosition
 from repvgg_deploy.specs.variants import PUBLISHED, count_macs, count_parameters
 from tests.reference.random_blocks import KINDS, randomise, relative_error, small_variant

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from repvgg_deploy.errors import CheckpointError
-from repvgg_deploy.reference.pickle_values import ForeignObject
-from repvgg_deploy.reference.readers import read_file
-from repvgg_deploy.reference.wrappers import find_candidates
+from repvgg_deploy.model.checkpoint.containers import read_file
+from repvgg_deploy.model.checkpoint.names import find_candidates
+from repvgg_deploy.model.checkpoint.pickle import ForeignObject
 
 STATE = {
     "a": torch.arange(20000, dtype=torch.float32).reshape(100, 200),

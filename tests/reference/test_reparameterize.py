@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from repvgg_deploy.errors import CheckpointError
-from repvgg_deploy.reference.block import BlockSpec, DeployBlock, TrainingBlock
-from repvgg_deploy.reference.network import RepVGG
-from repvgg_deploy.reference.reparameterize import fold_block, reparameterize
+from repvgg_deploy.model.block import BlockSpec, DeployBlock, TrainingBlock
+from repvgg_deploy.model.fold import fold_block, reparameterize
+from repvgg_deploy.model.network import RepVGG
 from repvgg_deploy.specs.values import BlockKind, SePosition
 from tests.reference.random_blocks import KINDS, build_block, randomise, relative_error, small_variant
 

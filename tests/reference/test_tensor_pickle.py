@@ -16,11 +16,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from repvgg_deploy.reference import tensor_pickle
-from repvgg_deploy.reference.lazy_tensor import LazyTensor, MalformedError, Storage, printable
-from repvgg_deploy.reference.pickle_stream import PickleStream
-from repvgg_deploy.reference.pickle_values import ArrayObject, ForeignObject, Global
-from repvgg_deploy.reference.tensor_pickle import read_pickle
+from repvgg_deploy.model.checkpoint import pickle as tensor_pickle
+from repvgg_deploy.model.checkpoint.lazy import LazyTensor, MalformedError, Storage, printable
+from repvgg_deploy.model.checkpoint.pickle import ArrayObject, ForeignObject, Global, PickleStream, read_pickle
 
 
 def read(data: bytes, persistent=None):

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..files.output import atomic_output
 from ..specs.variants import PUBLISHED
+from .fold import reparameterize
 from .network import RepVGG
-from .reparameterize import reparameterize
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -12,11 +12,9 @@ import torch
 
 Buffer = bytes | bytearray | memoryview | mmap.mmap
 Elements = bytes | bytearray | memoryview | str
-
 _MAX_DIMENSIONS = 8
 _MAX_ELEMENTS = 1 << 40
 _MAX_NAME = 100
-
 DTYPES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,

@@ -6,17 +6,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..errors import CheckpointError, InputError
-from ..specs import codec
-from ..specs.values import Form, Preprocessing, VariantSpec
-from ..specs.variants import architecture_of
-from .completeness import check_complete, expected_shapes, match_architecture
-from .lazy_tensor import LazyTensor, MalformedError, listing, printable
-from .pickle_values import ForeignObject
-from .structure import AUXILIARY, STRIDES_ASSUMED, Shape, Structure, infer_structure
-from .torch_file import Content
-from .translation import Translation, translate
-from .wrappers import METADATA_KEY, Candidate, find_candidates
+from ...errors import CheckpointError, InputError
+from ...specs import codec
+from ...specs.values import Form, Preprocessing, VariantSpec
+from ...specs.variants import architecture_of
+from .containers import Content
+from .lazy import LazyTensor, MalformedError, listing, printable
+from .names import METADATA_KEY, Candidate, Translation, find_candidates, translate
+from .pickle import ForeignObject
+from .structure import AUXILIARY, STRIDES_ASSUMED, Shape, Structure, check_complete, expected_shapes, infer_structure, match_architecture
 
 _MAX_PLAIN_DEPTH = 8
 _MAX_PLAIN_ITEMS = 200_000

@@ -1,0 +1,1 @@
+"""The PyTorch reference: the network in training form and in deploy form, and reparameterization. Needs torch."""

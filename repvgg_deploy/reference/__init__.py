@@ -1,1 +1,0 @@
-"""The PyTorch reference model: block, network, checkpoint families, reparameterize. Needs the `export` extra."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 from numpy.typing import NDArray
 
 from ..errors import InputError
+from ..files.onnx import is_quantized
 from ..specs.values import ModelMetadata, ModelSpec
 
 if TYPE_CHECKING:

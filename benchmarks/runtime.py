@@ -51,8 +51,7 @@ def quantize_randomly(model: Path, out: Path) -> Path:
     """INT8 with FP16 for the rest, calibrated on random images: speed does not depend on the values."""
     from dataclasses import replace
 
-    from repvgg_deploy.precision.int8 import to_int8
-    from repvgg_deploy.precision.int8_options import FAST
+    from repvgg_deploy.precision.int8 import FAST, to_int8
     from repvgg_deploy.precision.typed_model import write_typed
 
     with Engine(model) as engine:

@@ -18,11 +18,10 @@ if TYPE_CHECKING:
     from .pipeline.build_options import BuildOptions
     from .pipeline.checkpoint import export_checkpoint
     from .pipeline.module import export_module
-    from .pipeline.quantize import quantize
-    from .pipeline.quantize_options import QuantizeOptions
     from .precision.fp16 import Fp16Options, to_fp16
-    from .precision.int8 import to_int8
-    from .precision.int8_options import Int8Options
+    from .precision.int8 import Int8Options, to_int8
+    from .precision.options import QuantizeOptions
+    from .precision.quantization import quantize
     from .runtime.engine import Engine
     from .specs.values import BuildConfig, VariantSpec
     from .specs.variants import get_variant
@@ -32,8 +31,8 @@ _HOMES = {
     "BuildOptions": ".pipeline.build_options",
     "Engine": ".runtime.engine",
     "Fp16Options": ".precision.fp16",
-    "Int8Options": ".precision.int8_options",
-    "QuantizeOptions": ".pipeline.quantize_options",
+    "Int8Options": ".precision.int8",
+    "QuantizeOptions": ".precision.options",
     "RepVGGDeployError": ".errors",
     "VariantSpec": ".specs.values",
     "build_model": ".model.checkpoint.load",
@@ -42,7 +41,7 @@ _HOMES = {
     "export_module": ".pipeline.module",
     "get_variant": ".specs.variants",
     "load_checkpoint": ".model.checkpoint.load",
-    "quantize": ".pipeline.quantize",
+    "quantize": ".precision.quantization",
     "reparameterize": ".model.fold",
     "to_fp16": ".precision.fp16",
     "to_int8": ".precision.int8",

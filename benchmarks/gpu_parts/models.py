@@ -42,8 +42,7 @@ def make(folder: Path, variant: str) -> None:
     from repvgg_deploy.export.options import GraphOptions
     from repvgg_deploy.pipeline.checkpoint import ExportOptions, export_checkpoint
     from repvgg_deploy.precision.fp16 import to_fp16
-    from repvgg_deploy.precision.int8 import to_int8
-    from repvgg_deploy.precision.int8_options import FAST
+    from repvgg_deploy.precision.int8 import FAST, to_int8
     from repvgg_deploy.precision.typed_model import write_typed
     from repvgg_deploy.runtime.engine import Engine
     from repvgg_deploy.runtime.execution import usual_shape

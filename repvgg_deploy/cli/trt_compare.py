@@ -123,7 +123,7 @@ def _with_layers(report: AgreementReport, inputs: _Inputs, specs: tuple[ModelSpe
     if not args.layer_images:
         return dataclasses.replace(report, layers_note="not asked for")
     try:
-        from ..precision.inspect_layers import LayerRun, run_pairs
+        from ..precision.layers import LayerRun, run_pairs
 
         size = _layer_batch(specs)
         one, two = LayerRun(Path(args.reference)), LayerRun(Path(args.other))

@@ -13,11 +13,11 @@ import numpy as np
 from ..evaluate.figures import require_drawable
 from ..evaluate.plots import ChannelSpread, SqnrSeries, draw_quantization
 from ..files.output import require_distinct
-from ..pipeline.quantize import QuantizeResult, default_typed_output, quantize
-from ..pipeline.quantize_options import MIN_AGREEMENT, QuantizeOptions
 from ..precision.equalize import EqualizeOptions
 from ..precision.fp16 import Fp16Options, Fp16Report
-from ..precision.int8_options import FAST, Int8Options, Int8Report, LayerReport
+from ..precision.int8 import FAST, Int8Options, Int8Report, LayerReport
+from ..precision.options import MIN_AGREEMENT, QuantizeOptions
+from ..precision.quantization import QuantizeResult, default_typed_output, quantize
 from ..precision.round import RoundOptions
 from ..precision.scales import ScaleOptions
 from ..specs.codec import encode

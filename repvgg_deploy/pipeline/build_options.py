@@ -11,7 +11,7 @@ from ..errors import BuildError, InputError
 from ..specs.values import BuildConfig, ModelSpec, Precision, ShapeProfile
 
 if TYPE_CHECKING:
-    from .quantize_options import QuantizeOptions
+    from ..precision.options import QuantizeOptions
 
 _USUAL = ShapeProfile()
 

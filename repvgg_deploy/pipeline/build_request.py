@@ -21,7 +21,7 @@ from ..specs import codec
 from ..specs.values import BuildConfig, PlanPassport
 
 if TYPE_CHECKING:
-    from .quantize_options import QuantizeOptions
+    from ..precision.options import QuantizeOptions
 
 _TOOLS = ("numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "pillow")
 _LISTS = (".txt", ".csv", ".tsv", ".lst")

@@ -30,8 +30,8 @@ from .build_request import PlanRequest, quantize_key
 from .build_source import Source, read_source
 
 if TYPE_CHECKING:
-    from .quantize import QuantizeResult
-    from .quantize_options import QuantizeOptions
+    from ..precision.options import QuantizeOptions
+    from ..precision.quantization import QuantizeResult
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def type_and_build(task: Task, source: Source, config: BuildConfig) -> BuildResu
         source: The FP32 ONNX.
         config: With the precision that it is to have.
     """
-    from .quantize import quantize
+    from ..precision.quantization import quantize
 
     options = _quantize_options(task, config)
     key = quantize_key(source.sha256, source.path, options, task.request("", config)) if task.cache is not None else None
@@ -133,7 +133,7 @@ def type_and_build(task: Task, source: Source, config: BuildConfig) -> BuildResu
 
 
 def _quantize_options(task: Task, config: BuildConfig) -> QuantizeOptions:
-    from .quantize_options import QuantizeOptions
+    from ..precision.options import QuantizeOptions
 
     precision = config.precision
     assert precision in ("fp16", "int8"), "what must be typed was FP32"

@@ -19,7 +19,6 @@ from onnx import TensorProto, helper, numpy_helper
 from ..errors import CalibrationError, ModelError
 
 FloatArray: TypeAlias = NDArray[np.float32]
-
 _PASSING = ("Relu", "GlobalAveragePool", "Flatten")
 _OTHERS = ("Conv", "Gemm", "Mul", "Sigmoid", "Softmax", "TopK", "Cast", "Transpose", "Sub", "Div")
 _EXPORT = "give the FP32 file that repvgg-export wrote"

@@ -14,7 +14,6 @@ from .halves import SMALLEST_NORMAL
 
 Target: TypeAlias = Literal["trt8", "trt10"]
 """`trt8`: FP32 scales, opset 17 at most (TensorRT 8.5 and 8.6). `trt10`: strongly typed, FP16 scales, opset 19 at least (10 and later, RTX)."""
-
 _REMEDY = (
     "quantize the FP32 file with repvgg-trt quantize --int8; in ONNX Runtime's own tool: ActivationSymmetric, WeightSymmetric, QuantizeBias=False"
 )

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from ..errors import CalibrationError
 from ..specs.values import ChannelStatistics, Preprocessing
-from .calibrate import BINS, Statistics, TensorStatistics
 from .chain import Chain, FloatArray, Layer, read_chain, read_weights
-from .ranges import INPUT_SUFFIX, decode_channels
+from .fp16 import INPUT_SUFFIX, decode_channels
+from .ranges import BINS, Statistics, TensorStatistics
 from .scales import graph_sha256
 from .typed_model import TypedModel
 
@@ -30,7 +30,6 @@ DEVIATIONS = 6.0
 SEEN_DEVIATIONS = 12.0
 """The same, where a BatchNorm layer has seen the channel after its ReLU. Its tail is longer: most values are 0."""
 _REMEDY = "give --calib with images, or export the training-form checkpoint, whose BatchNorm layers say it"
-
 Float64 = NDArray[np.float64]
 
 

@@ -17,7 +17,6 @@ from ..errors import CalibrationError
 from ..specs.values import ModelSpec, TensorSpec
 
 Io: TypeAlias = Literal["fp32", "fp16"]
-
 LARGEST = float(np.finfo(np.float16).max)
 SMALLEST_NORMAL = float(np.finfo(np.float16).tiny)
 _LAYERS = ("Conv", "Gemm", "QuantizeLinear", "DequantizeLinear")

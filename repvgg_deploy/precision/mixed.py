@@ -23,7 +23,6 @@ from .round import RoundedLayer
 
 OPSET = 19
 """The first whose QuantizeLinear and DequantizeLinear have FP16 scales."""
-
 _WIDENED = ("Cast", "QuantizeLinear", "DequantizeLinear", "Relu", "Mul", "Sub", "Div")
 """Operators that opsets 14 to 19 gave more types and nothing else, as to FP16, FP32 and INT8."""
 

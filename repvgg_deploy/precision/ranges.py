@@ -1,143 +1,292 @@
-"""How large each layer's output may become: measured on images, or, without any, stated by the BatchNorm layers and tried on drawn images."""
+"""Ranges of activations: streamed per-channel histograms.
+
+Memory holds one batch and a histogram per channel, however many images there are. The histograms are per channel, so that one collection on the
+exported FP32 graph also serves every rescaled version of it: a factor on a channel stretches its bins.
+
+What rounding must know of a layer's inputs: first and second moments, summed over some output positions of every image.
+"""
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from ..errors import CalibrationError, ModelError
-from ..specs.values import ChannelStatistics, ModelSpec
-from .chain import read_chain
-from .execute import count_images, run_tensors
-from .typed_model import TypedModel
+from ..errors import CalibrationError
+from .chain import FloatArray, Layer, read_chain
+from .run_onnx import run_tensors
 
-RangeSource: TypeAlias = Literal["images", "statistics", "synthetic"]
+_ROWS = 512
 
-INPUT_SUFFIX = ".input"
-"""Ends the name under which the metadata states what a block reads."""
 
-DEVIATIONS = 256.0
-"""Standard deviations that a channel may reach. A trained A0 reaches 130 on 64 photographs: tails are long, and a block's branches, whose variances
-the statistics add as if they were independent, rise together. Too much does no harm: FP16 has digits to spare below, and rescaling is exact."""
-UNSEEN = 32.0
-"""How much further real images may reach than drawn ones, where nothing else is known. The same A0: 12 times."""
+class Moments:
+    """Sums over a layer's inputs: of the quantized network (x) and of what the FP32 network differs there.
+
+    Args:
+        layer: Whose inputs.
+        weight: Its FP32 weights.
+        positions: Output positions to take of each image; all where there are fewer.
+        seed: Of their choice.
+        full: Whether second moments are needed, or means only.
+    """
+
+    def __init__(self, layer: Layer, weight: FloatArray, *, positions: int, seed: int, full: bool = True) -> None:
+        self.layer = layer
+        inner = int(np.prod(layer.weight_shape[1:]))
+        self.count = 0
+        # float32: around the origin below, and beside the damping, seven digits are plenty; of a large layer, float64 would be 265 MB.
+        self.second: FloatArray = np.zeros((layer.groups, inner, inner), np.float32)
+        self.total: NDArray[np.float64] = np.zeros((layer.groups, inner))
+        self.cross: FloatArray = np.zeros((layer.groups, layer.out_channels // layer.groups, inner), np.float32)
+        self.error: NDArray[np.float64] = np.zeros((layer.groups, layer.out_channels // layer.groups))
+        self._full = full
+        self._closed: set[int] = set()
+        self._origin: FloatArray | None = None  # near the mean: sums of squares around it lose no digits, and inputs that never change give 0
+        self._rows = weight.reshape(layer.groups, -1, inner)
+        self._positions = positions
+        self._generator = np.random.default_rng(seed)
+
+    def add(self, quantized: FloatArray, reference: FloatArray) -> None:
+        """Adds one batch of inputs, (N, C, H, W) or (N, C): of the quantized and of the FP32 network."""
+        assert not self._closed, "the moments were read already"
+        picks = pick_positions(quantized, self.layer, self._positions, self._generator)
+        x, truth = (columns(value, self.layer, picks) for value in (quantized, reference))
+        self.count += x.shape[1]
+        if self._origin is None:
+            self._origin = x.mean(axis=1, keepdims=True)
+        for group in range(self.layer.groups):
+            missing, near = (truth[group] - x[group]) @ self._rows[group].T, x[group] - self._origin[group]
+            self.total[group] += near.sum(axis=0, dtype=np.float64)
+            self.error[group] += missing.sum(axis=0, dtype=np.float64)
+            if self._full:
+                self.second[group] += near.T @ near
+                self.cross[group] += missing.T @ near
+
+    def centred(self, group: int) -> tuple[FloatArray, FloatArray, NDArray[np.float64], NDArray[np.float64]]:
+        """Of one group: covariance of x (K, K), covariance of the missing output with x (out, K), mean of x (K,), mean missing output (out,).
+
+        The covariance takes the place of the sums, which are as large (133 MB of a large layer): nothing can be added any more.
+        """
+        mean, error = self.total[group] / self.count, self.error[group] / self.count
+        covariance = self.second[group]
+        fresh = self._full and group not in self._closed
+        for start in range(0, len(mean) if fresh else 0, _ROWS):
+            rows = slice(start, start + _ROWS)
+            covariance[rows] /= self.count
+            covariance[rows] -= np.outer(mean[rows], mean)
+        self._closed.add(group)
+        origin = 0.0 if self._origin is None else self._origin[group, 0]
+        cross = self.cross[group] / np.float32(self.count)
+        cross -= np.outer(error, mean).astype(np.float32)
+        return covariance, cross, mean + origin, error
+
+
+def pick_positions(value: FloatArray, layer: Layer, count: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    """Some output positions of each image, flat indices (N, P): `count` of them, or all where there are fewer.
+
+    Args:
+        value: The layer's input, (N, C, H, W) or (N, C).
+        layer: Kernel, stride and padding.
+        count: How many.
+        generator: Of the choice.
+    """
+    if value.ndim == 2:
+        return np.zeros((len(value), 1), np.int64)
+    height, width = output_size(value.shape, layer)
+    if height * width <= count:
+        return np.tile(np.arange(height * width), (len(value), 1))
+    return np.stack([generator.choice(height * width, count, replace=False) for _ in range(len(value))])
+
+
+def output_size(shape: tuple[int, ...], layer: Layer) -> tuple[int, int]:
+    """(height, width) of a convolution's output for an input (N, C, H, W)."""
+    top, left, bottom, right = layer.pads
+    (height, width), (down, across) = layer.weight_shape[2:], layer.strides
+    return (shape[2] + top + bottom - height) // down + 1, (shape[3] + left + right - width) // across + 1
+
+
+def columns(value: FloatArray, layer: Layer, picks: NDArray[np.int64]) -> FloatArray:
+    """The inputs that each picked output position sees (im2col), by group.
+
+    Args:
+        value: (N, C, H, W) or (N, C).
+        layer: Kernel, stride, padding and groups.
+        picks: Flat output positions, (N, P).
+
+    Returns:
+        float32 (groups, N × P, C / groups × kernel height × kernel width).
+    """
+    if value.ndim == 2:
+        return value[None]
+    top, left, bottom, right = layer.pads
+    padded = np.pad(value, ((0, 0), (0, 0), (top, bottom), (left, right)))
+    kernel: Any = layer.weight_shape[2:]
+    windows = np.lib.stride_tricks.sliding_window_view(padded, kernel, axis=(2, 3))[:, :, :: layer.strides[0], :: layer.strides[1]]
+    row, column = np.divmod(picks, windows.shape[3])
+    found = windows[np.arange(len(value))[:, None], :, row, column]  # (N, P, C, kernel height, kernel width)
+    grouped = found.reshape(picks.size, layer.groups, -1)
+    return np.ascontiguousarray(grouped.transpose(1, 0, 2), np.float32)
+
+
+LEVELS = 127
+"""Largest integer of symmetric INT8; −128 is not used, so that negation is exact."""
+BINS = 1024
+"""Of a channel's histogram."""
+_MERGED_BINS = 2048
+_MAX_PIXELS = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class OutputRanges:
-    """Largest absolute value of each output channel of every layer, before its ReLU.
+class TensorStatistics:
+    """What a layer's input was over all calibration images.
 
     Attributes:
-        values: By name of the layer's output tensor, float64 (C,).
-        source: `images`: measured on the caller's. `statistics`: of the BatchNorm layers, |mean| + 256σ, where they speak (every 3×3 convolution),
-            and 32 times what drawn images gave elsewhere (SE, classifier). `synthetic`: 32 times what drawn images gave, everywhere.
-        images: How many images were run.
+        largest: Largest absolute value of each channel, float64 (C,).
+        histogram: How often |x| of each channel fell into each of equal bins from 0 to `largest`, int64 (C, bins); of large maps, a regular part
+            of the pixels is counted.
     """
 
-    values: dict[str, NDArray[np.float64]]
-    source: RangeSource
+    largest: NDArray[np.float64]
+    histogram: NDArray[np.int64]
+
+    def rescaled(self, factors: NDArray[np.float64]) -> TensorStatistics:
+        """The statistics when each channel is divided by its factor."""
+        return TensorStatistics(self.largest / factors, self.histogram)
+
+    def values(self) -> NDArray[np.float64]:
+        """|x| that each bin stands for, (C, bins); that of the first is 0, where ReLU puts most."""
+        centres = (np.arange(self.histogram.shape[1]) + 0.5) / self.histogram.shape[1]
+        centres[0] = 0.0
+        return np.asarray(self.largest[:, None] * centres, np.float64)
+
+    def channel_percentile(self, percent: float) -> NDArray[np.float64]:
+        """Per channel, the upper edge of the bin below which `percent` of its values lie; (C,)."""
+        totals = np.cumsum(self.histogram, axis=1)
+        index = (totals < percent / 100 * totals[:, -1:]).sum(axis=1)
+        edges = np.minimum(index + 1, self.histogram.shape[1]) / self.histogram.shape[1]
+        return np.asarray(self.largest * edges, np.float64)
+
+    def merged(self) -> tuple[NDArray[np.float64], float]:
+        """Histogram of the whole tensor, (2048,), over 0 … the float."""
+        top = float(self.largest.max(initial=0.0))
+        if top <= 0:
+            return np.zeros(_MERGED_BINS), 0.0
+        index = np.minimum((self.values() / top * _MERGED_BINS).astype(np.int64), _MERGED_BINS - 1)
+        counts = np.bincount(index.ravel(), weights=self.histogram.ravel().astype(np.float64), minlength=_MERGED_BINS)
+        return counts.astype(np.float64), top
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What calibration images showed.
+
+    Attributes:
+        tensors: By name of a layer's input.
+        images: How many images there were.
+        data_sha256: Of their values, shapes and dtypes, in order.
+    """
+
+    tensors: dict[str, TensorStatistics]
     images: int
+    data_sha256: str
+
+    def ranges(self, percent: float = 100.0) -> dict[str, NDArray[np.float64]]:
+        """Per-channel ranges by tensor, for `equalize`: the largest values, or a percentile of each channel's own."""
+        return {name: t.largest if percent >= 100 else t.channel_percentile(percent) for name, t in self.tensors.items()}
+
+    def rescaled(self, factors: Mapping[str, NDArray[np.float64]]) -> Statistics:
+        """The statistics of a graph that `equalize` rescaled by `factors`."""
+        tensors = {name: t.rescaled(factors[name]) if name in factors else t for name, t in self.tensors.items()}
+        return dataclasses.replace(self, tensors=tensors)
 
 
-def find_ranges(parent: TypedModel, batches: Sequence[NDArray[Any]] | None) -> OutputRanges:
-    """Measures the ranges, or bounds them where there are no images.
+def collect(model: onnx.ModelProto, batches: Iterable[NDArray[Any]], *, progress: Callable[[int, int], None] | None = None) -> Statistics:
+    """Streams the batches through the graph twice: for the ranges, then for the histograms.
 
     Args:
-        parent: FP32.
-        batches: Images as the model takes them; None where there are none.
+        model: FP32, as exported.
+        batches: Such as the model takes; must give the same again when iterated again (a list, not a generator).
+        progress: Called with images done and images in all, each counted twice.
 
     Raises:
-        CalibrationError: The images do not do, or there are none and it is not known how an image becomes the input.
-        ModelError: The graph is not one of ours, or its statistics are of another.
-    """
-    if batches is not None:
-        return OutputRanges(measure_ranges(parent.model, batches), "images", count_images(batches))
-    drawn = draw_batches(parent.metadata.spec)
-    found = {name: value * UNSEEN for name, value in measure_ranges(parent.model, drawn).items()}
-    stated = stated_ranges(parent.metadata.statistics)
-    for name, value in stated.items():
-        if name not in found or found[name].shape != value.shape:
-            raise ModelError(f"the metadata states BatchNorm statistics of {name}, which the graph does not have", remedy="export the model again")
-        # A channel that drawn images drive beyond that must fit, too.
-        found[name] = np.maximum(found[name] / UNSEEN, value)
-    return OutputRanges(found, "statistics" if stated else "synthetic", count_images(drawn))
-
-
-def measure_ranges(model: onnx.ModelProto, batches: Iterable[NDArray[Any]]) -> dict[str, NDArray[np.float64]]:
-    """Largest absolute value of each output channel of every layer, by tensor; float64 (C,).
-
-    Raises:
-        CalibrationError: There are no images, or they hold or give NaN or infinite values.
+        CalibrationError: There are no images, they are all alike or hold NaN, or `batches` can be iterated only once.
         ModelError: The graph is not one of ours.
     """
-    found: dict[str, NDArray[np.float64]] = {}
-    for values in run_tensors(model, [layer.output for layer in read_chain(model).layers], batches):
+    if isinstance(batches, Iterator):
+        raise CalibrationError("batches can be iterated only once", remedy="give a list, or an object whose __iter__ starts again")
+    tensors = read_chain(model).quantized_tensors()
+    digest, images = hash_images(batches)
+    done = 0
+    largest: dict[str, NDArray[np.float64]] = {}
+    for values in run_tensors(model, tensors, batches):
         for name, value in values.items():
             axes = (0, *range(2, value.ndim))
-            largest = np.maximum(value.max(axis=axes), -value.min(axis=axes)).astype(np.float64)
-            found[name] = np.maximum(found[name], largest) if name in found else largest
-    if not found:
-        raise CalibrationError("there are no images to measure ranges on", remedy="give some images of the training split")
-    bad = [name for name, value in found.items() if not np.isfinite(value).all()]
+            found = np.maximum(value.max(axis=axes), -value.min(axis=axes)).astype(np.float64)
+            largest[name] = np.maximum(largest[name], found) if name in largest else found
+        done = _tell(progress, done + len(next(iter(values.values()))), 2 * images)
+    bad = [name for name, value in largest.items() if not np.isfinite(value).all()]
     if bad:
-        raise CalibrationError(f"the images give NaN or infinite values at {bad[0]}", remedy="look for NaN in the images and in the checkpoint")
-    return found
+        raise CalibrationError(
+            f"calibration gives NaN or infinite values at {bad[0]}", remedy="look for NaN in the calibration images and in the checkpoint"
+        )
+    histograms = {name: np.zeros((value.size, BINS), np.int64) for name, value in largest.items()}
+    for values in run_tensors(model, tensors, batches):
+        for name, value in values.items():
+            histograms[name] += _histogram(_by_channel(_thin(value)), largest[name])
+        done = _tell(progress, done + len(next(iter(values.values()))), 2 * images)
+    return Statistics({name: TensorStatistics(largest[name], histograms[name]) for name in tensors}, images, digest)
 
 
-def stated_ranges(statistics: Mapping[str, ChannelStatistics]) -> dict[str, NDArray[np.float64]]:
-    """|mean| + 256σ of each channel of every layer's output as the BatchNorm layers state them, by tensor; float64 (C,)."""
-    outputs = {name: value for name, value in statistics.items() if not name.endswith(INPUT_SUFFIX)}
-    return {name: np.abs(decode_channels(value.mean)) + DEVIATIONS * decode_channels(value.std) for name, value in outputs.items()}
+def _tell(progress: Callable[[int, int], None] | None, done: int, total: int) -> int:
+    if progress is not None:
+        progress(done, total)
+    return done
 
 
-def decode_channels(text: str) -> NDArray[np.float64]:
-    """One number a channel, of `ChannelStatistics`; float64 (C,)."""
-    return np.frombuffer(base64.b64decode(text), "<f4").astype(np.float64)
-
-
-def draw_batches(spec: ModelSpec) -> list[NDArray[Any]]:
-    """Eight drawn images as the model takes them: four smooth ones, noise, a chequerboard, black and white; the same every time.
+def hash_images(batches: Iterable[NDArray[Any]]) -> tuple[str, int]:
+    """SHA-256 of the images (values, shapes and dtypes, in order) and how many there are.
 
     Raises:
-        CalibrationError: It is not known how an image becomes the input.
+        CalibrationError: There are none, or they are all alike.
     """
-    if spec.preprocessing is None:
-        raise CalibrationError(
-            "there are no images, and none can be drawn: how an image becomes this model's input is not known",
-            remedy="give some batches as the model takes them",
-        )
-    sizes = spec.input.shape[1:3] if spec.input.layout == "NHWC" or spec.input.dtype == "uint8" else spec.input.shape[2:4]
-    height, width = (size if isinstance(size, int) else usual for size, usual in zip(sizes, spec.preprocessing.crop, strict=True))
-    images = _draw_images(height, width)
-    if spec.batch is not None:
-        images = np.resize(images, (-(-len(images) // spec.batch) * spec.batch, *images.shape[1:]))
-    if spec.input.dtype != "uint8":
-        mean, std = (np.array(values, np.float32) for values in (spec.preprocessing.mean, spec.preprocessing.std))
-        images = ((images - mean) / std).transpose(0, 3, 1, 2)
-    size = spec.batch or len(images)
-    return [np.ascontiguousarray(images[start : start + size]) for start in range(0, len(images), size)]
+    digest, images, first, alike = hashlib.sha256(), 0, None, True
+    for batch in batches:
+        for image in batch:
+            digest.update(f"{image.dtype} {image.shape};".encode())
+            data = np.ascontiguousarray(image).tobytes()
+            digest.update(data)
+            alike = alike and (first is None or data == first)
+            first = data if first is None else first
+            images += 1
+    if images == 0:
+        raise CalibrationError("there are no calibration images", remedy="give some hundred images of the training split")
+    if images > 1 and alike:
+        raise CalibrationError(f"all {images} calibration images are alike", remedy="give images that show what the model will see")
+    return digest.hexdigest(), images
 
 
-def _draw_images(height: int, width: int) -> NDArray[Any]:
-    """uint8 (8, H, W, 3).
+def _thin(value: NDArray[Any]) -> NDArray[Any]:
+    """Every so many pixels of a large map: a histogram needs no more, and neighbours are alike."""
+    if value.ndim < 4:
+        return value
+    stride = max(1, int(np.sqrt(value.shape[2] * value.shape[3] / _MAX_PIXELS)))
+    return value[:, :, ::stride, ::stride]
 
-    Natural images have a power spectrum that falls with frequency (Field 1987); a sum of random gratings with amplitude 1/frequency has, too.
-    """
-    random = np.random.default_rng(0)
-    y, x = np.meshgrid(np.arange(height) / height, np.arange(width) / width, indexing="ij")
-    images = np.zeros((8, height, width, 3))
-    for index, frequency in np.ndindex(4, 5):
-        direction, phase = random.uniform(0, 2 * np.pi, (2, 3))
-        along = np.cos(direction) * x[..., None] + np.sin(direction) * y[..., None]
-        images[index] += np.sin(2 * np.pi * 2**frequency * along + phase) / 2**frequency
-    images[:4] += random.normal(0, 0.1, images[:4].shape)
-    images[4] = random.uniform(-1, 1, images[4].shape)
-    images[5] = np.where((np.indices((height, width)) // 8).sum(0) % 2, 1.0, -1.0)[..., None]
-    images[6], images[7] = -1.0, 1.0
-    return np.clip(np.rint(127.5 + 127.5 * images), 0, 255).astype(np.uint8)
+
+def _by_channel(value: NDArray[Any]) -> NDArray[Any]:
+    """(N, C, …) as (C, N × …)."""
+    return np.asarray(value.reshape(len(value), value.shape[1], -1).transpose(1, 0, 2).reshape(value.shape[1], -1))
+
+
+def _histogram(value: NDArray[Any], largest: NDArray[np.float64]) -> NDArray[np.int64]:
+    channels = len(value)
+    factor = np.where(largest > 0, BINS / np.where(largest > 0, largest, 1.0), 0.0).astype(np.float32)
+    index = np.minimum((np.abs(value) * factor[:, None]).astype(np.int32), BINS - 1)
+    index += np.arange(channels, dtype=np.int32)[:, None] * BINS
+    return np.asarray(np.bincount(index.ravel(), minlength=channels * BINS).reshape(channels, BINS), np.int64)

@@ -11,11 +11,11 @@ import onnx
 from numpy.typing import NDArray
 
 from .chain import copy_without, read_chain, read_weight, set_weights
-from .execute import Steps, count_images, spread_images
 from .mixed import round_layer_to_half
-from .moments import Moments
 from .qdq import fake_quantize, insert_pairs
+from .ranges import Moments
 from .round import RoundedLayer, RoundOptions, round_layer, round_nearest
+from .run_onnx import Steps, count_images, spread_images
 
 _IMAGES_FOR_MEANS = 64  # a mean needs no more
 

@@ -1,10 +1,14 @@
-"""Scales of activations: how much of a tensor's range 127 integers cover, chosen from its statistics, and saved."""
+"""FP32 network → the same network, rescaled by powers of two so that quantization will choose scales that lie well inside FP16.
+
+Scales of activations: how much of a tensor's range 127 integers cover, chosen from its statistics, and saved.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import onnx
@@ -12,12 +16,170 @@ from numpy.typing import NDArray
 
 from ..errors import CalibrationError
 from ..specs import codec
-from .calibrate import LEVELS, Statistics, TensorStatistics
-from .chain import input_norms, read_chain, read_weights
+from .chain import Chain, FloatArray, Interface, Layer, input_norms, read_chain, read_weights, replace_weights
+from .equalize import rescale
+from .halves import LARGEST
+from .ranges import LEVELS, Statistics, TensorStatistics
+
+_ROWS = (2.0**-5, 2.0**12)
+"""Largest weight of each row: with half of it clipped, its scale is twice the smallest normal FP16 number, or more."""
+_TOPS = (2.0**-3, 2.0**8)
+"""Largest value of each tensor that is quantized: with nine tenths clipped, its scale is normal."""
+_BOUNDS = (2.0**-24, 2.0**15)
+"""What a layer can give at most, whatever its quantized input."""
+_WEAKEST = 1024.0  # a row that much weaker than its layer's median does not move the whole tensor
+_MARGIN = 8.0  # a layer that is kept in FP16 reads what nothing clips: other images may give as many times more
+_OCTAVES = 40
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleFit:
+    """A network whose scales fit FP16.
+
+    Attributes:
+        model: FP32; it computes what the original does, to the last bit.
+        factors: By name of a layer's input tensor: what its channels were divided by, powers of two, float64 (C,); for `Statistics.rescaled`.
+        moved: By layer: smallest and largest factor of its output; layers that stayed as they were are left out.
+    """
+
+    model: onnx.ModelProto
+    factors: dict[str, NDArray[np.float64]]
+    moved: dict[str, tuple[float, float]]
+
+
+def fit_scales(model: onnx.ModelProto, ranges: Mapping[str, NDArray[np.float64]], *, kept: Collection[str] = ()) -> ScaleFit:
+    """Rescales interfaces by powers of two, first layer to last, until the scales that quantization will choose are comfortable in FP16.
+
+    A factor common to a whole tensor changes no INT8 value. Only a row so much weaker than the others of its layer that its scale would still be
+    subnormal is rescaled by itself, as far as its channel does not become the largest of its tensor.
+
+    Args:
+        model: FP32, as exported or equalized; not changed.
+        ranges: By name of a layer's input tensor: largest absolute value of each channel, (C,); see `Statistics.ranges`.
+        kept: Names of layers that will not be quantized.
+
+    Raises:
+        CalibrationError: What cannot be rescaled does not fit.
+        ModelError: The graph is not one of ours.
+    """
+    chain, weights = read_chain(model), read_weights(model)
+    _check_ranges(chain, ranges)
+    fit = _Fit(chain, weights, {name: np.asarray(value, np.float64) for name, value in ranges.items()}, frozenset(kept))
+    moved = {}
+    for layer, interface in zip(chain.layers, chain.interfaces, strict=True):
+        if interface.blocked_by is None:
+            factors = fit.choose(layer, interface)
+            if np.any(factors != 1):
+                fit.apply(interface, factors)
+                moved[layer.name] = (float(factors.min()), float(factors.max()))
+        fit.check(layer, interface)
+    return ScaleFit(replace_weights(model, weights), fit.factors, moved)
+
+
+def _check_ranges(chain: Chain, ranges: Mapping[str, NDArray[np.float64]]) -> None:
+    for layer in chain.layers:
+        found = ranges.get(layer.input)
+        if found is None or found.shape != (layer.in_channels,) or not np.isfinite(found).all():
+            what = "nothing" if found is None else f"shape {found.shape}, {int(np.isfinite(found).sum())} of them finite"
+            raise CalibrationError(
+                f"ranges of {layer.input}: expected {layer.in_channels} finite numbers, found {what}",
+                remedy="collect them with calibrate.collect on this model",
+            )
+
+
+class _Fit:
+    """Chooses and applies factors; `weights`, `ranges` and `factors` are what they are after those applied so far."""
+
+    def __init__(self, chain: Chain, weights: dict[str, FloatArray], ranges: dict[str, NDArray[np.float64]], kept: frozenset[str]) -> None:
+        self.factors: dict[str, NDArray[np.float64]] = {}
+        self._chain = chain
+        self._weights = weights
+        self._ranges = ranges
+        self._kept = kept
+        self._blocked = {interface.source for interface in chain.interfaces if interface.blocked_by is not None}
+
+    def choose(self, layer: Layer, interface: Interface) -> NDArray[np.float64]:
+        """Powers of two, (C,), by which the layer's output is to be divided."""
+        rows, bounds = self._rows(layer), self._bounds(layer)
+        readers = [self._chain.layer(name) for name in interface.readers]
+        ranges = [self._ranges[reader.input] for reader in readers]
+        tops = [max(float(values.max(initial=0.0)), 1e-300) for values in ranges]
+        strong = rows[rows * _WEAKEST >= np.median(rows[rows > 0])] if rows.any() else rows
+        windows = [_window(strong, _ROWS), _window(np.array(tops), _TOPS), _window(bounds, _BOUNDS)]
+        windows += [_window(self._rows(reader), _ROWS, grows=True) for reader in readers if reader.name in self._blocked]
+        common = 2.0 ** _common_step(windows)
+        room = np.max([bounds / common / _BOUNDS[1], *(values / top for values, top in zip(ranges, tops, strict=True))], axis=0)
+        return common * _lift(rows / common, room)
+
+    def apply(self, interface: Interface, factors: NDArray[np.float64]) -> None:
+        """Rescales the interface."""
+        rescale(self._weights, self._chain, interface, factors)
+        for tensor in {self._chain.layer(name).input for name in interface.readers}:
+            self._ranges[tensor] = self._ranges[tensor] / factors
+            self.factors[tensor] = factors
+
+    def check(self, layer: Layer, interface: Interface) -> None:
+        """Fails when what the layer stores or gives exceeds FP16."""
+        largest = float(np.abs(self._weights[layer.bias]).max())
+        if layer.name in self._kept:
+            largest = max(largest, float(np.abs(self._weights[layer.weight]).max()))
+        if interface.blocked_by != "Sigmoid":  # which makes 1 of infinity, as it makes of 65504
+            seen = [self._ranges[self._chain.layer(name).input].max() for name in interface.readers]
+            largest = max([largest, *map(float, seen)] if seen else [largest, float(self._bounds(layer).max())])
+        if largest > LARGEST:
+            raise CalibrationError(
+                f"{layer.name}: FP16 ends at 65504, and values up to {largest:.3g} are expected; they cannot be rescaled: {interface.blocked_by}",
+                remedy="quantize for TensorRT 8 (--target trt8), where the rest is FP32",
+            )
+
+    def _rows(self, layer: Layer) -> NDArray[np.float64]:
+        weight = self._weights[layer.weight]
+        return np.asarray(np.abs(weight.reshape(len(weight), -1)).max(axis=1), np.float64)
+
+    def _bounds(self, layer: Layer) -> NDArray[np.float64]:
+        """What each output channel can be at most: a quantized input ends at its scale, so this holds for every image."""
+        weight = np.abs(self._weights[layer.weight]).reshape(layer.out_channels, -1).sum(axis=1, dtype=np.float64)
+        top = float(self._ranges[layer.input].max(initial=0.0)) * (_MARGIN if layer.name in self._kept else 128 / LEVELS)
+        return np.asarray(weight * top + np.abs(self._weights[layer.bias]), np.float64)
+
+
+def _lift(rows: NDArray[np.float64], room: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Powers of two, 1 or less, that rows whose scale would be subnormal are divided by; `room` is how small each may be."""
+    weak = (rows > 0) & (rows < _ROWS[0] / 2)
+    wanted = np.maximum(np.where(weak, rows / _ROWS[0], 1.0), np.maximum(room, 2.0**-_OCTAVES))
+    return np.where(weak, np.exp2(np.minimum(np.ceil(np.log2(wanted)), 0.0)), 1.0)
+
+
+class _Window(NamedTuple):
+    """Where values should lie that shrink by a factor, or grow by it; logarithms to base two."""
+
+    smallest: float
+    largest: float
+    low: float
+    high: float
+    grows: bool = False
+
+    def misfit(self, step: int) -> float:
+        """Octaves that they lie outside, both ends together, once the factor is 2^step."""
+        move = step if self.grows else -step
+        return max(0.0, self.low - self.smallest - move) + max(0.0, self.largest + move - self.high)
+
+
+def _window(values: NDArray[np.float64], limits: tuple[float, float], *, grows: bool = False) -> _Window:
+    logs = np.log2(values[values > 0])
+    low, high = (float(np.log2(limit)) for limit in limits)
+    return _Window(float(logs.min()), float(logs.max()), low, high, grows) if logs.size else _Window(low, low, low, high, grows)
+
+
+def _common_step(windows: Iterable[_Window]) -> int:
+    """The smallest power of two with which the windows fit best, counted in whole octaves."""
+    kept = list(windows)
+    steps = sorted(range(-_OCTAVES, _OCTAVES + 1), key=abs)
+    return min(steps, key=lambda step: np.ceil(sum(window.misfit(step) for window in kept)))
+
 
 Method = Literal["max", "percentile", "entropy", "min_error"]
 SCALES_SCHEMA: Literal[1] = 1
-
 _CANDIDATES = 64
 _SMALLEST_RATIO = 0.1  # candidates for clipping reach from a tenth of the largest value to all of it
 MIN_SCALE = float(np.finfo(np.float32).tiny) * 256

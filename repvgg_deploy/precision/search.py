@@ -16,12 +16,11 @@ import onnx
 from numpy.typing import NDArray
 
 from ..errors import CalibrationError
-from .calibrate import LEVELS, Statistics
 from .chain import FloatArray, Layer, input_norms, read_chain, read_weights, scale_inputs
 from .equalize import choose_factors, main_reader, reader_norms
-from .execute import Steps, count_images, spread_images
-from .moments import columns, pick_positions
+from .ranges import LEVELS, Statistics, columns, pick_positions
 from .round import RoundOptions, round_rows
+from .run_onnx import Steps, count_images, spread_images
 from .scales import ScaleOptions, choose_limit
 
 

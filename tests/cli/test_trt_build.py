@@ -99,7 +99,7 @@ def test_fp32_graph_becomes_typed_and_the_second_time_is_not_even_calibrated(
     assert re.match(r"\d+\.\d: quantize \d+\.\d, parse", lines_of(out)["seconds"])
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".npz") == ["fp32.onnx", "fp32.plan", "fp32.plan.json"]
     monkeypatch.setattr(build_work, "build", None)
-    monkeypatch.setattr("repvgg_deploy.pipeline.quantize.quantize", None)
+    monkeypatch.setattr("repvgg_deploy.precision.quantization.quantize", None)
     status, out, err = run(capsys, model, flag, "--backend", "rtx", *images)
     assert status == 0 and "nothing was built now" in out, err
     if images:

@@ -20,8 +20,7 @@ from repvgg_deploy.files.onnx import read_metadata
 from repvgg_deploy.images.calibration import load_calibration
 from repvgg_deploy.images.decode import normalize
 from repvgg_deploy.pipeline.checkpoint import export_checkpoint
-from repvgg_deploy.precision.int8 import to_int8
-from repvgg_deploy.precision.int8_options import FAST
+from repvgg_deploy.precision.int8 import FAST, to_int8
 from repvgg_deploy.precision.typed_model import write_typed
 from repvgg_deploy.runtime.engine import Engine
 from repvgg_deploy.specs import codec
@@ -135,7 +134,7 @@ def test_compare_of_different_networks_says_why_layers_are_left_out(
 def test_compare_without_onnx_leaves_layers_out(
     models: Path, sample_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "repvgg_deploy.precision.inspect_layers", None)
+    monkeypatch.setitem(sys.modules, "repvgg_deploy.precision.layers", None)
     report = ask(capsys, models / "fp32.onnx", models / "int8.onnx", "--data", sample_dir / "eval.npz", "--limit", 5)
     assert "needs the package onnx" in report.layers_note
     assert report.images == 5

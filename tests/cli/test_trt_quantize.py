@@ -297,7 +297,7 @@ def test_quantize_other_kinds_from_a_folder_of_photos(tmp_path: Path, capsys: py
 
 def test_interrupted_quantize_leaves_nothing(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     before = sorted(sample.parent.iterdir())
-    stage, marker = Stage("repvgg_deploy.pipeline.quantize_work", "to_int8"), tmp_path_factory.mktemp("marker") / "reached"
+    stage, marker = Stage("repvgg_deploy.precision.quantization", "to_int8"), tmp_path_factory.mktemp("marker") / "reached"
     process = start_endless("repvgg_deploy.cli.trt", ["quantize", sample, "--int8"], stage, marker)
     assert len(list(sample.parent.iterdir())) == len(before) + 1  # the hidden partial file
     process.send_signal(signal.SIGINT)

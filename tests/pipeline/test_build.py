@@ -29,8 +29,8 @@ from repvgg_deploy.pipeline.build_files import deliver, refresh_passport
 from repvgg_deploy.pipeline.build_options import BuildOptions
 from repvgg_deploy.pipeline.build_work import BuildResult
 from repvgg_deploy.pipeline.gpu_here import GpuSearch
-from repvgg_deploy.pipeline.quantize_options import QuantizeOptions
-from repvgg_deploy.precision.int8_options import FAST
+from repvgg_deploy.precision.int8 import FAST
+from repvgg_deploy.precision.options import QuantizeOptions
 from repvgg_deploy.specs.values import BuildConfig, PlanPassport, Precision, ShapeProfile, VariantSpec
 from tests.builder.fake_trt import PLAN, FakeTrt, Faults, flags_of
 from tests.builder.make_typed import A10, make_typed

@@ -16,8 +16,8 @@ from repvgg_deploy.pipeline.build_options import BuildOptions
 from repvgg_deploy.pipeline.check import check_plan
 from repvgg_deploy.pipeline.checkpoint import export_checkpoint
 from repvgg_deploy.pipeline.gpu_here import GpuSearch
-from repvgg_deploy.pipeline.quantize_options import QuantizeOptions
-from repvgg_deploy.precision.int8_options import FAST
+from repvgg_deploy.precision.int8 import FAST
+from repvgg_deploy.precision.options import QuantizeOptions
 from repvgg_deploy.specs.values import BuildConfig
 from tests.precision.rtx import needs_rtx
 

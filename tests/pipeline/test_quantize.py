@@ -14,12 +14,12 @@ import pytest
 from repvgg_deploy.errors import ArtifactError, CalibrationError, InputError, ModelError, ParityError
 from repvgg_deploy.files.onnx import read_metadata
 from repvgg_deploy.files.output import sha256_file
-from repvgg_deploy.pipeline import quantize_work
-from repvgg_deploy.pipeline.quantize import QuantizeResult, default_typed_output, quantize
-from repvgg_deploy.pipeline.quantize_gate import Verification, agreement_check, allowed_to_differ, blame_int8, verify_typed
-from repvgg_deploy.pipeline.quantize_options import QuantizeOptions
+from repvgg_deploy.precision import quantization
 from repvgg_deploy.precision.equalize import EqualizeOptions
-from repvgg_deploy.precision.int8_options import FAST, MAX_CALIBRATION, Int8Options
+from repvgg_deploy.precision.gate import Verification, agreement_check, allowed_to_differ, blame_int8, verify_typed
+from repvgg_deploy.precision.int8 import FAST, MAX_CALIBRATION, Int8Options
+from repvgg_deploy.precision.options import QuantizeOptions
+from repvgg_deploy.precision.quantization import QuantizeResult, default_typed_output, quantize
 from repvgg_deploy.precision.round import RoundOptions
 from repvgg_deploy.precision.scales import ScaleFile, ScaleOptions, load_scales
 from repvgg_deploy.precision.search import SearchOptions
@@ -184,8 +184,8 @@ def test_fp16_that_differs_is_refused_and_says_where_they_part(model: Path, monk
         weight.CopyFrom(onnx.numpy_helper.from_array(np.round(onnx.numpy_helper.to_array(weight), 1), weight.name))
         return typed, report
 
-    real = quantize_work.to_fp16
-    monkeypatch.setattr(quantize_work, "to_fp16", spoil)
+    real = quantization.to_fp16
+    monkeypatch.setattr(quantization, "to_fp16", spoil)
     with pytest.raises(ParityError, match=r"at least 40 expected, same best class on .* they part at stage2\.conv"):
         quantize(model, None, QuantizeOptions("fp16"))
     assert names(tmp_path) == ["m.onnx"]
@@ -353,5 +353,5 @@ def test_scale_file_is_text_of_one_line(model: Path, pixels: Path, tmp_path: Pat
 
 
 def test_quantize_needs_no_torch() -> None:
-    code = "import sys; import repvgg_deploy.pipeline.quantize; sys.exit('torch' in sys.modules)"
+    code = "import sys; import repvgg_deploy.precision.quantization; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -8,7 +8,7 @@ import onnxruntime
 from onnx import numpy_helper
 
 from repvgg_deploy.precision.chain import read_chain, scale_inputs
-from repvgg_deploy.precision.half_rounding import rounds_halves, widen_quantizers
+from repvgg_deploy.precision.run_onnx import rounds_halves, widen_quantizers
 from tests.precision.make_chain import KINDS, make_batches
 from tests.precision.typed_faults import put
 

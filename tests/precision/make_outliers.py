@@ -15,8 +15,8 @@ import onnx
 from numpy.typing import NDArray
 
 from repvgg_deploy.precision.chain import Layer, read_chain, read_weights, replace_weights, scale_inputs
-from repvgg_deploy.precision.execute import run_tensors
-from repvgg_deploy.precision.moments import columns, pick_positions
+from repvgg_deploy.precision.ranges import columns, pick_positions
+from repvgg_deploy.precision.run_onnx import run_tensors
 from repvgg_deploy.specs.values import VariantSpec
 from repvgg_deploy.specs.variants import alternating_groups
 from tests.precision.make_variant import make_variant

@@ -8,12 +8,12 @@ import numpy as np
 import onnx
 
 from repvgg_deploy.precision.chain import read_chain, read_weights
-from repvgg_deploy.precision.execute import run_tensors
-from repvgg_deploy.precision.fit import fit_scales
 from repvgg_deploy.precision.halves import Io
 from repvgg_deploy.precision.mixed import halve_quantized, round_activation_scales, round_layer_to_half
 from repvgg_deploy.precision.qdq import insert_pairs, write_integers
 from repvgg_deploy.precision.round import round_nearest
+from repvgg_deploy.precision.run_onnx import run_tensors
+from repvgg_deploy.precision.scales import fit_scales
 
 
 def input_ranges(model: onnx.ModelProto, batches: list[np.ndarray]) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from repvgg_deploy.precision.ranges import DEVIATIONS
+from repvgg_deploy.precision.fp16 import DEVIATIONS
 from repvgg_deploy.specs import codec
 from repvgg_deploy.specs.values import METADATA_KEY, ChannelStatistics, VariantSpec
 from repvgg_deploy.specs.variants import alternating_groups

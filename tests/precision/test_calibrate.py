@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from repvgg_deploy.errors import CalibrationError, InputError
-from repvgg_deploy.precision.calibrate import collect
-from repvgg_deploy.precision.execute import Steps, run_tensors
+from repvgg_deploy.precision.ranges import collect
+from repvgg_deploy.precision.run_onnx import Steps, run_tensors
 from repvgg_deploy.precision.scales import ScaleFile, ScaleOptions, choose_scales, graph_sha256, load_scales
 from repvgg_deploy.specs import codec
 from tests.precision.make_chain import KINDS, make_batches, make_model

@@ -11,11 +11,10 @@ from repvgg_deploy.errors import CalibrationError
 from repvgg_deploy.precision.chain import read_chain
 from repvgg_deploy.precision.check import check_quantized
 from repvgg_deploy.precision.closed_form import DEVIATIONS, closed_form_statistics, correct_bias
-from repvgg_deploy.precision.execute import open_session, run_tensors
-from repvgg_deploy.precision.int8 import to_int8
-from repvgg_deploy.precision.int8_options import Int8Options
+from repvgg_deploy.precision.int8 import Int8Options, to_int8
 from repvgg_deploy.precision.metrics import judge
 from repvgg_deploy.precision.round import round_nearest
+from repvgg_deploy.precision.run_onnx import open_session, run_tensors
 from repvgg_deploy.precision.typed_model import TypedModel
 from repvgg_deploy.specs import codec
 from repvgg_deploy.specs.values import METADATA_KEY, ChannelStatistics

@@ -5,10 +5,10 @@ import onnx
 import pytest
 
 from repvgg_deploy.precision.chain import read_chain, read_weights, replace_weights, scale_inputs
-from repvgg_deploy.precision.cut import Trial, cut_after
 from repvgg_deploy.precision.equalize import apply_factors
-from repvgg_deploy.precision.execute import run_tensors
+from repvgg_deploy.precision.layers import Trial, cut_after
 from repvgg_deploy.precision.qdq import insert_pairs
+from repvgg_deploy.precision.run_onnx import run_tensors
 from tests.precision.make_chain import KINDS, make_batches, make_model
 
 WHOLE = 100  # more layers than any of these networks has

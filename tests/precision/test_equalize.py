@@ -5,10 +5,10 @@ import onnx
 import pytest
 
 from repvgg_deploy.errors import CalibrationError
-from repvgg_deploy.precision.calibrate import collect
 from repvgg_deploy.precision.chain import read_chain
 from repvgg_deploy.precision.equalize import EqualizeOptions, apply_factors, equalize
-from repvgg_deploy.precision.execute import run_tensors
+from repvgg_deploy.precision.ranges import collect
+from repvgg_deploy.precision.run_onnx import run_tensors
 from tests.precision.make_chain import KINDS, make_batches, make_model
 
 

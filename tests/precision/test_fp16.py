@@ -11,9 +11,8 @@ from onnx import TensorProto, numpy_helper
 from repvgg_deploy import Engine
 from repvgg_deploy.errors import CalibrationError, ModelError
 from repvgg_deploy.files import onnx as onnx_file
-from repvgg_deploy.precision.fp16 import Fp16Options, to_fp16
+from repvgg_deploy.precision.fp16 import Fp16Options, draw_batches, measure_ranges, to_fp16
 from repvgg_deploy.precision.halves import write_halves
-from repvgg_deploy.precision.ranges import draw_batches, measure_ranges
 from repvgg_deploy.precision.typed_model import write_typed
 from repvgg_deploy.specs import codec
 from repvgg_deploy.specs.values import METADATA_KEY, ModelMetadata, TensorSpec

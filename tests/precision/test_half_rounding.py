@@ -5,10 +5,9 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from repvgg_deploy.precision import execute, half_rounding
-from repvgg_deploy.precision.half_rounding import rounds_halves, widen_quantizers
-from repvgg_deploy.precision.int8 import quantize_graph
-from repvgg_deploy.precision.int8_options import FAST
+from repvgg_deploy.precision import run_onnx
+from repvgg_deploy.precision.int8 import FAST, quantize_graph
+from repvgg_deploy.precision.run_onnx import rounds_halves, widen_quantizers
 from tests.precision.make_chain import make_batches, make_model
 
 
@@ -49,15 +48,15 @@ def test_where_onnx_runtime_truncates_graphs_are_run_widened(monkeypatch) -> Non
 
     def widen(given: onnx.ModelProto) -> onnx.ModelProto:
         seen.append(given)
-        return half_rounding.widen_quantizers(given)
+        return run_onnx.widen_quantizers(given)
 
-    monkeypatch.setattr(execute, "rounds_halves", lambda: False)
-    monkeypatch.setattr(execute, "widen_quantizers", widen)
-    widened = [values["logits"] for values in execute.run_tensors(graph, ["logits"], batches)]
+    monkeypatch.setattr(run_onnx, "rounds_halves", lambda: False)
+    monkeypatch.setattr(run_onnx, "widen_quantizers", widen)
+    widened = [values["logits"] for values in run_onnx.run_tensors(graph, ["logits"], batches)]
     monkeypatch.undo()
     assert len(seen) == 1
     if rounds_halves():
-        plain = [values["logits"] for values in execute.run_tensors(graph, ["logits"], batches)]
+        plain = [values["logits"] for values in run_onnx.run_tensors(graph, ["logits"], batches)]
         scale = max(float(np.abs(one).max()) for one in plain)
         # A division in FP16 may round a tie another way than one in FP32: single steps of INT8, here and there.
         assert max(float(np.abs(one.astype(np.float32) - two).max()) for one, two in zip(plain, widened, strict=True)) < 0.05 * scale

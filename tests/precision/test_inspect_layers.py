@@ -11,12 +11,11 @@ from onnx import numpy_helper
 
 from repvgg_deploy.errors import InputError, ModelError
 from repvgg_deploy.evaluate.agreement import LayerAgreement, compare_layers
-from repvgg_deploy.precision.execute import run_tensors
 from repvgg_deploy.precision.fp16 import Fp16Options, to_fp16
-from repvgg_deploy.precision.inspect_layers import LayerRun, run_pairs
-from repvgg_deploy.precision.int8 import quantize_graph
-from repvgg_deploy.precision.int8_options import FAST, MAX_CALIBRATION
+from repvgg_deploy.precision.int8 import FAST, MAX_CALIBRATION, quantize_graph
+from repvgg_deploy.precision.layers import LayerRun, run_pairs
 from repvgg_deploy.precision.mixed import halve_quantized, round_scales_to_half
+from repvgg_deploy.precision.run_onnx import run_tensors
 from tests.precision.make_chain import KINDS, ChainOptions, make_batches, make_model, metadata_of
 from tests.runtime.test_typed_models import build_quantized
 

@@ -12,13 +12,11 @@ from onnx import TensorProto, helper, numpy_helper
 from repvgg_deploy.errors import ArtifactError, CalibrationError, ModelError
 from repvgg_deploy.files import onnx as onnx_file
 from repvgg_deploy.precision.check import check_quantized
-from repvgg_deploy.precision.execute import run_tensors
-from repvgg_deploy.precision.int8 import quantize_graph, to_int8
-from repvgg_deploy.precision.int8_options import FAST, MAX_CALIBRATION, Int8Options
-from repvgg_deploy.precision.metrics import layer_sqnr
+from repvgg_deploy.precision.int8 import FAST, MAX_CALIBRATION, Int8Options, quantize_graph, to_int8
+from repvgg_deploy.precision.metrics import blank_batch, count_macs, layer_sqnr
 from repvgg_deploy.precision.round import RoundOptions
+from repvgg_deploy.precision.run_onnx import run_tensors
 from repvgg_deploy.precision.search import SearchOptions
-from repvgg_deploy.precision.sensitivity import blank_batch, count_macs
 from repvgg_deploy.precision.typed_model import load_parent, write_typed
 from tests.precision.make_chain import KINDS, make_batches, make_model, save
 

@@ -6,8 +6,8 @@ import pytest
 from onnx import numpy_helper
 
 from repvgg_deploy.precision.chain import read_chain, replace_weights
-from repvgg_deploy.precision.execute import run_tensors
 from repvgg_deploy.precision.metrics import decibels, judge, layer_sqnr
+from repvgg_deploy.precision.run_onnx import run_tensors
 from tests.precision.make_chain import KINDS, make_batches, make_model
 
 

@@ -7,9 +7,9 @@ from onnx import TensorProto, helper
 
 from repvgg_deploy.errors import CalibrationError, ModelError
 from repvgg_deploy.precision.chain import read_chain
-from repvgg_deploy.precision.fit import fit_scales
 from repvgg_deploy.precision.mixed import halve_quantized, raise_opset, round_activation_scales, round_layer_to_half, round_scales_to_half
 from repvgg_deploy.precision.round import RoundedLayer
+from repvgg_deploy.precision.scales import fit_scales
 from tests.precision.compare import STRETCHED, batches_for, relative, sqnr, stretch, values
 from tests.precision.make_chain import KINDS, make_batches, make_model
 from tests.precision.make_quantized import input_ranges, quantize_mixed, quantize_plainly

@@ -12,8 +12,7 @@ import onnx
 import pytest
 
 from repvgg_deploy.precision.equalize import apply_factors
-from repvgg_deploy.precision.int8 import quantize_graph
-from repvgg_deploy.precision.int8_options import MAX_CALIBRATION, Int8Options, Int8Report
+from repvgg_deploy.precision.int8 import MAX_CALIBRATION, Int8Options, Int8Report, quantize_graph
 from repvgg_deploy.precision.metrics import judge
 from repvgg_deploy.precision.qdq import insert_pairs
 from tests.precision.make_outliers import NETWORKS, batches, make_trained_like

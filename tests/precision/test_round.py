@@ -6,9 +6,9 @@ from numpy.typing import NDArray
 
 from repvgg_deploy.errors import CalibrationError
 from repvgg_deploy.precision.chain import Layer
-from repvgg_deploy.precision.execute import open_session
-from repvgg_deploy.precision.moments import Moments, columns, output_size
+from repvgg_deploy.precision.ranges import Moments, columns, output_size
 from repvgg_deploy.precision.round import RoundOptions, round_layer, round_nearest
+from repvgg_deploy.precision.run_onnx import open_session
 
 GENERATOR_SEED = 5
 

@@ -5,10 +5,10 @@ import onnx
 import pytest
 
 from repvgg_deploy.precision.chain import read_chain, read_weights
-from repvgg_deploy.precision.execute import Steps, run_tensors
 from repvgg_deploy.precision.qdq import insert_pairs, write_integers
 from repvgg_deploy.precision.round import RoundedLayer, RoundOptions, round_nearest
 from repvgg_deploy.precision.round_network import Prepared, round_weights
+from repvgg_deploy.precision.run_onnx import Steps, run_tensors
 from tests.precision.make_chain import KINDS, make_batches, make_model
 from tests.precision.make_quantized import input_ranges
 

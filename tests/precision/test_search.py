@@ -7,12 +7,11 @@ import onnx
 import pytest
 
 from repvgg_deploy.errors import CalibrationError
-from repvgg_deploy.precision.calibrate import collect
 from repvgg_deploy.precision.chain import read_chain, replace_weights
 from repvgg_deploy.precision.equalize import EqualizeOptions
-from repvgg_deploy.precision.int8 import quantize_graph
-from repvgg_deploy.precision.int8_options import Int8Options
+from repvgg_deploy.precision.int8 import Int8Options, quantize_graph
 from repvgg_deploy.precision.metrics import judge
+from repvgg_deploy.precision.ranges import collect
 from repvgg_deploy.precision.search import SearchOptions, choose_exponents
 from tests.precision.make_chain import KINDS, ChainOptions, make_batches, make_model
 

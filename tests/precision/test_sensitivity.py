@@ -10,12 +10,9 @@ import pytest
 from repvgg_deploy.errors import CalibrationError
 from repvgg_deploy.precision.chain import read_chain, read_weights
 from repvgg_deploy.precision.check import check_quantized
-from repvgg_deploy.precision.int8 import quantize_graph
-from repvgg_deploy.precision.int8_options import FAST, MAX_CALIBRATION, Int8Options
-from repvgg_deploy.precision.int8_work import Images
-from repvgg_deploy.precision.metrics import judge
+from repvgg_deploy.precision.int8 import FAST, MAX_CALIBRATION, Images, Int8Options, quantize_graph
+from repvgg_deploy.precision.metrics import LayerCost, count_macs, fewest_kept, judge, rank_layers
 from repvgg_deploy.precision.round import RoundedLayer, round_nearest
-from repvgg_deploy.precision.sensitivity import LayerCost, count_macs, fewest_kept, rank_layers
 from tests.precision.make_chain import KINDS, make_batches, make_model
 from tests.precision.make_quantized import input_ranges
 

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from repvgg_deploy.precision.half_rounding import rounds_halves
+from repvgg_deploy.precision.run_onnx import rounds_halves
 from repvgg_deploy.runtime.editable_graph import GraphError
 from repvgg_deploy.runtime.unsigned_activations import Options, rewrite
 from tests.precision.make_chain import KINDS, make_batches, make_model

@@ -15,22 +15,20 @@ from onnx import TensorProto, helper
 
 from ..errors import ParityError
 from ..evaluate.agreement import compare_layers
-from ..precision.chain import read_chain, read_weights
-from ..precision.equalize import apply_factors
-from ..precision.execute import count_images, run_tensors, spread_images
-from ..precision.inspect_layers import LayerRun, run_pairs
-from ..precision.metrics import decibels
-from ..precision.round import round_nearest
-from ..precision.scales import ScaleFile
-from ..precision.sensitivity import rank_layers
 from ..specs.values import Check
+from .chain import read_chain, read_weights
+from .equalize import apply_factors
+from .layers import LayerRun, run_pairs
+from .metrics import decibels, rank_layers
+from .round import round_nearest
+from .run_onnx import count_images, run_tensors, spread_images
+from .scales import ScaleFile
 
 MIN_FP16_DB = 40.0
 """FP16 rounds to 66 dB an operation; some thirty layers in a row leave 50 or more. Below 40, a hundredth of the logits, something has overflowed or
 gone subnormal."""
 _BLAMED = 3
 _BLAME_IMAGES = 16
-
 Steps = Callable[[int, int], None]
 
 

@@ -8,8 +8,8 @@ from typing import Literal
 
 from ..errors import InputError
 from ..images.calibration import USUAL_IMAGES
-from ..precision.fp16 import Fp16Options
-from ..precision.int8_options import Int8Options
+from .fp16 import Fp16Options
+from .int8 import Int8Options
 
 STATISTICS = "statistics"
 """In place of images: ranges in closed form, from the BatchNorm statistics in the metadata."""

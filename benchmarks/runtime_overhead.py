@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from repvgg_deploy.runtime.backends import EngineOptions
 from repvgg_deploy.runtime.engine import Engine
-from repvgg_deploy.runtime.lease import Lease
+from repvgg_deploy.runtime.options import EngineOptions
+from repvgg_deploy.runtime.threads import Lease
 from repvgg_deploy.specs.values import ModelSpec
 
 RESULTS = Path(__file__).resolve().parent / "results" / "runtime_overhead.json"

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from repvgg_deploy.runtime.cuda.port import CudaPort
 from repvgg_deploy.runtime.engine import Engine
-from repvgg_deploy.runtime.tensorrt_context import count_scratch_bytes, make_context
-from repvgg_deploy.runtime.tensorrt_plan import open_plan
-from repvgg_deploy.runtime.tensorrt_staging import view_host
+from repvgg_deploy.runtime.tensorrt.context import count_scratch_bytes, make_context
+from repvgg_deploy.runtime.tensorrt.memory import view_host
+from repvgg_deploy.runtime.tensorrt.plan import open_plan
 
 
 class DeviceBatch:

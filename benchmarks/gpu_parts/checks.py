@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from repvgg_deploy.runtime.backends import EngineOptions
 from repvgg_deploy.runtime.engine import Engine
-from repvgg_deploy.runtime.tensorrt_context import changes_kernels
+from repvgg_deploy.runtime.options import EngineOptions
+from repvgg_deploy.runtime.tensorrt.context import changes_kernels
 
 from .bare import DeviceBatch
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from repvgg_deploy.builder.library import open_library
-from repvgg_deploy.runtime.cuda.port import open_cuda
+from repvgg_deploy.runtime.cuda.opening import open_cuda
 
 
 def describe_machine() -> dict[str, Any]:

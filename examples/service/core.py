@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 
 from repvgg_deploy import Engine
 from repvgg_deploy.errors import CudaContextError, InputError
-from repvgg_deploy.runtime.backends import BackendName, EngineOptions
+from repvgg_deploy.runtime.options import BackendName, EngineOptions
 from repvgg_deploy.runtime.results import Result
 
 from .metrics import RequestMetrics, make_registry

@@ -12,8 +12,8 @@ from ..evaluate.accuracy import AccuracyReport, Answer, ClassAccuracy, evaluate
 from ..evaluate.figures import require_drawable, save_figure
 from ..evaluate.plots import AccuracyRow, ClassBar, draw_accuracy, draw_confusion
 from ..images.sets import ImageSet, SetOptions, classes_of, open_images
-from ..runtime.backends import EngineOptions
 from ..runtime.engine import Engine
+from ..runtime.options import EngineOptions
 from .common import Output, Progress
 from .tables import format_pairs, format_table
 

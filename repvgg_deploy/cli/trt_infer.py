@@ -13,8 +13,8 @@ import numpy as np
 from ..errors import InputError, ModelError, RepVGGDeployError
 from ..images.classes import read_labels
 from ..images.decode import list_images
-from ..runtime.backends import EngineOptions
 from ..runtime.engine import Engine
+from ..runtime.options import EngineOptions
 from ..runtime.results import rank_classes
 from .common import Output, Progress
 from .tables import format_table

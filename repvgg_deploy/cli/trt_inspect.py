@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..files.onnx import GraphSummary, WeightedNode, count_weights, describe_shares, precision_of, read_graph, share_by_precision, weighted_nodes
-from ..runtime.model_files import as_path, read_model
+from ..runtime.opening import as_path, read_model
 from ..specs import codec
 from ..specs.values import Certificate, ModelMetadata, ModelSpec, TensorSpec, VariantSpec
 from ..specs.variants import LayerRow, image_size, layer_rows

@@ -17,8 +17,8 @@ from ..measure.records import BENCHMARK_SCHEMA, Benchmark, ModelResult, Phases, 
 from ..measure.roofline import Ceiling, bound_layers, total_floor_ms
 from ..measure.timing import Turns, count_images_per_second, find_instability, summarize
 from ..measure.turns import MOST_TURNS, Call, Pace, measure_in_turns
-from ..runtime.backends import BackendName, EngineOptions
 from ..runtime.engine import Engine
+from ..runtime.options import BackendName, EngineOptions
 from ..specs.values import VariantSpec
 from ..specs.variants import name_variant
 from .bench_device import choose_ceiling, describe_device

@@ -16,7 +16,7 @@ from ..files.output import sha256_file
 from ..files.passport import read_passport
 from ..measure.costs import ITEM_BYTES, LayerCost, count_costs
 from ..runtime.engine import Engine
-from ..runtime.model_files import is_plan
+from ..runtime.opening import is_plan
 from ..specs.values import PlanPassport, Precision, VariantSpec
 from ..specs.variants import image_size, name_variant
 

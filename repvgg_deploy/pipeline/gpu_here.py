@@ -25,7 +25,7 @@ class GpuSearch:
 
 def look_for_gpu(index: int = 0) -> GpuSearch:
     """Asks the driver for one GPU."""
-    from ..runtime.cuda.port import open_cuda
+    from ..runtime.cuda.opening import open_cuda
 
     try:
         info = open_cuda(None).describe_device(index)

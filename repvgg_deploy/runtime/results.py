@@ -74,3 +74,20 @@ def rank_classes(result: Result, spec: ModelSpec, top: int) -> Iterator[tuple[ND
         scores = softmax(row) if spec.kind == "logits" else row
         order = np.argsort(-scores, kind="stable")[:top]
         yield order, scores[order]
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseTimes:
+    """One run of a plan, in milliseconds.
+
+    Attributes:
+        to_device_ms: Copy of the input from page-locked memory.
+        compute_ms: The network.
+        to_host_ms: Copies of the outputs to page-locked memory.
+        enqueue_ms: Of the CPU, to hand the network to the GPU; the GPU works meanwhile.
+    """
+
+    to_device_ms: float
+    compute_ms: float
+    to_host_ms: float
+    enqueue_ms: float

@@ -11,7 +11,7 @@ import pytest
 from repvgg_deploy.cli.trt import main
 from repvgg_deploy.measure.records import write_benchmark
 from repvgg_deploy.pipeline import gpu_here
-from repvgg_deploy.runtime.cuda import port
+from repvgg_deploy.runtime.cuda import opening
 from tests.fakes.cuda import FakeCuda
 from tests.measure.make_benchmark import make_benchmark, make_model, make_point
 
@@ -125,7 +125,7 @@ def test_malformed_file_is_an_error_that_names_it(tmp_path: Path, capsys) -> Non
 
 def test_gpu_that_is_here_is_taken_and_without_one_it_must_be_named(monkeypatch, capsys) -> None:
     cuda = FakeCuda()
-    monkeypatch.setattr(port, "open_cuda", lambda provider=None: cuda)
+    monkeypatch.setattr(opening, "open_cuda", lambda provider=None: cuda)
     cuda.info[0] = type(cuda.info[0])("NVIDIA L4", "8.9", "580.1", "13.0", 24 << 30)
     status, text, _ = run(capsys, "--min-top1", 70)
     assert status == 0 and "device     L4" in text

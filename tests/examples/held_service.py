@@ -9,8 +9,7 @@ from pathlib import Path
 from unittest import mock
 
 from examples.service import __main__ as program
-from repvgg_deploy.runtime.batcher import Batcher
-from repvgg_deploy.runtime.batching import Request
+from repvgg_deploy.runtime.batcher import Batcher, Request
 from tests.waiting import Gate
 
 GATE, GRACE_IS_OVER = "TEST_GATE", "TEST_GRACE_IS_OVER"

@@ -26,7 +26,7 @@ import uvicorn
 from PIL import Image
 
 from repvgg_deploy import Engine
-from repvgg_deploy.runtime.backends import EngineOptions
+from repvgg_deploy.runtime.options import EngineOptions
 from repvgg_deploy.runtime.results import TopK
 from tests.examples.running_service import Answer, RunningService, binary_request, read_tensor, serve
 from tests.runtime.make_model import ModelOptions, make_onnx, random_batch

@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from repvgg_deploy.runtime.cuda.port import CAPTURE_LOCK, DeviceInfo
-from repvgg_deploy.runtime.cuda.status import make_error, no_such_device
+from repvgg_deploy.runtime.cuda.port import CAPTURE_LOCK, DeviceInfo, make_error, no_such_device
 
 POISON = 0xFF  # NaN as a floating-point number
 

@@ -20,8 +20,8 @@ import numpy as np
 from repvgg_deploy.errors import RepVGGDeployError
 from repvgg_deploy.files import onnx as onnx_file
 from repvgg_deploy.files import wire
-from repvgg_deploy.runtime.backends import EngineOptions
 from repvgg_deploy.runtime.engine import Engine
+from repvgg_deploy.runtime.options import EngineOptions
 from repvgg_deploy.specs import codec
 from repvgg_deploy.specs.values import METADATA_KEY, ModelMetadata
 from tests.runtime.make_model import ModelOptions, make_metadata, random_batch

@@ -20,8 +20,8 @@ from repvgg_deploy.errors import InputError, PlanError, PlanIncompatibleError
 from repvgg_deploy.files.passport import passport_path, read_passport
 from repvgg_deploy.pipeline.build import build_plan
 from repvgg_deploy.pipeline.build_options import BuildOptions
-from repvgg_deploy.runtime.backends import EngineOptions
 from repvgg_deploy.runtime.engine import Engine
+from repvgg_deploy.runtime.options import EngineOptions
 from repvgg_deploy.specs import codec
 from repvgg_deploy.specs.values import BuildConfig, ShapeProfile
 from tests.gpu.reference import Reference, require_close

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from repvgg_deploy.files.onnx import read_metadata
 from repvgg_deploy.files.passport import passport_path
-from repvgg_deploy.runtime.backends import EngineOptions
-from repvgg_deploy.runtime.cuda import port
+from repvgg_deploy.runtime.cuda import opening
 from repvgg_deploy.runtime.engine import Engine
+from repvgg_deploy.runtime.options import EngineOptions
 from repvgg_deploy.specs import codec
 from repvgg_deploy.specs.values import PlanPassport
 from tests.fakes.cuda import FakeCuda
@@ -66,7 +66,7 @@ def make_world(folder: Path, monkeypatch: pytest.MonkeyPatch, setting: Setting =
     cuda = FakeCuda(devices=setting.devices, memory_bytes=setting.memory_bytes, eager=setting.eager)
     name = "tensorrt_rtx" if setting.rtx else "tensorrt"
     trt = make_module(cuda, version=setting.version, name=name, faults=setting.faults)
-    monkeypatch.setattr(port, "open_cuda", lambda provider=None: cuda)
+    monkeypatch.setattr(opening, "open_cuda", lambda provider=None: cuda)
     monkeypatch.setitem(sys.modules, name, trt)
     onnx = make_onnx(folder / "m.onnx", setting.model)
     header: dict[str, Any] = {"version": setting.version, "rtx": setting.rtx, **dict(setting.header)}

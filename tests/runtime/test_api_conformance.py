@@ -87,7 +87,7 @@ def test_guards_are_needed_and_asked_for() -> None:
 
 
 def test_dtypes_are_known_by_their_names() -> None:
-    from repvgg_deploy.runtime.tensorrt_tensors import _DTYPES
+    from repvgg_deploy.runtime.tensorrt.plan import _DTYPES
 
     for version, api in APIS.items():
         assert set(_DTYPES) - set(api["DataType"]) == ({"INT64"} if version == "tensorrt 8.5.3.1" else set())  # its class numbers are INT32

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from repvgg_deploy.errors import InputError
-from repvgg_deploy.runtime import backends
+from repvgg_deploy.runtime import opening
 from repvgg_deploy.runtime.engine import Engine
 from tests.runtime.make_model import make_metadata, make_onnx, write_bound
 from tests.runtime.test_typed_models import OPTIONS, build_quantized
@@ -62,7 +62,7 @@ def test_fastest_backend_depends_on_graph_device_and_packages_and_is_logged(
 ) -> None:
     install_openvino(monkeypatch, there)
     with caplog.at_level(logging.INFO, logger="repvgg_deploy"):
-        assert backends._choose(request.getfixturevalue(graph), device, "fastest") == expected
+        assert opening._choose(request.getfixturevalue(graph), device, "fastest") == expected
     assert reason in caplog.text
 
 

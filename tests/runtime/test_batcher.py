@@ -18,10 +18,9 @@ import numpy as np
 import pytest
 
 from repvgg_deploy.errors import DeadlineError, EngineBusyError, InputError, ModelError
-from repvgg_deploy.runtime.backends import EngineOptions
-from repvgg_deploy.runtime.batcher import Batcher, BatchRunner
-from repvgg_deploy.runtime.batching import BatcherOptions
+from repvgg_deploy.runtime.batcher import Batcher, BatcherOptions, BatchRunner
 from repvgg_deploy.runtime.engine import Engine
+from repvgg_deploy.runtime.options import EngineOptions
 from repvgg_deploy.runtime.results import TopK
 from tests.runtime.make_model import ModelOptions, make_onnx, random_batch
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from repvgg_deploy.errors import EngineBusyError, InputError
-from repvgg_deploy.runtime.batching import BatcherOptions, BatchQueue, Request
+from repvgg_deploy.runtime.batcher import BatcherOptions, BatchQueue, Request
 
 FOREVER = 1e9
 

@@ -11,9 +11,8 @@ import numpy as np
 import onnx
 import pytest
 
-from repvgg_deploy.runtime import cpu_features
-from repvgg_deploy.runtime.cpu_features import explain_inexact_products
-from repvgg_deploy.runtime.cpu_graph import prepare
+from repvgg_deploy.runtime.cpu import int8
+from repvgg_deploy.runtime.cpu.int8 import explain_inexact_products, prepare
 from repvgg_deploy.runtime.engine import Engine
 from tests.precision.compare import sqnr, values
 from tests.precision.make_chain import KINDS, make_batches, make_model, save
@@ -34,7 +33,7 @@ def pretend_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, machine: str
     path = tmp_path / "cpuinfo"
     if flags is not None:
         path.write_text(f"processor\t: 0\nflags\t\t: fpu {flags} sse\nbugs\t\t: none\n", encoding="utf-8")
-    monkeypatch.setattr(cpu_features, "_CPUINFO", path)
+    monkeypatch.setattr(int8, "_CPUINFO", path)
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from repvgg_deploy.errors import CudaContextError, CudaError, CudaMemoryError, InputError, MissingDependencyError
-from repvgg_deploy.runtime.cuda import bindings, port
+from repvgg_deploy.runtime.cuda import bindings, opening, port
 from repvgg_deploy.runtime.cuda.bindings import BindingsPort
-from repvgg_deploy.runtime.cuda.port import open_cuda, read_driver_version
-from repvgg_deploy.runtime.cuda.pycuda_port import PycudaPort
-from repvgg_deploy.runtime.cuda.status import make_error
+from repvgg_deploy.runtime.cuda.opening import open_cuda
+from repvgg_deploy.runtime.cuda.port import make_error, read_driver_version
+from repvgg_deploy.runtime.cuda.pycuda import PycudaPort
 
 CALLS = (
     "cuMemAlloc", "cuMemFree", "cuMemHostAlloc", "cuMemFreeHost", "cuMemcpyAsync", "cuStreamCreate", "cuStreamDestroy", "cuStreamSynchronize",
@@ -226,7 +226,7 @@ def test_missing_driver_and_old_driver_and_no_gpu_are_said(driver: Driver, monke
 
 def test_provider_is_chosen_by_what_is_installed(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> None:
     installed: set[str] = set()
-    monkeypatch.setattr(port, "_is_installed", lambda module: module in installed)
+    monkeypatch.setattr(opening, "_is_installed", lambda module: module in installed)
     monkeypatch.setattr(port.importlib, "import_module", lambda module: driver if "bindings" in module else PycudaDriver())
     installed.add("pycuda.driver")
     assert isinstance(open_cuda(), PycudaPort)
@@ -389,7 +389,7 @@ def test_pycuda_times_with_events_that_have_a_clock() -> None:
 
 
 def test_pycuda_copies_between_host_and_device_in_the_primary_context() -> None:
-    from repvgg_deploy.runtime.tensorrt_staging import view_host
+    from repvgg_deploy.runtime.tensorrt.memory import view_host
 
     driver = PycudaDriver()
     cuda = PycudaPort(driver)

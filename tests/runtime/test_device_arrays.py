@@ -16,10 +16,9 @@ import pytest
 
 from repvgg_deploy import Engine
 from repvgg_deploy.errors import CudaError, InputError
-from repvgg_deploy.runtime import dlpack
+from repvgg_deploy.runtime.cuda import arrays
+from repvgg_deploy.runtime.cuda.arrays import UNKNOWN_STREAM, DevicePool, as_stream_handle, is_device_array, view_device_array
 from repvgg_deploy.runtime.cuda.port import CAPTURE_LOCK
-from repvgg_deploy.runtime.device_arrays import as_stream_handle, is_device_array, view_device_array
-from repvgg_deploy.runtime.device_memory import UNKNOWN_STREAM, DevicePool
 from tests.fakes.cuda import FakeCuda, Stream
 from tests.runtime.gpu_world import Setting, World, make_world
 from tests.runtime.make_model import ModelOptions, random_batch
@@ -50,11 +49,11 @@ class Dlpack:
         self.asked: list[int | None] = []
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return dlpack.CUDA, self.device
+        return arrays.CUDA, self.device
 
     def __dlpack__(self, *, stream: int | None = None) -> object:
         self.asked.append(stream)
-        return dlpack.make_capsule(self, self.address, self.shape, dtype=self.dtype, device_id=self.device)
+        return arrays.make_capsule(self, self.address, self.shape, dtype=self.dtype, device_id=self.device)
 
 
 def free(world: World, *arrays: Any) -> None:
@@ -339,7 +338,7 @@ def test_many_threads_with_device_batches(world: World) -> None:
 
 def test_capsules_of_numpy_are_read_right() -> None:
     for array in (np.arange(24, dtype=np.float32).reshape(2, 3, 4), np.arange(24, dtype=np.uint8).reshape(4, 6)[:, ::2], np.ones(3, np.float16)):
-        found = dlpack.read_capsule(array.__dlpack__())
+        found = arrays.read_capsule(array.__dlpack__())
         assert (found.address, found.shape, found.dtype) == (array.ctypes.data, array.shape, array.dtype.name)
         assert found.strides_bytes in (None, array.strides)
         assert found.device_type == 1
@@ -351,8 +350,8 @@ def test_capsule_keeps_its_owner_alive_and_lets_it_go() -> None:
 
     owner = Owner()
     reference, before = weakref.ref(owner), sys.getrefcount(owner)
-    capsule = dlpack.make_capsule(owner, 4096, (2, 5), dtype=np.dtype(np.float16), device_id=3)
-    found = dlpack.read_capsule(capsule)
+    capsule = arrays.make_capsule(owner, 4096, (2, 5), dtype=np.dtype(np.float16), device_id=3)
+    found = arrays.read_capsule(capsule)
     assert (found.address, found.shape, found.dtype, found.strides_bytes, found.device_type, found.device_id) == (4096, (2, 5), "float16", None, 2, 3)
     assert sys.getrefcount(owner) > before
     del owner

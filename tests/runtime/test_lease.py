@@ -6,7 +6,7 @@ import gc
 import threading
 import weakref
 
-from repvgg_deploy.runtime.lease import Lease
+from repvgg_deploy.runtime.threads import Lease
 
 
 def test_lease_closed_while_idle_frees_once() -> None:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from repvgg_deploy.errors import CudaError, InputError, MissingDependencyError, ModelError
-from repvgg_deploy.runtime.backends import EngineOptions
 from repvgg_deploy.runtime.engine import Engine
+from repvgg_deploy.runtime.options import EngineOptions
 from tests.runtime.make_model import ModelOptions, make_onnx, random_batch
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -179,7 +179,7 @@ print(",".join(heavy))
     [
         ("import repvgg_deploy.runtime.engine", "numpy"),
         ("from repvgg_deploy import Engine", "numpy"),
-        ("import repvgg_deploy.runtime.model_files", ""),
+        ("import repvgg_deploy.runtime.opening", ""),
         ("from repvgg_deploy import Engine; Engine({model!r}).close()", "numpy,onnxruntime"),
         ("from repvgg_deploy import Engine; Engine({quantized!r}).close()", "numpy,onnxruntime"),
         ("import numpy; from repvgg_deploy import Engine; Engine({model!r}).infer(numpy.zeros((2, 3, 16, 16), 'f4'))", "numpy,onnxruntime"),

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from repvgg_deploy.runtime.backends import EngineOptions
 from repvgg_deploy.runtime.engine import Engine
+from repvgg_deploy.runtime.options import EngineOptions
 from tests.runtime.make_model import ModelOptions, make_onnx, random_batch
 
 WORKERS = 8

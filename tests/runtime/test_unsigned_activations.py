@@ -13,8 +13,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from repvgg_deploy.precision.run_onnx import rounds_halves
-from repvgg_deploy.runtime.editable_graph import GraphError
-from repvgg_deploy.runtime.unsigned_activations import Options, rewrite
+from repvgg_deploy.runtime.cpu.graph import GraphError
+from repvgg_deploy.runtime.cpu.int8 import Options, rewrite
 from tests.precision.make_chain import KINDS, make_batches, make_model
 from tests.precision.make_quantized import quantize_mixed, quantize_plainly
 from tests.precision.make_variant import SMALL_G4, images_for, make_variant

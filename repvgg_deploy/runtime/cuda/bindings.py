@@ -6,8 +6,7 @@ from importlib import metadata
 from types import TracebackType
 from typing import Any
 
-from .port import CAPTURE_LOCK, ContextTable, DeviceInfo, read_driver_version
-from .status import driver_too_old, make_error, no_driver, no_such_device
+from .port import CAPTURE_LOCK, ContextTable, DeviceInfo, driver_too_old, make_error, no_driver, no_such_device, read_driver_version
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 _TIMING = 0  # CU_EVENT_DEFAULT

@@ -2,12 +2,14 @@
 
 There is never a second context: every provider works in the primary context of a device, which torch, CuPy, TensorRT and every other user of
 the CUDA runtime in the process share. Source: CUDA driver API, sections 6.7 (primary context) and 6.8 (context stack).
+
+What a status of CUDA means: one function through which each passes. Standard library only.
+
+Source: CUDA driver API, CUresult (https://docs.nvidia.com/cuda/cuda-driver-api).
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import re
 import threading
 from collections.abc import Callable
@@ -16,7 +18,70 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
-from ...errors import InputError, MissingDependencyError
+from ...errors import CudaContextError, CudaError, CudaMemoryError
+
+_NO_DRIVER = "install the NVIDIA driver (in a container: start it with --gpus all and the NVIDIA container toolkit), then check nvidia-smi"
+_REMEDIES = {
+    "CUDA_ERROR_NO_DEVICE": "check nvidia-smi and CUDA_VISIBLE_DEVICES: the driver shows this process no GPU",
+    "CUDA_ERROR_INVALID_DEVICE": "give the index of a GPU that nvidia-smi lists, counted within CUDA_VISIBLE_DEVICES",
+    "CUDA_ERROR_STUB_LIBRARY": "remove the CUDA toolkit's lib64/stubs from LD_LIBRARY_PATH: that libcuda is for linking only",
+    "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "restart the machine or reload the kernel module: driver and kernel module are of different versions",
+    "CUDA_ERROR_SYSTEM_NOT_READY": "start the GPU's system services (nvidia-fabricmanager on machines with NVSwitch)",
+    "CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE": "remove the cuda-compat package from LD_LIBRARY_PATH, or update the driver",
+    "CUDA_ERROR_DEVICE_UNAVAILABLE": "another process holds the GPU alone: end it, or set nvidia-smi -c DEFAULT",
+    "CUDA_ERROR_NOT_INITIALIZED": "open the Engine in the process that uses it: CUDA does not survive a fork; start workers with spawn",
+    "CUDA_ERROR_UNSUPPORTED_LIMIT": "update the NVIDIA driver",
+    "CUDA_ERROR_OUT_OF_MEMORY": "free GPU memory (nvidia-smi shows who has it), build the plan with a smaller --max-batch, or lower "
+    "EngineOptions(contexts=…)",
+}
+_LOST = frozenset(
+    f"CUDA_ERROR_{name}"
+    for name in (
+        "ILLEGAL_ADDRESS", "LAUNCH_FAILED", "HARDWARE_STACK_ERROR", "ILLEGAL_INSTRUCTION", "MISALIGNED_ADDRESS", "INVALID_ADDRESS_SPACE",
+        "INVALID_PC", "ASSERT", "LAUNCH_TIMEOUT", "ECC_UNCORRECTABLE", "NVLINK_UNCORRECTABLE", "CONTEXT_IS_DESTROYED", "TENSOR_MEMORY_LEAK",
+        "MPS_CLIENT_TERMINATED", "CONTAINED",
+    )
+)  # fmt: skip
+"""After one of these every call in the process fails with the same status."""
+
+
+def make_error(call: str, name: str, text: str) -> CudaError:
+    """The error of a call that did not succeed.
+
+    Args:
+        call: Such as `cuMemAlloc(4096 bytes)`.
+        name: CUDA's own name of the status, such as `CUDA_ERROR_OUT_OF_MEMORY`.
+        text: CUDA's own words for it.
+    """
+    message = f"{call} failed: {name}: {text}"
+    if name == "CUDA_ERROR_OUT_OF_MEMORY":
+        return CudaMemoryError(message, remedy=_REMEDIES[name])
+    if name in _LOST:
+        return CudaContextError(
+            message,
+            remedy="restart the process: after this error CUDA refuses every further call in it; if it comes again, look for Xid lines in dmesg",
+        )
+    return CudaError(message, remedy=_REMEDIES.get(name, "check nvidia-smi and the driver's version; set CUDA_LAUNCH_BLOCKING=1 to find the cause"))
+
+
+def no_driver(reason: str) -> CudaError:
+    """The error where libcuda is not there."""
+    return CudaError(f"no NVIDIA driver was found: {reason}", remedy=_NO_DRIVER)
+
+
+def driver_too_old(package: str, needed: int, found: str) -> CudaError:
+    """The error where the driver knows an older CUDA than the package was made for."""
+    return CudaError(
+        f"the NVIDIA driver is too old: {package} needs one for CUDA {needed}, found one for CUDA {found} (cudaErrorInsufficientDriver)",
+        remedy=f"update the driver, or install a {package} (and a TensorRT) made for CUDA {found.split('.', maxsplit=1)[0]}",
+    )
+
+
+def no_such_device(index: int, count: int) -> CudaError:
+    """The error where a GPU was asked for that is not there."""
+    known = "no GPU is" if count == 0 else "only GPU 0 is" if count == 1 else f"GPUs 0 to {count - 1} are"
+    return CudaError(f"GPU {index} was asked for (CUDA_ERROR_INVALID_DEVICE), and {known} there", remedy=_REMEDIES["CUDA_ERROR_INVALID_DEVICE"])
+
 
 Provider = Literal["bindings", "pycuda"]
 CAPTURE_LOCK = threading.RLock()
@@ -26,10 +91,6 @@ Of the process, as the rule is: Engines that know nothing of one another share t
 Source: CUDA driver API, cuStreamBeginCapture and cuCtxSynchronize.
 """
 _C = TypeVar("_C")
-_PROVIDERS: dict[Provider, tuple[str, str, str]] = {
-    "bindings": ("cuda.bindings.driver", "cuda-bindings", "pip install 'repvgg-deploy[tensorrt]', which brings cuda-bindings"),
-    "pycuda": ("pycuda.driver", "pycuda", "pip install 'repvgg-deploy[pycuda]' on a machine with the CUDA toolkit, or use cuda-bindings"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,56 +228,6 @@ class ContextTable(Generic[_C]):
             if index not in self._known:
                 self._known[index] = self._make(index)
             return self._known[index]
-
-
-def open_cuda(provider: Provider | None = None) -> CudaPort:
-    """Imports a provider and asks the driver whether it can be used.
-
-    Args:
-        provider: None takes cuda-bindings, or pycuda where it is the only one.
-
-    Raises:
-        InputError: No such provider.
-        MissingDependencyError: Its package is not installed or does not load.
-        CudaError: There is no driver, it is too old, or it finds no GPU.
-    """
-    if provider is not None and provider not in _PROVIDERS:
-        raise InputError(f"cuda: expected bindings, pycuda or None, found {provider!r}", remedy='give EngineOptions(cuda="bindings")')
-    chosen = provider or _choose()
-    if chosen == "bindings":
-        from .bindings import BindingsPort
-
-        return BindingsPort(_import(chosen))
-    from .pycuda_port import PycudaPort
-
-    return PycudaPort(_import(chosen))
-
-
-def _choose() -> Provider:
-    for name, (module, _, _) in _PROVIDERS.items():
-        if _is_installed(module):
-            return name
-    return "bindings"
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent is not there
-        return False
-
-
-def _import(provider: Provider) -> Any:
-    module, package, remedy = _PROVIDERS[provider]
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(f"running on a GPU needs {package}, which is not installed ({error})", remedy=remedy) from error
-    except (ImportError, OSError, RuntimeError) as error:
-        text = " ".join(str(error).split())
-        # pycuda is linked with the driver, so without one its import fails.
-        hint = "install the NVIDIA driver" if "libcuda" in text else remedy
-        raise MissingDependencyError(f"{package} is installed but cannot be imported: {text}", remedy=hint) from error
 
 
 def read_driver_version(path: Path = Path("/proc/driver/nvidia/version")) -> str:

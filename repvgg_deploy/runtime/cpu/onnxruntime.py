@@ -10,15 +10,14 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from ..errors import CudaError, MissingDependencyError, ModelError
-from ..files.onnx import is_quantized
-from ..specs.values import ModelSpec
-from .backends import Device, EngineOptions
-from .cpu_graph import prepare
-from .interface import RUN_REMEDY, Interface, check_interface, one_line
+from ...errors import CudaError, MissingDependencyError, ModelError
+from ...files.onnx import is_quantized
+from ...specs.values import ModelSpec
+from ..checks import RUN_REMEDY, Interface, check_interface, one_line
+from ..options import Device, EngineOptions
+from .int8 import prepare
 
 logger = logging.getLogger(__name__)
-
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _INSTALL = {
     "cpu": "pip install 'repvgg-deploy[cpu]', or 'repvgg-deploy[gpu]' on a machine with an NVIDIA GPU; never both",

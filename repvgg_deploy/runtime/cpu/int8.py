@@ -11,19 +11,80 @@ activations are unsigned: with signed ones it computes in FP32 and is slower tha
   where they should round to FP16's scales (https://github.com/microsoft/onnxruntime/pull/32452). The image is still rounded to FP16 first.
 - For ONNX Runtime, biases of fused convolutions become INT32 at the scale of the products, as the integer operation needs them (half a step of the
   products at most), and weights of layers whose output nothing quantizes are stored as FP32, in place of being dequantized at each run.
+
+What the CPU can do that decides how an INT8 graph may be computed.
+
+What a CPU backend is given of a file with Q/DQ pairs: the same function in a form that it computes fast, or the file as it stands.
 """
 
 from __future__ import annotations
 
+import logging
+import mmap
+import platform
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from ..files import wire
-from .editable_graph import FLOAT, FLOAT16, Graph, GraphError, Node, makers, parse, readers
+from ...errors import ModelError
+from ...files import wire
+from .graph import FLOAT, FLOAT16, Graph, GraphError, Node, makers, parse, readers
 
-__all__ = ["Options", "rewrite"]
+_X86 = frozenset({"x86_64", "amd64", "i386", "i686"})
+_EXACT = frozenset({"avx512_vnni", "avx_vnni"})
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+def explain_inexact_products() -> str | None:
+    """Why ONNX Runtime might not multiply uint8 by int8 exactly on this CPU; None where it does.
+
+    On x86 without VNNI it uses VPMADDUBSW, which adds two products in 16 bits and saturates: 2 · 255 · 127 is twice what fits. VNNI adds them in 32
+    bits, and so does ARM.
+    Source: https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html ("When and why do I need to try U8U8?").
+    """
+    machine = platform.machine().lower()
+    if machine not in _X86:
+        return None
+    try:
+        text = _CPUINFO.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return f"whether this {machine} CPU has VNNI is not known, and without it products saturate at 16 bits"
+    flags = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
+    return None if _EXACT & set(flags) else f"this {machine} CPU has no VNNI, and without it products saturate at 16 bits"
+
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(path: Path, target: Literal["onnxruntime", "openvino"]) -> bytes | str:
+    """The rewritten graph, or the path where it must be run as it stands; which and why is logged.
+
+    Args:
+        path: An ONNX with Q/DQ pairs.
+        target: Who is to run it.
+
+    Raises:
+        ModelError: The file cannot be read.
+    """
+    inexact = explain_inexact_products()
+    try:
+        graph = _rewrite(path, Options(target, unsigned=inexact is None))
+    except GraphError as error:
+        logger.warning("%s: run as it stands, which is slow on a CPU: %s", path, error)
+        return str(path)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}", remedy="check that it is a file that you may read") from error
+    logger.info("%s: activations are %s", path, "unsigned for speed" if inexact is None else f"signed, and slow: {inexact}")
+    return graph
+
+
+def _rewrite(path: Path, options: Options) -> bytes:
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return rewrite(memoryview(mapped), options)  # unmapped with the last view of it
+
 
 _KEEPS_SIGN = frozenset({"AveragePool", "Cast", "Flatten", "GlobalAveragePool", "Identity", "MaxPool", "ReduceMean", "Reshape", "Transpose"})
 _NEVER_NEGATIVE = frozenset({"Relu", "Sigmoid", "HardSigmoid", "Softmax"})

@@ -1,25 +1,76 @@
-"""A slot: an execution context with its streams, buffers and CUDA graphs, lent to one thread at a time."""
+"""A slot: an execution context with its streams, buffers and CUDA graphs, lent to one thread at a time.
+
+CUDA graphs of an engine: what is captured, and when it is given up.
+
+Batches larger than the plan takes: in pieces, where copies to and from the GPU overlap its computing.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CudaError, InputError
-from .cuda.port import CudaPort
-from .tensorrt_context import Lane, changes_kernels, count_scratch_bytes, make_context
-from .tensorrt_graphs import GraphSwitch, capture_graph
-from .tensorrt_plan import OpenPlan
-from .tensorrt_staging import Owned, Stage
-from .tensorrt_tensors import Interface, Shape
+from ...errors import CudaError, InputError
+from ..cuda.port import CAPTURE_LOCK, CudaPort
+from .context import Lane, changes_kernels, choose_buckets, count_scratch_bytes, make_context
+from .memory import Owned, Stage
+from .plan import Interface, OpenPlan, Shape
 
-if TYPE_CHECKING:
-    from .tensorrt_pipeline import Pipeline
+logger = logging.getLogger(__name__)
+_MOST_FAILURES = 3
+
+
+@dataclass(slots=True)
+class GraphSwitch:
+    """Whether CUDA graphs are used by an engine.
+
+    A capture can fail because another thread of the process waited for the whole device just then (torch.cuda.synchronize() does), which is no
+    reason to do without for good: the third failure turns them off, and is logged.
+    """
+
+    on: bool
+    buckets: frozenset[int] = field(default_factory=frozenset)
+    failures: int = 0
+
+    def note_failure(self, reason: object) -> None:
+        """A capture failed: its batch was run without, and another one is tried later, or none any more."""
+        self.failures += 1
+        text = " ".join(str(reason).split())
+        if self.failures < _MOST_FAILURES:
+            logger.info("a CUDA graph could not be captured, which is tried again: %s", text)
+        elif self.on:
+            self.on = False
+            logger.warning("CUDA graphs are left out from now on, the engine runs without: %s", text)
+
+
+def make_switch(plan: OpenPlan, port: CudaPort, wanted: bool) -> GraphSwitch:
+    """The switch of an engine."""
+    return GraphSwitch(wanted and port.has_graphs, choose_buckets(plan.interface))
+
+
+def capture_graph(port: CudaPort, stream: Any, work: Callable[[], None]) -> Any:
+    """The executable graph of what `work` puts on a stream.
+
+    Raises:
+        CudaError: It cannot be captured; the stream can be used again.
+    """
+    with CAPTURE_LOCK:
+        port.begin_capture(stream)
+        try:
+            work()
+        except BaseException:
+            with contextlib.suppress(CudaError):  # of the two errors, that of the work says more
+                port.destroy_graph(port.end_capture(stream))
+            raise
+        return port.end_capture(stream)
+
 
 Arrays = list[NDArray[Any]]
 
@@ -234,3 +285,64 @@ def require_size(shape: Shape, interface: Interface) -> None:
         raise InputError(
             f"batch: the plan takes images from {least} to {most}, found {sizes}", remedy="resize the images, or build the plan with another profile"
         )
+
+
+_STAGES = 2
+
+
+class Pipeline:
+    """Two sets of buffers and a stream each for copies in and out, beside the slot's own, which computes.
+
+    Args:
+        slot: The slot that it belongs to.
+    """
+
+    def __init__(self, slot: Slot) -> None:
+        self._slot = slot
+        self._stages = (slot.stage, *(Stage(slot.port, slot.owned, slot.plan.interface) for _ in range(_STAGES - 1)))
+        self._inward = slot.make_stream()
+        self._outward = slot.make_stream()
+
+    def run(self, batch: NDArray[Any]) -> Arrays:
+        """Runs N images from host to host; the outputs have N rows each, of the engine's dtypes."""
+        slot, interface = self._slot, self._slot.plan.interface
+        slot.wait_for_others(slot.stream)
+        results: Arrays = []
+        pending: list[tuple[Stage, int, int, tuple[Shape, ...]]] = []
+        assert slot.main is not None
+        for index, (start, size, rows) in enumerate(split(len(batch), interface)):
+            shape = (rows, *batch.shape[1:])
+            output_shapes = slot.bind(slot.main, shape)
+            if not results:
+                results = [np.empty((len(batch), *found[1:]), tensor.dtype) for tensor, found in zip(interface.outputs, output_shapes, strict=True)]
+                # Before the first piece, so that nothing is under way when addresses change; the first is the largest.
+                slot.reserve(self._stages, shape, output_shapes)
+            if len(pending) == _STAGES:
+                self._collect(pending.pop(0), results)
+            stage = self._stages[index % _STAGES]
+            fill(stage, interface, batch[start : start + size], shape)
+            self._enqueue(stage, shape, output_shapes)
+            pending.append((stage, start, size, output_shapes))
+        for piece in pending:
+            self._collect(piece, results)
+        return results
+
+    def _enqueue(self, stage: Stage, shape: Shape, output_shapes: tuple[Shape, ...]) -> None:
+        slot, port, interface = self._slot, self._slot.port, self._slot.plan.interface
+        assert slot.main is not None
+        port.copy(stage.source.device, stage.source.host, interface.source.count_bytes(shape), self._inward)
+        port.record_event(stage.arrived, self._inward)
+        port.wait_event(slot.stream, stage.arrived)
+        slot.main.enqueue(stage.addresses, slot.handle)
+        port.record_event(stage.computed, slot.stream)
+        port.wait_event(self._outward, stage.computed)
+        for tensor, buffer, found in zip(interface.outputs, stage.outputs, output_shapes, strict=True):
+            port.copy(buffer.host, buffer.device, tensor.count_bytes(found), self._outward)
+        port.record_event(stage.done, self._outward)
+
+    def _collect(self, piece: tuple[Stage, int, int, tuple[Shape, ...]], results: Arrays) -> None:
+        """Waits for a piece; its buffers are free then, on both sides."""
+        stage, start, size, output_shapes = piece
+        self._slot.port.synchronize_event(stage.done)
+        for result, view in zip(results, views(stage, self._slot.plan.interface, output_shapes), strict=True):
+            result[start : start + size] = view[:size]

@@ -1,30 +1,27 @@
-"""What every backend offers the Engine, and how one is opened. A new backend is one module here and one line in `open_backend`."""
+"""What every backend offers the Engine, and how one is opened. A new backend is one module here and one line in `open_backend`.
+
+Where an Engine runs, as its caller may write it. Standard library only.
+"""
 
 from __future__ import annotations
 
-import importlib.util
 import logging
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from numpy.typing import NDArray
 
 from ..errors import InputError
-from ..files.onnx import is_quantized
-from ..specs.values import ModelMetadata, ModelSpec
+from ..specs.values import ModelMetadata
 
 if TYPE_CHECKING:
-    from .tensorrt_phases import PhaseTimes
+    from .results import PhaseTimes
 
 logger = logging.getLogger(__name__)
-
 Device = Literal["cpu", "cuda"]
 BackendName = Literal["onnxruntime", "openvino", "fastest", "tensorrt", "rtx"]
-_PLAN_BACKENDS = ("tensorrt", "rtx")
-
-
 MOST_THREADS = 1024
 """With some thousands ONNX Runtime answers no more, and says nothing."""
 
@@ -125,76 +122,50 @@ class SplittingBackend(Backend, Protocol):
         """Times the parts of so many runs."""
 
 
-def open_plan_backend(path: Path, options: EngineOptions, *, backend: BackendName | None) -> SplittingBackend:
-    """Loads a TensorRT plan on the GPU of the options.
+DeviceKind = Literal["cpu", "cuda"]
+DeviceChoice: TypeAlias = "str | int | None"
 
-    Raises:
-        InputError: The backend is not one for plans.
-        PlanError: The plan is damaged, refused, or made for another GPU or TensorRT.
-        CudaError: There is no usable GPU.
-        MissingDependencyError: TensorRT or a CUDA package is not installed.
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A device.
+
+    Attributes:
+        kind: `cpu` or `cuda`.
+        index: Which GPU.
+        label: As the Engine names it: `cpu`, `cuda`, `cuda:1`.
     """
-    if backend is not None and backend not in _PLAN_BACKENDS:
-        raise InputError(f"{path}: backend={backend!r} does not run plans", remedy='leave backend out, or give "tensorrt" or "rtx"')
-    from .tensorrt_backend import TensorRtBackend
 
-    return TensorRtBackend(path, options.device_id, backend, options)
+    kind: DeviceKind
+    index: int
+    label: str
+
+    def choose(self, options: EngineOptions) -> EngineOptions:
+        """The options with this GPU."""
+        return options if options.device_id == self.index else replace(options, device_id=self.index)
 
 
-def open_backend(path: Path, spec: ModelSpec, device: Device, options: EngineOptions, *, backend: BackendName | None = None) -> Backend:
-    """Loads an ONNX whose metadata was read and checked.
+def find_place(device: object, options: EngineOptions, *, default: DeviceKind) -> Place:
+    """What `Engine(device=…)` means.
 
     Args:
-        path: The file.
-        spec: From its metadata.
-        device: Where it is to run.
-        options: How.
-        backend: With which library; None for ONNX Runtime, as installing a package must not change answers.
+        device: None for the default; `cpu`; `cuda` for the GPU of the options; `cuda:1` or 1 for that GPU.
+        options: Say which GPU `cuda` is.
+        default: What fits the file.
 
     Raises:
-        InputError: No such device or backend, or the backend does not run on the device.
-        ModelError: The backend refuses the file.
-        CudaError: A GPU was asked for and cannot be used.
-        MissingDependencyError: The backend's package is not installed.
+        InputError: It is none of these.
     """
-    if device not in get_args(Device):
-        raise InputError(
-            f"device: expected one of {', '.join(get_args(Device))}, found {device!r}",
-            remedy='give device="cpu" or device="cuda"; choose the GPU with EngineOptions(device_id=…)',
-        )
-    if _choose(path, device, backend) == "openvino":
-        from .openvino_backend import OpenVinoBackend
-
-        return OpenVinoBackend(path, spec, options)
-    from .onnxruntime_backend import OnnxRuntimeBackend
-
-    return OnnxRuntimeBackend(path, spec, device, options)
-
-
-def _choose(path: Path, device: Device, backend: BackendName | None) -> Literal["onnxruntime", "openvino"]:
-    if backend is not None and backend not in get_args(BackendName):
-        raise InputError(
-            f"backend: expected one of {', '.join(get_args(BackendName))}, found {backend!r}",
-            remedy='leave it out for ONNX Runtime, or give backend="openvino"',
-        )
-    if backend in _PLAN_BACKENDS:
-        raise InputError(
-            f"{path}: backend={backend!r} runs plans, and this is an ONNX", remedy=f"build one: repvgg-trt build {path.name}; or leave out backend"
-        )
-    if backend == "openvino" and device != "cpu":
-        raise InputError(f'backend="openvino" runs on the CPU, and device={device!r} was asked for', remedy="leave out one of the two")
-    if backend != "fastest":
-        return "openvino" if backend == "openvino" else "onnxruntime"
-    chosen, reason = _find_fastest(path, device)
-    logger.info("%s: the fastest backend here is %s: %s", path, chosen, reason)
-    return chosen
-
-
-def _find_fastest(path: Path, device: Device) -> tuple[Literal["onnxruntime", "openvino"], str]:
-    if device != "cpu":
-        return "onnxruntime", f"OpenVINO does not run on {device}"
-    if not is_quantized(path):
-        return "onnxruntime", "the graph is not INT8, and both are equally fast"
-    if importlib.util.find_spec("openvino") is None:
-        return "onnxruntime", "OpenVINO is not installed"
-    return "openvino", "the graph is INT8"
+    wanted = default if device is None else device
+    if wanted == "cpu":
+        return Place("cpu", options.device_id, "cpu")
+    if wanted == "cuda":
+        return Place("cuda", options.device_id, "cuda" if options.device_id == 0 else f"cuda:{options.device_id}")
+    number = re.fullmatch(r"cuda:(\d{1,4})", wanted) if isinstance(wanted, str) else None
+    index = int(number[1]) if number else wanted
+    if isinstance(index, int) and not isinstance(index, bool) and index >= 0:
+        return Place("cuda", index, f"cuda:{index}")
+    raise InputError(
+        f"device: expected cpu, cuda, cuda:N or the number of a GPU, found {device!r}",
+        remedy='give device="cpu", device="cuda", or device=1 for the second GPU, as EngineOptions(device_id=1) also does',
+    )

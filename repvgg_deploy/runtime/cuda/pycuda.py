@@ -12,8 +12,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from ...errors import CudaError
-from .port import CAPTURE_LOCK, ContextTable, DeviceInfo, read_driver_version
-from .status import make_error, no_driver, no_such_device
+from .port import CAPTURE_LOCK, ContextTable, DeviceInfo, make_error, no_driver, no_such_device, read_driver_version
 
 _T = TypeVar("_T")
 _NON_BLOCKING = 1

@@ -13,15 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InputError, MissingDependencyError, ModelError
-from ..files.onnx import is_quantized
-from ..specs.values import ModelSpec
-from .backends import EngineOptions
-from .cpu_graph import prepare
-from .interface import RUN_REMEDY, Interface, check_interface, one_line
+from ...errors import InputError, MissingDependencyError, ModelError
+from ...files.onnx import is_quantized
+from ...specs.values import ModelSpec
+from ..checks import RUN_REMEDY, Interface, check_interface, one_line
+from ..options import EngineOptions
+from .int8 import prepare
 
 logger = logging.getLogger(__name__)
-
 _DTYPES = {"f32": "float32", "f16": "float16", "u8": "uint8", "i64": "int64", "i32": "int32"}
 
 

@@ -1,9 +1,16 @@
-"""TensorRT and TensorRT-RTX behind the Backend protocol: many threads at once on one plan, any number of images, arrays of host or device."""
+"""TensorRT and TensorRT-RTX behind the Backend protocol: many threads at once on one plan, any number of images, arrays of host or device.
+
+A batch that is on the GPU already: run where it lies, its results left there.
+
+How long the parts of one run take, by events on the GPU's own clock.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,23 +18,130 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CudaMemoryError, InputError
-from ..specs.values import ModelMetadata, ModelSpec
-from .backends import EngineOptions
-from .cuda import port as cuda_port
-from .device_arrays import DeviceArrays, DeviceView, view_device_array
-from .device_memory import DevicePool
-from .tensorrt_device import run_on_device
-from .tensorrt_graphs import make_switch
-from .tensorrt_phases import PhaseTimes, time_phases
-from .tensorrt_pipeline import Pipeline
-from .tensorrt_plan import open_plan
-from .tensorrt_pool import SlotPool
-from .tensorrt_slots import Arrays, NoMoreContextsError, Slot, require_size, split
-from .tensorrt_staging import view_host
+from ...errors import CudaMemoryError, InputError
+from ...specs.values import ModelMetadata, ModelSpec
+from ..cuda import opening as cuda_port
+from ..cuda.arrays import DeviceArray, DeviceArrays, DevicePool, DeviceView, view_device_array
+from ..options import EngineOptions
+from ..results import PhaseTimes
+from .memory import SlotPool, view_host
+from .plan import Shape, open_plan
+from .slot import Arrays, NoMoreContextsError, Pipeline, Slot, fill, make_switch, require_size, split
+
+
+def run_on_device(slot: Slot, memory: DevicePool, view: DeviceView, *, stream: int | None) -> DeviceArrays:
+    """Puts all pieces of a batch on one stream, between the caller's array and blocks of its own.
+
+    Args:
+        slot: Lent to this thread.
+        memory: Where the results lie.
+        view: The batch, checked.
+        stream: Handle of the caller's stream, in whose order everything happens; None takes the slot's own and waits.
+    """
+    interface, port = slot.plan.interface, slot.port
+    order: Any = slot.stream if stream is None else stream
+    slot.wait_for_others(order)
+    try:
+        results = _run_pieces(slot, memory, view, order=order)
+    finally:
+        if stream is not None:  # also after a failure: what was put there before it may still run
+            slot.leave_working(order)
+    if stream is None:
+        port.synchronize_stream(slot.stream)
+        for result in results:
+            result.settle()
+    return DeviceArrays(tuple(output.name for output in interface.outputs), tuple(results))
+
+
+def _run_pieces(slot: Slot, memory: DevicePool, view: DeviceView, *, order: Any) -> list[DeviceArray]:
+    interface, handle = slot.plan.interface, slot.port.stream_handle(order)
+    lane, count = slot.main, view.shape[0]
+    assert lane is not None
+    results: list[DeviceArray] = []
+    row_bytes = interface.source.count_bytes(view.shape) // count
+    for start, size, rows in split(count, interface):
+        shape: Shape = (rows, *view.shape[1:])
+        output_shapes = slot.bind(lane, shape)
+        if not results:
+            results = _make_results(slot, memory, output_shapes, count=count, stream=handle)
+        source = view.address + start * row_bytes
+        targets = [
+            result.address + start * (tensor.count_bytes(found) // rows)
+            for result, tensor, found in zip(results, interface.outputs, output_shapes, strict=True)
+        ]
+        if rows == size:
+            lane.enqueue((source, *targets), handle)
+        else:
+            _run_padded(slot, (source, size * row_bytes), targets, size=size, order=order)
+    return results
+
+
+def _make_results(slot: Slot, memory: DevicePool, output_shapes: tuple[Shape, ...], *, count: int, stream: int) -> list[DeviceArray]:
+    results = []
+    for tensor, found in zip(slot.plan.interface.outputs, output_shapes, strict=True):
+        whole = (count, *found[1:]) if tensor.shape[0] == slot.plan.interface.source.shape[0] else found
+        results.append(DeviceArray(memory, memory.take(tensor.count_bytes(whole), stream), whole, tensor.dtype, stream=stream))
+    return results
+
+
+def _run_padded(slot: Slot, source: tuple[int, int], targets: list[int], *, size: int, order: Any) -> None:
+    """Fewer images than the plan takes: through buffers that are large enough; the rows below hold whatever was there."""
+    lane, port, interface = slot.main, slot.port, slot.plan.interface
+    assert lane is not None and lane.shape is not None
+    shape, output_shapes = lane.shape, lane.bind_shape(lane.shape)
+    slot.reserve([slot.stage], shape, output_shapes)
+    port.copy(slot.stage.source.device, source[0], source[1], order)
+    lane.enqueue(slot.stage.addresses, port.stream_handle(order))
+    for target, buffer, tensor, found in zip(targets, slot.stage.outputs, interface.outputs, output_shapes, strict=True):
+        port.copy(target, buffer.device, tensor.count_bytes(found) // shape[0] * size, order)
+
+
+def time_phases(slot: Slot, batch: NDArray[Any], calls: int) -> tuple[PhaseTimes, ...]:
+    """Runs a batch so many times, each part between two events. Without a CUDA graph, in which the parts could not be told apart.
+
+    Args:
+        slot: Lent to this thread.
+        batch: Of the input's dtype, within the profile.
+        calls: To be timed; one more is made first, in which TensorRT sets itself up.
+
+    Raises:
+        InputError: The batch is larger than the profile.
+        CudaError: CUDA or TensorRT failed.
+    """
+    interface, port, lane, stage = slot.plan.interface, slot.port, slot.main, slot.stage
+    assert lane is not None
+    if len(batch) > interface.largest[0]:
+        remedy = "give a smaller batch, or build the plan with a larger --max-batch"
+        raise InputError(f"batch: the parts of {len(batch)} images cannot be timed: the plan takes {interface.largest[0]} at a time", remedy=remedy)
+    shape = (max(len(batch), interface.smallest[0]), *batch.shape[1:])
+    slot.wait_for_others(slot.stream)
+    output_shapes = slot.bind(lane, shape)
+    slot.reserve([stage], shape, output_shapes)
+    fill(stage, interface, batch, shape)
+    found = []
+    with contextlib.ExitStack() as stack:
+        events = []
+        for _ in range(4):
+            events.append(port.create_timer())
+            stack.callback(port.destroy_event, events[-1])
+        for _ in range(calls + 1):
+            port.record_event(events[0], slot.stream)
+            port.copy(stage.source.device, stage.source.host, interface.source.count_bytes(shape), slot.stream)
+            port.record_event(events[1], slot.stream)
+            start = time.perf_counter()
+            lane.enqueue(stage.addresses, slot.handle)
+            enqueued = time.perf_counter() - start
+            port.record_event(events[2], slot.stream)
+            for tensor, buffer, output_shape in zip(interface.outputs, stage.outputs, output_shapes, strict=True):
+                port.copy(buffer.host, buffer.device, tensor.count_bytes(output_shape), slot.stream)
+            port.record_event(events[3], slot.stream)
+            port.synchronize_stream(slot.stream)
+            parts = [port.elapsed_ms(first, second) for first, second in itertools.pairwise(events)]
+            found.append(PhaseTimes(parts[0], parts[1], parts[2], 1e3 * enqueued))
+    return tuple(found[1:])
+
 
 logger = logging.getLogger(__name__)
-
 _WARM_UP_RUNS = 3  # as it is, captured, replayed
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CudaError, CudaMemoryError, InputError
-from ..files.plan_place import quote
-from .tensorrt_library import TrtLog
-from .tensorrt_tensors import Interface, Shape
+from ...errors import CudaError, CudaMemoryError, InputError
+from ...files.plan_place import quote
+from .plan import Interface, Shape, TrtLog
 
 if TYPE_CHECKING:
-    from .tensorrt_plan import OpenPlan
+    from .plan import OpenPlan
 
 
 def count_scratch_bytes(engine: Any) -> int:

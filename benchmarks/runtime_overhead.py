@@ -54,8 +54,8 @@ def export_random_a0(path: Path) -> Path:
     """A RepVGG-A0 with random weights: speed does not depend on their values."""
     import torch
 
+    from repvgg_deploy.export.export import export_checkpoint
     from repvgg_deploy.model.network import RepVGG
-    from repvgg_deploy.pipeline.checkpoint import export_checkpoint
     from repvgg_deploy.specs.variants import get_variant
 
     torch.manual_seed(0)

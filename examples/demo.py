@@ -23,11 +23,11 @@ import torch
 from numpy.typing import NDArray
 
 from repvgg_deploy import Engine, RepVGGDeployError, build_model, export_checkpoint, load_checkpoint, reparameterize
+from repvgg_deploy.export.export import ExportOptions
 from repvgg_deploy.export.options import GraphOptions
 from repvgg_deploy.images.decode import default_preprocessing, load_image, normalize
 from repvgg_deploy.model.block import TrainingBlock
 from repvgg_deploy.model.network import RepVGG
-from repvgg_deploy.pipeline.checkpoint import ExportOptions
 from repvgg_deploy.runtime.results import softmax
 from repvgg_deploy.specs.values import Check
 

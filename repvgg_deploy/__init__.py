@@ -12,12 +12,12 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .errors import RepVGGDeployError
+    from .export.export import export_checkpoint
+    from .export.module import export_module
     from .model.checkpoint.load import build_model, load_checkpoint
     from .model.fold import reparameterize
     from .pipeline.build import build_plan
     from .pipeline.build_options import BuildOptions
-    from .pipeline.checkpoint import export_checkpoint
-    from .pipeline.module import export_module
     from .precision.fp16 import Fp16Options, to_fp16
     from .precision.int8 import Int8Options, to_int8
     from .precision.options import QuantizeOptions
@@ -37,8 +37,8 @@ _HOMES = {
     "VariantSpec": ".specs.values",
     "build_model": ".model.checkpoint.load",
     "build_plan": ".pipeline.build",
-    "export_checkpoint": ".pipeline.checkpoint",
-    "export_module": ".pipeline.module",
+    "export_checkpoint": ".export.export",
+    "export_module": ".export.module",
     "get_variant": ".specs.variants",
     "load_checkpoint": ".model.checkpoint.load",
     "quantize": ".precision.quantization",

@@ -39,8 +39,8 @@ def reference_of(folder: Path, variant: str) -> Path:
 
 def make(folder: Path, variant: str) -> None:
     """Writes all kinds of one variant, and the reference; what stands there already is kept."""
+    from repvgg_deploy.export.export import ExportOptions, export_checkpoint
     from repvgg_deploy.export.options import GraphOptions
-    from repvgg_deploy.pipeline.checkpoint import ExportOptions, export_checkpoint
     from repvgg_deploy.precision.fp16 import to_fp16
     from repvgg_deploy.precision.int8 import FAST, to_int8
     from repvgg_deploy.precision.typed_model import write_typed

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from repvgg_deploy.export.export import ExportOptions, export_checkpoint
 from repvgg_deploy.export.options import GraphOptions
 from repvgg_deploy.files.onnx import read_metadata
 from repvgg_deploy.images.decode import normalize
-from repvgg_deploy.pipeline.checkpoint import ExportOptions, export_checkpoint
 
 from .places import SAMPLE, SUBJECTS, Subject
 

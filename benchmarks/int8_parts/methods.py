@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from repvgg_deploy.export.calibrate import write_calibration
 from repvgg_deploy.export.synthesize import SynthesisOptions
 from repvgg_deploy.images.calibration import calibration_path, load_calibration_file
-from repvgg_deploy.pipeline.calibration import write_calibration
 from repvgg_deploy.precision.fp16 import to_fp16
 from repvgg_deploy.precision.int8 import FAST, MAX_CALIBRATION, Int8Options, to_int8
 from repvgg_deploy.precision.typed_model import write_typed

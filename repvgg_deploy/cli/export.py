@@ -17,9 +17,9 @@ from .common import HelpFormatter, Output, Progress, parent_parser, run
 from .tables import format_pairs, format_table
 
 if TYPE_CHECKING:
+    from ..export.calibrate import CalibrationResult
+    from ..export.export import ExportOptions, ExportResult
     from ..model.checkpoint.load import Description
-    from ..pipeline.calibration import CalibrationResult
-    from ..pipeline.checkpoint import ExportOptions, ExportResult
     from ..specs.values import Certificate, Check, Preprocessing
 
 _STAGES = 6
@@ -167,7 +167,7 @@ def _export(args: argparse.Namespace) -> Output:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     out = args.out or default_output(args.ckpt)
     with _Bars() as bars:
-        from ..pipeline.checkpoint import export_checkpoint
+        from ..export.export import export_checkpoint
 
         result = export_checkpoint(args.ckpt, out, options=_options(args), progress=bars.stage, calibration_progress=bars.steps)
     return Output(_data(result), _text(result), _next_command(result, shlex.quote(str(out))))
@@ -207,9 +207,9 @@ class _Bars:
 
 
 def _options(args: argparse.Namespace) -> ExportOptions:
+    from ..export.export import ExportOptions
     from ..export.options import GraphOptions
     from ..export.synthesize import SynthesisOptions
-    from ..pipeline.checkpoint import ExportOptions
     from ..specs.variants import get_variant
 
     graph = GraphOptions(

@@ -198,7 +198,7 @@ def test_export_unwritable_folder_and_full_disk_are_refused(
         patch.setattr(output.tempfile, "mkstemp", deny)
         assert "writable" in refused(capsys, tmp_path, "--ckpt", checkpoint)
 
-    from repvgg_deploy.pipeline import checkpoint as pipeline
+    from repvgg_deploy.export import export as pipeline
 
     def full(path: Path, *_: object) -> None:
         path.write_bytes(b"some bytes, then")
@@ -230,7 +230,7 @@ def test_export_really_full_disk_leaves_nothing(checkpoint: Path, tmp_path: Path
 def test_export_interrupted_at_work_leaves_nothing(checkpoint: Path, tmp_path: Path, number: signal.Signals, status: int, stage: str) -> None:
     (tmp_path / "out").mkdir()
     arguments = ["--ckpt", checkpoint, "--out", tmp_path / "out" / "m.onnx", *SIZE]
-    process = start_endless("repvgg_deploy.cli.export", arguments, Stage("repvgg_deploy.pipeline.checkpoint", stage), tmp_path / "reached")
+    process = start_endless("repvgg_deploy.cli.export", arguments, Stage("repvgg_deploy.export.export", stage), tmp_path / "reached")
     assert len(list((tmp_path / "out").iterdir())) == 1  # the hidden partial file
     process.send_signal(number)
     _, err = process.communicate(timeout=PATIENCE_SECONDS)

@@ -16,10 +16,10 @@ from repvgg_deploy.cli.trt import main
 from repvgg_deploy.cli.trt_compare import share_input
 from repvgg_deploy.errors import InputError
 from repvgg_deploy.evaluate.agreement import AgreementReport
+from repvgg_deploy.export.export import export_checkpoint
 from repvgg_deploy.files.onnx import read_metadata
 from repvgg_deploy.images.calibration import load_calibration
 from repvgg_deploy.images.decode import normalize
-from repvgg_deploy.pipeline.checkpoint import export_checkpoint
 from repvgg_deploy.precision.int8 import FAST, to_int8
 from repvgg_deploy.precision.typed_model import write_typed
 from repvgg_deploy.runtime.engine import Engine

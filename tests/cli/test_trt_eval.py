@@ -12,7 +12,7 @@ from PIL import Image
 
 from repvgg_deploy.cli.trt import main
 from repvgg_deploy.evaluate.accuracy import AccuracyReport
-from repvgg_deploy.pipeline.checkpoint import export_checkpoint
+from repvgg_deploy.export.export import export_checkpoint
 from repvgg_deploy.runtime.engine import Engine
 from repvgg_deploy.runtime.results import TopK
 from repvgg_deploy.specs import codec

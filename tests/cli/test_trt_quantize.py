@@ -17,8 +17,8 @@ from PIL import Image
 from repvgg_deploy.cli.stage_progress import StageProgress
 from repvgg_deploy.cli.trt import main
 from repvgg_deploy.cli.trt_quantize import describe_demand
+from repvgg_deploy.export.export import ExportOptions, export_checkpoint
 from repvgg_deploy.export.synthesize import SynthesisOptions
-from repvgg_deploy.pipeline.checkpoint import ExportOptions, export_checkpoint
 from repvgg_deploy.runtime.engine import Engine
 from tests.endless import Stage, start_endless
 from tests.precision.make_chain import KINDS, ChainOptions, make_model, save

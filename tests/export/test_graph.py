@@ -14,10 +14,9 @@ import torch
 
 from repvgg_deploy.errors import ContractError, ExportError, InputError
 from repvgg_deploy.export.contract import check_contract, describe_graph
+from repvgg_deploy.export.graph import drop_weight_inputs, rename, simplify, stamp_header, to_onnx
+from repvgg_deploy.export.graph import trace as trace_module
 from repvgg_deploy.export.options import GraphOptions, model_spec
-from repvgg_deploy.export.simplify import drop_weight_inputs, rename, simplify
-from repvgg_deploy.export.to_onnx import stamp_header, to_onnx
-from repvgg_deploy.export.to_onnx import trace as trace_module
 from repvgg_deploy.export.writer import write_model
 from repvgg_deploy.files import onnx as onnx_file
 from repvgg_deploy.images.decode import default_preprocessing

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from repvgg_deploy.errors import CalibrationError, InputError
-from repvgg_deploy.export.bn_mismatch import StatisticsMismatch
-from repvgg_deploy.export.synthesize import SynthesisOptions, Synthesizer, image_bytes, plan_synthesis
+from repvgg_deploy.export.synthesize import StatisticsMismatch, SynthesisOptions, Synthesizer, image_bytes, plan_synthesis
 from repvgg_deploy.images.decode import default_preprocessing
 from repvgg_deploy.model.block import TrainingBlock
 from repvgg_deploy.model.network import RepVGG

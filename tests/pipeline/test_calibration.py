@@ -13,15 +13,15 @@ import torch
 from repvgg_deploy import Engine
 from repvgg_deploy.cli.export import main
 from repvgg_deploy.errors import ArtifactError, CalibrationError, InputError
+from repvgg_deploy.export import calibrate as pipeline
+from repvgg_deploy.export.calibrate import partial_path, write_calibration
+from repvgg_deploy.export.export import ExportOptions, export_checkpoint
 from repvgg_deploy.export.options import GraphOptions
 from repvgg_deploy.export.synthesize import SynthesisOptions, SynthesisPlan
 from repvgg_deploy.files.output import sha256_file
 from repvgg_deploy.images.calibration import find_calibration_file, load_calibration_file
 from repvgg_deploy.images.decode import normalize
 from repvgg_deploy.model.checkpoint.load import load_checkpoint
-from repvgg_deploy.pipeline import calibration as pipeline
-from repvgg_deploy.pipeline.calibration import partial_path, write_calibration
-from repvgg_deploy.pipeline.checkpoint import ExportOptions, export_checkpoint
 from repvgg_deploy.precision.int8 import to_int8
 from repvgg_deploy.precision.typed_model import write_typed
 from tests.endless import Stage, start_endless
@@ -233,7 +233,7 @@ def test_program_terminated_leaves_its_state_and_the_same_command_goes_on(
     checkpoint: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--ckpt", str(checkpoint), "--image-size", "32", "--synthetic-calibration", "4", "--calibration-steps", "40"]
-    stage, marker = Stage("repvgg_deploy.pipeline.calibration", "Synthesizer.advance", before=7), tmp_path_factory.mktemp("marker") / "reached"
+    stage, marker = Stage("repvgg_deploy.export.calibrate", "Synthesizer.advance", before=7), tmp_path_factory.mktemp("marker") / "reached"
     process = start_endless("repvgg_deploy.cli.export", arguments, stage, marker)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=PATIENCE_SECONDS)

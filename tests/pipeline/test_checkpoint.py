@@ -16,13 +16,13 @@ from torch import nn
 
 from repvgg_deploy import Engine
 from repvgg_deploy.errors import ArtifactError, ContractError, InputError, ParityError, RepVGGDeployError
+from repvgg_deploy.export import export as pipeline
+from repvgg_deploy.export.export import DEPLOY_REFERENCE, TRAINING_REFERENCE, ExportOptions, export_checkpoint
 from repvgg_deploy.export.options import GraphOptions
 from repvgg_deploy.files.onnx import read_metadata
 from repvgg_deploy.model.checkpoint.load import load_checkpoint
 from repvgg_deploy.model.fold import reparameterize
 from repvgg_deploy.model.network import RepVGG
-from repvgg_deploy.pipeline import checkpoint as pipeline
-from repvgg_deploy.pipeline.checkpoint import DEPLOY_REFERENCE, TRAINING_REFERENCE, ExportOptions, export_checkpoint
 from repvgg_deploy.specs.values import VariantSpec
 from repvgg_deploy.specs.variants import PUBLISHED
 from tests.reference.generated import CASES, Case, random_model, write_case

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from repvgg_deploy import Engine, export_module, reparameterize
 from repvgg_deploy.errors import ContractError, InputError, ParityError
+from repvgg_deploy.export import module as pipeline
 from repvgg_deploy.export.module import ModuleOptions
 from repvgg_deploy.files.onnx import read_metadata
 from repvgg_deploy.model.network import RepVGG
-from repvgg_deploy.pipeline import module as pipeline
 from tests.reference.random_blocks import randomise, small_variant
 from tests.reference.test_reparameterize import OfficialBlock
 

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from repvgg_deploy import reparameterize
 from repvgg_deploy.errors import ArtifactError, CheckpointError, InputError, ParityError
-from repvgg_deploy.export.module import ModuleOptions
+from repvgg_deploy.export import export as pipeline
+from repvgg_deploy.export.export import ExportOptions, export_checkpoint
+from repvgg_deploy.export.module import ModuleOptions, export_module
 from repvgg_deploy.export.options import GraphOptions
 from repvgg_deploy.files.onnx import read_metadata
 from repvgg_deploy.model.fold import fold_block
 from repvgg_deploy.model.parity import _compare_kernels, _exact_deploy
-from repvgg_deploy.pipeline import checkpoint as pipeline
-from repvgg_deploy.pipeline.checkpoint import ExportOptions, export_checkpoint
-from repvgg_deploy.pipeline.module import export_module
 from repvgg_deploy.specs.values import Preprocessing
 from tests.reference.generated import random_model
 from tests.reference.random_blocks import BlockSpec, build_block, randomise, relative_error, small_variant

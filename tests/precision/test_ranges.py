@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from repvgg_deploy.export.export import ExportOptions, export_checkpoint
 from repvgg_deploy.export.options import GraphOptions
 from repvgg_deploy.images.decode import normalize
-from repvgg_deploy.pipeline.checkpoint import ExportOptions, export_checkpoint
 from repvgg_deploy.precision.fp16 import UNSEEN, draw_batches, find_ranges, measure_ranges, to_fp16
 from repvgg_deploy.precision.typed_model import TypedModel, load_parent
 from repvgg_deploy.specs import codec

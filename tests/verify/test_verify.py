@@ -3,11 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from repvgg_deploy.export.verify import _compare, compare_outputs, softmax
 from repvgg_deploy.images.decode import default_preprocessing, normalize
 from repvgg_deploy.images.drawn import draw_images, make_batches
 from repvgg_deploy.model import parity
 from repvgg_deploy.specs.values import Certificate, ModelSpec, TensorSpec
-from repvgg_deploy.verify.onnx_parity import _compare, compare_outputs, softmax
 
 PREPROCESSING = default_preprocessing(40, 56)
 

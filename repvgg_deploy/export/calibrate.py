@@ -21,7 +21,6 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import ArtifactError, InputError, RepVGGDeployError
-from ..export.synthesize import BatchState, SynthesisOptions, SynthesisPlan, Synthesizer, plan_synthesis
 from ..files.onnx import read_metadata
 from ..files.output import PendingOutput, atomic_output, sha256_file
 from ..files.versions import tool_versions
@@ -29,6 +28,7 @@ from ..images.calibration import calibration_path, load_calibration_file
 from ..model.checkpoint.load import Checkpoint, build_model, load_checkpoint
 from ..specs import codec
 from ..specs.values import CALIBRATION_SCHEMA, CalibrationProvenance, ModelMetadata, Preprocessing
+from .synthesize import BatchState, SynthesisOptions, SynthesisPlan, Synthesizer, plan_synthesis
 
 _SAVE_SECONDS = 30.0
 _LOG = logging.getLogger(__name__)

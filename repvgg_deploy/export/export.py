@@ -10,13 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import CalibrationError, InputError
-from ..export.contract import check_contract
-from ..export.options import GraphOptions, model_spec
-from ..export.simplify import drop_weight_inputs, rename, simplify
-from ..export.statistics import collect_statistics
-from ..export.synthesize import SynthesisOptions, plan_synthesis
-from ..export.to_onnx import to_onnx
-from ..export.writer import append_metadata, write_model
 from ..files.output import PendingOutput, atomic_output, release_freed_memory, require_distinct, require_replaceable
 from ..files.versions import tool_versions
 from ..images.calibration import calibration_path
@@ -40,8 +33,14 @@ from ..specs.values import (
     VariantSpec,
 )
 from ..specs.zoo import find_card
-from ..verify.onnx_parity import require_same_weights, verify_onnx
-from .calibration import CalibrationResult, Steps, write_calibration
+from .calibrate import CalibrationResult, Steps, write_calibration
+from .contract import check_contract
+from .graph import drop_weight_inputs, rename, simplify, to_onnx
+from .options import GraphOptions, model_spec
+from .statistics import collect_statistics
+from .synthesize import SynthesisOptions, plan_synthesis
+from .verify import require_same_weights, verify_onnx
+from .writer import append_metadata, write_model
 
 _SMALL_SIZES = ((48, 64), (33, 47))  # float64 is slow; not square, and one odd, so that every stride meets a remainder
 _SMALL_PIXELS = 96 * 96

@@ -39,9 +39,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 from benchmarks.gpu_parts import checks, models, report, speed
 from benchmarks.gpu_parts.machine import describe_machine
 from benchmarks.gpu_parts.record import Record, find_peak
+from repvgg_deploy.build.build import build_plan
+from repvgg_deploy.build.options import BuildOptions
 from repvgg_deploy.errors import RepVGGDeployError
-from repvgg_deploy.pipeline.build import build_plan
-from repvgg_deploy.pipeline.build_options import BuildOptions
 from repvgg_deploy.runtime.engine import Engine
 from repvgg_deploy.specs.values import BuildConfig, ShapeProfile
 

@@ -106,9 +106,9 @@ def choose_place(engines: Path, models: list[Path]) -> Path:
         return engines / "onnx"
     if models[0].suffix == ".plan":
         return engines / "given"
-    from repvgg_deploy.builder.library import open_library
+    from repvgg_deploy.build.build import look_for_gpu
+    from repvgg_deploy.build.library import open_library
     from repvgg_deploy.errors import RepVGGDeployError
-    from repvgg_deploy.pipeline.gpu_here import look_for_gpu
 
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--backend", default="auto")

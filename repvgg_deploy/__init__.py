@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .build.build import build_plan
+    from .build.options import BuildOptions
     from .errors import RepVGGDeployError
     from .export.export import export_checkpoint
     from .export.module import export_module
     from .model.checkpoint.load import build_model, load_checkpoint
     from .model.fold import reparameterize
-    from .pipeline.build import build_plan
-    from .pipeline.build_options import BuildOptions
     from .precision.fp16 import Fp16Options, to_fp16
     from .precision.int8 import Int8Options, to_int8
     from .precision.options import QuantizeOptions
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "BuildConfig": ".specs.values",
-    "BuildOptions": ".pipeline.build_options",
+    "BuildOptions": ".build.options",
     "Engine": ".runtime.engine",
     "Fp16Options": ".precision.fp16",
     "Int8Options": ".precision.int8",
@@ -36,7 +36,7 @@ _HOMES = {
     "RepVGGDeployError": ".errors",
     "VariantSpec": ".specs.values",
     "build_model": ".model.checkpoint.load",
-    "build_plan": ".pipeline.build",
+    "build_plan": ".build.build",
     "export_checkpoint": ".export.export",
     "export_module": ".export.module",
     "get_variant": ".specs.variants",

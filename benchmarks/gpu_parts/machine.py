@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from repvgg_deploy.builder.library import open_library
+from repvgg_deploy.build.library import open_library
 from repvgg_deploy.runtime.cuda.opening import open_cuda
 
 

@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..build.build import look_for_gpu
 from ..errors import InputError
 from ..measure.advise import Advice, Choice, Measured, Wish, advise, choose_files, unused_models
 from ..measure.estimate import EFFICIENCY, PUBLISHED_V100_MS, Assumptions
@@ -16,7 +17,6 @@ from ..measure.gpu_peaks import find_gpu_peaks, look_up_gpu
 from ..measure.nearest import Nearest, find_nearest
 from ..measure.records import read_benchmark
 from ..measure.roofline import Ceiling
-from ..pipeline.gpu_here import look_for_gpu
 from .common import Output
 from .tables import format_pairs, format_table
 

@@ -7,11 +7,10 @@ import dataclasses
 import shlex
 from typing import Any
 
+from ..build.build import BuildResult, build_plan
+from ..build.options import BuildOptions
 from ..errors import InputError
 from ..files.onnx import graph_precision, read_graph, weighted_nodes
-from ..pipeline.build import build_plan
-from ..pipeline.build_options import BuildOptions
-from ..pipeline.build_work import BuildResult
 from ..specs.codec import load_build_config
 from ..specs.values import BuildConfig, ShapeProfile
 from .build_arguments import find_build_conflict

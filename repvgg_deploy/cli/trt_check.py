@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+from ..build.judge import CheckResult, check_plan
 from ..errors import PlanIncompatibleError
 from ..files.plan_place import FLAVOURS, Compatible
-from ..pipeline.check import CheckResult, check_plan
 from ..specs.values import PlanPassport, ShapeProfile
 from .common import Output
 from .tables import format_pairs, show_bytes

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from ..build.build import look_for_gpu
 from ..errors import InputError
 from ..measure.cpu_peaks import cpu_name
 from ..measure.gpu_peaks import find_gpu_peaks, look_up_gpu
 from ..measure.records import Device
 from ..measure.roofline import Ceiling
 from ..runtime.engine import Engine
-from .gpu_here import look_for_gpu
 
 logger = logging.getLogger(__name__)
 

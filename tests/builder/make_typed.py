@@ -8,9 +8,8 @@ from typing import Any
 import onnx
 from onnx import TensorProto
 
-from repvgg_deploy.builder.build import BuildJob, Gpu
-from repvgg_deploy.builder.graph_types import tensor_types
-from repvgg_deploy.builder.recipes import Typing
+from repvgg_deploy.build.compile import BuildJob, Gpu
+from repvgg_deploy.build.recipes import Typing, tensor_types
 from repvgg_deploy.files.onnx import graph_precision, read_graph, read_metadata, weighted_nodes
 from repvgg_deploy.precision.fp16 import Fp16Options, to_fp16
 from repvgg_deploy.precision.typed_model import extend, load_parent, write_typed

@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 
 import pytest
-
 import repvgg_deploy.builder
 
 SOURCE = Path(repvgg_deploy.builder.__file__).parent
@@ -85,7 +84,7 @@ def test_every_used_name_is_in_the_recorded_api(version: str) -> None:
 
 
 def test_names_of_tactic_sources_and_layers_are_those_of_tensorrt_8() -> None:
-    from repvgg_deploy.builder.tactic_sources import _LIBRARIES, _OTHERS
+    from repvgg_deploy.build.library import _LIBRARIES, _OTHERS
 
     api = APIS["tensorrt 8.5.3.1"]
     assert {*_LIBRARIES, *_OTHERS} <= set(api["TacticSource"])

@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from repvgg_deploy.builder.library import open_library
+from repvgg_deploy.build.library import open_library
 from repvgg_deploy.errors import BuildError, InputError, MissingDependencyError
 
 

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from repvgg_deploy.builder.build import build
-from repvgg_deploy.builder.library import Library
-from repvgg_deploy.builder.monitor import PhaseTree, run_cancellable
+from repvgg_deploy.build.compile import build
+from repvgg_deploy.build.library import Library
+from repvgg_deploy.build.monitor import PhaseTree, run_cancellable
 from repvgg_deploy.errors import BuildError
 from tests.builder.fake_trt import FakeTrt, Faults
 from tests.builder.make_typed import A10, make_job, make_typed
@@ -161,7 +161,7 @@ def test_cancelled_build_stops_at_the_next_step(tmp_path: Path) -> None:
     path = make_typed(tmp_path, "fp32")
     event = threading.Event()
     event.set()
-    from repvgg_deploy.builder.build import _build, _Work
+    from repvgg_deploy.build.compile import _build, _Work
 
     work = _Work(library("10.9.0.34", path, Faults()), make_job(path, gpu=A10), cancelled=event)
     with pytest.raises(BuildError, match="was stopped"):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from repvgg_deploy.builder.plan_cache import PlanCache, cache_folder, make_key
+from repvgg_deploy.build.cache import PlanCache, cache_folder, make_key
 from repvgg_deploy.specs import codec
 from repvgg_deploy.specs.values import PlanPassport
 from tests.runtime.make_passport import make_passport

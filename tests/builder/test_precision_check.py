@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from repvgg_deploy.builder.precision_check import WeightedLayer, measure, read_layers, require_honest
+from repvgg_deploy.build.inspect import WeightedLayer, measure, read_layers, require_honest
 from repvgg_deploy.errors import BuildError
 
 GRAPH = (

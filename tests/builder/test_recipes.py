@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from repvgg_deploy.builder.build import build
-from repvgg_deploy.builder.library import Library
-from repvgg_deploy.builder.recipes import require_options, resolve_targets
+from repvgg_deploy.build.compile import build
+from repvgg_deploy.build.library import Library
+from repvgg_deploy.build.recipes import require_options, resolve_targets
 from repvgg_deploy.errors import BuildError, CudaError
 from repvgg_deploy.files.onnx import read_metadata
 from repvgg_deploy.specs.values import BuildConfig, ShapeProfile

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from repvgg_deploy.builder.build import BuiltPlan, _build, _Work, build
-from repvgg_deploy.builder.library import open_library
-from repvgg_deploy.builder.monitor import make_monitor
-from repvgg_deploy.builder.recipes import resolve_targets
+from repvgg_deploy.build.compile import BuiltPlan, _build, _Work, build
+from repvgg_deploy.build.library import open_library
+from repvgg_deploy.build.monitor import make_monitor
+from repvgg_deploy.build.recipes import resolve_targets
 from repvgg_deploy.errors import BuildError
 from repvgg_deploy.files.passport import PLAN_MAGICS
 from repvgg_deploy.specs.values import BuildConfig, ShapeProfile

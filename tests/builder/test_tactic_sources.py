@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from repvgg_deploy.builder import tactic_sources
-from repvgg_deploy.builder.tactic_sources import choose_tactic_sources, find_tactic_libraries, read_library_version
+from repvgg_deploy.build import library
+from repvgg_deploy.build.library import choose_tactic_sources, find_tactic_libraries, read_library_version
 from tests.builder.fake_trt import Config, FakeTrt
 from tests.builder.make_typed import make_typed
 
@@ -56,5 +56,5 @@ def test_libraries_are_told_by_version_or_missing(tmp_path: Path, monkeypatch: p
     second = make_library(tmp_path / "lib12.so", REAL)
     functions = ("cudnnGetVersion", "cudnnGetProperty")
     known = {"CUDNN": (*functions, (str(tmp_path / "libnone.so"),)), "CUBLAS": (*functions, (first, second))}
-    monkeypatch.setattr(tactic_sources, "_LIBRARIES", known)
+    monkeypatch.setattr(library, "_LIBRARIES", known)
     assert find_tactic_libraries() == {"CUDNN": None, "CUBLAS": "8.6.0, unknown version"}

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from repvgg_deploy.builder.build import build
-from repvgg_deploy.builder.library import Library
-from repvgg_deploy.builder.timing_cache import choose_timing_file
+from repvgg_deploy.build.compile import build, choose_timing_file
+from repvgg_deploy.build.library import Library
 from repvgg_deploy.files.output import locked
 from tests.builder.fake_trt import FakeTrt, Faults
 from tests.builder.make_typed import A10, make_job, make_typed

@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from repvgg_deploy.build import build
+from repvgg_deploy.build.build import GpuSearch
 from repvgg_deploy.cli import trt_build
 from repvgg_deploy.cli.build_arguments import parse_bytes
 from repvgg_deploy.cli.stage_progress import StageProgress
 from repvgg_deploy.cli.trt import build_parser, main
 from repvgg_deploy.errors import InputError
 from repvgg_deploy.files.passport import read_passport
-from repvgg_deploy.pipeline import build, build_work
-from repvgg_deploy.pipeline.gpu_here import GpuSearch
 from repvgg_deploy.specs.values import ShapeProfile
 from tests.builder.make_typed import make_typed
 from tests.precision.rtx import needs_rtx
@@ -98,7 +98,7 @@ def test_fp32_graph_becomes_typed_and_the_second_time_is_not_even_calibrated(
     assert re.fullmatch(f"the graph was FP32 and became {flag[2:].upper()}: {text}", lines_of(out)["typed"])
     assert re.match(r"\d+\.\d: quantize \d+\.\d, parse", lines_of(out)["seconds"])
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".npz") == ["fp32.onnx", "fp32.plan", "fp32.plan.json"]
-    monkeypatch.setattr(build_work, "build", None)
+    monkeypatch.setattr(build, "build", None)
     monkeypatch.setattr("repvgg_deploy.precision.quantization.quantize", None)
     status, out, err = run(capsys, model, flag, "--backend", "rtx", *images)
     assert status == 0 and "nothing was built now" in out, err

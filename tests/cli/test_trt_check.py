@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from repvgg_deploy.builder.build import Gpu
+from repvgg_deploy.build import judge as check_module
+from repvgg_deploy.build.build import GpuSearch, look_for_gpu
+from repvgg_deploy.build.compile import Gpu
 from repvgg_deploy.cli.trt import main
-from repvgg_deploy.pipeline import check as check_module
-from repvgg_deploy.pipeline.gpu_here import GpuSearch, look_for_gpu
 from repvgg_deploy.specs import codec
 from tests.runtime.make_passport import make_passport
 

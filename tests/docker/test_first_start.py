@@ -17,12 +17,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from repvgg_deploy.builder import library
-from repvgg_deploy.builder.build import Gpu
+from repvgg_deploy.build import build, library
+from repvgg_deploy.build.build import GpuSearch
+from repvgg_deploy.build.compile import Gpu
 from repvgg_deploy.cli import trt
 from repvgg_deploy.cli.trt import main as repvgg_trt
-from repvgg_deploy.pipeline import gpu_here
-from repvgg_deploy.pipeline.gpu_here import GpuSearch
 from tests.endless import Stage, start_endless
 from tests.precision.rtx import needs_rtx
 from tests.runtime.make_model import ModelOptions, make_onnx
@@ -178,7 +177,7 @@ def test_failed_build_ends_with_its_code_starts_nothing_and_leaves_nothing(
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_signal_during_the_build_stops_it_and_leaves_nothing(number: int, code: int, container: Container) -> None:
     make_onnx(container.models / "net.onnx")
-    stage, marker = Stage("repvgg_deploy.pipeline.build_work", "build"), container.models.parent / "reached"
+    stage, marker = Stage("repvgg_deploy.build.build", "build"), container.models.parent / "reached"
     process = start_endless(str(PROGRAM), ["echo", "started"], stage, marker, container.environment)
     process.send_signal(number)
     out, err = process.communicate(timeout=PATIENCE_SECONDS)
@@ -373,7 +372,7 @@ class Machine:
         self.built: list[Path] = []
         self.gpu: Gpu | None = Gpu("NVIDIA A10", "8.6", "570.1")
         self.version = "10.11.0.33"
-        monkeypatch.setattr(gpu_here, "look_for_gpu", lambda: GpuSearch(self.gpu))
+        monkeypatch.setattr(build, "look_for_gpu", lambda: GpuSearch(self.gpu))
         monkeypatch.setattr(library, "open_library", lambda _: SimpleNamespace(name=f"TensorRT {self.version}", is_rtx=False))
         monkeypatch.setattr(signal, "signal", lambda *_: None)
         monkeypatch.setattr(os, "execvpe", self._become)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu_parts.models import SAMPLE, find_missing, make, reference_of
-from repvgg_deploy.builder.library import open_library
+from repvgg_deploy.build.library import open_library
 from repvgg_deploy.errors import RepVGGDeployError
 from repvgg_deploy.runtime.cuda.opening import open_cuda
 from tests.gpu.reference import Reference, read_reference

@@ -19,7 +19,7 @@ from benchmarks import gpu
 from benchmarks.gpu_parts import checks, machine, models, report, speed
 from benchmarks.gpu_parts.bare import BareLoop, DeviceBatch
 from benchmarks.gpu_parts.record import Record, find_peak
-from repvgg_deploy.builder.library import Library
+from repvgg_deploy.build.library import Library
 from repvgg_deploy.errors import CudaError, InputError
 from tests.fakes.tensorrt import Faults
 from tests.runtime.gpu_world import Setting, World, make_world

@@ -15,11 +15,11 @@ import pytest
 from benchmarks.gpu_parts.bare import BareLoop, DeviceBatch
 from benchmarks.gpu_parts.checks import compare_graphs
 from benchmarks.gpu_parts.models import SAMPLE, path_of
-from repvgg_deploy.builder.library import open_library
+from repvgg_deploy.build.build import build_plan
+from repvgg_deploy.build.library import open_library
+from repvgg_deploy.build.options import BuildOptions
 from repvgg_deploy.errors import InputError, PlanError, PlanIncompatibleError
 from repvgg_deploy.files.passport import passport_path, read_passport
-from repvgg_deploy.pipeline.build import build_plan
-from repvgg_deploy.pipeline.build_options import BuildOptions
 from repvgg_deploy.runtime.engine import Engine
 from repvgg_deploy.runtime.options import EngineOptions
 from repvgg_deploy.specs import codec

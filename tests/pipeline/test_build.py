@@ -17,18 +17,16 @@ import numpy as np
 import onnx
 import pytest
 
-from repvgg_deploy.builder.build import Gpu
+from repvgg_deploy.build import build, source
+from repvgg_deploy.build import build as build_module
+from repvgg_deploy.build.build import BuildResult, GpuSearch, build_plan
+from repvgg_deploy.build.compile import Gpu
+from repvgg_deploy.build.deliver import deliver, refresh_passport
+from repvgg_deploy.build.options import BuildOptions
 from repvgg_deploy.errors import ArtifactError, BuildError, CudaError, InputError, MissingDependencyError, ModelError, RepVGGDeployError
 from repvgg_deploy.files.onnx import read_graph, read_metadata
 from repvgg_deploy.files.passport import passport_path, read_passport, require_unchanged
 from repvgg_deploy.files.plan_place import Compatible, Environment, judge_plan
-from repvgg_deploy.pipeline import build as build_module
-from repvgg_deploy.pipeline import build_source, build_work
-from repvgg_deploy.pipeline.build import build_plan
-from repvgg_deploy.pipeline.build_files import deliver, refresh_passport
-from repvgg_deploy.pipeline.build_options import BuildOptions
-from repvgg_deploy.pipeline.build_work import BuildResult
-from repvgg_deploy.pipeline.gpu_here import GpuSearch
 from repvgg_deploy.precision.int8 import FAST
 from repvgg_deploy.precision.options import QuantizeOptions
 from repvgg_deploy.specs.values import BuildConfig, PlanPassport, Precision, ShapeProfile, VariantSpec
@@ -380,13 +378,13 @@ def test_cached_plan_that_another_process_removes_is_no_error(tmp_path: Path, te
     trt = tensorrt(model)
     first = build_plan(model)
     (found,) = (own_cache / "plans").iterdir()
-    real = build_work.require_same
+    real = build.require_same
 
     def remove(*arguments: Any, **named: Any) -> bool:
         shutil.rmtree(found)  # another process makes room, after it was found and before it is copied
         return real(*arguments, **named)
 
-    monkeypatch.setattr(build_work, "require_same", remove)
+    monkeypatch.setattr(build, "require_same", remove)
     result = build_plan(model, tmp_path / "elsewhere.plan")
     assert not found.exists() and (result.origin, read_back(result)) == ("cache", first.passport)
     assert len(trt.said("network")) == 1
@@ -521,14 +519,14 @@ def test_onnx_that_is_replaced_while_it_is_read_is_not_built(tmp_path: Path, ten
     """Else the passport would hold the certificate of one graph, and the plan another."""
     model, other = make_typed(tmp_path, "fp16"), make_typed(tmp_path, "mixed")
     trt = tensorrt(model)
-    real = build_source.read_graph
+    real = source.read_graph
 
     def replace(path: Path) -> Any:
         found = real(path)
         os.replace(other, path)
         return found
 
-    monkeypatch.setattr(build_source, "read_graph", replace)
+    monkeypatch.setattr(source, "read_graph", replace)
     with pytest.raises(ModelError, match="was replaced while it was read"):
         build_plan(model)
     assert trt.said("network") == [] and not (tmp_path / "fp16.plan").exists()

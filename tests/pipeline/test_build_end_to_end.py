@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from repvgg_deploy.build import build as build_module
+from repvgg_deploy.build.build import GpuSearch, build_plan
+from repvgg_deploy.build.judge import check_plan
+from repvgg_deploy.build.options import BuildOptions
 from repvgg_deploy.cli.trt import main
 from repvgg_deploy.export.export import export_checkpoint
 from repvgg_deploy.files.onnx import read_metadata
 from repvgg_deploy.files.plan_place import Compatible, Incompatible
-from repvgg_deploy.pipeline import build as build_module
-from repvgg_deploy.pipeline.build import build_plan
-from repvgg_deploy.pipeline.build_options import BuildOptions
-from repvgg_deploy.pipeline.check import check_plan
-from repvgg_deploy.pipeline.gpu_here import GpuSearch
 from repvgg_deploy.precision.int8 import FAST
 from repvgg_deploy.precision.options import QuantizeOptions
 from repvgg_deploy.specs.values import BuildConfig

@@ -12,7 +12,7 @@ from ..files.passport import passport_path, read_passport, require_unchanged
 from ..files.plan_place import JETSON, Compatible, Environment, Flavour, Incompatible, find_gpu, judge_plan, platform_here
 from ..runtime.tensorrt.plan import find_library
 from ..specs.values import PlanPassport
-from .gpu_here import look_for_gpu
+from .build import look_for_gpu
 
 
 @dataclass(frozen=True, slots=True)

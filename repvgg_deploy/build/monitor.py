@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 from .library import Library
 
 logger = logging.getLogger(__name__)
-
 T = TypeVar("T")
 _WAIT_SECONDS = 0.05
 

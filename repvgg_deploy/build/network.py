@@ -9,8 +9,7 @@ from ..errors import BuildError
 from ..files.onnx import GraphSummary
 from ..files.plan_place import quote
 from ..specs.values import ModelSpec, ShapeProfile
-from .library import Library
-from .trt_log import BuildLog
+from .library import BuildLog, Library
 
 _REMEDY = "build the file that repvgg-export or repvgg-trt quantize wrote; if it is one, please report this with the lines above"
 

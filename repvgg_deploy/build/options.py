@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..builder.library import BackendChoice
 from ..errors import BuildError, InputError
 from ..specs.values import BuildConfig, ModelSpec, Precision, ShapeProfile
+from .library import BackendChoice
 
 if TYPE_CHECKING:
     from ..precision.options import QuantizeOptions

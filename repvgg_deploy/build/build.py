@@ -1,4 +1,9 @@
-"""The steps of a build: an FP32 ONNX typed in a temporary folder, the plan built or found, its passport made, both delivered."""
+"""The steps of a build: an FP32 ONNX typed in a temporary folder, the plan built or found, its passport made, both delivered.
+
+The GPU of this machine, if there is one that can be used.
+
+Exported or typed ONNX → TensorRT plan and its passport. Needs no torch; the onnx package only where an FP32 ONNX becomes FP16 or INT8.
+"""
 
 from __future__ import annotations
 
@@ -11,30 +16,62 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ..builder.build import BuildJob, Gpu, build
-from ..builder.graph_types import tensor_types
-from ..builder.library import Library
-from ..builder.plan_cache import CachedPlan, PlanCache
-from ..builder.precision_check import PrecisionReport
-from ..builder.recipes import Typing, is_strongly_typed
-from ..builder.tactic_sources import TacticLibraries
-from ..builder.timing_cache import choose_timing_file
-from ..errors import ModelError
-from ..files.output import PendingOutput
+from ..errors import CudaError, InputError, MissingDependencyError, ModelError
+from ..files.output import PendingOutput, require_distinct, require_writable
 from ..files.passport import passport_path
 from ..specs.values import BuildConfig, PlanPassport
-from .build_files import Fill, Standing, deliver, look_at, refresh_passport, require_same
-from .build_options import BuildOptions
-from .build_passport import complete_passport, make_passport
-from .build_request import PlanRequest, quantize_key
-from .build_source import Source, read_source
+from .cache import CachedPlan, PlanCache, PlanRequest, cache_folder, quantize_key
+from .compile import BuildJob, Gpu, build, choose_timing_file, require_gpu
+from .deliver import (
+    Fill,
+    Standing,
+    choose_output,
+    complete_passport,
+    deliver,
+    look_at,
+    make_passport,
+    refresh_passport,
+    require_room,
+    require_same,
+)
+from .inspect import PrecisionReport
+from .library import Library, TacticLibraries, find_tactic_libraries, open_library
+from .options import BuildOptions, choose_profile, must_type
+from .recipes import Typing, is_strongly_typed, require_options, resolve_targets, tensor_types
+from .source import Source, read_source
 
 if TYPE_CHECKING:
     from ..precision.options import QuantizeOptions
     from ..precision.quantization import QuantizeResult
 
-logger = logging.getLogger(__name__)
 
+@dataclass(frozen=True, slots=True)
+class GpuSearch:
+    """What was found.
+
+    Attributes:
+        gpu: None where there is none.
+        reason: Why there is none; empty where there is one.
+        remedy: What helps.
+    """
+
+    gpu: Gpu | None
+    reason: str = ""
+    remedy: str = "use a machine with an NVIDIA GPU and its driver"
+
+
+def look_for_gpu(index: int = 0) -> GpuSearch:
+    """Asks the driver for one GPU."""
+    from ..runtime.cuda.opening import open_cuda
+
+    try:
+        info = open_cuda(None).describe_device(index)
+    except (CudaError, MissingDependencyError) as error:
+        return GpuSearch(None, error.message, error.remedy)
+    return GpuSearch(Gpu(info.name, info.compute_capability, info.driver_version or None))
+
+
+logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 """Called with the name of the stage, steps done and steps in all."""
 Origin = Literal["built", "cache", "output"]
@@ -219,3 +256,72 @@ def _up_to_date(task: Task, source: Source) -> BuildResult:
 def _deliver(task: Task, passport: PlanPassport, fill: Fill, *, origin: Origin, report: PrecisionReport | None = None) -> BuildResult:
     output, paper, written = deliver(task.standing.plan, passport, fill, force=task.force)
     return BuildResult(output, paper, written, task.library.name, task.typed_from_fp32, task.quantized, origin, report, task.seconds)
+
+
+def build_plan(
+    model: Path | str, out: Path | str | None = None, options: BuildOptions | None = None, *, force: bool = False, progress: Progress | None = None
+) -> BuildResult:
+    """Builds a plan and writes it with its passport, both or neither.
+
+    Args:
+        model: An `.onnx` that repvgg-export or quantize wrote.
+        out: The plan; None: beside `model`, with the suffix `.plan`.
+        options: See `BuildOptions`; None: the graph as it is typed, with the installed TensorRT.
+        force: Replace different files.
+        progress: Called with the name of the stage, steps done and steps in all.
+
+    Raises:
+        BuildError: TensorRT refuses the graph or an option, the graph contradicts the options, or the plan fell back to a wider type.
+        ModelError: The ONNX is missing, damaged or not one of ours.
+        CalibrationError: An FP32 ONNX cannot be quantized.
+        ParityError: A quantized graph does not agree with the FP32 graph.
+        CudaError: TensorRT needs a GPU, and there is none.
+        MissingDependencyError: No TensorRT is installed.
+        ArtifactError: A file cannot be written, or exists and differs.
+        InputError: Two outputs are one file, or an output is an input.
+    """
+    path, options = Path(model), options if options is not None else BuildOptions()
+    target = choose_output(path, out)
+    require_distinct([target, passport_path(target)], [path, *_inputs(options)])
+    source = read_source(path)
+    profile = choose_profile(source.metadata.spec, options, path)
+    typing = must_type(source.precision, options, path)
+    library = open_library(options.backend)
+    require_options(library, options.config, options.targets)
+    search = look_for_gpu()
+    require_gpu(library, search.gpu, search.reason)
+    capabilities = resolve_targets(library, options.targets, None if search.gpu is None else search.gpu.compute_capability)
+    if options.timing_cache is not None and not library.is_rtx:
+        require_writable(options.timing_cache)
+    standing = look_at(target)
+    require_room(standing, source.sha256, force=force)
+    tell = progress if progress is not None else _tell_nobody
+    task = Task(options, library, search.gpu, capabilities, standing, force, tell, _open_cache(options), typing)
+    task.tactic_libraries = {} if is_strongly_typed(library) else find_tactic_libraries()
+    config = dataclasses.replace(options.config, profile=profile, precision=options.config.precision if typing else source.precision)
+    if typing:
+        return type_and_build(task, source, config)
+    return build_typed(task, source, config, None)
+
+
+def _tell_nobody(stage: str, done: int, total: int) -> None:
+    """Of a caller who did not ask."""
+
+
+def _inputs(options: BuildOptions) -> list[Path]:
+    found = [options.timing_cache] if options.timing_cache is not None else []
+    quantize = options.quantize
+    if quantize is not None:
+        found += [] if quantize.scales is None else [quantize.scales]
+        found += [] if quantize.calibration is None or quantize.from_statistics else [Path(quantize.calibration)]
+    return found
+
+
+def _open_cache(options: BuildOptions) -> PlanCache | None:
+    if not options.use_cache:
+        return None
+    try:
+        return PlanCache(cache_folder())
+    except InputError as error:
+        logger.warning("%s", error.message)
+        return None

@@ -11,10 +11,21 @@ from dataclasses import dataclass
 
 from ..build.build import look_for_gpu
 from ..errors import InputError
-from ..measure.advise import Advice, Choice, Measured, Wish, advise, choose_files, unused_models
-from ..measure.estimate import EFFICIENCY, PUBLISHED_V100_MS, Assumptions
-from ..measure.gpu_peaks import find_gpu_peaks, look_up_gpu
-from ..measure.nearest import Nearest, find_nearest
+from ..measure.advise import (
+    EFFICIENCY,
+    PUBLISHED_V100_MS,
+    Advice,
+    Assumptions,
+    Choice,
+    Measured,
+    Nearest,
+    Wish,
+    advise,
+    choose_files,
+    find_nearest,
+    unused_models,
+)
+from ..measure.peaks import find_gpu_peaks, look_up_gpu
 from ..measure.records import read_benchmark
 from ..measure.roofline import Ceiling
 from .common import Output

@@ -12,12 +12,11 @@ from ..errors import ArtifactError
 from ..evaluate.figures import require_drawable, save_figure
 from ..files.output import require_distinct, require_writable
 from ..measure.advise import published_accuracy
+from ..measure.bench import BenchRequest, count_steps, run_benchmark
+from ..measure.plots import draw_benchmark
 from ..measure.records import Benchmark, ModelResult, Point, require_free, write_benchmark
 from ..measure.roofline import LayerBound, bound_layers, total_floor_ms
-from ..measure.timing import FEW_CALLS, LARGEST_DRIFT, LARGEST_SPREAD
-from ..measure.turns import Pace
-from ..pipeline.bench import BenchRequest, count_steps, run_benchmark
-from ..speed_plots import draw_benchmark
+from ..measure.times import FEW_CALLS, LARGEST_DRIFT, LARGEST_SPREAD, Pace
 from .common import Output, Progress
 from .tables import format_pairs, format_table
 

@@ -10,9 +10,8 @@ from ..errors import ArtifactError, InputError
 from ..files.output import PendingOutput, write_text
 from ..specs import codec
 from ..specs.values import Precision
-from .costs import LayerCost
-from .roofline import Ceiling
-from .timing import Latency
+from .roofline import Ceiling, LayerCost
+from .times import Latency
 
 BENCHMARK_SCHEMA: Literal[1] = 1
 _LARGEST_BYTES = 64 << 20

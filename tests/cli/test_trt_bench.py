@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from repvgg_deploy.cli.trt import main
+from repvgg_deploy.measure.plots import draw_benchmark
 from repvgg_deploy.measure.records import Benchmark, read_benchmark
 from repvgg_deploy.specs import codec
-from repvgg_deploy.speed_plots import draw_benchmark
 from tests.measure.make_benchmark import make_benchmark, make_model, make_point
 from tests.pipeline.test_bench import write_model
 from tests.runtime.gpu_world import make_world, write_passport

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from repvgg_deploy.measure.costs import count_costs
 from repvgg_deploy.measure.records import Benchmark, Device, ModelResult, Phases, Point
-from repvgg_deploy.measure.roofline import Ceiling
-from repvgg_deploy.measure.timing import Latency
+from repvgg_deploy.measure.roofline import Ceiling, count_costs
+from repvgg_deploy.measure.times import Latency
 from repvgg_deploy.specs.values import Precision
 from repvgg_deploy.specs.variants import get_variant
 

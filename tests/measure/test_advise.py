@@ -7,11 +7,22 @@ import dataclasses
 import pytest
 
 from repvgg_deploy.errors import InputError
-from repvgg_deploy.measure.advise import Choice, Measured, Wish, advise, choose_files, published_accuracy, unused_models
-from repvgg_deploy.measure.costs import count_costs
-from repvgg_deploy.measure.estimate import FITTED, PUBLISHED_V100_MS, Assumptions, estimate_ms
-from repvgg_deploy.measure.gpu_peaks import find_gpu_peaks
-from repvgg_deploy.measure.nearest import find_nearest
+from repvgg_deploy.measure.advise import (
+    FITTED,
+    PUBLISHED_V100_MS,
+    Assumptions,
+    Choice,
+    Measured,
+    Wish,
+    advise,
+    choose_files,
+    estimate_ms,
+    find_nearest,
+    published_accuracy,
+    unused_models,
+)
+from repvgg_deploy.measure.peaks import find_gpu_peaks
+from repvgg_deploy.measure.roofline import count_costs
 from repvgg_deploy.specs.values import Precision
 from repvgg_deploy.specs.variants import get_variant
 from tests.measure.make_benchmark import make_benchmark, make_model, make_point

@@ -14,9 +14,8 @@ import pytest
 
 from repvgg_deploy.errors import InputError
 from repvgg_deploy.files.plan_place import gpu_names
-from repvgg_deploy.measure import cpu_peaks
-from repvgg_deploy.measure.cpu_peaks import combine, cpu_name, make_product, measure_cpu
-from repvgg_deploy.measure.gpu_peaks import GpuPeaks, find_gpu_peaks, load_gpus, look_up_gpu
+from repvgg_deploy.measure import peaks
+from repvgg_deploy.measure.peaks import GpuPeaks, combine, cpu_name, find_gpu_peaks, load_gpus, look_up_gpu, make_product, measure_cpu
 from repvgg_deploy.measure.roofline import Ceiling
 
 
@@ -74,7 +73,7 @@ def test_product_that_is_timed_is_a_product(integer: bool) -> None:
 def test_cpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock that goes on by a millisecond with each look: real products and copies, and numbers that no busy machine changes."""
     looks = itertools.count()
-    monkeypatch.setattr(cpu_peaks, "time", SimpleNamespace(perf_counter=lambda: next(looks) / 1000))
+    monkeypatch.setattr(peaks, "time", SimpleNamespace(perf_counter=lambda: next(looks) / 1000))
     found = measure_cpu(threads=1, seconds=0.01)
     assert found is not None and found.measured
     product, copy = pytest.approx(2 * 1024**3 / 1e-3), pytest.approx(2 * (256 << 20) / 1e-3)

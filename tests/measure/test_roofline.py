@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from repvgg_deploy.measure.costs import LayerCost, count_costs
-from repvgg_deploy.measure.roofline import Ceiling, bound_layers, total_floor_ms
+from repvgg_deploy.measure.roofline import Ceiling, LayerCost, bound_layers, count_costs, total_floor_ms
 from repvgg_deploy.specs.variants import get_variant
 
 CEILING = Ceiling("device", {"fp32": 1e12, "int8": 4e12}, 1e11, "made", measured=False)

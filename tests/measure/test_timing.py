@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from repvgg_deploy.measure.timing import Turns, count_images_per_second, find_instability, summarize
+from repvgg_deploy.measure.times import Turns, count_images_per_second, find_instability, summarize
 
 
 def turns_of(*seconds: list[float]) -> Turns:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from repvgg_deploy.errors import ModelError
-from repvgg_deploy.measure import turns as module
-from repvgg_deploy.measure.turns import MOST_TURNS, Pace, measure_in_turns
+from repvgg_deploy.measure import times as module
+from repvgg_deploy.measure.times import MOST_TURNS, Pace, measure_in_turns
 
 
 class Clock:

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from repvgg_deploy.errors import InputError, MissingDependencyError, ModelError
-from repvgg_deploy.measure.costs import count_costs
-from repvgg_deploy.measure.roofline import Ceiling, bound_layers, total_floor_ms
-from repvgg_deploy.measure.turns import Pace
-from repvgg_deploy.pipeline.bench import BenchRequest, count_steps, run_benchmark
+from repvgg_deploy.measure.bench import BenchRequest, count_steps, run_benchmark
+from repvgg_deploy.measure.roofline import Ceiling, bound_layers, count_costs, total_floor_ms
+from repvgg_deploy.measure.times import Pace
 from repvgg_deploy.specs.values import BuildConfig, VariantSpec
 from tests.precision.make_chain import metadata_of
 from tests.precision.make_variant import SMALL_G4, make_variant
@@ -74,15 +73,15 @@ def test_share_is_the_rooflines_least_time_by_the_median(model: Path) -> None:
 def test_peak_is_that_of_all_threads_that_compute_at_once(model: Path, clients: int, cpu_threads: int | None, expected, monkeypatch) -> None:
     """Of one client's threads alone, several clients at once would exceed it."""
     asked = []
-    monkeypatch.setattr("repvgg_deploy.pipeline.bench.count_cores", lambda: 4)
-    monkeypatch.setattr("repvgg_deploy.pipeline.bench.measure_cpu", lambda *, threads, **_: asked.append(threads))
+    monkeypatch.setattr("repvgg_deploy.measure.bench.count_cores", lambda: 4)
+    monkeypatch.setattr("repvgg_deploy.measure.bench.measure_cpu", lambda *, threads, **_: asked.append(threads))
     run_benchmark(request(model, batches=(1,), peak_s=0.01, cpu_threads=cpu_threads, pace=Pace(0.01, 0.0, clients=clients)))
     assert asked == [expected, expected]
 
 
 def test_peaks_before_and_after_that_differ_are_told(model: Path, monkeypatch, caplog) -> None:
     ceilings = [Ceiling("cpu", {"fp32": rate, "fp16": rate, "int8": rate}, 1e10, "made", measured=True) for rate in (1e11, 2e11)]
-    monkeypatch.setattr("repvgg_deploy.pipeline.bench.measure_cpu", lambda **_: ceilings.pop(0))
+    monkeypatch.setattr("repvgg_deploy.measure.bench.measure_cpu", lambda **_: ceilings.pop(0))
     found = run_benchmark(request(model, peak_s=0.01))
     assert found.ceiling is not None and found.ceiling.operations_per_second["fp32"] == 2e11
     assert "100 and 200 Gop/s in fp32 before and after" in caplog.text

@@ -1,30 +1,222 @@
-"""`repvgg-trt bench`: models → how fast they are, beside others, and what share of the roofline that is."""
+"""`repvgg-trt bench`: models → how fast they are, beside others, and what share of the roofline that is.
+
+What a benchmark runs on, and what that can do at most.
+
+A model file → what is to be measured of it: an Engine, its layers' costs, and what it is compared with.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
+from ..build.build import look_for_gpu
+from ..errors import InputError, MissingDependencyError
+from ..files.onnx import WeightedNode, graph_precision, precision_of, read_graph, weighted_nodes
+from ..files.output import sha256_file
+from ..files.passport import read_passport
 from ..files.versions import installed_versions
-from ..measure.bare import BareSession
-from ..measure.cpu_peaks import combine, count_cores, measure_cpu
-from ..measure.records import BENCHMARK_SCHEMA, Benchmark, ModelResult, Phases, Point
-from ..measure.roofline import Ceiling, bound_layers, total_floor_ms
-from ..measure.timing import Turns, count_images_per_second, find_instability, summarize
-from ..measure.turns import MOST_TURNS, Call, Pace, measure_in_turns
 from ..runtime.engine import Engine
+from ..runtime.opening import is_plan
 from ..runtime.options import BackendName, EngineOptions
-from ..specs.values import VariantSpec
-from ..specs.variants import name_variant
-from .bench_device import choose_ceiling, describe_device
-from .bench_subjects import Rival, Subject, TorchRival, describe_subject
+from ..specs.values import PlanPassport, Precision, VariantSpec
+from ..specs.variants import image_size, name_variant
+from .peaks import combine, count_cores, cpu_name, find_gpu_peaks, look_up_gpu, measure_cpu
+from .records import BENCHMARK_SCHEMA, Benchmark, Device, ModelResult, Phases, Point
+from .roofline import ITEM_BYTES, Ceiling, LayerCost, bound_layers, count_costs, total_floor_ms
+from .times import MOST_TURNS, BareSession, Call, Pace, Turns, count_images_per_second, find_instability, measure_in_turns, summarize
 
 logger = logging.getLogger(__name__)
+
+
+def describe_device(engines: Sequence[Engine], *, threads: int | None) -> Device:
+    """The device that all engines run on.
+
+    Args:
+        engines: At least one.
+        threads: That share one batch on a CPU.
+
+    Raises:
+        InputError: They run on several.
+    """
+    places = sorted({engine.device for engine in engines})
+    if len(places) > 1:
+        raise InputError(
+            f"the models run on {' and '.join(places)}, expected one device: their figures would stand in one table",
+            remedy="give --device, or run repvgg-trt bench once for each device",
+        )
+    if places[0] == "cpu":
+        return Device("cpu", cpu_name(), threads)
+    found = look_for_gpu(int(places[0].partition(":")[2] or 0))
+    if found.gpu is None:
+        logger.warning("the name of the GPU is not known: %s", found.reason)
+        return Device("gpu", "GPU")
+    return Device("gpu", found.gpu.name, None, found.gpu.driver_version)
+
+
+def choose_ceiling(device: Device, name: str | None, *, tf32: bool) -> Ceiling | None:
+    """The peaks of a GPU from the table; None for a CPU, which is measured, and for a GPU that is not in it.
+
+    Args:
+        device: As the driver names it.
+        name: In its place, where the user says which one it is.
+        tf32: Whether FP32 convolutions may run in TF32.
+
+    Raises:
+        InputError: The user's name is not in the table, or the models run on a CPU.
+    """
+    if device.kind == "cpu":
+        if name is not None:
+            raise InputError(
+                f"--gpu {name} is for the roofline of a GPU, and the models run on the CPU", remedy="leave out --gpu, or give --device cuda"
+            )
+        return None
+    gpu = find_gpu_peaks(name) if name is not None else look_up_gpu(device.name)
+    if gpu is None:
+        logger.warning("the peaks of %s are not in the table: no roofline; --gpu says which known GPU it is", device.name)
+        return None
+    return gpu.ceiling(tf32=tf32)
+
+
+Rival = Literal["onnxruntime", "torch"]
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """One model.
+
+    Attributes:
+        path: The file.
+        sha256: Of its bytes.
+        engine: Open.
+        plan: Whether it is a TensorRT plan.
+        variant: Its architecture; None where it is not known.
+        precision: The lowest of its layers; None where it is not known.
+        size: (height, width) of the images.
+        costs: Of the layers; empty where architecture or precision are not known.
+        tf32: Whether a plan was built to round the inputs of FP32 convolutions to TF32.
+    """
+
+    path: Path
+    sha256: str
+    engine: Engine
+    plan: bool
+    variant: VariantSpec | None
+    precision: Precision | None
+    size: tuple[int, int]
+    costs: tuple[LayerCost, ...]
+    tf32: bool = False
+
+    @property
+    def variant_name(self) -> str | None:
+        """The published name of the architecture, or its own."""
+        return None if self.variant is None else name_variant(self.variant) or self.variant.name
+
+    def make_batch(self, count: int) -> NDArray[Any]:
+        """Drawn images of the input's kind."""
+        source, generator = self.engine.spec.input, np.random.default_rng(0)
+        shape = (count, *self.size, 3) if source.layout == "NHWC" else (count, 3, *self.size)
+        if source.dtype == "uint8":
+            return generator.integers(0, 256, shape, np.uint8)
+        return generator.standard_normal(shape, np.float32).astype(source.dtype)
+
+
+def describe_subject(path: Path, engine: Engine, size: tuple[int, int] | None) -> Subject:
+    """What is known of an opened model.
+
+    Args:
+        path: The file.
+        engine: Of it.
+        size: (height, width) in place of the model's own, for one that accepts any.
+
+    Raises:
+        InputError: The image size is not known, or not one that the model accepts.
+    """
+    found = size or image_size(engine.spec)
+    if found is None or engine.spec.input.layout not in ("NCHW", "NHWC"):
+        raise InputError(f"{path}: takes images of any size, and which is usual is not known", remedy="give --image-size, such as 224")
+    plan, variant = is_plan(path), engine.metadata.variant
+    nodes = () if plan else weighted_nodes(read_graph(path))
+    passport = read_passport(path) if plan else None
+    precision = _plan_precision(passport) if plan else graph_precision(nodes)
+    costs: tuple[LayerCost, ...] = ()
+    if variant is not None and precision is not None and engine.spec.kind != "module":
+        choose = (lambda _: precision) if plan else _layer_precision(nodes)
+        costs = count_costs(variant, found, choose, input_dtype=engine.spec.input.dtype)  # type: ignore[arg-type]
+        costs = costs[:-1] if engine.spec.kind == "features" else costs  # a backbone has no classifier
+    tf32 = passport is not None and passport.config.tf32
+    return Subject(path, sha256_file(path), engine, plan, variant, precision, found, costs, tf32)
+
+
+def _plan_precision(passport: PlanPassport | None) -> Precision | None:
+    if passport is None:
+        return None
+    return passport.config.precision if passport.precision == "not_inspected" else passport.precision
+
+
+def _layer_precision(nodes: tuple[WeightedNode, ...]) -> Callable[[str], Precision]:
+    known: dict[str, Precision] = {"fp32": "fp32", "fp16": "fp16", "int8": "int8"}
+
+    def find(name: str) -> Precision:
+        parts = (precision_of(name, nodes) or "").split("+")
+        return next((known[part] for part in parts if part in ITEM_BYTES), "fp32")
+
+    return find
+
+
+class TorchRival:
+    """The deploy form of the same variant in PyTorch, float32, with weights of a seed: speed does not depend on them.
+
+    Args:
+        variant: The architecture.
+        device: `cpu`, `cuda` or `cuda:1`.
+        threads: That share one batch on the CPU; None for PyTorch's default.
+
+    Raises:
+        MissingDependencyError: torch is not installed.
+    """
+
+    def __init__(self, variant: VariantSpec, *, device: str, threads: int | None) -> None:
+        try:
+            import torch
+        except ImportError as error:
+            raise MissingDependencyError(
+                "--compare torch needs PyTorch, which is not installed", remedy="pip install 'repvgg-deploy[export]'"
+            ) from error
+        from ..model.network import RepVGG
+
+        self._torch: Any = torch
+        self._threads = torch.get_num_threads()
+        if threads is not None:
+            torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        self._device = device
+        self._model = RepVGG(variant, "deploy").eval().to(device)
+        self.name = f"PyTorch {torch.__version__}, {device}, float32"
+
+    def make_call(self, count: int, size: tuple[int, int]) -> Callable[[], object]:
+        """What runs so many images of a size, from host memory to host memory."""
+        torch, model, device = self._torch, self._model, self._device
+        images = torch.randn(count, 3, *size)
+
+        def call() -> object:
+            with torch.inference_mode():
+                return model(images.to(device)).cpu()
+
+        return call
+
+    def close(self) -> None:
+        """Gives PyTorch the threads that it had."""
+        self._torch.set_num_threads(self._threads)
+
 
 Way = Literal["engine", "onnxruntime", "torch"]
 _PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx-cu13", "cuda-bindings", "torch")

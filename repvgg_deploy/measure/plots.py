@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from .evaluate.figures import DARK, SERIES, draw_grid, draw_legend, open_figure, open_panels, require_data
-from .measure.records import Benchmark, ModelResult
-from .measure.roofline import Ceiling, LayerBound, bound_layers
+from ..evaluate.figures import DARK, SERIES, draw_grid, draw_legend, open_figure, open_panels, require_data
+from .records import Benchmark, ModelResult
+from .roofline import Ceiling, LayerBound, bound_layers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -174,7 +174,7 @@ def write_model(model: Path, repository: Path) -> list[str]:
 def take_out_the_rest(repository: Path, wanted: set[str]) -> None:
     """What an earlier start wrote, and this one did not, goes where no other container may be serving it. From here on, this one is."""
     from repvgg_deploy.errors import RepVGGDeployError
-    from repvgg_deploy.serving.prune import find_stale, remove_models
+    from repvgg_deploy.serving.repository import find_stale, remove_models
 
     handle = os.open(repository.parent / ".serving", os.O_RDWR | os.O_CREAT, 0o666)
     os.set_inheritable(handle, True)  # the command holds the lock for as long as it runs

@@ -12,7 +12,7 @@ from pathlib import Path
 from repvgg_deploy.errors import InputError, PlanError, RepVGGDeployError
 from repvgg_deploy.files.passport import passport_path, read_passport
 from repvgg_deploy.runtime.opening import is_plan
-from repvgg_deploy.serving.containers import find_container
+from repvgg_deploy.serving.options import find_container
 from repvgg_deploy.specs.values import PlanPassport
 
 

@@ -6,8 +6,8 @@ import argparse
 import shlex
 
 from ..errors import InputError
-from ..pipeline.triton import TritonResult, write_triton
 from ..serving.options import RepositoryOptions
+from ..serving.triton import TritonResult, write_triton
 from ..serving.validate import validate_repository
 from .common import Output
 from .tables import format_pairs

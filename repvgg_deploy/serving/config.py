@@ -1,16 +1,152 @@
 """A model → its `config.pbtxt`, as a message of Triton's schema. Pure: nothing is read or written.
 
 Source: https://github.com/triton-inference-server/server/blob/main/docs/user_guide/model_configuration.md
+
+Triton's own schema of `config.pbtxt`: what it does not know, Triton would refuse.
+
+The schema is the generated module that the package tritonclient brings. It is loaded by its file, because importing it as a part of tritonclient
+would import grpc, too, which nothing here calls.
+
+An ensemble that takes JPEG files: a model of Triton's python backend that decodes them, and the two as one.
+
+A JPEG is a thirtieth of the float tensor that it becomes, and a client needs neither Pillow nor the normalisation constants.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import sys
+from importlib import resources
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, MissingDependencyError
 from ..specs.values import TensorSpec
-from .options import RepositoryOptions, Servable
-from .schema import load_schema
+from .options import RepositoryOptions, Servable, ServedFile, require_name
+
+_NAME = "repvgg_deploy.serving._model_config_pb2"
+_INSTALL = "pip install 'repvgg-deploy[serving]'"
+
+
+def load_schema() -> ModuleType:
+    """The generated module with `ModelConfig`.
+
+    Raises:
+        MissingDependencyError: tritonclient or protobuf is not installed, or they do not go together.
+
+    Source: https://github.com/triton-inference-server/common/blob/main/protobuf/model_config.proto
+    """
+    if _NAME in sys.modules:
+        return sys.modules[_NAME]
+    package = importlib.util.find_spec("tritonclient")
+    places = list(package.submodule_search_locations or ()) if package is not None else []
+    path = Path(places[0]) / "grpc" / "model_config_pb2.py" if places else None
+    spec = importlib.util.spec_from_file_location(_NAME, path) if path is not None and path.is_file() else None
+    if spec is None or spec.loader is None:
+        raise MissingDependencyError("tritonclient, which holds Triton's schema of config.pbtxt, is not installed", remedy=_INSTALL)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise MissingDependencyError(f"Triton's schema cannot be loaded with the protobuf that is here: {text}", remedy=_INSTALL) from error
+    sys.modules[_NAME] = module
+    return module
+
+
+def print_config(config: Any) -> str:
+    """A ModelConfig as the text of a `config.pbtxt`; equal messages give equal text."""
+    from google.protobuf import text_format
+
+    return str(text_format.MessageToString(config, as_utf8=True))
+
+
+def parse_config(text: str, where: Path) -> Any:
+    """The ModelConfig that a `config.pbtxt` states.
+
+    Args:
+        text: Of the file.
+        where: For the message.
+
+    Raises:
+        InputError: A field, type or value is not in the schema, or it is no text of a message; the message says the line.
+        MissingDependencyError: The schema is not installed.
+    """
+    schema = load_schema()
+    from google.protobuf import text_format
+
+    try:
+        return text_format.Parse(text, schema.ModelConfig())
+    except text_format.ParseError as error:
+        raise InputError(f"{where}: Triton cannot parse it: line {error}", remedy="correct that line, or write the repository again") from error
+
+
+SETTINGS_FILE = "preprocessing.json"
+IMAGE = "image"
+"""Name of the ensemble's input: one JPEG file a row."""
+
+
+def make_jpeg_models(model: Servable, options: RepositoryOptions, config: Any) -> list[tuple[Any, tuple[ServedFile, ...]]]:
+    """Configuration and version folder of `NAME_decode` and of the ensemble `NAME_jpeg`.
+
+    Args:
+        model: What is behind them.
+        options: How the model is to be served.
+        config: The model's own configuration.
+
+    Raises:
+        InputError: The model does not say how an image becomes its input, or takes no batches.
+    """
+    preprocessing = model.spec.preprocessing
+    if preprocessing is None or not config.max_batch_size or model.spec.input.layout not in ("NCHW", "NHWC"):
+        raise InputError(
+            f"{model.name}: --ensemble jpeg needs a model that says how an image becomes its input, and that takes any batch",
+            remedy="export it with repvgg-export and a dynamic batch, or leave --ensemble out",
+        )
+    row = [preprocessing.crop[0], preprocessing.crop[1], 3] if model.spec.input.layout == "NHWC" else [3, *preprocessing.crop]
+    decoder = _decoder_config(model, options, config.max_batch_size, row)
+    settings = {
+        "mean": preprocessing.mean,
+        "std": preprocessing.std,
+        "resize_short": preprocessing.resize_short,
+        "crop": preprocessing.crop,
+        "interpolation": preprocessing.interpolation,
+        "in_graph": preprocessing.in_graph,
+    }
+    code = resources.files("repvgg_deploy").joinpath("data/triton_jpeg.py.txt").read_bytes()
+    files = (ServedFile("model.py", code), ServedFile(SETTINGS_FILE, json.dumps(settings, indent=2).encode() + b"\n"))
+    return [(decoder, files), (_ensemble_config(model, decoder, config), ())]
+
+
+def _decoder_config(model: Servable, options: RepositoryOptions, max_batch: int, row: list[int]) -> Any:
+    config = load_schema().ModelConfig(name=require_name(f"{model.name}_decode"), backend="python", max_batch_size=max_batch)
+    config.default_model_filename = "model.py"
+    config.input.add(name=IMAGE, data_type="TYPE_STRING", dims=[1])
+    config.output.add(name=model.spec.input.name, data_type=data_type(model.spec.input.dtype), dims=row)
+    group = config.instance_group.add(count=options.instances)
+    group.kind = type(group).KIND_CPU
+    add_batching(config, options, ())
+    # Nothing is gained by decoding together what can be decoded at once: requests wait for company once, in front of the model.
+    config.dynamic_batching.max_queue_delay_microseconds = 0
+    return config
+
+
+def _ensemble_config(model: Servable, decoder: Any, config: Any) -> Any:
+    ensemble = load_schema().ModelConfig(name=require_name(f"{model.name}_jpeg"), platform="ensemble", max_batch_size=config.max_batch_size)
+    ensemble.input.add(name=IMAGE, data_type="TYPE_STRING", dims=[1])
+    for output in config.output:
+        ensemble.output.add(name=output.name, data_type=output.data_type, dims=output.dims, label_filename=output.label_filename and LABELS_FILE)
+    decode = ensemble.ensemble_scheduling.step.add(model_name=decoder.name, model_version=-1)
+    decode.input_map[IMAGE] = IMAGE
+    decode.output_map[decoder.output[0].name] = "pixels"
+    run = ensemble.ensemble_scheduling.step.add(model_name=model.name, model_version=-1)
+    run.input_map[model.spec.input.name] = "pixels"
+    for tensor in model.spec.outputs:
+        run.output_map[tensor.name] = tensor.name
+    return ensemble
+
 
 LABELS_FILE = "labels.txt"
 PREFIX = "repvgg_deploy."

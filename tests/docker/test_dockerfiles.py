@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("dockerfile_parse", reason="dockerfile-parse, of the extra dev, is not installed")
 
-from repvgg_deploy.serving.containers import CONTAINERS
+from repvgg_deploy.serving.options import CONTAINERS
 from tests.docker.dockerfiles import FOLDER, NAMES, ROOT, TOP, defaults, parse
 
 every = pytest.mark.parametrize("name", NAMES)

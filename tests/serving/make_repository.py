@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from repvgg_deploy.serving.schema import parse_config, print_config
+from repvgg_deploy.serving.config import parse_config, print_config
 from repvgg_deploy.specs import codec
 from tests.runtime.make_passport import make_passport
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from repvgg_deploy.serving.containers import CONTAINERS, describe_container, find_container
+from repvgg_deploy.serving.options import CONTAINERS, describe_container, find_container
 
 
 @pytest.mark.parametrize(

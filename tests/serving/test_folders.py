@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from repvgg_deploy.errors import ArtifactError
-from repvgg_deploy.serving import folders
-from repvgg_deploy.serving.folders import choose_version, list_versions, write_version
+from repvgg_deploy.serving import repository
 from repvgg_deploy.serving.options import ServedFile
+from repvgg_deploy.serving.repository import choose_version, list_versions, write_version
 
 FILES = (ServedFile("model.onnx", b"weights"), ServedFile("model.json", b"{}"))
 OTHER = (ServedFile("model.onnx", b"other weights"),)
@@ -64,7 +64,7 @@ def test_write_version_that_fails_leaves_no_version(error: BaseException, tmp_pa
         copy(start, to)
         raise error
 
-    monkeypatch.setattr(folders.shutil, "copyfile", fail)
+    monkeypatch.setattr(repository.shutil, "copyfile", fail)
     with pytest.raises((ArtifactError, KeyboardInterrupt)):
         write_version(tmp_path / "m" / "1", (*FILES, ServedFile("plan", source)), force=False)
     assert list((tmp_path / "m").iterdir()) == []
@@ -80,7 +80,7 @@ def test_write_version_that_cannot_be_put_in_place_keeps_the_old_one(tmp_path: P
             raise OSError(5, "Input/output error")
         rename(start, to)
 
-    monkeypatch.setattr(folders.os, "rename", fail_second)
+    monkeypatch.setattr(repository.os, "rename", fail_second)
     with pytest.raises(ArtifactError, match="Input/output error"):
         write_version(tmp_path / "1", OTHER, force=True)
     assert content(tmp_path / "1") == {"model.onnx": b"weights", "model.json": b"{}"}

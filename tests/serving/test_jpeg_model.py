@@ -16,8 +16,8 @@ from PIL import Image
 
 from repvgg_deploy.errors import InputError
 from repvgg_deploy.images.decode import load_batch
-from repvgg_deploy.pipeline.triton import write_triton
 from repvgg_deploy.serving.options import RepositoryOptions
+from repvgg_deploy.serving.triton import write_triton
 from repvgg_deploy.specs import codec
 from repvgg_deploy.specs.values import Preprocessing
 from tests.runtime.make_model import ModelOptions, make_onnx

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from repvgg_deploy.pipeline.triton import write_triton
 from repvgg_deploy.serving.options import RepositoryOptions
-from repvgg_deploy.serving.prune import find_stale, remove_models
+from repvgg_deploy.serving.repository import find_stale, remove_models
+from repvgg_deploy.serving.triton import write_triton
 from repvgg_deploy.serving.validate import validate_repository
 from tests.runtime.make_model import ModelOptions, make_onnx
 from tests.serving.make_repository import edit_config, files_below, needs_schema, read_config

@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from repvgg_deploy import Engine
-from repvgg_deploy.pipeline.triton import write_triton
 from repvgg_deploy.serving.options import RepositoryOptions
+from repvgg_deploy.serving.triton import write_triton
 from repvgg_deploy.serving.validate import validate_repository
 from tests.runtime.make_model import ModelOptions, make_onnx, random_batch
 from tests.serving.broken_configs import BROKEN

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from repvgg_deploy.errors import ArtifactError, InputError, MissingDependencyError, PlanError
-from repvgg_deploy.pipeline.triton import write_triton
-from repvgg_deploy.serving import schema
+from repvgg_deploy.serving import config
+from repvgg_deploy.serving.config import load_schema, parse_config, print_config
 from repvgg_deploy.serving.options import RepositoryOptions
-from repvgg_deploy.serving.schema import load_schema, parse_config, print_config
+from repvgg_deploy.serving.triton import write_triton
 from repvgg_deploy.serving.validate import validate_repository
 from tests.runtime.make_model import ModelOptions, make_onnx
 from tests.serving.make_repository import files_below, needs_schema, read_config, write_plan
@@ -286,8 +286,8 @@ def test_print_config_and_parse_config_are_inverse() -> None:
 
 
 def test_load_schema_without_tritonclient_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(schema.sys.modules, schema._NAME, raising=False)
-    monkeypatch.setattr(schema.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.delitem(config.sys.modules, config._NAME, raising=False)
+    monkeypatch.setattr(config.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(MissingDependencyError, match="tritonclient") as caught:
         load_schema()
     assert "repvgg-deploy[serving]" in caught.value.remedy
@@ -297,7 +297,7 @@ def test_load_schema_does_not_import_grpc() -> None:
     import subprocess
     import sys
 
-    code = "import sys; from repvgg_deploy.serving.schema import load_schema; load_schema(); print(*sys.modules)"
+    code = "import sys; from repvgg_deploy.serving.config import load_schema; load_schema(); print(*sys.modules)"
     result = subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=300, capture_output=True, text=True)
     assert not {"grpc", "numpy"} & set(result.stdout.split())
 
@@ -319,7 +319,7 @@ def test_new_model_that_does_not_fit_on_the_disk_leaves_nothing_that_a_server_wo
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("repvgg_deploy.serving.folders._write", fail)
+    monkeypatch.setattr("repvgg_deploy.serving.repository._write_file", fail)
     with pytest.raises(ArtifactError, match="No space left"):
         write(onnx, tmp_path, name="new")
     assert list((tmp_path / "repo").iterdir()) == []

@@ -12,10 +12,9 @@ from ..files.onnx import graph_precision, read_graph, weighted_nodes
 from ..files.output import sha256_file
 from ..files.passport import passport_path, read_passport, require_unchanged
 from ..runtime.opening import is_plan, read_model
-from ..serving.containers import describe_container
-from ..serving.options import RepositoryOptions, Servable, ServedFile, require_name
-from ..serving.repository import WrittenModel, write_repository
 from ..specs.values import PlanPassport
+from .options import RepositoryOptions, Servable, ServedFile, describe_container, require_name
+from .repository import WrittenModel, write_repository
 
 logger = logging.getLogger(__name__)
 

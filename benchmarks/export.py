@@ -55,8 +55,8 @@ def run_plain(variant: str, checkpoint: Path, out: Path, dynamo: bool) -> None:
     import torch
 
     from repvgg_deploy.model.network import RepVGG
-    from repvgg_deploy.model.upstream import repvgg_model_convert
     from repvgg_deploy.specs.variants import get_variant
+    from repvgg_deploy.upstream import repvgg_model_convert
 
     model = RepVGG(get_variant(variant))
     model.load_state_dict(torch.load(checkpoint, weights_only=True))  # noqa: TID251 - what the plain recipe does

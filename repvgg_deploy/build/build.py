@@ -21,10 +21,10 @@ from ..files.output import PendingOutput, require_distinct, require_writable
 from ..files.passport import passport_path
 from ..specs.values import BuildConfig, PlanPassport
 from .cache import CachedPlan, PlanCache, PlanRequest, cache_folder, quantize_key
-from .compile import BuildJob, Gpu, build, choose_timing_file, require_gpu
+from .compile import BuildJob, build, choose_timing_file, require_gpu
 from .deliver import Fill, Standing, choose_output, complete_passport, deliver, look_at, make_passport, refresh_passport, require_room, require_same
 from .inspect import PrecisionReport
-from .library import Library, TacticLibraries, find_tactic_libraries, open_library
+from .library import Gpu, Library, TacticLibraries, find_tactic_libraries, open_library
 from .options import BuildOptions, choose_profile, must_type
 from .recipes import Typing, is_strongly_typed, require_options, resolve_targets, tensor_types
 from .source import Source, read_source

@@ -28,8 +28,7 @@ from ..files.plan_place import platform_here
 from ..files.versions import installed_versions
 from ..specs import codec
 from ..specs.values import BuildConfig, PlanPassport
-from .compile import Gpu
-from .library import Library, TacticLibraries
+from .library import Gpu, Library, TacticLibraries
 
 if TYPE_CHECKING:
     from ..precision.options import QuantizeOptions

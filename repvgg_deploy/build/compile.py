@@ -21,7 +21,7 @@ from ..files.plan_place import quote
 from ..specs.values import BuildConfig, ModelSpec
 from .cache import cache_folder
 from .inspect import PrecisionReport, WeightedLayer, measure, read_layers, require_honest
-from .library import BuildLog, Library, find_nodes
+from .library import BuildLog, Gpu, Library, find_nodes
 from .monitor import Position, make_monitor, run_cancellable
 from .network import add_profile, output_types, parse, require_expected_tensors, tensor_shapes
 from .recipes import Typing, configure, constrain_layers, create_network, require_options, require_typing
@@ -118,15 +118,6 @@ _REMEDIES = (
     ),
     (("unsupported sm", "compute capability", "target gpu"), "use a TensorRT that supports this GPU, or another --target"),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """The GPU that a build runs on; `driver_version` is None where the system does not say."""
-
-    name: str
-    compute_capability: str
-    driver_version: str | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

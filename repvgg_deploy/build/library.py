@@ -23,6 +23,15 @@ logger = logging.getLogger(__name__)
 _KEPT = 200
 
 
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """The GPU that a build runs on; `driver_version` is None where the system does not say."""
+
+    name: str
+    compute_capability: str
+    driver_version: str | None
+
+
 class BuildLog:
     """The log of one build.
 

@@ -7,6 +7,10 @@ A program parses its arguments, then hands a body to `run`; the body imports its
 
 Exit codes: 0 done; 1 an error of ours (message and remedy); 2 usage; 130 interrupted; 143 and 129 terminated or hung up; 141 the reader of
 standard output went away. Signals raise, so that every `finally` runs and no partial file is left.
+
+Aligned columns of text.
+
+A bar for each stage of a long job, one after the other.
 """
 
 from __future__ import annotations
@@ -16,26 +20,103 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import sys
+import textwrap
 import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 from .. import __version__
 from ..errors import ArtifactError, RepVGGDeployError
-from .tables import fold_lines
+
+
+def format_table(rows: Sequence[Sequence[str]], align: str, *, indent: int = 2) -> str:
+    """Rows of equal length as lines with aligned columns.
+
+    Args:
+        rows: The first may be a header.
+        align: `<` or `>` for each column.
+        indent: Spaces before each line.
+    """
+    widths = [max(len(row[column]) for row in rows) for column in range(len(align))] if rows else []
+    lines = ("  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True)) for row in rows)
+    return "\n".join((" " * indent + line).rstrip() for line in lines)
+
+
+def format_pairs(pairs: Sequence[tuple[str, str]]) -> str:
+    """`name  value` lines with the values aligned; a value of several lines is indented as a whole."""
+    width = max(len(name) for name, _ in pairs)
+    return "\n".join(f"{name:<{width}}  {value}".replace("\n", "\n" + " " * (width + 2)).rstrip() for name, value in pairs)
+
+
+def fold_lines(text: str, columns: int) -> str:
+    """Lines that are longer than a terminal is wide, broken between words; what goes on stands below the value, as `format_pairs` has it.
+
+    Rows of a table, which have gaps of two spaces and more in several places, stay as they are: folded they would be harder to read.
+    """
+    return "\n".join(_fold(line, columns) for line in text.split("\n"))
+
+
+def _fold(line: str, columns: int) -> str:
+    if len(line) <= columns or len(re.findall(r"\S {2,}(?=\S)", line)) > 1:
+        return line
+    value = re.match(r" +|\S+(?: \S+)* {2,}(?=\S)", line)
+    indent = value.end() if value and value.end() <= columns // 2 else 2
+    return textwrap.fill(
+        line, columns, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False, replace_whitespace=False, expand_tabs=False
+    )
+
+
+def show_bytes(count: int) -> str:
+    """`25.5 MB`, `3.1 kB`."""
+    return f"{count / 1e6:.1f} MB" if count >= 1_000_000 else f"{count / 1e3:.1f} kB"
+
+
+class StageProgress:
+    """Told of stages, steps done and steps in all; draws what `Progress` draws, anew for each stage.
+
+    Args:
+        stream: Where to draw; standard error for None.
+    """
+
+    def __init__(self, *, stream: TextIO | None = None) -> None:
+        self._stream = stream
+        self._bar: Progress | None = None
+        self._stage, self._done, self._total = "", 0, 0
+
+    def __enter__(self) -> StageProgress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._close()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """So many steps of a stage are done; fewer than before begin it again."""
+        if self._bar is None or (stage, total) != (self._stage, self._total) or done < self._done:
+            self._close()
+            self._bar = Progress(total, stage, stream=self._stream)
+            self._bar.__enter__()
+            self._stage, self._done, self._total = stage, 0, total
+        self._bar.advance(done - self._done)
+        self._done = done
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.__exit__(None, None, None)
+            self._bar = None
+
 
 if TYPE_CHECKING:
     _StreamHandler = logging.StreamHandler[TextIO]
 else:
     _StreamHandler = logging.StreamHandler  # generic from Python 3.11 on
-
 EXIT_DONE, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 0, 1, 2, 130, 141
 _BAR_WIDTH = 24
 _BAR_SECONDS = 0.1  # at most ten drawings a second

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
 from ..files.output import default_output
-from .common import HelpFormatter, Output, Progress, parent_parser, run
-from .tables import format_pairs, format_table
+from .common import HelpFormatter, Output, Progress, format_pairs, format_table, parent_parser, run
 
 if TYPE_CHECKING:
     from ..export.calibrate import CalibrationResult
@@ -31,12 +30,14 @@ _EPILOG = """examples:
   repvgg-export --ckpt RepVGG-B2-train.pth --out b2.onnx --synthetic-calibration
 """
 
+DESCRIPTION = "Reparameterizes a RepVGG checkpoint and writes it as one simplified ONNX file, proven equal to the training-mode model."
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The program's arguments."""
     parser = argparse.ArgumentParser(
         prog="repvgg-export",
-        description="Reparameterizes a RepVGG checkpoint and writes it as one simplified ONNX file, proven equal to the training-mode model.",
+        description=DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=HelpFormatter,
         parents=[parent_parser()],

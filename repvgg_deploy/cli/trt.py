@@ -1,6 +1,6 @@
 """The program `repvgg-trt`: what is done with an exported model. A subcommand is one parser here and one module beside it.
 
-The module of a subcommand (`trt_infer`, `trt_inspect`, …) is imported after parsing, and offers `execute(args) -> Output`.
+The module of a subcommand (`infer`, `inspect`, …) is imported after parsing, and offers `execute(args) -> Output`.
 """
 
 from __future__ import annotations
@@ -10,19 +10,17 @@ import importlib
 import sys
 from typing import TYPE_CHECKING
 
-from .bench_arguments import ADVISE_EXAMPLES, BENCH_EXAMPLES, add_advise_options, add_bench_options, find_advise_conflict, find_bench_conflict
-from .build_arguments import BUILD_EXAMPLES, CHECK_EXAMPLES, add_build_options, add_check_options, find_build_conflict
+from .bench import ADVISE_EXAMPLES, BENCH_EXAMPLES, add_advise_options, add_bench_options, find_advise_conflict, find_bench_conflict
+from .build import BUILD_EXAMPLES, CHECK_EXAMPLES, add_build_options, add_check_options, find_build_conflict
 from .common import HelpFormatter, Output, parent_parser, run
-from .quantize_arguments import add_quantize_options, find_conflict
-from .triton_arguments import TRITON_EXAMPLES, add_triton_options, find_triton_conflict
+from .quantize import add_quantize_options, find_conflict
+from .triton import TRITON_EXAMPLES, add_triton_options, find_triton_conflict
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
-
-_DESCRIPTION = "Quantizes, builds, runs, measures and describes models that repvgg-export wrote."
-
+DESCRIPTION = "Quantizes, builds, runs, measures and describes models that repvgg-export wrote."
 _QUANTIZE_EXAMPLES = """examples:
   repvgg-trt quantize b2.onnx --fp16
   repvgg-trt quantize b2.onnx --int8                    (b2.calib.npz is there)
@@ -56,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands."""
-    parser = argparse.ArgumentParser(prog="repvgg-trt", description=_DESCRIPTION, parents=[parent_parser()])
+    parser = argparse.ArgumentParser(prog="repvgg-trt", description=DESCRIPTION, parents=[parent_parser()])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     for add in (_add_infer, _add_inspect, _add_quantize, _add_build, _add_check, _add_triton, _add_eval, _add_compare, _add_bench, _add_advise):
         add(commands)
@@ -64,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _execute(args: argparse.Namespace) -> Output:
-    module = importlib.import_module(f".trt_{args.command}", __package__)
+    module = importlib.import_module(f".{args.command}", __package__)
     execute: Callable[[argparse.Namespace], Output] = module.execute
     return execute(args)
 

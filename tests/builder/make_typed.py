@@ -8,7 +8,8 @@ from typing import Any
 import onnx
 from onnx import TensorProto
 
-from repvgg_deploy.build.compile import BuildJob, Gpu
+from repvgg_deploy.build.compile import BuildJob
+from repvgg_deploy.build.library import Gpu
 from repvgg_deploy.build.recipes import Typing, tensor_types
 from repvgg_deploy.files.onnx import graph_precision, read_graph, read_metadata, weighted_nodes
 from repvgg_deploy.precision.fp16 import Fp16Options, to_fp16

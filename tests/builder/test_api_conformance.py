@@ -10,9 +10,10 @@ import json
 from pathlib import Path
 
 import pytest
-import repvgg_deploy.builder
 
-SOURCE = Path(repvgg_deploy.builder.__file__).parent
+import repvgg_deploy.build
+
+SOURCE = Path(repvgg_deploy.build.__file__).parent
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "tensorrt_api.json"
 APIS: dict[str, dict[str, list[str]]] = {name: api for name, api in json.loads(GOLDEN.read_text(encoding="utf-8")).items() if "Builder" in api}
 RECEIVERS = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from repvgg_deploy.cli.tables import fold_lines, format_pairs, format_table
+from repvgg_deploy.cli.common import fold_lines, format_pairs, format_table
 
 
 def test_fold_breaks_between_words_below_the_value() -> None:

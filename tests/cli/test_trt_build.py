@@ -18,11 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from repvgg_deploy.build import build
+from repvgg_deploy.build import build as build_module
 from repvgg_deploy.build.build import GpuSearch
-from repvgg_deploy.cli import trt_build
-from repvgg_deploy.cli.build_arguments import parse_bytes
-from repvgg_deploy.cli.stage_progress import StageProgress
+from repvgg_deploy.cli.build import parse_bytes, read_build_options
+from repvgg_deploy.cli.common import StageProgress
 from repvgg_deploy.cli.trt import build_parser, main
 from repvgg_deploy.errors import InputError
 from repvgg_deploy.files.passport import read_passport
@@ -37,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("REPVGG_DEPLOY_CACHE", str(folder))
-    monkeypatch.setattr(build, "look_for_gpu", lambda: GpuSearch(None, "no driver"))  # also on a machine with a GPU
+    monkeypatch.setattr(build_module, "look_for_gpu", lambda: GpuSearch(None, "no driver"))  # also on a machine with a GPU
     return folder
 
 
@@ -98,7 +97,7 @@ def test_fp32_graph_becomes_typed_and_the_second_time_is_not_even_calibrated(
     assert re.fullmatch(f"the graph was FP32 and became {flag[2:].upper()}: {text}", lines_of(out)["typed"])
     assert re.match(r"\d+\.\d: quantize \d+\.\d, parse", lines_of(out)["seconds"])
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".npz") == ["fp32.onnx", "fp32.plan", "fp32.plan.json"]
-    monkeypatch.setattr(build, "build", None)
+    monkeypatch.setattr(build_module, "build", None)
     monkeypatch.setattr("repvgg_deploy.precision.quantization.quantize", None)
     status, out, err = run(capsys, model, flag, "--backend", "rtx", *images)
     assert status == 0 and "nothing was built now" in out, err
@@ -252,7 +251,7 @@ def test_sizes_that_are_none_are_refused(text: str) -> None:
 )
 def test_batch_sizes_that_are_not_given_follow_those_that_are(tmp_path: Path, given: tuple[str, ...], wanted: tuple[int, int, int]) -> None:
     args = build_parser().parse_args(["build", str(make_typed(tmp_path, "fp32")), *given])
-    options = trt_build.read_build_options(args)
+    options = read_build_options(args)
     assert options.config.profile == ShapeProfile(*wanted) and options.profile_given == bool(given)
 
 
@@ -260,11 +259,11 @@ def test_command_line_overrides_the_configuration_file(tmp_path: Path) -> None:
     model = make_typed(tmp_path, "fp32")
     file = ROOT / "engines" / "configs" / "edge.toml"
     arguments = ["build", str(model), "--config", str(file)]
-    plain = trt_build.read_build_options(build_parser().parse_args(arguments))
+    plain = read_build_options(build_parser().parse_args(arguments))
     assert (plain.config.precision, plain.config.profile, plain.config.workspace_bytes) == ("fp16", ShapeProfile(1, 1, 1), 256 << 20)
     assert plain.quantize is not None and plain.quantize.precision == "fp16"
     changed = [*arguments, "--fp32", "--max-batch", "2", "--workspace", "1GiB", "--optimization-level", "0", "--sparse", "--tf32"]
-    config = trt_build.read_build_options(build_parser().parse_args(changed)).config
+    config = read_build_options(build_parser().parse_args(changed)).config
     assert (config.precision, config.profile, config.workspace_bytes) == ("fp32", ShapeProfile(1, 1, 2), 1 << 30)
     assert (config.optimization_level, config.sparse, config.tf32) == (0, True, True)
 
@@ -273,4 +272,4 @@ def test_configuration_with_options_of_another_precision_is_refused(tmp_path: Pa
     file = ROOT / "engines" / "configs" / "fp16.toml"
     args = build_parser().parse_args(["build", str(make_typed(tmp_path, "fp32")), "--config", str(file), "--keep", "stage0.conv"])
     with pytest.raises(InputError, match="--keep is of --int8"):
-        trt_build.read_build_options(args)
+        read_build_options(args)

@@ -14,7 +14,7 @@ import pytest
 
 from repvgg_deploy.build import judge as check_module
 from repvgg_deploy.build.build import GpuSearch, look_for_gpu
-from repvgg_deploy.build.compile import Gpu
+from repvgg_deploy.build.library import Gpu
 from repvgg_deploy.cli.trt import main
 from repvgg_deploy.specs import codec
 from tests.runtime.make_passport import make_passport

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from repvgg_deploy.cli.compare import share_input
 from repvgg_deploy.cli.trt import main
-from repvgg_deploy.cli.trt_compare import share_input
 from repvgg_deploy.errors import InputError
 from repvgg_deploy.evaluate.agreement import AgreementReport
 from repvgg_deploy.export.export import export_checkpoint

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repvgg_deploy.cli.stage_progress import StageProgress
+from repvgg_deploy.cli.common import StageProgress
+from repvgg_deploy.cli.quantize import describe_demand
 from repvgg_deploy.cli.trt import main
-from repvgg_deploy.cli.trt_quantize import describe_demand
 from repvgg_deploy.export.export import ExportOptions, export_checkpoint
 from repvgg_deploy.export.synthesize import SynthesisOptions
 from repvgg_deploy.runtime.engine import Engine

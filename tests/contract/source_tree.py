@@ -35,10 +35,10 @@ def modules() -> list[Module]:
     return result
 
 
-def imports(module: Module) -> Iterator[tuple[str, int]]:
-    """Absolute name and line of everything that a module imports, also inside functions; imports under TYPE_CHECKING are no imports."""
+def references(module: Module, *, types: bool = True) -> Iterator[tuple[str, int]]:
+    """Absolute name and line of everything that a module imports, also inside functions; `types`: also under TYPE_CHECKING."""
     package = ["repvgg_deploy", *module.path.relative_to(PACKAGE).parts[:-1]]
-    for node in _without_type_checking(module.tree):
+    for node in _walk(module.tree, types=types):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield alias.name, node.lineno
@@ -50,14 +50,14 @@ def imports(module: Module) -> Iterator[tuple[str, int]]:
                 yield f"{source}.{alias.name}", node.lineno
 
 
-def _without_type_checking(tree: ast.AST) -> Iterator[ast.AST]:
+def _walk(tree: ast.AST, *, types: bool) -> Iterator[ast.AST]:
     queue: list[ast.AST] = [tree]
     while queue:
         node = queue.pop()
         yield node
         for child in ast.iter_child_nodes(node):
             guarded = isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING"
-            if not guarded:
+            if types or not guarded:
                 queue.append(child)
 
 

@@ -1,55 +1,33 @@
-"""Which part may import which, and what an import costs."""
+"""Which room may import which, and what an import costs."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 
 import pytest
 
-from tests.contract.source_tree import PACKAGE, ROOT, Module, imports, modules
+import repvgg_deploy
+from tests.contract.source_tree import PACKAGE, ROOT, Module, modules, references
 
-# Rank of each part: it may import parts of a lower rank. Parts of equal rank are siblings and do not know each other.
-RANKS = {
-    "errors": 0,
-    "wire": 0,
-    "memory": 0,
-    "tensorrt_package": 1,
-    "tool_versions": 0,
-    "codec": 1,
-    "labels": 1,
-    "specs": 1,
-    "tolerance": 2,
-    "variants": 2,
-    "image_files": 3,
-    "artifacts": 3,
-    "publication": 4,
-    "layer_table": 3,
-    "foreign_files": 0,
-    "onnx_file": 3,
-    "graph_precision": 4,
-    "specs_io": 3,
-    "zoo": 3,
-    "class_index": 3,
-    "preprocess": 4,
-    "image_sources": 5,
-    "image_arrays": 5,
-    "image_sets": 6,
-    "calibration_images": 7,
-    "reference": 8,
-    "precision": 8,
-    "verify": 8,
-    "builder": 8,
-    "runtime": 8,
-    "serving": 8,
-    "measure": 8,
-    "export": 9,
-    "figures": 9,
-    "plots": 10,
-    "speed_plots": 10,
-    "pipeline": 10,
-    "cli": 11,
+# Rank of each room: it imports rooms of a lower rank only. `errors` and the version in `__init__` are free to all.
+ROOMS = {
+    "specs": 0,
+    "files": 1,
+    "images": 2,
+    "evaluate": 3,
+    "model": 3,
+    "upstream": 4,
+    "precision": 4,
+    "runtime": 4,
+    "export": 5,
+    "build": 6,
+    "measure": 7,
+    "serving": 7,
+    "cli": 8,
 }
+ALONE = {"", "__main__", "errors"}
 TOP = "repvgg_deploy"
 HEAVY = (
     "numpy",
@@ -69,59 +47,69 @@ HEAVY = (
     "matplotlib",
     "prometheus_client",
 )
-# The heavy packages that each part may import, anywhere in it.
+# The heavy packages that each room may import, anywhere in it.
 OWNED = {
-    "reference": {"numpy", "torch", "safetensors"},
-    "export": {"numpy", "torch", "onnx", "onnxsim"},
+    "specs": set(),
+    "files": set(),
+    "images": {"numpy", "PIL"},
+    "evaluate": {"numpy", "matplotlib", "onnxruntime"},
+    "model": {"numpy", "torch", "safetensors"},
+    "upstream": {"torch"},
     "precision": {"numpy", "onnx", "onnxruntime"},
-    "verify": {"numpy", "onnxruntime"},
-    "builder": {"numpy", "tensorrt", "tensorrt_rtx", "cuda"},
     "runtime": {"numpy", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda", "pycuda"},
+    "export": {"numpy", "torch", "onnx", "onnxsim", "onnxruntime"},
+    "build": {"numpy", "onnx", "tensorrt", "tensorrt_rtx", "cuda"},
+    "measure": {"numpy", "onnxruntime", "matplotlib", "torch"},
     "serving": {"numpy", "google", "prometheus_client"},
-    "measure": {"numpy", "onnxruntime"},
-    "pipeline": {"numpy", "torch", "onnx"},
-    "cli": {"numpy"},
-    "tolerance": {"numpy"},
-    "preprocess": {"numpy", "PIL"},
-    "image_files": {"numpy", "PIL"},
-    "image_sources": {"numpy"},
-    "image_arrays": {"numpy"},
-    "image_sets": {"numpy"},
-    "calibration_images": {"numpy"},
-    "figures": {"matplotlib"},
-    "plots": {"matplotlib"},
-    "speed_plots": {"matplotlib"},
+    "cli": {"numpy", "matplotlib"},
 }
 MODULES = modules()
+NAMES = {module.name for module in MODULES}
 
 
-def test_package_modules_are_all_ranked() -> None:
-    assert {module.layer for module in MODULES} - {""} <= set(RANKS)
-    assert len(MODULES) > 10  # the walk found the package
+def test_root_of_the_package_holds_rooms_only() -> None:
+    assert {module.layer for module in MODULES} == set(ROOMS) | ALONE
+    assert {path.name for path in PACKAGE.iterdir()} - {*ROOMS, "__pycache__"} == {"__init__.py", "__main__.py", "errors.py", "py.typed", "data"}
+    assert [path.name for path in (PACKAGE / "data").iterdir() if path.suffix == ".py"] == []
+    assert len(MODULES) <= 145
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m.name], ids=lambda m: m.name)
-def test_module_imports_only_parts_below_it(module: Module) -> None:
-    wrong = []
-    for name, line in imports(module):
-        parts = name.split(".")
-        if parts[0] != TOP or len(parts) < 2 or parts[1] in (module.layer, "__version__"):
-            continue
-        if parts[1] in RANKS and RANKS[parts[1]] >= RANKS[module.layer]:
-            wrong.append(f"{module.path.relative_to(ROOT)}:{line}: {module.layer} imports {name}")
-    assert wrong == []
+def known_imports(module: Module) -> set[str]:
+    """The package's modules that a module names, inside functions and for types, too."""
+    found = {name.removeprefix(f"{TOP}.") for name, _ in references(module) if name.startswith(f"{TOP}.")}
+    return (found & NAMES) - {module.name}
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m.name], ids=lambda m: m.name)
-def test_module_imports_only_heavy_packages_that_its_part_owns(module: Module) -> None:
-    allowed = OWNED.get(module.layer, set())
-    wrong = [f"line {line}: {name}" for name, line in imports(module) if name.partition(".")[0] in set(HEAVY) - allowed]
-    assert wrong == []
+def test_modules_import_each_other_in_no_circle() -> None:
+    # A room's `__init__` counts as the rooms' face: what it imports, whoever imports the room imports.
+    graph = {module.name: known_imports(module) for module in MODULES if module.name not in ALONE}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' → '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.layer not in ALONE], ids=lambda m: m.name)
+def test_module_imports_only_rooms_below_its_own(module: Module) -> None:
+    rooms = {name.partition(".")[0] for name in known_imports(module)} - {module.layer, *ALONE}
+    assert {room for room in rooms if ROOMS[room] >= ROOMS[module.layer]} == set()
+
+
+@pytest.mark.parametrize("folder", sorted({m.path.parent for m in MODULES}), ids=lambda f: f.relative_to(PACKAGE.parent).as_posix())
+def test_no_three_modules_of_a_folder_share_a_prefix(folder: object) -> None:
+    prefixes = [m.path.stem.partition("_")[0] for m in MODULES if m.path.parent == folder and not m.path.stem.startswith("__")]
+    assert [prefix for prefix in set(prefixes) if prefixes.count(prefix) > 2] == []
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.layer not in ALONE], ids=lambda m: m.name)
+def test_module_imports_only_heavy_packages_that_its_room_owns(module: Module) -> None:
+    found = {name.partition(".")[0] for name, _ in references(module, types=False)} & set(HEAVY)
+    assert found - OWNED[module.layer] == set()
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m.layer == "runtime"], ids=lambda m: m.name)
 def test_runtime_never_imports_torch_or_onnx(module: Module) -> None:
-    assert not {name for name, _ in imports(module)} & {"torch", "onnx"}
+    assert not {name for name, _ in references(module)} & {"torch", "onnx"}
 
 
 def loaded_after(statement: str) -> set[str]:
@@ -137,19 +125,28 @@ def test_import_of_the_package_loads_nothing_heavy() -> None:
     assert not new & {"dataclasses", "inspect", "argparse", "json", "logging", "subprocess", "typing_extensions"}
 
 
-@pytest.mark.parametrize("name", ["errors", "wire", "codec", "specs", "variants", "artifacts", "onnx_file"])
-def test_import_of_a_base_module_loads_the_standard_library_only(name: str) -> None:
-    assert not loaded_after(f"import repvgg_deploy.{name}") & set(HEAVY)
+@pytest.mark.parametrize("room", ["specs", "files"])
+def test_import_of_a_base_room_loads_the_standard_library_only(room: str) -> None:
+    everything = "; ".join(f"import {TOP}.{m.name}" for m in MODULES if m.layer == room)
+    assert not loaded_after(everything) & set(HEAVY)
 
 
 @pytest.mark.parametrize("program", ["export", "trt"])
 def test_help_of_a_program_loads_nothing_heavy(program: str) -> None:
-    if not (PACKAGE / "cli" / f"{program}.py").exists():
-        pytest.skip(f"cli/{program}.py is not there")
     statement = f"from repvgg_deploy.cli.{program} import main\ntry:\n    main(['--help'])\nexcept SystemExit as stop:\n    assert not stop.code"
     assert not loaded_after(statement) & set(HEAVY)
 
 
 @pytest.mark.parametrize("name", [m.name for m in MODULES if m.layer == "runtime"])
 def test_import_of_the_runtime_leaves_torch_and_backends_out(name: str) -> None:
-    assert not loaded_after(f"import repvgg_deploy.{name}") & (set(HEAVY) - {"numpy"} - ({"onnxruntime"} if "backend" in name else set()))
+    allowed = {"numpy"} | ({"onnxruntime"} if name == "runtime.cpu.onnxruntime" else set())
+    assert not loaded_after(f"import repvgg_deploy.{name}") & (set(HEAVY) - allowed)
+
+
+def test_public_names_are_callable_also_after_all_modules_were_imported() -> None:
+    pytest.importorskip("torch")
+    fresh = "import repvgg_deploy\nfor name in repvgg_deploy.__all__:\n    assert callable(getattr(repvgg_deploy, name)), name"
+    loaded_after(fresh)
+    everything = "; ".join(f"import {TOP}.{m.name}" for m in MODULES if m.name and m.name != "__main__")
+    loaded_after(f"{everything}\n{fresh}")
+    assert not set(repvgg_deploy.__all__) & set(ROOMS)

@@ -19,7 +19,7 @@ import pytest
 
 from repvgg_deploy.build import build, library
 from repvgg_deploy.build.build import GpuSearch
-from repvgg_deploy.build.compile import Gpu
+from repvgg_deploy.build.library import Gpu
 from repvgg_deploy.cli import trt
 from repvgg_deploy.cli.trt import main as repvgg_trt
 from tests.endless import Stage, start_endless

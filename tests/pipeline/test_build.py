@@ -20,8 +20,8 @@ import pytest
 from repvgg_deploy.build import build, source
 from repvgg_deploy.build import build as build_module
 from repvgg_deploy.build.build import BuildResult, GpuSearch, build_plan
-from repvgg_deploy.build.compile import Gpu
 from repvgg_deploy.build.deliver import deliver, refresh_passport
+from repvgg_deploy.build.library import Gpu
 from repvgg_deploy.build.options import BuildOptions
 from repvgg_deploy.errors import ArtifactError, BuildError, CudaError, InputError, MissingDependencyError, ModelError, RepVGGDeployError
 from repvgg_deploy.files.onnx import read_graph, read_metadata

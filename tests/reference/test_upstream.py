@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from repvgg_deploy import upstream
 from repvgg_deploy.errors import ArtifactError, CheckpointError, InputError
-from repvgg_deploy.model import upstream
 from repvgg_deploy.model.block import DeployBlock, TrainingBlock
 from repvgg_deploy.model.checkpoint.load import build_model, load_checkpoint, save_deploy
 from repvgg_deploy.model.network import RepVGG
-from repvgg_deploy.model.upstream import create_RepVGG_A0, create_RepVGG_D2se, create_RepVGGplus_L2pse, get_RepVGG_func_by_name, repvgg_model_convert
 from repvgg_deploy.specs.variants import PUBLISHED
+from repvgg_deploy.upstream import create_RepVGG_A0, create_RepVGG_D2se, create_RepVGGplus_L2pse, get_RepVGG_func_by_name, repvgg_model_convert
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = [name if name.startswith("RepVGG") else f"RepVGG-{name}" for name in PUBLISHED]

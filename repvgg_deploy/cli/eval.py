@@ -8,14 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ArtifactError, InputError
-from ..evaluate.accuracy import AccuracyReport, Answer, ClassAccuracy, evaluate
 from ..evaluate.figures import require_drawable, save_figure
 from ..evaluate.plots import AccuracyRow, ClassBar, draw_accuracy, draw_confusion
-from ..images.sets import ImageSet, SetOptions, classes_of, open_images
-from ..runtime.engine import Engine
-from ..runtime.options import EngineOptions
-from .common import Output, Progress
-from .tables import format_pairs, format_table
+from .common import Output, Progress, format_pairs, format_table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +19,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
+    from ..evaluate.accuracy import AccuracyReport, Answer, ClassAccuracy
+    from ..images.sets import ImageSet
+    from ..runtime.engine import Engine
+
 
 def execute(args: argparse.Namespace) -> Output:
     """Runs the subcommand.
@@ -31,6 +30,9 @@ def execute(args: argparse.Namespace) -> Output:
     Raises:
         RepVGGDeployError: The model or the images cannot be used.
     """
+    from ..evaluate.accuracy import evaluate
+    from ..images.sets import SetOptions, classes_of, open_images
+
     if args.plot is not None:
         require_drawable(Path(args.plot))
     with open_engine(args.model, args) as engine:
@@ -48,6 +50,9 @@ def execute(args: argparse.Namespace) -> Output:
 
 def open_engine(model: str, args: argparse.Namespace) -> Engine:
     """The Engine of a model, warmed up where its image size is known."""
+    from ..runtime.engine import Engine
+    from ..runtime.options import EngineOptions
+
     engine = Engine(model, device=args.device, backend=args.backend, options=EngineOptions(intra_op_threads=args.threads))
     with contextlib.suppress(InputError):
         engine.warm_up()

@@ -13,17 +13,13 @@ import numpy as np
 from ..errors import InputError, ModelError, RepVGGDeployError
 from ..images.classes import read_labels
 from ..images.decode import list_images
-from ..runtime.engine import Engine
-from ..runtime.options import EngineOptions
-from ..runtime.results import rank_classes
-from .common import Output, Progress
-from .tables import format_table
+from .common import Output, Progress, format_table
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from ..runtime.engine import Engine
     from ..specs.values import ModelSpec
-
 
 _USUAL_TOP = 5
 
@@ -58,6 +54,9 @@ def execute(args: argparse.Namespace) -> Output:
     Raises:
         RepVGGDeployError: The model or the labels cannot be used; what is wrong with an image is in the output.
     """
+    from ..runtime.engine import Engine
+    from ..runtime.options import EngineOptions
+
     with Engine(args.model, device=args.device, backend=args.backend, options=EngineOptions(intra_op_threads=args.threads)) as engine:
         labels = _choose_labels(engine.spec, args)
         answers = _answer(engine, labels, args)
@@ -116,6 +115,8 @@ def _answer(engine: Engine, labels: tuple[str, ...] | None, args: argparse.Names
 
 def _answer_batch(engine: Engine, files: Sequence[Path], labels: tuple[str, ...] | None, top: int) -> list[Answer]:
     """Answers several images at once, or one by one where one of them is unusable."""
+    from ..runtime.results import rank_classes
+
     try:
         result = engine.infer_images(files)
     except InputError as error:

@@ -8,28 +8,15 @@ import shlex
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..build.build import look_for_gpu
 from ..errors import InputError
-from ..measure.advise import (
-    EFFICIENCY,
-    PUBLISHED_V100_MS,
-    Advice,
-    Assumptions,
-    Choice,
-    Measured,
-    Nearest,
-    Wish,
-    advise,
-    choose_files,
-    find_nearest,
-    unused_models,
-)
-from ..measure.peaks import find_gpu_peaks, look_up_gpu
-from ..measure.records import read_benchmark
 from ..measure.roofline import Ceiling
-from .common import Output
-from .tables import format_pairs, format_table
+from .common import Output, format_pairs, format_table
+
+if TYPE_CHECKING:
+    from ..measure.advise import Advice, Assumptions, Choice, Measured, Nearest, Wish
 
 _NOTE_COLUMNS = 68  # beside the names of the notes, within 80
 _GROUPED = """variants with groups (…g2, …g4) lose at batch 1, although they have fewer multiply-accumulates: each group is a small
@@ -53,6 +40,8 @@ def execute(args: argparse.Namespace) -> Output:
     Raises:
         RepVGGDeployError: A file cannot be read, the GPU is not known, or there is nothing to choose from.
     """
+    from ..measure.advise import EFFICIENCY, Assumptions, Nearest, Wish, advise, find_nearest
+
     wish = Wish(args.slo_ms, args.min_top1, args.batch, args.precision, args.int8_drop)
     assumptions = Assumptions({name: args.efficiency or value for name, value in EFFICIENCY.items()}, args.overhead_us)
     ground = _find_ground(args)
@@ -76,6 +65,10 @@ def execute(args: argparse.Namespace) -> Output:
 
 
 def _find_ground(args: argparse.Namespace) -> _Ground:
+    from ..measure.advise import Measured, choose_files, unused_models
+    from ..measure.peaks import find_gpu_peaks, look_up_gpu
+    from ..measure.records import read_benchmark
+
     measured = tuple(Measured(path.name, read_benchmark(path)) for path in args.measured)
     device = args.gpu or (measured[0].benchmark.device.name if measured else None)
     if device is None:
@@ -160,6 +153,8 @@ The FP32 constants were fitted to TensorRT 8.0 on a V100, the others are assumed
 
 
 def _grouped() -> str:
+    from ..measure.advise import PUBLISHED_V100_MS
+
     return _GROUPED.format(PUBLISHED_V100_MS["B1g4"][0], PUBLISHED_V100_MS["B1"][0], PUBLISHED_V100_MS["B1g4"][1], PUBLISHED_V100_MS["B1"][1])
 
 

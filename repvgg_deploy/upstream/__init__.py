@@ -1,6 +1,6 @@
 """The entry points of the original RepVGG code, by their names, for those who come from it.
 
-`from repvgg_deploy.reference.upstream import create_RepVGG_A0, repvgg_model_convert` replaces `from repvgg import …`. State dicts have the same keys,
+`from repvgg_deploy.upstream import create_RepVGG_A0, repvgg_model_convert` replaces `from repvgg import …`. State dicts have the same keys,
 so that published checkpoints, and yours, load as before. Where the original fails or misleads, this differs, and says so below.
 
 Source: names, signatures, key names and behaviour of https://github.com/DingXiaoH/RepVGG (MIT); the code is this project's own.
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..files.output import atomic_output
+from ..model.fold import reparameterize
+from ..model.network import RepVGG
 from ..specs.variants import PUBLISHED
-from .fold import reparameterize
-from .network import RepVGG
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -9,12 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..files.onnx import GraphSummary, WeightedNode, count_weights, describe_shares, precision_of, read_graph, share_by_precision, weighted_nodes
-from ..runtime.opening import as_path, read_model
 from ..specs import codec
 from ..specs.values import Certificate, ModelMetadata, ModelSpec, TensorSpec, VariantSpec
 from ..specs.variants import LayerRow, image_size, layer_rows
-from .common import Output
-from .tables import format_pairs, format_table, show_bytes
+from .common import Output, format_pairs, format_table, show_bytes
 
 _FEW_LABELS = 3
 _DIGEST_LETTERS = 64
@@ -26,6 +24,8 @@ def execute(args: argparse.Namespace) -> Output:
     Raises:
         ModelError: The file is not a complete, unchanged model of ours.
     """
+    from ..runtime.opening import as_path, read_model
+
     path = as_path(args.model)
     metadata, graph = read_model(path), read_graph(path)
     size = image_size(metadata.spec)

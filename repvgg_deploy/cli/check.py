@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
-from ..build.judge import CheckResult, check_plan
 from ..errors import PlanIncompatibleError
 from ..files.plan_place import FLAVOURS, Compatible
 from ..specs.values import PlanPassport, ShapeProfile
-from .common import Output
-from .tables import format_pairs, show_bytes
+from .common import Output, format_pairs, show_bytes
+
+if TYPE_CHECKING:
+    from ..build.judge import CheckResult
 
 
 def execute(args: argparse.Namespace) -> Output:
@@ -19,6 +21,8 @@ def execute(args: argparse.Namespace) -> Output:
         PlanError: The plan or its passport is missing, damaged, or they do not belong together.
         InputError: The target names no known GPU.
     """
+    from ..build.judge import check_plan
+
     result = check_plan(args.plan, args.target)
     verdict = result.verdict
     errors = () if isinstance(verdict, Compatible) else (PlanIncompatibleError(f"{args.plan}: {verdict.reason}", remedy=verdict.remedy),)

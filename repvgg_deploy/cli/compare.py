@@ -13,22 +13,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import InputError
-from ..evaluate.agreement import AgreementReport, Kind, ModelAccuracy, compare, compare_layers, first_below
 from ..evaluate.figures import require_drawable
 from ..evaluate.plots import AccuracyRow, SqnrSeries, draw_accuracy, draw_layer_sqnr
 from ..images.decode import normalize
-from ..images.sets import ImageSet, SetOptions, classes_of, open_images
 from ..specs.values import ModelSpec, TensorSpec
-from .common import Output, Progress
-from .tables import format_pairs, format_table
-from .trt_eval import draw, infer, open_engine, show_share
+from .common import Output, Progress, format_pairs, format_table
+from .eval import draw, infer, open_engine, show_share
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-logger = logging.getLogger(__name__)
+    from ..evaluate.agreement import AgreementReport, Kind, ModelAccuracy
+    from ..images.sets import ImageSet
 
+logger = logging.getLogger(__name__)
 _LAYER_BATCH = 4  # every layer's output is in memory, of both models
 
 
@@ -53,6 +52,9 @@ def execute(args: argparse.Namespace) -> Output:
     Raises:
         RepVGGDeployError: A model or the images cannot be used, or the two cannot be compared.
     """
+    from ..evaluate.agreement import compare
+    from ..images.sets import SetOptions, open_images
+
     if args.plot is not None:
         require_drawable(Path(args.plot))
     with open_engine(args.reference, args) as one, open_engine(args.other, args) as two:
@@ -105,6 +107,8 @@ def _from_pixels(spec: ModelSpec) -> Callable[[NDArray[Any]], NDArray[Any]]:
 
 
 def _require_same_classes(args: argparse.Namespace, reference: ModelSpec, other: ModelSpec) -> None:
+    from ..images.sets import classes_of
+
     one, two = classes_of(reference), classes_of(other)
     if None not in (one.count, two.count) and one.count != two.count:
         raise InputError(f"{args.reference} has {one.count} classes, {args.other} has {two.count}", remedy="compare two models of the same classes")
@@ -120,6 +124,9 @@ def _common_kind(reference: ModelSpec, other: ModelSpec) -> Kind | None:
 
 def _with_layers(report: AgreementReport, inputs: _Inputs, specs: tuple[ModelSpec, ModelSpec], args: argparse.Namespace) -> AgreementReport:
     """The report with a comparison layer by layer, or with the reason why there is none."""
+    from ..evaluate.agreement import compare_layers, first_below
+    from ..images.sets import SetOptions, open_images
+
     if not args.layer_images:
         return dataclasses.replace(report, layers_note="not asked for")
     try:

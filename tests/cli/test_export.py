@@ -18,8 +18,8 @@ from repvgg_deploy.cli.export import build_parser, main
 from repvgg_deploy.files import output
 from repvgg_deploy.specs.variants import get_variant
 from tests.endless import Stage, start_endless
-from tests.reference.generated import random_model
-from tests.reference.random_blocks import small_variant
+from tests.model.generated import random_model
+from tests.model.random_blocks import small_variant
 from tests.waiting import PATIENCE_SECONDS
 
 SIZE = ["--image-size", "64"]

@@ -19,7 +19,7 @@ import pytest
 
 import repvgg_deploy
 from repvgg_deploy import errors
-from tests.contract.source_tree import ROOT, imports, modules
+from tests.contract.source_tree import ROOT, modules, references
 
 DOCS = ROOT / "docs"
 needs_mkdocs = pytest.mark.skipif(
@@ -142,7 +142,7 @@ def test_reference_has_what_the_programs_call_and_what_modules_export(pages: dic
     documented = {anchor.rpartition(".")[2] for anchor in anchors if anchor.startswith("repvgg_deploy.")}
     called: set[str] = set()
     for module in modules():
-        for name, _ in imports(module) if module.layer == "cli" else ():
+        for name, _ in references(module) if module.layer == "cli" else ():
             parts = name.split(".")
             home = importlib.import_module(".".join(parts[:-1])) if parts[1:] and parts[0] == "repvgg_deploy" and parts[1] in STAGES else None
             if home is not None and inspect.isroutine(getattr(home, parts[-1], None)):

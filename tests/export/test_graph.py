@@ -23,8 +23,8 @@ from repvgg_deploy.images.decode import default_preprocessing
 from repvgg_deploy.model.network import RepVGG
 from repvgg_deploy.specs.values import ModelSpec, VariantSpec
 from repvgg_deploy.specs.variants import PUBLISHED
-from tests.reference.generated import random_model
-from tests.reference.random_blocks import small_variant
+from tests.model.generated import random_model
+from tests.model.random_blocks import small_variant
 
 SIZE = (64, 96)
 OPTIONS = [

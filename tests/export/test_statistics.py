@@ -9,8 +9,8 @@ from repvgg_deploy.export.statistics import collect_statistics
 from repvgg_deploy.model.block import TrainingBlock
 from repvgg_deploy.model.network import RepVGG
 from repvgg_deploy.specs.values import BlockKind, ChannelStatistics
-from tests.reference.generated import random_model
-from tests.reference.random_blocks import KINDS, small_variant
+from tests.model.generated import random_model
+from tests.model.random_blocks import KINDS, small_variant
 
 
 def decode(statistics: ChannelStatistics) -> tuple[np.ndarray, np.ndarray]:

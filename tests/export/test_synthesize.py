@@ -16,8 +16,8 @@ from repvgg_deploy.model.block import TrainingBlock
 from repvgg_deploy.model.network import RepVGG
 from repvgg_deploy.specs.values import BlockKind, SePosition, VariantSpec
 from repvgg_deploy.specs.variants import PUBLISHED
-from tests.reference.generated import SMALL_PLUS, random_model
-from tests.reference.random_blocks import small_variant
+from tests.model.generated import SMALL_PLUS, random_model
+from tests.model.random_blocks import small_variant
 
 VARIANTS: dict[str, VariantSpec] = {
     "repvgg": small_variant(),

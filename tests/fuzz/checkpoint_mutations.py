@@ -31,7 +31,7 @@ from repvgg_deploy.errors import RepVGGDeployError
 from repvgg_deploy.model.checkpoint.load import build_model, load_checkpoint
 from repvgg_deploy.specs import codec
 from repvgg_deploy.specs.values import VariantSpec
-from tests.reference.generated import random_model, rename, write_paddle
+from tests.model.generated import random_model, rename, write_paddle
 
 TINY = VariantSpec("tiny", (1, 1, 2, 1), (4, 4, 4, 8, 8), (1, 1, 2, 1, 2, 1), num_classes=3)
 CASE_SECONDS = 10  # of the processor's time: however busy the machine is

@@ -22,8 +22,8 @@ from repvgg_deploy.specs import codec
 from repvgg_deploy.specs.values import PlanPassport
 from tests.fakes.cuda import FakeCuda
 from tests.fakes.tensorrt import Faults, make_module, make_plan
+from tests.files.make_passport import make_passport
 from tests.runtime.make_model import ModelOptions, make_onnx
-from tests.runtime.make_passport import make_passport
 
 
 @dataclass

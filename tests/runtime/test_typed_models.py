@@ -16,8 +16,8 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from repvgg_deploy.errors import InputError
 from repvgg_deploy.runtime.engine import Engine
 from repvgg_deploy.specs.values import ModelMetadata, TensorSpec
+from tests.runtime.cpu.test_onnxruntime import CPU, FakeRuntime, install
 from tests.runtime.make_model import ModelOptions, make_metadata, make_onnx, random_batch, write_bound
-from tests.runtime.test_onnxruntime_backend import CPU, FakeRuntime, install
 
 OPTIONS = ModelOptions(classes=8)
 

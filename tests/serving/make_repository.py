@@ -11,7 +11,7 @@ import pytest
 
 from repvgg_deploy.serving.config import parse_config, print_config
 from repvgg_deploy.specs import codec
-from tests.runtime.make_passport import make_passport
+from tests.files.make_passport import make_passport
 
 needs_schema = pytest.mark.skipif(importlib.util.find_spec("tritonclient") is None, reason="tritonclient, Triton's schema, is not installed")
 

@@ -1,0 +1,214 @@
+"""The cache of plans: content-keyed, whole or absent, shared by processes."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+
+from repvgg_deploy.build.cache import PlanCache, cache_folder, make_key
+from repvgg_deploy.specs import codec
+from repvgg_deploy.specs.values import PlanPassport
+from tests.files.make_passport import make_passport
+
+KEY, OTHER = "a" * 64, "b" * 64
+
+
+def entry(content: bytes = b"ftrt plan") -> tuple[bytes, PlanPassport]:
+    return content, make_passport(plan_sha256=hashlib.sha256(content).hexdigest())
+
+
+def test_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("REPVGG_DEPLOY_CACHE", str(tmp_path / "own"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "own"
+    monkeypatch.delenv("REPVGG_DEPLOY_CACHE")
+    assert cache_folder() == tmp_path / "xdg" / "repvgg-deploy"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == tmp_path / ".cache" / "repvgg-deploy"
+
+
+def test_key_changes_with_every_part() -> None:
+    base = {"onnx": "x", "config": [1, 2]}
+    assert make_key(base) == make_key(dict(reversed(base.items())))
+    assert len({make_key(base), make_key({**base, "onnx": "y"}), make_key({**base, "config": [2, 1]}), make_key({**base, "gpu": None})}) == 4
+
+
+def test_plan_is_found_as_it_was_stored(tmp_path: Path) -> None:
+    cache = PlanCache(tmp_path / "cache")
+    plan, passport = entry()
+    assert cache.find(KEY) is None
+    cache.store(KEY, plan, passport)
+    found = cache.find(KEY)
+    assert found is not None and found.passport == passport and found.data == b"ftrt plan"
+    assert cache.find(OTHER) is None
+    assert [path.name for path in (tmp_path / "cache" / "plans").iterdir()] == [KEY]
+
+
+@pytest.mark.parametrize("damage", ["plan", "no plan", "passport", "no passport", "not text"])
+def test_damaged_entry_is_removed_and_said(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    cache = PlanCache(tmp_path / "cache")
+    cache.store(KEY, *entry())
+    folder = tmp_path / "cache" / "plans" / KEY
+    if damage == "plan":
+        (folder / "plan").write_bytes(b"ftrt plam")
+    elif damage == "passport":
+        (folder / "passport.json").write_text("{}")
+    elif damage == "not text":
+        (folder / "passport.json").write_bytes(b"\xff")
+    else:
+        (folder / {"no plan": "plan", "no passport": "passport.json"}[damage]).unlink()
+    assert cache.find(KEY) is None and not folder.exists()
+    assert damage.startswith("no p") or "cached plan" in caplog.text
+    cache.store(KEY, *entry())
+    assert cache.find(KEY) is not None
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_entry_that_another_process_removes_while_it_is_read_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, whole: bool
+) -> None:
+    cache = PlanCache(tmp_path / "cache")
+    cache.store(KEY, *entry())
+    folder, real = tmp_path / "cache" / "plans" / KEY, codec.loads
+
+    def remove(kind: type[PlanPassport], text: str) -> PlanPassport:
+        shutil.rmtree(folder) if whole else (folder / "plan").unlink()
+        return real(kind, text)
+
+    monkeypatch.setattr(codec, "loads", remove)
+    assert cache.find(KEY) is None and not folder.exists()
+    assert caplog.text == ""  # nothing is wrong
+
+
+def test_plan_that_was_found_stays_whole_when_its_entry_goes(tmp_path: Path) -> None:
+    cache = PlanCache(tmp_path / "cache", limit_bytes=10)
+    cache.store(KEY, *entry())
+    found = cache.find(KEY)
+    cache.store(OTHER, *entry(b"ftrt a larger plan"))  # makes room
+    assert not (tmp_path / "cache" / "plans" / KEY).exists()
+    assert found is not None and found.data == b"ftrt plan"
+
+
+def test_cache_that_is_deleted_while_it_is_tidied_costs_no_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def vanish(self: Path) -> None:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(Path, "iterdir", vanish)
+    PlanCache(tmp_path / "cache").store(KEY, *entry())
+    assert "No such file or directory" in caplog.text
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o755), (0o002, 0o775), (0o077, 0o700)])
+def test_users_who_share_the_folder_share_the_plans(tmp_path: Path, mask: int, mode: int) -> None:
+    before = os.umask(mask)
+    try:
+        cache = PlanCache(tmp_path / "cache")
+        cache.store(KEY, *entry())
+        cache.store_request(OTHER, KEY)
+    finally:
+        os.umask(before)
+    folder = tmp_path / "cache" / "plans" / KEY
+    files = [folder / "plan", folder / "passport.json", tmp_path / "cache" / "requests" / OTHER]
+    assert folder.stat().st_mode & 0o777 == mode
+    assert {path.stat().st_mode & 0o777 for path in files} == {mode & 0o666}
+
+
+def test_request_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    PlanCache(tmp_path / "cache").store_request(OTHER, KEY)
+    assert "No space left" in caplog.text and list((tmp_path / "cache" / "requests").iterdir()) == []
+
+
+def test_what_was_abandoned_counts_no_more_once_it_is_gone(tmp_path: Path) -> None:
+    plans = tmp_path / "cache" / "plans"
+    partial = plans / ".partial-old"
+    partial.mkdir(parents=True)
+    (partial / "plan").write_bytes(b"x" * 50_000)
+    os.utime(partial, (1, 1))
+    cache = PlanCache(tmp_path / "cache", limit_bytes=50_000)
+    cache.store(KEY, *entry())
+    assert not partial.exists()
+    partial.mkdir()
+    (partial / "plan").write_bytes(b"x" * 50_000)
+    os.utime(partial, (1, 1))
+    cache.store(OTHER, *entry(b"2"))
+    assert cache.find(KEY) is not None and cache.find(OTHER) is not None
+
+
+def test_entry_whose_time_may_not_be_set_is_used_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache on a disk that is only read, or of another user."""
+    cache = PlanCache(tmp_path / "cache")
+    cache.store(KEY, *entry())
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert cache.find(KEY) is not None and cache.find(KEY) is not None
+
+
+def test_least_recently_used_plans_make_room(tmp_path: Path) -> None:
+    cache = PlanCache(tmp_path / "cache", limit_bytes=3 * 22_500)
+    for index, key in enumerate("abc"):
+        cache.store(key * 64, *entry(bytes([index]) * 20_000))
+        os.utime(tmp_path / "cache" / "plans" / (key * 64), (index, index))
+    assert cache.find("a" * 64) is not None  # used again: now b was not used for longest
+    cache.store("d" * 64, *entry(b"d" * 20_000))
+    assert cache.find("b" * 64) is None
+    assert all(cache.find(key * 64) for key in "acd")
+
+
+def test_plan_larger_than_the_limit_is_kept_alone(tmp_path: Path) -> None:
+    cache = PlanCache(tmp_path / "cache", limit_bytes=10)
+    cache.store(KEY, *entry(b"1" * 100))
+    cache.store(OTHER, *entry(b"2" * 100))
+    assert cache.find(KEY) is None and cache.find(OTHER) is not None
+
+
+def test_many_that_store_the_same_plan_leave_one_whole_entry(tmp_path: Path) -> None:
+    cache, barrier, found = PlanCache(tmp_path / "cache"), threading.Barrier(8), []
+    plan, passport = entry(b"x" * 100_000)
+
+    def work() -> None:
+        barrier.wait(300)
+        cache.store(KEY, plan, passport)
+        found.append(cache.find(KEY))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(300)
+    assert len(found) == 8 and all(item is not None and item.passport == passport for item in found)
+    assert [path.name for path in (tmp_path / "cache" / "plans").iterdir()] == [KEY]
+
+
+def test_cache_that_cannot_be_written_costs_no_build(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "cache").write_text("a file, not a folder")
+    cache = PlanCache(tmp_path / "cache")
+    with caplog.at_level(logging.WARNING):
+        cache.store(KEY, *entry())
+        cache.store_request(OTHER, KEY)
+    assert cache.find(KEY) is None and cache.find_request(OTHER) is None
+    assert "the plan was not put into the cache" in caplog.text and "the request was not put into the cache" in caplog.text
+
+
+def test_request_leads_to_its_plan(tmp_path: Path) -> None:
+    cache = PlanCache(tmp_path / "cache")
+    assert cache.find_request(OTHER) is None
+    cache.store_request(OTHER, KEY)
+    assert cache.find_request(OTHER) == KEY
+    (tmp_path / "cache" / "requests" / OTHER).write_text("../../etc")
+    assert cache.find_request(OTHER) is None

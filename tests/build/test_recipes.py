@@ -1,0 +1,205 @@
+"""What each TensorRT version is told for the same graphs: one recipe, whose precision is the graph's."""
+
+from __future__ import annotations
+
+import enum
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from repvgg_deploy.build.compile import build
+from repvgg_deploy.build.library import Library
+from repvgg_deploy.build.recipes import require_options, resolve_targets
+from repvgg_deploy.errors import BuildError, CudaError
+from repvgg_deploy.files.onnx import read_metadata
+from repvgg_deploy.specs.values import BuildConfig, ShapeProfile
+from tests.build.fake_trt import PLAN, FakeTrt, Faults, flags_of
+from tests.build.make_typed import A10, make_job, make_typed
+
+VERSIONS = ("8.5.3.1", "8.6.1", "10.0.1", "10.9.0.34", "10.16.1.11", "11.4.0.106")
+WEAK = ("8.5.3.1", "8.6.1")
+FP16_8 = {"FP16": True, "OBEY_PRECISION_CONSTRAINTS": True, "TF32": False}
+OFF = {"TF32": False}
+
+
+def build_fake(version: str, path: Path, config: BuildConfig | None = None, faults: Faults | None = None, **changes: Any) -> tuple[FakeTrt, Any]:
+    trt = FakeTrt(version, path, read_metadata(path).spec, faults)
+    return trt, build(Library("tensorrt", trt, version), make_job(path, config, **{"gpu": A10, **changes}))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(
+    ("typing", "weak_flags"), [("fp32", OFF), ("fp16", FP16_8), ("int8", {"INT8": True, "TF32": False}), ("mixed", None)], ids=lambda v: str(v)[:5]
+)
+def test_precision_comes_from_the_graph_on_every_version(tmp_path: Path, version: str, typing: str, weak_flags: dict[str, bool] | None) -> None:
+    path = make_typed(tmp_path, typing)
+    if version in WEAK and weak_flags is None:
+        with pytest.raises(BuildError, match="needs FP32 beside INT8") as caught:
+            build_fake(version, path)
+        assert "quantize --int8 --target trt8" in caught.value.remedy
+        return
+    trt, built = build_fake(version, path)
+    networks = {8: ("EXPLICIT_BATCH",), 10: ("STRONGLY_TYPED",), 11: ()}[int(version.split(".", maxsplit=1)[0])]
+    assert trt.said("network") == [networks]
+    assert flags_of(trt) == (weak_flags if version in WEAK else OFF)
+    assert bytes(built.data) == PLAN
+    assert trt.said("profile") == [("input", (1, 3, 16, 16), (8, 3, 16, 16), (32, 3, 16, 16))]
+    assert [value.name for value in trt.said("profiling_verbosity")] == ["DETAILED"]
+
+
+@pytest.mark.parametrize("version", WEAK)
+def test_tensorrt_8_is_given_the_type_of_every_float_layer_of_an_fp16_graph(tmp_path: Path, version: str) -> None:
+    trt, _ = build_fake(version, make_typed(tmp_path, "fp16", "uint8_top5"))
+    half, single = trt.DataType.HALF, trt.DataType.FLOAT
+    convolutions = [layer for layer in trt.layers if layer.type == trt.LayerType.CONVOLUTION]
+    assert len(convolutions) == 5 and all((layer.precision, layer.output_types) == (half, {0: half}) for layer in convolutions)
+    product, summed = (layer for layer in trt.layers if layer.name.startswith("linear"))
+    assert product.precision == summed.precision == half  # one Gemm, two layers, and only the second has the node's output
+    casts = [layer for layer in trt.layers if layer.type == trt.LayerType.CAST]
+    assert casts and all(layer.precision is None for layer in casts)
+    top = next(layer for layer in trt.layers if layer.type == trt.LayerType.TOPK)
+    assert top.output_types == {0: single} and top.precision == single  # scores; class numbers are integers and stay
+
+
+@pytest.mark.parametrize("typing", ["fp32", "int8"])
+@pytest.mark.parametrize("version", WEAK)
+def test_tensorrt_8_layers_of_other_graphs_are_left_alone(tmp_path: Path, version: str, typing: str) -> None:
+    trt, _ = build_fake(version, make_typed(tmp_path, typing))
+    assert trt.layers and all(layer.precision is None and layer.output_types == {} for layer in trt.layers)
+
+
+@pytest.mark.parametrize("version", [v for v in VERSIONS if v not in WEAK])
+def test_strongly_typed_versions_set_no_layer(tmp_path: Path, version: str) -> None:
+    trt, _ = build_fake(version, make_typed(tmp_path, "fp16"))
+    assert trt.layers and all(layer.precision is None and layer.output_types == {} for layer in trt.layers)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_options_reach_the_builder(tmp_path: Path, version: str) -> None:
+    config = BuildConfig(workspace_bytes=123, tf32=True, sparse=True, profile=ShapeProfile(2, 3, 4))
+    if version != "8.5.3.1":
+        config = BuildConfig(None, ShapeProfile(2, 3, 4), 123, True, 5, True, True, True)
+    trt, _ = build_fake(version, make_typed(tmp_path, "fp32"), config)
+    assert trt.said("memory") == [("WORKSPACE", 123)]
+    assert trt.said("profile")[0][1:] == ((2, 3, 16, 16), (3, 3, 16, 16), (4, 3, 16, 16))
+    wanted = {"TF32": True, "SPARSE_WEIGHTS": True}
+    if version == "8.5.3.1":
+        assert flags_of(trt) == wanted
+        return
+    assert flags_of(trt) == {**wanted, "VERSION_COMPATIBLE": True}
+    assert trt.said("builder_optimization_level") == [5]
+    assert [level.name for level in trt.said("hardware_compatibility_level")] == ["AMPERE_PLUS"]
+    assert trt.said("host_code") == [True]  # such a plan carries code, and would not load without
+
+
+@pytest.mark.parametrize(
+    ("config", "flag"),
+    [
+        (BuildConfig(optimization_level=3), "--optimization-level"),
+        (BuildConfig(version_compatible=True), "--version-compatible"),
+        (BuildConfig(hardware_compatible=True), "--hardware-compatible"),
+    ],
+)
+def test_tensorrt_8_5_refuses_what_came_later(tmp_path: Path, config: BuildConfig, flag: str) -> None:
+    with pytest.raises(BuildError, match=f"TensorRT 8.5.3.1 has no {flag}: it came with 8.6"):
+        build_fake("8.5.3.1", make_typed(tmp_path, "fp32"), config)
+
+
+def test_tensorrt_8_refuses_an_operator_set_that_it_does_not_know(tmp_path: Path) -> None:
+    path = make_typed(tmp_path, "fp32")
+    job = make_job(path)
+    from dataclasses import replace
+
+    trt = FakeTrt("8.6.1", path, job.spec)
+    with pytest.raises(BuildError, match="operator sets up to 17, and the graph is of 19") as caught:
+        build(Library("tensorrt", trt, "8.6.1"), replace(job, graph=replace(job.graph, opset=19), gpu=A10))
+    assert "--opset 17" in caught.value.remedy
+
+
+def test_targets_are_of_tensorrt_rtx() -> None:
+    with pytest.raises(BuildError, match="--target is of TensorRT-RTX"):
+        require_options(Library("tensorrt", None, "10.9.0.34"), BuildConfig(), ("8.6",))
+
+
+def rtx(capabilities: str) -> Library:
+    known = enum.IntEnum("ComputeCapability", f"NONE CURRENT {capabilities}")
+    return Library("tensorrt_rtx", types.SimpleNamespace(ComputeCapability=known), "1.7.1.116")
+
+
+def test_rtx_targets_by_default_are_all_that_it_knows_but_turing() -> None:
+    assert resolve_targets(rtx("SM75 SM120 SM86 SM80"), (), None) == ("8.0", "8.6", "12.0")
+    assert resolve_targets(rtx("SM75 SM86"), ("7.5", "8.6", "7.5"), None) == ("7.5", "8.6")
+    with pytest.raises(BuildError, match=r"builds for compute capability 7\.5, 8\.6, not for 8\.9"):
+        resolve_targets(rtx("SM75 SM86"), ("8.6", "8.9"), "8.9")
+
+
+def test_rtx_target_current_is_the_gpu_that_is_here() -> None:
+    assert resolve_targets(rtx("SM86"), ("current", "8.6"), "9.0") == ("9.0", "8.6")
+    with pytest.raises(CudaError, match="the target is the current GPU"):
+        resolve_targets(rtx("SM86"), ("current",), None)
+
+
+def test_tensorrt_builds_for_the_gpu_that_is_here() -> None:
+    assert resolve_targets(Library("tensorrt", None, "10.9.0.34"), (), "8.6") == ("8.6",)
+
+
+def test_tensorrt_needs_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(CudaError, match="builds on the GPU that the plan is for, and there is none here") as caught:
+        build_fake("10.9.0.34", make_typed(tmp_path, "fp32"), gpu=None)
+    assert "--backend rtx" in caught.value.remedy
+
+
+def test_class_numbers_of_tensorrt_8_are_int32(tmp_path: Path) -> None:
+    path = make_typed(tmp_path, "fp32", "uint8_top5")
+    assert build_fake("8.5.3.1", path)[1].output_types == {"scores": "float32", "classes": "int32"}
+    assert build_fake("10.9.0.34", path)[1].output_types == {"scores": "float32", "classes": "int64"}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_parser_error_names_the_node_and_quotes_tensorrt(tmp_path: Path, version: str) -> None:
+    path = make_typed(tmp_path, "fp32")
+    faults = Faults(parser=((2, "In node 2 (importConv): INVALID_NODE: weights are missing"),))
+    with pytest.raises(BuildError) as caught:
+        build_fake(version, path, faults=faults)
+    name = make_job(path).graph.nodes[2].name
+    assert f"TensorRT {version}'s parser refuses the graph:\n    node {name} (Conv): In node 2 (importConv): INVALID_NODE" in caught.value.message
+
+
+def test_builder_error_names_the_node_and_quotes_tensorrt(tmp_path: Path) -> None:
+    faults = Faults(builder=("[optimizer.cpp] Could not find any implementation for node stage1.conv.", "second", "second"))
+    with pytest.raises(BuildError) as caught:
+        build_fake("10.9.0.34", make_typed(tmp_path, "fp32"), faults=faults)
+    assert "could not build the plan at stage1.conv:\n    [optimizer.cpp] Could not" in caught.value.message
+    assert caught.value.message.count("second") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "remedy"),
+    [
+        ("Requested amount of GPU memory could not be allocated: out of memory", "--max-batch"),
+        ("insufficient workspace for tactic", "--workspace"),
+        ("CUDA initialization failure with error: 35", "nvidia-smi"),
+        ("something else", "-vv"),
+    ],
+)
+def test_builder_error_has_a_remedy_that_fits(tmp_path: Path, line: str, remedy: str) -> None:
+    with pytest.raises(BuildError) as caught:
+        build_fake("10.9.0.34", make_typed(tmp_path, "fp32"), faults=Faults(builder=(line,)))
+    assert remedy in caught.value.remedy
+
+
+def test_builder_that_cannot_start_quotes_tensorrt(tmp_path: Path) -> None:
+    with pytest.raises(CudaError, match="cannot start its builder:\n    CUDA initialization failure with error: 35"):
+        build_fake("10.9.0.34", make_typed(tmp_path, "fp32"), faults=Faults(no_builder=True))
+
+
+def test_profile_that_is_refused_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="refuses the batch sizes"):
+        build_fake("10.9.0.34", make_typed(tmp_path, "fp32"), faults=Faults(profile=True))
+
+
+def test_plan_that_does_not_load_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="cannot load the plan that it has just built"):
+        build_fake("10.9.0.34", make_typed(tmp_path, "fp32"), faults=Faults(no_engine=True))

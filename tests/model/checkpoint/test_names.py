@@ -1,0 +1,255 @@
+"""Every family in both forms is recognised, and computes what its source computes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from repvgg_deploy.errors import CheckpointError
+from repvgg_deploy.model.checkpoint.load import build_model, load_checkpoint, save_deploy
+from repvgg_deploy.model.checkpoint.names import translate
+from repvgg_deploy.model.checkpoint.structure import expected_shapes, infer_structure
+from repvgg_deploy.specs.values import VariantSpec
+from repvgg_deploy.specs.variants import PUBLISHED, architecture_of, get_variant
+from tests.model.generated import (
+    CASES,
+    SMALL,
+    SMALL_PLUS,
+    SMALL_SE,
+    SQUARE,
+    Case,
+    family_state,
+    outputs,
+    random_model,
+    rename,
+    write_case,
+    write_paddle,
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_family_in_its_own_names_and_container_computes_the_same(case, tmp_path):
+    model = random_model(case.spec, case.form)
+    checkpoint = load_checkpoint(write_case(case, model, tmp_path))
+    assert checkpoint.family == (case.read_as or case.family)
+    assert checkpoint.form == case.form
+    assert architecture_of(checkpoint.spec) == architecture_of(case.spec)
+    assert checkpoint.spec.num_classes == case.spec.num_classes
+    assert checkpoint.spec.block == (case.spec.block if case.form == "training" else "repvgg")
+    # The same float32 weights in the same modules: the same arithmetic, bit for bit.
+    assert torch.equal(outputs(build_model(checkpoint)), outputs(model))
+
+
+@pytest.mark.parametrize("name", ["A0", "B1g4"])
+@pytest.mark.parametrize("form", ["training", "deploy"])
+def test_published_variant_at_full_size_is_named(name, form, tmp_path):
+    spec = get_variant(name)
+    model = random_model(spec, form)
+    checkpoint = load_checkpoint(write_case(Case("official", spec, form), model, tmp_path))
+    assert checkpoint.spec == spec
+    assert checkpoint.notes == ()
+    assert list(checkpoint.state) == list(model.state_dict())
+    assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in checkpoint.state.items())
+
+
+_FAMILY_OF = {"RepVGGplus-L2pse": ["repvggplus"]}
+
+
+@pytest.mark.parametrize("form", ["training", "deploy"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_published_variant_is_inferred_from_its_names_and_shapes(name, form):
+    spec = PUBLISHED[name]
+    for family in _FAMILY_OF.get(name, ["official", "timm", "mmpretrain"]):
+        with torch.device("meta"):
+            from repvgg_deploy.model.network import RepVGG
+
+            state = RepVGG(spec, form).state_dict()
+        theirs = rename(state, family, half=spec.depths[2] // 2)
+        (translation,) = translate(theirs)
+        assert translation.family == family
+        assert translation.extra == ()
+        shapes = {official: tuple(theirs[name].shape) for official, name in translation.names.items()}
+        assert shapes == expected_shapes(spec, form)
+        found = infer_structure(shapes, split=translation.split)
+        assert found.form == form
+        assert found.spec == (spec if form == "training" else replace(spec, auxiliary_heads=False))
+
+
+def test_paddle_square_classifier_is_transposed_because_the_family_says_so(tmp_path):
+    model = random_model(SQUARE)
+    checkpoint = load_checkpoint(write_case(Case("paddleclas", SQUARE, "training", ".pdparams"), model, tmp_path))
+    weight = checkpoint.state["linear.weight"]
+    assert weight.shape == (32, 32)
+    assert torch.equal(weight, model.linear.weight)
+    assert not torch.equal(weight, model.linear.weight.t())
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+@pytest.mark.parametrize("named", [False, True])
+def test_paddle_at_every_protocol_and_with_named_arrays_loads(protocol, named, tmp_path):
+    model = random_model(SMALL)
+    write_paddle(rename(model.state_dict(), "paddleclas"), tmp_path / "m.pdparams", protocol=protocol, named=named)
+    checkpoint = load_checkpoint(tmp_path / "m.pdparams")
+    assert checkpoint.family == "paddleclas"
+    assert torch.equal(outputs(build_model(checkpoint)), outputs(model))
+    assert int(checkpoint.state["stage0.rbr_dense.bn.num_batches_tracked"]) == 0
+
+
+def test_paddle_folded_kernels_beside_the_branches_are_set_aside(tmp_path):
+    model = random_model(SMALL)
+    state = rename(model.state_dict(), "paddleclas")
+    stale = rename(random_model(SMALL, "deploy", seed=9).state_dict(), "paddleclas")
+    state.update({name: tensor for name, tensor in stale.items() if ".rbr_reparam." in name})
+    write_paddle(state, tmp_path / "m.pdparams")
+    checkpoint = load_checkpoint(tmp_path / "m.pdparams")
+    assert checkpoint.form == "training"
+    assert any("16 folded tensors" in note for note in checkpoint.notes)
+    assert torch.equal(outputs(build_model(checkpoint)), outputs(model))
+
+
+def test_repvggplus_without_auxiliary_heads_loads_with_a_note(tmp_path):
+    model = random_model(SMALL_PLUS)
+    state = {name: tensor for name, tensor in family_state(Case("repvggplus", SMALL_PLUS, "training"), model).items() if "_aux" not in name}
+    torch.save(state, tmp_path / "m.pth")
+    checkpoint = load_checkpoint(tmp_path / "m.pth")
+    assert not checkpoint.spec.auxiliary_heads
+    assert any("auxiliary heads" in note for note in checkpoint.notes)
+    assert torch.equal(outputs(build_model(checkpoint)), outputs(model))
+
+
+def test_repvggplus_with_auxiliary_heads_keeps_them(tmp_path):
+    model = random_model(SMALL_PLUS)
+    checkpoint = load_checkpoint(write_case(Case("repvggplus", SMALL_PLUS, "training"), model, tmp_path))
+    assert checkpoint.spec.auxiliary_heads
+    batch = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        ours, theirs = build_model(checkpoint).forward_with_auxiliary(batch), model.forward_with_auxiliary(batch)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_repvggplus_with_some_auxiliary_heads_is_refused(tmp_path):
+    state = family_state(Case("repvggplus", SMALL_PLUS, "training"), random_model(SMALL_PLUS))
+    torch.save({name: tensor for name, tensor in state.items() if not name.startswith("stage2_aux")}, tmp_path / "m.pth")
+    with pytest.raises(CheckpointError, match="auxiliary heads stage2_aux are missing"):
+        load_checkpoint(tmp_path / "m.pth")
+
+
+def test_repvggplus_deploy_with_auxiliary_heads_left_in_drops_them(tmp_path):
+    model = random_model(SMALL_PLUS, "deploy")
+    state = rename(model.state_dict(), "repvggplus", half=2)
+    training = rename(random_model(SMALL_PLUS).state_dict(), "repvggplus", half=2)
+    state.update({name: tensor for name, tensor in training.items() if "_aux" in name})
+    torch.save(state, tmp_path / "m.pth")
+    checkpoint = load_checkpoint(tmp_path / "m.pth")
+    assert any("dropped" in note for note in checkpoint.notes)
+    assert torch.equal(outputs(build_model(checkpoint)), outputs(model))
+
+
+def test_qarepvgg_v2_identity_needs_no_tensors(tmp_path):
+    spec = replace(SMALL, block="qarepvgg_v2")
+    checkpoint = load_checkpoint(write_case(Case("qarepvgg_v2", spec, "training"), random_model(spec), tmp_path))
+    assert not any("rbr_identity" in name for name in checkpoint.state)
+    assert checkpoint.spec.layers()[-2].has_identity
+
+
+def _add_last_bn(state: dict[str, torch.Tensor], spec: VariantSpec) -> None:
+    for layer in spec.layers():
+        for leaf in ("weight", "bias", "running_mean", "running_var"):
+            state[f"{layer.name}.bn.{leaf}"] = torch.ones(layer.out_channels)
+
+
+@pytest.mark.parametrize("form", ["training", "deploy"])
+def test_qarepvgg_with_se_is_refused_with_the_reason(form, tmp_path):
+    state = {name: tensor.clone() for name, tensor in random_model(SMALL_SE, form).state_dict().items()}
+    _add_last_bn(state, SMALL_SE)
+    torch.save(state, tmp_path / "m.pth")
+    with pytest.raises(CheckpointError, match="last BatchNorm follows the SE block"):
+        load_checkpoint(tmp_path / "m.pth")
+
+
+def test_qarepvgg_with_se_asked_for_by_arch_is_refused_in_deploy_form(tmp_path):
+    torch.save(random_model(SMALL_SE, "deploy").state_dict(), tmp_path / "m.pth")
+    with pytest.raises(CheckpointError, match="QARepVGG with SE"):
+        load_checkpoint(tmp_path / "m.pth", arch=replace(SMALL_SE, block="qarepvgg_v2"))
+
+
+def test_qarepvgg_folded_without_dropping_its_last_bn_is_half_converted(tmp_path):
+    state = {name: tensor.clone() for name, tensor in random_model(SMALL, "deploy").state_dict().items()}
+    _add_last_bn(state, SMALL)
+    torch.save(state, tmp_path / "m.pth")
+    with pytest.raises(CheckpointError, match=r"half converted.*last BatchNorm"):
+        load_checkpoint(tmp_path / "m.pth")
+
+
+def test_repopt_hyper_search_mode_is_refused_with_the_reason(tmp_path):
+    state = rename(random_model(replace(SMALL, block="plain")).state_dict(), "repopt")
+    state.update({f"{layer.name}.scale_conv.weight": torch.ones(layer.out_channels) for layer in SMALL.layers()})
+    torch.save(state, tmp_path / "m.pth")
+    with pytest.raises(CheckpointError, match="csla or hyper-search"):
+        load_checkpoint(tmp_path / "m.pth")
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["conv1.weight", "layer1.0.conv1.weight", "fc.weight"], "a ResNet"),
+        (["cls_token", "blocks.0.attn.qkv.weight"], "a vision transformer"),
+        (["features.0.weight", "classifier.6.weight"], "a plain VGG"),
+        (["backbone.ERBlock_2.0.rbr_dense.conv.weight"], "a bigger network with RepVGG blocks"),
+        (["a.weight", "b.weight"], "another network"),
+    ],
+)
+def test_another_network_is_named(names, expected):
+    with pytest.raises(CheckpointError, match=expected) as caught:
+        translate(names)
+    assert "stage0.rbr_dense.conv.weight" in caught.value.message
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module.model.", "model._orig_mod.module.", "net.encoder."])
+@pytest.mark.parametrize("family", ["official", "timm"])
+def test_prefix_on_every_name_is_removed(prefix, family, tmp_path):
+    model = random_model(SMALL)
+    torch.save({prefix + name: tensor for name, tensor in rename(model.state_dict(), family).items()}, tmp_path / "m.pth")
+    checkpoint = load_checkpoint(tmp_path / "m.pth")
+    assert any(repr(prefix) in note for note in checkpoint.notes)
+    assert torch.equal(outputs(build_model(checkpoint)), outputs(model))
+
+
+@pytest.mark.parametrize(("backbone", "head"), [("module.backbone.", "module."), ("encoder.", ""), ("a.b.backbone.", "a.")])
+def test_classifier_beside_its_backbone_is_found(backbone, head, tmp_path):
+    model = random_model(SMALL)
+    state = {(head if name.startswith("linear") else backbone) + name: tensor for name, tensor in model.state_dict().items()}
+    torch.save(state, tmp_path / "m.pth")
+    assert torch.equal(outputs(build_model(load_checkpoint(tmp_path / "m.pth"))), outputs(model))
+
+
+def test_averaged_copy_under_a_prefix_is_preferred(tmp_path):
+    raw, averaged = random_model(SMALL), random_model(SMALL, seed=1)
+    state = {f"model.{name}": tensor for name, tensor in raw.state_dict().items()}
+    state |= {f"model_ema.module.{name}": tensor for name, tensor in averaged.state_dict().items()} | {"model_ema.n_averaged": torch.tensor(3)}
+    torch.save(state, tmp_path / "m.pth")
+    checkpoint = load_checkpoint(tmp_path / "m.pth")
+    assert any("EMA" in note for note in checkpoint.notes)
+    assert torch.equal(outputs(build_model(checkpoint)), outputs(averaged))
+
+
+def test_counters_of_a_profiler_beside_the_weights_are_noted_not_refused(tmp_path):
+    model = random_model(SMALL)
+    state = dict(model.state_dict()) | {"total_ops": torch.zeros(1), "stage0.total_params": torch.zeros(1)}
+    torch.save(state, tmp_path / "m.pth")
+    checkpoint = load_checkpoint(tmp_path / "m.pth")
+    assert any("total_ops" in note for note in checkpoint.notes)
+
+
+@pytest.mark.parametrize("spec", [SMALL, SMALL_SE, SMALL_PLUS], ids=lambda spec: spec.name)
+def test_saved_deploy_checkpoint_has_the_official_names_and_loads_again(spec, tmp_path):
+    model = random_model(spec, "deploy")
+    output = save_deploy(model, tmp_path / "deploy.pth")
+    assert output.status == "written"
+    family = "repvggplus" if spec is SMALL_PLUS else "official"
+    assert list(torch.load(tmp_path / "deploy.pth")) == list(rename(model.state_dict(), family, half=spec.depths[2] // 2))
+    checkpoint = load_checkpoint(tmp_path / "deploy.pth")
+    assert checkpoint.family == family
+    assert torch.equal(outputs(build_model(checkpoint)), outputs(model))

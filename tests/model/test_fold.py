@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from repvgg_deploy.errors import CheckpointError
+from repvgg_deploy.model.block import BlockSpec, DeployBlock, TrainingBlock
+from repvgg_deploy.model.fold import fold_block, reparameterize
+from repvgg_deploy.model.network import RepVGG
+from repvgg_deploy.specs.values import BlockKind, SePosition
+from tests.model.random_blocks import KINDS, build_block, randomise, relative_error, small_variant
+
+# Two float32 computations of a nine-layer network: each layer rounds to 6e-8 of its largest value.
+FLOAT32 = 5e-6
+
+
+def build_network(**changes: object) -> RepVGG:
+    torch.manual_seed(0)
+    model = RepVGG(small_variant(**changes))  # type: ignore[arg-type]
+    randomise(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [(64, 64), (33, 70)])
+def test_reparameterize_every_block_kind_gives_the_same_function(kind: BlockKind, size: tuple[int, int]) -> None:
+    model = build_network(kind=kind)
+    deploy = reparameterize(model)
+    x = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        assert relative_error(deploy(x), model(x)) < FLOAT32
+    assert deploy.form == "deploy"
+    assert all(isinstance(block, DeployBlock) for block in deploy.blocks().values())
+
+
+@pytest.mark.parametrize("se", ["before_relu", "after_relu"])
+def test_reparameterize_se_network_keeps_the_se(se: SePosition) -> None:
+    model = build_network(se=se)
+    deploy = reparameterize(model)
+    x = torch.randn(2, 3, 40, 56)
+    with torch.no_grad():
+        assert relative_error(deploy(x), model(x)) < FLOAT32
+    names = {name for name in model.state_dict() if ".se." in name or ".post_se." in name}
+    assert names
+    assert {name for name in deploy.state_dict() if ".se." in name or ".post_se." in name} == names
+
+
+def test_reparameterize_never_changes_or_shares_its_argument() -> None:
+    model = build_network(se="before_relu").train()
+    before = copy.deepcopy(model.state_dict())
+    deploy = reparameterize(model)
+    assert model.training
+    with torch.no_grad():
+        for parameter in deploy.parameters():
+            parameter.zero_()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_reparameterize_drops_auxiliary_heads() -> None:
+    model = build_network(se="after_relu", auxiliary_heads=True)
+    deploy = reparameterize(model)
+    assert not any("aux" in name for name in deploy.state_dict())
+    assert RepVGG(deploy.spec, "deploy").state_dict().keys() == deploy.state_dict().keys()
+
+
+def test_reparameterize_deploy_form_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="no RepVGG block in training form"):
+        reparameterize(reparameterize(build_network()))
+
+
+def test_fold_block_in_pieces_equals_fold_at_once() -> None:
+    # Wide enough for several pieces of 2^21 elements.
+    spec = BlockSpec(in_channels=512, out_channels=512, has_identity=True)
+    block = build_block(spec, dtype=torch.float64)
+    folded = fold_block(block)
+    with torch.no_grad():
+        whole = block.equivalent_kernel_bias()
+    assert 512 * 512 * 9 > 2**21
+    assert torch.equal(folded.rbr_reparam.weight, whole.kernel)
+    assert folded.rbr_reparam.bias is not None and whole.bias is not None
+    assert torch.equal(folded.rbr_reparam.bias, whole.bias)
+
+
+def test_fold_block_float32_rounds_once() -> None:
+    block = build_block(BlockSpec(in_channels=6, out_channels=6, groups=2, has_identity=True), dtype=torch.float32)
+    folded = fold_block(block)
+    with torch.no_grad():
+        exact = copy.deepcopy(block).double().equivalent_kernel_bias()
+    assert torch.equal(folded.rbr_reparam.weight, exact.kernel.float())
+
+
+class OfficialBlock(nn.Module):
+    """A block of another code base: official names of parts, own forward, another activation."""
+
+    def __init__(self, channels: int, *, post_bn: bool = False, bare: bool = False) -> None:
+        super().__init__()
+        self.deploy = False
+        self.rbr_dense = nn.Sequential()
+        self.rbr_dense.add_module("conv", nn.Conv2d(channels, channels, 3, 1, 2, 2, 2, bias=False))
+        self.rbr_dense.add_module("bn", nn.BatchNorm2d(channels))
+        pointwise = nn.Conv2d(channels, channels, 1, groups=2, bias=False)
+        self.rbr_1x1: nn.Module = pointwise
+        if not bare:
+            self.rbr_1x1 = nn.Sequential()
+            self.rbr_1x1.add_module("conv", pointwise)
+            self.rbr_1x1.add_module("bn", nn.BatchNorm2d(channels))
+        self.rbr_identity = nn.Identity() if bare else nn.BatchNorm2d(channels)
+        if post_bn:
+            self.bn = nn.BatchNorm2d(channels)
+        self.nonlinearity = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if hasattr(self, "rbr_reparam"):
+            return self.nonlinearity(self.rbr_reparam(x))
+        out = self.rbr_dense(x) + self.rbr_1x1(x) + self.rbr_identity(x)
+        return self.nonlinearity(self.bn(out) if hasattr(self, "bn") else out)
+
+
+class TimmBlock(nn.Module):
+    """timm's names: the folded convolution is a plain None until conversion."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.reparam_conv = None
+        self.conv_kxk, self.conv_1x1 = (self._conv_bn(channels, size) for size in (3, 1))
+        self.identity = nn.BatchNorm2d(channels)
+
+    @staticmethod
+    def _conv_bn(channels: int, size: int) -> nn.Module:
+        part = nn.Sequential()
+        part.add_module("conv", nn.Conv2d(channels, channels, size, 1, size // 2, bias=False))
+        part.add_module("bn", nn.BatchNorm2d(channels))
+        return part
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.reparam_conv is not None:
+            return torch.relu(self.reparam_conv(x))
+        return torch.relu(self.conv_kxk(x) + self.conv_1x1(x) + self.identity(x))
+
+
+class MmBlock(nn.Module):
+    """mmpretrain's names: `norm` in place of `bn`, and a flag."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.deploy = False
+        self.branch_3x3, self.branch_1x1 = (self._conv_norm(channels, size) for size in (3, 1))
+        self.branch_norm = nn.BatchNorm2d(channels)
+
+    @staticmethod
+    def _conv_norm(channels: int, size: int) -> nn.Module:
+        part = nn.Sequential()
+        part.add_module("conv", nn.Conv2d(channels, channels, size, 1, size // 2, bias=False))
+        part.add_module("norm", nn.BatchNorm2d(channels))
+        return part
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.deploy:
+            return torch.relu(self.branch_reparam(x))
+        return torch.relu(self.branch_3x3(x) + self.branch_1x1(x) + self.branch_norm(x))
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(lambda: OfficialBlock(4), id="official"),
+        pytest.param(lambda: OfficialBlock(4, post_bn=True), id="qarepvgg-v1"),
+        pytest.param(lambda: OfficialBlock(4, post_bn=True, bare=True), id="qarepvgg-v2"),
+        pytest.param(lambda: TimmBlock(4), id="timm"),
+        pytest.param(lambda: MmBlock(4), id="mmpretrain"),
+    ],
+)
+def test_reparameterize_blocks_of_other_projects_inside_a_bigger_model(block) -> None:  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), block(), nn.Upsample(scale_factor=2), block(), nn.Conv2d(4, 2, 1))
+    randomise(model)
+    model.eval()
+    parameters = sum(p.numel() for p in model.parameters())
+    deploy = reparameterize(model)
+    x = torch.randn(2, 3, 20, 14)
+    with torch.no_grad():
+        assert relative_error(deploy(x), model(x)) < FLOAT32
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    inner = deploy[2]
+    assert type(inner) is type(model[2])
+    assert sum(isinstance(m, nn.Conv2d) for m in inner.modules()) == 1
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in inner.modules())
+
+
+def test_reparameterize_one_block_gives_a_deploy_block() -> None:
+    block = build_block(BlockSpec(in_channels=4, out_channels=8, stride=2), dtype=torch.float32)
+    x = torch.randn(1, 4, 9, 9)
+    with torch.no_grad():
+        assert relative_error(reparameterize(block)(x), block(x)) < FLOAT32
+    assert isinstance(block, TrainingBlock)
+
+
+def test_reparameterize_unknown_branch_is_refused() -> None:
+    block = OfficialBlock(4)
+    block.rbr_identity = nn.ReLU()  # type: ignore[assignment]
+    with pytest.raises(CheckpointError, match="expected a convolution"):
+        reparameterize(nn.Sequential(block))
+
+
+def test_reparameterize_qarepvgg_with_se_names_the_reason() -> None:
+    block = OfficialBlock(4, post_bn=True)
+    block.se = nn.Conv2d(4, 4, 1)
+    with pytest.raises(CheckpointError, match="after the SE block"):
+        reparameterize(nn.Sequential(block))

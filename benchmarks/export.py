@@ -1,10 +1,12 @@
 """Wall time and peak memory of an export, beside the plain recipe, in one run.
 
-The plain recipe is what people write today: build the training form, load the checkpoint, fold every block, `torch.onnx.export`, `onnxsim.simplify`,
-save, and compare one random batch in ONNX Runtime with the deploy model. Ours compares every block and the whole network in float64 and float32 with
-the training form, checks the graph contract, and compares the file with the training-mode model on several batches.
+The plain recipe is what people write today: build the training form, load the checkpoint, fold every block,
+`torch.onnx.export`, `onnxsim.simplify`, save, and compare one random batch in ONNX Runtime with the deploy model. Ours
+compares every block and the whole network in float64 and float32 with the training form, checks the graph contract, and
+compares the file with the training-mode model on several batches.
 
-Each runs in a process of its own, imports included, in turn; figures are medians. The checkpoint has the real size, and random weights.
+Each runs in a process of its own, imports included, in turn; figures are medians. The checkpoint has the real size, and
+random weights.
 
     python benchmarks/export.py --variant B2 --repeats 3
 """
@@ -95,7 +97,11 @@ def measure(arguments: list[str]) -> dict[str, float]:
     _, status, usage = os.wait4(child, 0)
     if status != 0:
         raise SystemExit(f"{' '.join(arguments)} failed with status {status}")
-    return {"seconds": time.perf_counter() - start, "peak_mb": usage.ru_maxrss * 1024 / 1e6, "cpu_seconds": usage.ru_utime + usage.ru_stime}
+    return {
+        "seconds": time.perf_counter() - start,
+        "peak_mb": usage.ru_maxrss * 1024 / 1e6,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+    }
 
 
 def compare(variant: str, repeats: int, recipes: list[str]) -> dict[str, dict[str, float]]:
@@ -109,9 +115,19 @@ def compare(variant: str, repeats: int, recipes: list[str]) -> dict[str, dict[st
             for recipe in recipes:
                 out = Path(folder, f"{recipe}.onnx")
                 out.unlink(missing_ok=True)  # or ours would compare it with the file of the turn before
-                runs[recipe].append(measure(["--child", recipe, "--variant", variant, "--checkpoint", str(checkpoint), "--out", str(out)]))
-                print(f"  {recipe:8} {runs[recipe][-1]['seconds']:6.1f} s {runs[recipe][-1]['peak_mb']:6.0f} MB", file=sys.stderr)
-    return {recipe: {key: statistics.median(run[key] for run in found) for key in found[0]} for recipe, found in runs.items()}
+                runs[recipe].append(
+                    measure(
+                        ["--child", recipe, "--variant", variant, "--checkpoint", str(checkpoint), "--out", str(out)]
+                    )
+                )
+                print(
+                    f"  {recipe:8} {runs[recipe][-1]['seconds']:6.1f} s {runs[recipe][-1]['peak_mb']:6.0f} MB",
+                    file=sys.stderr,
+                )
+    return {
+        recipe: {key: statistics.median(run[key] for run in found) for key in found[0]}
+        for recipe, found in runs.items()
+    }
 
 
 def main() -> None:
@@ -141,8 +157,15 @@ def report(args: argparse.Namespace) -> None:
     for recipe, row in medians.items():
         print(f"{recipe:10}{row['seconds']:8.1f}{row['cpu_seconds']:8.1f}{row['peak_mb']:9.0f}")
     RESULTS.parent.mkdir(exist_ok=True)
-    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
-    RESULTS.write_text(json.dumps({"variant": args.variant, "repeats": args.repeats, "machine": machine, "medians": medians}, indent=1) + "\n")
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    }
+    RESULTS.write_text(
+        json.dumps({"variant": args.variant, "repeats": args.repeats, "machine": machine, "medians": medians}, indent=1)
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

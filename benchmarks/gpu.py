@@ -1,23 +1,26 @@
 """Everything about plans that needs a GPU, in one command: builds, parity, every way to run, speed beside the bare `execute_async_v3` loop.
 
-Models are A0, B1g4 and B2 with seeded weights at 224 px. Where torch, onnx, onnxscript, onnxsim and onnxruntime are installed they are made here;
-elsewhere (TensorRT 8.5 has a Python of its own, without torch) they are taken from `--models`, a folder that this program wrote before.
+Models are A0, B1g4 and B2 with seeded weights at 224 px. Where torch, onnx, onnxscript, onnxsim and onnxruntime are
+installed they are made here; elsewhere (TensorRT 8.5 has a Python of its own, without torch) they are taken from
+`--models`, a folder that this program wrote before.
 
-The result is written after every stage. A stage that fails is recorded with its reason, and the others go on. `--minutes` ends the run in time;
-the same command goes on where it ended; a stage in whose midst the program ended (TensorRT crashed, or it was killed) comes after all others then.
-Exit code 0: all was measured and every answer was right; 1: something failed, was wrong or is left to do.
+The result is written after every stage. A stage that fails is recorded with its reason, and the others go on.
+`--minutes` ends the run in time; the same command goes on where it ended; a stage in whose midst the program ended
+(TensorRT crashed, or it was killed) comes after all others then. Exit code 0: all was measured and every answer was
+right; 1: something failed, was wrong or is left to do.
 
 Aims are shown as met or not and change no exit code:
 
 - batch 1: the Engine with a device array at most 25 µs slower than the bare loop
 - batch 32 and above: at least 98 % of the bare loop with device arrays, 90 % from NumPy uint8
 - 64 clients with single images: at least 80 % of full batches
-- FP16 B2 at batch 128: at least 60 % of the matrix peak that torch reaches (where torch is not, of what another run reached on the same
-  kind of GPU, from the results beside this one); INT8 at least 1.6 × FP16
+- FP16 B2 at batch 128: at least 60 % of the matrix peak that torch reaches (where torch is not, of what another run
+  reached on the same kind of GPU, from the results beside this one); INT8 at least 1.6 × FP16
 
-    python benchmarks/gpu.py --models models                  # makes the models where torch is, then measures with the installed TensorRT
-    python benchmarks/gpu.py --models models --minutes 9      # the same in parts; again until it says that all is done
-    python benchmarks/gpu.py --models models --make-models    # makes the models only; needs no GPU
+    python benchmarks/gpu.py --models models                  # makes the models where torch is, then measures with the
+    installed TensorRT python benchmarks/gpu.py --models models --minutes 9      # the same in parts; again until it
+    says that all is done python benchmarks/gpu.py --models models --make-models    # makes the models only; needs no
+    GPU
 
 `python -m benchmarks.gpu_parts.offline` runs it, and `pytest -m gpu`, on a machine that reaches no package index.
 """
@@ -80,13 +83,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--models", type=Path, default=None, help="folder of the models: read, and written where they are not there (default: made anew)"
+        "--models",
+        type=Path,
+        default=None,
+        help="folder of the models: read, and written where they are not there (default: made anew)",
     )
-    parser.add_argument("--make-models", action="store_true", help="only make the models, and those of `pytest -m gpu`; needs no GPU")
+    parser.add_argument(
+        "--make-models", action="store_true", help="only make the models, and those of `pytest -m gpu`; needs no GPU"
+    )
     parser.add_argument("--variants", nargs="+", choices=models.VARIANTS, default=list(models.VARIANTS))
     parser.add_argument("--seconds", type=float, default=2.0, help="for each figure (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=60.0, help="after which no new stage begins (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=None, help="the JSON (default: benchmarks/results/gpu-FLAVOUR-GPU.json)")
+    parser.add_argument(
+        "--minutes", type=float, default=60.0, help="after which no new stage begins (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=None, help="the JSON (default: benchmarks/results/gpu-FLAVOUR-GPU.json)"
+    )
     parser.add_argument("--anew", action="store_true", help="measure again what the JSON already holds")
     return parser.parse_args(argv)
 
@@ -104,7 +116,14 @@ class Run:
     """
 
     def __init__(
-        self, folder: Path, scratch: Path, seconds: float, record: Record, *, end: float = float("inf"), targets: tuple[str, ...] = ("current",)
+        self,
+        folder: Path,
+        scratch: Path,
+        seconds: float,
+        record: Record,
+        *,
+        end: float = float("inf"),
+        targets: tuple[str, ...] = ("current",),
     ) -> None:
         self._folder, self._scratch, self._seconds, self._record, self._end = folder, scratch, seconds, record, end
         machine = record.result["machine"]
@@ -132,7 +151,10 @@ class Run:
         if not models.reference_of(self._folder, variant).exists():
             missing = models.find_missing()
             if missing:
-                self._fail(f"{variant} models", f"they are not in {self._folder}, and cannot be made without {', '.join(missing)}")
+                self._fail(
+                    f"{variant} models",
+                    f"they are not in {self._folder}, and cannot be made without {', '.join(missing)}",
+                )
                 return
             if not self._stage(f"{variant} models", lambda: models.make(self._folder, variant)):
                 return
@@ -140,7 +162,9 @@ class Run:
             answers = {name: stored[name] for name in stored.files}
         for name in names:
             if not self._record.is_done(name) and name not in {*later, *self._left, *self._record.result["failures"]}:
-                self._stage(name, (lambda: self._bytes(answers)) if name == BYTES else (lambda n=name: self._plan(n, answers)))  # type: ignore[misc]
+                self._stage(
+                    name, (lambda: self._bytes(answers)) if name == BYTES else (lambda n=name: self._plan(n, answers))
+                )  # type: ignore[misc]
 
     def _stage(self, name: str, work: Callable[[], object]) -> bool:
         if time.monotonic() > self._end:
@@ -180,7 +204,11 @@ class Run:
         options = BuildOptions(BuildConfig(profile=PROFILE), True, targets=self._targets, use_cache=False)
         built = build_plan(models.path_of(self._folder, variant, kind), plan, options, force=True)
         passport = built.passport
-        return plan, {"build_seconds": passport.build_seconds, "plan_bytes": plan.stat().st_size, "inspected": passport.precision}
+        return plan, {
+            "build_seconds": passport.build_seconds,
+            "plan_bytes": plan.stat().st_size,
+            "inspected": passport.precision,
+        }
 
     def _plan(self, name: str, answers: dict[str, Any]) -> None:
         variant, precision = name.split()

@@ -1,9 +1,10 @@
 """What INT8 costs: accuracy, time and memory of every method, beside what others offer, in one run and one table.
 
-On the trained A0 and A0g4 of `../shared/data`, where they are, and on the repository's own sample. Every method is given the same FP32 graph and
-the same calibration images (256 of the training split, drawn anew for each of three seeds) and runs in a process of its own, imports included;
-figures are medians. All graphs are scored in one way: in ONNX Runtime, every Q/DQ pair computed as it stands. Settings of others are chosen by SQNR
-on the first half of the evaluation images; agreement with FP32 and SQNR are reported on the second, top-1 on all.
+On the trained A0 and A0g4 of `../shared/data`, where they are, and on the repository's own sample. Every method is
+given the same FP32 graph and the same calibration images (256 of the training split, drawn anew for each of three
+seeds) and runs in a process of its own, imports included; figures are medians. All graphs are scored in one way: in
+ONNX Runtime, every Q/DQ pair computed as it stands. Settings of others are chosen by SQNR on the first half of the
+evaluation images; agreement with FP32 and SQNR are reported on the second, top-1 on all.
 
     python benchmarks/int8.py                          # about half an hour on two cores
     python benchmarks/int8.py --quick --models sample  # a minute
@@ -56,10 +57,16 @@ SETTINGS = (
 def main() -> None:
     """Measures, prints the tables, and writes `results/int8.json` and `results/int8.png`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed, 64 calibration and 400 evaluation images; nothing is stored without --out")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="one seed, 64 calibration and 400 evaluation images; nothing is stored without --out",
+    )
     parser.add_argument("--only", nargs="+", choices=METHODS, metavar="METHOD", help="; ".join(METHODS))
     parser.add_argument("--models", nargs="+", choices=places.SUBJECTS, default=list(places.SUBJECTS))
-    parser.add_argument("--out", type=Path, help="the JSON; the picture beside it (default: benchmarks/results/int8.json)")
+    parser.add_argument(
+        "--out", type=Path, help="the JSON; the picture beside it (default: benchmarks/results/int8.json)"
+    )
     args = parser.parse_args()
     results: dict[str, Any] = {}
     start = time.perf_counter()
@@ -79,7 +86,10 @@ def store(target: Path, results: dict[str, Any], seconds: float) -> None:
     """Writes the JSON and the picture."""
     target.parent.mkdir(exist_ok=True)
     machine = step("machine", target.parent, {})[0]
-    target.write_text(json.dumps({"machine": machine, "seconds": seconds, "models": results}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    target.write_text(
+        json.dumps({"machine": machine, "seconds": seconds, "models": results}, indent=1, ensure_ascii=False) + "\n",
+        encoding="utf-8",
+    )
     step("draw", target.with_suffix(".png"), results)
     print(f"\nwritten: {target} and its picture, after {seconds / 60:.0f} minutes")
 
@@ -87,9 +97,20 @@ def store(target: Path, results: dict[str, Any], seconds: float) -> None:
 def step(name: str, folder: Path, arguments: dict[str, Any]) -> tuple[Any, dict[str, float]]:
     """Runs a step in a process of its own; its answer, and what it took."""
     start = time.perf_counter()
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.int8_parts.child", name, str(folder.resolve()), json.dumps(arguments)]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "benchmarks.int8_parts.child",
+        name,
+        str(folder.resolve()),
+        json.dumps(arguments),
+    ]
     with tempfile.TemporaryFile("w+") as output:
-        child = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.PIPE if name == "quantize" else None)
+        child = subprocess.Popen(
+            command, cwd=ROOT, stdout=output, stderr=subprocess.PIPE if name == "quantize" else None
+        )
         log = child.stderr.read().decode("utf-8", "replace") if child.stderr else ""
         # On Linux a child's peak begins at its parent's size: this process imports nothing large.
         _, status, usage = os.wait4(child.pid, 0)
@@ -99,7 +120,11 @@ def step(name: str, folder: Path, arguments: dict[str, Any]) -> tuple[Any, dict[
         output.seek(0)
         answer = json.loads(output.read().splitlines()[-1])
     unit = 1 if sys.platform == "darwin" else 1024
-    spent = {"seconds": time.perf_counter() - start, "cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_mb": usage.ru_maxrss * unit / 1e6}
+    spent = {
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_mb": usage.ru_maxrss * unit / 1e6,
+    }
     return answer, spent
 
 
@@ -146,11 +171,22 @@ class Run:
     def _try(self, method: str, seed: int, setting: str = "") -> dict[str, Any]:
         target = f"{method}.onnx".replace(" ", "-")
         (self._folder / target).unlink(missing_ok=True)
-        arguments = {"subject": self._name, "method": method, "seed": seed, "setting": setting, "quick": self._quick, "target": target}
+        arguments = {
+            "subject": self._name,
+            "method": method,
+            "seed": seed,
+            "setting": setting,
+            "quick": self._quick,
+            "target": target,
+        }
         _, spent = step("quantize", self._folder, arguments)
         found = {**self._score(target), **spent, "seed": seed}
         shown = f"{method} {setting}".strip()
-        print(f"  {self._name} {shown}, seed {seed}: {found['reported']['sqnr_db']:.1f} dB, {spent['seconds']:.0f} s", file=sys.stderr, flush=True)
+        print(
+            f"  {self._name} {shown}, seed {seed}: {found['reported']['sqnr_db']:.1f} dB, {spent['seconds']:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
         return found
 
     def _score(self, graph: str) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
     python benchmarks/reparameterize.py --variants A0 B0 B1g4 --batches 1 8
 
-Both forms of a variant run interleaved in one process, so that a busy machine slows both alike; figures are medians. One thread by default: then
-the CPU time is that of the form, whatever else the machine does meanwhile (two threads that share their cores with another program mostly wait for
-each other). Peak memory is measured in a process of its own per form.
+Both forms of a variant run interleaved in one process, so that a busy machine slows both alike; figures are medians.
+One thread by default: then the CPU time is that of the form, whatever else the machine does meanwhile (two threads that
+share their cores with another program mostly wait for each other). Peak memory is measured in a process of its own per
+form.
 
-The profile answers why one branch is about twice as fast although the 3×3 convolution, nearly all of the multiply-accumulates, stays. Beside the
-times stand the counts that do not depend on this machine: operator calls (kernel launches on a GPU), bytes moved, and multiply-accumulates.
-Weights are random: time does not depend on them.
+The profile answers why one branch is about twice as fast although the 3×3 convolution, nearly all of the
+multiply-accumulates, stays. Beside the times stand the counts that do not depend on this machine: operator calls
+(kernel launches on a GPU), bytes moved, and multiply-accumulates. Weights are random: time does not depend on them.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class FormResult:
         latency_ms: Median, by the clock.
         cpu_ms: Median of the CPU time of all threads.
         latencies_ms: All, by the clock, in the order measured.
-        peak_rss_mb: Largest resident memory of a process that builds this form and runs it, beyond that of PyTorch itself.
+        peak_rss_mb: Largest resident memory of a process that builds this form and runs it, beyond that of PyTorch
+            itself.
         parameters: Learned parameters.
         time_ms: Self time by group of operators, from the profiler: each call's least of a few passes.
         work: Counts by group.
@@ -90,7 +92,10 @@ def main() -> int:
             pairs.append((name, batch, pair))
             print_pair(name, batch, pair)
     print_answer(pairs)
-    results = [{"variant": name, "batch": batch, "forms": {form: asdict(r) for form, r in pair.items()}} for name, batch, pair in pairs]
+    results = [
+        {"variant": name, "batch": batch, "forms": {form: asdict(r) for form, r in pair.items()}}
+        for name, batch, pair in pairs
+    ]
     report = {"machine": describe_machine(args), "results": results}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -148,7 +153,16 @@ def measure_pair(name: str, forms: dict[Form, RepVGG], x: Tensor, args: argparse
 
 
 def measure_peak_memory(name: str, form: Form, batch: int, args: argparse.Namespace) -> float:
-    command = [sys.executable, __file__, "--image-size", str(args.image_size), "--measure-memory", name, form, str(batch)]
+    command = [
+        sys.executable,
+        __file__,
+        "--image-size",
+        str(args.image_size),
+        "--measure-memory",
+        name,
+        form,
+        str(batch),
+    ]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
@@ -180,9 +194,18 @@ def profile_by_group(forms: dict[Form, RepVGG], x: Tensor, passes: int = 9) -> d
             with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
                 forms[form](x)
             # A pass makes the same calls in the same order every time.
-            found = [(group_of_operator(event.name, event.input_shapes), event.self_cpu_time_total / 1e3) for event in recorded.events()]
-            calls[form] = [(group, min(spent, least)) for (group, spent), (_, least) in zip(found, calls.get(form, found), strict=True)]
-    return {form: {group: sum(spent for owner, spent in found if owner == group) for group in GROUPS} for form, found in calls.items()}
+            found = [
+                (group_of_operator(event.name, event.input_shapes), event.self_cpu_time_total / 1e3)
+                for event in recorded.events()
+            ]
+            calls[form] = [
+                (group, min(spent, least))
+                for (group, spent), (_, least) in zip(found, calls.get(form, found), strict=True)
+            ]
+    return {
+        form: {group: sum(spent for owner, spent in found if owner == group) for group in GROUPS}
+        for form, found in calls.items()
+    }
 
 
 def group_of_operator(key: str, shapes: list[Any]) -> str:
@@ -193,7 +216,11 @@ def group_of_operator(key: str, shapes: list[Any]) -> str:
     for part, group in (("batch_norm", "BatchNorm"), ("add", "add"), ("relu", "ReLU"), ("clamp_min", "ReLU")):
         if part in key and "addmm" not in key:
             return group
-    return "SE, pool, linear" if any(part in key for part in ("mean", "pool", "linear", "addmm", "sigmoid", "mul")) else "copies, other"
+    return (
+        "SE, pool, linear"
+        if any(part in key for part in ("mean", "pool", "linear", "addmm", "sigmoid", "mul"))
+        else "copies, other"
+    )
 
 
 def count_work(model: RepVGG, x: Tensor) -> dict[str, Work]:
@@ -223,7 +250,11 @@ def add_work(entry: Work, calls: int, macs: int, elements: int) -> None:
 def count_block(work: dict[str, Work], block: TrainingBlock | DeployBlock, read: int, output: Tensor) -> None:
     """Adds one block: `read` elements come in; every operator reads its operands from memory and writes its result to it."""
     out, positions = output.numel(), output.numel() // output.shape[1]
-    kernels = [block.rbr_reparam.weight] if isinstance(block, DeployBlock) else [b.kernel for b in block.branches() if b.kernel is not None]
+    kernels = (
+        [block.rbr_reparam.weight]
+        if isinstance(block, DeployBlock)
+        else [b.kernel for b in block.branches() if b.kernel is not None]
+    )
     for kernel in kernels:
         size = kernel.shape[-1]
         add_work(work[f"{size}×{size} conv"], 1, positions * kernel.numel(), read + out + kernel.numel())
@@ -242,7 +273,10 @@ def count_block(work: dict[str, Work], block: TrainingBlock | DeployBlock, read:
 def print_pair(name: str, batch: int, pair: dict[Form, FormResult]) -> None:
     training, deploy = pair["training"], pair["deploy"]
     ratio, cpu_ratio = training.latency_ms / deploy.latency_ms, training.cpu_ms / deploy.cpu_ms
-    print(f"\n{name}, batch {batch}: {arrow(training.latency_ms, deploy.latency_ms, '.1f')} ms, {ratio:.2f} × as fast; ", end="")
+    print(
+        f"\n{name}, batch {batch}: {arrow(training.latency_ms, deploy.latency_ms, '.1f')} ms, {ratio:.2f} × as fast; ",
+        end="",
+    )
     print(f"CPU {arrow(training.cpu_ms, deploy.cpu_ms, '.1f')} ms, {cpu_ratio:.2f} ×; ", end="")
     print(f"memory {arrow(training.peak_rss_mb, deploy.peak_rss_mb, '.0f')} MB; ", end="")
     print(f"parameters {arrow(training.parameters / 1e6, deploy.parameters / 1e6, '.2f')} M")
@@ -272,23 +306,47 @@ def total(result: FormResult) -> Work:
 
 def print_answer(pairs: list[tuple[str, int, dict[Form, FormResult]]]) -> None:
     """Why one branch is faster although the 3×3 convolution stays: the training form's time, split by what is removed and what stays."""
-    print(f"\nShares of the training form's time. {', '.join(REMOVED)} go, which alone makes it so much `faster`; and what stays of the counts")
-    print(f"  {'':<16}" + "".join(f"{group:>18}" for group in GROUPS) + f"{'faster':>10}{'MACs':>7}{'bytes':>7}{'calls':>7}")
+    print(
+        f"\nShares of the training form's time. {', '.join(REMOVED)} go, which alone makes it so much `faster`; "
+        f"and what stays of the counts"
+    )
+    print(
+        f"  {'':<16}"
+        + "".join(f"{group:>18}" for group in GROUPS)
+        + f"{'faster':>10}{'MACs':>7}{'bytes':>7}{'calls':>7}"
+    )
     for name, batch, pair in pairs:
         training, deploy = pair["training"], pair["deploy"]
         spent = sum(training.time_ms.values())
         shares = "".join(f"{training.time_ms[group] / spent:>18.0%}" for group in GROUPS)
         faster = spent / (spent - sum(training.time_ms[group] for group in REMOVED))
         before, after = total(training), total(deploy)
-        kept = "".join(f"{ratio:>7.0%}" for ratio in (after.macs / before.macs, after.bytes_moved / before.bytes_moved, after.calls / before.calls))
+        kept = "".join(
+            f"{ratio:>7.0%}"
+            for ratio in (after.macs / before.macs, after.bytes_moved / before.bytes_moved, after.calls / before.calls)
+        )
         print(f"  {f'{name}, batch {batch}':<16}{shares}{faster:>8.2f} ×{kept}")
-    print("The 3×3 convolution stays, and with it nine tenths of the multiply-accumulates. What goes is traffic and calls: each branch writes a map")
-    print("of the output's size, its BatchNorm reads it and writes another, and each addition reads two and writes a third. What that costs depends")
-    print("on what the machine is short of. Where it is arithmetic, the 1×1 convolution is most of it: it does little with each number it reads.")
+    print(
+        "The 3×3 convolution stays, and with it nine tenths of the multiply-accumulates. What goes is traffic "
+        "and calls: each branch writes a map"
+    )
+    print(
+        "of the output's size, its BatchNorm reads it and writes another, and each addition reads two and writes "
+        "a third. What that costs depends"
+    )
+    print(
+        "on what the machine is short of. Where it is arithmetic, the 1×1 convolution is most of it: it does "
+        "little with each number it reads."
+    )
     for name, batch, pair in pairs:
         training = pair["training"]
-        costs = {group: training.time_ms[group] / (training.work[group].macs / 1e9) for group in ("3×3 conv", "1×1 conv")}
-        print(f"  {f'{name}, batch {batch}':<16}" + ", ".join(f"{group} {cost:.1f} ms per GMAC" for group, cost in costs.items()))
+        costs = {
+            group: training.time_ms[group] / (training.work[group].macs / 1e9) for group in ("3×3 conv", "1×1 conv")
+        }
+        print(
+            f"  {f'{name}, batch {batch}':<16}"
+            + ", ".join(f"{group} {cost:.1f} ms per GMAC" for group, cost in costs.items())
+        )
 
 
 def describe_machine(args: argparse.Namespace) -> dict[str, object]:
@@ -308,7 +366,9 @@ def processor_name() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 if __name__ == "__main__":

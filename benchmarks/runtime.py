@@ -3,15 +3,16 @@
 Three questions, each with its bar:
 
 - What does `Engine.infer` cost on top of a bare `InferenceSession.run` on the same session? At most 2 %.
-- How much faster is the INT8 graph that TensorRT gets than FP32 on ONNX Runtime? With OpenVINO 3.3 ×; with ONNX Runtime 2.2 × at batch 8 and 32,
-  1.8 × at batch 1. `as it stands` is what ONNX Runtime makes of that graph without the Engine's unsigned activations.
+- How much faster is the INT8 graph that TensorRT gets than FP32 on ONNX Runtime? With OpenVINO 3.3 ×; with ONNX Runtime
+  2.2 × at batch 8 and 32, 1.8 × at batch 1. `as it stands` is what ONNX Runtime makes of that graph without the
+  Engine's unsigned activations.
 - What share of the throughput of full batches do 64 clients reach that each send one image and wait? At least 80 %.
 
-All ways run in each round, in an order drawn anew, so that what else the machine does hits all alike; figures are medians over the rounds, and
-ratios medians of the ratios within a round.
+All ways run in each round, in an order drawn anew, so that what else the machine does hits all alike; figures are
+medians over the rounds, and ratios medians of the ratios within a round.
 
-    python benchmarks/runtime.py                                  # a RepVGG-A0 with random weights, 224 px, quantized here: a minute more
-    python benchmarks/runtime.py a0.onnx a0-int8.onnx
+    python benchmarks/runtime.py                                  # a RepVGG-A0 with random weights, 224 px, quantized
+    here: a minute more python benchmarks/runtime.py a0.onnx a0-int8.onnx
 """
 
 from __future__ import annotations
@@ -67,14 +68,16 @@ def open_as_it_stands(model: Path) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"], disabled_optimizers=["WeightBiasQuantization"])
+    return onnxruntime.InferenceSession(
+        str(model), options, providers=["CPUExecutionProvider"], disabled_optimizers=["WeightBiasQuantization"]
+    )
 
 
 def time_rounds(ways: Ways, rounds: int, seconds: float = 0.25) -> dict[str, list[float]]:
     """Seconds of a call of each way in each round: of calls in a row that fill the given time, one at least; the first round is left out.
 
-    Before each turn nothing runs for a moment, for the threads of whoever was before still spin, and then calls that are not timed, until the
-    way's own threads and caches are warm.
+    Before each turn nothing runs for a moment, for the threads of whoever was before still spin, and then calls that
+    are not timed, until the way's own threads and caches are warm.
     """
     found: dict[str, list[float]] = {name: [] for name in ways}
     generator = np.random.default_rng(0)
@@ -112,7 +115,9 @@ def measure_batches(fp32: Path, int8: Path, rounds: int) -> list[dict[str, Any]]
         return [{"backends": names} | measure_batch(count, rounds, plain, bare, standing, engines) for count in BATCHES]
 
 
-def measure_batch(count: int, rounds: int, plain: Engine, bare: Any, standing: Any, engines: dict[str, Engine]) -> dict[str, Any]:
+def measure_batch(
+    count: int, rounds: int, plain: Engine, bare: Any, standing: Any, engines: dict[str, Engine]
+) -> dict[str, Any]:
     batch = make_batch(plain.spec, count)
     feed, outputs = {plain.spec.input.name: batch}, [output.name for output in plain.spec.outputs]
     ways: Ways = {
@@ -170,18 +175,33 @@ def measure_batcher(model: Path, backend: Any, requests: int, rounds: int) -> di
 
 
 def report(result: dict[str, Any]) -> str:
-    lines = [f"{result['fp32']} and {result['int8']}, {result['machine']}; images a second, medians of interleaved rounds"]
+    lines = [
+        f"{result['fp32']} and {result['int8']}, {result['machine']}; images a second, medians of interleaved rounds"
+    ]
     names = list(result["batches"][0]["images_per_second"])
     lines.append(f"{'':<34}" + "".join(f"{'batch ' + str(row['batch']):>12}" for row in result["batches"]))
-    lines += [f"{name:<34}" + "".join(f"{row['images_per_second'][name]:>12.1f}" for row in result["batches"]) for name in names]
-    lines.append(f"{'INT8 as it stands ÷ FP32':<34}" + "".join(f"{row['int8_as_it_stands_speedup']:>11.2f}×" for row in result["batches"]))
+    lines += [
+        f"{name:<34}" + "".join(f"{row['images_per_second'][name]:>12.1f}" for row in result["batches"])
+        for name in names
+    ]
+    lines.append(
+        f"{'INT8 as it stands ÷ FP32':<34}"
+        + "".join(f"{row['int8_as_it_stands_speedup']:>11.2f}×" for row in result["batches"])
+    )
     for backend in BARS:
-        lines.append(f"{'INT8 ÷ FP32, ' + backend:<34}" + "".join(f"{row['int8_speedup'][backend]:>11.2f}×" for row in result["batches"]))
-    lines.append(f"{'Engine on top of the bare session':<34}" + "".join(f"{row['overhead_percent']:>+11.2f}%" for row in result["batches"]))
+        lines.append(
+            f"{'INT8 ÷ FP32, ' + backend:<34}"
+            + "".join(f"{row['int8_speedup'][backend]:>11.2f}×" for row in result["batches"])
+        )
+    lines.append(
+        f"{'Engine on top of the bare session':<34}"
+        + "".join(f"{row['overhead_percent']:>+11.2f}%" for row in result["batches"])
+    )
     for row in result["batcher"]:
         speeds = row["images_per_second"]
         lines.append(
-            f"{row['clients']} clients, one image each, {row['model']}, {row['backend']}: {speeds['micro-batching']:.1f} of "
+            f"{row['clients']} clients, one image each, {row['model']}, {row['backend']}: "
+            f"{speeds['micro-batching']:.1f} of "
             f"{speeds['full batches']:.1f} images/s = {row['share_percent']:.1f} %, batches of {row['mean_batch']:.1f}"
         )
     lines += [f"MISSED: {miss}" for miss in result["missed"]] or ["every bar is met"]
@@ -192,21 +212,35 @@ def find_missed(result: dict[str, Any]) -> list[str]:
     missed = []
     for row in result["batches"]:
         if row["overhead_percent"] > OVERHEAD_PERCENT:
-            missed.append(f"overhead at batch {row['batch']}: {row['overhead_percent']:.2f} %, at most {OVERHEAD_PERCENT:g} %")
+            missed.append(
+                f"overhead at batch {row['batch']}: {row['overhead_percent']:.2f} %, at most {OVERHEAD_PERCENT:g} %"
+            )
         for backend, bars in BARS.items():
             if row["int8_speedup"][backend] < bars[row["batch"]]:
-                missed.append(f"INT8, {backend}, batch {row['batch']}: {row['int8_speedup'][backend]:.2f} ×, at least {bars[row['batch']]} ×")
+                missed.append(
+                    f"INT8, {backend}, batch {row['batch']}: {row['int8_speedup'][backend]:.2f} ×, at least "
+                    f"{bars[row['batch']]} ×"
+                )
     for row in result["batcher"]:
         if row["share_percent"] < MICRO_PERCENT:
-            missed.append(f"micro-batching, {row['backend']}: {row['share_percent']:.1f} %, at least {MICRO_PERCENT:g} %")
+            missed.append(
+                f"micro-batching, {row['backend']}: {row['share_percent']:.1f} %, at least {MICRO_PERCENT:g} %"
+            )
     return missed
 
 
 def main() -> int:
     """Measures, prints a table, and writes `results/runtime.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("fp32", nargs="?", type=Path, help="an .onnx that repvgg-export wrote (default: a RepVGG-A0 with random weights)")
-    parser.add_argument("int8", nargs="?", type=Path, help="what repvgg-trt quantize --int8 made of it (default: quantized here)")
+    parser.add_argument(
+        "fp32",
+        nargs="?",
+        type=Path,
+        help="an .onnx that repvgg-export wrote (default: a RepVGG-A0 with random weights)",
+    )
+    parser.add_argument(
+        "int8", nargs="?", type=Path, help="what repvgg-trt quantize --int8 made of it (default: quantized here)"
+    )
     parser.add_argument("--rounds", type=int, default=15, help="of all ways, at each batch size (default: %(default)s)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -215,9 +249,13 @@ def main() -> int:
         result: dict[str, Any] = {
             "fp32": fp32.name,
             "int8": int8.name,
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}",
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python "
+            f"{platform.python_version()}",
             "batches": measure_batches(fp32, int8, args.rounds),
-            "batcher": [measure_batcher(path, backend, 4, 5) for path, backend in ((fp32, None), (int8, "onnxruntime"), (int8, "openvino"))],
+            "batcher": [
+                measure_batcher(path, backend, 4, 5)
+                for path, backend in ((fp32, None), (int8, "onnxruntime"), (int8, "openvino"))
+            ],
         }
     result["missed"] = find_missed(result)
     print(report(result))

@@ -1,9 +1,10 @@
 """What `Engine.infer` costs on top of a bare `InferenceSession.run`, measured in one run.
 
-Three ways answer the same batch in turn: `bare` (`InferenceSession.run`), `engine` (`Engine.infer`) and, to see what the machine itself does
-to such a comparison, `bare again`. All use one session, so that only the wrapper differs, in an order drawn anew for each round. One thread
-by default: then the CPU time is that of the call, whatever else the machine does meanwhile. Beside it the wrapper alone is timed, around a
-backend that returns at once: where the model takes milliseconds, that is the figure without the noise.
+Three ways answer the same batch in turn: `bare` (`InferenceSession.run`), `engine` (`Engine.infer`) and, to see what
+the machine itself does to such a comparison, `bare again`. All use one session, so that only the wrapper differs, in an
+order drawn anew for each round. One thread by default: then the CPU time is that of the call, whatever else the machine
+does meanwhile. Beside it the wrapper alone is timed, around a backend that returns at once: where the model takes
+milliseconds, that is the figure without the noise.
 
     python benchmarks/runtime_overhead.py                      # a RepVGG-A0 with random weights, 224 px, batch 1
     python benchmarks/runtime_overhead.py a0.onnx --batch 8
@@ -125,7 +126,8 @@ def measure(model: Path, count: int, rounds: int, threads: int) -> dict[str, Any
         "batch": list(batch.shape),
         "dtype": str(batch.dtype),
         "rounds": rounds,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python "
+        f"{platform.python_version()}",
         "threads": threads,
         "milliseconds": {name: _quantiles(values) for name, values in wall.items()},
         "wall_percent": _against_bare(wall),
@@ -142,26 +144,45 @@ def _against_bare(times: Times) -> dict[str, float]:
 
 def _quantiles(seconds: list[float]) -> dict[str, float]:
     ordered = sorted(seconds)
-    return {f"p{percent}": 1e3 * ordered[min(len(ordered) - 1, len(ordered) * percent // 100)] for percent in (5, 25, 50, 75, 95, 99)}
+    return {
+        f"p{percent}": 1e3 * ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
+        for percent in (5, 25, 50, 75, 95, 99)
+    }
 
 
 def report(result: dict[str, Any]) -> str:
-    lines = [f"{result['model']}: {result['dtype']} {tuple(result['batch'])}, {result['rounds']} rounds, {result['backend']}, {result['machine']}"]
+    lines = [
+        f"{result['model']}: {result['dtype']} {tuple(result['batch'])}, {result['rounds']} rounds, "
+        f"{result['backend']}, {result['machine']}"
+    ]
     quantiles = result["milliseconds"]
     lines.append(f"{'ms':<12}" + "".join(f"{name:>9}" for name in quantiles["bare"]))
-    lines += [f"{name:<12}" + "".join(f"{value:>9.3f}" for value in values.values()) for name, values in quantiles.items()]
+    lines += [
+        f"{name:<12}" + "".join(f"{value:>9.3f}" for value in values.values()) for name, values in quantiles.items()
+    ]
     for name in ("engine", "bare again"):
-        lines.append(f"{name} against bare, medians: wall {result['wall_percent'][name]:+.2f} %, CPU {result['cpu_percent'][name]:+.2f} %")
+        lines.append(
+            f"{name} against bare, medians: wall {result['wall_percent'][name]:+.2f} %, CPU "
+            f"{result['cpu_percent'][name]:+.2f} %"
+        )
     alone = result["wrapper_alone_microseconds"]
     verdict = "within" if result["wrapper_alone_percent"] < AIM_PERCENT else "ABOVE"
-    lines.append(f"wrapper alone: {alone:.1f} µs = {result['wrapper_alone_percent']:.2f} % of bare, {verdict} the aim of {AIM_PERCENT:g} %")
+    lines.append(
+        f"wrapper alone: {alone:.1f} µs = {result['wrapper_alone_percent']:.2f} % of bare, {verdict} the aim of "
+        f"{AIM_PERCENT:g} %"
+    )
     return "\n".join(lines)
 
 
 def main() -> int:
     """Measures, prints a table, and writes `results/runtime_overhead.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", type=Path, help="an .onnx that repvgg-export wrote (default: export a RepVGG-A0 with random weights)")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        type=Path,
+        help="an .onnx that repvgg-export wrote (default: export a RepVGG-A0 with random weights)",
+    )
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--threads", type=int, default=1)

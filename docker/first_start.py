@@ -2,18 +2,20 @@
 
     python first_start.py [--triton] COMMAND [ARGUMENT …]
 
-With --triton it also writes the model repository. In COMMAND, {model} is the plan (of the first model) and {repository} the model repository; the
-command finds the plan in REPVGG_MODEL, too, and none of the other settings. Settings, all of the environment:
+With --triton it also writes the model repository. In COMMAND, {model} is the plan (of the first model) and {repository}
+the model repository; the command finds the plan in REPVGG_MODEL, too, and none of the other settings. Settings, all of
+the environment:
 
     REPVGG_MODEL     an .onnx, a folder of them, or a .plan that is to run as it is (/models)
-    REPVGG_ENGINES   where plans and repositories are kept, a folder for each GPU type and TensorRT version (/engines/plans)
-    REPVGG_SERVE     plan, or onnx: build nothing, serve the .onnx as it is, also without a GPU (plan)
-    REPVGG_BUILD     options of `repvgg-trt build`, as in a shell: "--max-batch 64 --opt-batch 16"
-    REPVGG_TRITON    options of `repvgg-trt triton`: "--ensemble jpeg --instances 2"
+    REPVGG_ENGINES   where plans and repositories are kept, a folder for each GPU type and TensorRT version
+    (/engines/plans) REPVGG_SERVE     plan, or onnx: build nothing, serve the .onnx as it is, also without a GPU (plan)
+    REPVGG_BUILD     options of `repvgg-trt build`, as in a shell: "--max-batch 64 --opt-batch 16" REPVGG_TRITON
+    options of `repvgg-trt triton`: "--ensemble jpeg --instances 2"
 
-Whether a plan that stands there is the one that is wanted is decided by `repvgg-trt build`: same ONNX, options, TensorRT and GPU. Containers that
-start at once on one folder wait for each other. What an earlier start wrote into the model repository and this one did not is taken out, unless
-another container serves from it. Exit codes are those of repvgg-trt; what fails leaves nothing half done, and the command is not run.
+Whether a plan that stands there is the one that is wanted is decided by `repvgg-trt build`: same ONNX, options,
+TensorRT and GPU. Containers that start at once on one folder wait for each other. What an earlier start wrote into the
+model repository and this one did not is taken out, unless another container serves from it. Exit codes are those of
+repvgg-trt; what fails leaves nothing half done, and the command is not run.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ SETTINGS = ("REPVGG_MODEL", "REPVGG_ENGINES", "REPVGG_SERVE", "REPVGG_BUILD", "R
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="first_start.py", description="builds or finds the plan of this GPU, then becomes COMMAND", add_help=False)
+    parser = argparse.ArgumentParser(
+        prog="first_start.py", description="builds or finds the plan of this GPU, then becomes COMMAND", add_help=False
+    )
     parser.add_argument("--triton", action="store_true", help="write the model repository, too")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND")
     args = parser.parse_args(argv)
@@ -79,7 +83,10 @@ def find_models(given: Path) -> list[Path]:
     if given.is_dir():
         found = sorted(path for path in given.iterdir() if path.suffix == ".onnx" and path.is_file())
         if not found:
-            fail(f"{given}: holds no .onnx", "mount the folder that repvgg-export wrote to at /models, or set REPVGG_MODEL")
+            fail(
+                f"{given}: holds no .onnx",
+                "mount the folder that repvgg-export wrote to at /models, or set REPVGG_MODEL",
+            )
         return found
     if not given.is_file():
         fail(f"{given}: no such file or folder", "mount it, and set REPVGG_MODEL to its path in the container")
@@ -119,7 +126,10 @@ def choose_place(engines: Path, models: list[Path]) -> Path:
         fail(error.message, error.remedy)
     search = look_for_gpu()
     if search.gpu is None and not library.is_rtx:
-        fail(f"no GPU can be used here: {search.reason}", "start the container with --gpus all (NVIDIA Container Toolkit), or set REPVGG_SERVE=onnx")
+        fail(
+            f"no GPU can be used here: {search.reason}",
+            "start the container with --gpus all (NVIDIA Container Toolkit), or set REPVGG_SERVE=onnx",
+        )
     gpu = f"{search.gpu.name} sm{search.gpu.compute_capability}" if search.gpu is not None else "no GPU"
     return engines / re.sub(r"[^a-z0-9.]+", "-", f"{gpu} {library.name}".lower()).strip("-")
 
@@ -131,7 +141,10 @@ def only_one(place: Path) -> Iterator[None]:
         place.mkdir(parents=True, exist_ok=True)
         handle = os.open(place / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        remedy = f'give the folder to the container\'s user (chown {os.getuid()}:{os.getgid()}), or run it with --user "$(id -u):$(id -g)"'
+        remedy = (
+            f"give the folder to the container's user (chown {os.getuid()}:{os.getgid()}), or run it with --user "
+            f'"$(id -u):$(id -g)"'
+        )
         fail(f"{place}: cannot be written to as user {os.getuid()}: {error.strerror}", remedy)
     try:
         try:
@@ -152,7 +165,8 @@ def prepare_model(model: Path, place: Path) -> Path:
         do("check", str(model))
         return model
     plan = place / f"{model.stem}.plan"
-    # --force, because a plan of an ONNX or of options that are no longer wanted is to be replaced. The same plan is never built again.
+    # --force, because a plan of an ONNX or of options that are no longer wanted is to be replaced. The same plan is
+    # never built again.
     do("build", str(model), "--out", str(plan), "--force", *options_of("REPVGG_BUILD"))
     return plan
 
@@ -160,7 +174,17 @@ def prepare_model(model: Path, place: Path) -> Path:
 def write_model(model: Path, repository: Path) -> list[str]:
     """Names of the models that Triton serves it as."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        command = ("triton", str(model), "--out", str(repository), "--force", "--written-by", WRITER, "--json", *options_of("REPVGG_TRITON"))
+        command = (
+            "triton",
+            str(model),
+            "--out",
+            str(repository),
+            "--force",
+            "--written-by",
+            WRITER,
+            "--json",
+            *options_of("REPVGG_TRITON"),
+        )
         code = run(*command)
     answer = json.loads(printed.getvalue() or "{}")
     if "error" in answer:

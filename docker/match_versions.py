@@ -17,7 +17,9 @@ from repvgg_deploy.specs.values import PlanPassport
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="match_versions.py", description="prints the build arguments that match a plan's passport")
+    parser = argparse.ArgumentParser(
+        prog="match_versions.py", description="prints the build arguments that match a plan's passport"
+    )
     parser.add_argument("plan", type=Path, metavar="PLAN")
     try:
         plan = parser.parse_args(argv).plan
@@ -38,8 +40,12 @@ def explain_missing_passport(plan: Path) -> RepVGGDeployError:
         ModelError: There is no such file.
     """
     if is_plan(plan):
-        return PlanError(f"{plan}: has no passport {passport_path(plan).name} beside it", remedy="copy it together with the plan")
-    return InputError(f"{plan}: is no TensorRT plan", remedy="give the .plan that repvgg-trt build wrote, with its passport beside it")
+        return PlanError(
+            f"{plan}: has no passport {passport_path(plan).name} beside it", remedy="copy it together with the plan"
+        )
+    return InputError(
+        f"{plan}: is no TensorRT plan", remedy="give the .plan that repvgg-trt build wrote, with its passport beside it"
+    )
 
 
 def match(passport: PlanPassport) -> dict[str, str]:
@@ -53,12 +59,19 @@ def match(passport: PlanPassport) -> dict[str, str]:
         return {"TENSORRT": f"tensorrt-rtx-cu13=={version}", "CUDA_MAJOR": "13"}
     major, minor, *_ = (int(part) for part in version.split("."))
     if major < 10:
-        raise InputError(f"TensorRT {version} is not one of the packages for CUDA 12 or 13", remedy="build the plan with TensorRT 10 or later")
+        raise InputError(
+            f"TensorRT {version} is not one of the packages for CUDA 12 or 13",
+            remedy="build the plan with TensorRT 10 or later",
+        )
     # The packages have three numbers before 10.8, though the library has four.
     package = version if (major, minor) >= (10, 8) else ".".join(version.split(".")[:3])
     arguments = {"TENSORRT_VERSION": package, "CUDA_MAJOR": "12" if major == 10 else "13"}
     container = find_container(version)
-    return arguments if container is None else {**arguments, "TRITON_RELEASE": container.rpartition(":")[2].removesuffix("-py3")}
+    return (
+        arguments
+        if container is None
+        else {**arguments, "TRITON_RELEASE": container.rpartition(":")[2].removesuffix("-py3")}
+    )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     make demo            # or: python examples/demo.py
 
-Prints what it does and writes into demo/: sample.onnx, predictions.png and reparameterize.png (what happens inside one block). Where the
-trained A0 and its photos lie beside the clone (../shared/data), it does the same with them and writes photos.png, too.
+Prints what it does and writes into demo/: sample.onnx, predictions.png and reparameterize.png (what happens inside one
+block). Where the trained A0 and its photos lie beside the clone (../shared/data), it does the same with them and writes
+photos.png, too.
 """
 
 from __future__ import annotations
@@ -83,7 +84,10 @@ def export(ckpt: Path, out: Path, size: int, *, labels: tuple[str, ...] | None =
     for group, checks in groups.items():
         worst = max(checks, key=lambda check: check.error / check.tolerance)
         verdict = "passed" if all(check.passed for check in checks) else "FAILED"
-        print(f"    {group:20} {len(checks):3d} checks   worst error {worst.error:8.1e}   allowed {worst.tolerance:8.1e}   {verdict}")
+        print(
+            f"    {group:20} {len(checks):3d} checks   worst error {worst.error:8.1e}   allowed "
+            f"{worst.tolerance:8.1e}   {verdict}"
+        )
 
 
 def predict(engine: Engine, paths: Sequence[Path], truths: Sequence[str]) -> list[Prediction]:
@@ -91,12 +95,18 @@ def predict(engine: Engine, paths: Sequence[Path], truths: Sequence[str]) -> lis
     logits = cast("NDArray[np.float32]", engine.infer_images(paths))
     labels, preprocessing = engine.spec.labels, engine.spec.preprocessing
     assert labels is not None and preprocessing is not None
-    found = [Prediction(load_image(p, preprocessing), t, row, labels) for p, t, row in zip(paths, truths, softmax(logits), strict=True)]
+    found = [
+        Prediction(load_image(p, preprocessing), t, row, labels)
+        for p, t, row in zip(paths, truths, softmax(logits), strict=True)
+    ]
     width = max(len(label) for label in (*labels, "prediction"))
     print(f"\n  {'image':24}  {'truth':{width}}  {'prediction':{width}}  probability")
     for path, item in zip(paths, found, strict=True):
         probability = item.probabilities[item.best[0]]
-        print(f"  {path.name:24}  {item.truth:{width}}  {item.answer:{width}}  {100 * probability:9.1f} %{'' if item.right else '   ← wrong'}")
+        print(
+            f"  {path.name:24}  {item.truth:{width}}  {item.answer:{width}}  {100 * probability:9.1f} "
+            f"%{'' if item.right else '   ← wrong'}"
+        )
     return found
 
 
@@ -115,7 +125,10 @@ def compare_on_evaluation(model: RepVGG, engine: Engine) -> list[Prediction]:
         right = int((scores.argmax(1) == truth).sum())
         print(f"    {name:26} {right:8d}  {100 * right / len(truth):.2f} %")
     same = int((logits.argmax(1) == expected.argmax(1)).sum())
-    print(f"  same answer for {same} of {len(truth)} images, largest difference of a logit {np.abs(logits - expected).max():.1e}")
+    print(
+        f"  same answer for {same} of {len(truth)} images, largest difference of a logit "
+        f"{np.abs(logits - expected).max():.1e}"
+    )
     wrong = np.flatnonzero(logits.argmax(1) != truth)
     probabilities = softmax(logits)
     return [Prediction(images[i], labels[truth[i]], probabilities[i], labels) for i in wrong]
@@ -152,7 +165,12 @@ def _draw_tile(picture: Axes, bars: Axes, item: Prediction) -> None:
     if not item.right:
         picture.set_xlabel(f"truth: {item.truth}", fontsize=9.5, color=colour, loc="left", labelpad=4)
     order = item.best[::-1]
-    bars.barh(range(len(order)), item.probabilities[order], height=0.36, color=[colour if i == item.best[0] else "#b6bfc9" for i in order])
+    bars.barh(
+        range(len(order)),
+        item.probabilities[order],
+        height=0.36,
+        color=[colour if i == item.best[0] else "#b6bfc9" for i in order],
+    )
     for position, index in enumerate(order):
         bars.text(0, position + 0.24, item.labels[index], fontsize=8, color=INK, va="bottom")
     bars.set(xlim=(0, 1), ylim=(-0.2, len(order) - 0.2), xticks=[], yticks=[])
@@ -177,23 +195,46 @@ def draw_reparameterization(model: RepVGG, name: str, path: Path) -> None:
     """One channel of one block: the kernels of three branches and their sum, and what each makes of a real image."""
     block, deploy = cast(Any, model.get_submodule(name)), cast(Any, reparameterize(model).get_submodule(name))
     channels = block.rbr_dense.conv.weight.shape[1]
-    pairs = ((block.rbr_dense.conv, block.rbr_dense.bn), (block.rbr_1x1.conv, block.rbr_1x1.bn), (None, block.rbr_identity))
+    pairs = (
+        (block.rbr_dense.conv, block.rbr_dense.bn),
+        (block.rbr_1x1.conv, block.rbr_1x1.bn),
+        (None, block.rbr_identity),
+    )
     kernels = [*(fused(conv, bn, channels) for conv, bn in pairs), deploy.rbr_reparam.weight.detach().double().numpy()]
     x = _input_of(model, block, SAMPLE / "images" / "digit-3.png")
     with torch.inference_mode():
-        maps = [branch(x)[0].numpy() for branch in (block.rbr_dense, block.rbr_1x1, block.rbr_identity, deploy.rbr_reparam)]
+        maps = [
+            branch(x)[0].numpy() for branch in (block.rbr_dense, block.rbr_1x1, block.rbr_identity, deploy.rbr_reparam)
+        ]
     rows = np.arange(len(maps[0]))
-    kernels = [kernel[rows, rows % channels] for kernel in kernels]  # of the input channel that the identity branch passes on
+    kernels = [
+        kernel[rows, rows % channels] for kernel in kernels
+    ]  # of the input channel that the identity branch passes on
     # The channel where all three branches have something to say.
-    channel = int(np.prod([np.abs(kernel[:, 1, 1]) for kernel in kernels[:3]] + [m.std((1, 2)) for m in maps[:3]], 0).argmax())
+    channel = int(
+        np.prod([np.abs(kernel[:, 1, 1]) for kernel in kernels[:3]] + [m.std((1, 2)) for m in maps[:3]], 0).argmax()
+    )
     figure = plt.figure(figsize=(14, 7.6), facecolor="white")
-    figure.text(0.03, 0.945, f"Reparameterization: block {name} of the sample, channel {channel}", fontsize=17, weight="bold", color=INK)
-    legend = "Training form: three branches, each with its BatchNorm. Deploy form: one 3×3 convolution that computes the same."
+    figure.text(
+        0.03,
+        0.945,
+        f"Reparameterization: block {name} of the sample, channel {channel}",
+        fontsize=17,
+        weight="bold",
+        color=INK,
+    )
+    legend = (
+        "Training form: three branches, each with its BatchNorm. Deploy form: one 3×3 convolution that computes the "
+        "same."
+    )
     figure.text(0.03, 0.905, legend, fontsize=12, color=QUIET)
     label = f"kernel × BatchNorm scale,\nfrom input channel {channel}"
     _draw_sum(figure, 0.5, [kernel[channel] for kernel in kernels], label, numbers=True)
     _draw_sum(figure, 0.07, [m[channel] for m in maps], "its output for an image of a “3”", numbers=False)
-    difference = f"largest difference between the sum and the one convolution, all {len(rows)} channels: {np.abs(sum(maps[:3]) - maps[3]).max():.1e}"
+    difference = (
+        f"largest difference between the sum and the one convolution, all {len(rows)} channels: "
+        f"{np.abs(sum(maps[:3]) - maps[3]).max():.1e}"
+    )
     figure.text(0.97, 0.02, difference, ha="right", fontsize=11, color=QUIET)
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -225,7 +266,15 @@ def _draw_sum(figure: Figure, bottom: float, panels: Sequence[NDArray[Any]], lab
             figure.text(left + 0.215, bottom + 0.175, sign, fontsize=26, ha="center", va="center", color=INK)
         for (row, column), value in np.ndenumerate(panel if numbers else np.empty((0, 0))):
             strong = abs(value) > 0.55 * limit
-            axes.text(column, row, "0" if value == 0 else f"{value:.2f}", ha="center", va="center", fontsize=13, color="white" if strong else INK)
+            axes.text(
+                column,
+                row,
+                "0" if value == 0 else f"{value:.2f}",
+                ha="center",
+                va="center",
+                fontsize=13,
+                color="white" if strong else INK,
+            )
 
 
 def run_sample(out: Path) -> None:
@@ -237,7 +286,10 @@ def run_sample(out: Path) -> None:
     with Engine(out / "sample.onnx") as engine:
         shown = predict(engine, paths, [path.stem.removeprefix("digit-") for path in paths])
         mistakes = compare_on_evaluation(model, engine)
-    rows = [("one image of each class", shown), (f"all {len(mistakes)} mistakes among the 400 evaluation images", mistakes)]
+    rows = [
+        ("one image of each class", shown),
+        (f"all {len(mistakes)} mistakes among the 400 evaluation images", mistakes),
+    ]
     draw_predictions(rows, "Handwritten digits, recognised by the Engine", out / "predictions.png")
     draw_reparameterization(model, "stage1.1", out / "reparameterize.png")
 
@@ -255,7 +307,9 @@ def run_photos(out: Path) -> None:
         truths.append(PHOTO_LABELS[label[index]])
     with Engine(out / "a0.onnx") as engine:
         shown = predict(engine, paths, truths)
-    draw_predictions([("15 of 2,000 evaluation images", shown)], "Photos, recognised by RepVGG-A0 in the Engine", out / "photos.png")
+    draw_predictions(
+        [("15 of 2,000 evaluation images", shown)], "Photos, recognised by RepVGG-A0 in the Engine", out / "photos.png"
+    )
 
 
 def main() -> int:

@@ -1,6 +1,7 @@
 """repvgg-deploy: from a trained RepVGG checkpoint to a verified ONNX and a running engine.
 
-Public names are loaded on first use (PEP 562), so that importing the package costs milliseconds and pulls in nothing heavy.
+Public names are loaded on first use (PEP 562), so that importing the package costs milliseconds and pulls in nothing
+heavy.
 """
 
 from __future__ import annotations

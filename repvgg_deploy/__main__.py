@@ -11,7 +11,9 @@ from .cli.trt import DESCRIPTION as TRT
 
 def main() -> int:
     """Prints the programs, with what each does."""
-    sys.stdout.write(f"repvgg-deploy {__version__}\n\nrepvgg-export  {EXPORT}\nrepvgg-trt     {TRT}\n\nEach says more with --help.\n")
+    sys.stdout.write(
+        f"repvgg-deploy {__version__}\n\nrepvgg-export  {EXPORT}\nrepvgg-trt     {TRT}\n\nEach says more with --help.\n"
+    )
     return 0
 
 

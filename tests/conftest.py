@@ -33,8 +33,9 @@ OPTIONAL = (
 MISSING = frozenset(name for name in OPTIONAL if importlib.util.find_spec(name) is None)
 LEFT_OUT: list[str] = []
 
-# A change must not be refused for what it did not do: no example is too slow because the machine was busy, and every run draws the same ones.
-# `--hypothesis-profile search` draws others. (tests/gpu also runs where Hypothesis is not installed.)
+# A change must not be refused for what it did not do: no example is too slow because the machine was busy, and every
+# run draws the same ones. `--hypothesis-profile search` draws others. (tests/gpu also runs where Hypothesis is not
+# installed.)
 if importlib.util.find_spec("hypothesis") is not None:
     from hypothesis import HealthCheck, settings
 
@@ -145,7 +146,11 @@ def _imports(path: Path) -> frozenset[str]:
 
 def _own_files(name: str) -> list[Path]:
     base = ROOT.joinpath(*name.split("."))
-    return [base.with_suffix(".py"), base / "__init__.py"] if name.partition(".")[0] in ("repvgg_deploy", "tests", "benchmarks", "examples") else []
+    return (
+        [base.with_suffix(".py"), base / "__init__.py"]
+        if name.partition(".")[0] in ("repvgg_deploy", "tests", "benchmarks", "examples")
+        else []
+    )
 
 
 def _module_imports(path: Path) -> set[str]:
@@ -160,7 +165,11 @@ def _module_imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join([*package[: len(package) - node.level + 1], *([node.module] if node.module else [])]) if node.level else node.module or ""
+            base = (
+                ".".join([*package[: len(package) - node.level + 1], *([node.module] if node.module else [])])
+                if node.level
+                else node.module or ""
+            )
             names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
         queue += ast.iter_child_nodes(node)
     return names

@@ -53,9 +53,21 @@ class Stage:
     before: int = 0
 
 
-def start_endless(program: str, arguments: Sequence[object], stage: Stage, marker: Path, environment: dict[str, str] | None = None) -> Any:
+def start_endless(
+    program: str, arguments: Sequence[object], stage: Stage, marker: Path, environment: dict[str, str] | None = None
+) -> Any:
     """The process of a module or script that works at this stage, and would for ever. `marker` must not exist; it says that the stage was reached."""
-    command = [sys.executable, "-c", _CODE, str(marker), stage.module, stage.name, str(stage.before), program, *map(str, arguments)]
+    command = [
+        sys.executable,
+        "-c",
+        _CODE,
+        str(marker),
+        stage.module,
+        stage.name,
+        str(stage.before),
+        program,
+        *map(str, arguments),
+    ]
     given = {**(os.environ if environment is None else environment), "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=given)
     wait_until(lambda: marker.exists() or process.poll() is not None, f"{stage.name} to be reached")

@@ -8,7 +8,9 @@ import pytest
 
 from repvgg_deploy import errors
 
-KINDS = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, errors.RepVGGDeployError)]
+KINDS = [
+    value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, errors.RepVGGDeployError)
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -37,7 +37,13 @@ class DeviceBatch:
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         """Version 3."""
-        return {"shape": self.shape, "typestr": self.dtype.str, "data": (self.address, False), "strides": None, "version": 3}
+        return {
+            "shape": self.shape,
+            "typestr": self.dtype.str,
+            "data": (self.address, False),
+            "strides": None,
+            "version": 3,
+        }
 
     def free(self) -> None:
         """Gives the memory back."""
@@ -91,7 +97,9 @@ class BareLoop:
         self.enqueue()
         self.wait()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             self._context = None
             if self._plan is not None:

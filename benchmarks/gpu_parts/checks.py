@@ -53,7 +53,9 @@ def check_ways(plan: Path, images: NDArray[Any], options: EngineOptions | None =
     results: dict[str, dict[str, Any]] = {}
     options = options if options is not None else EngineOptions()
     with Engine(plan, options=options) as engine:
-        truth: Any = np.concatenate([np.asarray(engine.infer(images[index : index + 1])) for index in range(len(images))])
+        truth: Any = np.concatenate(
+            [np.asarray(engine.infer(images[index : index + 1])) for index in range(len(images))]
+        )
         ways: dict[str, Callable[[], float]] = {
             "any number of images": lambda: _any_number(engine, images, truth),
             "16 threads": lambda: _threads(engine, images, truth),
@@ -102,9 +104,10 @@ def _threads(engine: Engine, images: NDArray[Any], truth: NDArray[Any]) -> float
 def compare_graphs(plan: Path, images: NDArray[Any], options: EngineOptions, sizes: Sequence[int] = SIZES) -> float:
     """The largest difference of what a plan gives with and without CUDA graphs; infinity where bits differ that must not.
 
-    Two batches take turns, so that an answer which was not computed anew is that of the other one. With graphs they run as they are, captured,
-    replayed, replayed: the same kernels in the same order. So does the engine without graphs, but for TensorRT-RTX, which runs others until those of
-    a shape are compiled, and waits for them in the contexts of graphs only.
+    Two batches take turns, so that an answer which was not computed anew is that of the other one. With graphs they run
+    as they are, captured, replayed, replayed: the same kernels in the same order. So does the engine without graphs,
+    but for TensorRT-RTX, which runs others until those of a shape are compiled, and waits for them in the contexts of
+    graphs only.
     """
     found: dict[bool, list[tuple[bool, NDArray[Any], NDArray[Any]]]] = {True: [], False: []}
     stale = False
@@ -121,7 +124,11 @@ def compare_graphs(plan: Path, images: NDArray[Any], options: EngineOptions, siz
     same = all(np.array_equal(one, two) for runs in found.values() for exact, one, two in runs if exact)
     across = [(exact, one, two) for (_, _, one), (exact, _, two) in zip(found[True], found[False], strict=True)]
     same = same and all(np.array_equal(one, two) for exact, one, two in across if exact)
-    return max(_difference(two, one) for _, one, two in (*found[True], *found[False], *across)) if same and not stale else float("inf")
+    return (
+        max(_difference(two, one) for _, one, two in (*found[True], *found[False], *across))
+        if same and not stale
+        else float("inf")
+    )
 
 
 def _device(engine: Engine, images: NDArray[Any], truth: NDArray[Any]) -> float:

@@ -45,7 +45,13 @@ def ask_smi(program: str = "nvidia-smi") -> str:
     """Clocks, power limit and temperature, as nvidia-smi says them; empty where it does not answer."""
     query = "name,driver_version,clocks.sm,clocks.max.sm,power.limit,temperature.gpu"
     try:
-        done = subprocess.run([program, f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(
+            [program, f"--query-gpu={query}", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip()

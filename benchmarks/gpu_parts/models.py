@@ -21,7 +21,11 @@ _CHECKPOINT = Path(__file__).resolve().parents[2] / "models" / "sample" / "repvg
 
 def find_missing() -> list[str]:
     """What of the packages that make models is not installed."""
-    return [name for name in ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime") if importlib.util.find_spec(name) is None]
+    return [
+        name
+        for name in ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime")
+        if importlib.util.find_spec(name) is None
+    ]
 
 
 def path_of(folder: Path, variant: str, kind: str) -> Path:
@@ -32,7 +36,8 @@ def path_of(folder: Path, variant: str, kind: str) -> Path:
 def reference_of(folder: Path, variant: str) -> Path:
     """`images` float32 (N, 3, H, W), and what each graph gives for them in ONNX Runtime, by its kind; the export compared FP32 with PyTorch.
 
-    Of the first variant also `bytes`, uint8 (N, H, W, 3), and `bytes-fp32`: what the FP32 graph that takes bytes gives for them.
+    Of the first variant also `bytes`, uint8 (N, H, W, 3), and `bytes-fp32`: what the FP32 graph that takes bytes gives
+    for them.
     """
     return folder / f"{variant.lower()}-reference.npz"
 
@@ -49,7 +54,10 @@ def make(folder: Path, variant: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if reference_of(folder, variant).exists():
         return
-    fp32, checkpoint = path_of(folder, variant, "fp32"), _CHECKPOINT if variant == SAMPLE else folder / f"{variant.lower()}.pth"
+    fp32, checkpoint = (
+        path_of(folder, variant, "fp32"),
+        _CHECKPOINT if variant == SAMPLE else folder / f"{variant.lower()}.pth",
+    )
     if variant != SAMPLE:
         save_checkpoint(variant, checkpoint)
     export_checkpoint(checkpoint, fp32, options=ExportOptions(force=True))
@@ -73,7 +81,9 @@ def make(folder: Path, variant: str) -> None:
         raw.unlink()
     if variant != SAMPLE:
         checkpoint.unlink()
-    partial = folder / f".{variant.lower()}-partial.npz"  # whole or not at all: its being there says that the models are
+    partial = (
+        folder / f".{variant.lower()}-partial.npz"
+    )  # whole or not at all: its being there says that the models are
     np.savez(partial, **answers)  # type: ignore[arg-type]
     partial.rename(reference_of(folder, variant))
 

@@ -36,7 +36,10 @@ class Record:
         if old.get("versions", {}).get("tensorrt") != new["versions"]["tensorrt"]:
             differ.append("TensorRT")
         if differ:
-            raise InputError(f"{self.path}: is of another {', '.join(differ)}", remedy="give another --out, or --anew to write over it")
+            raise InputError(
+                f"{self.path}: is of another {', '.join(differ)}",
+                remedy="give another --out, or --anew to write over it",
+            )
         for name in ("peak", "plans"):
             self.result[name] = known.get(name, {})
         self.result["broke_off"] = known.get("broke_off", [])
@@ -79,7 +82,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as a result of this program: {error}", remedy="give another --out, or --anew") from error
+        raise InputError(
+            f"{path}: cannot be read as a result of this program: {error}", remedy="give another --out, or --anew"
+        ) from error
     if not isinstance(known, dict):
         raise InputError(f"{path}: is not a result of this program", remedy="give another --out, or --anew")
     return known

@@ -8,7 +8,14 @@ from repvgg_deploy.specs.variants import count_macs, get_variant
 
 from . import models
 
-AIMS = {"overhead_us": 25.0, "device_share": 0.98, "numpy_share": 0.90, "clients_share": 0.80, "matrix_share": 0.60, "int8_gain": 1.6}
+AIMS = {
+    "overhead_us": 25.0,
+    "device_share": 0.98,
+    "numpy_share": 0.90,
+    "clients_share": 0.80,
+    "matrix_share": 0.60,
+    "int8_gain": 1.6,
+}
 
 
 def judge(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -19,9 +26,14 @@ def judge(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     for name, row in rows:
         for part in row["speed"]:
             if part["batch"] == 1:
-                found[f"{name}: overhead at batch 1, µs"] = {"value": part["overhead_us"], "met": part["overhead_us"] <= AIMS["overhead_us"]}
+                found[f"{name}: overhead at batch 1, µs"] = {
+                    "value": part["overhead_us"],
+                    "met": part["overhead_us"] <= AIMS["overhead_us"],
+                }
             elif part["batch"] >= 32:
-                found[f"{name}: device arrays at batch {part['batch']}, share of the bare loop"] = _at_least(part["device_share"], "device_share")
+                found[f"{name}: device arrays at batch {part['batch']}, share of the bare loop"] = _at_least(
+                    part["device_share"], "device_share"
+                )
     for name, row in plans.items():  # of a plan whose stage broke off there may be the one and not the other
         if "clients" in row and "speed" in row:
             found[f"{name}: 64 clients, share of full batches"] = _at_least(row["clients"]["share"], "clients_share")
@@ -33,7 +45,10 @@ def judge(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
             found[f"{variant}: INT8 against FP16 at batch 128"] = _at_least(bytes_ / halves, "int8_gain")
         if halves and peak and variant == "B2":
             reached = 2 * count_macs(get_variant(variant), models.SIZE, models.SIZE) * halves / 1e12
-            found["B2 FP16 at batch 128, share of the matrix peak"] = {**_at_least(reached / peak, "matrix_share"), "tflops": reached}
+            found["B2 FP16 at batch 128, share of the matrix peak"] = {
+                **_at_least(reached / peak, "matrix_share"),
+                "tflops": reached,
+            }
     return found
 
 
@@ -64,15 +79,31 @@ def find_problems(result: dict[str, Any]) -> list[str]:
 def show(result: dict[str, Any]) -> str:
     """Tables for the terminal."""
     machine = result["machine"]
-    lines = [f"\n{machine['gpu']}, driver {machine['driver']}, {machine['flavour']} {machine['versions']['tensorrt']}", ""]
-    lines.append(f"{'plan':<14}{'build s':>8}{'MB':>7}  {'inspected':<14}{'parity':<24}{'images/s at batch 1, 8, 32, 128 (bare loop)'}")
+    lines = [
+        f"\n{machine['gpu']}, driver {machine['driver']}, {machine['flavour']} {machine['versions']['tensorrt']}",
+        "",
+    ]
+    lines.append(
+        f"{'plan':<14}{'build s':>8}{'MB':>7}  "
+        f"{'inspected':<14}{'parity':<24}{'images/s at batch 1, 8, 32, 128 (bare loop)'}"
+    )
     for name, row in result["plans"].items():
         parity = row.get("parity")
-        text = "" if parity is None else f"{'ok' if parity['met'] else 'WRONG'}, {parity['sqnr_db']:.0f} dB, {parity['agreement']:.0%}"
+        text = (
+            ""
+            if parity is None
+            else f"{'ok' if parity['met'] else 'WRONG'}, {parity['sqnr_db']:.0f} dB, {parity['agreement']:.0%}"
+        )
         rates = " ".join(f"{part['images_per_second']['bare']:8.0f}" for part in row.get("speed", ()))
-        lines.append(f"{name:<14}{row['build_seconds']:>8.1f}{row['plan_bytes'] / 1e6:>7.1f}  {row['inspected']:<14}{text:<24}{rates}")
+        lines.append(
+            f"{name:<14}{row['build_seconds']:>8.1f}{row['plan_bytes'] / 1e6:>7.1f}  "
+            f"{row['inspected']:<14}{text:<24}{rates}"
+        )
     left_out = {
-        f"{way}: {found['left_out']}" for row in result["plans"].values() for way, found in row.get("ways", {}).items() if "left_out" in found
+        f"{way}: {found['left_out']}"
+        for row in result["plans"].values()
+        for way, found in row.get("ways", {}).items()
+        if "left_out" in found
     }
     lines += ["", *(f"left out  {text}" for text in sorted(left_out)), ""]
     for name, aim in result["aims"].items():

@@ -60,7 +60,9 @@ def measure(engine: Engine, images: NDArray[Any], count: int, *, seconds: float)
     return {
         "batch": count,
         "latency_ms": medians,
-        "p99_ms": {name: 1e3 * sorted(times)[min(len(times) - 1, len(times) * 99 // 100)] for name, times in single.items()},
+        "p99_ms": {
+            name: 1e3 * sorted(times)[min(len(times) - 1, len(times) * 99 // 100)] for name, times in single.items()
+        },
         "overhead_us": 1e3 * (medians["device array"] - medians["bare"]),
         "images_per_second": {**many, "numpy": count / (medians["numpy"] / 1e3)},
         "device_share": many["device array"] / many["bare"],

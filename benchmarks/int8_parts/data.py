@@ -1,6 +1,7 @@
 """Models and images of the INT8 benchmark: exported and decoded once into a working folder, which every method then reads.
 
-The folder holds `fp32.onnx`, `evaluation.npy` and `labels.npy`, and for each seed `calibration-SEED.npy`; images are uint8 (N, H, W, 3).
+The folder holds `fp32.onnx`, `evaluation.npy` and `labels.npy`, and for each seed `calibration-SEED.npy`; images are
+uint8 (N, H, W, 3).
 """
 
 from __future__ import annotations
@@ -43,7 +44,11 @@ def prepare(name: str, folder: Path, *, calibration: int, evaluation: int, seeds
     for seed in seeds:
         picks = np.random.default_rng(seed).permutation(len(training))[:calibration]
         np.save(folder / f"calibration-{seed}.npy", _decode([training[index] for index in picks], subject.size))
-    return {"size": subject.size, "evaluation": len(labels[:evaluation]), "calibration": min(calibration, len(training))}
+    return {
+        "size": subject.size,
+        "evaluation": len(labels[:evaluation]),
+        "calibration": min(calibration, len(training)),
+    }
 
 
 def _shared_images(subject: Subject) -> dict[str, tuple[list[Any], NDArray[np.int64]]]:
@@ -71,7 +76,9 @@ def _decode(images: list[Any], size: int) -> NDArray[np.uint8]:
 
     def pixels(image: Any) -> NDArray[np.uint8]:
         picture = Image.open(io.BytesIO(image)).convert("RGB") if isinstance(image, bytes) else Image.fromarray(image)
-        return np.asarray(picture if picture.size == (size, size) else picture.resize((size, size), Image.Resampling.BOX), np.uint8)
+        return np.asarray(
+            picture if picture.size == (size, size) else picture.resize((size, size), Image.Resampling.BOX), np.uint8
+        )
 
     return np.stack([pixels(image) for image in images])
 

@@ -22,7 +22,9 @@ OURS = Int8Options(target="trt8")
 OPTIONS = {"max": MAX_CALIBRATION, "fast": FAST, "ours": OURS, "ours trt10": dataclasses.replace(OURS, target="trt10")}
 
 
-def quantize(subject: str, method: str, folder: Path, target: Path, *, seed: int, setting: str = "", quick: bool = False) -> None:
+def quantize(
+    subject: str, method: str, folder: Path, target: Path, *, seed: int, setting: str = "", quick: bool = False
+) -> None:
     """Runs one method.
 
     Args:

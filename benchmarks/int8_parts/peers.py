@@ -19,12 +19,20 @@ ONNXRUNTIME: dict[str, dict[str, Any]] = {
     "MinMax, unsigned with zero points": {"ActivationSymmetric": False},
 }
 """Settings of `quantize_static` that are tried; the last gives what TensorRT refuses, and is the tool's own recommendation for a CPU. In all of them
-weights are INT8 with a scale per output channel, biases stay in floating point, and pairs stand on the inputs of Conv and Gemm alone."""
+weights are INT8 with a scale per output channel, biases stay in floating point, and pairs stand on the inputs of Conv
+and Gemm alone.
+"""
 
 
 def quantize_onnxruntime(source: Path, target: Path, batches: list[NDArray[np.float32]], setting: str) -> None:
     """ONNX Runtime's `quantize_static`."""
-    from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        CalibrationMethod,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
 
     class Reader(CalibrationDataReader):  # type: ignore[misc] # onnxruntime is untyped
         def __init__(self) -> None:

@@ -18,7 +18,8 @@ from .data import as_batches
 def score(folder: Path, graph: Path) -> dict[str, Any]:
     """Runs a graph in ONNX Runtime, every Q/DQ pair as it stands, on all evaluation images.
 
-    Methods are chosen on the first half of them and reported on the second; top-1 is of all. Logits of `fp32.onnx` are kept beside it.
+    Methods are chosen on the first half of them and reported on the second; top-1 is of all. Logits of `fp32.onnx` are
+    kept beside it.
 
     Args:
         folder: See `data`.

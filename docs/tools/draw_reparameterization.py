@@ -2,8 +2,8 @@
 
     python docs/tools/draw_reparameterization.py --out docs/images/reparameterization.png
 
-The branches' kernels are folded here by the formulas of docs/reparameterization.md, in NumPy and float64; the deploy form is the library's. That
-the two agree is what the picture shows.
+The branches' kernels are folded here by the formulas of docs/reparameterization.md, in NumPy and float64; the deploy
+form is the library's. That the two agree is what the picture shows.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Evidence:
         deploy: The library's one convolution.
         maps: What each branch makes of one image, float64 (3, C', H, W).
         answer: What the deploy form makes of it, float32 arithmetic, (C', H, W).
-        errors: By arithmetic, the differences of sum and deploy form over the evaluation images, in units of the largest output.
+        errors: By arithmetic, the differences of sum and deploy form over the evaluation images, in units of the
+            largest output.
         shares: Of each branch in the output, per channel, (3, C').
     """
 
@@ -66,13 +67,17 @@ class Evidence:
     @property
     def fold_error(self) -> float:
         """Largest difference between the sum of the three kernels and the library's, in units of its largest weight."""
-        return float(np.abs(sum(b.kernel for b in self.branches) - self.deploy.kernel).max() / np.abs(self.deploy.kernel).max())
+        return float(
+            np.abs(sum(b.kernel for b in self.branches) - self.deploy.kernel).max() / np.abs(self.deploy.kernel).max()
+        )
 
 
 def fold(bn: nn.BatchNorm2d, conv: nn.Conv2d | None) -> Folded:
     """γ/σ · W and β − γ·µ/σ, the kernel padded to 3×3; the identity for `conv` None."""
     assert bn.running_mean is not None and bn.running_var is not None
-    gamma, beta, mean, variance = (t.detach().double().numpy() for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var))
+    gamma, beta, mean, variance = (
+        t.detach().double().numpy() for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    )
     scale = gamma / np.sqrt(variance + bn.eps)
     kernel = np.zeros((len(scale), len(scale), 3, 3))
     if conv is None:
@@ -105,7 +110,9 @@ def gather() -> Evidence:
         shares = np.stack([np.abs(convolve(everything.double(), b).numpy()).mean(axis=(0, 2, 3)) for b in branches])
         truth = block.linear(everything)
         errors = {
-            "float64": relative_error(block.double().linear(everything.double()), sum_of(everything.double(), branches)),
+            "float64": relative_error(
+                block.double().linear(everything.double()), sum_of(everything.double(), branches)
+            ),
             "float32": relative_error(truth, deploy.linear(everything)),
         }
     return Evidence(branches, one, maps, answer, errors, shares / shares.sum(axis=0))
@@ -149,13 +156,20 @@ def draw(found: Evidence, path: Path) -> None:
     channel = choose_channel(found)
     with open_sheet() as figure:
         figure.text(
-            0.03, 0.972, f"Three branches become one convolution: block {BLOCK} of the trained sample", fontsize=17, weight="bold", color=DARK
+            0.03,
+            0.972,
+            f"Three branches become one convolution: block {BLOCK} of the trained sample",
+            fontsize=17,
+            weight="bold",
+            color=DARK,
         )
         kernels = [*(b.kernel for b in found.branches), found.deploy.kernel]
         biases = [*(b.bias[channel] for b in found.branches), found.deploy.bias[channel]]
         captions = [f"bias {write_number(value)}" for value in biases]
         label = f"Kernel\n× BatchNorm scale,\noutput channel {channel}\nfrom input channel {channel}"
-        draw_sum(figure, 0.735, [k[channel, channel] for k in kernels], label, captions=captions, numbers=True, titles=True)
+        draw_sum(
+            figure, 0.735, [k[channel, channel] for k in kernels], label, captions=captions, numbers=True, titles=True
+        )
         label = "Centre taps\nof all {0} × {0}\nchannel pairs".format(len(found.deploy.bias))
         draw_sum(figure, 0.503, [k[:, :, 1, 1] for k in kernels], label)
         label = f"Output\nfor an image of a “3”,\nchannel {channel},\nbefore ReLU"
@@ -181,7 +195,14 @@ def open_sheet() -> Iterator[Any]:
 
 
 def draw_sum(
-    figure: Any, bottom: float, panels: Sequence[Array], label: str, *, captions: Sequence[str] = (), numbers: bool = False, titles: bool = False
+    figure: Any,
+    bottom: float,
+    panels: Sequence[Array],
+    label: str,
+    *,
+    captions: Sequence[str] = (),
+    numbers: bool = False,
+    titles: bool = False,
 ) -> None:
     """Branch + branch + branch = deploy form, in one colour scale."""
     limit = max(float(np.abs(panel).max()) for panel in panels)
@@ -216,11 +237,19 @@ def draw_shares(figure: Any, found: Evidence, channel: int) -> None:
     means = 100 * found.shares.mean(axis=1)
     for place, (mean, name, colour) in enumerate(zip(means, BRANCHES, COLOURS, strict=True)):
         axes.text(
-            0.36 * place, 1.05, f"■ {name.removesuffix(' branch')} {mean:.0f} %", transform=axes.transAxes, fontsize=10, color=colour, weight="bold"
+            0.36 * place,
+            1.05,
+            f"■ {name.removesuffix(' branch')} {mean:.0f} %",
+            transform=axes.transAxes,
+            fontsize=10,
+            color=colour,
+            weight="bold",
         )
     axes.annotate(f"channel {channel}", (list(order).index(channel), 0), (0, -16), textcoords="offset points", fontsize=9, ha="center",
                   color=DARK, arrowprops={"arrowstyle": "-", "color": DARK})  # fmt: skip
-    axes.set(xlim=(-0.5, len(order) - 0.5), ylim=(0, 100), xticks=[], yticks=[0, 50, 100], yticklabels=["0", "50", "100 %"])
+    axes.set(
+        xlim=(-0.5, len(order) - 0.5), ylim=(0, 100), xticks=[], yticks=[0, 50, 100], yticklabels=["0", "50", "100 %"]
+    )
     axes.tick_params(labelsize=9, colors=QUIET)
     label = "Share of each branch\nin the output of each\nchannel (mean of its\nabsolute values,\n400 images)"
     figure.text(0.03, 0.135, label, fontsize=10.5, color=QUIET, va="center", linespacing=1.5)
@@ -228,7 +257,9 @@ def draw_shares(figure: Any, found: Evidence, channel: int) -> None:
 
 def write_proof(figure: Any, found: Evidence) -> None:
     """The errors, in words and figures."""
-    figure.text(0.63, 0.2105, "Are they equal? Largest difference by largest value:", fontsize=10.5, color=DARK, weight="bold")
+    figure.text(
+        0.63, 0.2105, "Are they equal? Largest difference by largest value:", fontsize=10.5, color=DARK, weight="bold"
+    )
     lines = (
         (found.fold_error, "kernels: the three added up here,\nand the library's, rounded to float32"),
         (found.errors["float64"], "outputs computed in float64,\n400 images, all channels"),
@@ -243,11 +274,16 @@ def write_proof(figure: Any, found: Evidence) -> None:
 def main() -> int:
     """Draws and prints."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("reparameterization.png"), help="the picture (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("reparameterization.png"), help="the picture (default: %(default)s)"
+    )
     out: Path = parser.parse_args().out
     found = gather()
     draw(found, out)
-    print(f"{BLOCK}: kernels {found.fold_error:.1e}, outputs in float64 {found.errors['float64']:.1e}, in float32 {found.errors['float32']:.1e}")
+    print(
+        f"{BLOCK}: kernels {found.fold_error:.1e}, outputs in float64 {found.errors['float64']:.1e}, in float32 "
+        f"{found.errors['float32']:.1e}"
+    )
     print(f"written: {out}")
     return 0
 

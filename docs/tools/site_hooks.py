@@ -19,7 +19,9 @@ _SECTION = re.compile(r"^<!-- README: (.+) -->$", re.M)
 _FORMULA = re.compile(r'<(?P<tag>span|div) class="arithmatex">\\(?P<open>[(\[])(?P<latex>.*?)\\[)\]]</(?P=tag)>', re.S)
 _OUTSIDE = re.compile(r"\[(?P<text>[^\]]+)\]\((?:\.\./)+[^)]*\)")
 _VIEW = re.compile(r'viewBox="([^"]+)"')
-_ERROR = re.compile(f"<code>({'|'.join(kind for kind, value in vars(errors).items() if isinstance(value, type))})</code>")
+_ERROR = re.compile(
+    f"<code>({'|'.join(kind for kind, value in vars(errors).items() if isinstance(value, type))})</code>"
+)
 _OPTION = re.compile(r"<code>(?=--?[a-z][^<]{,28}</code>)")
 _SHIM = re.compile(r'<script src="https://unpkg\.com/iframe-worker/shim">')
 _UNITS_PER_EM = 24
@@ -39,7 +41,9 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
 def on_page_content(content: str, *, page: Any, config: Any, files: Any) -> str:
     """Formulas are drawn, options are marked so that no line breaks inside one, and names of errors lead to their page."""
     del config, files
-    content = _FORMULA.sub(lambda found: draw_formula(html.unescape(found["latex"]), display=found["open"] == "["), content)
+    content = _FORMULA.sub(
+        lambda found: draw_formula(html.unescape(found["latex"]), display=found["open"] == "["), content
+    )
     home = os.path.relpath("api/errors.html", os.path.dirname(page.url) or ".")
     content = _OPTION.sub(r'<code class="option">', content)
     return _ERROR.sub(lambda found: f'<a href="{home}#repvgg_deploy.errors.{found[1]}">{found[0]}</a>', content)
@@ -84,7 +88,9 @@ def draw_formula(latex: str, *, display: bool) -> str:
     ziamath: Any = importlib.import_module("ziamath")
 
     ziamath.config.precision, ziamath.config.svg2 = 2, False
-    formula = ziamath.Math.fromlatex(" ".join(latex.split()), size=_UNITS_PER_EM, inline=not display, color="currentColor")
+    formula = ziamath.Math.fromlatex(
+        " ".join(latex.split()), size=_UNITS_PER_EM, inline=not display, color="currentColor"
+    )
     picture: str = formula.svg()
     found = _VIEW.search(picture)
     assert found is not None

@@ -2,8 +2,8 @@
 
     REPVGG_MODEL=sample.onnx python -m examples.service
 
-SIGTERM: readiness goes off; requests are answered for REPVGG_GRACE_SECONDS more; then it listens no longer, finishes what is under way, and exits
-with 0. Ctrl-C leaves the grace time out. A second signal ends the waiting.
+SIGTERM: readiness goes off; requests are answered for REPVGG_GRACE_SECONDS more; then it listens no longer, finishes
+what is under way, and exits with 0. Ctrl-C leaves the grace time out. A second signal ends the waiting.
 """
 
 from __future__ import annotations
@@ -25,16 +25,19 @@ from .app import create_app
 from .core import Service
 from .settings import read_settings
 
-# For requests that are on their way, on connections that were accepted or wait to be. Rounds of the loop, of 10 ms or more, not seconds: a process
-# that was held up for a second has accepted nothing meanwhile.
+# For requests that are on their way, on connections that were accepted or wait to be. Rounds of the loop, of 10 ms or
+# more, not seconds: a process that was held up for a second has accepted nothing meanwhile.
 _LINGER_ROUNDS = 100
-_IDLE_SECONDS = 75  # longer than balancers keep an idle connection: who closes first must not be the one who is asked next
+_IDLE_SECONDS = (
+    75  # longer than balancers keep an idle connection: who closes first must not be the one who is asked next
+)
 
 
 class DrainingServer(uvicorn.Server):
     """uvicorn with an end in which nothing is lost.
 
-    uvicorn's own closes at once, on a signal: what waits to be accepted, and every connection whose next request has not been read.
+    uvicorn's own closes at once, on a signal: what waits to be accepted, and every connection whose next request has
+    not been read.
     """
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
@@ -96,7 +99,14 @@ def main() -> int:
     host, port = settings.address
     with service:
         config = uvicorn.Config(
-            create_app(service), host, port, log_config=None, access_log=False, server_header=False, timeout_keep_alive=_IDLE_SECONDS, ws="none"
+            create_app(service),
+            host,
+            port,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=_IDLE_SECONDS,
+            ws="none",
         )
         config.timeout_graceful_shutdown = max(1, round(settings.drain_seconds))
         DrainingServer(config, service).run()

@@ -89,7 +89,9 @@ def _add_inference(app: FastAPI, service: Service) -> None:
     async def predict(request: Request) -> Response:
         async with service.admit(request) as body:
             if request.headers.get("content-type", "").startswith("multipart/"):
-                raise HTTPException(415, "expected the bytes of an image file as the body, and no form: curl --data-binary @photo.jpg")
+                raise HTTPException(
+                    415, "expected the bytes of an image file as the body, and no form: curl --data-binary @photo.jpg"
+                )
             batch = await service.in_thread(partial(_decode, service, body))
             result = await service.infer(request, batch)
         return JSONResponse({"model": service.name, "predictions": best_classes(result, service.spec)})
@@ -107,7 +109,9 @@ def _decode(service: Service, body: bytearray) -> NDArray[Any]:
     """One image file as a batch of one, as `Engine.infer_images` makes it."""
     preprocessing = service.spec.preprocessing
     if preprocessing is None or service.spec.kind not in ("logits", "probabilities", "top5"):
-        raise InputError("this model does not classify images as files", remedy=f"send tensors to /v2/models/{service.name}/infer")
+        raise InputError(
+            "this model does not classify images as files", remedy=f"send tensors to /v2/models/{service.name}/infer"
+        )
     image = decode_image(body, preprocessing, formats=IMAGE_FORMATS, max_pixels=service.settings.max_pixels)
     return image[np.newaxis] if preprocessing.in_graph else normalize(image[np.newaxis], preprocessing)
 
@@ -116,7 +120,9 @@ def best_classes(result: Result, spec: ModelSpec) -> list[dict[str, Any]]:
     """The five best classes of the one image in a result, best first; of logits, `score` is the softmax over all classes."""
     classes, scores = next(rank_classes(result, spec, 5))
     pairs = zip(classes.tolist(), scores.tolist(), strict=True)
-    return [{"class": index, "label": spec.labels[index] if spec.labels else None, "score": score} for index, score in pairs]
+    return [
+        {"class": index, "label": spec.labels[index] if spec.labels else None, "score": score} for index, score in pairs
+    ]
 
 
 def _require_model(service: Service, request: Request) -> None:

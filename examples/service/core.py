@@ -53,7 +53,9 @@ class Service:
         self.active = 0
         self._buffered = 0
         options = EngineOptions(intra_op_threads=settings.threads or None)
-        backend = cast("BackendName", settings.backend) if settings.backend else None  # the Engine says what it does not know
+        backend = (
+            cast("BackendName", settings.backend) if settings.backend else None
+        )  # the Engine says what it does not know
         self.engine = Engine(settings.model, device=settings.device or None, backend=backend, options=options)
         try:
             self.name = settings.name or self.engine.path.stem
@@ -88,7 +90,9 @@ class Service:
         logger.info("%r as %r with %s", self.engine, self.name, dataclasses.asdict(self.settings))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.batcher.close(drain=False)  # nobody waits for an answer any more
         self._decoders.shutdown()
         self.engine.close()
@@ -99,7 +103,8 @@ class Service:
         """A place among the requests under way, and the request's body.
 
         Raises:
-            HTTPException: 503 where there is no place, 413 of a body that is too large, 408 where it takes too long to arrive.
+            HTTPException: 503 where there is no place, 413 of a body that is too large, 408 where it takes too long to
+                arrive.
         """
         limit = self.settings.max_body_bytes
         declared = request.headers.get("content-length", "0")
@@ -111,8 +116,13 @@ class Service:
         body = bytearray()
         try:
             await self._receive(request, body)
-            if self.phase in ("refusing", "broken"):  # only now: an answer before the body has been read would be lost with the connection
-                raise self.refuse("this server is going away" if self.phase == "refusing" else "the GPU of this server failed")
+            if self.phase in (
+                "refusing",
+                "broken",
+            ):  # only now: an answer before the body has been read would be lost with the connection
+                raise self.refuse(
+                    "this server is going away" if self.phase == "refusing" else "the GPU of this server failed"
+                )
             yield body
         finally:
             self.active -= 1
@@ -136,7 +146,10 @@ class Service:
             raise HTTPException(CLIENT_IS_GONE) from error
 
     def _too_large(self) -> HTTPException:
-        return HTTPException(413, f"expected a body of at most {self.settings.max_body_bytes:,} bytes; send fewer images, or smaller ones")
+        return HTTPException(
+            413,
+            f"expected a body of at most {self.settings.max_body_bytes:,} bytes; send fewer images, or smaller ones",
+        )
 
     def refuse(self, why: str) -> HTTPException:
         """503, which says when to come again."""

@@ -4,9 +4,10 @@
     python -m examples.service.load_test --tensor --images models/sample/images --engine sample.onnx
     python -m examples.service.load_test --images models/sample/images --stop PID
 
-Each client sends one request after the other on a connection that it keeps. Before the load, each image is sent once by itself: under load its best
-class must be the same. `--engine` measures `Engine.infer` on full batches, before and after, to compare with. `--stop` sends SIGTERM to the service
-halfway: from then on a connection that is refused is no loss, a request that was sent and not answered is. Exit code 1 if anything was lost or wrong.
+Each client sends one request after the other on a connection that it keeps. Before the load, each image is sent once by
+itself: under load its best class must be the same. `--engine` measures `Engine.infer` on full batches, before and
+after, to compare with. `--stop` sends SIGTERM to the service halfway: from then on a connection that is refused is no
+loss, a request that was sent and not answered is. Exit code 1 if anything was lost or wrong.
 """
 
 from __future__ import annotations
@@ -96,7 +97,9 @@ def read_image(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}", remedy="name image files, or a folder of them") from error
+        raise InputError(
+            f"{path}: cannot be read: {error.strerror}", remedy="name image files, or a folder of them"
+        ) from error
 
 
 def tensor_request(path: Path, spec: dict[str, Any]) -> tuple[bytes, dict[str, str]]:
@@ -104,8 +107,17 @@ def tensor_request(path: Path, spec: dict[str, Any]) -> tuple[bytes, dict[str, s
     shape = [1, *(size if size > 0 else 224 for size in spec["shape"][1:])]
     seed = int.from_bytes(read_image(path)[-8:], "little")
     random = np.random.default_rng(seed)
-    batch = random.integers(0, 256, shape, np.uint8) if spec["datatype"] == "UINT8" else random.standard_normal(shape, np.float32)
-    tensor = {"name": spec["name"], "datatype": spec["datatype"], "shape": shape, "parameters": {"binary_data_size": batch.nbytes}}
+    batch = (
+        random.integers(0, 256, shape, np.uint8)
+        if spec["datatype"] == "UINT8"
+        else random.standard_normal(shape, np.float32)
+    )
+    tensor = {
+        "name": spec["name"],
+        "datatype": spec["datatype"],
+        "shape": shape,
+        "parameters": {"binary_data_size": batch.nbytes},
+    }
     head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
     return head + batch.tobytes(), {HEADER: str(len(head)), "Content-Type": "application/octet-stream"}
 
@@ -125,7 +137,9 @@ async def run_client(session: aiohttp.ClientSession, works: list[Work], first: i
                     tally.seconds.append(time.perf_counter() - started)
                     tally.wrong += best_class(work, body, response.headers.get(HEADER)) != work.best
                 elif response.status == 503:
-                    await asyncio.sleep(min(float(response.headers.get("Retry-After", "1")), max(0.0, end - time.perf_counter())))
+                    await asyncio.sleep(
+                        min(float(response.headers.get("Retry-After", "1")), max(0.0, end - time.perf_counter()))
+                    )
         except aiohttp.ClientConnectorError as error:  # no connection, so nothing was sent
             if tally.stopped:
                 tally.refused_connections += 1
@@ -151,7 +165,10 @@ async def stop_halfway(session: aiohttp.ClientSession, options: argparse.Namespa
                     print(f"  readiness off after {1e3 * (time.perf_counter() - started):.0f} ms: {response.status}")
                     ready = False
         except aiohttp.ClientConnectorError:
-            print(f"  no connection any more after {time.perf_counter() - started:.1f} s; {tally.answered - answered} requests were answered since")
+            print(
+                f"  no connection any more after {time.perf_counter() - started:.1f} s; "
+                f"{tally.answered - answered} requests were answered since"
+            )
             return
         await asyncio.sleep(0.01)
 
@@ -159,7 +176,9 @@ async def stop_halfway(session: aiohttp.ClientSession, options: argparse.Namespa
 async def run_load(options: argparse.Namespace) -> Tally:
     """The load, and what came of it."""
     connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(options.url, connector=connector, timeout=aiohttp.ClientTimeout(60), auto_decompress=False) as session:
+    async with aiohttp.ClientSession(
+        options.url, connector=connector, timeout=aiohttp.ClientTimeout(60), auto_decompress=False
+    ) as session:
         async with session.get(f"/v2/models/{options.name}") as response:
             if response.status != 200:
                 raise SystemExit(f"{options.url}: {await response.text()}")
@@ -167,7 +186,9 @@ async def run_load(options: argparse.Namespace) -> Tally:
         works = await make_works(session, options)
         before = await read_answered(session, works[0])
         tally, started = Tally(), time.perf_counter()
-        clients = [run_client(session, works, index, started + options.seconds, tally) for index in range(options.clients)]
+        clients = [
+            run_client(session, works, index, started + options.seconds, tally) for index in range(options.clients)
+        ]
         await asyncio.gather(stop_halfway(session, options, tally), *clients)
         elapsed = time.perf_counter() - started
         tally.rate = tally.statuses[200] / elapsed
@@ -185,7 +206,13 @@ async def read_answered(session: aiohttp.ClientSession, work: Work) -> int:
     route = "/predict" if work.path == "/predict" else "/v2/models/{name}/infer"
     async with session.get("/metrics") as response:
         lines = (await response.text()).splitlines()
-    return round(sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f'repvgg_http_requests_total{{route="{route}"')))
+    return round(
+        sum(
+            float(line.rsplit(" ", 1)[1])
+            for line in lines
+            if line.startswith(f'repvgg_http_requests_total{{route="{route}"')
+        )
+    )
 
 
 def print_tally(tally: Tally, options: argparse.Namespace, elapsed: float) -> None:
@@ -195,9 +222,14 @@ def print_tally(tally: Tally, options: argparse.Namespace, elapsed: float) -> No
     print(f"  answered with 200     {tally.statuses[200]}   {tally.rate:.0f} a second")
     if tally.seconds:
         p50, p95, p99 = (1e3 * float(np.percentile(tally.seconds, percent)) for percent in (50, 95, 99))
-        print(f"  latency               p50 {p50:.1f} ms   p95 {p95:.1f} ms   p99 {p99:.1f} ms   longest {1e3 * max(tally.seconds):.1f} ms")
+        print(
+            f"  latency               p50 {p50:.1f} ms   p95 {p95:.1f} ms   p99 {p99:.1f} ms   longest "
+            f"{1e3 * max(tally.seconds):.1f} ms"
+        )
     others = {status: number for status, number in sorted(tally.statuses.items()) if status != 200}
-    print(f"  with another status   {', '.join(f'{number} with {status}' for status, number in others.items()) or 'none'}")
+    print(
+        f"  with another status   {', '.join(f'{number} with {status}' for status, number in others.items()) or 'none'}"
+    )
     print(f"  wrong answers         {tally.wrong}")
     print(f"  lost                  {', '.join(f'{number} {kind}' for kind, number in tally.lost.items()) or 'none'}")
     if options.stop is not None:
@@ -225,7 +257,9 @@ def main() -> int:
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the service (%(default)s)")
     parser.add_argument("--name", default="sample", help="of the model there (%(default)s)")
     parser.add_argument("--images", type=Path, nargs="+", required=True, help="image files, or folders of them")
-    parser.add_argument("--tensor", action="store_true", help="send a binary tensor for each image in place of the file")
+    parser.add_argument(
+        "--tensor", action="store_true", help="send a binary tensor for each image in place of the file"
+    )
     parser.add_argument("--clients", type=int, default=32, help="how many send at once (%(default)s)")
     parser.add_argument("--seconds", type=float, default=10, help="how long (%(default)s)")
     parser.add_argument("--stop", type=int, metavar="PID", help="send SIGTERM to this process halfway")

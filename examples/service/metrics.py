@@ -16,8 +16,16 @@ class RequestMetrics:
     """Requests by route and status."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.requests = Counter("repvgg_http_requests", "Requests that were answered", ["route", "status"], registry=registry)
-        self.seconds = Histogram("repvgg_http_request_seconds", "From a request's head to its answer", ["route"], buckets=_SECONDS, registry=registry)
+        self.requests = Counter(
+            "repvgg_http_requests", "Requests that were answered", ["route", "status"], registry=registry
+        )
+        self.seconds = Histogram(
+            "repvgg_http_request_seconds",
+            "From a request's head to its answer",
+            ["route"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
         self.active = Gauge("repvgg_http_active_requests", "Inference requests under way", registry=registry)
         self.buffered = Gauge("repvgg_http_buffered_bytes", "Bodies of requests in memory", registry=registry)
         self.ready = Gauge("repvgg_ready", "1 while /v2/health/ready says so", registry=registry)

@@ -10,7 +10,9 @@ from dataclasses import dataclass, fields
 from repvgg_deploy.errors import InputError
 
 PREFIX = "REPVGG_"
-_POSITIVE = frozenset({"max_body_bytes", "max_buffered_bytes", "max_requests", "max_pixels", "body_seconds", "decoders"})  # with 0 all is refused
+_POSITIVE = frozenset(
+    {"max_body_bytes", "max_buffered_bytes", "max_requests", "max_pixels", "body_seconds", "decoders"}
+)  # with 0 all is refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +22,8 @@ class Settings:
     Attributes:
         model: An ONNX of repvgg-export, or a plan.
         name: What clients call it; empty: the file's name without its suffix.
-        listen: Address and port. (Not `port`: Kubernetes sets REPVGG_PORT in every pod beside a service that is called repvgg.)
+        listen: Address and port. (Not `port`: Kubernetes sets REPVGG_PORT in every pod beside a service that is called
+            repvgg.)
         device: `cpu`, `cuda`, `cuda:1`; empty: what the file is for.
         backend: As `Engine(backend=)`; empty: its default.
         threads: That compute, on a CPU; 0: one a core.
@@ -36,7 +39,8 @@ class Settings:
         body_seconds: How long a client may take to send a request; then 408.
         decoders: Threads that decode images.
         retry_after_seconds: What a refused client is told.
-        grace_seconds: After SIGTERM, how long requests are still answered while readiness is off: longer than a balancer takes to notice.
+        grace_seconds: After SIGTERM, how long requests are still answered while readiness is off: longer than a
+            balancer takes to notice.
         drain_seconds: How long requests that are under way then may take.
     """
 
@@ -80,18 +84,26 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         if text is not None:
             values[field.name] = _parse(field.name, text, str(field.type))
     if not values.get("model"):
-        raise InputError(f"{PREFIX}MODEL: not set, expected the path of an ONNX or a plan", remedy=f"set it: {PREFIX}MODEL=b2.onnx")
+        raise InputError(
+            f"{PREFIX}MODEL: not set, expected the path of an ONNX or a plan", remedy=f"set it: {PREFIX}MODEL=b2.onnx"
+        )
     settings = Settings(**values)  # type: ignore[arg-type]  # _parse saw to it
     port = settings.listen.rpartition(":")[2]
-    if not (port.isascii() and port.isdecimal() and int(port[:6]) < 1 << 16):  # the event loop would take a larger one modulo 65536
-        raise InputError(f"{PREFIX}LISTEN: expected ADDRESS:PORT, found {settings.listen!r}", remedy="give it such as 0.0.0.0:8000")
+    if not (
+        port.isascii() and port.isdecimal() and int(port[:6]) < 1 << 16
+    ):  # the event loop would take a larger one modulo 65536
+        raise InputError(
+            f"{PREFIX}LISTEN: expected ADDRESS:PORT, found {settings.listen!r}", remedy="give it such as 0.0.0.0:8000"
+        )
     return settings
 
 
 def name_variable(error: InputError) -> InputError:
     """An error of the Engine about one of its parameters, as one about the variable that set it; any other error as it is."""
     variables = {field.name: PREFIX + field.name.upper() for field in fields(Settings)}
-    parameter, _, text = error.message.removeprefix("batcher: ").removeprefix("EngineOptions: intra_op_").partition(": ")
+    parameter, _, text = (
+        error.message.removeprefix("batcher: ").removeprefix("EngineOptions: intra_op_").partition(": ")
+    )
     if parameter not in variables:
         return error
     text = text.replace("max_batch", variables["max_batch"])  # what a queue must hold
@@ -108,5 +120,8 @@ def _parse(field: str, text: str, kind: str) -> str | int | float:
     if not 0 <= number < math.inf or (number == 0 and field in _POSITIVE):
         expected = "a whole number" if kind == "int" else "a number"
         least = "above 0" if field in _POSITIVE else "of 0 or more"
-        raise InputError(f"{PREFIX}{field.upper()}: expected {expected} {least}, found {text!r}", remedy="correct it, or leave it out")
+        raise InputError(
+            f"{PREFIX}{field.upper()}: expected {expected} {least}, found {text!r}",
+            remedy="correct it, or leave it out",
+        )
     return number

@@ -1,9 +1,10 @@
 """Trains the sample: a small RepVGG on the handwritten digits that scikit-learn ships. Minutes on two cores.
 
-    python models/sample/train.py                # writes repvgg-sample.pth, eval.npz, calib.npz, images/ and prints the card's numbers
+    python models/sample/train.py                # writes repvgg-sample.pth, eval.npz, calib.npz, images/ and prints the
+    card's numbers
 
-The seed fixes splits, initial weights, batches and augmentation. Equal versions on equal processors with equal thread counts give equal
-weights; elsewhere the last digits differ.
+The seed fixes splits, initial weights, batches and augmentation. Equal versions on equal processors with equal thread
+counts give equal weights; elsewhere the last digits differ.
 
 Data: Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, 1998,
 https://doi.org/10.24432/C50P49, CC BY 4.0.
@@ -69,8 +70,8 @@ class Split:
 def load_splits() -> dict[str, Split]:
     """Training, calibration and evaluation split, in the file's order.
 
-    Not shuffled, because neighbours in the file were often written by one hand: a shuffled split would ask about hands that the training
-    has seen.
+    Not shuffled, because neighbours in the file were often written by one hand: a shuffled split would ask about hands
+    that the training has seen.
     """
     from sklearn.datasets import load_digits
 
@@ -111,8 +112,12 @@ def train(spec: VariantSpec, split: Split, options: Options) -> RepVGG:
     images, labels = split.tensors()
     batches = len(images) // options.batch
     steps = options.epochs * batches
-    optimizer = torch.optim.SGD(weight_decay_groups(model, options.weight_decay), options.learning_rate, momentum=0.9, nesterov=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.learning_rate, total_steps=steps, pct_start=0.1, cycle_momentum=False)
+    optimizer = torch.optim.SGD(
+        weight_decay_groups(model, options.weight_decay), options.learning_rate, momentum=0.9, nesterov=True
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, options.learning_rate, total_steps=steps, pct_start=0.1, cycle_momentum=False
+    )
     model.train()
     for epoch in range(options.epochs):
         total = 0.0
@@ -169,7 +174,11 @@ def main() -> None:
     seconds = time.perf_counter() - start
     path = save(model, splits, options.out)
     card: dict[str, object] = {f"top1_{name}": round(measure_top1(model, split), 4) for name, split in splits.items()}
-    card |= {"parameters_training_form": count_parameters(spec, "training"), "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    card |= {
+        "parameters_training_form": count_parameters(spec, "training"),
+        "bytes": path.stat().st_size,
+        "sha256": sha256_file(path),
+    }
     print(json.dumps(card | {"seconds": round(seconds), "seed": options.seed, "torch": torch.__version__}, indent=2))
 
 

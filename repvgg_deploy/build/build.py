@@ -2,7 +2,8 @@
 
 The GPU of this machine, if there is one that can be used.
 
-Exported or typed ONNX → TensorRT plan and its passport. Needs no torch; the onnx package only where an FP32 ONNX becomes FP16 or INT8.
+Exported or typed ONNX → TensorRT plan and its passport. Needs no torch; the onnx package only where an FP32 ONNX
+becomes FP16 or INT8.
 """
 
 from __future__ import annotations
@@ -22,7 +23,18 @@ from ..files.passport import passport_path
 from ..specs.values import BuildConfig, PlanPassport
 from .cache import CachedPlan, PlanCache, PlanRequest, cache_folder, quantize_key
 from .compile import BuildJob, build, choose_timing_file, require_gpu
-from .deliver import Fill, Standing, choose_output, complete_passport, deliver, look_at, make_passport, refresh_passport, require_room, require_same
+from .deliver import (
+    Fill,
+    Standing,
+    choose_output,
+    complete_passport,
+    deliver,
+    look_at,
+    make_passport,
+    refresh_passport,
+    require_room,
+    require_same,
+)
 from .inspect import PrecisionReport
 from .library import Gpu, Library, TacticLibraries, find_tactic_libraries, open_library
 from .options import BuildOptions, choose_profile, must_type
@@ -142,7 +154,9 @@ def type_and_build(task: Task, source: Source, config: BuildConfig) -> BuildResu
     from ..precision.quantization import quantize
 
     options = _quantize_options(task, config)
-    key = quantize_key(source.sha256, source.path, options, task.request("", config)) if task.cache is not None else None
+    key = (
+        quantize_key(source.sha256, source.path, options, task.request("", config)) if task.cache is not None else None
+    )
     plan_key = task.cache.find_request(key) if task.cache is not None and key is not None else None
     cached = task.cache.find(plan_key) if task.cache is not None and plan_key is not None else None
     if cached is not None:
@@ -190,7 +204,11 @@ def build_typed(task: Task, source: Source, config: BuildConfig, request_key: st
         _remember(task, request_key, request)
         return _up_to_date(task, source)
     started = time.monotonic()
-    built = build(task.library, _job(task, source, config), report=lambda share: task.progress("build", int(_PERCENT * share), _PERCENT))
+    built = build(
+        task.library,
+        _job(task, source, config),
+        report=lambda share: task.progress("build", int(_PERCENT * share), _PERCENT),
+    )
     task.seconds |= built.seconds
     passport = make_passport(source, request, built, time.monotonic() - started)
 
@@ -239,16 +257,27 @@ def _up_to_date(task: Task, source: Source) -> BuildResult:
     complete = complete_passport(passport, source)
     if complete != passport:
         paper = refresh_passport(plan, complete)
-    return BuildResult(output, paper, complete, task.library.name, task.typed_from_fp32, task.quantized, "output", None, task.seconds)
+    return BuildResult(
+        output, paper, complete, task.library.name, task.typed_from_fp32, task.quantized, "output", None, task.seconds
+    )
 
 
-def _deliver(task: Task, passport: PlanPassport, fill: Fill, *, origin: Origin, report: PrecisionReport | None = None) -> BuildResult:
+def _deliver(
+    task: Task, passport: PlanPassport, fill: Fill, *, origin: Origin, report: PrecisionReport | None = None
+) -> BuildResult:
     output, paper, written = deliver(task.standing.plan, passport, fill, force=task.force)
-    return BuildResult(output, paper, written, task.library.name, task.typed_from_fp32, task.quantized, origin, report, task.seconds)
+    return BuildResult(
+        output, paper, written, task.library.name, task.typed_from_fp32, task.quantized, origin, report, task.seconds
+    )
 
 
 def build_plan(
-    model: Path | str, out: Path | str | None = None, options: BuildOptions | None = None, *, force: bool = False, progress: Progress | None = None
+    model: Path | str,
+    out: Path | str | None = None,
+    options: BuildOptions | None = None,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
 ) -> BuildResult:
     """Builds a plan and writes it with its passport, both or neither.
 
@@ -260,7 +289,8 @@ def build_plan(
         progress: Called with the name of the stage, steps done and steps in all.
 
     Raises:
-        BuildError: TensorRT refuses the graph or an option, the graph contradicts the options, or the plan fell back to a wider type.
+        BuildError: TensorRT refuses the graph or an option, the graph contradicts the options, or the plan fell back to
+            a wider type.
         ModelError: The ONNX is missing, damaged or not one of ours.
         CalibrationError: An FP32 ONNX cannot be quantized.
         ParityError: A quantized graph does not agree with the FP32 graph.
@@ -279,7 +309,9 @@ def build_plan(
     require_options(library, options.config, options.targets)
     search = look_for_gpu()
     require_gpu(library, search.gpu, search.reason)
-    capabilities = resolve_targets(library, options.targets, None if search.gpu is None else search.gpu.compute_capability)
+    capabilities = resolve_targets(
+        library, options.targets, None if search.gpu is None else search.gpu.compute_capability
+    )
     if options.timing_cache is not None and not library.is_rtx:
         require_writable(options.timing_cache)
     standing = look_at(target)
@@ -287,7 +319,9 @@ def build_plan(
     tell = progress if progress is not None else _tell_nobody
     task = Task(options, library, search.gpu, capabilities, standing, force, tell, _open_cache(options), typing)
     task.tactic_libraries = {} if is_strongly_typed(library) else find_tactic_libraries()
-    config = dataclasses.replace(options.config, profile=profile, precision=options.config.precision if typing else source.precision)
+    config = dataclasses.replace(
+        options.config, profile=profile, precision=options.config.precision if typing else source.precision
+    )
     if typing:
         return type_and_build(task, source, config)
     return build_typed(task, source, config, None)

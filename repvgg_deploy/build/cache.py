@@ -1,7 +1,8 @@
 """Plans that were built before, by the content that they were built from. Standard library only.
 
-An entry is a folder that appears whole (`plans/KEY/plan`, `passport.json`) and is checked whenever it is used, so that processes may share the
-cache. The folder is `$REPVGG_DEPLOY_CACHE`, else `$XDG_CACHE_HOME/repvgg-deploy`, else `~/.cache/repvgg-deploy`.
+An entry is a folder that appears whole (`plans/KEY/plan`, `passport.json`) and is checked whenever it is used, so that
+processes may share the cache. The folder is `$REPVGG_DEPLOY_CACHE`, else `$XDG_CACHE_HOME/repvgg-deploy`, else
+`~/.cache/repvgg-deploy`.
 
 What a build depends on, as keys of the plan cache, so that an identical one is recognised.
 """
@@ -52,7 +53,9 @@ def cache_folder() -> Path:
     try:
         return (Path(general) if general else Path.home() / ".cache") / "repvgg-deploy"
     except RuntimeError as error:
-        raise InputError(f"no folder for the cache: {error}", remedy=f"set {VARIABLE} to a folder, or give --no-cache") from error
+        raise InputError(
+            f"no folder for the cache: {error}", remedy=f"set {VARIABLE} to a folder, or give --no-cache"
+        ) from error
 
 
 def make_key(parts: Mapping[str, object]) -> str:
@@ -92,7 +95,9 @@ class PlanCache:
             passport = codec.loads(PlanPassport, (entry / _PASSPORT).read_text(encoding="utf-8"))
             data = (entry / _PLAN).read_bytes()
             if hashlib.sha256(data).hexdigest() == passport.plan_sha256:
-                with contextlib.suppress(OSError):  # of another user, on a disk that is only read, or gone by now: it is good all the same
+                with contextlib.suppress(
+                    OSError
+                ):  # of another user, on a disk that is only read, or gone by now: it is good all the same
                     os.utime(entry)
                 return CachedPlan(data, passport)
             logger.warning("%s: a cached plan has changed: it is removed and built again", entry)
@@ -112,7 +117,9 @@ class PlanCache:
             with explain_os_errors(plans):
                 plans.mkdir(parents=True, exist_ok=True)
                 partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=plans))
-                partial.chmod(plans.stat().st_mode & 0o777)  # mkdtemp's is for nobody else, and users may share the folder
+                partial.chmod(
+                    plans.stat().st_mode & 0o777
+                )  # mkdtemp's is for nobody else, and users may share the folder
                 (partial / _PLAN).write_bytes(data)
                 (partial / _PASSPORT).write_text(codec.dumps(passport), encoding="utf-8")
                 if not (plans / key).exists():
@@ -209,10 +216,24 @@ class PlanRequest:
     def describes(self, passport: PlanPassport) -> bool:
         """Whether a plan was built of the same ONNX in the same way, with the same TensorRT and libraries, for the same GPU."""
         name, driver = (None, None) if self.gpu is None else (self.gpu.name, self.gpu.driver_version)
-        same = (passport.onnx_sha256, passport.config, passport.compute_capabilities) == (self.onnx_sha256, self.config, self.capabilities)
-        here = (passport.flavour, passport.tensorrt_version, passport.gpu_name, passport.driver_version, passport.platform)
+        same = (passport.onnx_sha256, passport.config, passport.compute_capabilities) == (
+            self.onnx_sha256,
+            self.config,
+            self.capabilities,
+        )
+        here = (
+            passport.flavour,
+            passport.tensorrt_version,
+            passport.gpu_name,
+            passport.driver_version,
+            passport.platform,
+        )
         options = passport.history[-1].options if passport.history else {}
-        return same and options == self.build_options() and here == (self.library.flavour, self.library.version, name, driver, platform_here())
+        return (
+            same
+            and options == self.build_options()
+            and here == (self.library.flavour, self.library.version, name, driver, platform_here())
+        )
 
 
 def comes_from(passport: PlanPassport, onnx_sha256: str) -> bool:

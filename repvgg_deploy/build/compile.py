@@ -76,7 +76,11 @@ class TimingFile:
             return
         if data:
             self.usable = False
-            logger.warning("%s: the timings are damaged, or of another GPU or TensorRT: they are not used, and the file is left as it is", self.path)
+            logger.warning(
+                "%s: the timings are damaged, or of another GPU or TensorRT: they are not used, and the file is "
+                "left as it is",
+                self.path,
+            )
         settings.set_timing_cache(settings.create_timing_cache(b""), False)
 
     def store(self, settings: Any) -> None:
@@ -94,7 +98,9 @@ class TimingFile:
         latest = self._read()
         known = settings.create_timing_cache(latest) if latest else None
         if latest and (known is None or not measured.combine(known, False)):
-            logger.warning("%s: was replaced by what is damaged, or of another GPU or TensorRT, and is left as it is", self.path)
+            logger.warning(
+                "%s: was replaced by what is damaged, or of another GPU or TensorRT, and is left as it is", self.path
+            )
             return
         with atomic_output(self.path, force=True) as output:
             output.partial.write_bytes(bytes(measured.serialize()))
@@ -110,13 +116,19 @@ class TimingFile:
 
 
 _REMEDIES = (
-    (("out of memory", "outofmemory", "alloc", "insufficient memory"), "give a smaller --max-batch or --workspace, or free memory of the GPU"),
+    (
+        ("out of memory", "outofmemory", "alloc", "insufficient memory"),
+        "give a smaller --max-batch or --workspace, or free memory of the GPU",
+    ),
     (("insufficient workspace", "workspace"), "give a larger --workspace, such as 8GiB"),
     (
         ("cuda initialization", "cuinit", "no cuda-capable", "driver"),
         "look at nvidia-smi: a GPU and a driver new enough for this TensorRT are needed",
     ),
-    (("unsupported sm", "compute capability", "target gpu"), "use a TensorRT that supports this GPU, or another --target"),
+    (
+        ("unsupported sm", "compute capability", "target gpu"),
+        "use a TensorRT that supports this GPU, or another --target",
+    ),
 )
 
 
@@ -188,7 +200,8 @@ def require_gpu(library: Library, gpu: Gpu | None, reason: str = "") -> None:
     """
     if gpu is None and not library.is_rtx:
         raise CudaError(
-            f"{library.name} builds on the GPU that the plan is for, and there is none here{': ' if reason else ''}{reason}",
+            f"{library.name} builds on the GPU that the plan is for, and there is none "
+            f"here{': ' if reason else ''}{reason}",
             remedy="build on that machine; or build with --backend rtx, which needs no GPU, for TensorRT-RTX",
         )
 
@@ -202,7 +215,8 @@ def build(library: Library, job: BuildJob, *, report: Callable[[float], None] | 
         report: Called with the share that is done, 0 to 1.
 
     Raises:
-        BuildError: TensorRT refuses the graph or an option, fails, or has built a plan that computes in a wider type than the graph says.
+        BuildError: TensorRT refuses the graph or an option, fails, or has built a plan that computes in a wider type
+            than the graph says.
         CudaError: TensorRT needs a GPU, and there is none.
     """
     require_options(library, job.config, job.targets if library.is_rtx else ())
@@ -257,7 +271,8 @@ def _create_builder(library: Library, log: BuildLog) -> Any:
 def _no_builder(library: Library, log: BuildLog) -> CudaError:
     return CudaError(
         f"{library.name} cannot start its builder:{quote(log.errors)}",
-        remedy="look at nvidia-smi: TensorRT builds on a GPU, with a driver new enough for it; --backend rtx builds without one",
+        remedy="look at nvidia-smi: TensorRT builds on a GPU, with a driver new enough for it; --backend rtx builds "
+        "without one",
     )
 
 
@@ -267,7 +282,10 @@ def _failure(work: _Work, errors: list[str]) -> BuildError:
     nodes = find_nodes(errors, [node.name for node in work.job.graph.nodes])
     where = f" at {', '.join(nodes[:3])}" if nodes else ""
     text = " ".join(errors).lower()
-    remedy = next((remedy for words, remedy in _REMEDIES if any(word in text for word in words)), "run it again with -vv for TensorRT's whole log")
+    remedy = next(
+        (remedy for words, remedy in _REMEDIES if any(word in text for word in words)),
+        "run it again with -vv for TensorRT's whole log",
+    )
     return BuildError(f"{work.library.name} could not build the plan{where}:{quote(errors)}", remedy=remedy)
 
 
@@ -295,14 +313,19 @@ def _inspect(work: _Work, log: BuildLog, plan: Any, weighted: tuple[WeightedLaye
         runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        raise BuildError(f"{library.name} cannot load the plan that it has just built:{quote(log.errors)}", remedy=_REMEDIES[0][1])
+        raise BuildError(
+            f"{library.name} cannot load the plan that it has just built:{quote(log.errors)}", remedy=_REMEDIES[0][1]
+        )
     try:
         report = measure(read_layers(_describe(trt, engine, job)), weighted)
     except BuildError as error:  # the plan is good all the same
         logger.warning("the precision is not judged: %s", error.message)
         return None
     if not report.inspected:
-        logger.warning("the layer inspector gave the precision of %.0f %% of the multiply-accumulates only: it is not judged", 100 * report.seen)
+        logger.warning(
+            "the layer inspector gave the precision of %.0f %% of the multiply-accumulates only: it is not judged",
+            100 * report.seen,
+        )
         return None
     require_honest(report, library.name)
     work.mark("inspect")

@@ -47,7 +47,12 @@ def make_passport(source: Source, request: PlanRequest, built: BuiltPlan, second
         seconds: That it took.
     """
     metadata, library, gpu = source.metadata, request.library, request.gpu
-    entry = HistoryEntry("build", {"repvgg-deploy": __version__, library.flavour: library.version}, request.build_options(), source.sha256)
+    entry = HistoryEntry(
+        "build",
+        {"repvgg-deploy": __version__, library.flavour: library.version},
+        request.build_options(),
+        source.sha256,
+    )
     return PlanPassport(
         schema=PASSPORT_SCHEMA,
         plan_sha256=hashlib.sha256(memoryview(built.data)).hexdigest(),
@@ -76,7 +81,10 @@ def _seen(report: PrecisionReport | None) -> Literal["fp32", "fp16", "int8", "no
 
 def _with_types(spec: ModelSpec, types: Mapping[str, str]) -> ModelSpec:
     """The specification as the plan has it: TensorRT 8 gives class numbers as int32."""
-    changed = [dataclasses.replace(output, dtype="int32") if types.get(output.name) == "int32" else output for output in spec.outputs]
+    changed = [
+        dataclasses.replace(output, dtype="int32") if types.get(output.name) == "int32" else output
+        for output in spec.outputs
+    ]
     return dataclasses.replace(spec, outputs=tuple(changed))
 
 
@@ -123,7 +131,9 @@ def choose_output(model: Path, out: Path | str | None) -> Path:
     with explain_os_errors(target):
         if not target.name or target.is_dir():
             example = shlex.quote(str(target / usual.name))
-            raise ArtifactError(f"{target}: is a folder, expected a file name", remedy=f"give a file, such as --out {example}")
+            raise ArtifactError(
+                f"{target}: is a folder, expected a file name", remedy=f"give a file, such as --out {example}"
+            )
         passport_path(target).exists()  # of a name that is too long even this cannot be told
     return target
 
@@ -136,7 +146,11 @@ def default_plan_output(model: Path) -> Path:
     """
     if not model.name:
         raise InputError(f"{str(model)!r} is no file", remedy="give an .onnx file")
-    return model.with_suffix(_PLAN_SUFFIX) if model.suffix.lower() == ".onnx" else model.with_name(f"{model.name}{_PLAN_SUFFIX}")
+    return (
+        model.with_suffix(_PLAN_SUFFIX)
+        if model.suffix.lower() == ".onnx"
+        else model.with_name(f"{model.name}{_PLAN_SUFFIX}")
+    )
 
 
 def look_at(plan: Path) -> Standing:
@@ -155,7 +169,8 @@ def require_room(standing: Standing, onnx_sha256: str, *, force: bool) -> None:
     """Refuses before minutes of work what could not be written after them.
 
     Raises:
-        ArtifactError: A file stands there, no plan of this ONNX, and `force` is not given; or the folder cannot be written to.
+        ArtifactError: A file stands there, no plan of this ONNX, and `force` is not given; or the folder cannot be
+            written to.
     """
     for path in (standing.plan, passport_path(standing.plan)):
         require_writable(path)
@@ -167,7 +182,9 @@ def require_room(standing: Standing, onnx_sha256: str, *, force: bool) -> None:
         try:
             read_passport(standing.plan)  # one that lost its plan may go
         except PlanError as error:
-            raise ArtifactError(f"{beside}: exists and is no passport, which is to be written there", remedy=_REPLACE) from error
+            raise ArtifactError(
+                f"{beside}: exists and is no passport, which is to be written there", remedy=_REPLACE
+            ) from error
 
 
 def require_same(standing: Standing, request: PlanRequest, *, force: bool) -> bool:
@@ -180,13 +197,16 @@ def require_same(standing: Standing, request: PlanRequest, *, force: bool) -> bo
         return True
     if standing.exists and not force:
         raise ArtifactError(
-            f"{standing.plan}: exists and was built otherwise: of another ONNX, with other options, or for another TensorRT or GPU",
+            f"{standing.plan}: exists and was built otherwise: of another ONNX, with other options, or for "
+            f"another TensorRT or GPU",
             remedy=_REPLACE,
         )
     return False
 
 
-def deliver(plan: Path, passport: PlanPassport, fill: Fill, *, force: bool) -> tuple[PendingOutput, PendingOutput, PlanPassport]:
+def deliver(
+    plan: Path, passport: PlanPassport, fill: Fill, *, force: bool
+) -> tuple[PendingOutput, PendingOutput, PlanPassport]:
     """Writes the plan and its passport. Builds that write to the same place at once come one after the other, so that the two files belong together.
 
     Of an identical plan the old passport stays: it says when and with what effort this plan was built.

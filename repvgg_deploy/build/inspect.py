@@ -14,7 +14,13 @@ TOLERATED_SHARE = 0.05
 """Of the multiply-accumulates: the stem, which reads three channels, may be computed in a wider type; more is a fallback."""
 _LEAST_SEEN = 0.5
 _WIDTH = {"int8": 0, "fp8": 0, "fp16": 1, "bf16": 1, "fp32": 2}
-_PATTERNS = (("int8", r"int8|\bi8\b"), ("fp8", r"fp8|float8"), ("bf16", r"bf16|bfloat16"), ("fp16", r"fp16|half|float16"), ("fp32", r"fp32|float"))
+_PATTERNS = (
+    ("int8", r"int8|\bi8\b"),
+    ("fp8", r"fp8|float8"),
+    ("bf16", r"bf16|bfloat16"),
+    ("fp16", r"fp16|half|float16"),
+    ("fp32", r"fp32|float"),
+)
 _SHOWN = 3
 _COPIES = ("Reformat", "NoOp")
 """Kinds of layers that compute nothing. They are named after their neighbours: `Reformatting CopyNode for Input Tensor 0 to w + q + a.conv`."""
@@ -78,8 +84,8 @@ class PrecisionReport:
 def read_layers(text: str) -> tuple[InspectedLayer, ...]:
     """The layers of the inspector's JSON.
 
-    Both shapes of it are read: TensorRT up to 10 ends with the list `Bindings`, 11 with the objects `I/O Tensors`; a plan without detailed verbosity
-    has names only, and so no precision.
+    Both shapes of it are read: TensorRT up to 10 ends with the list `Bindings`, 11 with the objects `I/O Tensors`; a
+    plan without detailed verbosity has names only, and so no precision.
 
     Raises:
         BuildError: It is neither.
@@ -95,7 +101,10 @@ def read_layers(text: str) -> tuple[InspectedLayer, ...]:
 
 
 def _not_understood(why: str) -> BuildError:
-    return BuildError(f"the layer inspector's answer is not understood: {why}", remedy="please report this with the version of TensorRT")
+    return BuildError(
+        f"the layer inspector's answer is not understood: {why}",
+        remedy="please report this with the version of TensorRT",
+    )
 
 
 def _layer(layer: Any) -> InspectedLayer:
@@ -104,10 +113,13 @@ def _layer(layer: Any) -> InspectedLayer:
     if layer.get("LayerType") in _COPIES or str(layer.get("Name", "")).startswith("Reformatting CopyNode"):
         return InspectedLayer(frozenset(), None)
     names = _node_names(str(layer.get("Name", "")), str(layer.get("Metadata", "")))
-    # What the layer reads is what it computes in: integer weights that meet floats are no INT8. With dynamic shapes the inspector may not say it.
+    # What the layer reads is what it computes in: integer weights that meet floats are no INT8. With dynamic shapes the
+    # inspector may not say it.
     weights = layer.get("Weights")
     stated = _kind(weights.get("Type")) if isinstance(weights, Mapping) else None
-    return InspectedLayer(names, _input_kind(layer.get("Inputs")) or stated or _tactic_kind(str(layer.get("TacticName", ""))))
+    return InspectedLayer(
+        names, _input_kind(layer.get("Inputs")) or stated or _tactic_kind(str(layer.get("TacticName", "")))
+    )
 
 
 def _input_kind(inputs: Any) -> str | None:
@@ -168,6 +180,8 @@ def require_honest(report: PrecisionReport, library: str) -> None:
     shown = ", ".join(f"{name} ({wanted} asked, {found} built)" for name, wanted, found in report.fallen[:_SHOWN])
     more = f" and {len(report.fallen) - _SHOWN} more" if len(report.fallen) > _SHOWN else ""
     raise BuildError(
-        f"{library} fell back: {report.fallen_share:.1%} of the multiply-accumulates compute in a wider type than the graph says: {shown}{more}",
-        remedy="this GPU may lack fast kernels of that type: build --fp16 in place of --int8, or without a precision flag; or use another TensorRT",
+        f"{library} fell back: {report.fallen_share:.1%} of the multiply-accumulates compute in a wider type "
+        f"than the graph says: {shown}{more}",
+        remedy="this GPU may lack fast kernels of that type: build --fp16 in place of --int8, or without a precision "
+        "flag; or use another TensorRT",
     )

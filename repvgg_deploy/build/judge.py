@@ -9,7 +9,16 @@ from pathlib import Path
 from ..errors import MissingDependencyError, PlanError
 from ..files.output import sha256_file
 from ..files.passport import passport_path, read_passport, require_unchanged
-from ..files.plan_place import JETSON, Compatible, Environment, Flavour, Incompatible, find_gpu, judge_plan, platform_here
+from ..files.plan_place import (
+    JETSON,
+    Compatible,
+    Environment,
+    Flavour,
+    Incompatible,
+    find_gpu,
+    judge_plan,
+    platform_here,
+)
 from ..runtime.tensorrt.plan import find_library
 from ..specs.values import PlanPassport
 from .build import look_for_gpu
@@ -59,11 +68,15 @@ def check_plan(plan: Path | str, target: Mapping[str, str] | None = None) -> Che
 
 def _read(path: Path) -> PlanPassport:
     if not path.is_file():
-        raise PlanError(f"{path}: {'is no file' if path.exists() else 'no such file'}", remedy="check the path, or build it with repvgg-trt build")
+        raise PlanError(
+            f"{path}: {'is no file' if path.exists() else 'no such file'}",
+            remedy="check the path, or build it with repvgg-trt build",
+        )
     passport = read_passport(path)
     if passport is None and path.suffix.lower() == ".onnx":
         raise PlanError(
-            f"{path}: is an ONNX file by its name, expected a plan", remedy=f"repvgg-trt inspect {path} says what it is; it needs no GPU to run"
+            f"{path}: is an ONNX file by its name, expected a plan",
+            remedy=f"repvgg-trt inspect {path} says what it is; it needs no GPU to run",
         )
     if passport is None:
         raise PlanError(
@@ -73,7 +86,9 @@ def _read(path: Path) -> PlanPassport:
     try:
         require_unchanged(path, sha256_file(path), passport)
     except OSError as error:
-        raise PlanError(f"{path}: cannot be read: {error.strerror}", remedy="check that it is a file that you may read") from error
+        raise PlanError(
+            f"{path}: cannot be read: {error.strerror}", remedy="check that it is a file that you may read"
+        ) from error
     return passport
 
 
@@ -90,7 +105,9 @@ def look_here(flavour: Flavour) -> tuple[Environment, Incompatible | None]:
         remedy = f"{search.remedy}; or give --target gpu=…,trt=… to ask about another machine"
         lacking = lacking or Incompatible(f"there is no GPU here that can be used: {search.reason}", remedy)
         return Environment(flavour, version, None, None, None, platform_here(), lean), lacking
-    return Environment(flavour, version, gpu.name, gpu.compute_capability, gpu.driver_version, platform_here(), lean), lacking
+    return Environment(
+        flavour, version, gpu.name, gpu.compute_capability, gpu.driver_version, platform_here(), lean
+    ), lacking
 
 
 def read_target(target: Mapping[str, str]) -> Environment:
@@ -102,4 +119,6 @@ def read_target(target: Mapping[str, str]) -> Environment:
     name, capability = find_gpu(target["gpu"]) if "gpu" in target else (None, None)
     flavour: Flavour | None = "tensorrt" if "trt" in target else "tensorrt_rtx" if "rtx" in target else None
     platform = "linux-aarch64" if capability in JETSON else None
-    return Environment(flavour, target.get("trt") or target.get("rtx"), name, capability, target.get("driver"), platform)
+    return Environment(
+        flavour, target.get("trt") or target.get("rtx"), name, capability, target.get("driver"), platform
+    )

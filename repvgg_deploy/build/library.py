@@ -1,8 +1,10 @@
 """Which TensorRT is installed, and whether plans can be built with it.
 
-What TensorRT logs during a build: errors kept, so that a message can quote them, and everything passed on to our own log.
+What TensorRT logs during a build: errors kept, so that a message can quote them, and everything passed on to our own
+log.
 
-Which of cuDNN, cuBLAS and cuBLASLt TensorRT 8 can take kernels from: what is found here decides on the plan that it builds.
+Which of cuDNN, cuBLAS and cuBLASLt TensorRT 8 can take kernels from: what is found here decides on the plan that it
+builds.
 
 TensorRT 10 and later use none of them by default.
 """
@@ -17,7 +19,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..errors import BuildError, InputError, MissingDependencyError
-from ..files.plan_place import BROKEN_VERSION, FLAVOURS, INSTALL, LEAN, Flavour, import_tensorrt, is_installed, make_trt_logger
+from ..files.plan_place import (
+    BROKEN_VERSION,
+    FLAVOURS,
+    INSTALL,
+    LEAN,
+    Flavour,
+    import_tensorrt,
+    is_installed,
+    make_trt_logger,
+)
 
 logger = logging.getLogger(__name__)
 _KEPT = 200
@@ -60,7 +71,11 @@ def find_nodes(lines: list[str], names: list[str]) -> list[str]:
 
 
 BackendChoice = Literal["auto", "tensorrt", "rtx"]
-_MODULES: dict[str, tuple[Flavour, ...]] = {"auto": ("tensorrt", "tensorrt_rtx"), "tensorrt": ("tensorrt",), "rtx": ("tensorrt_rtx",)}
+_MODULES: dict[str, tuple[Flavour, ...]] = {
+    "auto": ("tensorrt", "tensorrt_rtx"),
+    "tensorrt": ("tensorrt",),
+    "rtx": ("tensorrt_rtx",),
+}
 _NEWEST = {"tensorrt": 11, "tensorrt_rtx": 1}
 
 
@@ -130,7 +145,10 @@ def _describe_missing(backend: BackendChoice) -> str:
 
 def _import(flavour: Flavour) -> Any:
     other = "rtx" if flavour == "tensorrt" else "tensorrt"
-    remedy = f"install it again with {INSTALL[flavour]}, so that its libraries match its bindings; or build with --backend {other}"
+    remedy = (
+        f"install it again with {INSTALL[flavour]}, so that its libraries match its bindings; or build with "
+        f"--backend {other}"
+    )
     return import_tensorrt(flavour, FLAVOURS[flavour], remedy=remedy)
 
 
@@ -138,19 +156,37 @@ def _require_version(library: Library) -> None:
     number = library.number
     if library.is_rtx:
         if number < (1, 0):
-            raise BuildError(f"{library.name} is not supported: expected TensorRT-RTX 1.x", remedy=INSTALL["tensorrt_rtx"])
+            raise BuildError(
+                f"{library.name} is not supported: expected TensorRT-RTX 1.x", remedy=INSTALL["tensorrt_rtx"]
+            )
     elif number < (8, 5) or number[0] == 9:
-        raise BuildError(f"{library.name} is not supported: expected 8.5, 8.6, 10.x or 11.x", remedy="install TensorRT 10.3 or later")
+        raise BuildError(
+            f"{library.name} is not supported: expected 8.5, 8.6, 10.x or 11.x", remedy="install TensorRT 10.3 or later"
+        )
     elif number == BROKEN_VERSION:
-        raise BuildError(f"{library.name} is known to be broken", remedy="install TensorRT 10.3 or later, or stay with 10.1")
+        raise BuildError(
+            f"{library.name} is known to be broken", remedy="install TensorRT 10.3 or later, or stay with 10.1"
+        )
     if number[0] > _NEWEST[library.flavour]:
-        logger.warning("%s is newer than what this version was made for: it is used as %d.x", library.name, _NEWEST[library.flavour])
+        logger.warning(
+            "%s is newer than what this version was made for: it is used as %d.x",
+            library.name,
+            _NEWEST[library.flavour],
+        )
 
 
 _LIBRARIES = {
     "CUDNN": ("cudnnGetVersion", "cudnnGetProperty", ("libcudnn.so.8", "cudnn64_8.dll")),
-    "CUBLAS": ("cublasCreate_v2", "cublasGetProperty", ("libcublas.so.11", "libcublas.so.12", "cublas64_11.dll", "cublas64_12.dll")),
-    "CUBLAS_LT": ("cublasLtCreate", "cublasLtGetProperty", ("libcublasLt.so.11", "libcublasLt.so.12", "cublasLt64_11.dll", "cublasLt64_12.dll")),
+    "CUBLAS": (
+        "cublasCreate_v2",
+        "cublasGetProperty",
+        ("libcublas.so.11", "libcublas.so.12", "cublas64_11.dll", "cublas64_12.dll"),
+    ),
+    "CUBLAS_LT": (
+        "cublasLtCreate",
+        "cublasLtGetProperty",
+        ("libcublasLt.so.11", "libcublasLt.so.12", "cublasLt64_11.dll", "cublasLt64_12.dll"),
+    ),
 }
 """Of each tactic source: a function that its library has, the one that tells its version, and the names of the library."""
 _OTHERS = ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
@@ -179,7 +215,8 @@ def read_library_version(library: str, function: str, version: str) -> str | Non
     Args:
         library: Its file name.
         function: That it must have.
-        version: The function that tells major, minor and patch version by their index 0 to 2, as all of CUDA's libraries have it.
+        version: The function that tells major, minor and patch version by their index 0 to 2, as all of CUDA's
+            libraries have it.
     """
     try:
         loaded = ctypes.CDLL(library)

@@ -52,7 +52,9 @@ class PhaseTree:
     def _share(self, name: str, depth: int) -> float:
         _, steps, done = self._steps[name]
         inner = [child for child, (parent, _, _) in self._steps.items() if parent == name and child != name]
-        part = max((self._share(child, depth + 1) for child in inner), default=0.0) if depth < 16 and done < steps else 0.0
+        part = (
+            max((self._share(child, depth + 1) for child in inner), default=0.0) if depth < 16 and done < steps else 0.0
+        )
         return (done + min(part, 1.0)) / steps
 
 
@@ -102,11 +104,13 @@ def make_monitor(trt: Any, position: Position, cancelled: threading.Event) -> An
     return Monitor()
 
 
-def run_cancellable(library: Library, work: Callable[[], T], cancelled: threading.Event, *, poll: Callable[[], None]) -> T:
+def run_cancellable(
+    library: Library, work: Callable[[], T], cancelled: threading.Event, *, poll: Callable[[], None]
+) -> T:
     """Runs `work` in a thread of its own and waits, so that Ctrl-C and signals are heard while TensorRT's C++ code runs.
 
-    An interruption sets `cancelled`, waits until TensorRT has stopped, and is raised then. TensorRT 8 cannot be stopped: the wait lasts until its
-    build ends, and a second interruption does not wait.
+    An interruption sets `cancelled`, waits until TensorRT has stopped, and is raised then. TensorRT 8 cannot be
+    stopped: the wait lasts until its build ends, and a second interruption does not wait.
 
     Args:
         library: For the message.
@@ -131,14 +135,17 @@ def run_cancellable(library: Library, work: Callable[[], T], cancelled: threadin
     thread = threading.Thread(target=target, name="repvgg-build", daemon=True)
     try:
         thread.start()
-        # Not thread.join: before Python 3.13, a join that a signal interrupts takes the thread for ended, and no later one waits for it.
+        # Not thread.join: before Python 3.13, a join that a signal interrupts takes the thread for ended, and no later
+        # one waits for it.
         while not done.wait(_WAIT_SECONDS):
             poll()
         poll()
     except BaseException:
         cancelled.set()
         if not hasattr(library.trt, "IProgressMonitor"):
-            logger.warning("%s cannot be stopped: waiting for its build to end; interrupt again to leave at once", library.name)
+            logger.warning(
+                "%s cannot be stopped: waiting for its build to end; interrupt again to leave at once", library.name
+            )
         if begun.is_set():
             done.wait()
         raise

@@ -11,7 +11,10 @@ from ..files.plan_place import quote
 from ..specs.values import ModelSpec, ShapeProfile
 from .library import BuildLog, Library
 
-_REMEDY = "build the file that repvgg-export or repvgg-trt quantize wrote; if it is one, please report this with the lines above"
+_REMEDY = (
+    "build the file that repvgg-export or repvgg-trt quantize wrote; if it is one, please report this with the lines "
+    "above"
+)
 
 
 def parse(library: Library, network: Any, *, log: BuildLog, data: bytes, graph: GraphSummary) -> Any:
@@ -23,7 +26,9 @@ def parse(library: Library, network: Any, *, log: BuildLog, data: bytes, graph: 
     parser = library.trt.OnnxParser(network, log.trt_logger)
     if not parser.parse(data):
         errors = [_describe(parser.get_error(index), graph) for index in range(parser.num_errors)]
-        raise BuildError(f"{library.name}'s parser refuses the graph:{quote(errors or log.errors)}", remedy=_remedy(errors, graph))
+        raise BuildError(
+            f"{library.name}'s parser refuses the graph:{quote(errors or log.errors)}", remedy=_remedy(errors, graph)
+        )
     return parser
 
 
@@ -44,9 +49,15 @@ def _call(error: Any, name: str) -> str:
 def _remedy(errors: Sequence[str], graph: GraphSummary) -> str:
     text = " ".join(errors).lower()
     if "plugin" in text or "no importer" in text:
-        return "TensorRT does not know this operator: leave it out of the model, or run the ONNX with Engine, which uses ONNX Runtime"
+        return (
+            "TensorRT does not know this operator: leave it out of the model, or run the ONNX with Engine, which "
+            "uses ONNX Runtime"
+        )
     if "opset" in text or "operator set" in text:
-        return f"the graph is of operator set {graph.opset}: export it with a lower repvgg-export --opset, or install a later TensorRT"
+        return (
+            f"the graph is of operator set {graph.opset}: export it with a lower repvgg-export --opset, or install a "
+            f"later TensorRT"
+        )
     return _REMEDY
 
 
@@ -56,16 +67,29 @@ def require_expected_tensors(network: Any, spec: ModelSpec) -> None:
     Raises:
         BuildError: They differ.
     """
-    found = ([network.get_input(i).name for i in range(network.num_inputs)], [network.get_output(i).name for i in range(network.num_outputs)])
+    found = (
+        [network.get_input(i).name for i in range(network.num_inputs)],
+        [network.get_output(i).name for i in range(network.num_outputs)],
+    )
     wanted = ([spec.input.name], [output.name for output in spec.outputs])
     if found != wanted:
-        raise BuildError(f"the network has inputs and outputs {found}, and the model's metadata speaks of {wanted}", remedy=_REMEDY)
+        raise BuildError(
+            f"the network has inputs and outputs {found}, and the model's metadata speaks of {wanted}", remedy=_REMEDY
+        )
 
 
 def output_types(library: Library, network: Any) -> dict[str, str]:
     """Number type of each output by name, in NumPy's names: TensorRT 8 makes class numbers INT32."""
     data_type = library.trt.DataType
-    names = {"FLOAT": "float32", "HALF": "float16", "INT8": "int8", "INT32": "int32", "INT64": "int64", "UINT8": "uint8", "BOOL": "bool"}
+    names = {
+        "FLOAT": "float32",
+        "HALF": "float16",
+        "INT8": "int8",
+        "INT32": "int32",
+        "INT64": "int64",
+        "UINT8": "uint8",
+        "BOOL": "bool",
+    }
     known = {getattr(data_type, name): text for name, text in names.items() if hasattr(data_type, name)}
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
     return {tensor.name: known[tensor.dtype] for tensor in outputs if tensor.dtype in known}
@@ -102,4 +126,7 @@ def add_profile(builder: Any, settings: Any, spec: ModelSpec, profile: ShapeProf
     trt_profile = builder.create_optimization_profile()
     trt_profile.set_shape(spec.input.name, *shapes)
     if settings.add_optimization_profile(trt_profile) < 0:
-        raise BuildError(f"TensorRT refuses the batch sizes {', '.join(map(str, shapes))}", remedy="give other --min-batch, --opt-batch, --max-batch")
+        raise BuildError(
+            f"TensorRT refuses the batch sizes {', '.join(map(str, shapes))}",
+            remedy="give other --min-batch, --opt-batch, --max-batch",
+        )

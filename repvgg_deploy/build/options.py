@@ -24,10 +24,11 @@ class BuildOptions:
         config: Precision, batch sizes, memory and flags.
         profile_given: Whether the profile was asked for: else the default one gives way to a model's fixed batch.
         backend: `auto`: TensorRT where it is installed, else TensorRT-RTX.
-        targets: Compute capabilities (`8.6`, or `current`) that a TensorRT-RTX plan is for; empty for all from Ampere on that it knows.
+        targets: Compute capabilities (`8.6`, or `current`) that a TensorRT-RTX plan is for; empty for all from Ampere
+            on that it knows.
         timing_cache: TensorRT's timings; None: a file of this GPU and TensorRT in the cache folder.
-        quantize: How an FP32 ONNX becomes FP16 or INT8; None: as `quantize` does by default. What stands beside INT8 follows from the version of
-            TensorRT: FP32 for 8, FP16 for all later ones.
+        quantize: How an FP32 ONNX becomes FP16 or INT8; None: as `quantize` does by default. What stands beside INT8
+            follows from the version of TensorRT: FP32 for 8, FP16 for all later ones.
         use_cache: Take an identical plan that was built before, and keep this one.
     """
 
@@ -42,7 +43,9 @@ class BuildOptions:
     def __post_init__(self) -> None:
         if self.quantize is not None and self.quantize.precision != self.config.precision:
             plan = self.config.precision or "as the graph is typed"
-            raise InputError(f"the plan is to be {plan}, the graph {self.quantize.precision}", remedy="give both the same precision")
+            raise InputError(
+                f"the plan is to be {plan}, the graph {self.quantize.precision}", remedy="give both the same precision"
+            )
 
 
 def must_type(graph: Precision, options: BuildOptions, model: Path) -> bool:
@@ -67,7 +70,8 @@ def must_type(graph: Precision, options: BuildOptions, model: Path) -> bool:
     if graph != "fp32":
         raise BuildError(
             f"{model}: is typed {graph}, and {wanted} was asked for: a plan has the precision of its graph",
-            remedy=f"leave --{wanted} out to build it as it is, or give the FP32 ONNX" + ("" if wanted == "fp32" else " that it was made of"),
+            remedy=f"leave --{wanted} out to build it as it is, or give the FP32 ONNX"
+            + ("" if wanted == "fp32" else " that it was made of"),
         )
     return True
 
@@ -89,7 +93,9 @@ def choose_profile(spec: ModelSpec, options: BuildOptions, model: Path) -> Shape
         return profile
     if options.profile_given or profile != _USUAL:
         raise BuildError(
-            f"{model}: has the fixed batch {spec.batch}, and batches of {profile.min_batch}, {profile.opt_batch}, {profile.max_batch} are asked for",
-            remedy=f"leave --min-batch, --opt-batch and --max-batch out, or give {spec.batch}; or export it again without --batch",
+            f"{model}: has the fixed batch {spec.batch}, and batches of {profile.min_batch}, "
+            f"{profile.opt_batch}, {profile.max_batch} are asked for",
+            remedy=f"leave --min-batch, --opt-batch and --max-batch out, or give {spec.batch}; or export it again "
+            f"without --batch",
         )
     return ShapeProfile(spec.batch, spec.batch, spec.batch)

@@ -2,13 +2,14 @@
 
 | TensorRT | network | builder flags, for FP16 | for INT8 with Q/DQ pairs |
 |---|---|---|---|
-| 8.5, 8.6 | EXPLICIT_BATCH | FP16, OBEY_PRECISION_CONSTRAINTS, and to each layer the type of its tensor: constraints bind only those | INT8 |
-| 10.x | STRONGLY_TYPED | none | none |
-| 11.x, TensorRT-RTX | none: always strongly typed | none | none |
+| 8.5, 8.6 | EXPLICIT_BATCH | FP16, OBEY_PRECISION_CONSTRAINTS, and to each layer the type of its tensor: constraints
+bind only those | INT8 | | 10.x | STRONGLY_TYPED | none | none | | 11.x, TensorRT-RTX | none: always strongly typed |
+none | none |
 
 TF32 is on by default in all of them, and switched off unless it is asked for.
 
-Number types of the tensors of a typed graph, read without the onnx package, for a TensorRT that does not take them from the graph itself (8.x).
+Number types of the tensors of a typed graph, read without the onnx package, for a TensorRT that does not take them from
+the graph itself (8.x).
 """
 
 from __future__ import annotations
@@ -21,7 +22,17 @@ from ..files.onnx import GraphSummary, NodeSummary
 from ..specs.values import BuildConfig, ModelSpec, Precision
 from .library import Library, choose_tactic_sources, find_tactic_libraries
 
-_CAST = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64", 16: "bfloat16"}
+_CAST = {
+    1: "float32",
+    2: "uint8",
+    3: "int8",
+    6: "int32",
+    7: "int64",
+    9: "bool",
+    10: "float16",
+    11: "float64",
+    16: "bfloat16",
+}
 # Operators whose result has the type of another input than the first, or one of its own.
 _OF_SCALE = 1
 _FIXED = {"Shape": "int64", "Size": "int64", "ArgMax": "int64", "Equal": "bool", "Greater": "bool", "Less": "bool"}
@@ -94,12 +105,17 @@ def require_options(library: Library, config: BuildConfig, targets: tuple[str, .
     if targets:
         raise BuildError(
             f"{library.name} builds for the GPU that it runs on: --target is of TensorRT-RTX",
-            remedy="leave --target out and build on such a GPU; or give --backend rtx; or --hardware-compatible for all GPUs from Ampere on",
+            remedy="leave --target out and build on such a GPU; or give --backend rtx; or --hardware-compatible for "
+            "all "
+            "GPUs from Ampere on",
         )
     if library.number < (8, 6):
         given = [flag for name, flag in _NEEDS_8_6.items() if getattr(config, name) not in (None, False)]
         if given:
-            raise BuildError(f"{library.name} has no {given[0]}: it came with 8.6", remedy=f"leave {given[0]} out, or install a later TensorRT")
+            raise BuildError(
+                f"{library.name} has no {given[0]}: it came with 8.6",
+                remedy=f"leave {given[0]} out, or install a later TensorRT",
+            )
 
 
 def _require_rtx_options(library: Library, config: BuildConfig) -> None:
@@ -118,8 +134,8 @@ def _require_rtx_options(library: Library, config: BuildConfig) -> None:
 def resolve_targets(library: Library, targets: tuple[str, ...], gpu: str | None) -> tuple[str, ...]:
     """The compute capabilities that a plan is built for, such as `8.6`.
 
-    Those of TensorRT-RTX are always told to it: what it takes for itself where it is told nothing, a plan does not say. Turing (7.5) is left out
-    unless it is asked for, as NVIDIA advises: it would slow down the others.
+    Those of TensorRT-RTX are always told to it: what it takes for itself where it is told nothing, a plan does not say.
+    Turing (7.5) is left out unless it is asked for, as NVIDIA advises: it would slow down the others.
 
     Args:
         library: Which TensorRT.
@@ -135,7 +151,10 @@ def resolve_targets(library: Library, targets: tuple[str, ...], gpu: str | None)
     known = _rtx_capabilities(library)
     for target in targets:
         if target == CURRENT and gpu is None:
-            raise CudaError("the target is the current GPU, and there is none that can be used", remedy="name it, such as --target sm_86")
+            raise CudaError(
+                "the target is the current GPU, and there is none that can be used",
+                remedy="name it, such as --target sm_86",
+            )
         if target not in (CURRENT, *known):
             raise BuildError(
                 f"{library.name} builds for compute capability {', '.join(known)}, not for {target}",
@@ -159,7 +178,9 @@ def create_network(library: Library, builder: Any) -> Any:
     return builder.create_network(1 << int(flag))
 
 
-def configure(library: Library, settings: Any, config: BuildConfig, typing: Typing, *, targets: tuple[str, ...]) -> None:
+def configure(
+    library: Library, settings: Any, config: BuildConfig, typing: Typing, *, targets: tuple[str, ...]
+) -> None:
     """Sets the builder's flags.
 
     Args:
@@ -222,7 +243,9 @@ def constrain_layers(library: Library, network: Any, typing: Typing) -> int:
         layer = network.get_layer(index)
         kinds = [typing.types.get(layer.get_output(place).name) for place in range(layer.num_outputs)]
         if kinds and kinds[0] is None and layer.num_inputs and layer.get_input(0) is not None:
-            kinds[0] = typing.types.get(layer.get_input(0).name)  # a part of a node that TensorRT made several layers of
+            kinds[0] = typing.types.get(
+                layer.get_input(0).name
+            )  # a part of a node that TensorRT made several layers of
         if layer.type in free or not kinds or kinds[0] not in _FLOATS:
             continue
         layer.precision = getattr(trt.DataType, _FLOATS[kinds[0]])
@@ -241,7 +264,10 @@ def require_typing(library: Library, typing: Typing, opset: int) -> None:
     """
     if is_strongly_typed(library):
         return
-    remedy = "make the INT8 graph with repvgg-trt quantize --int8 --target trt8; or give --int8 and the FP32 ONNX, and build chooses it"
+    remedy = (
+        "make the INT8 graph with repvgg-trt quantize --int8 --target trt8; or give --int8 and the FP32 ONNX, and "
+        "build chooses it"
+    )
     if typing.precision == "int8" and typing.has_halves:
         raise BuildError(f"{library.name} needs FP32 beside INT8, and the graph has FP16", remedy=remedy)
     if opset > _NEWEST_OPSET_8:

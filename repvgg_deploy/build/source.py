@@ -48,7 +48,9 @@ def read_source(path: Path) -> Source:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}", remedy="check that it is a file that you may read") from error
+        raise ModelError(
+            f"{path}: cannot be read: {error.strerror}", remedy="check that it is a file that you may read"
+        ) from error
     if _stamp(path) != before:  # the certificate may speak of another graph than the one that would be built
         raise ModelError(f"{path}: was replaced while it was read", remedy="build it again")
     return Source(path, data, hashlib.sha256(data).hexdigest(), metadata, graph)
@@ -68,5 +70,7 @@ def _read_metadata(path: Path) -> ModelMetadata:
     except ModelError as error:
         with contextlib.suppress(OSError), path.open("rb") as file:
             if file.read(len(PLAN_MAGICS[0])) in PLAN_MAGICS:
-                raise ModelError(f"{path}: is a TensorRT plan already", remedy="give the .onnx that it was built from") from error
+                raise ModelError(
+                    f"{path}: is a TensorRT plan already", remedy="give the .onnx that it was built from"
+                ) from error
         raise

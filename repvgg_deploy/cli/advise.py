@@ -60,8 +60,17 @@ def execute(args: argparse.Namespace) -> Output:
         "grouped": _grouped(),
         "warnings": ground.warnings,
     }
-    errors = () if nearest is None else (InputError(f"nothing meets {_show_wish(wish)} on {ground.device}", remedy=_remedy(nearest)),)
-    return Output(data=data, text="\n".join(lines), next_command=_next(shown) if ground.ceiling is not None else None, errors=errors)
+    errors = (
+        ()
+        if nearest is None
+        else (InputError(f"nothing meets {_show_wish(wish)} on {ground.device}", remedy=_remedy(nearest)),)
+    )
+    return Output(
+        data=data,
+        text="\n".join(lines),
+        next_command=_next(shown) if ground.ceiling is not None else None,
+        errors=errors,
+    )
 
 
 def _find_ground(args: argparse.Namespace) -> _Ground:
@@ -75,7 +84,8 @@ def _find_ground(args: argparse.Namespace) -> _Ground:
         found = look_for_gpu()
         if found.gpu is None:
             raise InputError(
-                f"there is no GPU here to advise on: {found.reason}", remedy="give --gpu t4 or another, or --measured FILE of repvgg-trt bench"
+                f"there is no GPU here to advise on: {found.reason}",
+                remedy="give --gpu t4 or another, or --measured FILE of repvgg-trt bench",
             )
         device = found.gpu.name
     gpu = find_gpu_peaks(device) if args.gpu or not measured else look_up_gpu(device)
@@ -84,7 +94,9 @@ def _find_ground(args: argparse.Namespace) -> _Ground:
         return _Ground(device, None, kept, (*left_out, *unused_models(kept)))
     ceiling = gpu.ceiling()
     unknown = [
-        f"{name} is not estimated: its peak on {gpu.names[0]} is not known" for name in args.precision if name not in ceiling.operations_per_second
+        f"{name} is not estimated: its peak on {gpu.names[0]} is not known"
+        for name in args.precision
+        if name not in ceiling.operations_per_second
     ]
     return _Ground(gpu.names[0], ceiling, kept, (*left_out, *unused_models(kept), *unknown))
 
@@ -96,13 +108,22 @@ _ALIGN = "<><>>>>><"
 def _row(choice: Choice) -> list[str]:
     grouped = " (grouped)" if choice.grouped else ""
     origin = f"measured, {choice.detail}" if choice.origin == "measured" else "estimated"
-    numbers = [f"{choice.top1:.2f}", f"{choice.latency_ms:.2f}", f"{choice.images_per_second:,.0f}", f"{choice.gmacs:.2f}"]
+    numbers = [
+        f"{choice.top1:.2f}",
+        f"{choice.latency_ms:.2f}",
+        f"{choice.images_per_second:,.0f}",
+        f"{choice.gmacs:.2f}",
+    ]
     return [choice.variant + grouped, str(choice.image_size), choice.precision, str(choice.batch), *numbers, origin]
 
 
 def _head(wish: Wish, ground: _Ground, answer: Advice) -> list[tuple[str, str]]:
     count = len(answer.fitting) + len(answer.others)
-    return [("device", ground.device), ("asked for", _show_wish(wish)), ("fitting", f"{len(answer.fitting)} of {count}, most images a second first")]
+    return [
+        ("device", ground.device),
+        ("asked for", _show_wish(wish)),
+        ("fitting", f"{len(answer.fitting)} of {count}, most images a second first"),
+    ]
 
 
 def _show_wish(wish: Wish) -> str:
@@ -134,8 +155,19 @@ def _nearest_lines(wish: Wish, nearest: Nearest) -> list[str]:
 
 def _remedy(nearest: Nearest) -> str:
     fast, accurate = nearest.fast_enough, nearest.accurate_enough
-    parts = [f"--slo-ms {math.ceil(100 * accurate[0].latency_ms) / 100:g}, for {accurate[0].variant} in {accurate[0].precision}"] if accurate else []
-    parts += [f"--min-top1 {math.floor(100 * fast[0].top1 + 1e-6) / 100:g}, for {fast[0].variant} in {fast[0].precision}"] if fast else []
+    parts = (
+        [
+            f"--slo-ms {math.ceil(100 * accurate[0].latency_ms) / 100:g}, for {accurate[0].variant} in "
+            f"{accurate[0].precision}"
+        ]
+        if accurate
+        else []
+    )
+    parts += (
+        [f"--min-top1 {math.floor(100 * fast[0].top1 + 1e-6) / 100:g}, for {fast[0].variant} in {fast[0].precision}"]
+        if fast
+        else []
+    )
     return f"give {' or '.join(parts)}" if parts else "ask for less of both, as the tables show, or give a faster --gpu"
 
 
@@ -155,7 +187,12 @@ The FP32 constants were fitted to TensorRT 8.0 on a V100, the others are assumed
 def _grouped() -> str:
     from ..measure.advise import PUBLISHED_V100_MS
 
-    return _GROUPED.format(PUBLISHED_V100_MS["B1g4"][0], PUBLISHED_V100_MS["B1"][0], PUBLISHED_V100_MS["B1g4"][1], PUBLISHED_V100_MS["B1"][1])
+    return _GROUPED.format(
+        PUBLISHED_V100_MS["B1g4"][0],
+        PUBLISHED_V100_MS["B1"][0],
+        PUBLISHED_V100_MS["B1g4"][1],
+        PUBLISHED_V100_MS["B1"][1],
+    )
 
 
 def _next(shown: Sequence[Choice]) -> str | None:

@@ -38,27 +38,64 @@ ADVISE_EXAMPLES = """examples:
 
 def add_bench_options(parser: argparse.ArgumentParser) -> None:
     """The models, how long, and what they are compared with."""
-    parser.add_argument("models", metavar="MODEL", nargs="+", type=Path, help="an .onnx of ours, or a .plan with its passport beside it")
-    parser.add_argument("--batch", type=parse_counts, default=(1, 8, 32, 128), metavar="N,…", help="batch sizes (default: 1,8,32,128)")
-    parser.add_argument("--threads", type=_positive, default=1, metavar="N", help="clients that call one Engine at once (default: %(default)s)")
+    parser.add_argument(
+        "models", metavar="MODEL", nargs="+", type=Path, help="an .onnx of ours, or a .plan with its passport beside it"
+    )
+    parser.add_argument(
+        "--batch", type=parse_counts, default=(1, 8, 32, 128), metavar="N,…", help="batch sizes (default: 1,8,32,128)"
+    )
+    parser.add_argument(
+        "--threads",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="clients that call one Engine at once (default: %(default)s)",
+    )
     parser.add_argument("--duration", type=_seconds, default=3.0, metavar="S",
                         help="seconds for each model, batch size and way, in up to eight turns (default: %(default)g)")  # fmt: skip
-    parser.add_argument("--warm-up", type=_seconds, default=0.5, metavar="S", help="seconds before, and at least three calls (default: %(default)g)")
+    parser.add_argument(
+        "--warm-up",
+        type=_seconds,
+        default=0.5,
+        metavar="S",
+        help="seconds before, and at least three calls (default: %(default)g)",
+    )
     parser.add_argument("--compare", type=_rivals, default=(), metavar="NAME,…",
-                        help="in turn with torch (the deploy form in float32) and onnxruntime (a bare session on the same file)")  # fmt: skip
-    parser.add_argument("--image-size", type=_size, default=None, metavar="SIZE", help="for a model that takes any: 224 or 512x1024")
+                        help="in turn with torch (the deploy form in float32) and onnxruntime (a bare session on the " "same file)")  # fmt: skip
+    parser.add_argument(
+        "--image-size", type=_size, default=None, metavar="SIZE", help="for a model that takes any: 224 or 512x1024"
+    )
     parser.add_argument("--layers", action="store_true", help="print the roofline of every layer; JSON always has it")
     place = parser.add_argument_group("where")
-    place.add_argument("--device", default=None, metavar="DEVICE", help="cpu, cuda or cuda:1 (default: cuda for a plan, else cpu)")
+    place.add_argument(
+        "--device", default=None, metavar="DEVICE", help="cpu, cuda or cuda:1 (default: cuda for a plan, else cpu)"
+    )
     place.add_argument("--backend", choices=("onnxruntime", "openvino", "fastest"), default=None,
                        help="what runs an ONNX model (default: onnxruntime)")  # fmt: skip
-    place.add_argument("--cpu-threads", type=_positive, default=None, metavar="N", help="CPU threads that share one batch (default: one a core)")
-    place.add_argument("--gpu", metavar="NAME", help="which known GPU this one is, for the roofline (default: what the driver says)")
-    place.add_argument("--no-peak", action="store_true", help="do not measure what the CPU can do at most: no roofline, some seconds less")
+    place.add_argument(
+        "--cpu-threads",
+        type=_positive,
+        default=None,
+        metavar="N",
+        help="CPU threads that share one batch (default: one a core)",
+    )
+    place.add_argument(
+        "--gpu", metavar="NAME", help="which known GPU this one is, for the roofline (default: what the driver says)"
+    )
+    place.add_argument(
+        "--no-peak",
+        action="store_true",
+        help="do not measure what the CPU can do at most: no roofline, some seconds less",
+    )
     files = parser.add_argument_group("files")
-    files.add_argument("--out", type=Path, metavar="FILE", help="also write the results as JSON, which repvgg-trt advise reads")
     files.add_argument(
-        "--plot", type=Path, metavar="FILE", help="also draw latency against throughput, and the roofline, as a .png (needs matplotlib)"
+        "--out", type=Path, metavar="FILE", help="also write the results as JSON, which repvgg-trt advise reads"
+    )
+    files.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="also draw latency against throughput, and the roofline, as a .png (needs matplotlib)",
     )
     files.add_argument("--force", action="store_true", help="replace files that are there")
     parser.set_defaults(usage_error=parser.error)
@@ -66,23 +103,46 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
 
 def add_advise_options(parser: argparse.ArgumentParser) -> None:
     """What is asked for, of which device, and what estimates rest on."""
-    parser.add_argument("--slo-ms", type=_milliseconds, default=None, metavar="MS", help="a batch may take so long (default: any time)")
-    parser.add_argument("--min-top1", type=_percent, default=None, metavar="PERCENT", help="top-1 at least, on ImageNet-1k (default: any)")
     parser.add_argument(
-        "--gpu", metavar="NAME", help="estimate for this GPU what was not measured: t4, a10, rtx4090… (default: the GPU that is here)"
+        "--slo-ms", type=_milliseconds, default=None, metavar="MS", help="a batch may take so long (default: any time)"
     )
     parser.add_argument(
-        "--measured", type=Path, nargs="+", default=[], metavar="FILE", help="files of repvgg-trt bench --out; they win over estimates"
+        "--min-top1",
+        type=_percent,
+        default=None,
+        metavar="PERCENT",
+        help="top-1 at least, on ImageNet-1k (default: any)",
     )
-    parser.add_argument("--batch", type=parse_counts, default=(1, 8, 32, 128), metavar="N,…", help="batch sizes (default: 1,8,32,128)")
-    parser.add_argument("--precision", type=_precisions, default=_PRECISIONS, metavar="NAME,…", help="of fp32, fp16, int8 (default: all)")
+    parser.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help="estimate for this GPU what was not measured: t4, a10, rtx4090… (default: the GPU that is here)",
+    )
+    parser.add_argument(
+        "--measured",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="files of repvgg-trt bench --out; they win over estimates",
+    )
+    parser.add_argument(
+        "--batch", type=parse_counts, default=(1, 8, 32, 128), metavar="N,…", help="batch sizes (default: 1,8,32,128)"
+    )
+    parser.add_argument(
+        "--precision",
+        type=_precisions,
+        default=_PRECISIONS,
+        metavar="NAME,…",
+        help="of fp32, fp16, int8 (default: all)",
+    )
     parser.add_argument("--top", type=_positive, default=10, metavar="N", help="rows to print (default: %(default)s)")
     group = parser.add_argument_group("what estimates rest on")
     group.add_argument("--efficiency", type=_share, default=None, metavar="SHARE",
-                       help="of the peak that a layer reaches (default: 0.9 in FP32, fitted to published times; 0.4 in FP16 and INT8, "
+                       help="of the peak that a layer reaches (default: 0.9 in FP32, fitted to published times; 0.4 " "in FP16 and INT8, "
                             "assumed)")  # fmt: skip
     group.add_argument("--overhead-us", type=_count, default=50.0, metavar="US",
-                       help="microseconds of every layer besides, once a group of its convolution (default: %(default)g, fitted)")  # fmt: skip
+                       help="microseconds of every layer besides, once a group of its convolution (default: " "%(default)g, fitted)")  # fmt: skip
     group.add_argument("--int8-drop", type=_count, default=0.5, metavar="POINTS",
                        help="top-1 that INT8 is expected to lose, in percentage points (default: %(default)g)")  # fmt: skip
     parser.set_defaults(usage_error=parser.error)
@@ -168,7 +228,9 @@ def _precisions(text: str) -> tuple[str, ...]:
 def _size(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text.strip())
     if found is None or int(found[1]) < 1 or int(found[2] or 1) < 1:
-        raise argparse.ArgumentTypeError(f"expected an image size such as 224 or 512x1024 (height x width), found {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected an image size such as 224 or 512x1024 (height x width), found {text!r}"
+        )
     return int(found[1]), int(found[2] or found[1])
 
 
@@ -201,7 +263,12 @@ def execute(args: argparse.Namespace) -> Output:
         result = run_benchmark(request, progress=lambda what: bar.advance(label=what))
     written, errors = _write(args, result)
     follow = _next(args.out, result) if args.out is not None and not errors else None
-    return Output(data={"benchmark": result}, text="\n".join([*_lines(result, layers=args.layers), *written]), next_command=follow, errors=errors)
+    return Output(
+        data={"benchmark": result},
+        text="\n".join([*_lines(result, layers=args.layers), *written]),
+        next_command=follow,
+        errors=errors,
+    )
 
 
 def _next(out: Path, result: Benchmark) -> str | None:
@@ -250,7 +317,11 @@ def _write(args: argparse.Namespace, result: Benchmark) -> tuple[list[str], tupl
 def _lines(result: Benchmark, *, layers: bool) -> list[str]:
     from ..measure.times import FEW_CALLS
 
-    lines = [format_pairs(_head(result)), "latency of one call, ms", format_table(_latency_rows(result), "<<" + ">" * 9)]
+    lines = [
+        format_pairs(_head(result)),
+        "latency of one call, ms",
+        format_table(_latency_rows(result), "<<" + ">" * 9),
+    ]
     phases = _phase_rows(result)
     if phases:
         lines += ["parts of a call, ms, without CUDA graphs and one at a time", format_table(phases, "<>>>>>")]
@@ -261,23 +332,42 @@ def _lines(result: Benchmark, *, layers: bool) -> list[str]:
         notes.append(
             (
                 "note",
-                f"p99 of fewer than {FEW_CALLS} calls is the largest of them, as in {few} of {len(_points(result))} rows; give a longer --duration",
+                f"p99 of fewer than {FEW_CALLS} calls is the largest of them, as in {few} of "
+                f"{len(_points(result))} rows; give a longer --duration",
             )
         )
     if any(point.share is not None and point.share > 1 for _, point in _points(result)):
-        notes.append(("note", "more than 100 % of the roofline: the peak was measured while other programs ran, or the kernels save multiplications"))
+        notes.append(
+            (
+                "note",
+                "more than 100 % of the roofline: the peak was measured while other programs ran, or the kernels "
+                "save multiplications",
+            )
+        )
     return lines + ([format_pairs(notes)] if notes else []) + _unstable_lines(result)
 
 
 def _head(result: Benchmark) -> list[tuple[str, str]]:
     device = result.device
-    threads = "" if device.kind == "gpu" else f"; CPU threads of a batch: {device.cpu_threads or 'as many as the library takes'}"
+    threads = (
+        ""
+        if device.kind == "gpu"
+        else f"; CPU threads of a batch: {device.cpu_threads or 'as many as the library takes'}"
+    )
     clients = f"{result.clients} client{'s' if result.clients > 1 else ''}"
-    pairs = [("device", f"{device.name}{threads}"), ("load", f"{clients}; {result.duration_s:g} s a row, all rows of a batch size in turn")]
+    pairs = [
+        ("device", f"{device.name}{threads}"),
+        ("load", f"{clients}; {result.duration_s:g} s a row, all rows of a batch size in turn"),
+    ]
     for backend in dict.fromkeys(f"{point.way}: {point.backend}" for model in result.models for point in model.points):
         pairs.append(("backend", backend))
     if not any(point.phases for _, point in _points(result)):
-        pairs.append(("parts", "copies to a device, computing and launches are not told apart: the backend runs a batch as one call"))
+        pairs.append(
+            (
+                "parts",
+                "copies to a device, computing and launches are not told apart: the backend runs a batch as one call",
+            )
+        )
     return pairs
 
 
@@ -288,7 +378,16 @@ def _latency_rows(result: Benchmark) -> list[list[str]]:
         times = (found.min_ms, found.median_ms, found.p90_ms, found.p95_ms, found.p99_ms, found.max_ms)
         share = "–" if point.share is None else f"{100 * point.share:.0f} %"
         unstable = "!" if point.warnings else ""
-        rows.append([_title(model), point.way + unstable, str(point.batch), *map(_show, times), f"{point.images_per_second:,.1f}", share])
+        rows.append(
+            [
+                _title(model),
+                point.way + unstable,
+                str(point.batch),
+                *map(_show, times),
+                f"{point.images_per_second:,.1f}",
+                share,
+            ]
+        )
     return rows
 
 
@@ -298,7 +397,11 @@ def _points(result: Benchmark) -> list[tuple[ModelResult, Point]]:
 
 def _phase_rows(result: Benchmark) -> list[list[str]]:
     rows = [
-        [_title(model), str(point.batch), *map(_show, (part.to_device_ms, part.compute_ms, part.to_host_ms, part.enqueue_ms))]
+        [
+            _title(model),
+            str(point.batch),
+            *map(_show, (part.to_device_ms, part.compute_ms, part.to_host_ms, part.enqueue_ms)),
+        ]
         for model, point in _points(result)
         if (part := point.phases) is not None
     ]
@@ -310,8 +413,15 @@ def _roofline_lines(result: Benchmark, *, layers: bool) -> list[str]:
     if ceiling is None:
         return ["roofline  none: the device's peak is not known"]
     used = {cost.precision for model in result.models for cost in model.layers}
-    peaks = ", ".join(f"{name} {value / 1e9:,.0f} G" for name, value in ceiling.operations_per_second.items() if name in used or not used)
-    lines = [f"roofline of {ceiling.device}: {peaks}op/s, memory {ceiling.bytes_per_second / 1e9:,.1f} GB/s", f"  {ceiling.source}"]
+    peaks = ", ".join(
+        f"{name} {value / 1e9:,.0f} G"
+        for name, value in ceiling.operations_per_second.items()
+        if name in used or not used
+    )
+    lines = [
+        f"roofline of {ceiling.device}: {peaks}op/s, memory {ceiling.bytes_per_second / 1e9:,.1f} GB/s",
+        f"  {ceiling.source}",
+    ]
     rows = [["model", "batch", "GMACs", "MB moved", "ops/byte", "least ms", "short of memory"]]
     tables: list[str] = []
     for model in result.models:
@@ -328,13 +438,26 @@ def _sum_row(model: ModelResult, batch: int, bounds: Sequence[LayerBound]) -> li
     operations, moved, floor = sum(b.operations for b in bounds), sum(b.bytes for b in bounds), total_floor_ms(bounds)
     short = [bound for bound in bounds if bound.bound == "memory"]
     part = f"{len(short)} of {len(bounds)} layers, {100 * total_floor_ms(short) / floor:.0f} % of it"
-    return [_title(model), str(batch), f"{operations / 2e9:,.2f}", f"{moved / 1e6:,.1f}", f"{operations / moved:,.0f}", _show(floor), part]
+    return [
+        _title(model),
+        str(batch),
+        f"{operations / 2e9:,.2f}",
+        f"{moved / 1e6:,.1f}",
+        f"{operations / moved:,.0f}",
+        _show(floor),
+        part,
+    ]
 
 
 def _layer_rows(bounds: Sequence[LayerBound]) -> list[list[str]]:
     rows = [["layer", "precision", "MMACs", "kB", "ops/byte", "least µs", "short of"]]
     for bound in bounds:
-        numbers = [f"{bound.operations / 2e6:,.1f}", f"{bound.bytes / 1e3:,.0f}", f"{bound.intensity:,.1f}", f"{1e3 * bound.floor_ms:,.1f}"]
+        numbers = [
+            f"{bound.operations / 2e6:,.1f}",
+            f"{bound.bytes / 1e3:,.0f}",
+            f"{bound.intensity:,.1f}",
+            f"{1e3 * bound.floor_ms:,.1f}",
+        ]
         rows.append([bound.name, bound.precision, *numbers, "arithmetic" if bound.bound == "compute" else "memory"])
     return rows
 
@@ -342,11 +465,21 @@ def _layer_rows(bounds: Sequence[LayerBound]) -> list[list[str]]:
 def _unstable_lines(result: Benchmark) -> list[str]:
     from ..measure.times import LARGEST_DRIFT, LARGEST_SPREAD
 
-    rows = [[_title(model), point.way, str(point.batch), "; ".join(point.warnings)] for model, point in _points(result) if point.warnings]
+    rows = [
+        [_title(model), point.way, str(point.batch), "; ".join(point.warnings)]
+        for model, point in _points(result)
+        if point.warnings
+    ]
     if not rows:
         return []
-    usual = f"a spread of up to {100 * LARGEST_SPREAD:.0f} % (standard deviation by mean), halves that differ by up to {100 * LARGEST_DRIFT:.0f} %"
-    return [f"! not stable; usual is {usual}: let nothing else run, or give a longer --duration", format_table(rows, "<<><")]
+    usual = (
+        f"a spread of up to {100 * LARGEST_SPREAD:.0f} % (standard deviation by mean), halves that differ by up to "
+        f"{100 * LARGEST_DRIFT:.0f} %"
+    )
+    return [
+        f"! not stable; usual is {usual}: let nothing else run, or give a longer --duration",
+        format_table(rows, "<<><"),
+    ]
 
 
 def _title(model: ModelResult) -> str:
@@ -355,4 +488,10 @@ def _title(model: ModelResult) -> str:
 
 def _show(milliseconds: float) -> str:
     """Three digits or more."""
-    return f"{milliseconds:.3f}" if milliseconds < 10 else f"{milliseconds:.2f}" if milliseconds < 100 else f"{milliseconds:,.1f}"
+    return (
+        f"{milliseconds:.3f}"
+        if milliseconds < 10
+        else f"{milliseconds:.2f}"
+        if milliseconds < 100
+        else f"{milliseconds:,.1f}"
+    )

@@ -39,57 +39,116 @@ CHECK_EXAMPLES = """examples:
 
 def add_build_options(parser: argparse.ArgumentParser) -> None:
     """The model, its precision, and what the builder is given."""
-    parser.add_argument("model", metavar="MODEL", type=Path, help="an .onnx that repvgg-export or repvgg-trt quantize wrote")
+    parser.add_argument(
+        "model", metavar="MODEL", type=Path, help="an .onnx that repvgg-export or repvgg-trt quantize wrote"
+    )
     kind = parser.add_mutually_exclusive_group()
     for name, text in (
         ("fp32", "the graph must be FP32: full float32, no TF32 unless --tf32"),
         ("fp16", "half precision: an FP32 graph is converted first"),
         ("int8", "8-bit integers: an FP32 graph is calibrated and quantized first"),
     ):
-        kind.add_argument(f"--{name}", action="store_const", dest="precision", const=name, help=f"{text} (default: as the graph is typed)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the plan to write; its passport is FILE.json (default: NAME.plan beside MODEL)")
+        kind.add_argument(
+            f"--{name}",
+            action="store_const",
+            dest="precision",
+            const=name,
+            help=f"{text} (default: as the graph is typed)",
+        )
     parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="a build configuration, such as engines/configs/fp16.toml; options given here win"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the plan to write; its passport is FILE.json (default: NAME.plan beside MODEL)",
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="a build configuration, such as engines/configs/fp16.toml; options given here win",
     )
     parser.add_argument("--force", action="store_true", help="replace files that exist and differ")
-    parser.add_argument("--no-cache", action="store_true", help="build even where an identical plan was built before, and do not keep this one")
+    parser.add_argument(
+        "--no-cache",
+        action="store_true",
+        help="build even where an identical plan was built before, and do not keep this one",
+    )
     _add_profile_options(parser.add_argument_group("batch sizes"))
     _add_builder_options(parser.add_argument_group("TensorRT"))
     images = parser.add_argument_group("from FP32 to FP16 or INT8, as in repvgg-trt quantize")
-    images.add_argument("--io", choices=("fp32", "fp16"), default="fp32", help="type of floating-point inputs and outputs (default: %(default)s)")
+    images.add_argument(
+        "--io",
+        choices=("fp32", "fp16"),
+        default="fp32",
+        help="type of floating-point inputs and outputs (default: %(default)s)",
+    )
     add_image_options(images)
     add_step_options(images)
     parser.set_defaults(usage_error=parser.error, target=None, plot=None, save_scales=None, sensitivity=False)
 
 
 def _add_profile_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--min-batch", type=parse_positive, default=None, metavar="N", help="the smallest that the plan accepts (default: 1)")
-    group.add_argument("--opt-batch", type=parse_positive, default=None, metavar="N", help="the usual one, that it is tuned for (default: 8)")
-    group.add_argument("--max-batch", type=parse_positive, default=None, metavar="N", help="the largest; memory grows with it (default: 32)")
+    group.add_argument(
+        "--min-batch",
+        type=parse_positive,
+        default=None,
+        metavar="N",
+        help="the smallest that the plan accepts (default: 1)",
+    )
+    group.add_argument(
+        "--opt-batch",
+        type=parse_positive,
+        default=None,
+        metavar="N",
+        help="the usual one, that it is tuned for (default: 8)",
+    )
+    group.add_argument(
+        "--max-batch",
+        type=parse_positive,
+        default=None,
+        metavar="N",
+        help="the largest; memory grows with it (default: 32)",
+    )
 
 
 def _add_builder_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--backend", choices=("auto", "tensorrt", "rtx"), default="auto",
-                       help="auto: TensorRT where it is installed, else TensorRT-RTX, which builds without a GPU (default: %(default)s)")  # fmt: skip
+                       help="auto: TensorRT where it is installed, else TensorRT-RTX, which builds without a GPU " "(default: %(default)s)")  # fmt: skip
     group.add_argument("--target", dest="targets", nargs="+", action="extend", type=_capability, default=None, metavar="SM",
-                       help="GPUs that a TensorRT-RTX plan is for: compute capabilities such as sm_86 or 8.9, or current (default: all from "
+                       help="GPUs that a TensorRT-RTX plan is for: compute capabilities such as sm_86 or 8.9, or " "current (default: all from "
                             "Ampere on)")  # fmt: skip
-    group.add_argument("--workspace", type=parse_bytes, default=None, metavar="SIZE", help="scratch memory, such as 512MiB (default: 4GiB)")
+    group.add_argument(
+        "--workspace",
+        type=parse_bytes,
+        default=None,
+        metavar="SIZE",
+        help="scratch memory, such as 512MiB (default: 4GiB)",
+    )
     group.add_argument("--optimization-level", type=int, choices=range(6), default=None, metavar="N",
                        help="0 to 5: how long TensorRT searches (default: TensorRT's own)")  # fmt: skip
     group.add_argument("--timing-cache", type=Path, metavar="FILE",
-                       help="TensorRT's timings, read and updated (default: a file of this GPU and TensorRT in the cache folder)")  # fmt: skip
-    group.add_argument("--tf32", action="store_true", help="let FP32 convolutions round their inputs to TF32: faster, an error of about 1e-3")
+                       help="TensorRT's timings, read and updated (default: a file of this GPU and TensorRT in the " "cache folder)")  # fmt: skip
+    group.add_argument(
+        "--tf32",
+        action="store_true",
+        help="let FP32 convolutions round their inputs to TF32: faster, an error of about 1e-3",
+    )
     group.add_argument("--sparse", action="store_true", help="allow 2:4 sparse weights")
-    group.add_argument("--version-compatible", action="store_true", help="a plan that later TensorRT of the same major version run, too")
-    group.add_argument("--hardware-compatible", action="store_true", help="a plan that all GPUs from Ampere on run, if slower")
+    group.add_argument(
+        "--version-compatible",
+        action="store_true",
+        help="a plan that later TensorRT of the same major version run, too",
+    )
+    group.add_argument(
+        "--hardware-compatible", action="store_true", help="a plan that all GPUs from Ampere on run, if slower"
+    )
 
 
 def add_check_options(parser: argparse.ArgumentParser) -> None:
     """The plan and the place."""
     parser.add_argument("plan", metavar="PLAN", type=Path, help="a plan with its passport PLAN.json beside it")
     parser.add_argument("--target", metavar="KEY=VALUE,…", default=None, type=parse_target,
-                        help="another place: gpu=NAME or compute capability, trt=VERSION or rtx=VERSION, driver=VERSION "
+                        help="another place: gpu=NAME or compute capability, trt=VERSION or rtx=VERSION, " "driver=VERSION "
                              "(default: this machine)")  # fmt: skip
 
 
@@ -116,7 +175,9 @@ def parse_target(text: str) -> dict[str, str]:
     for part in text.split(","):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if key not in ("gpu", "trt", "rtx", "driver") or not equals or not value or key in found:
-            raise argparse.ArgumentTypeError(f"expected gpu=…, trt=… or rtx=…, driver=…, each once and apart by commas, found {part!r}")
+            raise argparse.ArgumentTypeError(
+                f"expected gpu=…, trt=… or rtx=…, driver=…, each once and apart by commas, found {part!r}"
+            )
         found[key] = value
     if {"trt", "rtx"} <= set(found):
         raise argparse.ArgumentTypeError("trt=… and rtx=… cannot hold together: a plan is of one of the two")
@@ -163,10 +224,21 @@ def read_build_options(args: argparse.Namespace) -> BuildOptions:
     """
     base = load_build_config(args.config) if args.config is not None else BuildConfig()
     changes: dict[str, Any] = {name: True for name in _FLAGS if getattr(args, name)}
-    given = {"precision": args.precision, "workspace_bytes": args.workspace, "optimization_level": args.optimization_level}
+    given = {
+        "precision": args.precision,
+        "workspace_bytes": args.workspace,
+        "optimization_level": args.optimization_level,
+    }
     changes |= {name: value for name, value in given.items() if value is not None}
     config = dataclasses.replace(base, profile=merge_profile(base.profile, args), **changes)
-    options = BuildOptions(config, _asks_for_batches(args), args.backend, tuple(args.targets or ()), args.timing_cache, use_cache=not args.no_cache)
+    options = BuildOptions(
+        config,
+        _asks_for_batches(args),
+        args.backend,
+        tuple(args.targets or ()),
+        args.timing_cache,
+        use_cache=not args.no_cache,
+    )
     return _with_quantize(args, options)
 
 
@@ -199,7 +271,10 @@ def _with_quantize(args: argparse.Namespace, options: BuildOptions) -> BuildOpti
 
             return dataclasses.replace(options, quantize=read_options(args))
     elif flags:
-        raise InputError(f"{flags[0]} is of --fp16 and --int8, and neither is asked for", remedy="give --fp16 or --int8, or leave it out")
+        raise InputError(
+            f"{flags[0]} is of --fp16 and --int8, and neither is asked for",
+            remedy="give --fp16 or --int8, or leave it out",
+        )
     return options
 
 
@@ -207,7 +282,10 @@ def _as_pairs(args: argparse.Namespace, result: BuildResult) -> list[tuple[str, 
     passport = result.passport
     on = f"on {passport.gpu_name}" if passport.gpu_name else "without a GPU"
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.seconds.items())
-    pairs = [("model", f"{args.model} ({show_bytes(args.model.stat().st_size)})"), ("builder", f"{result.library}, {on}")]
+    pairs = [
+        ("model", f"{args.model} ({show_bytes(args.model.stat().st_size)})"),
+        ("builder", f"{result.library}, {on}"),
+    ]
     if result.origin != "built":
         where = "the cache" if result.origin == "cache" else "its place already"
         end = "another build was faster" if "build" in result.seconds else "nothing was built now"

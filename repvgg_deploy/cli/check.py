@@ -25,14 +25,20 @@ def execute(args: argparse.Namespace) -> Output:
 
     result = check_plan(args.plan, args.target)
     verdict = result.verdict
-    errors = () if isinstance(verdict, Compatible) else (PlanIncompatibleError(f"{args.plan}: {verdict.reason}", remedy=verdict.remedy),)
+    errors = (
+        ()
+        if isinstance(verdict, Compatible)
+        else (PlanIncompatibleError(f"{args.plan}: {verdict.reason}", remedy=verdict.remedy),)
+    )
     return Output(data=_as_json(args, result), text=_as_text(args, result), errors=errors)
 
 
 def describe_precision(passport: PlanPassport) -> str:
     """`int8 97.1 %, fp16 2.9 % of the multiply-accumulates`, or why that is not known."""
     if passport.precision == "not_inspected":
-        return f"{passport.config.precision or 'as its graph'}; its layers were not inspected: there was no GPU to load it"
+        return (
+            f"{passport.config.precision or 'as its graph'}; its layers were not inspected: there was no GPU to load it"
+        )
     shares = sorted(passport.precision_shares.items(), key=lambda item: -item[1])
     seen = ", ".join(f"{name} {share:.1%}" for name, share in shares)
     return f"{passport.precision}: {seen} of the multiply-accumulates" if len(shares) > 1 else passport.precision
@@ -49,7 +55,10 @@ def describe_place(passport: PlanPassport) -> str:
     """Where a plan runs."""
     library, config = FLAVOURS[passport.flavour], passport.config
     flexible = config.version_compatible and passport.flavour == "tensorrt"
-    version = f"{library} {passport.tensorrt_version}{' and later of the same major version' if flexible else ' and no other'}"
+    version = (
+        f"{library} "
+        f"{passport.tensorrt_version}{' and later of the same major version' if flexible else ' and no other'}"
+    )
     if config.hardware_compatible and passport.flavour == "tensorrt":
         return f"every GPU from Ampere (8.0) on, with {version}"
     name = f" ({passport.gpu_name})" if passport.gpu_name and passport.flavour == "tensorrt" else ""

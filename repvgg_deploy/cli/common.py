@@ -1,12 +1,14 @@
 """What both programs share: options, exit codes, errors, signals, output. Standard library only, because `--help` must be quick.
 
-A program parses its arguments, then hands a body to `run`; the body imports its stage, does the work and returns an `Output`:
+A program parses its arguments, then hands a body to `run`; the body imports its stage, does the work and returns an
+`Output`:
 
     def main(argv: list[str] | None = None) -> int:
         return run(body, build_parser().parse_args(argv))
 
-Exit codes: 0 done; 1 an error of ours (message and remedy); 2 usage; 130 interrupted; 143 and 129 terminated or hung up; 141 the reader of
-standard output went away. Signals raise, so that every `finally` runs and no partial file is left.
+Exit codes: 0 done; 1 an error of ours (message and remedy); 2 usage; 130 interrupted; 143 and 129 terminated or hung
+up; 141 the reader of standard output went away. Signals raise, so that every `finally` runs and no partial file is
+left.
 
 Aligned columns of text.
 
@@ -46,20 +48,25 @@ def format_table(rows: Sequence[Sequence[str]], align: str, *, indent: int = 2) 
         indent: Spaces before each line.
     """
     widths = [max(len(row[column]) for row in rows) for column in range(len(align))] if rows else []
-    lines = ("  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True)) for row in rows)
+    lines = (
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True)) for row in rows
+    )
     return "\n".join((" " * indent + line).rstrip() for line in lines)
 
 
 def format_pairs(pairs: Sequence[tuple[str, str]]) -> str:
     """`name  value` lines with the values aligned; a value of several lines is indented as a whole."""
     width = max(len(name) for name, _ in pairs)
-    return "\n".join(f"{name:<{width}}  {value}".replace("\n", "\n" + " " * (width + 2)).rstrip() for name, value in pairs)
+    return "\n".join(
+        f"{name:<{width}}  {value}".replace("\n", "\n" + " " * (width + 2)).rstrip() for name, value in pairs
+    )
 
 
 def fold_lines(text: str, columns: int) -> str:
     """Lines that are longer than a terminal is wide, broken between words; what goes on stands below the value, as `format_pairs` has it.
 
-    Rows of a table, which have gaps of two spaces and more in several places, stay as they are: folded they would be harder to read.
+    Rows of a table, which have gaps of two spaces and more in several places, stay as they are: folded they would be
+    harder to read.
     """
     return "\n".join(_fold(line, columns) for line in text.split("\n"))
 
@@ -70,7 +77,13 @@ def _fold(line: str, columns: int) -> str:
     value = re.match(r" +|\S+(?: \S+)* {2,}(?=\S)", line)
     indent = value.end() if value and value.end() <= columns // 2 else 2
     return textwrap.fill(
-        line, columns, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False, replace_whitespace=False, expand_tabs=False
+        line,
+        columns,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+        expand_tabs=False,
     )
 
 
@@ -94,7 +107,9 @@ class StageProgress:
     def __enter__(self) -> StageProgress:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._close()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
@@ -131,7 +146,8 @@ class Output:
         data: The one object of `--json`: JSON values and dataclasses.
         text: Standard output without `--json`.
         next_command: What the user may run next; printed on standard error, because it is no result.
-        errors: What failed where the rest is worth printing; on standard error without `--json`, and the exit code is EXIT_ERROR.
+        errors: What failed where the rest is worth printing; on standard error without `--json`, and the exit code is
+            EXIT_ERROR.
     """
 
     data: Mapping[str, object]
@@ -176,8 +192,16 @@ def parent_parser() -> argparse.ArgumentParser:
     """
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("common options")
-    group.add_argument("-v", "--verbose", action="count", default=argparse.SUPPRESS, help="log progress on standard error; -vv also shows tracebacks")
-    group.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print one JSON object instead of text")
+    group.add_argument(
+        "-v",
+        "--verbose",
+        action="count",
+        default=argparse.SUPPRESS,
+        help="log progress on standard error; -vv also shows tracebacks",
+    )
+    group.add_argument(
+        "--json", action="store_true", default=argparse.SUPPRESS, help="print one JSON object instead of text"
+    )
     group.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return parser
 
@@ -196,7 +220,9 @@ def run(body: Body, args: argparse.Namespace) -> int:
     as_json: bool = getattr(args, "json", False)
     try:
         with _signals_raise(), _logging(verbose), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong with an image is said by our own error, once
+            warnings.filterwarnings(
+                "ignore", module=r"PIL\."
+            )  # what is wrong with an image is said by our own error, once
             output = body(args)
             _print_output(output, as_json)
         return output.exit_code
@@ -212,7 +238,9 @@ def run(body: Body, args: argparse.Namespace) -> int:
     except RepVGGDeployError as error:
         return _report(error.message, error.remedy, verbose, as_json)
     except MemoryError:
-        return _report("out of memory", "give a smaller batch or model, or run it where more memory is free", verbose, as_json)
+        return _report(
+            "out of memory", "give a smaller batch or model, or run it where more memory is free", verbose, as_json
+        )
     except Exception as error:  # noqa: BLE001 - the border of the program: whatever was not foreseen becomes one line
         message = f"unexpected {type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
         return _report(message, "please report this; run it again with -vv for the traceback", verbose, as_json)
@@ -254,14 +282,18 @@ def _write_stdout(text: str) -> None:
         return
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:
-        reconfigure(errors="backslashreplace")  # a file name or label that the terminal's encoding cannot show is no reason to fail
+        reconfigure(
+            errors="backslashreplace"
+        )  # a file name or label that the terminal's encoding cannot show is no reason to fail
     try:
         print(text, flush=True)
     except BrokenPipeError:
         raise
     except OSError as error:
         _silence_stdout()
-        raise ArtifactError(f"standard output: cannot be written: {error.strerror}", remedy="free some space, or redirect it elsewhere") from error
+        raise ArtifactError(
+            f"standard output: cannot be written: {error.strerror}", remedy="free some space, or redirect it elsewhere"
+        ) from error
 
 
 def _silence_stdout() -> None:
@@ -304,7 +336,9 @@ def _logging(verbose: int) -> Iterator[None]:
     """Our log records go to standard error inside the block: warnings, with -v progress, with -vv everything."""
     logger = logging.getLogger("repvgg_deploy")
     handler = _LogHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s" if verbose > 1 else "%(levelname)s: %(message)s"))
+    handler.setFormatter(
+        logging.Formatter("%(levelname)s %(name)s: %(message)s" if verbose > 1 else "%(levelname)s: %(message)s")
+    )
     before = logger.level
     logger.setLevel({0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG))
     logger.addHandler(handler)
@@ -345,7 +379,9 @@ class Progress:
         self._draw()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._draws:
             self._write(_CLEAR)
 

@@ -87,9 +87,14 @@ def share_input(reference: ModelSpec, other: ModelSpec) -> _Inputs:
     same_kind = (reference.input.dtype == "uint8") == (other.input.dtype == "uint8")
     if same_kind and one == two:
         return _Inputs(reference, lambda batch: batch, lambda batch: batch)
-    if one is None or two is None or (one.resize_short, one.crop, one.interpolation) != (two.resize_short, two.crop, two.interpolation):
+    if (
+        one is None
+        or two is None
+        or (one.resize_short, one.crop, one.interpolation) != (two.resize_short, two.crop, two.interpolation)
+    ):
         raise InputError(
-            f"the two models do not see the same image: {one or 'unknown preprocessing'} and {two or 'unknown preprocessing'}",
+            f"the two models do not see the same image: {one or 'unknown preprocessing'} and "
+            f"{two or 'unknown preprocessing'}",
             remedy="export both with the same --image-size",
         )
     pixels = dataclasses.replace(
@@ -111,7 +116,10 @@ def _require_same_classes(args: argparse.Namespace, reference: ModelSpec, other:
 
     one, two = classes_of(reference), classes_of(other)
     if None not in (one.count, two.count) and one.count != two.count:
-        raise InputError(f"{args.reference} has {one.count} classes, {args.other} has {two.count}", remedy="compare two models of the same classes")
+        raise InputError(
+            f"{args.reference} has {one.count} classes, {args.other} has {two.count}",
+            remedy="compare two models of the same classes",
+        )
     if one.labels and two.labels and one.labels != two.labels:
         logger.warning("the two models name their classes differently; they are compared by index")
 
@@ -122,7 +130,9 @@ def _common_kind(reference: ModelSpec, other: ModelSpec) -> Kind | None:
     return "probabilities" if reference.kind == other.kind == "probabilities" else None
 
 
-def _with_layers(report: AgreementReport, inputs: _Inputs, specs: tuple[ModelSpec, ModelSpec], args: argparse.Namespace) -> AgreementReport:
+def _with_layers(
+    report: AgreementReport, inputs: _Inputs, specs: tuple[ModelSpec, ModelSpec], args: argparse.Namespace
+) -> AgreementReport:
     """The report with a comparison layer by layer, or with the reason why there is none."""
     from ..evaluate.agreement import compare_layers, first_below
     from ..images.sets import SetOptions, open_images
@@ -136,7 +146,9 @@ def _with_layers(report: AgreementReport, inputs: _Inputs, specs: tuple[ModelSpe
         one, two = LayerRun(Path(args.reference)), LayerRun(Path(args.other))
         shared = one.shared_with(two)
     except ImportError:
-        return dataclasses.replace(report, layers_note="that needs the package onnx: pip install 'repvgg-deploy[export,cpu]'")
+        return dataclasses.replace(
+            report, layers_note="that needs the package onnx: pip install 'repvgg-deploy[export,cpu]'"
+        )
     except InputError as error:
         return dataclasses.replace(report, layers_note=error.message)
     limit = min(args.layer_images, report.images + report.skipped)
@@ -150,11 +162,15 @@ def _with_layers(report: AgreementReport, inputs: _Inputs, specs: tuple[ModelSpe
 def _layer_batch(specs: tuple[ModelSpec, ModelSpec]) -> int:
     fixed = {spec.batch for spec in specs} - {None}
     if len(fixed) > 1:
-        raise InputError("layers are not compared: the two have different fixed batches", remedy="export both with the same --batch")
+        raise InputError(
+            "layers are not compared: the two have different fixed batches", remedy="export both with the same --batch"
+        )
     return next((size for size in fixed if size is not None), _LAYER_BATCH)
 
 
-def _layer_inputs(images: ImageSet, inputs: _Inputs, fixed: int | None, bar: Progress) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+def _layer_inputs(
+    images: ImageSet, inputs: _Inputs, fixed: int | None, bar: Progress
+) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
     """The same images for both models; of a fixed batch the last one is filled by repeating its images."""
     for batch in images:
         if len(batch.images):
@@ -166,7 +182,9 @@ def _layer_inputs(images: ImageSet, inputs: _Inputs, fixed: int | None, bar: Pro
 def _figure(args: argparse.Namespace, report: AgreementReport) -> Figure:
     one, two = _names(args)
     if report.layers:
-        series = SqnrSeries(two, tuple(layer.name for layer in report.layers), tuple(layer.sqnr_db for layer in report.layers))
+        series = SqnrSeries(
+            two, tuple(layer.name for layer in report.layers), tuple(layer.sqnr_db for layer in report.layers)
+        )
         return draw_layer_sqnr([series], reference=one, bound_db=report.apart_below_db)
     rows = [AccuracyRow(f"{two}: same class as {one}", report.agreement, report.agreement_standard_error)]
     return draw_accuracy(rows, title=f"Agreement on {report.images} images")
@@ -183,11 +201,17 @@ def _as_text(args: argparse.Namespace, report: AgreementReport) -> str:
     skipped = f", {report.skipped} more could not be read" if report.skipped else ""
     pairs = [
         ("compared", f"{two} with the reference {one}, {report.images} images{skipped}"),
-        ("agreement", f"{show_share(report.agreement, report.agreement_standard_error)} of the best classes are the same"),
+        (
+            "agreement",
+            f"{show_share(report.agreement, report.agreement_standard_error)} of the best classes are the same",
+        ),
     ]
     if report.output is not None:
         output = report.output
-        errors = f"largest error {output.largest:.3g}, rms {output.rms:.3g} (rms of the reference {output.reference_rms:.3g})"
+        errors = (
+            f"largest error {output.largest:.3g}, rms {output.rms:.3g} (rms of the reference "
+            f"{output.reference_rms:.3g})"
+        )
         pairs.append((output.kind, f"SQNR {output.sqnr_db:.1f} dB, {errors}"))
     if report.reference is not None and report.other is not None:
         pairs.append(("top-1", f"{_show_accuracy(report.reference)} → {_show_accuracy(report.other)}"))

@@ -40,11 +40,21 @@ def execute(args: argparse.Namespace) -> Output:
         images = open_images(args.data, engine.spec, SetOptions(limit=args.limit, batch_size=args.batch_size))
         with Progress(len(images), "images") as bar:
             report = evaluate(
-                lambda batch: infer(engine, batch), images, labels=engine.spec.labels or images.class_names, worst=args.worst, progress=bar.advance
+                lambda batch: infer(engine, batch),
+                images,
+                labels=engine.spec.labels or images.class_names,
+                worst=args.worst,
+                progress=bar.advance,
             )
         backend = engine.backend_name
     errors = draw(args, lambda: _figure(args.model, report))
-    data = {"model": str(args.model), "data": str(args.data), "labels_from": images.labels_from, "backend": backend, "report": report}
+    data = {
+        "model": str(args.model),
+        "data": str(args.data),
+        "labels_from": images.labels_from,
+        "backend": backend,
+        "report": report,
+    }
     return Output(data=data, text=_as_text(report, images, backend), errors=errors)
 
 
@@ -53,7 +63,9 @@ def open_engine(model: str, args: argparse.Namespace) -> Engine:
     from ..runtime.engine import Engine
     from ..runtime.options import EngineOptions
 
-    engine = Engine(model, device=args.device, backend=args.backend, options=EngineOptions(intra_op_threads=args.threads))
+    engine = Engine(
+        model, device=args.device, backend=args.backend, options=EngineOptions(intra_op_threads=args.threads)
+    )
     with contextlib.suppress(InputError):
         engine.warm_up()
     return engine
@@ -92,7 +104,9 @@ def _figure(model: str, report: AccuracyReport) -> Figure:
     head = f"{name} on {report.images} images: top-1 {show_share(report.top1, report.top1_standard_error)}"
     if not report.worst:
         return draw_accuracy([AccuracyRow(name, report.top1, report.top1_standard_error)], title=head)
-    return draw_confusion([_bar(item) for item in report.worst], title=f"{head}\nThe worst classes, and what they are taken for")
+    return draw_confusion(
+        [_bar(item) for item in report.worst], title=f"{head}\nThe worst classes, and what they are taken for"
+    )
 
 
 def _bar(item: ClassAccuracy) -> ClassBar:
@@ -106,7 +120,10 @@ def _label(index: int, label: str | None) -> str:
 
 def _as_text(report: AccuracyReport, images: ImageSet, backend: str) -> str:
     skipped = f", {report.skipped} more could not be read" if report.skipped else ""
-    speed = f"{report.inference_images_per_second:,.0f} images/s inference, {report.decode_images_per_second:,.0f} images/s decoding"
+    speed = (
+        f"{report.inference_images_per_second:,.0f} images/s inference, {report.decode_images_per_second:,.0f} "
+        f"images/s decoding"
+    )
     pairs = [
         ("images", f"{report.images}{skipped}; {images.labels_from}"),
         ("top-1", show_share(report.top1, report.top1_standard_error)),

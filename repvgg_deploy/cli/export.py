@@ -30,7 +30,10 @@ _EPILOG = """examples:
   repvgg-export --ckpt RepVGG-B2-train.pth --out b2.onnx --synthetic-calibration
 """
 
-DESCRIPTION = "Reparameterizes a RepVGG checkpoint and writes it as one simplified ONNX file, proven equal to the training-mode model."
+DESCRIPTION = (
+    "Reparameterizes a RepVGG checkpoint and writes it as one simplified ONNX file, proven equal to the "
+    "training-mode model."
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,12 +46,34 @@ def build_parser() -> argparse.ArgumentParser:
         parents=[parent_parser()],
     )
     parser.add_argument(
-        "--ckpt", required=True, type=Path, metavar="FILE", help="checkpoint of any RepVGG family (.pth, .pth.tar, .safetensors, .pdparams)"
+        "--ckpt",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="checkpoint of any RepVGG family (.pth, .pth.tar, .safetensors, .pdparams)",
     )
-    parser.add_argument("--arch", metavar="NAME", help="variant that it must be, such as B2, or a TOML file; found from the tensors when left out")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the ONNX to write (default: beside the checkpoint, with the suffix .onnx)")
-    parser.add_argument("--describe", action="store_true", help="say what the checkpoint is and print the command that exports it; writes nothing")
-    parser.add_argument("--save-deploy", type=Path, metavar="FILE", help="write the deploy-form checkpoint in the official key names, too")
+    parser.add_argument(
+        "--arch",
+        metavar="NAME",
+        help="variant that it must be, such as B2, or a TOML file; found from the tensors when left out",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the ONNX to write (default: beside the checkpoint, with the suffix .onnx)",
+    )
+    parser.add_argument(
+        "--describe",
+        action="store_true",
+        help="say what the checkpoint is and print the command that exports it; writes nothing",
+    )
+    parser.add_argument(
+        "--save-deploy",
+        type=Path,
+        metavar="FILE",
+        help="write the deploy-form checkpoint in the official key names, too",
+    )
     parser.add_argument("--force", action="store_true", help="replace files that exist and differ")
     _add_graph_options(parser.add_argument_group("graph"))
     _add_image_options(parser.add_argument_group("images and classes"))
@@ -57,31 +82,62 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_graph_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--image-size", type=_size, metavar="N|HxW", help="height and width in pixels (default: the checkpoint's own, else 224)")
+    group.add_argument(
+        "--image-size",
+        type=_size,
+        metavar="N|HxW",
+        help="height and width in pixels (default: the checkpoint's own, else 224)",
+    )
     group.add_argument("--dynamic-size", action="store_true", help="accept any height and width")
-    group.add_argument("--batch", type=_batch, default=None, metavar="N|dynamic", help="fixed batch size (default: dynamic)")
-    group.add_argument("--opset", type=int, default=17, choices=(17, 18, 19, 20), help="ONNX operator set (default: 17)")
+    group.add_argument(
+        "--batch", type=_batch, default=None, metavar="N|dynamic", help="fixed batch size (default: dynamic)"
+    )
+    group.add_argument(
+        "--opset", type=int, default=17, choices=(17, 18, 19, 20), help="ONNX operator set (default: 17)"
+    )
     group.add_argument("--input", choices=("float32", "uint8"), default="float32",
-                       help="float32: normalised NCHW; uint8: NHWC RGB 0-255, normalised in the graph (default: float32)")  # fmt: skip
-    group.add_argument("--output", choices=("logits", "probabilities", "top5"), default="logits", help="what the model gives (default: logits)")
-    group.add_argument("--features", action="store_true", help="give the outputs of the four stages, as a backbone, in place of the classifier's")
+                       help="float32: normalised NCHW; uint8: NHWC RGB 0-255, normalised in the graph (default: " "float32)")  # fmt: skip
+    group.add_argument(
+        "--output",
+        choices=("logits", "probabilities", "top5"),
+        default="logits",
+        help="what the model gives (default: logits)",
+    )
+    group.add_argument(
+        "--features",
+        action="store_true",
+        help="give the outputs of the four stages, as a backbone, in place of the classifier's",
+    )
 
 
 def _add_image_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--labels", type=Path, metavar="FILE|imagenet1k",
-                       help="text file with one class name a line, kept in the ONNX; imagenet1k: the 1,000 names of ImageNet")  # fmt: skip
+                       help="text file with one class name a line, kept in the ONNX; imagenet1k: the 1,000 names of " "ImageNet")  # fmt: skip
     group.add_argument(
-        "--mean", type=_triple, metavar="R,G,B", help="mean in 0-255 units (default: the checkpoint's own, else ImageNet's 123.675,116.28,103.53)"
+        "--mean",
+        type=_triple,
+        metavar="R,G,B",
+        help="mean in 0-255 units (default: the checkpoint's own, else ImageNet's 123.675,116.28,103.53)",
     )
-    group.add_argument("--std", type=_triple, metavar="R,G,B", help="standard deviation in 0-255 units (default: likewise 58.395,57.12,57.375)")
+    group.add_argument(
+        "--std",
+        type=_triple,
+        metavar="R,G,B",
+        help="standard deviation in 0-255 units (default: likewise 58.395,57.12,57.375)",
+    )
 
 
 def _add_calibration_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--synthetic-calibration", type=_count, nargs="?", const=0, metavar="N",
-                       help="synthesise N images (left out: as many as take about ten minutes, 128 at most) from the BatchNorm statistics of a "
-                            "training-form checkpoint, and write them beside the ONNX as NAME.calib.npz; the same command resumes")  # fmt: skip
+                       help="synthesise N images (left out: as many as take about ten minutes, 128 at most) from the " "BatchNorm statistics of a "
+                            "training-form checkpoint, and write them beside the ONNX as NAME.calib.npz; the " "same command resumes")  # fmt: skip
     group.add_argument("--calibration-seed", type=int, metavar="SEED", help="other images (default: 0)")
-    group.add_argument("--calibration-steps", type=_count, metavar="STEPS", help="optimisation steps a batch (default: by the cost of the network)")
+    group.add_argument(
+        "--calibration-steps",
+        type=_count,
+        metavar="STEPS",
+        help="optimisation steps a batch (default: by the cost of the network)",
+    )
 
 
 def _count(text: str) -> int:
@@ -93,7 +149,9 @@ def _count(text: str) -> int:
 def _size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"([0-9]{1,5})(?:[xX×]([0-9]{1,5}))?", text)
     if not match or 0 in (int(match[1]), int(match[2] or 1)):
-        raise argparse.ArgumentTypeError(f"expected a number or HEIGHTxWIDTH in pixels, from 1 to 99999, found {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected a number or HEIGHTxWIDTH in pixels, from 1 to 99999, found {text!r}"
+        )
     return int(match[1]), int(match[2] or match[1])
 
 
@@ -136,8 +194,12 @@ def _describe(args: argparse.Namespace) -> Output:
         expected = f"{named.bytes:,} bytes, sha256 {str(named.sha256)[:16]}…"
         published = f"no: it has the name of {named.summary()}, but that file has {expected}"
     data = {**encode(description), "published": published}
-    errors = () if description.problem is None else (CheckpointError(description.problem, remedy=str(description.remedy)),)
-    return Output(data, _description_text(description, published, 224 if card is None else card.input_size), errors=errors)
+    errors = (
+        () if description.problem is None else (CheckpointError(description.problem, remedy=str(description.remedy)),)
+    )
+    return Output(
+        data, _description_text(description, published, 224 if card is None else card.input_size), errors=errors
+    )
 
 
 def _description_text(description: Description, published: str | None, size: int) -> str:
@@ -146,13 +208,22 @@ def _description_text(description: Description, published: str | None, size: int
     spec = description.spec
     pairs = [("file", f"{description.file} ({description.bytes:,} bytes)"), ("sha256", description.sha256)]
     if description.container is not None:
-        pairs.append(("container", description.container + (f", state dict under {description.wrapper!r}" if description.wrapper else "")))
+        pairs.append(
+            (
+                "container",
+                description.container + (f", state dict under {description.wrapper!r}" if description.wrapper else ""),
+            )
+        )
     if spec is not None:
         megabytes = f"{(description.parameters or 0) / 1e6:.2f} M parameters"
         pairs += [
             ("family", str(description.family)),
             ("form", f"{description.form} form, {megabytes}"),
-            ("variant", f"{description.variant}, {description.classes} classes, {count_macs(spec, size, size) / 1e9:.2f} G MACs at {size}×{size}"),
+            (
+                "variant",
+                f"{description.variant}, {description.classes} classes, {count_macs(spec, size, size) / 1e9:.2f} "
+                f"G MACs at {size}×{size}",
+            ),
         ]
     if published is not None:
         pairs.append(("published", published))
@@ -163,14 +234,16 @@ def _description_text(description: Description, published: str | None, size: int
 
 
 def _export(args: argparse.Namespace) -> Output:
-    # Before torch is loaded: let idle OpenMP threads sleep, not spin. On a machine that others use too, spinning doubles the time of an export
-    # (B2 beside another busy program on two cores: 20 s against 39 s).
+    # Before torch is loaded: let idle OpenMP threads sleep, not spin. On a machine that others use too, spinning
+    # doubles the time of an export (B2 beside another busy program on two cores: 20 s against 39 s).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     out = args.out or default_output(args.ckpt)
     with _Bars() as bars:
         from ..export.export import export_checkpoint
 
-        result = export_checkpoint(args.ckpt, out, options=_options(args), progress=bars.stage, calibration_progress=bars.steps)
+        result = export_checkpoint(
+            args.ckpt, out, options=_options(args), progress=bars.stage, calibration_progress=bars.steps
+        )
     return Output(_data(result), _text(result), _next_command(result, shlex.quote(str(out))))
 
 
@@ -226,7 +299,9 @@ def _options(args: argparse.Namespace) -> ExportOptions:
     labels = _read_labels(args.labels) if args.labels else None
     calibration = None
     if args.synthetic_calibration is not None:
-        calibration = SynthesisOptions(args.synthetic_calibration or None, args.calibration_seed or 0, args.calibration_steps)
+        calibration = SynthesisOptions(
+            args.synthetic_calibration or None, args.calibration_seed or 0, args.calibration_steps
+        )
     return ExportOptions(graph, arch, args.mean, args.std, labels, args.save_deploy, args.force, calibration)
 
 
@@ -250,7 +325,11 @@ def _data(result: ExportResult) -> dict[str, object]:
 
 
 def _calibration_data(calibration: CalibrationResult) -> dict[str, object]:
-    return {"out": str(calibration.output.target), "status": calibration.output.status, "provenance": calibration.provenance}
+    return {
+        "out": str(calibration.output.target),
+        "status": calibration.output.status,
+        "provenance": calibration.provenance,
+    }
 
 
 def _text(result: ExportResult) -> str:
@@ -258,10 +337,18 @@ def _text(result: ExportResult) -> str:
     source, variant, spec = metadata.source, metadata.variant, metadata.spec
     assert source is not None and variant is not None
     pairs = [
-        ("checkpoint", f"{source.file}: {source.family}, {source.form} form, {variant.name}, {variant.num_classes} classes\nsha256 {source.sha256}"),
+        (
+            "checkpoint",
+            f"{source.file}: {source.family}, {source.form} form, {variant.name}, {variant.num_classes} "
+            f"classes\nsha256 {source.sha256}",
+        ),
         *(("note", note) for note in result.notes),
         ("verified", f"against {metadata.certificate.reference}\n{_certificate_table(metadata.certificate)}"),
-        ("input", f"{spec.input.name} {spec.input.dtype} {_shape(spec.input.shape)} {spec.input.layout}, {_pixels(spec.preprocessing)}"),
+        (
+            "input",
+            f"{spec.input.name} {spec.input.dtype} {_shape(spec.input.shape)} {spec.input.layout}, "
+            f"{_pixels(spec.preprocessing)}",
+        ),
         ("output", ", ".join(f"{t.name} {t.dtype} {_shape(t.shape)}" for t in spec.outputs)),
     ]
     for output in filter(None, (result.deploy_output, result.output)):
@@ -271,7 +358,8 @@ def _text(result: ExportResult) -> str:
         pairs.append(
             (
                 "calibration",
-                f"{made.images} images, {made.steps} steps a batch, seed {made.seed}; mismatch with the BatchNorm statistics {made.loss:.4f}",
+                f"{made.images} images, {made.steps} steps a batch, seed {made.seed}; mismatch with the "
+                f"BatchNorm statistics {made.loss:.4f}",
             )
         )
         pairs.append((result.calibration.output.status, _size_of(result.calibration.output.target)))

@@ -57,7 +57,9 @@ def execute(args: argparse.Namespace) -> Output:
     from ..runtime.engine import Engine
     from ..runtime.options import EngineOptions
 
-    with Engine(args.model, device=args.device, backend=args.backend, options=EngineOptions(intra_op_threads=args.threads)) as engine:
+    with Engine(
+        args.model, device=args.device, backend=args.backend, options=EngineOptions(intra_op_threads=args.threads)
+    ) as engine:
         labels = _choose_labels(engine.spec, args)
         answers = _answer(engine, labels, args)
     return Output(
@@ -70,10 +72,14 @@ def execute(args: argparse.Namespace) -> Output:
 def _choose_labels(spec: ModelSpec, args: argparse.Namespace) -> tuple[str, ...] | None:
     if spec.kind not in ("logits", "probabilities", "top5"):
         raise InputError(
-            f"{args.model}: gives {spec.kind}, not classes, so there is nothing to print", remedy="run it from Python: Engine(path).infer(batch)"
+            f"{args.model}: gives {spec.kind}, not classes, so there is nothing to print",
+            remedy="run it from Python: Engine(path).infer(batch)",
         )
     if spec.preprocessing is None:
-        raise InputError(f"{args.model}: does not say how an image becomes its input", remedy="run it from Python: Engine(path).infer(batch)")
+        raise InputError(
+            f"{args.model}: does not say how an image becomes its input",
+            remedy="run it from Python: Engine(path).infer(batch)",
+        )
     if spec.kind == "top5" and args.top is not None and args.top > (best := _columns(spec)):
         raise InputError(
             f"{args.model}: gives the best {best} classes, --top {args.top} asks for more",
@@ -93,7 +99,10 @@ def _choose_labels(spec: ModelSpec, args: argparse.Namespace) -> tuple[str, ...]
 def _columns(spec: ModelSpec) -> int:
     columns = spec.outputs[0].shape[-1]
     if isinstance(columns, str):
-        raise ModelError(f"the model does not say how many classes it has: {spec.outputs[0]}", remedy="export it again with repvgg-export")
+        raise ModelError(
+            f"the model does not say how many classes it has: {spec.outputs[0]}",
+            remedy="export it again with repvgg-export",
+        )
     return columns
 
 
@@ -124,12 +133,19 @@ def _answer_batch(engine: Engine, files: Sequence[Path], labels: tuple[str, ...]
             return [Answer(str(files[0]), error=error)]
         return [answer for file in files for answer in _answer_batch(engine, [file], labels, top)]
     rows = rank_classes(result, engine.spec, top)
-    return [_make_answer(str(file), classes, scores, labels) for file, (classes, scores) in zip(files, rows, strict=True)]
+    return [
+        _make_answer(str(file), classes, scores, labels) for file, (classes, scores) in zip(files, rows, strict=True)
+    ]
 
 
-def _make_answer(image: str, classes: NDArray[np.int64], scores: NDArray[np.float64], labels: tuple[str, ...] | None) -> Answer:
+def _make_answer(
+    image: str, classes: NDArray[np.int64], scores: NDArray[np.float64], labels: tuple[str, ...] | None
+) -> Answer:
     if not np.isfinite(scores).all():
-        error = ModelError(f"{image}: the model answers with NaN or infinities", remedy="export it again from the checkpoint, and verify it")
+        error = ModelError(
+            f"{image}: the model answers with NaN or infinities",
+            remedy="export it again from the checkpoint, and verify it",
+        )
         return Answer(image, error=error)
     predictions = (
         Prediction(int(index), labels[index] if labels is not None and index < len(labels) else None, float(score))
@@ -146,5 +162,8 @@ def _as_json(answer: Answer) -> dict[str, object]:
 
 
 def _as_text(answer: Answer) -> str:
-    rows = [[str(rank), p.label or f"class {p.index}", f"{p.probability:.4f}"] for rank, p in enumerate(answer.predictions, start=1)]
+    rows = [
+        [str(rank), p.label or f"class {p.index}", f"{p.probability:.4f}"]
+        for rank, p in enumerate(answer.predictions, start=1)
+    ]
     return f"{answer.image}\n{format_table(rows, '><>')}"

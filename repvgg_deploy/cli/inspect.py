@@ -8,7 +8,16 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..files.onnx import GraphSummary, WeightedNode, count_weights, describe_shares, precision_of, read_graph, share_by_precision, weighted_nodes
+from ..files.onnx import (
+    GraphSummary,
+    WeightedNode,
+    count_weights,
+    describe_shares,
+    precision_of,
+    read_graph,
+    share_by_precision,
+    weighted_nodes,
+)
 from ..specs import codec
 from ..specs.values import Certificate, ModelMetadata, ModelSpec, TensorSpec, VariantSpec
 from ..specs.variants import LayerRow, image_size, layer_rows
@@ -32,7 +41,9 @@ def execute(args: argparse.Namespace) -> Output:
     nodes = weighted_nodes(graph)
     rows = layer_rows(metadata.variant, size) if metadata.variant is not None else ()
     rows = tuple(dataclasses.replace(row, precision=precision_of(row.name, nodes)) for row in rows)
-    is_classifier = metadata.spec.kind in ("logits", "probabilities", "top5") and metadata.spec.preprocessing is not None
+    is_classifier = (
+        metadata.spec.kind in ("logits", "probabilities", "top5") and metadata.spec.preprocessing is not None
+    )
     return Output(
         data=_as_json(path, metadata, graph, rows),
         text="\n".join([_summary(path, metadata, graph, rows), *_layer_lines(rows, size, graph)]),
@@ -52,7 +63,9 @@ def _summary(path: Path, metadata: ModelMetadata, graph: GraphSummary, rows: Seq
         ("labels", _describe_labels(spec.labels)),
         (
             "checkpoint",
-            f"{source.file}, {source.family} family, {source.form} form\nsha256 {source.sha256}" if source else "none: weights from memory",
+            f"{source.file}, {source.family} family, {source.form} form\nsha256 {source.sha256}"
+            if source
+            else "none: weights from memory",
         ),
         ("history", "\n".join(_describe_options(entry.stage, entry.options) for entry in metadata.history) or "none"),
         ("operators", ", ".join(f"{name} {count}" for name, count in sorted(graph.count_ops().items()))),
@@ -112,7 +125,10 @@ def _describe_certificate(certificate: Certificate) -> str:
     passed = sum(check.passed for check in certificate.checks)
     verdict = "passed" if certificate.passed else "NOT PASSED"
     rows = [["check", "error", "allowed", "scale", ""]]
-    rows += [[c.name, f"{c.error:.2e}", f"{c.tolerance:.2e}", f"{c.scale:.3g}", "" if c.passed else "FAILED"] for c in certificate.checks]
+    rows += [
+        [c.name, f"{c.error:.2e}", f"{c.tolerance:.2e}", f"{c.scale:.3g}", "" if c.passed else "FAILED"]
+        for c in certificate.checks
+    ]
     versions = ", ".join(f"{name} {version}" for name, version in sorted(certificate.versions.items()))
     head = f"{verdict}, {passed} of {len(certificate.checks)} checks, against {certificate.reference}\nwith {versions}"
     return f"{head}\n{format_table(rows, '<>>><', indent=0)}"
@@ -121,8 +137,15 @@ def _describe_certificate(certificate: Certificate) -> str:
 def _layer_lines(rows: Sequence[LayerRow], size: tuple[int, int] | None, graph: GraphSummary) -> list[str]:
     stored = sum(math.prod(shape) for shape in graph.initializers.values())
     if not rows:
-        table = [[node.name, node.op_type, "×".join(map(str, node.weight_shape or ())), node.precision] for node in weighted_nodes(graph)]
-        return ["layers", format_table([["node", "operator", "weight", "precision"], *table], "<<<<"), f"numbers stored in the file: {stored:,}"]
+        table = [
+            [node.name, node.op_type, "×".join(map(str, node.weight_shape or ())), node.precision]
+            for node in weighted_nodes(graph)
+        ]
+        return [
+            "layers",
+            format_table([["node", "operator", "weight", "precision"], *table], "<<<<"),
+            f"numbers stored in the file: {stored:,}",
+        ]
     table = [["layer", "channels", "stride", "groups", "output", "parameters", "MACs", "precision"]]
     table += [_layer_line(row) for row in rows]
     table.append(["total", "", "", "", "", f"{sum(row.parameters for row in rows):,}", _count(_total_macs(rows)), ""])

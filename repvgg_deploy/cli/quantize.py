@@ -1,6 +1,7 @@
 """`repvgg-trt quantize`: FP32 ONNX → typed ONNX in FP16 or INT8.
 
-The options of `repvgg-trt quantize`, those that `build` shares, and which cannot hold together. Standard library only: `--help` must be quick.
+The options of `repvgg-trt quantize`, those that `build` shares, and which cannot hold together. Standard library only:
+`--help` must be quick.
 """
 
 from __future__ import annotations
@@ -53,15 +54,33 @@ def add_quantize_options(parser: argparse.ArgumentParser) -> None:
     """The precision, its images and its steps."""
     parser.add_argument("model", metavar="MODEL", type=Path, help="the FP32 .onnx that repvgg-export wrote")
     kind = parser.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--fp16", action="store_const", dest="precision", const="fp16", help="half precision, rescaled so that nothing overflows")
-    kind.add_argument("--int8", action="store_const", dest="precision", const="int8", help="8-bit integers, FP16 or FP32 for the rest")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the ONNX to write (default: NAME-fp16.onnx or NAME-int8.onnx beside MODEL)")
-    parser.add_argument("--io", choices=("fp32", "fp16"), default="fp32", help="type of floating-point inputs and outputs (default: %(default)s)")
+    kind.add_argument(
+        "--fp16",
+        action="store_const",
+        dest="precision",
+        const="fp16",
+        help="half precision, rescaled so that nothing overflows",
+    )
+    kind.add_argument(
+        "--int8", action="store_const", dest="precision", const="int8", help="8-bit integers, FP16 or FP32 for the rest"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the ONNX to write (default: NAME-fp16.onnx or NAME-int8.onnx beside MODEL)",
+    )
+    parser.add_argument(
+        "--io",
+        choices=("fp32", "fp16"),
+        default="fp32",
+        help="type of floating-point inputs and outputs (default: %(default)s)",
+    )
     parser.add_argument("--force", action="store_true", help="replace files that exist and differ")
     add_image_options(parser.add_argument_group("images"))
     steps = parser.add_argument_group("steps of INT8")
     steps.add_argument("--target", choices=("trt10", "trt8"), default=None,
-                       help="trt10: FP16 beside INT8, opset 19, for TensorRT 10 and later; trt8: FP32, opset 17, for TensorRT 8.5 and 8.6, too "
+                       help="trt10: FP16 beside INT8, opset 19, for TensorRT 10 and later; trt8: FP32, opset 17, for " "TensorRT 8.5 and 8.6, too "
                             "(default: trt10)")  # fmt: skip
     add_step_options(steps)
     _add_report_options(steps)
@@ -73,36 +92,67 @@ def add_image_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--calib",
         metavar="DIR|FILE|statistics",
-        help="images to calibrate with: a folder, .npz, list or image; statistics: no images, ranges from the BatchNorm statistics in MODEL "
-        "(default: for INT8 the NAME.calib.npz beside MODEL, which repvgg-export --synthetic-calibration writes; for FP16 none)",
+        help="images to calibrate with: a folder, .npz, list or image; statistics: no images, ranges from the "
+        "BatchNorm statistics in MODEL "
+        "(default: for INT8 the NAME.calib.npz beside MODEL, which repvgg-export --synthetic-calibration writes; "
+        "for FP16 none)",
     )
     group.add_argument("--images", type=parse_positive, default=_IMAGES, metavar="N",
-                       help="at most so many to calibrate with; up to half as many more are held out to judge (default: %(default)s)")  # fmt: skip
-    group.add_argument("--seed", type=_seed, default=0, metavar="N", help="another choice of images (default: %(default)s)")
+                       help="at most so many to calibrate with; up to half as many more are held out to judge " "(default: %(default)s)")  # fmt: skip
+    group.add_argument(
+        "--seed", type=_seed, default=0, metavar="N", help="another choice of images (default: %(default)s)"
+    )
     group.add_argument("--min-agreement", type=float, default=None, metavar="SHARE",
-                       help="write nothing unless so large a share of the held-out images gets the best class of FP32 (default: 0.97)")  # fmt: skip
+                       help="write nothing unless so large a share of the held-out images gets the best class of FP32 " "(default: 0.97)")  # fmt: skip
 
 
 def add_step_options(group: argparse._ArgumentGroup) -> None:
     """How an FP32 graph becomes INT8."""
-    group.add_argument("--fast", action="store_true", help="no search for exponents and weights to nearest: a fraction of the time, some dB less")
-    group.add_argument("--keep", nargs="+", action="extend", metavar="LAYER", help="layers that stay in floating point, such as stage0.conv")
+    group.add_argument(
+        "--fast",
+        action="store_true",
+        help="no search for exponents and weights to nearest: a fraction of the time, some dB less",
+    )
+    group.add_argument(
+        "--keep",
+        nargs="+",
+        action="extend",
+        metavar="LAYER",
+        help="layers that stay in floating point, such as stage0.conv",
+    )
     group.add_argument("--max-drop", type=float, metavar="POINTS",
-                       help="keep the fewest layers in floating point with which the expected top-1 drop is at most so many points")  # fmt: skip
+                       help="keep the fewest layers in floating point with which the expected top-1 drop is at most " "so many points")  # fmt: skip
     group.add_argument("--method", choices=("max", "percentile", "entropy", "min_error"), default=None,
                        help="how activation scales are chosen (default: min_error)")  # fmt: skip
     group.add_argument("--percentile", type=float, metavar="P", help="of --method percentile (default: 99.99)")
     group.add_argument("--no-equalize", action="store_true", help="leave the channels as they are")
-    group.add_argument("--exponent", type=float, metavar="E", help="equalize with this exponent, 0 to 1, and do not search for the best")
-    group.add_argument("--rounding", choices=("second_order", "nearest"), default=None, help="how weights are rounded (default: second_order)")
+    group.add_argument(
+        "--exponent",
+        type=float,
+        metavar="E",
+        help="equalize with this exponent, 0 to 1, and do not search for the best",
+    )
+    group.add_argument(
+        "--rounding",
+        choices=("second_order", "nearest"),
+        default=None,
+        help="how weights are rounded (default: second_order)",
+    )
     group.add_argument("--no-bias-correction", action="store_true", help="leave the biases as they are")
-    group.add_argument("--scales", type=Path, metavar="FILE", help="take the calibration that --save-scales wrote, of the same model and images")
+    group.add_argument(
+        "--scales",
+        type=Path,
+        metavar="FILE",
+        help="take the calibration that --save-scales wrote, of the same model and images",
+    )
 
 
 def _add_report_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--sensitivity", action="store_true", help="rank the layers by what quantizing each alone costs")
     group.add_argument("--save-scales", type=Path, metavar="FILE", help="write the calibration to a .json, too")
-    group.add_argument("--plot", metavar="FILE", help="also draw every layer's SQNR and channel ranges as a .png (needs matplotlib)")
+    group.add_argument(
+        "--plot", metavar="FILE", help="also draw every layer's SQNR and channel ranges as a .png (needs matplotlib)"
+    )
 
 
 def quantize_flags(args: argparse.Namespace) -> list[str]:
@@ -141,7 +191,11 @@ def _statistics_conflict(args: argparse.Namespace, given: list[str]) -> str | No
     wrong += ["--min-agreement"] if args.min_agreement is not None else []
     if wrong:
         return f"{wrong[0]} needs images: it cannot hold with --calib statistics"
-    return "--plot has nothing to draw with --calib statistics and --no-equalize" if args.plot is not None and args.no_equalize else None
+    return (
+        "--plot has nothing to draw with --calib statistics and --no-equalize"
+        if args.plot is not None and args.no_equalize
+        else None
+    )
 
 
 def parse_positive(text: str) -> int:
@@ -177,7 +231,10 @@ def execute(args: argparse.Namespace) -> Output:
 
     if args.plot is not None:
         target = args.out or default_typed_output(args.model, args.precision)
-        require_distinct([Path(args.plot)], [path for path in (args.model, target, args.save_scales, args.scales) if path is not None])
+        require_distinct(
+            [Path(args.plot)],
+            [path for path in (args.model, target, args.save_scales, args.scales) if path is not None],
+        )
         require_drawable(Path(args.plot))
     options = read_options(args)
     with StageProgress() as progress:
@@ -186,7 +243,9 @@ def execute(args: argparse.Namespace) -> Output:
     command = f"repvgg-trt compare {shlex.quote(str(args.model))} {shlex.quote(str(result.output.target))} --data PATH"
     if result.metadata.spec.kind not in ("logits", "probabilities", "top5"):  # `compare` is for classifiers
         command = f"repvgg-trt inspect {shlex.quote(str(result.output.target))}"
-    return Output(data=_as_json(args, result), text=_as_text(args, options, result), next_command=command, errors=errors)
+    return Output(
+        data=_as_json(args, result), text=_as_text(args, options, result), next_command=command, errors=errors
+    )
 
 
 def read_options(args: argparse.Namespace) -> QuantizeOptions:
@@ -226,7 +285,9 @@ def _int8_options(args: argparse.Namespace) -> Int8Options:
         equalize, search = None, None
     elif args.exponent is not None:
         equalize, search = EqualizeOptions(args.exponent), None
-    scales = ScaleOptions(args.method or base.scales.method, base.scales.percentile if args.percentile is None else args.percentile)
+    scales = ScaleOptions(
+        args.method or base.scales.method, base.scales.percentile if args.percentile is None else args.percentile
+    )
     rounding = RoundOptions(args.rounding or base.rounding.method, bias_correction=not args.no_bias_correction)
     return Int8Options(
         target=args.target or "trt10",
@@ -248,7 +309,11 @@ def _figure(model: Path, result: QuantizeResult) -> Figure:
     series = []
     if report.source == "images":
         name = result.output.target.name
-        series = [SqnrSeries(name, tuple(layer.name for layer in report.layers), tuple(layer.sqnr_db for layer in report.layers))]
+        series = [
+            SqnrSeries(
+                name, tuple(layer.name for layer in report.layers), tuple(layer.sqnr_db for layer in report.layers)
+            )
+        ]
     return draw_quantization(series, rows, reference=model.name)
 
 
@@ -256,7 +321,10 @@ def _as_text(args: argparse.Namespace, options: QuantizeOptions, result: Quantiz
     size = f"{args.model} ({result.bytes_before / 1e6:.1f} MB)"
     if result.int8 is not None:
         beside = "FP16" if options.int8.target == "trt10" else "FP32"
-        pairs = [("quantized", f"{size} to INT8, with {beside} for the rest"), *_int8_pairs(options, result, result.int8, beside)]
+        pairs = [
+            ("quantized", f"{size} to INT8, with {beside} for the rest"),
+            *_int8_pairs(options, result, result.int8, beside),
+        ]
         tables = _layer_lines(result.int8, beside)
     else:
         assert result.fp16 is not None
@@ -270,7 +338,9 @@ def _as_text(args: argparse.Namespace, options: QuantizeOptions, result: Quantiz
     return "\n".join([format_pairs(pairs), *tables])
 
 
-def _int8_pairs(options: QuantizeOptions, result: QuantizeResult, report: Int8Report, beside: str) -> list[tuple[str, str]]:
+def _int8_pairs(
+    options: QuantizeOptions, result: QuantizeResult, report: Int8Report, beside: str
+) -> list[tuple[str, str]]:
     steps = options.int8
     nearest = report.source == "statistics" or steps.rounding.method == "nearest"
     weights = "rounded to nearest" if nearest else "rounded so that each layer's output changes least"
@@ -282,7 +352,11 @@ def _int8_pairs(options: QuantizeOptions, result: QuantizeResult, report: Int8Re
         ("rounding", f"activation scales {scales}; weights {weights}; {bias}"),
     ]
     total = sum(layer.macs for layer in report.layers)
-    share = f"{report.int8_share:.1%} of the multiply-accumulates" if total else f"{len(report.layers) - len(report.kept)} layers"
+    share = (
+        f"{report.int8_share:.1%} of the multiply-accumulates"
+        if total
+        else f"{len(report.layers) - len(report.kept)} layers"
+    )
     kept = f"; kept in {beside}: {', '.join(report.kept)}" if report.kept else ": every layer"
     return [*pairs, ("INT8", share + kept)]
 
@@ -305,7 +379,9 @@ def _equalization(options: QuantizeOptions, report: Int8Report) -> str:
     used = sorted(interface.exponent for interface in moved)
     measured = options.int8.search is not None and report.source == "images"
     how = f"exponents {used[0]:g} to {used[-1]:g} by measured error" if measured else f"exponent {used[0]:g}"
-    before, after = (median(getattr(interface, name) for interface in moved) for name in ("spread_before", "spread_after"))
+    before, after = (
+        median(getattr(interface, name) for interface in moved) for name in ("spread_before", "spread_after")
+    )
     spread = f"largest ÷ median channel range {before:.1f} → {after:.1f} (median)"
     return f"channels between {len(moved)} of {len(report.interfaces)} layers rescaled, {how}; {spread}"
 
@@ -315,10 +391,16 @@ def _fp16_pairs(report: Fp16Report) -> list[tuple[str, str]]:
     found = _RANGES[report.source].format(report.images)
     if report.rescaled:
         low, high = min(pair[0] for pair in report.factors.values()), max(pair[1] for pair in report.factors.values())
-        moved = f"{sum(report.rescaled.values())} channels of {len(report.rescaled)} layers by powers of two, {low:g} to {high:g}"
+        moved = (
+            f"{sum(report.rescaled.values())} channels of {len(report.rescaled)} layers by powers of two, {low:g} to "
+            f"{high:g}"
+        )
     else:
         moved = "nothing: every value and weight lies within FP16"
-    return [("ranges", f"{found}: up to {report.largest[layer]:.3g} at {layer}, and FP16 ends at 65504"), ("rescaled", moved)]
+    return [
+        ("ranges", f"{found}: up to {report.largest[layer]:.3g} at {layer}, and FP16 ends at 65504"),
+        ("rescaled", moved),
+    ]
 
 
 def _verdict(options: QuantizeOptions, result: QuantizeResult) -> list[tuple[str, str]]:
@@ -330,7 +412,12 @@ def _verdict(options: QuantizeOptions, result: QuantizeResult) -> list[tuple[str
     if found.agreement is not None:
         demanded = result.ungated or describe_demand(found.agreement, options.min_agreement)
         same = found.images - found.differing
-        pairs.append(("agreement", f"{100 * found.agreement:.2f} %: {same} of {found.images} {what} keep FP32's best class ({demanded})"))
+        pairs.append(
+            (
+                "agreement",
+                f"{100 * found.agreement:.2f} %: {same} of {found.images} {what} keep FP32's best class ({demanded})",
+            )
+        )
         pairs.append(("expected drop", f"{found.expected_drop:.2f} points of top-1, by FP32's own probabilities"))
     where = "the logits" if found.agreement is not None else f"the outputs on {found.images} {what} ({result.ungated})"
     return [*pairs, ("SQNR", f"{found.sqnr_db:.1f} dB of {where}")]
@@ -351,18 +438,34 @@ def _layer_lines(report: Int8Report, beside: str) -> list[str]:
 
     def row(layer: LayerReport) -> list[str]:
         precision = beside if layer.kept else "INT8"
-        return [layer.name, f"{layer.sqnr_db:.1f}", f"{layer.macs / total:.1%}", precision, *([costs.get(layer.name, "")] if costs else [])]
+        return [
+            layer.name,
+            f"{layer.sqnr_db:.1f}",
+            f"{layer.macs / total:.1%}",
+            precision,
+            *([costs.get(layer.name, "")] if costs else []),
+        ]
 
     if costs:
         names = {layer.name: layer for layer in report.layers}
-        worst, title = [names[cost.name] for cost in report.costs[:_WORST]], "the layers that cost most when each alone is quantized"
+        worst, title = (
+            [names[cost.name] for cost in report.costs[:_WORST]],
+            "the layers that cost most when each alone is quantized",
+        )
     else:
-        worst, title = sorted(report.layers, key=lambda layer: layer.sqnr_db)[:_WORST], "the layers with the most noise, on calibration images"
+        worst, title = (
+            sorted(report.layers, key=lambda layer: layer.sqnr_db)[:_WORST],
+            "the layers with the most noise, on calibration images",
+        )
     return [title, format_table([header, *map(row, worst)], "<>><" + (">" if costs else ""))]
 
 
 def _as_json(args: argparse.Namespace, result: QuantizeResult) -> dict[str, object]:
-    int8 = None if result.int8 is None else {name: value for name, value in encode(result.int8).items() if name != "scales"}
+    int8 = (
+        None
+        if result.int8 is None
+        else {name: value for name, value in encode(result.int8).items() if name != "scales"}
+    )
     return {
         "model": str(args.model),
         "out": str(result.output.target),

@@ -28,16 +28,38 @@ TRITON_EXAMPLES = """examples:
 
 def add_triton_options(parser: argparse.ArgumentParser) -> None:
     """The models, the repository, and how they are served. `--version` is the model's here: the parser must resolve conflicts."""
-    parser.add_argument("models", metavar="MODEL", nargs="*", type=Path, help="one .onnx, or a .plan for each GPU type with its passport beside it")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="the repository; made if it is not there, and may hold other models")
-    parser.add_argument("--validate", type=Path, metavar="FOLDER", help="write nothing: say what Triton would refuse in this repository")
+    parser.add_argument(
+        "models",
+        metavar="MODEL",
+        nargs="*",
+        type=Path,
+        help="one .onnx, or a .plan for each GPU type with its passport beside it",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="the repository; made if it is not there, and may hold other models"
+    )
+    parser.add_argument(
+        "--validate", type=Path, metavar="FOLDER", help="write nothing: say what Triton would refuse in this repository"
+    )
     parser.add_argument("--name", metavar="NAME", help="of the model in Triton (default: the file's)")
     parser.add_argument("--version", dest="version_number", type=_positive, default=None, metavar="N",
-                        help="of the version folder (default: one more than the highest, or that one if it holds the same files)")  # fmt: skip
+                        help="of the version folder (default: one more than the highest, or that one if it holds the " "same files)")  # fmt: skip
     parser.add_argument("--force", action="store_true", help="replace what is there and differs")
     group = parser.add_argument_group("serving")
-    group.add_argument("--instances", type=_positive, default=1, metavar="N", help="copies that run at once on each GPU (default: %(default)s)")
-    group.add_argument("--max-batch", type=_positive, default=None, metavar="N", help="the largest batch (default: the plan's; 32 for an ONNX)")
+    group.add_argument(
+        "--instances",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="copies that run at once on each GPU (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-batch",
+        type=_positive,
+        default=None,
+        metavar="N",
+        help="the largest batch (default: the plan's; 32 for an ONNX)",
+    )
     group.add_argument("--preferred-batch", type=_positive, nargs="+", default=None, metavar="N",
                        help="sizes that are run at once (default: the plan's usual and largest; none for an ONNX)")  # fmt: skip
     group.add_argument("--max-queue-delay-us", type=_count, default=1000, metavar="N",
@@ -47,8 +69,16 @@ def add_triton_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--queue-timeout-us", type=_count, default=1_000_000, metavar="N",
                        help="how long a request may wait in all, 0 for ever (default: %(default)s)")  # fmt: skip
     group.add_argument("--cuda-graphs", action="store_true", help="let the TensorRT backend capture CUDA graphs")
-    group.add_argument("--ensemble", choices=("jpeg",), help="also a model NAME_jpeg that takes JPEG files; decodes in the python backend")
-    group.add_argument("--written-by", metavar="NAME", help="kept in the models' parameters, for programs that take out again what they wrote")
+    group.add_argument(
+        "--ensemble",
+        choices=("jpeg",),
+        help="also a model NAME_jpeg that takes JPEG files; decodes in the python backend",
+    )
+    group.add_argument(
+        "--written-by",
+        metavar="NAME",
+        help="kept in the models' parameters, for programs that take out again what they wrote",
+    )
     parser.set_defaults(usage_error=parser.error)
 
 
@@ -105,10 +135,19 @@ def execute(args: argparse.Namespace) -> Output:
 def _validate(args: argparse.Namespace) -> Output:
     models, findings = validate_repository(args.validate)
     wrong = [finding for finding in findings if finding.severity == "error"]
-    errors = tuple(InputError(f"{args.validate / finding.model}: {finding.message}", remedy=finding.remedy) for finding in wrong)
+    errors = tuple(
+        InputError(f"{args.validate / finding.model}: {finding.message}", remedy=finding.remedy) for finding in wrong
+    )
     refused = {finding.model for finding in wrong}
-    pairs = [(name, "Triton would refuse it" if name in refused else "nothing found that Triton would refuse") for name in models]
-    pairs += [("warning", f"{finding.model}: {finding.message}; {finding.remedy}") for finding in findings if finding.severity == "warning"]
+    pairs = [
+        (name, "Triton would refuse it" if name in refused else "nothing found that Triton would refuse")
+        for name in models
+    ]
+    pairs += [
+        ("warning", f"{finding.model}: {finding.message}; {finding.remedy}")
+        for finding in findings
+        if finding.severity == "warning"
+    ]
     data = {"repository": str(args.validate), "models": models, "valid": not wrong, "findings": findings}
     return Output(data=data, text=format_pairs(pairs), errors=errors)
 

@@ -10,7 +10,14 @@ import importlib
 import sys
 from typing import TYPE_CHECKING
 
-from .bench import ADVISE_EXAMPLES, BENCH_EXAMPLES, add_advise_options, add_bench_options, find_advise_conflict, find_bench_conflict
+from .bench import (
+    ADVISE_EXAMPLES,
+    BENCH_EXAMPLES,
+    add_advise_options,
+    add_bench_options,
+    find_advise_conflict,
+    find_bench_conflict,
+)
 from .build import BUILD_EXAMPLES, CHECK_EXAMPLES, add_build_options, add_check_options, find_build_conflict
 from .common import HelpFormatter, Output, parent_parser, run
 from .quantize import add_quantize_options, find_conflict
@@ -56,7 +63,18 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands."""
     parser = argparse.ArgumentParser(prog="repvgg-trt", description=DESCRIPTION, parents=[parent_parser()])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
-    for add in (_add_infer, _add_inspect, _add_quantize, _add_build, _add_check, _add_triton, _add_eval, _add_compare, _add_bench, _add_advise):
+    for add in (
+        _add_infer,
+        _add_inspect,
+        _add_quantize,
+        _add_build,
+        _add_check,
+        _add_triton,
+        _add_eval,
+        _add_compare,
+        _add_bench,
+        _add_advise,
+    ):
         add(commands)
     return parser
 
@@ -72,18 +90,37 @@ def _add_infer(commands: Subparsers) -> None:
         "infer",
         parents=[parent_parser()],
         help="print the best classes of images",
-        description="Prints the best classes of each image with their probabilities. An image that cannot be read is named, the others are "
+        description="Prints the best classes of each image with their probabilities. An image that cannot be read "
+        "is named, "
+        "the others are "
         "answered all the same, and the exit code is 1.",
     )
-    parser.add_argument("model", metavar="MODEL", help="an .onnx that repvgg-export wrote, or a plan with its passport beside it")
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="image files, folders of them, or quoted patterns")
-    parser.add_argument("--top", type=_positive, default=None, metavar="N", help="how many classes to print (default: 5)")
-    parser.add_argument("--labels", metavar="FILE", help="names of the classes, one a line; in place of those in the model")
     parser.add_argument(
-        "--device", default=None, metavar="DEVICE", help="cpu, cuda or cuda:1; a GPU never falls back to the CPU (default: cuda for a plan, else cpu)"
+        "model", metavar="MODEL", help="an .onnx that repvgg-export wrote, or a plan with its passport beside it"
     )
-    parser.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="images decoded and run at a time (default: %(default)s)")
-    parser.add_argument("--threads", type=_positive, default=None, metavar="N", help="CPU threads (default: one a core)")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="image files, folders of them, or quoted patterns")
+    parser.add_argument(
+        "--top", type=_positive, default=None, metavar="N", help="how many classes to print (default: 5)"
+    )
+    parser.add_argument(
+        "--labels", metavar="FILE", help="names of the classes, one a line; in place of those in the model"
+    )
+    parser.add_argument(
+        "--device",
+        default=None,
+        metavar="DEVICE",
+        help="cpu, cuda or cuda:1; a GPU never falls back to the CPU (default: cuda for a plan, else cpu)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=_positive,
+        default=16,
+        metavar="N",
+        help="images decoded and run at a time (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--threads", type=_positive, default=None, metavar="N", help="CPU threads (default: one a core)"
+    )
     _add_backend(parser)
 
 
@@ -92,7 +129,8 @@ def _add_backend(parser: argparse.ArgumentParser) -> None:
         "--backend",
         choices=("onnxruntime", "openvino", "fastest"),
         default=None,
-        help="what runs an ONNX model; openvino is the fastest for INT8 on a CPU, fastest chooses it where it is installed (default: onnxruntime)",
+        help="what runs an ONNX model; openvino is the fastest for INT8 on a CPU, fastest chooses it where it is "
+        "installed (default: onnxruntime)",
     )
 
 
@@ -101,7 +139,8 @@ def _add_inspect(commands: Subparsers) -> None:
         "inspect",
         parents=[parent_parser()],
         help="print what a model is and what was verified of it",
-        description="Prints the specification, preprocessing, certificate, source checkpoint, layers, parameters and multiply-accumulates of "
+        description="Prints the specification, preprocessing, certificate, source checkpoint, layers, parameters and "
+        "multiply-accumulates of "
         "a model. Needs no runtime.",
     )
     parser.add_argument("model", metavar="MODEL", help="an .onnx that repvgg-export wrote")
@@ -112,7 +151,9 @@ def _add_quantize(commands: Subparsers) -> None:
         "quantize",
         parents=[parent_parser()],
         help="make a typed ONNX: FP16 that cannot overflow, INT8 that keeps its accuracy",
-        description="Makes an FP16 or INT8 ONNX of an FP32 one: calibrates, compares the result with FP32 on images that took no part, and writes "
+        description="Makes an FP16 or INT8 ONNX of an FP32 one: calibrates, compares the result with FP32 on images "
+        "that "
+        "took no part, and writes "
         "it only if they agree. Needs neither a GPU nor TensorRT.",
         epilog=_QUANTIZE_EXAMPLES,
         formatter_class=HelpFormatter,
@@ -125,8 +166,11 @@ def _add_build(commands: Subparsers) -> None:
         "build",
         parents=[parent_parser()],
         help="build a TensorRT plan, with a passport that says what it is and where it runs",
-        description="Builds a TensorRT or TensorRT-RTX plan of an ONNX. The precision is the graph's, on every version; an FP32 graph is typed "
-        "first where --fp16 or --int8 asks for it. A plan that computes in a wider type than its graph says is an error.",
+        description="Builds a TensorRT or TensorRT-RTX plan of an ONNX. The precision is the graph's, on every "
+        "version; an "
+        "FP32 graph is typed "
+        "first where --fp16 or --int8 asks for it. A plan that computes in a wider type than its graph says is "
+        "an error.",
         epilog=BUILD_EXAMPLES,
         formatter_class=HelpFormatter,
     )
@@ -138,7 +182,9 @@ def _add_check(commands: Subparsers) -> None:
         "check",
         parents=[parent_parser()],
         help="say whether a plan will run here, or on another GPU and TensorRT",
-        description="Compares a plan's passport with this machine, or with another that --target describes. Needs no GPU. Exit code 0: it will run; "
+        description="Compares a plan's passport with this machine, or with another that --target describes. Needs "
+        "no GPU. "
+        "Exit code 0: it will run; "
         "1: it will not, and why.",
         epilog=CHECK_EXAMPLES,
         formatter_class=HelpFormatter,
@@ -165,11 +211,23 @@ def _add_eval(commands: Subparsers) -> None:
         "eval",
         parents=[parent_parser()],
         help="measure top-1, top-5 and speed on labelled images",
-        description="Runs a classifier on labelled images and prints top-1, top-5, images a second and the worst classes with what they are "
+        description="Runs a classifier on labelled images and prints top-1, top-5, images a second and the worst "
+        "classes "
+        "with what they are "
         "taken for. An image that cannot be read is skipped and counted; above 10 % it is an error.",
     )
-    parser.add_argument("model", metavar="MODEL", help="an .onnx that repvgg-export or quantize wrote, or a plan with its passport beside it")
-    parser.add_argument("--worst", type=_positive, default=5, metavar="N", help="how many of the worst classes to print (default: %(default)s)")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="an .onnx that repvgg-export or quantize wrote, or a plan with its passport beside it",
+    )
+    parser.add_argument(
+        "--worst",
+        type=_positive,
+        default=5,
+        metavar="N",
+        help="how many of the worst classes to print (default: %(default)s)",
+    )
     _add_data_options(parser)
 
 
@@ -178,14 +236,21 @@ def _add_compare(commands: Subparsers) -> None:
         "compare",
         parents=[parent_parser()],
         help="compare two models on the same images, layer by layer",
-        description="Runs two models of the same classes on the same images and prints how often their best classes are the same, how far apart "
-        "their outputs are, their accuracy where the images have labels, and the signal-to-quantization-noise ratio of every layer. Channels that "
+        description="Runs two models of the same classes on the same images and prints how often their best classes "
+        "are the "
+        "same, how far apart "
+        "their outputs are, their accuracy where the images have labels, and the signal-to-quantization-noise "
+        "ratio of every layer. Channels that "
         "equalization rescaled are scaled back first.",
     )
     parser.add_argument("reference", metavar="A", help="the reference, usually the FP32 .onnx")
     parser.add_argument("other", metavar="B", help="the other, usually the typed .onnx")
     parser.add_argument(
-        "--layer-images", type=_count, default=64, metavar="N", help="images for the comparison of layers, 0 for none (default: %(default)s)"
+        "--layer-images",
+        type=_count,
+        default=64,
+        metavar="N",
+        help="images for the comparison of layers, 0 for none (default: %(default)s)",
     )
     _add_data_options(parser)
 
@@ -195,7 +260,9 @@ def _add_bench(commands: Subparsers) -> None:
         "bench",
         parents=[parent_parser()],
         help="measure latency, throughput and the share of the roofline",
-        description="Measures models in turn within one run: latency, throughput, and on a GPU the copies, computing and launch apart; says when "
+        description="Measures models in turn within one run: latency, throughput, and on a GPU the copies, "
+        "computing and "
+        "launch apart; says when "
         "the times were not stable; and what share of the device's limits that is, layer by layer.",
         epilog=BENCH_EXAMPLES,
         formatter_class=HelpFormatter,
@@ -208,8 +275,11 @@ def _add_advise(commands: Subparsers) -> None:
         "advise",
         parents=[parent_parser()],
         help="rank variants, batch sizes and precisions by accuracy and latency",
-        description="Ranks variant, batch size and precision by throughput among those that meet a latency and an accuracy: published top-1, "
-        "measured latency where there is a file of repvgg-trt bench, else an estimate from multiply-accumulates and bytes. Exit code 1: none "
+        description="Ranks variant, batch size and precision by throughput among those that meet a latency and an "
+        "accuracy: "
+        "published top-1, "
+        "measured latency where there is a file of repvgg-trt bench, else an estimate from multiply-accumulates "
+        "and bytes. Exit code 1: none "
         "meets both.",
         epilog=ADVISE_EXAMPLES,
         formatter_class=HelpFormatter,
@@ -223,14 +293,28 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
         "--data",
         required=True,
         metavar="PATH",
-        help="images: a folder with a sub-folder a class; a CSV of path,label (paths relative to it); an .npz with images and labels",
+        help="images: a folder with a sub-folder a class; a CSV of path,label (paths relative to it); an .npz with "
+        "images and labels",
     )
-    parser.add_argument("--limit", type=_positive, default=None, metavar="N", help="only so many images, drawn evenly (default: all)")
-    parser.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="images decoded and run at a time (default: %(default)s)")
     parser.add_argument(
-        "--device", default=None, metavar="DEVICE", help="cpu, cuda or cuda:1; a GPU never falls back to the CPU (default: cuda for a plan, else cpu)"
+        "--limit", type=_positive, default=None, metavar="N", help="only so many images, drawn evenly (default: all)"
     )
-    parser.add_argument("--threads", type=_positive, default=None, metavar="N", help="CPU threads (default: one a core)")
+    parser.add_argument(
+        "--batch-size",
+        type=_positive,
+        default=32,
+        metavar="N",
+        help="images decoded and run at a time (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device",
+        default=None,
+        metavar="DEVICE",
+        help="cpu, cuda or cuda:1; a GPU never falls back to the CPU (default: cuda for a plan, else cpu)",
+    )
+    parser.add_argument(
+        "--threads", type=_positive, default=None, metavar="N", help="CPU threads (default: one a core)"
+    )
     _add_backend(parser)
     parser.add_argument("--plot", metavar="FILE", help="also draw the result as a .png (needs matplotlib)")
     parser.add_argument("--force", action="store_true", help="replace a picture that differs")

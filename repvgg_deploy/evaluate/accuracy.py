@@ -77,7 +77,8 @@ class AccuracyReport:
         skipped: Could not be read, and count nowhere else.
         top1: Share of images whose best class is right, 0 to 1.
         top5: Share of images whose class is among the best five (or all, of fewer classes).
-        top1_standard_error: √(p·(1 − p) / n): other images of the same kind would give a top-1 within twice this in 95 of 100 cases.
+        top1_standard_error: √(p·(1 − p) / n): other images of the same kind would give a top-1 within twice this in 95
+            of 100 cases.
         decode_seconds: Reading, decoding, resizing and normalising.
         inference_seconds: Running the model.
         decode_images_per_second: Of that part alone.
@@ -124,14 +125,20 @@ def evaluate(
         skipped += len(batch.skipped)
         if len(batch.images):
             if batch.labels is None:
-                raise InputError("the images have no labels to compare with", remedy="give images with labels; see repvgg-trt eval --help")
+                raise InputError(
+                    "the images have no labels to compare with",
+                    remedy="give images with labels; see repvgg-trt eval --help",
+                )
             with clock:
                 answer = run(batch.images)
             tally.add(rank(answer), batch.labels)
         if progress is not None:
             progress(len(batch.images) + len(batch.skipped))
     if not tally.images:
-        raise InputError(f"no image could be evaluated, {skipped} could not be read", remedy="check the images that the warnings name")
+        raise InputError(
+            f"no image could be evaluated, {skipped} could not be read",
+            remedy="check the images that the warnings name",
+        )
     reading, running = max(clock.reading, 1e-9), max(clock.running, 1e-9)
     return AccuracyReport(
         images=tally.images,
@@ -161,7 +168,9 @@ def rank(answer: Answer) -> NDArray[np.int64]:
     """
     scores = answer if isinstance(answer, np.ndarray) else answer.scores
     if not np.isfinite(scores).all():
-        raise ModelError("the model answers with NaN or infinities", remedy="export it again from the checkpoint, and verify it")
+        raise ModelError(
+            "the model answers with NaN or infinities", remedy="export it again from the checkpoint, and verify it"
+        )
     if not isinstance(answer, np.ndarray):
         return answer.classes
     return np.asarray(np.argsort(-answer.astype(np.float64), axis=1, kind="stable")[:, :_BEST], np.int64)
@@ -214,7 +223,9 @@ class Tally:
                 wrong.setdefault(truth, []).append((-images, said))
         found = []
         for truth, others in wrong.items():
-            best = tuple(Confusion(said, _name(names, said), -images) for images, said in sorted(others)[:_CONFUSED_WITH])
+            best = tuple(
+                Confusion(said, _name(names, said), -images) for images, said in sorted(others)[:_CONFUSED_WITH]
+            )
             top1 = self._pairs[truth, truth] / totals[truth]
             found.append(ClassAccuracy(truth, _name(names, truth), totals[truth], top1, best))
         return tuple(sorted(found, key=lambda item: (item.top1, -item.images, item.index))[:count])

@@ -1,6 +1,7 @@
 """Two models on the same images → an AgreementReport: how often they name the same class, and how far apart their numbers are. NumPy only.
 
-Two networks layer by layer: the signal-to-quantization-noise ratio of every layer's output, and where they part. NumPy only.
+Two networks layer by layer: the signal-to-quantization-noise ratio of every layer's output, and where they part. NumPy
+only.
 
 Source: SQNR as in ../agreement: 10·log10(Σ reference² / Σ (reference − other)²).
 """
@@ -45,7 +46,8 @@ class OutputError:
         largest: Largest absolute difference.
         rms: Root of the mean squared difference.
         reference_rms: Root of the mean square of the reference.
-        sqnr_db: 10·log10(Σ reference² / Σ (reference − other)²) over all outputs of all images; 200 where they are equal.
+        sqnr_db: 10·log10(Σ reference² / Σ (reference − other)²) over all outputs of all images; 200 where they are
+            equal.
     """
 
     kind: Kind
@@ -100,7 +102,8 @@ def compare(
         reference: Usually the FP32 model.
         other: Usually the typed one.
         batches: As `image_sets.open_images` gives them; labels are used where there are any.
-        kind: What both give; None where they give different things, or the ranked best: then only the classes are compared.
+        kind: What both give; None where they give different things, or the ranked best: then only the classes are
+            compared.
         progress: Called with the number of images done since the last call.
 
     Raises:
@@ -126,7 +129,9 @@ def compare(
         if progress is not None:
             progress(len(batch.images) + len(batch.skipped))
     if not images:
-        raise InputError(f"no image could be compared, {skipped} could not be read", remedy="check the images that the warnings name")
+        raise InputError(
+            f"no image could be compared, {skipped} could not be read", remedy="check the images that the warnings name"
+        )
     share = agreeing / images
     return AgreementReport(
         images=images,
@@ -160,7 +165,8 @@ class _Errors:
     def add(self, reference: NDArray[Any], other: NDArray[Any]) -> None:
         if reference.shape != other.shape:
             raise InputError(
-                f"the models have {reference.shape[1]} and {other.shape[1]} classes, so their answers cannot be compared",
+                f"the models have {reference.shape[1]} and {other.shape[1]} classes, so their answers cannot be "
+                f"compared",
                 remedy="compare two models of the same classes",
             )
         difference = np.subtract(reference, other, dtype=np.float64)
@@ -183,8 +189,8 @@ class LayerAgreement:
 
     Attributes:
         name: Of the layer.
-        sqnr_db: Of its output before any ReLU, after the channels of the other network were scaled back; 200 where both are equal, 0 where the
-            other carries nothing of the reference.
+        sqnr_db: Of its output before any ReLU, after the channels of the other network were scaled back; 200 where both
+            are equal, 0 where the other carries nothing of the reference.
         smallest_factor: Smallest factor that a channel was multiplied with to scale it back; 1 where no channel was.
         largest_factor: Largest such factor.
     """
@@ -195,17 +201,21 @@ class LayerAgreement:
     largest_factor: float
 
 
-def compare_layers(pairs: Iterable[Mapping[str, tuple[NDArray[Any], NDArray[Any]]]], *, fixed: Collection[str] = ()) -> tuple[LayerAgreement, ...]:
+def compare_layers(
+    pairs: Iterable[Mapping[str, tuple[NDArray[Any], NDArray[Any]]]], *, fixed: Collection[str] = ()
+) -> tuple[LayerAgreement, ...]:
     """Compares two networks whose channels may have been rescaled.
 
-    Equalization and FP16 range fitting divide each channel of a layer by a positive factor and multiply it again where it is read: the outputs of
-    a layer then differ though nothing was lost. So each channel of the other network is first multiplied with the factor f ≥ 0 that brings it
-    closest to the reference, f = Σ reference·other / Σ other², found from the images themselves. Channels that were not rescaled get a factor near
-    one. What a quantized channel has lost or gained in gain alone is undone with it, too, so that the figures of layers other than `fixed` may lie
+    Equalization and FP16 range fitting divide each channel of a layer by a positive factor and multiply it again where
+    it is read: the outputs of a layer then differ though nothing was lost. So each channel of the other network is
+    first multiplied with the factor f ≥ 0 that brings it closest to the reference, f = Σ reference·other / Σ other²,
+    found from the images themselves. Channels that were not rescaled get a factor near one. What a quantized channel
+    has lost or gained in gain alone is undone with it, too, so that the figures of layers other than `fixed` may lie
     slightly above those of a comparison with the factors known exactly.
 
     Args:
-        pairs: Batch by batch: by name of the layer, in order, what the reference and the other give: (N, C, H, W) or (N, C).
+        pairs: Batch by batch: by name of the layer, in order, what the reference and the other give: (N, C, H, W) or
+            (N, C).
         fixed: Layers whose channels nobody rescales (the classifier): compared as they are.
 
     Returns:
@@ -241,7 +251,9 @@ class _Sums:
         assert reference.shape == other.shape, "the caller pairs layers of the same shape"
         axes = (0, *range(2, reference.ndim))
         one, two = reference.astype(np.float64), other.astype(np.float64)
-        self._products = self._products + np.stack([np.sum(a * b, axis=axes) for a, b in ((one, one), (one, two), (two, two))])
+        self._products = self._products + np.stack(
+            [np.sum(a * b, axis=axes) for a, b in ((one, one), (one, two), (two, two))]
+        )
         self._noise = self._noise + np.sum(np.square(one - two), axis=axes)
 
     def report(self, name: str, *, rescaled: bool) -> LayerAgreement:
@@ -250,7 +262,8 @@ class _Sums:
             return LayerAgreement(name, decibels(float(signal.sum()), float(self._noise.sum())), 1.0, 1.0)
         alive = (power > 0) & (shared > 0)
         factors = np.divide(shared, power, out=np.zeros_like(shared), where=alive)
-        # At the best f, Σ (reference − f·other)² is this difference. Where nothing was rescaled, the sum of the squares themselves is exact.
+        # At the best f, Σ (reference − f·other)² is this difference. Where nothing was rescaled, the sum of the squares
+        # themselves is exact.
         noise = np.where(factors == 1, self._noise, np.maximum(signal - factors * shared, 0.0))
         used = factors[alive]
         return LayerAgreement(

@@ -1,7 +1,7 @@
 """How the project's pictures look, and how they become files. Matplotlib is imported when one is drawn; no window is ever opened.
 
-Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which people with any colour vision can tell apart; where two things
-share a picture they differ in shape or place as well.
+Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which people with any colour vision can tell
+apart; where two things share a picture they differ in shape or place as well.
 """
 
 from __future__ import annotations
@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE, YELLOW = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#F0E442"
+BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE, YELLOW = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#E69F00",
+    "#F0E442",
+)
 GREY, DARK = "#B8B8B8", "#333333"
 SERIES = ((BLUE, "o"), (VERMILION, "s"), (GREEN, "^"), (PURPLE, "D"), (SKY, "v"))
 """Colour and marker of each of several lines."""
@@ -33,7 +41,13 @@ _STYLE: Any = {
 }
 _NAME = "give --plot picture.png"
 _DOTS_PER_INCH = 120
-_LEGEND: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "frameon": False, "fontsize": 9, "borderaxespad": 0.2}
+_LEGEND: dict[str, Any] = {
+    "loc": "lower left",
+    "bbox_to_anchor": (0.0, 1.0),
+    "frameon": False,
+    "fontsize": 9,
+    "borderaxespad": 0.2,
+}
 _MOST_INCHES = 80.0
 
 
@@ -67,7 +81,9 @@ def open_panels(width: float, height: float, shares: Sequence[float]) -> Iterato
     except ImportError as error:
         raise _missing() from error
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(min(width, _MOST_INCHES), min(height, _MOST_INCHES)), dpi=_DOTS_PER_INCH, layout="constrained")
+        figure = Figure(
+            figsize=(min(width, _MOST_INCHES), min(height, _MOST_INCHES)), dpi=_DOTS_PER_INCH, layout="constrained"
+        )
         FigureCanvasAgg(figure)
         axes = list(figure.subplots(1, len(shares), squeeze=False, width_ratios=list(shares))[0])
         for one in axes:
@@ -137,4 +153,6 @@ def require_drawable(path: Path) -> None:
 
 
 def _missing() -> MissingDependencyError:
-    return MissingDependencyError("drawing needs matplotlib, which is not installed", remedy="pip install 'repvgg-deploy[plot]'")
+    return MissingDependencyError(
+        "drawing needs matplotlib, which is not installed", remedy="pip install 'repvgg-deploy[plot]'"
+    )

@@ -7,7 +7,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .figures import BLUE, DARK, GREY, ORANGE, SERIES, SKY, VERMILION, YELLOW, draw_grid, draw_legend, open_figure, open_panels, require_data, shorten
+from .figures import (
+    BLUE,
+    DARK,
+    GREY,
+    ORANGE,
+    SERIES,
+    SKY,
+    VERMILION,
+    YELLOW,
+    draw_grid,
+    draw_legend,
+    open_figure,
+    open_panels,
+    require_data,
+    shorten,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,7 +126,15 @@ def _fill_sqnr(axes: Axes, series: Sequence[SqnrSeries], reference: str, bound_d
     layers = series[0].layers
     for one, (colour, marker) in zip(series, SERIES, strict=False):
         values = [min(value, _MOST_DB) for value in one.sqnr_db]
-        axes.plot(range(len(layers)), values, color=colour, marker=marker, markersize=6, linewidth=1.6, label=f"{one.name} against {reference}")
+        axes.plot(
+            range(len(layers)),
+            values,
+            color=colour,
+            marker=marker,
+            markersize=6,
+            linewidth=1.6,
+            label=f"{one.name} against {reference}",
+        )
     if bound_db is not None:
         axes.axhline(bound_db, color=DARK, linestyle="--", linewidth=1, label=f"{bound_db:g} dB: below it, they part")
     axes.set_xticks(range(len(layers)), [shorten(name) for name in layers], rotation=90, fontsize=8.5)
@@ -119,7 +142,9 @@ def _fill_sqnr(axes: Axes, series: Sequence[SqnrSeries], reference: str, bound_d
     low, high = min(0.0, *(min(one.sqnr_db) for one in series)), max(min(max(one.sqnr_db), _MOST_DB) for one in series)
     axes.set_ylim(low - (3 if low < 0 else 0), max(high, bound_db or 0) * 1.08 + 1)
     capped = any(max(one.sqnr_db) > _MOST_DB for one in series)
-    axes.set(title="Signal-to-quantization-noise ratio of each layer's output", xlabel="layer, in the order of execution")
+    axes.set(
+        title="Signal-to-quantization-noise ratio of each layer's output", xlabel="layer, in the order of execution"
+    )
     axes.set_ylabel("SQNR, dB (higher is better; 6 dB: one bit)" + (f"\ndrawn up to {_MOST_DB:g} dB" if capped else ""))
     draw_grid(axes, "y")
     draw_legend(axes, entries=len(series) + (bound_db is not None))
@@ -149,8 +174,24 @@ def _fill_ranges(axes: Axes, rows: Sequence[ChannelSpread]) -> None:
     moved = [(place, row) for place, row in enumerate(rows) if row.blocked_by is None]
     for place, row in moved:
         axes.plot([row.before, row.after], [place, place], color=GREY, linewidth=2.5, zorder=1)
-    axes.scatter([row.before for row in rows], range(len(rows)), s=52, color=VERMILION, marker="s", label="before equalization", zorder=2)
-    axes.scatter([row.after for _, row in moved], [place for place, _ in moved], s=52, color=BLUE, marker="o", label="after", zorder=3)
+    axes.scatter(
+        [row.before for row in rows],
+        range(len(rows)),
+        s=52,
+        color=VERMILION,
+        marker="s",
+        label="before equalization",
+        zorder=2,
+    )
+    axes.scatter(
+        [row.after for _, row in moved],
+        [place for place, _ in moved],
+        s=52,
+        color=BLUE,
+        marker="o",
+        label="after",
+        zorder=3,
+    )
     names = [shorten(row.name) + ("" if row.blocked_by is None else "  (left as it is)") for row in rows]
     axes.set_yticks(range(len(rows)), names, fontsize=9)
     axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -158,7 +199,10 @@ def _fill_ranges(axes: Axes, rows: Sequence[ChannelSpread]) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
     values = [value for row in rows for value in (row.before, row.after)]
     axes.set_xlim(min(0.9, *values) * 0.95, max(2.2, *values) * 1.15)
-    axes.set(title="Spread of the channel ranges of each layer's output", xlabel="largest ÷ median channel range (1×: all alike; log scale)")
+    axes.set(
+        title="Spread of the channel ranges of each layer's output",
+        xlabel="largest ÷ median channel range (1×: all alike; log scale)",
+    )
     draw_grid(axes, "x")
     draw_legend(axes, entries=2)
 
@@ -207,10 +251,14 @@ def draw_accuracy(rows: Sequence[AccuracyRow], *, title: str = "Top-1 accuracy b
         axes.set_xticks([tick for tick in axes.get_xticks() if left <= tick <= min(100, left + 1.3 * width)])
         for place, (value, error) in enumerate(zip(percent, errors, strict=True)):
             box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
-            axes.text(value + error + 0.015 * width, place, f"{value:.2f} ± {error:.2f}", va="center", fontsize=9, bbox=box)
+            axes.text(
+                value + error + 0.015 * width, place, f"{value:.2f} ± {error:.2f}", va="center", fontsize=9, bbox=box
+            )
         axes.set_yticks(range(len(rows)), [textwrap.fill(row.method, _NAME_WIDTH) for row in rows], fontsize=9)
         axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.set(title=title, xlabel=f"top-1, % ± standard error{' (the axis does not begin at 0)' if left > 0 else ''}")
+        axes.set(
+            title=title, xlabel=f"top-1, % ± standard error{' (the axis does not begin at 0)' if left > 0 else ''}"
+        )
         draw_grid(axes, "x")
         _mark_reference(axes, [row for row in rows if row.is_reference])
     return figure
@@ -218,12 +266,16 @@ def draw_accuracy(rows: Sequence[AccuracyRow], *, title: str = "Top-1 accuracy b
 
 def _mark_reference(axes: Axes, rows: Sequence[AccuracyRow]) -> None:
     for row in rows:
-        axes.axvline(100 * row.top1, color=DARK, linestyle="--", linewidth=1, label=f"{row.method}, {100 * row.top1:.2f} %")
+        axes.axvline(
+            100 * row.top1, color=DARK, linestyle="--", linewidth=1, label=f"{row.method}, {100 * row.top1:.2f} %"
+        )
     if rows:
         draw_legend(axes, entries=len(rows))
 
 
-def draw_confusion(bars: Sequence[ClassBar], *, title: str = "The worst classes, and what they are taken for") -> Figure:
+def draw_confusion(
+    bars: Sequence[ClassBar], *, title: str = "The worst classes, and what they are taken for"
+) -> Figure:
     """Of each class the share of images that was not recognised, divided by what they were taken for.
 
     Args:
@@ -257,7 +309,10 @@ def draw_confusion(bars: Sequence[ClassBar], *, title: str = "The worst classes,
         from matplotlib.patches import Patch
 
         used = max(len(bar.taken_for) for bar in bars)
-        looks = [*zip(colours[:used], ("most often", "next", "third"), strict=False), *([(GREY, "all others")] if left_over else [])]
+        looks = [
+            *zip(colours[:used], ("most often", "next", "third"), strict=False),
+            *([(GREY, "all others")] if left_over else []),
+        ]
         draw_legend(axes, entries=4, columns=4, handles=[Patch(color=colour, label=name) for colour, name in looks])
     return figure
 

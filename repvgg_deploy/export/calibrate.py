@@ -1,7 +1,8 @@
 """Checkpoint + its ONNX → `NAME.calib.npz`: calibration images synthesised from BatchNorm statistics, resumable.
 
-What is done so far stands in `NAME.calib.partial.npz` beside it: finished images and the batch under way, with all that the optimiser knows. It is
-written every half minute and on any interruption, used when the same is asked for again, and removed at the end.
+What is done so far stands in `NAME.calib.partial.npz` beside it: finished images and the batch under way, with all that
+the optimiser knows. It is written every half minute and on any interruption, used when the same is asked for again, and
+removed at the end.
 """
 
 from __future__ import annotations
@@ -63,12 +64,17 @@ def partial_path(onnx: Path) -> Path:
 
 
 def write_calibration(
-    ckpt: Path | str, onnx: Path | str, *, options: SynthesisOptions | None = None, force: bool = False, progress: Steps | None = None
+    ckpt: Path | str,
+    onnx: Path | str,
+    *,
+    options: SynthesisOptions | None = None,
+    force: bool = False,
+    progress: Steps | None = None,
 ) -> CalibrationResult:
     """Synthesises calibration images for an exported ONNX and writes them beside it; goes on where it was interrupted.
 
-    Equal arguments, versions and thread counts give equal bytes, interrupted or not. Memory holds one batch under optimisation, whatever the number
-    of images, and the finished ones as bytes.
+    Equal arguments, versions and thread counts give equal bytes, interrupted or not. Memory holds one batch under
+    optimisation, whatever the number of images, and the finished ones as bytes.
 
     Args:
         ckpt: The training-form checkpoint that the ONNX was exported from.
@@ -112,7 +118,11 @@ def _silent(done: int, total: int) -> None:
 
 def _preprocessing(onnx: Path, metadata: ModelMetadata, checkpoint: Checkpoint) -> Preprocessing:
     if metadata.source is None or metadata.spec.preprocessing is None or metadata.source.sha256 != checkpoint.sha256:
-        made_of = "weights in memory" if metadata.source is None else f"a checkpoint with sha256 {metadata.source.sha256[:16]}…"
+        made_of = (
+            "weights in memory"
+            if metadata.source is None
+            else f"a checkpoint with sha256 {metadata.source.sha256[:16]}…"
+        )
         raise InputError(
             f"{onnx}: exported from {made_of}, expected {checkpoint.path} with {checkpoint.sha256[:16]}…",
             remedy="give the checkpoint that the ONNX was exported from, or export this one",
@@ -146,7 +156,10 @@ def _existing(target: Path, wanted: CalibrationProvenance, force: bool) -> Calib
     if found is not None and dataclasses.replace(found, loss=0.0) == wanted:
         return found
     if not force:
-        raise ArtifactError(f"{target}: exists and differs from what would be written", remedy="give --force to replace it, or another --out")
+        raise ArtifactError(
+            f"{target}: exists and differs from what would be written",
+            remedy="give --force to replace it, or another --out",
+        )
     return None
 
 
@@ -159,7 +172,8 @@ class _Journal:
         wanted: For what.
 
     Attributes:
-        work: What is done so far: by an interrupted run, where the file is of the same work. It is replaced, not changed: whole at any moment.
+        work: What is done so far: by an interrupted run, where the file is of the same work. It is replaced, not
+            changed: whole at any moment.
     """
 
     def __init__(self, path: Path, plan: SynthesisPlan, wanted: CalibrationProvenance) -> None:
@@ -229,7 +243,8 @@ def _read_work(path: Path, key: str, plan: SynthesisPlan) -> _Work:
     images = tuple(arrays["images"][starts[index] : starts[index + 1]] for index in range(done))
     if arrays["pixels"].size:
         pixels, first, second = (
-            torch.from_numpy(arrays[name]).contiguous(memory_format=torch.channels_last) for name in ("pixels", "first", "second")
+            torch.from_numpy(arrays[name]).contiguous(memory_format=torch.channels_last)
+            for name in ("pixels", "first", "second")
         )
         batch = BatchState(pixels, first, second, int(arrays["step"]))
     return _Work(images, tuple(arrays["mismatch"].tolist()), batch)

@@ -1,7 +1,8 @@
 """The graph contract: what an exported RepVGG may consist of, node by node, and nothing else.
 
-Both the graph that is expected of a variant and the graph that is there are written as text, one line a node; where they differ, the difference
-is the error message. An un-reparameterized block, a missing SE, a shape computation or a leftover Identity each show as a line.
+Both the graph that is expected of a variant and the graph that is there are written as text, one line a node; where
+they differ, the difference is the error message. An un-reparameterized block, a missing SE, a shape computation or a
+leftover Identity each show as a line.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def check_contract(model: onnx.ModelProto, variant: VariantSpec, options: GraphO
     found = describe_graph(model, spec.input.name)
     if expected != found:
         difference = list(difflib.unified_diff(expected, found, "expected", "found", n=1, lineterm=""))[2:]
-        shown = "\n".join(f"    {line}" for line in difference[:40]) + ("" if len(difference) <= 40 else f"\n    … {len(difference) - 40} more lines")
+        shown = "\n".join(f"    {line}" for line in difference[:40]) + (
+            "" if len(difference) <= 40 else f"\n    … {len(difference) - 40} more lines"
+        )
         raise ContractError(
             f"the graph of {variant.name} is not the plain chain that was expected (- expected, + found):\n{shown}",
             remedy="export with the tested versions of constraints.txt; if they are installed, report the model",
@@ -53,7 +56,8 @@ def check_module_contract(model: onnx.ModelProto) -> None:
     if found:
         raise ContractError(
             f"{len(found)} nodes are left that a deploy form should not have: {', '.join(found[:5])}",
-            remedy="call eval() and reparameterize() first; for BatchNorm that no convolution precedes, give allow_batchnorm=True",
+            remedy="call eval() and reparameterize() first; for BatchNorm that no convolution precedes, give "
+            "allow_batchnorm=True",
         )
 
 
@@ -61,7 +65,11 @@ def describe_graph(model: onnx.ModelProto, input_name: str) -> list[str]:
     """The graph as text: header, input, one line a node (numbered, with the numbers of what it reads), outputs."""
     graph = model.graph
     shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    shapes |= {value.name: tuple(d.dim_value for d in value.type.tensor_type.shape.dim) for value in graph.input if value.name != input_name}
+    shapes |= {
+        value.name: tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
+        for value in graph.input
+        if value.name != input_name
+    }
     constants = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT64}
     opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
     extra = [entry.domain for entry in model.opset_import if entry.domain not in ("", "ai.onnx")]
@@ -71,8 +79,12 @@ def describe_graph(model: onnx.ModelProto, input_name: str) -> list[str]:
     for index, node in enumerate(graph.node):
         operands = [source[name] for name in node.input if name in source]
         lines.append(_line(index, node.op_type, operands, _detail(node, shapes, constants)))
-        source |= {name: f"%{index}" if position == 0 else f"%{index}.{position}" for position, name in enumerate(node.output)}
-    return lines + [_signature("output", _tensor_spec(value), source.get(value.name, "nothing")) for value in graph.output]
+        source |= {
+            name: f"%{index}" if position == 0 else f"%{index}.{position}" for position, name in enumerate(node.output)
+        }
+    return lines + [
+        _signature("output", _tensor_spec(value), source.get(value.name, "nothing")) for value in graph.output
+    ]
 
 
 def _header(opset: int, ir_version: int | None = None) -> str:
@@ -98,7 +110,11 @@ def _tensor_spec(value: onnx.ValueInfoProto) -> TensorSpec:
 def _detail(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]], constants: dict[str, onnx.TensorProto]) -> str:
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     weights = [shapes[name] for name in node.input if name in shapes and name not in constants]
-    text = [_conv_text(weights, attributes)] if node.op_type == "Conv" and weights else ["×".join(map(str, shape)) for shape in weights]
+    text = (
+        [_conv_text(weights, attributes)]
+        if node.op_type == "Conv" and weights
+        else ["×".join(map(str, shape)) for shape in weights]
+    )
     if node.op_type != "Conv":
         defaults = {"alpha": 1.0, "beta": 1.0, "transA": 0}
         text += [f"{name}={_value(value)}" for name, value in sorted(attributes.items()) if defaults.get(name) != value]
@@ -107,7 +123,11 @@ def _detail(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]], constants:
 
 
 def _value(value: Any) -> str:
-    return str(list(value)) if isinstance(value, (list, tuple)) or type(value).__name__.startswith("Repeated") else str(value)
+    return (
+        str(list(value))
+        if isinstance(value, (list, tuple)) or type(value).__name__.startswith("Repeated")
+        else str(value)
+    )
 
 
 def _conv_text(weights: list[tuple[int, ...]], attributes: dict[str, object]) -> str:
@@ -128,9 +148,14 @@ class _Writer:
         self.lines.append(_line(len(self.lines), op_type, operands, detail))
         return f"%{len(self.lines) - 1}"
 
-    def conv(self, source: str, shape: tuple[int, int, int, int], *, stride: int = 1, dilation: int = 1, groups: int = 1) -> str:
+    def conv(
+        self, source: str, shape: tuple[int, int, int, int], *, stride: int = 1, dilation: int = 1, groups: int = 1
+    ) -> str:
         pad = dilation if shape[2] == 3 else 0
-        detail = f"{'×'.join(map(str, shape))} bias strides=[{stride}, {stride}] pads=[{pad}, {pad}, {pad}, {pad}] dilations=[{dilation}, {dilation}]"
+        detail = (
+            f"{'×'.join(map(str, shape))} bias strides=[{stride}, {stride}] pads=[{pad}, {pad}, {pad}, {pad}] "
+            f"dilations=[{dilation}, {dilation}]"
+        )
         return self.add("Conv", [source], f"{detail} group={groups}")
 
 
@@ -145,7 +170,9 @@ def _expected_nodes(variant: VariantSpec, options: GraphOptions, spec: ModelSpec
     stages: dict[int, str] = {}
     for layer in variant.layers():
         x = stages[layer.stage] = _expect_block(writer, x, layer, variant)
-    sources = [stages[stage] for stage in (1, 2, 3, 4)] if options.features else _expect_head(writer, x, variant, options)
+    sources = (
+        [stages[stage] for stage in (1, 2, 3, 4)] if options.features else _expect_head(writer, x, variant, options)
+    )
     yield from writer.lines
     yield from (_signature("output", tensor, source) for tensor, source in zip(spec.outputs, sources, strict=True))
 

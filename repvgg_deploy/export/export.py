@@ -61,7 +61,8 @@ class ExportOptions:
         labels: Names of the classes; None takes the checkpoint's own, ImageNet's for a published checkpoint, else none.
         save_deploy: Write the deploy-form checkpoint here, too.
         force: Replace different files.
-        calibration: Synthesise calibration images from the BatchNorm statistics, too, and write them beside the ONNX as `NAME.calib.npz`.
+        calibration: Synthesise calibration images from the BatchNorm statistics, too, and write them beside the ONNX as
+            `NAME.calib.npz`.
 
     Raises:
         InputError: `mean` or `std` is in units of 0–1.
@@ -78,10 +79,14 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         for name, values in (("mean", self.mean), ("std", self.std)):
-            # torchvision and timm write 0.485 for 123.675: no gate could see it, for both forms would get the same wrong pixels.
+            # torchvision and timm write 0.485 for 123.675: no gate could see it, for both forms would get the same
+            # wrong pixels.
             if values is not None and 0 < max(values) < 1:
                 scaled = ",".join(f"{255 * value:.6g}" for value in values)
-                raise InputError(f"{name} {values} is in units of 0–1, expected 0–255", remedy=f"give --{name} {scaled}, which is 255 times as much")
+                raise InputError(
+                    f"{name} {values} is in units of 0–1, expected 0–255",
+                    remedy=f"give --{name} {scaled}, which is 255 times as much",
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +123,8 @@ def export_checkpoint(
         out: The `.onnx`.
         options: See `ExportOptions`.
         progress: Called with the name of each stage when it begins.
-        calibration_progress: Called with the optimisation steps done and in all, while calibration images are synthesised.
+        calibration_progress: Called with the optimisation steps done and in all, while calibration images are
+            synthesised.
 
     Raises:
         CalibrationError: Calibration images are asked for, and the checkpoint is in deploy form: it has no statistics.
@@ -129,9 +135,14 @@ def export_checkpoint(
     """
     options, report = options or ExportOptions(), progress or _silent
     out, deploy_path = Path(out), options.save_deploy
-    outputs = [out, *([] if deploy_path is None else [deploy_path]), *([] if options.calibration is None else [calibration_path(out)])]
+    outputs = [
+        out,
+        *([] if deploy_path is None else [deploy_path]),
+        *([] if options.calibration is None else [calibration_path(out)]),
+    ]
     require_distinct(outputs, [Path(ckpt)])
-    # Opened first: a folder that cannot be written to should not be found out after the work. Written both or not at all.
+    # Opened first: a folder that cannot be written to should not be found out after the work. Written both or not at
+    # all.
     deploying = nullcontext() if deploy_path is None else atomic_output(deploy_path, force=options.force)
     with deploying as deploy_output, atomic_output(out, force=options.force) as output:
         report("read the checkpoint")
@@ -158,7 +169,9 @@ def export_checkpoint(
     if options.calibration is not None:
         report("synthesise calibration images")
         release_freed_memory()
-        calibration = write_calibration(ckpt, out, options=options.calibration, force=options.force, progress=calibration_progress)
+        calibration = write_calibration(
+            ckpt, out, options=options.calibration, force=options.force, progress=calibration_progress
+        )
     return ExportResult(output, metadata, checkpoint.notes, deploy_output, calibration)
 
 
@@ -189,7 +202,9 @@ def _preprocessing(checkpoint: Checkpoint, options: ExportOptions) -> Preprocess
     found = default_preprocessing(height, width, in_graph=options.graph.input == "uint8")
     if own is not None:
         resize = own.resize_short if own.crop == (height, width) else found.resize_short
-        found = dataclasses.replace(found, mean=own.mean, std=own.std, resize_short=resize, interpolation=own.interpolation)
+        found = dataclasses.replace(
+            found, mean=own.mean, std=own.std, resize_short=resize, interpolation=own.interpolation
+        )
     return dataclasses.replace(found, mean=options.mean or found.mean, std=options.std or found.std)
 
 
@@ -212,8 +227,10 @@ def _require_statistics(checkpoint: Checkpoint, spec: ModelSpec, calibration: Sy
         return
     if checkpoint.form != "training":
         raise CalibrationError(
-            f"{checkpoint.path}: in deploy form, so the BatchNorm statistics that images could be synthesised from are gone",
-            remedy="give the training-form checkpoint, or leave --synthetic-calibration out and calibrate with real images",
+            f"{checkpoint.path}: in deploy form, so the BatchNorm statistics that images could be synthesised "
+            f"from are gone",
+            remedy="give the training-form checkpoint, or leave --synthetic-calibration out and calibrate with real "
+            "images",
         )
     assert spec.preprocessing is not None
     plan_synthesis(checkpoint.spec, spec.preprocessing.crop, calibration, multiple=spec.batch or 1)
@@ -255,7 +272,12 @@ def _write_graph(proven: _Proven, path: Path, spec: ModelSpec, graph: GraphOptio
 
 
 def _metadata(
-    checkpoint: Checkpoint, checks: tuple[Check, ...], spec: ModelSpec, *, statistics: dict[str, ChannelStatistics], graph: GraphOptions
+    checkpoint: Checkpoint,
+    checks: tuple[Check, ...],
+    spec: ModelSpec,
+    *,
+    statistics: dict[str, ChannelStatistics],
+    graph: GraphOptions,
 ) -> ModelMetadata:
     versions = tool_versions()
     reference = TRAINING_REFERENCE if checkpoint.form == "training" else DEPLOY_REFERENCE

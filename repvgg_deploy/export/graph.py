@@ -1,13 +1,16 @@
 """Deploy form → ONNX graph without its weights.
 
-The exporter is told not to write parameters: it emits the graph with each weight as a named input, a few kilobytes whatever the model's size.
-Simplification and the contract work on that; the weights go from the model's memory straight to the file (`writer`).
+The exporter is told not to write parameters: it emits the graph with each weight as a named input, a few kilobytes
+whatever the model's size. Simplification and the contract work on that; the weights go from the model's memory straight
+to the file (`writer`).
 
-For the same reason a narrow twin is traced, with the same layers and a few channels each: the exporter infers shapes by copying every weight,
-twice, which takes two seconds and 640 MB for B2. The shapes of the real weights are put in afterwards, and the contract checks each of them.
+For the same reason a narrow twin is traced, with the same layers and a few channels each: the exporter infers shapes by
+copying every weight, twice, which takes two seconds and 640 MB for B2. The shapes of the real weights are put in
+afterwards, and the contract checks each of them.
 
-Why the TorchScript exporter: it writes the operators that the plain chain consists of (GlobalAveragePool, Flatten, Gemm) at the operator set
-that is asked for. The newer one starts at 18, writes ReduceMean and Reshape instead, and needs six seconds where this needs half of one.
+Why the TorchScript exporter: it writes the operators that the plain chain consists of (GlobalAveragePool, Flatten,
+Gemm) at the operator set that is asked for. The newer one starts at 18, writes ReduceMean and Reshape instead, and
+needs six seconds where this needs half of one.
 
 onnxsim, then names a person can read. Works on the graph without its weights.
 """
@@ -31,7 +34,10 @@ from ..model.network import RepVGG
 from ..specs.values import ModelSpec, Preprocessing, TensorSpec, VariantSpec
 from .options import IR_VERSIONS, TOP_K, GraphOptions
 
-_TRACE_SIZE = (32, 32)  # the graph does not depend on the image size (sizes are set by `_stamp`), and a small one is traced faster
+_TRACE_SIZE = (
+    32,
+    32,
+)  # the graph does not depend on the image size (sizes are set by `_stamp`), and a small one is traced faster
 
 
 class DeployGraph(nn.Module):
@@ -56,7 +62,8 @@ class DeployGraph(nn.Module):
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The outputs in the order of `ModelSpec.outputs`."""
         if self.options.input == "uint8":
-            # Cast comes first, because TensorRT takes uint8 into no other operator. Subtract, then divide: the same roundings as `preprocess`.
+            # Cast comes first, because TensorRT takes uint8 into no other operator. Subtract, then divide: the same
+            # roundings as `preprocess`.
             x = (x.to(torch.float32).permute(0, 3, 1, 2) - self.mean) / self.std
         stages = self.network.stage_outputs(x)
         if self.options.features:
@@ -109,7 +116,9 @@ def module_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in (*module.named_parameters(), *module.named_buffers())}
 
 
-def trace(module: nn.Module, x: Tensor, *, opset: int, tensors: tuple[TensorSpec, ...], with_weights: bool = False) -> onnx.ModelProto:
+def trace(
+    module: nn.Module, x: Tensor, *, opset: int, tensors: tuple[TensorSpec, ...], with_weights: bool = False
+) -> onnx.ModelProto:
     """Runs torch's exporter.
 
     Args:
@@ -126,8 +135,12 @@ def trace(module: nn.Module, x: Tensor, *, opset: int, tensors: tuple[TensorSpec
     axes = {t.name: {axis: size for axis, size in enumerate(t.shape) if isinstance(size, str)} for t in tensors}
     buffer = io.BytesIO()
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # on an error torch prints the whole graph
-            # Deprecated in favour of the exporter that cannot write this graph (see above); tracer warnings about constants are checked by parity.
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):  # on an error torch prints the whole graph
+            # Deprecated in favour of the exporter that cannot write this graph (see above); tracer warnings about
+            # constants are checked by parity.
             warnings.simplefilter("ignore")
             torch.onnx.export(
                 module, (x,), buffer, dynamo=False,  # type: ignore[arg-type]  # a file object is documented
@@ -137,7 +150,8 @@ def trace(module: nn.Module, x: Tensor, *, opset: int, tensors: tuple[TensorSpec
     except (RuntimeError, TypeError, ValueError, torch.onnx.OnnxExporterError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ExportError(
-            f"torch {torch.__version__} cannot export the model at opset {opset}: {first}", remedy="replace the operator that it names"
+            f"torch {torch.__version__} cannot export the model at opset {opset}: {first}",
+            remedy="replace the operator that it names",
         ) from error
     return onnx.load_from_string(buffer.getvalue())
 
@@ -145,7 +159,9 @@ def trace(module: nn.Module, x: Tensor, *, opset: int, tensors: tuple[TensorSpec
 def _stamp(model: onnx.ModelProto, options: GraphOptions, spec: ModelSpec) -> onnx.ModelProto:
     stamp_header(model, options.opset)
     for value, tensor in zip(
-        [next(v for v in model.graph.input if v.name == spec.input.name), *model.graph.output], (spec.input, *spec.outputs), strict=True
+        [next(v for v in model.graph.input if v.name == spec.input.name), *model.graph.output],
+        (spec.input, *spec.outputs),
+        strict=True,
     ):
         set_shape(value, tensor.shape)
     return model
@@ -187,25 +203,31 @@ def simplify(model: onnx.ModelProto) -> onnx.ModelProto:
     try:
         import onnxsim
     except ImportError as error:
-        raise MissingDependencyError("onnxsim is not installed", remedy="pip install 'repvgg-deploy[export]'") from error
+        raise MissingDependencyError(
+            "onnxsim is not installed", remedy="pip install 'repvgg-deploy[export]'"
+        ) from error
     remedy = "report the model; the graph that torch wrote is not touched by it"
     try:
         simplified, valid = onnxsim.simplify(model)
     except (RuntimeError, ValueError, TypeError, onnx.checker.ValidationError) as error:
         raise SimplifyError(f"onnxsim {onnxsim.__version__} failed: {error}", remedy=remedy) from error
     if not valid:
-        raise SimplifyError(f"onnxsim {onnxsim.__version__} says that its result differs from the original", remedy=remedy)
+        raise SimplifyError(
+            f"onnxsim {onnxsim.__version__} says that its result differs from the original", remedy=remedy
+        )
     before, after = ([v.name for v in m.graph.output] for m in (model, simplified))
     if before != after:
-        raise SimplifyError(f"onnxsim {onnxsim.__version__} changed the outputs: expected {before}, found {after}", remedy=remedy)
+        raise SimplifyError(
+            f"onnxsim {onnxsim.__version__} changed the outputs: expected {before}, found {after}", remedy=remedy
+        )
     return cast(onnx.ModelProto, simplified)
 
 
 def rename(model: onnx.ModelProto) -> dict[str, str]:
     """Gives weights, nodes and tensors of a RepVGG graph short names, in place.
 
-    A block's convolution becomes `stage1.0.conv` with `stage1.0.weight` and `stage1.0.bias`, its result before the ReLU `stage1.0.conv`, after it
-    `stage1.0`; parts of an SE block keep their own.
+    A block's convolution becomes `stage1.0.conv` with `stage1.0.weight` and `stage1.0.bias`, its result before the ReLU
+    `stage1.0.conv`, after it `stage1.0`; parts of an SE block keep their own.
 
     Returns:
         New name of each weight by old name.
@@ -243,7 +265,11 @@ def _node_name(node: onnx.NodeProto) -> str:
         return f"{owner}.conv" if node.op_type == "Conv" else owner
     parts = [part for part in node.name.split("/") if part and part != "network"]
     scope, operator = parts[:-1], node.op_type
-    path = [part for index, part in enumerate(scope) if not any(later.startswith(part + ".") for later in scope[index + 1 :])]
+    path = [
+        part
+        for index, part in enumerate(scope)
+        if not any(later.startswith(part + ".") for later in scope[index + 1 :])
+    ]
     owner = ".".join(path)
     of_block = operator == "Relu" and not owner.endswith("se")
     return owner if of_block or owner == "gap" else ".".join([*path, operator.lower()])

@@ -23,7 +23,15 @@ from ..model import parity
 from ..model.block import TrainingBlock
 from ..model.fold import foreign_names, reparameterize
 from ..model.parity import require_passed
-from ..specs.values import METADATA_SCHEMA, Certificate, HistoryEntry, ModelMetadata, ModelSpec, Preprocessing, TensorSpec
+from ..specs.values import (
+    METADATA_SCHEMA,
+    Certificate,
+    HistoryEntry,
+    ModelMetadata,
+    ModelSpec,
+    Preprocessing,
+    TensorSpec,
+)
 from .contract import check_module_contract
 from .export import TRAINING_REFERENCE, ExportResult
 from .graph import set_shape, simplify, stamp_header, trace
@@ -60,7 +68,9 @@ class ModuleOptions:
 
     def __post_init__(self) -> None:
         if self.opset not in OPSETS:
-            raise InputError(f"opset must be one of {', '.join(map(str, OPSETS))}, found {self.opset}", remedy="leave it at 17")
+            raise InputError(
+                f"opset must be one of {', '.join(map(str, OPSETS))}, found {self.opset}", remedy="leave it at 17"
+            )
 
 
 class _Flat(nn.Module):
@@ -90,7 +100,10 @@ def flatten_outputs(outputs: object) -> dict[str, Tensor]:
         named = {"output": outputs}
     wrong = [f"{name} ({type(value).__name__})" for name, value in named.items() if not isinstance(value, Tensor)]
     if wrong or not named:
-        raise InputError(f"the module returns no tensors but {', '.join(wrong) or 'nothing'}", remedy="wrap it in a module that returns tensors only")
+        raise InputError(
+            f"the module returns no tensors but {', '.join(wrong) or 'nothing'}",
+            remedy="wrap it in a module that returns tensors only",
+        )
     return named
 
 
@@ -109,7 +122,8 @@ def single_input(example_inputs: Tensor | tuple[Tensor, ...]) -> Tensor:
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or inputs[0].ndim != 4 or inputs[0].dtype != torch.float32:
         raise InputError(
-            f"expected one float32 tensor (N, C, H, W), found {[getattr(i, 'shape', type(i).__name__) for i in inputs]}",
+            f"expected one float32 tensor (N, C, H, W), found "
+            f"{[getattr(i, 'shape', type(i).__name__) for i in inputs]}",
             remedy="wrap a module with several inputs in one that takes the image only",
         )
     return inputs[0].detach()
@@ -126,9 +140,14 @@ def trace_module(deploy: nn.Module, x: Tensor, options: ModuleOptions) -> tuple[
     outputs = flatten_outputs(deploy(x))
     names = list(options.output_names or outputs)
     if len(set(names)) != len(names) or "input" in names:
-        raise InputError(f"output names must differ from one another and from 'input', found {names}", remedy="give output_names")
+        raise InputError(
+            f"output names must differ from one another and from 'input', found {names}", remedy="give output_names"
+        )
     if len(names) != len(outputs):
-        raise InputError(f"{len(outputs)} outputs, but {len(names)} output_names", remedy=f"name them in the order {', '.join(outputs)}")
+        raise InputError(
+            f"{len(outputs)} outputs, but {len(names)} output_names",
+            remedy=f"name them in the order {', '.join(outputs)}",
+        )
     image = TensorSpec("input", "float32", _shape(x, "input", options), "NCHW")
     tensors = tuple(_output_spec(name, tensor, options) for name, tensor in zip(names, outputs.values(), strict=True))
     model = trace(_Flat(deploy), x, opset=options.opset, tensors=(image, *tensors), with_weights=True)
@@ -153,9 +172,18 @@ def _shape(tensor: Tensor, name: str, options: ModuleOptions) -> tuple[int | str
 
 
 def _output_spec(name: str, tensor: Tensor, options: ModuleOptions) -> TensorSpec:
-    dtypes = {torch.float32: "float32", torch.float16: "float16", torch.int64: "int64", torch.int32: "int32", torch.uint8: "uint8"}
+    dtypes = {
+        torch.float32: "float32",
+        torch.float16: "float16",
+        torch.int64: "int64",
+        torch.int32: "int32",
+        torch.uint8: "uint8",
+    }
     if tensor.dtype not in dtypes:
-        raise InputError(f"output {name} is {tensor.dtype}", remedy=f"convert it to one of {', '.join(dtypes.values())} in the module")
+        raise InputError(
+            f"output {name} is {tensor.dtype}",
+            remedy=f"convert it to one of {', '.join(dtypes.values())} in the module",
+        )
     layout = "NCHW" if tensor.ndim == 4 else "NC" if tensor.ndim == 2 else "other"
     return TensorSpec(name, dtypes[tensor.dtype], _shape(tensor, name, options), layout)  # type: ignore[arg-type]
 
@@ -163,7 +191,10 @@ def _output_spec(name: str, tensor: Tensor, options: ModuleOptions) -> TensorSpe
 def vary_input(x: Tensor, options: ModuleOptions) -> dict[str, Tensor]:
     """The example input and random ones of the same mean and spread, by name; of another batch and another size, where these are dynamic."""
     generator = torch.Generator().manual_seed(0)
-    others = {f"variation {i + 1}": torch.randn(x.shape, generator=generator) * x.std().clamp(min=0.1) + x.mean() for i in range(_VARIATIONS)}
+    others = {
+        f"variation {i + 1}": torch.randn(x.shape, generator=generator) * x.std().clamp(min=0.1) + x.mean()
+        for i in range(_VARIATIONS)
+    }
     if options.dynamic_batch:
         others["another batch"] = torch.cat([x, others["variation 1"][:1]])
     if options.dynamic_size:
@@ -173,7 +204,9 @@ def vary_input(x: Tensor, options: ModuleOptions) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def reference_outputs(reference: nn.Module, inputs: Mapping[str, Tensor], spec: ModelSpec) -> tuple[dict[str, dict[str, NDArray[np.generic]]], float]:
+def reference_outputs(
+    reference: nn.Module, inputs: Mapping[str, Tensor], spec: ModelSpec
+) -> tuple[dict[str, dict[str, NDArray[np.generic]]], float]:
     """Outputs of the training-mode model by batch and name, and its own float32 error against a float64 copy.
 
     Raises:
@@ -185,30 +218,51 @@ def reference_outputs(reference: nn.Module, inputs: Mapping[str, Tensor], spec: 
     error = 0.0
     for name, x in inputs.items():
         wide = [t.numpy() for t in flatten_outputs(wide_model(x.double())).values()]
-        error = max([error, *(parity.relative_error(n, w) for n, w in zip(narrow[name], wide, strict=True) if n.dtype.kind == "f")])
+        error = max(
+            [
+                error,
+                *(parity.relative_error(n, w) for n, w in zip(narrow[name], wide, strict=True) if n.dtype.kind == "f"),
+            ]
+        )
     if not all(np.isfinite(array).all() for arrays in narrow.values() for array in arrays):
-        raise ParityError("the training-mode model gives NaN or infinity", remedy="give an example input like those that it was trained on")
+        raise ParityError(
+            "the training-mode model gives NaN or infinity",
+            remedy="give an example input like those that it was trained on",
+        )
     first, second = (narrow[name] for name in list(narrow)[:2])
     if all(np.array_equal(a, b) for a, b in zip(first, second, strict=True)):
-        raise ParityError("the training-mode model's output does not depend on its input", remedy="give a trained model")
+        raise ParityError(
+            "the training-mode model's output does not depend on its input", remedy="give a trained model"
+        )
     return {name: dict(zip(names, arrays, strict=True)) for name, arrays in narrow.items()}, error
 
 
 def module_metadata(spec: ModelSpec, certificate: Certificate, options: ModuleOptions) -> ModelMetadata:
     """The metadata of an exported module: no variant, no checkpoint."""
     history = HistoryEntry("export_module", certificate.versions, {"opset": options.opset})
-    return ModelMetadata(schema=METADATA_SCHEMA, spec=spec, variant=None, source=None, certificate=certificate, statistics={}, history=(history,))
+    return ModelMetadata(
+        schema=METADATA_SCHEMA,
+        spec=spec,
+        variant=None,
+        source=None,
+        certificate=certificate,
+        statistics={},
+        history=(history,),
+    )
 
 
 DEPLOY_MODULE_REFERENCE = "the module as it was given, in deploy form (no training form was given)"
 Tensors = torch.Tensor | tuple[torch.Tensor, ...]
 
 
-def export_module(model: nn.Module, example_inputs: Tensors, out: Path | str, *, options: ModuleOptions | None = None) -> ExportResult:
+def export_module(
+    model: nn.Module, example_inputs: Tensors, out: Path | str, *, options: ModuleOptions | None = None
+) -> ExportResult:
     """Reparameterizes (if need be), exports, simplifies and verifies a module, and writes one ONNX file.
 
     Args:
-        model: Contains RepVGG blocks, ours or others' by their names, in training or deploy form; used in `eval()` and not changed.
+        model: Contains RepVGG blocks, ours or others' by their names, in training or deploy form; used in `eval()` and
+            not changed.
         example_inputs: One float32 tensor (N, C, H, W) (or a tuple of one), as the module is called.
         out: The `.onnx`.
         options: See `ModuleOptions`.

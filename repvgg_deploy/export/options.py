@@ -38,13 +38,24 @@ class GraphOptions:
 
     def __post_init__(self) -> None:
         if self.opset not in OPSETS:
-            raise InputError(f"opset must be one of {', '.join(map(str, OPSETS))}, found {self.opset}", remedy="give --opset 17 (the default)")
+            raise InputError(
+                f"opset must be one of {', '.join(map(str, OPSETS))}, found {self.opset}",
+                remedy="give --opset 17 (the default)",
+            )
         if self.batch is not None and self.batch < 1:
-            raise InputError(f"the fixed batch must be at least 1, found {self.batch}", remedy="give --batch 8, or --batch dynamic")
+            raise InputError(
+                f"the fixed batch must be at least 1, found {self.batch}", remedy="give --batch 8, or --batch dynamic"
+            )
         if self.image_size is not None and min(self.image_size) < 1:
-            raise InputError(f"the image size must be positive, found {self.image_size}", remedy="give --image-size 224 or HEIGHTxWIDTH")
+            raise InputError(
+                f"the image size must be positive, found {self.image_size}",
+                remedy="give --image-size 224 or HEIGHTxWIDTH",
+            )
         if self.features and self.output != "logits":
-            raise InputError(f"--features gives stage outputs, so --output {self.output} cannot hold", remedy="leave one of the two out")
+            raise InputError(
+                f"--features gives stage outputs, so --output {self.output} cannot hold",
+                remedy="leave one of the two out",
+            )
 
     @property
     def kind(self) -> Literal["logits", "probabilities", "top5", "features"]:
@@ -52,7 +63,9 @@ class GraphOptions:
         return "features" if self.features else self.output
 
 
-def model_spec(variant: VariantSpec, options: GraphOptions, preprocessing: Preprocessing, labels: tuple[str, ...] | None) -> ModelSpec:
+def model_spec(
+    variant: VariantSpec, options: GraphOptions, preprocessing: Preprocessing, labels: tuple[str, ...] | None
+) -> ModelSpec:
     """The inputs and outputs that an export with these options has.
 
     Raises:
@@ -72,9 +85,13 @@ def model_spec(variant: VariantSpec, options: GraphOptions, preprocessing: Prepr
     return ModelSpec(image, _outputs(variant, options, batch, preprocessing.crop), options.kind, preprocessing, labels)
 
 
-def _outputs(variant: VariantSpec, options: GraphOptions, batch: int | str, size: tuple[int, int]) -> tuple[TensorSpec, ...]:
+def _outputs(
+    variant: VariantSpec, options: GraphOptions, batch: int | str, size: tuple[int, int]
+) -> tuple[TensorSpec, ...]:
     if options.features:
-        return tuple(_stage_output(variant, None if options.dynamic_size else size, batch, stage) for stage in (1, 2, 3, 4))
+        return tuple(
+            _stage_output(variant, None if options.dynamic_size else size, batch, stage) for stage in (1, 2, 3, 4)
+        )
     if options.output == "top5":
         k = min(TOP_K, variant.num_classes)
         return (TensorSpec("scores", "float32", (batch, k), "NK"), TensorSpec("classes", "int64", (batch, k), "NK"))

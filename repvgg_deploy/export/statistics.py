@@ -1,10 +1,12 @@
 """What the BatchNorm layers of a training form say of each convolution's output; after reparameterization it would be gone.
 
-A BatchNorm's output has mean β and standard deviation |γ| over the training data. A block sums one such output a branch, so before the ReLU
-mean = Σ β and, taking branches as independent, std = √Σ γ². QARepVGG states it directly: its last BatchNorm stands on the sum.
+A BatchNorm's output has mean β and standard deviation |γ| over the training data. A block sums one such output a
+branch, so before the ReLU mean = Σ β and, taking branches as independent, std = √Σ γ². QARepVGG states it directly: its
+last BatchNorm stands on the sum.
 
-Of a block's input more is known than those sums say: the identity branch's BatchNorm has seen it, so that its running mean and variance are the
-input's own. Where there is no identity branch, the running mean of the 1×1 branch is the convolution of the input's mean, and can be solved for it.
+Of a block's input more is known than those sums say: the identity branch's BatchNorm has seen it, so that its running
+mean and variance are the input's own. Where there is no identity branch, the running mean of the 1×1 branch is the
+convolution of the input's mean, and can be solved for it.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ def collect_statistics(model: RepVGG) -> dict[str, ChannelStatistics]:
         model: In training form.
 
     Returns:
-        By the tensor's name in the exported graph (`stage1.0.conv`), and `stage1.0.input` for what that convolution reads; of the latter the
-        standard deviation is 0 where it is not known, and blocks are left out where nothing is.
+        By the tensor's name in the exported graph (`stage1.0.conv`), and `stage1.0.input` for what that convolution
+        reads; of the latter the standard deviation is 0 where it is not known, and blocks are left out where nothing
+        is.
     """
     found = {}
     for name, block in model.blocks().items():
@@ -46,13 +49,19 @@ def _input_of(block: TrainingBlock) -> ChannelStatistics | None:
     if norm is not None and norm.running_mean is not None and norm.running_var is not None:
         return ChannelStatistics(_base64(norm.running_mean.double()), _base64(norm.running_var.double().sqrt()))
     branch = block.rbr_1x1
-    if not isinstance(branch, ConvBN) or branch.bn.running_mean is None or block.spec.out_channels < block.spec.in_channels:
+    if (
+        not isinstance(branch, ConvBN)
+        or branch.bn.running_mean is None
+        or block.spec.out_channels < block.spec.in_channels
+    ):
         return None
     weight = branch.conv.weight.double().reshape(block.spec.groups, -1, block.spec.in_channels // block.spec.groups)
     means = torch.linalg.lstsq(weight, branch.bn.running_mean.double().reshape(block.spec.groups, -1, 1)).solution
     if not torch.isfinite(means).all():  # a branch of zeros says nothing
         return None
-    return ChannelStatistics(_base64(means.reshape(-1)), _base64(torch.zeros(block.spec.in_channels, dtype=torch.float64)))
+    return ChannelStatistics(
+        _base64(means.reshape(-1)), _base64(torch.zeros(block.spec.in_channels, dtype=torch.float64))
+    )
 
 
 def _encode(norms: list[nn.BatchNorm2d]) -> ChannelStatistics:

@@ -1,22 +1,27 @@
 """Images from BatchNorm statistics alone: a batch is optimised until every BatchNorm of the training form sees what it saw in training.
 
-A batch starts as noise with the spectrum and the colours of photographs (power 1/f², grey more than colour), and takes steps of Adam with a cosine
-rate, kept within the range of a pixel. Where it starts decides much: from white noise, even smoothed, the first layers do not come near their
-statistics in many times the steps. What is optimised is (pixel − 118)/58 or so, whatever normalisation the model has.
+A batch starts as noise with the spectrum and the colours of photographs (power 1/f², grey more than colour), and takes
+steps of Adam with a cosine rate, kept within the range of a pixel. Where it starts decides much: from white noise, even
+smoothed, the first layers do not come near their statistics in many times the steps. What is optimised is (pixel −
+118)/58 or so, whatever normalisation the model has.
 
-Every step is a function from one `BatchState` to the next, so that an interruption at any moment loses nothing and a state can be stored and resumed.
+Every step is a function from one `BatchState` to the next, so that an interruption at any moment loses nothing and a
+state can be stored and resumed.
 
-Source: Cai et al. 2020, ZeroQ, https://arxiv.org/abs/2001.00281; Yin et al. 2020, DeepInversion, https://arxiv.org/abs/1912.08795;
-Field 1987, doi:10.1364/JOSAA.4.002379, for the spectrum; Kingma & Ba 2015, https://arxiv.org/abs/1412.6980, for Adam.
+Source: Cai et al. 2020, ZeroQ, https://arxiv.org/abs/2001.00281; Yin et al. 2020, DeepInversion,
+https://arxiv.org/abs/1912.08795; Field 1987, doi:10.1364/JOSAA.4.002379, for the spectrum; Kingma & Ba 2015,
+https://arxiv.org/abs/1412.6980, for Adam.
 
 How far images are from what the BatchNorm layers of a training form saw in training, with its gradient.
 
-For every channel of every BatchNorm's input: ((mean − µ)/σ)² + (std/σ − 1)², averaged over channels, then over BatchNorms. µ and σ² are the running
-statistics, mean and std² those over the batch and all positions; ε stands under both roots, so that a channel that hardly varies counts for little.
-Source: Cai et al. 2020, ZeroQ, https://arxiv.org/abs/2001.00281, with every branch of every block in place of one BatchNorm a layer.
+For every channel of every BatchNorm's input: ((mean − µ)/σ)² + (std/σ − 1)², averaged over channels, then over
+BatchNorms. µ and σ² are the running statistics, mean and std² those over the batch and all positions; ε stands under
+both roots, so that a channel that hardly varies counts for little.
+Source: Cai et al. 2020, ZeroQ, https://arxiv.org/abs/2001.00281, with every branch of every block in place of one
+BatchNorm a layer.
 
-A block is computed once for both purposes, its statistics and what the next block sees: the branches' raw outputs, then one affine sum of them
-(`_Sum`). That takes a third of the time and half the memory of hooks on the BatchNorm modules.
+A block is computed once for both purposes, its statistics and what the next block sees: the branches' raw outputs, then
+one affine sum of them (`_Sum`). That takes a third of the time and half the memory of hooks on the BatchNorm modules.
 """
 
 from __future__ import annotations
@@ -87,7 +92,8 @@ class StatisticsMismatch:
         blocks = [block for block in model.blocks().values() if isinstance(block, TrainingBlock)]
         if model.form != "training" or not blocks:
             raise CalibrationError(
-                f"{model.spec.name} is in deploy form: the BatchNorm statistics that images could be synthesised from are gone",
+                f"{model.spec.name} is in deploy form: the BatchNorm statistics that images could be synthesised "
+                f"from are gone",
                 remedy="give the training-form checkpoint, or calibrate with real images",
             )
         model.requires_grad_(False)
@@ -131,7 +137,9 @@ def _term(branch: Branch, channels: int) -> tuple[_Term, Tensor]:
     std = torch.sqrt(variance + branch.bn.eps)
     weight = torch.ones_like(std) if branch.bn.weight is None else branch.bn.weight.detach()
     shift = torch.zeros_like(std) if branch.bn.bias is None else branch.bn.bias.detach()
-    return _Term(kernel, weight / std, _Target(mean - offset, std, branch.bn.eps)), shift + (offset - mean) * weight / std
+    return _Term(kernel, weight / std, _Target(mean - offset, std, branch.bn.eps)), shift + (
+        offset - mean
+    ) * weight / std
 
 
 def _convolve(x: Tensor, kernel: Tensor | None, spec: BlockSpec) -> Tensor:
@@ -149,7 +157,8 @@ def _sum(terms: tuple[_Term, ...], bias: Tensor, outputs: list[Tensor]) -> tuple
 class _Sum(torch.autograd.Function):
     """Σ scale·y + bias of outputs y, float32 (N, C, H, W), and Σ of their mismatches, ().
 
-    The mismatch's gradient with respect to y is affine in y, c₁·y + c₀ for each channel, so that nothing but y itself is kept for it.
+    The mismatch's gradient with respect to y is affine in y, c₁·y + c₀ for each channel, so that nothing but y itself
+    is kept for it.
     """
 
     @staticmethod
@@ -193,13 +202,17 @@ def _as_channels(values: Tensor) -> Tensor:
 
 
 MOST_IMAGES, MOST_STEPS = 100_000, 100_000
-# On a trained A0, INT8 has the same 28 dB from 64 images of 100 or of 50 steps and from 128 of 30: what each step still lowers is not what limits it.
+# On a trained A0, INT8 has the same 28 dB from 64 images of 100 or of 50 steps and from 128 of 30: what each step still
+# lowers is not what limits it.
 _USUAL_IMAGES, _LEAST_IMAGES, _USUAL_STEPS, _LEAST_STEPS = 128, 16, 40, 24
 _BATCH_IMAGES = 64
 _BATCH_BYTES = 3 << 30
 _BUDGET_MACS = 3e13  # deploy-form multiply-accumulates times steps: about eight minutes on two cores
 _RATE, _MOMENTUM, _SECOND_MOMENTUM, _EPSILON = 0.2, 0.9, 0.99, 1e-8
-_GREY_SHARE, _COLOUR_SHARE = 1.5, 0.5  # of an image's first noise: correlation 0.9 between channels, as photographs have
+_GREY_SHARE, _COLOUR_SHARE = (
+    1.5,
+    0.5,
+)  # of an image's first noise: correlation 0.9 between channels, as photographs have
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,11 +231,18 @@ class SynthesisOptions:
 
     def __post_init__(self) -> None:
         if self.images is not None and not 1 <= self.images <= MOST_IMAGES:
-            raise InputError(f"expected 1 to {MOST_IMAGES} calibration images, found {self.images}", remedy="give --synthetic-calibration 64")
+            raise InputError(
+                f"expected 1 to {MOST_IMAGES} calibration images, found {self.images}",
+                remedy="give --synthetic-calibration 64",
+            )
         if self.steps is not None and not 1 <= self.steps <= MOST_STEPS:
-            raise InputError(f"expected 1 to {MOST_STEPS} steps, found {self.steps}", remedy="give --calibration-steps 100")
+            raise InputError(
+                f"expected 1 to {MOST_STEPS} steps, found {self.steps}", remedy="give --calibration-steps 100"
+            )
         if not 0 <= self.seed < 1 << 63:
-            raise InputError(f"expected a seed from 0 to 2^63 - 1, found {self.seed}", remedy="give --calibration-seed 0")
+            raise InputError(
+                f"expected a seed from 0 to 2^63 - 1, found {self.seed}", remedy="give --calibration-seed 0"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +250,8 @@ class SynthesisPlan:
     """What will be done.
 
     Attributes:
-        batches: Images of each batch, which match the statistics together; about equal, so that none matches them by fewer than it must.
+        batches: Images of each batch, which match the statistics together; about equal, so that none matches them by
+            fewer than it must.
         steps: Optimisation steps a batch.
     """
 
@@ -243,7 +264,9 @@ class SynthesisPlan:
         return sum(self.batches)
 
 
-def plan_synthesis(spec: VariantSpec, size: tuple[int, int], options: SynthesisOptions, *, multiple: int = 1) -> SynthesisPlan:
+def plan_synthesis(
+    spec: VariantSpec, size: tuple[int, int], options: SynthesisOptions, *, multiple: int = 1
+) -> SynthesisPlan:
     """Chooses what was not asked for, by cost, and batches that fit into memory.
 
     Args:
@@ -328,7 +351,9 @@ class Synthesizer:
 
     def start(self, index: int, count: int) -> BatchState:
         """The first state of batch number `index`, of `count` images."""
-        generator = torch.Generator().manual_seed(int(np.random.SeedSequence((self._seed, index)).generate_state(1, np.uint64)[0] >> 1))
+        generator = torch.Generator().manual_seed(
+            int(np.random.SeedSequence((self._seed, index)).generate_state(1, np.uint64)[0] >> 1)
+        )
         pixels = _photo_noise((count, 3, *self._size), generator)
         pixels = torch.clamp(pixels, self._lowest, self._highest).contiguous(memory_format=torch.channels_last)
         return BatchState(pixels, torch.zeros_like(pixels), torch.zeros_like(pixels), 0)
@@ -357,7 +382,8 @@ class Synthesizer:
         mismatch = float(self._mismatch(self._normalize((rounded - self._centre) / self._spread)))
         if not math.isfinite(mismatch):
             raise CalibrationError(
-                f"the mismatch of synthesised images with the BatchNorm statistics is {mismatch}: values in the network leave float32",
+                f"the mismatch of synthesised images with the BatchNorm statistics is {mismatch}: values in the "
+                f"network leave float32",
                 remedy="look for extreme BatchNorm weights in the checkpoint, or calibrate with real images",
             )
         return np.ascontiguousarray(rounded.permute(0, 2, 3, 1).to(torch.uint8).numpy()), mismatch

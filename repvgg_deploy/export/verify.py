@@ -41,7 +41,8 @@ def run_onnx(path: Path, feeds: Mapping[str, Mapping[str, NDArray[Any]]]) -> dic
             results[batch] = dict(zip(names, session.run(names, dict(arrays)), strict=True))
         except Exception as error:  # ONNX Runtime's exceptions have no common base class
             raise ParityError(
-                f"ONNX Runtime cannot run {path.name} on the batch {batch!r}: {error}", remedy="report the model and the versions"
+                f"ONNX Runtime cannot run {path.name} on the batch {batch!r}: {error}",
+                remedy="report the model and the versions",
             ) from error
     return results
 
@@ -51,19 +52,23 @@ def _open(path: Path) -> Any:
         import onnxruntime
     except ImportError as error:
         raise MissingDependencyError(
-            "ONNX Runtime is not installed, and nothing is written that was not verified", remedy="pip install 'repvgg-deploy[export,cpu]'"
+            "ONNX Runtime is not installed, and nothing is written that was not verified",
+            remedy="pip install 'repvgg-deploy[export,cpu]'",
         ) from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    # A verification runs each batch once, and memory is the limit: no arena that only grows, and none of the layout optimizations that hold every
-    # weight twice more while a session opens (B2: 1,125 MB against 428 MB, and no CPU time saved).
+    # A verification runs each batch once, and memory is the limit: no arena that only grows, and none of the layout
+    # optimizations that hold every weight twice more while a session opens (B2: 1,125 MB against 428 MB, and no CPU
+    # time saved).
     options.enable_cpu_mem_arena = False
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.add_session_config_entry("session.disable_prepacking", "1")
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ParityError(f"ONNX Runtime refuses {path.name}: {error}", remedy="report the model and the versions") from error
+        raise ParityError(
+            f"ONNX Runtime refuses {path.name}: {error}", remedy="report the model and the versions"
+        ) from error
 
 
 def require_same_weights(path: Path, weights: Arrays) -> None:
@@ -80,14 +85,17 @@ def require_same_weights(path: Path, weights: Arrays) -> None:
         different = [name for name, array in weights.items() if name not in found or not _same(found[name], array)]
     if different:
         raise ParityError(
-            f"the deploy form against the ONNX: {len(different)} of {len(weights)} weights differ, first {different[0]}",
+            f"the deploy form against the ONNX: {len(different)} of {len(weights)} weights differ, first "
+            f"{different[0]}",
             remedy="the model was not written; report the checkpoint and the versions",
         )
 
 
 def _same(found: tuple[tuple[int, ...], memoryview], array: NDArray[Any]) -> bool:
     shape, data = found
-    return shape == array.shape and bool(np.array_equal(np.frombuffer(data, np.uint8), np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+    return shape == array.shape and bool(
+        np.array_equal(np.frombuffer(data, np.uint8), np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    )
 
 
 def verify_onnx(
@@ -98,7 +106,8 @@ def verify_onnx(
     Args:
         path: The `.onnx`.
         spec: Its inputs and outputs.
-        batches: What to run; those that do not fit its fixed batch, size or input are left out, and at least one must fit.
+        batches: What to run; those that do not fit its fixed batch, size or input are left out, and at least one must
+            fit.
         references: By batch name: the training-mode model's `logits` and `stage1` … `stage4`.
         training_error: Its own float32 error.
 
@@ -107,7 +116,9 @@ def verify_onnx(
     """
     usable = [batch for batch in batches if batch.name in references and _fits(batch, spec)]
     if not usable:
-        raise ParityError(f"no verification batch fits the input {spec.input.shape}", remedy="report the export options")
+        raise ParityError(
+            f"no verification batch fits the input {spec.input.shape}", remedy="report the export options"
+        )
     fixed = spec.batch
     feeds = {batch.name: {spec.input.name: _fit_batch(batch.input_for(spec.input.dtype), fixed)} for batch in usable}
     results = run_onnx(path, feeds)
@@ -120,12 +131,15 @@ def verify_onnx(
         checks += _compare(batch.name, spec, result, reference, allowed=allowed)
     if not checks:
         raise ParityError(
-            "no verification batch gives probabilities that can be compared: the logits are too large", remedy="export with --output logits"
+            "no verification batch gives probabilities that can be compared: the logits are too large",
+            remedy="export with --output logits",
         )
     return tuple(checks)
 
 
-def compare_outputs(results: Mapping[str, Arrays], references: Mapping[str, Arrays], *, training_error: float) -> tuple[Check, ...]:
+def compare_outputs(
+    results: Mapping[str, Arrays], references: Mapping[str, Arrays], *, training_error: float
+) -> tuple[Check, ...]:
     """Every output of every batch against its reference, as equal as float32 allows.
 
     Args:
@@ -135,7 +149,9 @@ def compare_outputs(results: Mapping[str, Arrays], references: Mapping[str, Arra
     """
     allowed = parity.allow_float32(training_error)
     return tuple(
-        parity.compare(f"ONNX, {name}, {batch}", results[batch][name].astype(np.float64), reference.astype(np.float64), allowed)
+        parity.compare(
+            f"ONNX, {name}, {batch}", results[batch][name].astype(np.float64), reference.astype(np.float64), allowed
+        )
         for batch, outputs in references.items()
         for name, reference in outputs.items()
     )
@@ -154,7 +170,10 @@ def _fit_batch(array: NDArray[Any], fixed: int | None) -> NDArray[Any]:
 
 def _compare(name: str, spec: ModelSpec, result: Arrays, reference: Arrays, *, allowed: float) -> list[Check]:
     if spec.kind == "features":
-        return [parity.compare(f"ONNX, {output.name}, {name}", result[output.name], reference[output.name], allowed) for output in spec.outputs]
+        return [
+            parity.compare(f"ONNX, {output.name}, {name}", result[output.name], reference[output.name], allowed)
+            for output in spec.outputs
+        ]
     logits = reference["logits"]
     if spec.kind == "logits":
         return [parity.compare(f"ONNX, {name}", result["logits"], logits, allowed)]

@@ -1,7 +1,7 @@
 """Writes an ONNX file whose weights never exist twice in memory.
 
-Fields are written in the order of their numbers, as every Protocol Buffers library does, so that loading and saving the file elsewhere gives the
-same bytes. The metadata comes last: it is appended when the file has passed its verification.
+Fields are written in the order of their numbers, as every Protocol Buffers library does, so that loading and saving the
+file elsewhere gives the same bytes. The metadata comes last: it is appended when the file has passed its verification.
 """
 
 from __future__ import annotations
@@ -52,26 +52,39 @@ def write_model(path: Path, model: onnx.ModelProto, weights: Mapping[str, NDArra
         ExportError: The file would exceed the 2 GiB that Protocol Buffers can hold.
         OSError: The file cannot be written.
     """
-    small = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}  # constants of the graph, such as the k of a TopK
+    small = {
+        tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer
+    }  # constants of the graph, such as the k of a TopK
     arrays = {name: _little_endian(array) for name, array in {**small, **weights}.items()}
     headers = {name: _tensor_header(name, array) for name, array in arrays.items()}
-    sizes = {name: len(headers[name]) + len(wire.bytes_header(_RAW_DATA, a.nbytes)) + a.nbytes for name, a in arrays.items()}
+    sizes = {
+        name: len(headers[name]) + len(wire.bytes_header(_RAW_DATA, a.nbytes)) + a.nbytes for name, a in arrays.items()
+    }
     shell = onnx.ModelProto()
     shell.CopyFrom(model)
     del shell.graph.initializer[:]
-    del shell.metadata_props[:]  # onnxsim leaves its options there; ours is the only entry, and the digest does not cover the field
+    del shell.metadata_props[
+        :
+    ]  # onnxsim leaves its options there; ours is the only entry, and the digest does not cover the field
     graph = shell.graph.SerializeToString(deterministic=True)
     early, late = _split(graph, _INITIALIZER)
     total = len(graph) + sum(len(wire.bytes_header(_INITIALIZER, size)) + size for size in sizes.values())
     if total > _MAX_BYTES:
-        raise ExportError(f"{path.name}: {total / 1e9:.1f} GB of weights, and an ONNX file holds 2.1 GB", remedy="export a smaller variant")
+        raise ExportError(
+            f"{path.name}: {total / 1e9:.1f} GB of weights, and an ONNX file holds 2.1 GB",
+            remedy="export a smaller variant",
+        )
     shell.ClearField("graph")
     before, after = _split(shell.SerializeToString(deterministic=True), _GRAPH)
     with path.open("wb") as file:
         tee = _Tee(file)
         tee.write(before + wire.bytes_header(_GRAPH, total) + early)
         for name, array in arrays.items():
-            tee.write(wire.bytes_header(_INITIALIZER, sizes[name]) + headers[name] + wire.bytes_header(_RAW_DATA, array.nbytes))
+            tee.write(
+                wire.bytes_header(_INITIALIZER, sizes[name])
+                + headers[name]
+                + wire.bytes_header(_RAW_DATA, array.nbytes)
+            )
             tee.write(array.reshape(-1).view(np.uint8).data if array.nbytes else b"")
         tee.write(late + after)
     return tee.digest

@@ -1,7 +1,8 @@
 """An ONNX file of ours: its metadata, its digest, its graph without the weights. Needs neither onnx nor NumPy.
 
-The metadata (one JSON value under `repvgg_deploy` in `metadata_props`) is bound to the graph by `content_sha256`: a file that was truncated or
-edited after its export is refused before any runtime sees it, because its certificate speaks of another graph.
+The metadata (one JSON value under `repvgg_deploy` in `metadata_props`) is bound to the graph by `content_sha256`: a
+file that was truncated or edited after its export is refused before any runtime sees it, because its certificate speaks
+of another graph.
 Source: field numbers of onnx.proto (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto).
 
 In what precision the layers of a graph compute, read from what their weights are stored as. Standard library only.
@@ -70,7 +71,8 @@ class GraphSummary:
         initializers: Shape by name.
         opset: Version of the default operator set.
         file_bytes: Size of the file.
-        types: Number type of each initializer by name: `float32`, `float16`, `int8` and so on; other types by their number in ONNX.
+        types: Number type of each initializer by name: `float32`, `float16`, `int8` and so on; other types by their
+            number in ONNX.
     """
 
     nodes: tuple[NodeSummary, ...]
@@ -89,8 +91,9 @@ def content_digest(parts: hashlib._Hash, text: str) -> str:
 
     Args:
         parts: SHA-256 fed with every top-level field of the file except `metadata_props`, as written; not changed.
-        text: The metadata as it stands in the file; its own `content_sha256` is taken as empty. The text and not its meaning, so that a later
-            version of this project, with more fields, still finds the files of this one unchanged.
+        text: The metadata as it stands in the file; its own `content_sha256` is taken as empty. The text and not its
+            meaning, so that a later version of this project, with more fields, still finds the files of this one
+            unchanged.
     """
     digest = parts.copy()
     digest.update(_DIGEST_FIELD.sub('"content_sha256":""', text, count=1).encode())
@@ -121,7 +124,10 @@ def read_metadata(path: Path) -> ModelMetadata:
         try:
             metadata = codec.loads(ModelMetadata, text)
         except InputError as error:
-            raise ModelError(f"{path}: its {METADATA_KEY} metadata is damaged or of another version: {error.message}", remedy=_REEXPORT) from error
+            raise ModelError(
+                f"{path}: its {METADATA_KEY} metadata is damaged or of another version: {error.message}",
+                remedy=_REEXPORT,
+            ) from error
         parts = hashlib.sha256()
         for field in fields:
             if field.number != _METADATA_PROPS:
@@ -129,7 +135,8 @@ def read_metadata(path: Path) -> ModelMetadata:
     found = content_digest(parts, text)
     if found != metadata.content_sha256:
         raise ModelError(
-            f"{path}: was changed after its export: expected content sha256 {metadata.content_sha256[:16]}…, found {found[:16]}…",
+            f"{path}: was changed after its export: expected content sha256 {metadata.content_sha256[:16]}…, "
+            f"found {found[:16]}…",
             remedy=f"{_REEXPORT}; a changed graph has lost its certificate",
         )
     return metadata
@@ -198,13 +205,19 @@ def _mapped(path: Path) -> _Mapped:
     try:
         return _Mapped(path)
     except IsADirectoryError as error:
-        raise ModelError(f"{path}: is a folder, expected an ONNX file", remedy="give the .onnx file that repvgg-export wrote") from error
+        raise ModelError(
+            f"{path}: is a folder, expected an ONNX file", remedy="give the .onnx file that repvgg-export wrote"
+        ) from error
     except ValueError as error:
         raise ModelError(f"{path}: is empty, expected an ONNX file", remedy=_REEXPORT) from error
     except FileNotFoundError as error:
-        raise ModelError(f"{path}: no such file", remedy="check the path, or export the model with repvgg-export") from error
+        raise ModelError(
+            f"{path}: no such file", remedy="check the path, or export the model with repvgg-export"
+        ) from error
     except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}", remedy="check that it is a file that you may read") from error
+        raise ModelError(
+            f"{path}: cannot be read: {error.strerror}", remedy="check that it is a file that you may read"
+        ) from error
 
 
 def _top_level(path: Path, buffer: memoryview) -> list[wire.Field]:
@@ -212,7 +225,9 @@ def _top_level(path: Path, buffer: memoryview) -> list[wire.Field]:
         fields = list(wire.walk(buffer))
     except wire.WireError as error:
         remedy = f"copy the file again, or {_REEXPORT}"
-        raise _no_onnx(path, buffer) or ModelError(f"{path}: truncated, or not an ONNX file: {error}", remedy=remedy) from error
+        raise _no_onnx(path, buffer) or ModelError(
+            f"{path}: truncated, or not an ONNX file: {error}", remedy=remedy
+        ) from error
     graphs = [field for field in fields if field.number == _GRAPH and field.wire_type == wire.BYTES]
     if len(graphs) != 1 or any(field.number not in _MODEL_FIELDS for field in fields):
         message = f"{path}: not an ONNX file: expected one graph, found {len(graphs)}"
@@ -230,12 +245,17 @@ def _find_metadata(path: Path, buffer: memoryview, fields: list[wire.Field]) -> 
         if field.number != _METADATA_PROPS:
             continue
         try:
-            entry = {inner.number: bytes(buffer[inner.payload : inner.end]) for inner in wire.walk(buffer, field.payload, field.end)}
+            entry = {
+                inner.number: bytes(buffer[inner.payload : inner.end])
+                for inner in wire.walk(buffer, field.payload, field.end)
+            }
             if entry.get(1) == METADATA_KEY.encode():
                 return entry.get(2, b"").decode()
         except (wire.WireError, UnicodeDecodeError) as error:
             raise ModelError(f"{path}: its metadata is damaged: {error}", remedy=_REEXPORT) from error
-    raise ForeignModelError(f"{path}: an ONNX file without {METADATA_KEY} metadata: it was not written by repvgg-export", remedy=_REEXPORT)
+    raise ForeignModelError(
+        f"{path}: an ONNX file without {METADATA_KEY} metadata: it was not written by repvgg-export", remedy=_REEXPORT
+    )
 
 
 def _feed(digest: hashlib._Hash, buffer: memoryview, field: wire.Field) -> None:
@@ -264,7 +284,11 @@ def _tensor_shape(buffer: memoryview, field: wire.Field) -> tuple[str, tuple[int
 
 
 def _tensor_type(buffer: memoryview, field: wire.Field) -> str:
-    kinds = [inner.value for inner in wire.walk(buffer, field.payload, field.end) if inner.number == 2 and inner.wire_type == wire.VARINT]
+    kinds = [
+        inner.value
+        for inner in wire.walk(buffer, field.payload, field.end)
+        if inner.number == 2 and inner.wire_type == wire.VARINT
+    ]
     return _TYPES.get(kinds[-1], str(kinds[-1])) if kinds else "0"
 
 
@@ -333,7 +357,11 @@ def weighted_nodes(graph: GraphSummary) -> tuple[WeightedNode, ...]:
         if producer is not None and producer.op_type == "DequantizeLinear" and producer.inputs:
             weight = producer.inputs[0]
         kind = graph.types.get(weight, "unknown")
-        result.append(WeightedNode(node.name or node.outputs[0], node.op_type, graph.initializers.get(weight), _NAMES.get(kind, kind)))
+        result.append(
+            WeightedNode(
+                node.name or node.outputs[0], node.op_type, graph.initializers.get(weight), _NAMES.get(kind, kind)
+            )
+        )
     return tuple(result)
 
 

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and their digests. Standard library only.
 
-Two files that belong together put in their places as one: neither another process nor Ctrl-C comes between. Standard library only.
+Two files that belong together put in their places as one: neither another process nor Ctrl-C comes between. Standard
+library only.
 
 Giving memory back to the operating system. Standard library only.
 """
@@ -54,7 +55,8 @@ def atomic_output(target: Path, *, force: bool = False) -> Iterator[PendingOutpu
         force: Replace a different file that stands there.
 
     Raises:
-        ArtifactError: The folder is missing or not writable, the disk is full, or a different file stands there already.
+        ArtifactError: The folder is missing or not writable, the disk is full, or a different file stands there
+            already.
     """
     with pending_output(target) as output:
         yield output
@@ -95,7 +97,10 @@ def require_distinct(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
         for other in (*inputs, *outputs[:index]):
             same = os.path.realpath(output) == os.path.realpath(other)
             if same or (output.exists() and other.exists() and output.samefile(other)):
-                raise InputError(f"{output}: would replace {other}, which is an input or another output", remedy="give each output a name of its own")
+                raise InputError(
+                    f"{output}: would replace {other}, which is an input or another output",
+                    remedy="give each output a name of its own",
+                )
 
 
 def require_replaceable(output: PendingOutput, *, force: bool) -> None:
@@ -116,16 +121,25 @@ def hidden_name(name: str, suffix: str) -> str:
 
 
 def _exists(target: Path) -> ArtifactError:
-    return ArtifactError(f"{target}: exists and differs from what would be written", remedy="give --force to replace it, or another --out")
+    return ArtifactError(
+        f"{target}: exists and differs from what would be written",
+        remedy="give --force to replace it, or another --out",
+    )
 
 
 def _create_partial(target: Path) -> Path:
     if target.is_dir():
-        raise ArtifactError(f"{target}: is a folder, expected a file name", remedy=f"give a file, such as {target / 'model.onnx'}")
+        raise ArtifactError(
+            f"{target}: is a folder, expected a file name", remedy=f"give a file, such as {target / 'model.onnx'}"
+        )
     if target.exists() and not target.is_file():
-        raise ArtifactError(f"{target}: is a device or pipe, expected a file", remedy="give the name of an ordinary file")
+        raise ArtifactError(
+            f"{target}: is a device or pipe, expected a file", remedy="give the name of an ordinary file"
+        )
     if not target.parent.is_dir():
-        raise ArtifactError(f"{target}: the folder {target.parent} does not exist", remedy=f"mkdir -p {shlex.quote(str(target.parent))}")
+        raise ArtifactError(
+            f"{target}: the folder {target.parent} does not exist", remedy=f"mkdir -p {shlex.quote(str(target.parent))}"
+        )
     with explain_os_errors(target):
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=hidden_name(target.name, "."), suffix=".partial")
         os.close(handle)
@@ -169,7 +183,8 @@ def put_in_place(output: PendingOutput) -> None:
 
 
 def _umask() -> int:
-    # The mask can only be read by setting it; mkstemp made the file private, and a model is for everyone who may read the folder.
+    # The mask can only be read by setting it; mkstemp made the file private, and a model is for everyone who may read
+    # the folder.
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
@@ -256,8 +271,8 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.E
 def locked(path: Path) -> Iterator[None]:
     """Lets one thread of one process at a time into the block, by a hidden file beside `path`; others wait.
 
-    The file is gone afterwards. That of a killed process stays, empty, and locks nothing: the lock went with its process. Where the file system
-    has no locks the block is entered all the same, which is logged.
+    The file is gone afterwards. That of a killed process stays, empty, and locks nothing: the lock went with its
+    process. Where the file system has no locks the block is entered all the same, which is logged.
 
     Raises:
         ArtifactError: The folder is missing or not writable.
@@ -269,7 +284,9 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         try:
-            with contextlib.suppress(OSError):  # of another user, or a file system that removes no open file: it locks nothing any more
+            with contextlib.suppress(
+                OSError
+            ):  # of another user, or a file system that removes no open file: it locks nothing any more
                 name.unlink()
         finally:
             os.close(handle)
@@ -312,7 +329,11 @@ def _lock(handle: int, name: Path) -> bool:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        logger.warning("%s: this file system has no locks (%s): two that write the same file at once are not kept apart", name.parent, error.strerror)
+        logger.warning(
+            "%s: this file system has no locks (%s): two that write the same file at once are not kept apart",
+            name.parent,
+            error.strerror,
+        )
         return False
     return True
 
@@ -348,8 +369,9 @@ def signals_deferred() -> Iterator[None]:
 def publish_pair(main: PendingOutput, paper: PendingOutput) -> None:
     """Puts two files in their places; for one process at a time, see `locked`.
 
-    The old paper goes before the new main file comes, so that no moment, not even that of a power cut, has one beside the paper of another. What
-    could fail for want of space is done before; where the main file cannot be replaced all the same, the old paper comes back.
+    The old paper goes before the new main file comes, so that no moment, not even that of a power cut, has one beside
+    the paper of another. What could fail for want of space is done before; where the main file cannot be replaced all
+    the same, the old paper comes back.
 
     Args:
         main: Replaces what stands there, unless that is the same.
@@ -389,7 +411,8 @@ def _replace_main(main: PendingOutput, paper: Path, aside: Path) -> None:
 def release_freed_memory() -> None:
     """Collects reference cycles and asks the C library to return freed heap memory, where it can (glibc); does nothing elsewhere.
 
-    glibc keeps freed blocks of up to 32 MiB for itself. Between two stages that hold the weights in turn, that would be one more copy of them.
+    glibc keeps freed blocks of up to 32 MiB for itself. Between two stages that hold the weights in turn, that would be
+    one more copy of them.
     Source: malloc_trim(3).
     """
     gc.collect()

@@ -1,6 +1,7 @@
 """The passport of a plan: `NAME.plan.json` beside `NAME.plan`. Standard library only.
 
-Nothing is put into a plan, which trtexec and Triton must still load; so what is known of it stands beside it, bound to its bytes by SHA-256.
+Nothing is put into a plan, which trtexec and Triton must still load; so what is known of it stands beside it, bound to
+its bytes by SHA-256.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def read_passport(plan: Path) -> PlanPassport | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise PlanError(f"{path}: cannot be read: {error.strerror}", remedy="check that it is a file that you may read") from error
+        raise PlanError(
+            f"{path}: cannot be read: {error.strerror}", remedy="check that it is a file that you may read"
+        ) from error
     if len(data) > _LARGEST_BYTES:
         raise PlanError(f"{path}: not a passport: larger than {_LARGEST_BYTES >> 20} MiB", remedy=_REBUILD)
     try:
@@ -43,7 +46,9 @@ def read_passport(plan: Path) -> PlanPassport | None:
     except UnicodeDecodeError as error:
         raise PlanError(f"{path}: not a passport: not UTF-8", remedy=_REBUILD) from error
     except InputError as error:
-        raise PlanError(f"{path}: damaged, or of another version of repvgg-deploy: {error.message}", remedy=_REBUILD) from error
+        raise PlanError(
+            f"{path}: damaged, or of another version of repvgg-deploy: {error.message}", remedy=_REBUILD
+        ) from error
 
 
 def require_unchanged(plan: Path, content_sha256: str, passport: PlanPassport) -> None:
@@ -59,7 +64,8 @@ def require_unchanged(plan: Path, content_sha256: str, passport: PlanPassport) -
     """
     if content_sha256 != passport.plan_sha256:
         raise PlanError(
-            f"{plan}: is not the plan of its passport {passport_path(plan).name}: expected sha256 {passport.plan_sha256[:16]}…, "
+            f"{plan}: is not the plan of its passport {passport_path(plan).name}: expected sha256 "
+            f"{passport.plan_sha256[:16]}…, "
             f"found {content_sha256[:16]}…: truncated, changed, or replaced without its passport",
             remedy=_REBUILD,
         )

@@ -1,7 +1,7 @@
 """Whether a plan can run in an environment, judged from its passport: without a GPU, and before TensorRT sees a byte. Standard library only.
 
-Sources: the support matrix and the engine compatibility pages of TensorRT 8.6 to 11.4 (https://docs.nvidia.com/deeplearning/tensorrt) and of
-TensorRT-RTX (https://docs.nvidia.com/deeplearning/tensorrt-rtx).
+Sources: the support matrix and the engine compatibility pages of TensorRT 8.6 to 11.4
+(https://docs.nvidia.com/deeplearning/tensorrt) and of TensorRT-RTX (https://docs.nvidia.com/deeplearning/tensorrt-rtx).
 
 What building and running plans share of TensorRT: its flavours, its import, and what it logs.
 
@@ -9,7 +9,8 @@ Standard library only: TensorRT is imported when it is asked for.
 
 Compute capabilities of GPUs by name, for a verdict on a GPU that is not here. Standard library only.
 
-Source: https://developer.nvidia.com/cuda-gpus and https://developer.nvidia.com/cuda/gpus/legacy, NVIDIA's published lists.
+Source: https://developer.nvidia.com/cuda-gpus and https://developer.nvidia.com/cuda/gpus/legacy, NVIDIA's published
+lists.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ from ..specs.values import PlanPassport
 
 Flavour = Literal["tensorrt", "tensorrt_rtx"]
 FLAVOURS: dict[Flavour, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
-INSTALL: dict[Flavour, str] = {"tensorrt": "pip install 'repvgg-deploy[tensorrt]'", "tensorrt_rtx": "pip install 'repvgg-deploy[rtx]'"}
+INSTALL: dict[Flavour, str] = {
+    "tensorrt": "pip install 'repvgg-deploy[tensorrt]'",
+    "tensorrt_rtx": "pip install 'repvgg-deploy[rtx]'",
+}
 BROKEN_VERSION = (10, 2)
 LEAN = "tensorrt_lean"
 """The module of TensorRT's lean runtime: it runs version-compatible plans, and builds none."""
@@ -52,9 +56,13 @@ def import_tensorrt(module: str, name: str, *, remedy: str) -> Any:
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         if isinstance(error, ModuleNotFoundError) and error.name == module:
             return None
-        if error.__cause__ is not None and not isinstance(error.__cause__, Exception):  # Ctrl-C, which its C++ makes an ImportError of
+        if error.__cause__ is not None and not isinstance(
+            error.__cause__, Exception
+        ):  # Ctrl-C, which its C++ makes an ImportError of
             raise error.__cause__ from None
-        raise MissingDependencyError(f"{name} is installed but cannot be imported: {' '.join(str(error).split())}", remedy=remedy) from error
+        raise MissingDependencyError(
+            f"{name} is installed but cannot be imported: {' '.join(str(error).split())}", remedy=remedy
+        ) from error
 
 
 def is_installed(module: str) -> bool:
@@ -67,11 +75,16 @@ def make_trt_logger(trt: Any, hear: Callable[[str, str], None]) -> Any:
 
     Args:
         trt: The module.
-        hear: Called with the name of the severity (`ERROR`; internal errors too) and the message, from TensorRT's own threads; not with VERBOSE.
-            What it raises would end the process.
+        hear: Called with the name of the severity (`ERROR`; internal errors too) and the message, from TensorRT's own
+            threads; not with VERBOSE. What it raises would end the process.
     """
     severity = trt.ILogger.Severity
-    names = {severity.INTERNAL_ERROR: "ERROR", severity.ERROR: "ERROR", severity.WARNING: "WARNING", severity.INFO: "INFO"}
+    names = {
+        severity.INTERNAL_ERROR: "ERROR",
+        severity.ERROR: "ERROR",
+        severity.WARNING: "WARNING",
+        severity.INFO: "INFO",
+    }
 
     class TrtLogger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -88,7 +101,9 @@ def make_trt_logger(trt: Any, hear: Callable[[str, str], None]) -> Any:
 def quote(lines: Iterable[str]) -> str:
     """The first lines as they may stand in a message: without repetitions, each on a line of its own."""
     different = list(dict.fromkeys(" ".join(line.split()) for line in lines))
-    shown = [line if len(line) <= _QUOTED_CHARACTERS else f"{line[:_QUOTED_CHARACTERS]}…" for line in different[:_QUOTED]]
+    shown = [
+        line if len(line) <= _QUOTED_CHARACTERS else f"{line[:_QUOTED_CHARACTERS]}…" for line in different[:_QUOTED]
+    ]
     more = [f"and {len(different) - _QUOTED} more"] if len(different) > _QUOTED else []
     return "".join(f"\n    {line}" for line in [*shown, *more]) or "\n    (it logged nothing)"
 
@@ -136,7 +151,9 @@ def find_gpu(text: str) -> tuple[str | None, str]:
     if found is None:
         raise InputError(
             f"no GPU is known by the name {text!r}",
-            remedy="give its compute capability from https://developer.nvidia.com/cuda-gpus, such as gpu=8.6, or a name such as gpu=a10",
+            remedy="give its compute capability from https://developer.nvidia.com/cuda-gpus, such as gpu=8.6, or a "
+            "name "
+            "such as gpu=a10",
         )
     return found
 
@@ -151,7 +168,10 @@ def gpu_names() -> dict[str, str]:
     return dict(_BY_NAME.values())
 
 
-_LATER_MAJOR = {8: 10, 10: 11}  # version-compatible plans may cross from one major version to this other one, no further
+_LATER_MAJOR = {
+    8: 10,
+    10: 11,
+}  # version-compatible plans may cross from one major version to this other one, no further
 _REBUILD = "build it again there from its ONNX"
 
 
@@ -216,7 +236,13 @@ class _Case:
 def judge_plan(passport: PlanPassport, environment: Environment) -> Compatible | Incompatible:
     """Compares what a plan was built for with where it is to run."""
     case = _Case(passport, environment)
-    rules: tuple[Callable[[_Case], Incompatible | None], ...] = (_judge_flavour, _judge_platform, _judge_lean, _judge_version, _judge_gpu)
+    rules: tuple[Callable[[_Case], Incompatible | None], ...] = (
+        _judge_flavour,
+        _judge_platform,
+        _judge_lean,
+        _judge_version,
+        _judge_gpu,
+    )
     for rule in rules:
         found = rule(case)
         if found is not None:
@@ -246,7 +272,8 @@ def _judge_flavour(case: _Case) -> Incompatible | None:
         return None
     return Incompatible(
         f"the plan is of {FLAVOURS[wanted]}, and here is {FLAVOURS[found]}: neither reads the other's plans",
-        f"run it with {FLAVOURS[wanted]}, or build it again with --backend {'rtx' if found == 'tensorrt_rtx' else 'tensorrt'}",
+        f"run it with {FLAVOURS[wanted]}, or build it again with --backend "
+        f"{'rtx' if found == 'tensorrt_rtx' else 'tensorrt'}",
     )
 
 
@@ -263,8 +290,10 @@ def _judge_lean(case: _Case) -> Incompatible | None:
         return None
     here = f"{library} {environment.tensorrt_version}" if environment.tensorrt_version else library
     return Incompatible(
-        f"here is only the lean runtime of {here}, which runs version-compatible plans and no others, and the plan is not version-compatible",
-        f"build it again with --version-compatible where the whole {library} is; or install the whole {library} {case.passport.tensorrt_version} "
+        f"here is only the lean runtime of {here}, which runs version-compatible plans and no others, and the "
+        f"plan is not version-compatible",
+        f"build it again with --version-compatible where the whole {library} is; or install the whole {library} "
+        f"{case.passport.tensorrt_version} "
         f"here: {INSTALL[case.passport.flavour]}",
     )
 
@@ -285,7 +314,9 @@ def _judge_version(case: _Case) -> Incompatible | None:
     remedy = f"install {case.library} {wanted} there, or {_REBUILD}"
     if case.passport.flavour == "tensorrt" and here > built:
         remedy += "; --version-compatible makes plans that later versions of the same major version run, too"
-    return Incompatible(f"the plan was built with {case.library} {wanted}, and {found} runs plans of its own version only", remedy)
+    return Incompatible(
+        f"the plan was built with {case.library} {wanted}, and {found} runs plans of its own version only", remedy
+    )
 
 
 def _needed(case: _Case) -> str:
@@ -298,10 +329,14 @@ def _judge_compatible_version(case: _Case, built: tuple[int, ...], here: tuple[i
     if here[0] == built[0] and here > built[: len(here)]:
         return None
     if _LATER_MAJOR.get(built[0]) == here[0]:
-        case.warnings.append(f"a version-compatible plan of {wanted} on {found} crosses a major version: read the known issues of {found}'s release")
+        case.warnings.append(
+            f"a version-compatible plan of {wanted} on {found} crosses a major version: read the known issues of "
+            f"{found}'s release"
+        )
         return None
     return Incompatible(
-        f"the plan is version-compatible from {case.library} {wanted} on, and {found} is {'older' if here < built else 'too far ahead'}",
+        f"the plan is version-compatible from {case.library} {wanted} on, and {found} is "
+        f"{'older' if here < built else 'too far ahead'}",
         f"install {case.library} {wanted} or a later {built[0]}.x there, or {_REBUILD}",
     )
 
@@ -315,9 +350,16 @@ def _judge_gpu(case: _Case) -> Incompatible | None:
     if found in passport.compute_capabilities:
         _compare_names(case)
         return None
-    name = f"{case.environment.gpu_name} (compute capability {found})" if case.environment.gpu_name else f"a GPU of compute capability {found}"
+    name = (
+        f"{case.environment.gpu_name} (compute capability {found})"
+        if case.environment.gpu_name
+        else f"a GPU of compute capability {found}"
+    )
     if passport.flavour == "tensorrt_rtx":
-        remedy = f"build it again with --target sm_{found.replace('.', '')} or, on such a GPU, with --target current or --backend tensorrt"
+        remedy = (
+            f"build it again with --target sm_{found.replace('.', '')} or, on such a GPU, with --target current or "
+            f"--backend tensorrt"
+        )
         return Incompatible(f"the plan is for compute capability {wanted}, and here is {name}", remedy)
     if passport.config.hardware_compatible:
         return _judge_compatible_hardware(case, name)
@@ -329,7 +371,9 @@ def _judge_gpu(case: _Case) -> Incompatible | None:
 def _judge_compatible_hardware(case: _Case, name: str) -> Incompatible | None:
     found = case.environment.compute_capability or ""
     if found in JETSON:
-        return Incompatible(f"here is {name}, and hardware compatibility does not reach Jetson and DRIVE boards", _REBUILD)
+        return Incompatible(
+            f"here is {name}, and hardware compatibility does not reach Jetson and DRIVE boards", _REBUILD
+        )
     if parse_version(found) < (8, 0):
         return Incompatible(f"the plan runs on every GPU from Ampere (8.0) on, and here is {name}", _REBUILD)
     return None
@@ -340,13 +384,20 @@ def _compare_names(case: _Case) -> None:
     if case.passport.flavour == "tensorrt_rtx" or case.passport.config.hardware_compatible or not built or not here:
         return
     if _model(here) != _model(built):
-        case.warnings.append(f"the plan was tuned on {built}: on {here} it may be slower than one built there, or need more memory than there is")
+        case.warnings.append(
+            f"the plan was tuned on {built}: on {here} it may be slower than one built there, or need more "
+            f"memory than there is"
+        )
 
 
 def _model(name: str) -> list[str]:
     """The words that tell one model from another: `NVIDIA A100-SXM4-80GB` → `a100`."""
     words = re.split(r"[^a-z0-9]+", name.lower())
-    return [word for word in words if not re.fullmatch(r"|nvidia|geforce|tesla|jetson|laptop|gpu|sxm\d?|pcie|nvl|hbm\w+|\d+g[bi]?b?", word)]
+    return [
+        word
+        for word in words
+        if not re.fullmatch(r"|nvidia|geforce|tesla|jetson|laptop|gpu|sxm\d?|pcie|nvl|hbm\w+|\d+g[bi]?b?", word)
+    ]
 
 
 def _judge_driver(case: _Case) -> None:

@@ -1,9 +1,10 @@
 """Images to choose quantization scales with: some of a set, as the model takes them, held in memory.
 
-`NAME.calib.npz`: calibration images beside the ONNX that they were made for, with where they come from. NumPy and the standard library only.
+`NAME.calib.npz`: calibration images beside the ONNX that they were made for, with where they come from. NumPy and the
+standard library only.
 
-Two arrays: `images`, uint8 (N, H, W, 3) RGB 0–255 or float32 (N, 3, H, W) normalised, and `provenance`, () text: the JSON of
-`specs.CalibrationProvenance`. No code of the file is executed.
+Two arrays: `images`, uint8 (N, H, W, 3) RGB 0–255 or float32 (N, 3, H, W) normalised, and `provenance`, () text: the
+JSON of `specs.CalibrationProvenance`. No code of the file is executed.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class CalibrationImages:
     """Images to calibrate with.
 
     Attributes:
-        batches: As the model takes them, uint8 (N, H, W, 3) or float32 (N, 3, H, W), normalised; with a fixed batch all of that size.
+        batches: As the model takes them, uint8 (N, H, W, 3) or float32 (N, 3, H, W), normalised; with a fixed batch all
+            of that size.
         skipped: How many could not be read.
         name: Where they came from.
         fixed_batch: Whether the model has a fixed batch, so that batches are not to be cut.
@@ -54,19 +56,22 @@ class CalibrationImages:
         return sum(map(len, self.batches))
 
 
-def load_calibration(path: StrPath, spec: ModelSpec, *, limit: int = USUAL_IMAGES, batch_size: int = 32, seed: int = 0) -> CalibrationImages:
+def load_calibration(
+    path: StrPath, spec: ModelSpec, *, limit: int = USUAL_IMAGES, batch_size: int = 32, seed: int = 0
+) -> CalibrationImages:
     """Reads images to calibrate with; labels are not looked at.
 
     Args:
-        path: A folder, searched recursively; an .npz with `images`, uint8 (N, H, W, 3) or float32 and normalised (a `NAME.calib.npz` too); a text
-            or CSV file of paths, relative to it; or one image.
+        path: A folder, searched recursively; an .npz with `images`, uint8 (N, H, W, 3) or float32 and normalised (a
+            `NAME.calib.npz` too); a text or CSV file of paths, relative to it; or one image.
         spec: Of the model to calibrate.
         limit: At most so many images, drawn at random without repetition.
         batch_size: Images in a batch; a model's fixed batch comes first.
         seed: Of the choice.
 
     Raises:
-        CalibrationError: There are no images, too many are unreadable, they are all alike, hold NaN, or are not what the model takes.
+        CalibrationError: There are no images, too many are unreadable, they are all alike, hold NaN, or are not what
+            the model takes.
     """
     options = SetOptions(limit, spec.batch or batch_size, seed, labels="none")
     try:
@@ -85,7 +90,8 @@ def load_calibration(path: StrPath, spec: ModelSpec, *, limit: int = USUAL_IMAGE
 def split_held_out(images: CalibrationImages, *, share: float = 0.2) -> tuple[CalibrationImages, CalibrationImages]:
     """Divides images into those to calibrate with, and those that the result is judged on.
 
-    Evenly: with a share of 0.2 every fifth image is held out (with a fixed batch: every fifth batch), so that both parts hold all classes.
+    Evenly: with a share of 0.2 every fifth image is held out (with a fixed batch: every fifth batch), so that both
+    parts hold all classes.
 
     Args:
         images: Not changed.
@@ -98,12 +104,17 @@ def split_held_out(images: CalibrationImages, *, share: float = 0.2) -> tuple[Ca
         CalibrationError: The share is out of range, or there is only one image (or one fixed batch).
     """
     if not 0 < share < 1:
-        raise CalibrationError(f"the share to hold out must lie between 0 and 1, found {share}", remedy="give 0.2, or leave it out")
+        raise CalibrationError(
+            f"the share to hold out must lie between 0 and 1, found {share}", remedy="give 0.2, or leave it out"
+        )
     units = [batch[np.newaxis] for batch in images.batches] if images.fixed_batch else images.batches
     count = sum(map(len, units))
     if count < 2:
         what = "batch" if images.fixed_batch else "image"
-        raise CalibrationError(f"{images.name}: one {what} cannot be divided into calibration and judgement", remedy=f"{_TRAINING}, 256 of them")
+        raise CalibrationError(
+            f"{images.name}: one {what} cannot be divided into calibration and judgement",
+            remedy=f"{_TRAINING}, 256 of them",
+        )
     held = np.floor(np.arange(1, count + 1) * share) > np.floor(np.arange(count) * share)
     held[-1] |= not held.any()
     held[0] &= not held.all()
@@ -114,7 +125,9 @@ def _part(images: CalibrationImages, units: Sequence[NDArray[Any]], wanted: NDAr
     """The images (of a model with a fixed batch: the batches) that are wanted."""
     masks = np.split(wanted, np.cumsum([len(unit) for unit in units])[:-1])
     parts = [unit if mask.all() else unit[mask] for unit, mask in zip(units, masks, strict=True) if mask.any()]
-    return CalibrationImages([part[0] for part in parts] if images.fixed_batch else parts, images.skipped, images.name, images.fixed_batch)
+    return CalibrationImages(
+        [part[0] for part in parts] if images.fixed_batch else parts, images.skipped, images.name, images.fixed_batch
+    )
 
 
 def _fill(batches: list[NDArray[Any]], fixed: int | None, name: str) -> list[NDArray[Any]]:
@@ -124,7 +137,9 @@ def _fill(batches: list[NDArray[Any]], fixed: int | None, name: str) -> list[NDA
     if len(batches) == 1:
         logger.warning("%s: %d images are repeated to fill the model's batch of %d", name, len(batches[0]), fixed)
         return [np.resize(batches[0], (fixed, *batches[0].shape[1:]))]
-    logger.warning("%s: the last %d images do not fill the model's batch of %d and are left out", name, len(batches[-1]), fixed)
+    logger.warning(
+        "%s: the last %d images do not fill the model's batch of %d and are left out", name, len(batches[-1]), fixed
+    )
     return batches[:-1]
 
 
@@ -133,11 +148,15 @@ def _require_usable(batches: list[NDArray[Any]], images: ImageSet) -> None:
     if not count:
         raise CalibrationError(f"{images.name}: none of {len(images)} images can be read", remedy=_TRAINING)
     if not all(np.isfinite(batch).all() for batch in batches):
-        raise CalibrationError(f"{images.name}: the images hold NaN or infinite values", remedy="look at how they were made")
+        raise CalibrationError(
+            f"{images.name}: the images hold NaN or infinite values", remedy="look at how they were made"
+        )
     if count > 1 and all((batch == batches[0][0]).all() for batch in batches):
         raise CalibrationError(f"{images.name}: all {count} images are alike", remedy=_TRAINING)
     if count < FEW_IMAGES:
-        logger.warning("%s: %d images are few to calibrate with: 256 of the training split are usual", images.name, count)
+        logger.warning(
+            "%s: %d images are few to calibrate with: 256 of the training split are usual", images.name, count
+        )
 
 
 REMAKE = "make it again: repvgg-export --ckpt CHECKPOINT --out ONNX --synthetic-calibration"
@@ -189,11 +208,22 @@ def _read(path: Path) -> dict[str, NDArray[Any]]:
             names = sorted(archive.namelist())
         if names != ["images.npy", "provenance.npy"]:
             raise _not_ours(
-                path, f"expected the arrays images and provenance, found {', '.join(n.removesuffix('.npy') for n in names[:9]) or 'none'}"
+                path,
+                f"expected the arrays images and provenance, found "
+                f"{', '.join(n.removesuffix('.npy') for n in names[:9]) or 'none'}",
             )
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return {name: np.asarray(stored[name]) for name in ("images", "provenance")}
-    except (OSError, ValueError, EOFError, KeyError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        KeyError,
+        RuntimeError,
+        NotImplementedError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise _not_ours(path, f"cannot be read: {error}") from error
 
 
@@ -211,7 +241,9 @@ def _images(path: Path, images: NDArray[Any], provenance: CalibrationProvenance)
     layouts = {np.dtype(np.uint8): 3, np.dtype(np.float32): 1}
     colours = layouts.get(images.dtype)
     if colours is None or images.ndim != 4 or images.shape[colours] != 3 or 0 in images.shape:
-        raise _not_ours(path, f"images: expected uint8 (N, H, W, 3) or float32 (N, 3, H, W), found {images.dtype} {images.shape}")
+        raise _not_ours(
+            path, f"images: expected uint8 (N, H, W, 3) or float32 (N, 3, H, W), found {images.dtype} {images.shape}"
+        )
     if len(images) != provenance.images:
         raise _not_ours(path, f"expected {provenance.images} images as its provenance says, found {len(images)}")
     if images.dtype == np.float32 and not np.isfinite(images).all():
@@ -220,4 +252,6 @@ def _images(path: Path, images: NDArray[Any], provenance: CalibrationProvenance)
 
 
 def _not_ours(path: Path, reason: str) -> CalibrationError:
-    return CalibrationError(f"{path}: no calibration file that repvgg-export wrote, or a damaged one: {reason}", remedy=REMAKE)
+    return CalibrationError(
+        f"{path}: no calibration file that repvgg-export wrote, or a damaged one: {reason}", remedy=REMAKE
+    )

@@ -1,9 +1,11 @@
 """From what a data set calls a class (a folder, a name, a number) to the index that the model gives it. Standard library only.
 
-Names of the 1,000 ImageNet-1k classes, in the order in which every published checkpoint scores them. Standard library only.
+Names of the 1,000 ImageNet-1k classes, in the order in which every published checkpoint scores them. Standard library
+only.
 
-One short name a class: the first name of its WordNet synset, or its second where two classes share the first; the two cranes have `(bird)` and
-`(machine)` added. The order is that of the WordNet ids. Source: Russakovsky et al. 2015, https://arxiv.org/abs/1409.0575.
+One short name a class: the first name of its WordNet synset, or its second where two classes share the first; the two
+cranes have `(bird)` and `(machine)` added. The order is that of the WordNet ids. Source: Russakovsky et al. 2015,
+https://arxiv.org/abs/1409.0575.
 """
 
 from __future__ import annotations
@@ -29,20 +31,26 @@ def read_labels(path: Path) -> tuple[str, ...]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error  # without the path, which stands before it
-        raise InputError(f"{path}: cannot be read as labels: {reason}", remedy="give a UTF-8 text file with one label a line") from error
+        raise InputError(
+            f"{path}: cannot be read as labels: {reason}", remedy="give a UTF-8 text file with one label a line"
+        ) from error
     return tuple(line.strip() for line in text.rstrip().splitlines())
 
 
 def imagenet_labels() -> tuple[str, ...]:
     """The names by class index: `tench` is 0, `toilet tissue` 999."""
-    labels = tuple(resources.files("repvgg_deploy").joinpath("data/imagenet1k.txt").read_text(encoding="utf-8").splitlines())
+    labels = tuple(
+        resources.files("repvgg_deploy").joinpath("data/imagenet1k.txt").read_text(encoding="utf-8").splitlines()
+    )
     assert len(labels) == len(set(labels)) == IMAGENET_CLASSES, f"data/imagenet1k.txt holds {len(labels)} names"
     return labels
 
 
 def imagenet_wordnet_ids() -> tuple[str, ...]:
     """WordNet ids by class index, the folder names of the data set: `n01440764` is 0. Source: synsets.txt of ILSVRC 2012, sorted."""
-    names = tuple(resources.files("repvgg_deploy").joinpath("data/imagenet1k_wordnet.txt").read_text(encoding="utf-8").split())
+    names = tuple(
+        resources.files("repvgg_deploy").joinpath("data/imagenet1k_wordnet.txt").read_text(encoding="utf-8").split()
+    )
     assert len(set(names)) == IMAGENET_CLASSES, f"data/imagenet1k_wordnet.txt holds {len(names)} ids"
     return names
 
@@ -88,7 +96,8 @@ class Classes:
             last = "" if self.count is None else f" to {self.count - 1}"
             raise InputError(
                 f"{where}: label {index} is out of range: expected 0{last}",
-                remedy="labels count from 0, in the order of the model's classes (repvgg-trt inspect); or give class names",
+                remedy="labels count from 0, in the order of the model's classes (repvgg-trt inspect); or give class "
+                "names",
             )
         return index
 
@@ -137,14 +146,18 @@ def index_folders(folders: Sequence[str], classes: Classes, where: str) -> tuple
     names = classes.names()
     known = [names.get(_plain(folder)) for folder in folders]
     if None not in known:
-        return [index for index in known if index is not None], "folder names are the model's labels or their WordNet ids"
+        return [
+            index for index in known if index is not None
+        ], "folder names are the model's labels or their WordNet ids"
     unknown = folders[known.index(None)]
     if any(index is not None for index in known):
         raise _unknown(f"{where}: the folder {unknown!r}", classes)
     if all(re.fullmatch(r"\d+", folder) for folder in folders):
         return [classes.require_index(int(folder), where) for folder in folders], "folder names are class indices"
     if classes.count is None or len(folders) == classes.count:
-        return list(range(len(folders))), f"folders in sorted order, {folders[0]!r} being class 0: none is a label of the model"
+        return list(
+            range(len(folders))
+        ), f"folders in sorted order, {folders[0]!r} being class 0: none is a label of the model"
     raise _unknown(f"{where}: {len(folders)} folders for {classes.count} classes, and {unknown!r}", classes)
 
 

@@ -4,9 +4,10 @@ Used through `preprocess`. Pillow is imported when the first image is decoded.
 
 Image files → batches, and the only normalisation constants in the project.
 
-The steps are those of the original evaluation: decode, RGB, resize the short side (antialiased), centre crop, normalise. Sizes and offsets
-are rounded as torchvision rounds them, so that a published accuracy can be reproduced to the last image. NumPy and Pillow are imported by
-the functions that need them: a service that makes its own batches needs no Pillow.
+The steps are those of the original evaluation: decode, RGB, resize the short side (antialiased), centre crop,
+normalise. Sizes and offsets are rounded as torchvision rounds them, so that a published accuracy can be reproduced to
+the last image. NumPy and Pillow are imported by the functions that need them: a service that makes its own batches
+needs no Pillow.
 
 Source: test.py of https://github.com/DingXiaoH/RepVGG; `Resize` and `CenterCrop` of torchvision for the rounding.
 """
@@ -34,7 +35,24 @@ MAX_PIXELS = 89_478_485
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "MPO", "PPM", "JPEG2000", "TGA", "AVIF")
 """What is decoded, by Pillow's names; a closed list, because Pillow would otherwise start Ghostscript for a PostScript file."""
 IMAGE_SUFFIXES = frozenset(
-    f".{name}" for name in ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "mpo", "ppm", "pgm", "pbm", "jp2", "tga", "avif")
+    f".{name}"
+    for name in (
+        "jpg",
+        "jpeg",
+        "png",
+        "webp",
+        "bmp",
+        "gif",
+        "tif",
+        "tiff",
+        "mpo",
+        "ppm",
+        "pgm",
+        "pbm",
+        "jp2",
+        "tga",
+        "avif",
+    )
 )
 """Of the files that count as images where a folder is searched."""
 _ORIENTATION_TAG = 0x0112
@@ -64,7 +82,8 @@ def list_images(paths: Iterable[StrPath]) -> tuple[Path, ...]:
             matches = [path]
         if not matches:
             raise InputError(
-                f"{text}: no image found there", remedy=f"name image files ({', '.join(sorted(IMAGE_SUFFIXES))}), or a folder that holds some"
+                f"{text}: no image found there",
+                remedy=f"name image files ({', '.join(sorted(IMAGE_SUFFIXES))}), or a folder that holds some",
             )
         found += matches
     if not found:
@@ -112,7 +131,9 @@ def _decode(source: str | BytesIO, where: str, formats: Sequence[str], max_pixel
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
-        raise MissingDependencyError("reading image files needs Pillow, which is not installed", remedy="pip install 'repvgg-deploy[cpu]'") from error
+        raise MissingDependencyError(
+            "reading image files needs Pillow, which is not installed", remedy="pip install 'repvgg-deploy[cpu]'"
+        ) from error
     Image.init()
     try:
         with Image.open(source, formats=[name for name in formats if name in Image.OPEN]) as image:
@@ -128,9 +149,12 @@ def _decode(source: str | BytesIO, where: str, formats: Sequence[str], max_pixel
         ) from error
     except UnidentifiedImageError as error:
         raise InputError(
-            f"{where}: not an image, or of a format that is not read here", remedy=f"convert it to one of {', '.join(formats)}"
+            f"{where}: not an image, or of a format that is not read here",
+            remedy=f"convert it to one of {', '.join(formats)}",
         ) from error
-    except Exception as error:  # decoders of damaged files raise OSError, SyntaxError, ValueError, struct.error, zlib.error and more
+    except (
+        Exception
+    ) as error:  # decoders of damaged files raise OSError, SyntaxError, ValueError, struct.error, zlib.error and more
         raise InputError(
             f"{where}: the image is damaged or truncated: {type(error).__name__}: {error}",
             remedy="copy the file again from its source, or leave it out",
@@ -142,13 +166,20 @@ def _require_file(where: str) -> None:
         with open(where, "rb") as file:
             empty = not file.read(1)
     except FileNotFoundError as error:
-        raise InputError(f"{where}: no such image file", remedy="check the path; relative paths start at the current folder") from error
+        raise InputError(
+            f"{where}: no such image file", remedy="check the path; relative paths start at the current folder"
+        ) from error
     except IsADirectoryError as error:
-        raise InputError(f"{where}: is a folder, expected an image file", remedy="expand folders with list_images([path])") from error
+        raise InputError(
+            f"{where}: is a folder, expected an image file", remedy="expand folders with list_images([path])"
+        ) from error
     except (OSError, ValueError) as error:
         raise InputError(f"{where}: cannot be read: {error}", remedy="check the path and its permissions") from error
     if empty:
-        raise InputError(f"{where}: the file is empty, expected an image", remedy="copy the file again from its source, or leave it out")
+        raise InputError(
+            f"{where}: the file is empty, expected an image",
+            remedy="copy the file again from its source, or leave it out",
+        )
 
 
 def check_size(size: tuple[int, int], where: str, *, what: str = "the image has", limit: int = MAX_PIXELS) -> None:
@@ -183,7 +214,9 @@ def _upright(image: Image.Image) -> Image.Image:
     try:
         turn = turns.get(image.getexif().get(_ORIENTATION_TAG, 1))
     except Exception as error:  # noqa: BLE001 - a damaged EXIF block must not cost the picture; it too raises anything
-        logger.warning("%s: EXIF block is damaged (%s), orientation ignored", getattr(image, "filename", "image"), error)
+        logger.warning(
+            "%s: EXIF block is damaged (%s), orientation ignored", getattr(image, "filename", "image"), error
+        )
         turn = None
     return image if turn is None else image.transpose(turn)
 
@@ -195,9 +228,13 @@ def _to_rgb(image: Image.Image, where: str) -> Image.Image:
         return _grey_from_16_bits(image, where).convert("RGB")
     if image.has_transparency_data:
         canvas = Image.new("RGBA", image.size, (*_BACKGROUND, 255))
-        return Image.alpha_composite(canvas, image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")).convert("RGB")
+        return Image.alpha_composite(
+            canvas, image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
+        ).convert("RGB")
     if image.mode == "LAB":
-        raise InputError(f"{where}: is in CIE Lab colours, expected RGB, grey, palette or CMYK", remedy="convert it to RGB first")
+        raise InputError(
+            f"{where}: is in CIE Lab colours, expected RGB, grey, palette or CMYK", remedy="convert it to RGB first"
+        )
     return image.convert("RGB")
 
 
@@ -238,8 +275,8 @@ def default_preprocessing(
 ) -> Preprocessing:
     """The original evaluation's preprocessing for an input size.
 
-    At 224×224 the short side becomes 256 and the centre is cropped. At every other size the short side becomes the crop's own: so the
-    original evaluates at 320, and a margin cut from a small image would be content lost.
+    At 224×224 the short side becomes 256 and the centre is cropped. At every other size the short side becomes the
+    crop's own: so the original evaluates at 320, and a margin cut from a small image would be content lost.
 
     Args:
         height: Input height in pixels.
@@ -265,7 +302,8 @@ def load_batch(paths: Sequence[StrPath], spec: ModelSpec | Preprocessing) -> Uin
         spec: The model's specification (`Engine.spec`), or its preprocessing alone.
 
     Returns:
-        uint8 (N, H, W, 3) RGB 0–255 where the model normalises itself (`in_graph`), else float32 (N, 3, H, W) RGB, normalised.
+        uint8 (N, H, W, 3) RGB 0–255 where the model normalises itself (`in_graph`), else float32 (N, 3, H, W) RGB,
+        normalised.
 
     Raises:
         InputError: No paths, a file is not a usable image, or the model states no preprocessing.
@@ -275,9 +313,14 @@ def load_batch(paths: Sequence[StrPath], spec: ModelSpec | Preprocessing) -> Uin
 
     preprocessing = spec.preprocessing if isinstance(spec, ModelSpec) else spec
     if preprocessing is None:
-        raise InputError("the model does not say how an image becomes its input", remedy="make the batch yourself and call infer(batch)")
+        raise InputError(
+            "the model does not say how an image becomes its input",
+            remedy="make the batch yourself and call infer(batch)",
+        )
     if isinstance(paths, (str, os.PathLike)) or not len(paths):
-        raise InputError(f"expected a list of at least one image path, found {paths!r}", remedy="give a list such as ['photo.jpg']")
+        raise InputError(
+            f"expected a list of at least one image path, found {paths!r}", remedy="give a list such as ['photo.jpg']"
+        )
     images = np.empty((len(paths), *preprocessing.crop, 3), np.uint8)
     for index, path in enumerate(paths):
         images[index] = load_image(path, preprocessing)
@@ -314,8 +357,9 @@ def normalize(images: Uint8Array, preprocessing: Preprocessing) -> Float32Array:
 def load_image(path: StrPath, preprocessing: Preprocessing) -> Uint8Array:
     """Decodes one image file: EXIF rotation, RGB, short side resized, centre cropped. Of an animation, the first frame.
 
-    Grey is repeated, 16-bit grey is scaled (÷ 257), palettes are resolved, CMYK is converted, transparency is laid on white. An image
-    smaller than the crop is enlarged; one that is narrower than a wide crop is resized until it covers it.
+    Grey is repeated, 16-bit grey is scaled (÷ 257), palettes are resolved, CMYK is converted, transparency is laid on
+    white. An image smaller than the crop is enlarged; one that is narrower than a wide crop is resized until it covers
+    it.
 
     Args:
         path: JPEG, PNG, WebP, BMP, GIF, TIFF, PPM, JPEG 2000, TGA or AVIF file.
@@ -325,7 +369,8 @@ def load_image(path: StrPath, preprocessing: Preprocessing) -> Uint8Array:
         uint8 (H, W, 3), RGB, 0–255, with (H, W) = `preprocessing.crop`.
 
     Raises:
-        InputError: The file is missing, empty, truncated, not an image, or holds more than MAX_PIXELS pixels; or `path` is no path.
+        InputError: The file is missing, empty, truncated, not an image, or holds more than MAX_PIXELS pixels; or `path`
+            is no path.
         MissingDependencyError: Pillow is not installed.
     """
     import numpy as np
@@ -341,7 +386,11 @@ def load_image(path: StrPath, preprocessing: Preprocessing) -> Uint8Array:
 
 
 def decode_image(
-    data: bytes | bytearray, preprocessing: Preprocessing, *, formats: Sequence[str] = FORMATS, max_pixels: int = MAX_PIXELS
+    data: bytes | bytearray,
+    preprocessing: Preprocessing,
+    *,
+    formats: Sequence[str] = FORMATS,
+    max_pixels: int = MAX_PIXELS,
 ) -> Uint8Array:
     """`load_image` for the bytes of an image file: what a service receives.
 
@@ -361,7 +410,9 @@ def decode_image(
     import numpy as np
 
     where = "the image that was sent"
-    image = _resize_and_crop(decode_rgb_bytes(data, where, formats, max_pixels), preprocessing, where, min(max_pixels, MAX_PIXELS))
+    image = _resize_and_crop(
+        decode_rgb_bytes(data, where, formats, max_pixels), preprocessing, where, min(max_pixels, MAX_PIXELS)
+    )
     return np.asarray(image, np.uint8)
 
 
@@ -370,9 +421,16 @@ def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing, where: st
 
     height, width = preprocessing.crop
     size = _resized(image.size, preprocessing)
-    check_size(size, where, what=f"resized from {image.width}×{image.height} until it covers {height}×{width}, it would have", limit=max_pixels)
+    check_size(
+        size,
+        where,
+        what=f"resized from {image.width}×{image.height} until it covers {height}×{width}, it would have",
+        limit=max_pixels,
+    )
     if size != image.size:
-        image = image.resize(size, Resampling.BICUBIC if preprocessing.interpolation == "bicubic" else Resampling.BILINEAR)
+        image = image.resize(
+            size, Resampling.BICUBIC if preprocessing.interpolation == "bicubic" else Resampling.BILINEAR
+        )
     left, top = (round((have - want) / 2) for have, want in zip(size, (width, height), strict=True))
     return image.crop((left, top, left + width, top + height))
 
@@ -384,7 +442,11 @@ def _resized(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, 
     """
     height, width = preprocessing.crop
     short = min(size)
-    # Integers throughout: the smallest short side, not below resize_short, at which both sides (rounded down) cover the crop.
-    target = max(preprocessing.resize_short, *(-(-want * short // have) for want, have in zip((width, height), size, strict=True)))
+    # Integers throughout: the smallest short side, not below resize_short, at which both sides (rounded down) cover the
+    # crop.
+    target = max(
+        preprocessing.resize_short,
+        *(-(-want * short // have) for want, have in zip((width, height), size, strict=True)),
+    )
     wide, high = (target if side == short else int(target * side / short) for side in size)
     return wide, high

@@ -39,8 +39,8 @@ class Batch:
 def make_batches(preprocessing: Preprocessing, sizes: Sequence[tuple[int, int]], *, seed: int = 0) -> tuple[Batch, ...]:
     """The batches of a verification.
 
-    At each size two image-like images; at the first two sizes also borders and a large constant, one each, so that a dynamic batch is run with
-    two sizes.
+    At each size two image-like images; at the first two sizes also borders and a large constant, one each, so that a
+    dynamic batch is run with two sizes.
 
     Args:
         preprocessing: Whose mean and standard deviation normalise the images.
@@ -53,7 +53,9 @@ def make_batches(preprocessing: Preprocessing, sizes: Sequence[tuple[int, int]],
         batches.append(_from_images(f"image-like {_name(size)}", draw_images(size, 2, random), preprocessing))
         if index < 2:
             batches.append(_from_images(f"borders {_name(size)}", _border_image(size), preprocessing))
-            constant = np.broadcast_to(np.array([_LARGE, -_LARGE, _LARGE], np.float32).reshape(1, 3, 1, 1), (1, 3, *size)).copy()
+            constant = np.broadcast_to(
+                np.array([_LARGE, -_LARGE, _LARGE], np.float32).reshape(1, 3, 1, 1), (1, 3, *size)
+            ).copy()
             batches.append(Batch(f"large constant {_name(size)}", None, constant))
     return tuple(batches)
 
@@ -69,7 +71,8 @@ def _from_images(name: str, images: NDArray[np.uint8], preprocessing: Preprocess
 def draw_images(size: tuple[int, int], count: int, random: np.random.Generator) -> NDArray[np.uint8]:
     """Image-like batches: smooth colour fields, a few hard-edged rectangles and sensor noise.
 
-    Natural images have a power spectrum that falls with frequency (Field 1987); a sum of random gratings with amplitude 1/frequency has, too.
+    Natural images have a power spectrum that falls with frequency (Field 1987); a sum of random gratings with amplitude
+    1/frequency has, too.
 
     Returns:
         uint8 (count, H, W, 3), RGB, 0–255; every image different.
@@ -81,7 +84,9 @@ def draw_images(size: tuple[int, int], count: int, random: np.random.Generator) 
         field = np.zeros((height, width, 3))
         for frequency in (1, 2, 3, 5, 8, 13):
             direction = random.uniform(0, 2 * np.pi, 3)
-            phase = 2 * np.pi * frequency * (np.cos(direction) * x[..., None] + np.sin(direction) * y[..., None]) + random.uniform(0, 2 * np.pi, 3)
+            phase = 2 * np.pi * frequency * (
+                np.cos(direction) * x[..., None] + np.sin(direction) * y[..., None]
+            ) + random.uniform(0, 2 * np.pi, 3)
             field += np.sin(phase) / frequency
         for _ in range(3):
             top, left = random.integers(0, height), random.integers(0, width)

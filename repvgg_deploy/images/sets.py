@@ -29,7 +29,8 @@ def to_input(images: Sequence[NDArray[Any]], spec: ModelSpec, name: str) -> NDAr
     """Stacks images to a batch as the model takes it.
 
     Args:
-        images: All uint8 (H, W, 3) or (3, H, W), RGB, 0–255; or all float32 of either layout, normalised. None give a batch of none.
+        images: All uint8 (H, W, 3) or (3, H, W), RGB, 0–255; or all float32 of either layout, normalised. None give a
+            batch of none.
         spec: Of the model. Its input is uint8 NHWC, or floating-point NCHW.
         name: Of the set, for messages.
 
@@ -65,10 +66,13 @@ def _require_size(image: NDArray[Any], spec: ModelSpec, name: str) -> None:
     wanted = spec.input.shape[1:3] if spec.input.dtype == "uint8" else spec.input.shape[2:4]
     if channels != 3:
         raise InputError(
-            f"{name}: expected RGB images (H, W, 3), found {image.shape}", remedy="repeat a grey channel three times, drop an alpha channel"
+            f"{name}: expected RGB images (H, W, 3), found {image.shape}",
+            remedy="repeat a grey channel three times, drop an alpha channel",
         )
     if any(isinstance(want, int) and want != have for want, have in zip(wanted, (height, width), strict=False)):
-        raise InputError(f"{name}: expected images of {wanted[0]}×{wanted[1]} pixels, found {height}×{width}", remedy=_RESIZE)
+        raise InputError(
+            f"{name}: expected images of {wanted[0]}×{wanted[1]} pixels, found {height}×{width}", remedy=_RESIZE
+        )
 
 
 def _to_bytes(batch: NDArray[np.float32], spec: ModelSpec, name: str) -> NDArray[np.uint8]:
@@ -81,7 +85,8 @@ def _to_bytes(batch: NDArray[np.float32], spec: ModelSpec, name: str) -> NDArray
 def _byte_preprocessing(spec: ModelSpec, name: str) -> Preprocessing:
     if spec.preprocessing is None:
         raise InputError(
-            f"{name}: the model does not say how bytes are normalised", remedy="store float32 images (N, 3, H, W) as the model takes them"
+            f"{name}: the model does not say how bytes are normalised",
+            remedy="store float32 images (N, 3, H, W) as the model takes them",
         )
     return spec.preprocessing
 
@@ -98,7 +103,8 @@ class ImageBatch:
     """Images that are run together.
 
     Attributes:
-        images: As the model takes them: uint8 (N, H, W, 3) or float32 (N, 3, H, W), normalised; N is 0 where none could be read.
+        images: As the model takes them: uint8 (N, H, W, 3) or float32 (N, 3, H, W), normalised; N is 0 where none could
+            be read.
         labels: int64 (N,), or None where the set has none.
         skipped: What could not be read since the batch before, and why.
     """
@@ -139,7 +145,8 @@ class ImageSet:
         """Batches in order.
 
         Raises:
-            InputError: More than MAX_UNREADABLE_SHARE of the images cannot be read, or none can, or an image is not what the model takes.
+            InputError: More than MAX_UNREADABLE_SHARE of the images cannot be read, or none can, or an image is not
+                what the model takes.
         """
         images: list[NDArray[Any]] = []
         classes: list[int] = []
@@ -163,7 +170,9 @@ class ImageSet:
         logger.warning("skipped: %s", error.message)
         if unreadable > MAX_UNREADABLE_SHARE * len(self):
             raise InputError(
-                f"{self.name}: more than {MAX_UNREADABLE_SHARE:.0%} of {len(self)} images cannot be read; {error.message}", remedy=error.remedy
+                f"{self.name}: more than {MAX_UNREADABLE_SHARE:.0%} of {len(self)} images cannot be read; "
+                f"{error.message}",
+                remedy=error.remedy,
             ) from error
 
     def _batch(self, images: list[NDArray[Any]], classes: list[int], skipped: list[str]) -> ImageBatch:
@@ -190,15 +199,19 @@ class SetOptions:
     def __post_init__(self) -> None:
         for name, value in (("limit", self.limit), ("batch_size", self.batch_size)):
             if value is not None and value < 1:
-                raise InputError(f"{name}: expected at least 1, found {value}", remedy=f"give a positive {name.replace('_', ' ')}, or leave it out")
+                raise InputError(
+                    f"{name}: expected at least 1, found {value}",
+                    remedy=f"give a positive {name.replace('_', ' ')}, or leave it out",
+                )
 
 
 def open_images(path: StrPath, spec: ModelSpec, options: SetOptions | None = None) -> ImageSet:
     """Lists the images of a set; they are read when it is iterated over.
 
     Args:
-        path: A folder with one sub-folder a class (as ImageNet's); a CSV or text file of `path,label` lines, paths relative to it; an .npz with
-            `images`, uint8 (N, H, W, 3), and `labels`; or without labels: a folder that is searched recursively, a list of paths, one image.
+        path: A folder with one sub-folder a class (as ImageNet's); a CSV or text file of `path,label` lines, paths
+            relative to it; an .npz with `images`, uint8 (N, H, W, 3), and `labels`; or without labels: a folder that is
+            searched recursively, a list of paths, one image.
         spec: Of the model that they are for: its classes, labels and input.
         options: Limit, batch size, seed and whether labels are needed.
 
@@ -209,8 +222,19 @@ def open_images(path: StrPath, spec: ModelSpec, options: SetOptions | None = Non
     where = Path(path)
     source, labels, how, names = _open(where, spec, options.labels)
     if not len(source):
-        raise InputError(f"{where}: expected at least one image, found none", remedy="name a folder, list or .npz that holds some")
-    return ImageSet(source, spec, choose_evenly(len(source), options.limit, options.seed), labels, how, options.batch_size, str(where), names)
+        raise InputError(
+            f"{where}: expected at least one image, found none", remedy="name a folder, list or .npz that holds some"
+        )
+    return ImageSet(
+        source,
+        spec,
+        choose_evenly(len(source), options.limit, options.seed),
+        labels,
+        how,
+        options.batch_size,
+        str(where),
+        names,
+    )
 
 
 def choose_evenly(count: int, limit: int | None, seed: int) -> tuple[int, ...]:
@@ -228,20 +252,26 @@ def _open(path: Path, spec: ModelSpec, use: LabelUse) -> _Opened:
     if path.is_dir():
         return _open_folder(path, spec, use)
     if not path.is_file():
-        raise InputError(f"{path}: no such file or folder", remedy="check the path; relative paths start at the current folder")
+        raise InputError(
+            f"{path}: no such file or folder", remedy="check the path; relative paths start at the current folder"
+        )
     if path.suffix.lower() == ".npz":
         archive = NpzSource(path)
         return archive, *_find_labels(None if use == "none" else archive.labels(), spec, path, use)
     if path.suffix.lower() in _LIST_SUFFIXES:
         found = read_list(path)
-        return FileSource(found.paths, _preprocessing(spec)), *_find_labels(None if use == "none" else found.labels, spec, path, use)
+        return FileSource(found.paths, _preprocessing(spec)), *_find_labels(
+            None if use == "none" else found.labels, spec, path, use
+        )
     return FileSource((path,), _preprocessing(spec)), *_find_labels(None, spec, path, use)
 
 
 def _open_folder(path: Path, spec: ModelSpec, use: LabelUse) -> _Opened:
     files = find_images(path)
     if not files:
-        raise InputError(f"{path}: no image found there or in its sub-folders", remedy="name a folder that holds images")
+        raise InputError(
+            f"{path}: no image found there or in its sub-folders", remedy="name a folder that holds images"
+        )
     parts = [file.relative_to(path).parts for file in files]
     loose = next((file for file, part in zip(files, parts, strict=True) if len(part) == 1), None)
     if use == "none" or (use == "optional" and loose is not None):
@@ -267,7 +297,10 @@ def _open_folder(path: Path, spec: ModelSpec, use: LabelUse) -> _Opened:
 def _find_labels(texts: Sequence[str] | None, spec: ModelSpec, path: Path, use: LabelUse) -> _Labels:
     if texts is None:
         if use == "required":
-            raise InputError(f"{path}: has no labels", remedy="give path,label lines, an .npz with labels, or a folder with one sub-folder a class")
+            raise InputError(
+                f"{path}: has no labels",
+                remedy="give path,label lines, an .npz with labels, or a folder with one sub-folder a class",
+            )
         return None, "", None
     indices, how = index_labels(texts, classes_of(spec), str(path))
     return tuple(indices), how, None
@@ -280,7 +313,9 @@ def classes_of(spec: ModelSpec) -> Classes:
         InputError: The model is no classifier.
     """
     if spec.kind not in ("logits", "probabilities", "top5"):
-        raise InputError(f"the model gives {spec.kind}, not classes, so labels cannot be compared", remedy="evaluate a classifier")
+        raise InputError(
+            f"the model gives {spec.kind}, not classes, so labels cannot be compared", remedy="evaluate a classifier"
+        )
     columns = spec.outputs[0].shape[-1]
     count = len(spec.labels) if spec.labels else None
     if spec.kind != "top5" and isinstance(columns, int):
@@ -290,5 +325,8 @@ def classes_of(spec: ModelSpec) -> Classes:
 
 def _preprocessing(spec: ModelSpec) -> Preprocessing:
     if spec.preprocessing is None:
-        raise InputError("the model does not say how an image becomes its input", remedy="give an .npz with float32 images as the model takes them")
+        raise InputError(
+            "the model does not say how an image becomes its input",
+            remedy="give an .npz with float32 images as the model takes them",
+        )
     return spec.preprocessing

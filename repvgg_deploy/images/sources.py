@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     Image: TypeAlias = "NDArray[np.uint8] | NDArray[np.float32]"
 _CHUNK_BYTES = 1 << 20
 _PATH_NAMES, _LABEL_NAMES = ("path", "file", "filename", "image"), ("label", "class", "target")
-_NPZ_REMEDY = "write it with numpy.savez(file, images=…, labels=…): one C-ordered array uint8 (N, H, W, 3), and integers (N,)"
+_NPZ_REMEDY = (
+    "write it with numpy.savez(file, images=…, labels=…): one C-ordered array uint8 (N, H, W, 3), and integers (N,)"
+)
 
 
 class ImageSource(Protocol):
@@ -80,7 +82,9 @@ class NpzSource:
         if len(self.shape) != 4 or self.dtype not in ("uint8", "float32") or fortran:
             order = "Fortran order, " if fortran else ""
             what = "arrays of mixed shapes (objects)" if self.dtype == "object" else f"{order}{self.dtype} {self.shape}"
-            raise InputError(f"{path}: images: expected uint8 (N, H, W, 3) in C order, found {what}", remedy=_NPZ_REMEDY)
+            raise InputError(
+                f"{path}: images: expected uint8 (N, H, W, 3) in C order, found {what}", remedy=_NPZ_REMEDY
+            )
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -103,7 +107,10 @@ class NpzSource:
                 data = file.read(size)
                 position = index + 1
                 if len(data) != size:
-                    raise InputError(f"{self._path}: images: ends after {index} of {len(self)} images", remedy="copy the file again from its source")
+                    raise InputError(
+                        f"{self._path}: images: ends after {index} of {len(self)} images",
+                        remedy="copy the file again from its source",
+                    )
                 yield np.frombuffer(data, self.dtype).reshape(row)
 
     def labels(self) -> list[str] | None:
@@ -119,7 +126,10 @@ class NpzSource:
                 return None
             labels = archive["labels"]
         if labels.ndim != 1 or labels.dtype.kind not in "iuU" or len(labels) != len(self):
-            raise InputError(f"{self._path}: labels: expected {len(self)} integers, found {labels.dtype} {labels.shape}", remedy=_NPZ_REMEDY)
+            raise InputError(
+                f"{self._path}: labels: expected {len(self)} integers, found {labels.dtype} {labels.shape}",
+                remedy=_NPZ_REMEDY,
+            )
         return [str(label) for label in labels.tolist()]
 
     @contextlib.contextmanager
@@ -127,7 +137,9 @@ class NpzSource:
         with _explain_damage(self._path), zipfile.ZipFile(self._path) as archive:
             if f"{name}.npy" not in archive.namelist():
                 raise InputError(
-                    f"{self._path}: expected an array {name}, found {', '.join(archive.namelist()) or 'nothing'}".replace(".npy", ""),
+                    f"{self._path}: expected an array {name}, found {', '.join(archive.namelist()) or 'nothing'}".replace(
+                        ".npy", ""
+                    ),
                     remedy=_NPZ_REMEDY,
                 )
             with archive.open(f"{name}.npy") as file:
@@ -140,8 +152,19 @@ def _explain_damage(path: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, EOFError, KeyError, RuntimeError, SyntaxError, zlib.error, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: cannot be read as .npz: {' '.join(str(error).split())}", remedy=_NPZ_REMEDY) from error
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        KeyError,
+        RuntimeError,
+        SyntaxError,
+        zlib.error,
+        zipfile.BadZipFile,
+    ) as error:
+        raise InputError(
+            f"{path}: cannot be read as .npz: {' '.join(str(error).split())}", remedy=_NPZ_REMEDY
+        ) from error
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], str, bool]:
@@ -169,7 +192,9 @@ def find_images(folder: Path) -> tuple[Path, ...]:
     """
 
     def refuse(error: OSError) -> None:
-        raise InputError(f"{error.filename}: cannot be read: {error.strerror}", remedy="make the folder readable, or move it out") from error
+        raise InputError(
+            f"{error.filename}: cannot be read: {error.strerror}", remedy="make the folder readable, or move it out"
+        ) from error
 
     found: list[Path] = []
     seen: set[str] = set()
@@ -180,7 +205,11 @@ def find_images(folder: Path) -> tuple[Path, ...]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(root, name) for name in files if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")]
+        found += [
+            Path(root, name)
+            for name in files
+            if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
+        ]
     return tuple(sorted(found))
 
 
@@ -212,7 +241,9 @@ def read_list(path: Path) -> FileList:
     short = next((line for line, row in rows if len(row) < wanted), None)
     if short is not None or not rows:
         where = f"line {short}: expected {wanted} columns" if short is not None else "expected lines below the header"
-        raise InputError(f"{path}: {where}, found fewer", remedy="write path,label on each line; quote paths that hold a comma")
+        raise InputError(
+            f"{path}: {where}, found fewer", remedy="write path,label on each line; quote paths that hold a comma"
+        )
     paths = tuple(path.parent / row[path_column].strip() for _, row in rows)
     missing = [(line, file) for (line, _), file in zip(rows, paths, strict=True) if not file.is_file()]
     if missing:
@@ -230,11 +261,17 @@ def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = file.read().splitlines()
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as a list of images: {error}", remedy="give a UTF-8 text or CSV file") from error
+        raise InputError(
+            f"{path}: cannot be read as a list of images: {error}", remedy="give a UTF-8 text or CSV file"
+        ) from error
     first = next((line for line in lines if line.strip()), "")
     delimiter = next((mark for mark in ",;\t" if mark in first), ",")
     try:
-        return [(number, row) for number, row in enumerate(csv.reader(lines, delimiter=delimiter), start=1) if any(cell.strip() for cell in row)]
+        return [
+            (number, row)
+            for number, row in enumerate(csv.reader(lines, delimiter=delimiter), start=1)
+            if any(cell.strip() for cell in row)
+        ]
     except csv.Error as error:
         raise InputError(f"{path}: is no CSV: {error}", remedy="write path,label on each line") from error
 
@@ -248,6 +285,7 @@ def _columns(path: Path, rows: list[tuple[int, list[str]]]) -> tuple[int, int | 
         return path_column, label_column, True
     if label_column is not None or len(head) > 2:
         raise InputError(
-            f"{path}: expected the columns path,label, found {', '.join(rows[0][1])}", remedy="name the columns path and label in the first line"
+            f"{path}: expected the columns path,label, found {', '.join(rows[0][1])}",
+            remedy="name the columns path and label in the first line",
         )
     return 0, 1 if len(head) == 2 else None, False

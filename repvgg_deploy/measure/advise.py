@@ -4,12 +4,14 @@ What comes nearest to a wish that nothing meets. Pure arithmetic.
 
 Latency of a variant that was not measured, from its roofline and two constants. Pure arithmetic.
 
-Of each layer: the longer of operations ÷ (peak · efficiency) and bytes ÷ bandwidth, and then a fixed time for its start, its end, and a GPU that one
-image does not fill. A grouped convolution pays that once a group: each group is a small product of its own.
+Of each layer: the longer of operations ÷ (peak · efficiency) and bytes ÷ bandwidth, and then a fixed time for its
+start, its end, and a GPU that one image does not fill. A grouped convolution pays that once a group: each group is a
+small product of its own.
 
-The constants for FP32 were chosen to meet published times of TensorRT 8.0 on a V100 (`PUBLISHED_V100_MS`): ten of the twelve estimates are within
-17 %; B3, whose published times are hardly longer than those of the smaller B2, is 21 % and 47 % too long. For FP16 and INT8 no published times were
-at hand: that tensor cores reach 40 % of their peak is an assumption. Copies to and from the GPU are not in it.
+The constants for FP32 were chosen to meet published times of TensorRT 8.0 on a V100 (`PUBLISHED_V100_MS`): ten of the
+twelve estimates are within 17 %; B3, whose published times are hardly longer than those of the smaller B2, is 21 % and
+47 % too long. For FP16 and INT8 no published times were at hand: that tensor cores reach 40 % of their peak is an
+assumption. Copies to and from the GPU are not in it.
 """
 
 from __future__ import annotations
@@ -107,7 +109,9 @@ FITTED = Assumptions()
 """The defaults."""
 
 
-def estimate_ms(costs: Sequence[LayerCost], ceiling: Ceiling, batch: int, assumptions: Assumptions = FITTED) -> float | None:
+def estimate_ms(
+    costs: Sequence[LayerCost], ceiling: Ceiling, batch: int, assumptions: Assumptions = FITTED
+) -> float | None:
     """Milliseconds of one batch; None where the peak of a precision is not known.
 
     Args:
@@ -122,7 +126,10 @@ def estimate_ms(costs: Sequence[LayerCost], ceiling: Ceiling, batch: int, assump
         if peak is None:
             return None
         computing = cost.count_operations(batch) / (peak * assumptions.efficiency[cost.precision])
-        total += max(computing, cost.count_bytes(batch) / ceiling.bytes_per_second) + 1e-6 * assumptions.overhead_us * cost.groups
+        total += (
+            max(computing, cost.count_bytes(batch) / ceiling.bytes_per_second)
+            + 1e-6 * assumptions.overhead_us * cost.groups
+        )
     return 1e3 * total
 
 
@@ -209,7 +216,9 @@ class Advice:
     others: tuple[Choice, ...]
 
 
-def advise(wish: Wish, *, ceiling: Ceiling | None, measured: Sequence[Measured], assumptions: Assumptions = FITTED) -> Advice:
+def advise(
+    wish: Wish, *, ceiling: Ceiling | None, measured: Sequence[Measured], assumptions: Assumptions = FITTED
+) -> Advice:
     """Looks at every published variant with published accuracy.
 
     Args:
@@ -227,8 +236,11 @@ def advise(wish: Wish, *, ceiling: Ceiling | None, measured: Sequence[Measured],
         choices += [choice for choice in _estimated_choices(wish, ceiling, assumptions) if _key(choice) not in known]
     if not choices:
         raise InputError(
-            "there is nothing to choose from: no GPU whose peaks are known, and no measurement of a published variant at its image size",
-            remedy="give --gpu t4 or another, or --measured FILE of repvgg-trt bench with --batch, --precision as asked for here",
+            "there is nothing to choose from: no GPU whose peaks are known, and no measurement of a published "
+            "variant at its image size",
+            remedy="give --gpu t4 or another, or --measured FILE of repvgg-trt bench with --batch, --precision as "
+            "asked "
+            "for here",
         )
     fits = [choice for choice in choices if _fits(choice, wish)]
     fits.sort(key=lambda choice: (-choice.images_per_second, -choice.top1))
@@ -274,7 +286,12 @@ def _measured_choices(file: Measured, wish: Wish) -> Iterable[Choice]:
     for model in file.benchmark.models:
         size = model.image_size[0]
         top1 = accuracy.get((model.variant or "", size))
-        if top1 is None or not model.published or model.image_size != (size, size) or model.precision not in wish.precisions:
+        if (
+            top1 is None
+            or not model.published
+            or model.image_size != (size, size)
+            or model.precision not in wish.precisions
+        ):
             continue
         variant = get_variant(model.variant or "")
         gmacs = sum(cost.macs for cost in _costs(variant, size, "fp32")) / 1e9
@@ -301,7 +318,10 @@ def unused_models(measured: Sequence[Measured]) -> tuple[str, ...]:
             if model.variant is None or not model.published:
                 found.append(f"{where} is left out: no published variant, so that its accuracy is not known")
             elif (model.variant, model.image_size[0]) not in accuracy or model.image_size[0] != model.image_size[1]:
-                found.append(f"{where} is left out: it was measured at {size} px, for which no accuracy of {model.variant} is published")
+                found.append(
+                    f"{where} is left out: it was measured at {size} px, for which no accuracy of "
+                    f"{model.variant} is published"
+                )
             elif model.classes not in (None, get_variant(model.variant).num_classes):
                 found.append(f"{where} counts as {model.variant} of 1,000 classes, although it has {model.classes}")
     return tuple(found)
@@ -312,7 +332,9 @@ def _key(choice: Choice) -> tuple[str, int, str, int]:
 
 
 def _fits(choice: Choice, wish: Wish) -> bool:
-    return (wish.slo_ms is None or choice.latency_ms <= wish.slo_ms) and (wish.min_top1 is None or choice.top1 >= wish.min_top1)
+    return (wish.slo_ms is None or choice.latency_ms <= wish.slo_ms) and (
+        wish.min_top1 is None or choice.top1 >= wish.min_top1
+    )
 
 
 def choose_files(measured: Iterable[Measured], device: str) -> tuple[tuple[Measured, ...], tuple[str, ...]]:

@@ -32,7 +32,17 @@ from ..specs.variants import image_size, name_variant
 from .peaks import combine, count_cores, cpu_name, find_gpu_peaks, look_up_gpu, measure_cpu
 from .records import BENCHMARK_SCHEMA, Benchmark, Device, ModelResult, Phases, Point
 from .roofline import ITEM_BYTES, Ceiling, LayerCost, bound_layers, count_costs, total_floor_ms
-from .times import MOST_TURNS, BareSession, Call, Pace, Turns, count_images_per_second, find_instability, measure_in_turns, summarize
+from .times import (
+    MOST_TURNS,
+    BareSession,
+    Call,
+    Pace,
+    Turns,
+    count_images_per_second,
+    find_instability,
+    measure_in_turns,
+    summarize,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -76,12 +86,15 @@ def choose_ceiling(device: Device, name: str | None, *, tf32: bool) -> Ceiling |
     if device.kind == "cpu":
         if name is not None:
             raise InputError(
-                f"--gpu {name} is for the roofline of a GPU, and the models run on the CPU", remedy="leave out --gpu, or give --device cuda"
+                f"--gpu {name} is for the roofline of a GPU, and the models run on the CPU",
+                remedy="leave out --gpu, or give --device cuda",
             )
         return None
     gpu = find_gpu_peaks(name) if name is not None else look_up_gpu(device.name)
     if gpu is None:
-        logger.warning("the peaks of %s are not in the table: no roofline; --gpu says which known GPU it is", device.name)
+        logger.warning(
+            "the peaks of %s are not in the table: no roofline; --gpu says which known GPU it is", device.name
+        )
         return None
     return gpu.ceiling(tf32=tf32)
 
@@ -142,7 +155,10 @@ def describe_subject(path: Path, engine: Engine, size: tuple[int, int] | None) -
     """
     found = size or image_size(engine.spec)
     if found is None or engine.spec.input.layout not in ("NCHW", "NHWC"):
-        raise InputError(f"{path}: takes images of any size, and which is usual is not known", remedy="give --image-size, such as 224")
+        raise InputError(
+            f"{path}: takes images of any size, and which is usual is not known",
+            remedy="give --image-size, such as 224",
+        )
     plan, variant = is_plan(path), engine.metadata.variant
     nodes = () if plan else weighted_nodes(read_graph(path))
     passport = read_passport(path) if plan else None
@@ -219,7 +235,16 @@ class TorchRival:
 
 
 Way = Literal["engine", "onnxruntime", "torch"]
-_PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx-cu13", "cuda-bindings", "torch")
+_PACKAGES = (
+    "numpy",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+    "cuda-bindings",
+    "torch",
+)
 _PHASE_CALLS = 50
 _LARGEST_DIFFERENCE = 0.1
 
@@ -292,18 +317,32 @@ def run_benchmark(request: BenchRequest, *, progress: Callable[[str], None] = la
         ceiling = choose_ceiling(device, request.gpu, tf32=any(subject.tf32 for subject in subjects))
         ceiling = ceiling or _measure_peak(request, device.kind, progress)
         found = [
-            (batch, lane, turns) for batch in request.batches for lane, turns in _measure(request, subjects, lanes, batch=batch, report=progress)
+            (batch, lane, turns)
+            for batch in request.batches
+            for lane, turns in _measure(request, subjects, lanes, batch=batch, report=progress)
         ]
         phases = {
-            (index, batch): _measure_phases(subject, batch, notes[index]) for index, subject in enumerate(subjects) for batch in request.batches
+            (index, batch): _measure_phases(subject, batch, notes[index])
+            for index, subject in enumerate(subjects)
+            for batch in request.batches
         }
         ceiling = _combine_peaks(ceiling, _measure_peak(request, device.kind, progress))
         points: list[list[Point]] = [[] for _ in subjects]
         for batch, lane, turns in found:
             part = phases[lane.subject, batch] if lane.way == "engine" else None
-            points[lane.subject].append(_point(subjects[lane.subject], lane, batch, turns=turns, context=(request.pace.clients, part, ceiling)))
+            points[lane.subject].append(
+                _point(subjects[lane.subject], lane, batch, turns=turns, context=(request.pace.clients, part, ceiling))
+            )
         models = tuple(_result(subject, points[index], notes[index]) for index, subject in enumerate(subjects))
-    return Benchmark(BENCHMARK_SCHEMA, device, installed_versions(_PACKAGES), request.pace.duration_s, request.pace.clients, ceiling, models)
+    return Benchmark(
+        BENCHMARK_SCHEMA,
+        device,
+        installed_versions(_PACKAGES),
+        request.pace.duration_s,
+        request.pace.clients,
+        ceiling,
+        models,
+    )
 
 
 def _measure_peak(request: BenchRequest, kind: str, progress: Callable[[str], None]) -> Ceiling | None:
@@ -327,20 +366,30 @@ def _combine_peaks(before: Ceiling | None, after: Ceiling | None) -> Ceiling | N
         if max(rates) > (1 + _LARGEST_DIFFERENCE) * min(rates):
             shown = " and ".join(f"{rate / 1e9:,.0f}" for rate in rates)
             logger.warning(
-                "the CPU's peak was %s Gop/s in fp32 before and after: other programs run here; the higher counts, and may be too low", shown
+                "the CPU's peak was %s Gop/s in fp32 before and after: other programs run here; the higher "
+                "counts, and may be too low",
+                shown,
             )
     return combine(before, after)
 
 
-def _open_lanes(request: BenchRequest, subjects: list[Subject], notes: list[list[str]], stack: contextlib.ExitStack) -> Iterator[_Lane]:
-    done: set[tuple[VariantSpec, tuple[int, int]]] = set()  # PyTorch runs float32 whatever the file is typed as: once is enough
+def _open_lanes(
+    request: BenchRequest, subjects: list[Subject], notes: list[list[str]], stack: contextlib.ExitStack
+) -> Iterator[_Lane]:
+    done: set[tuple[VariantSpec, tuple[int, int]]] = (
+        set()
+    )  # PyTorch runs float32 whatever the file is typed as: once is enough
     for index, subject in enumerate(subjects):
         yield _Lane(index, "engine", subject.engine.backend_name, _engine_call(subject))
         if "onnxruntime" in request.compare:
             if subject.plan:
                 notes[index].append("not compared with onnxruntime: it does not run plans")
             else:
-                session = BareSession(subject.path, device="cpu" if subject.engine.device == "cpu" else "cuda", threads=request.cpu_threads)
+                session = BareSession(
+                    subject.path,
+                    device="cpu" if subject.engine.device == "cpu" else "cuda",
+                    threads=request.cpu_threads,
+                )
                 yield _Lane(index, "onnxruntime", session.name, _session_call(session, subject))
         if "torch" in request.compare:
             if subject.variant is None:
@@ -388,7 +437,8 @@ def _measure_phases(subject: Subject, batch: int, notes: list[str]) -> Phases | 
     if largest < batch:
         parts = "; its parts are not told apart" if subject.plan else ""
         notes.append(
-            f"batch {batch} runs in pieces of {largest}, the largest {'of the plan' if subject.plan else 'that an Engine runs at once'}{parts}"
+            f"batch {batch} runs in pieces of {largest}, the largest "
+            f"{'of the plan' if subject.plan else 'that an Engine runs at once'}{parts}"
         )
         return None
     times = subject.engine.time_phases(subject.make_batch(batch), _PHASE_CALLS)
@@ -399,11 +449,17 @@ def _measure_phases(subject: Subject, batch: int, notes: list[str]) -> Phases | 
     return Phases(medians[0], medians[1], medians[2], medians[3], len(times))
 
 
-def _point(subject: Subject, lane: _Lane, batch: int, *, turns: Turns, context: tuple[int, Phases | None, Ceiling | None]) -> Point:
+def _point(
+    subject: Subject, lane: _Lane, batch: int, *, turns: Turns, context: tuple[int, Phases | None, Ceiling | None]
+) -> Point:
     clients, phases, ceiling = context
     latency, rate = summarize(turns), count_images_per_second(turns, batch)
     # PyTorch runs float32 whatever the file is typed as, so its roofline is another one.
-    bounds = None if ceiling is None or not subject.costs or lane.way == "torch" else bound_layers(subject.costs, ceiling, batch)
+    bounds = (
+        None
+        if ceiling is None or not subject.costs or lane.way == "torch"
+        else bound_layers(subject.costs, ceiling, batch)
+    )
     floor = None if bounds is None else total_floor_ms(bounds)
     alone = latency.median_ms if clients == 1 else 1e3 * batch / rate
     took = phases.compute_ms if phases is not None else alone
@@ -413,7 +469,10 @@ def _point(subject: Subject, lane: _Lane, batch: int, *, turns: Turns, context: 
 
 def _result(subject: Subject, points: list[Point], notes: list[str]) -> ModelResult:
     if not subject.costs:
-        notes.append("no roofline: its architecture or precision is not known; a plan's passport says both when repvgg-trt build wrote it anew")
+        notes.append(
+            "no roofline: its architecture or precision is not known; a plan's passport says both when "
+            "repvgg-trt build wrote it anew"
+        )
     variant = subject.variant
     return ModelResult(
         subject.path.name,

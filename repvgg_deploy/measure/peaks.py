@@ -1,7 +1,8 @@
 """What this CPU can do at most, measured: large matrix products in float32 and in uint8 · int8, and large copies.
 
-The products run in ONNX Runtime with as many threads as compute at once in what is to be judged, because that library's kernels are what a CPU
-engine is made of. Another one's might be faster still, so a share of this peak is a share of what ONNX Runtime reaches at its best.
+The products run in ONNX Runtime with as many threads as compute at once in what is to be judged, because that library's
+kernels are what a CPU engine is made of. Another one's might be faster still, so a share of this peak is a share of
+what ONNX Runtime reaches at its best.
 
 Peaks of GPUs by name, from `data/gpus.toml`, which names the source of each. Standard library only.
 """
@@ -48,7 +49,9 @@ def measure_cpu(*, threads: int | None = None, seconds: float = 1.0) -> Ceiling 
     try:
         import onnxruntime
     except ImportError as error:
-        logger.warning("the peak of this CPU is not measured: it takes ONNX Runtime, which cannot be imported (%s)", error)
+        logger.warning(
+            "the peak of this CPU is not measured: it takes ONNX Runtime, which cannot be imported (%s)", error
+        )
         return None
     products = {}
     for precision, integer in (("fp32", False), ("int8", True)):
@@ -58,7 +61,8 @@ def measure_cpu(*, threads: int | None = None, seconds: float = 1.0) -> Ceiling 
         cpu_name(),
         products,
         _measure_copy(threads or count_cores(), seconds),
-        f"measured on the spot: matrix products of {_SIZE}³ in ONNX Runtime {onnxruntime.__version__}, copies of {_COPY_BYTES >> 20} MiB",
+        f"measured on the spot: matrix products of {_SIZE}³ in ONNX Runtime {onnxruntime.__version__}, copies of "
+        f"{_COPY_BYTES >> 20} MiB",
         measured=True,
     )
 
@@ -93,7 +97,9 @@ def _measure_product(runtime: Any, *, integer: bool, threads: int | None, second
     options = runtime.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads
-    session = runtime.InferenceSession(make_product(right, integer=integer), sess_options=options, providers=["CPUExecutionProvider"])
+    session = runtime.InferenceSession(
+        make_product(right, integer=integer), sess_options=options, providers=["CPUExecutionProvider"]
+    )
     return 2 * _SIZE**3 / _fastest(lambda: session.run(None, {"left": left}), seconds)
 
 
@@ -152,8 +158,12 @@ def combine(first: Ceiling | None, second: Ceiling | None) -> Ceiling | None:
     """The higher of two measurements of one device, number by number: what disturbs a measurement only ever lowers it."""
     if first is None or second is None:
         return first or second
-    operations = {name: max(value, second.operations_per_second[name]) for name, value in first.operations_per_second.items()}
-    return dataclasses.replace(first, operations_per_second=operations, bytes_per_second=max(first.bytes_per_second, second.bytes_per_second))
+    operations = {
+        name: max(value, second.operations_per_second[name]) for name, value in first.operations_per_second.items()
+    }
+    return dataclasses.replace(
+        first, operations_per_second=operations, bytes_per_second=max(first.bytes_per_second, second.bytes_per_second)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +232,10 @@ def find_gpu_peaks(name: str) -> GpuPeaks:
     found = look_up_gpu(name)
     if found is None:
         known = ", ".join(gpu.names[0] for gpu in load_gpus())
-        raise InputError(f"the peaks of a GPU {name!r} are not known", remedy=f"give one of {known}, or measure with repvgg-trt bench and --measured")
+        raise InputError(
+            f"the peaks of a GPU {name!r} are not known",
+            remedy=f"give one of {known}, or measure with repvgg-trt bench and --measured",
+        )
     return found
 
 

@@ -33,7 +33,11 @@ def draw_benchmark(result: Benchmark) -> Figure:
         MissingDependencyError: matplotlib is not installed.
     """
     require_data(any(model.points for model in result.models), "no model was measured")
-    drawn = [model for model in result.models if result.ceiling is not None and model.layers and _bounds(result.ceiling, model)]
+    drawn = [
+        model
+        for model in result.models
+        if result.ceiling is not None and model.layers and _bounds(result.ceiling, model)
+    ]
     if not drawn or result.ceiling is None:
         with open_figure(_LATENCY_WIDTH, _HEIGHT) as (figure, axes):
             _fill_latency(axes, result)
@@ -51,9 +55,21 @@ def _fill_latency(axes: Axes, result: Benchmark) -> None:
         colour, marker = SERIES[index % len(SERIES)]
         for way in dict.fromkeys(point.way for point in model.points):
             points = [point for point in model.points if point.way == way]
-            medians, rates = [point.latency.median_ms for point in points], [point.images_per_second for point in points]
+            medians, rates = (
+                [point.latency.median_ms for point in points],
+                [point.images_per_second for point in points],
+            )
             tails = [point.latency.p99_ms - point.latency.median_ms for point in points]
-            axes.errorbar(medians, rates, xerr=[[0.0] * len(points), tails], fmt="none", ecolor=colour, elinewidth=1, capsize=3, alpha=0.6)
+            axes.errorbar(
+                medians,
+                rates,
+                xerr=[[0.0] * len(points), tails],
+                fmt="none",
+                ecolor=colour,
+                elinewidth=1,
+                capsize=3,
+                alpha=0.6,
+            )
             label = f"{_title(model)}, {way}"
             axes.plot(medians, rates, color=colour, marker=marker, markersize=7, linestyle=_LINES[way], linewidth=1.6, label=label,
                       markerfacecolor=colour if way == "engine" else "white")  # fmt: skip
@@ -63,9 +79,16 @@ def _fill_latency(axes: Axes, result: Benchmark) -> None:
     _pad(axes, result)
     _plain_ticks(axes)
     points = [point for model in result.models for point in model.points]
-    labels = [(f"batch {point.batch}", point.latency.median_ms, point.images_per_second) for point in points if point.way == "engine"]
+    labels = [
+        (f"batch {point.batch}", point.latency.median_ms, point.images_per_second)
+        for point in points
+        if point.way == "engine"
+    ]
     _place_labels(axes, labels, [(point.latency.median_ms, point.images_per_second) for point in points])
-    axes.set(title=f"Latency against throughput\n{result.device.name}", xlabel="latency of one call, ms (mark: median, bar: to the 99th percentile)")
+    axes.set(
+        title=f"Latency against throughput\n{result.device.name}",
+        xlabel="latency of one call, ms (mark: median, bar: to the 99th percentile)",
+    )
     axes.set_ylabel("images a second" + (f" of {result.clients} clients" if result.clients > 1 else ""))
     draw_grid(axes, "x")
     draw_grid(axes, "y")
@@ -95,7 +118,10 @@ def _plain_ticks(axes: Axes) -> None:
 def _fill_roofline(axes: Axes, result: Benchmark, ceiling: Ceiling, models: Sequence[ModelResult]) -> None:
     used = sorted({cost.precision for model in models for cost in model.layers})
     every = [bound for model in models for bounds in _bounds(ceiling, model).values() for bound in bounds]
-    left, right = min(bound.intensity for bound in every) / 2, max(*(bound.intensity for bound in every), *map(ceiling.ridge, used)) * 3
+    left, right = (
+        min(bound.intensity for bound in every) / 2,
+        max(*(bound.intensity for bound in every), *map(ceiling.ridge, used)) * 3,
+    )
     _draw_roofs(axes, ceiling, used, (left, right))
     entries, reached = 0, list[_Label]()
     for index, model in enumerate(models):
@@ -104,7 +130,15 @@ def _fill_roofline(axes: Axes, result: Benchmark, ceiling: Ceiling, models: Sequ
             full = batch == max(_bounds(ceiling, model))
             look: dict[str, Any] = {"facecolor": colour if full else "white", "edgecolor": colour, "marker": marker}
             places = [bound.intensity for bound in bounds], [bound.attainable for bound in bounds]
-            axes.scatter(*places, s=26, zorder=3, alpha=0.75, linewidth=1.1, label=f"layers of {_title(model)}, batch {batch}", **look)
+            axes.scatter(
+                *places,
+                s=26,
+                zorder=3,
+                alpha=0.75,
+                linewidth=1.1,
+                label=f"layers of {_title(model)}, batch {batch}",
+                **look,
+            )
             entries += 1
             reached += _draw_reached(axes, model, bounds, look=look)
     axes.set_xscale("log")
@@ -112,9 +146,14 @@ def _fill_roofline(axes: Axes, result: Benchmark, ceiling: Ceiling, models: Sequ
     axes.set_xlim(left, right)
     lowest = min([bound.attainable for bound in every] + _reached_rates(models))
     axes.set_ylim(lowest / 2, max(ceiling.operations_per_second[name] for name in used) * 4)
-    _place_labels(axes, reached, [*((x, y) for _, x, y in reached), *((bound.intensity, bound.attainable) for bound in every)])
+    _place_labels(
+        axes, reached, [*((x, y) for _, x, y in reached), *((bound.intensity, bound.attainable) for bound in every)]
+    )
     source = "measured on the spot" if ceiling.measured else ceiling.source
-    axes.set(title=f"Roofline: what each layer could reach\n{ceiling.device} ({source})", xlabel="arithmetic intensity, operations a byte")
+    axes.set(
+        title=f"Roofline: what each layer could reach\n{ceiling.device} ({source})",
+        xlabel="arithmetic intensity, operations a byte",
+    )
     axes.set_ylabel("operations a second (a multiply-accumulate is two)")
     axes.yaxis.set_major_formatter(lambda value, _: _show_rate(value))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
@@ -132,12 +171,25 @@ def _draw_roofs(axes: Axes, ceiling: Ceiling, used: Sequence[str], span: tuple[f
         ridge = peak / ceiling.bytes_per_second
         axes.plot([min(left, ridge), ridge, right], [min(left, ridge) * ceiling.bytes_per_second, peak, peak], color=DARK, linewidth=1.4,
                   linestyle=_ROOFS[same[0]], zorder=1)  # fmt: skip
-        axes.text(ridge / 1.15, peak, f"{' and '.join(same)}: {_show_rate(peak)}op/s", ha="right", va="center", fontsize=_SMALL, color=DARK)
-    note = f"slope: memory, {ceiling.bytes_per_second / 1e9:,.0f} GB/s\nlarge marks: the whole model as measured, and its share of the roof"
+        axes.text(
+            ridge / 1.15,
+            peak,
+            f"{' and '.join(same)}: {_show_rate(peak)}op/s",
+            ha="right",
+            va="center",
+            fontsize=_SMALL,
+            color=DARK,
+        )
+    note = (
+        f"slope: memory, {ceiling.bytes_per_second / 1e9:,.0f} GB/s\nlarge marks: the whole model as measured, and "
+        f"its share of the roof"
+    )
     axes.text(0.02, 0.98, note, transform=axes.transAxes, va="top", fontsize=_SMALL, color=DARK)
 
 
-def _draw_reached(axes: Axes, model: ModelResult, bounds: Sequence[LayerBound], *, look: Mapping[str, Any]) -> list[_Label]:
+def _draw_reached(
+    axes: Axes, model: ModelResult, bounds: Sequence[LayerBound], *, look: Mapping[str, Any]
+) -> list[_Label]:
     """The whole model at one batch size, as it was measured: a large mark, and its share of the roof to be written beside it."""
     batch, labels = bounds[0].batch, []
     for point in model.points:
@@ -153,17 +205,39 @@ def _draw_reached(axes: Axes, model: ModelResult, bounds: Sequence[LayerBound], 
 def _place_labels(axes: Axes, labels: Sequence[_Label], marks: Sequence[tuple[float, float]]) -> None:
     """Writes each label beside its mark where it covers no mark and no other label: above, below, right, left, then further off."""
     points_per_pixel = 72 / axes.figure.dpi
-    taken = [(x - 6, x + 6, y - 6, y + 6) for x, y in (points_per_pixel * axes.transData.transform(mark) for mark in marks)]
+    taken = [
+        (x - 6, x + 6, y - 6, y + 6) for x, y in (points_per_pixel * axes.transData.transform(mark) for mark in marks)
+    ]
     for text, x, y in labels:
         centre, half = points_per_pixel * axes.transData.transform((x, y)), 0.29 * _SMALL * len(text)
         boxes = []
-        for right, up in ((0, 14), (0, -14), (half + 11, 0), (-half - 11, 0), (half + 4, -12), (-half - 4, -12), (0, 26), (0, -26), (0, 38)):
+        for right, up in (
+            (0, 14),
+            (0, -14),
+            (half + 11, 0),
+            (-half - 11, 0),
+            (half + 4, -12),
+            (-half - 4, -12),
+            (0, 26),
+            (0, -26),
+            (0, 38),
+        ):
             left, low = centre[0] + right - half, centre[1] + up - 5
             boxes.append(((left, left + 2 * half, low, low + 10), (right, up)))
         free = [(box, offset) for box, offset in boxes if not any(_overlap(box, other) for other in taken)]
         box, offset = (free or boxes)[0]
         taken.append(box)
-        axes.annotate(text, (x, y), textcoords="offset points", xytext=offset, ha="center", va="center", fontsize=_SMALL, color=DARK, zorder=5)
+        axes.annotate(
+            text,
+            (x, y),
+            textcoords="offset points",
+            xytext=offset,
+            ha="center",
+            va="center",
+            fontsize=_SMALL,
+            color=DARK,
+            zorder=5,
+        )
 
 
 def _overlap(one: _Box, other: _Box) -> bool:
@@ -175,14 +249,21 @@ def _reached_rates(models: Sequence[ModelResult]) -> list[float]:
     for model in models:
         for point in model.points:
             if point.way == "engine" and point.share is not None and point.floor_ms is not None:
-                rates.append(sum(cost.count_operations(point.batch) for cost in model.layers) / (point.floor_ms / point.share / 1e3))
+                rates.append(
+                    sum(cost.count_operations(point.batch) for cost in model.layers)
+                    / (point.floor_ms / point.share / 1e3)
+                )
     return rates
 
 
 def _bounds(ceiling: Ceiling, model: ModelResult) -> dict[int, tuple[LayerBound, ...]]:
     """Of the smallest and the largest batch that were measured; none where a peak is not known."""
     batches = sorted({point.batch for point in model.points})
-    found = {batch: bound_layers(model.layers, ceiling, batch) for batch in dict.fromkeys((batches[0], batches[-1]))} if batches else {}
+    found = (
+        {batch: bound_layers(model.layers, ceiling, batch) for batch in dict.fromkeys((batches[0], batches[-1]))}
+        if batches
+        else {}
+    )
     return {batch: bounds for batch, bounds in found.items() if bounds is not None}
 
 

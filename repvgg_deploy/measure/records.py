@@ -67,8 +67,8 @@ class Point:
         images_per_second: Of all clients.
         phases: Where the backend has them.
         floor_ms: The least time of a batch by the roofline; None where it is not known.
-        share: floor_ms by the time that the network took: its computing where phases are known, else the median of one client's calls, or a
-            batch's part of the time of several clients.
+        share: floor_ms by the time that the network took: its computing where phases are known, else the median of one
+            client's calls, or a batch's part of the time of several clients.
         warnings: Why the times should not be trusted.
     """
 
@@ -152,7 +152,10 @@ def require_free(path: Path, *, force: bool) -> None:
         ArtifactError: It exists, and `force` is not given.
     """
     if path.exists() and not force:
-        raise ArtifactError(f"{path}: exists, and a new measurement would replace it", remedy="give --force to replace it, or another --out")
+        raise ArtifactError(
+            f"{path}: exists, and a new measurement would replace it",
+            remedy="give --force to replace it, or another --out",
+        )
 
 
 def read_benchmark(path: Path) -> Benchmark:

@@ -1,11 +1,13 @@
 """What each layer of a variant's deploy form costs by arithmetic: multiply-accumulates and bytes. Standard library only.
 
-Bytes are the least that must move: every weight once, every layer's input and output once, in the precision that the layer computes in. What
-caches save (a layer whose input is still there) or waste is not in them.
+Bytes are the least that must move: every weight once, every layer's input and output once, in the precision that the
+layer computes in. What caches save (a layer whose input is still there) or waste is not in them.
 
-The roofline: how fast layers could be at best on a device, and which of its two limits holds them. Standard library only.
+The roofline: how fast layers could be at best on a device, and which of its two limits holds them. Standard library
+only.
 
-A layer takes at least the longer of two times: its operations at the device's peak, its bytes at the memory's bandwidth.
+A layer takes at least the longer of two times: its operations at the device's peak, its bytes at the memory's
+bandwidth.
 Source: Williams, Waterman, Patterson: Roofline, CACM 52(4), 2009 (https://doi.org/10.1145/1498765.1498785).
 """
 
@@ -108,7 +110,8 @@ class Ceiling:
 
     Attributes:
         device: For people.
-        operations_per_second: By precision (`fp32`, `fp16`, `int8`); a multiply-accumulate is two. A precision that is not known is not there.
+        operations_per_second: By precision (`fp32`, `fp16`, `int8`); a multiply-accumulate is two. A precision that is
+            not known is not there.
         bytes_per_second: Of its memory.
         source: Who says so, or how it was measured.
         measured: Whether it was measured on the spot.
@@ -173,7 +176,9 @@ def _bound(cost: LayerCost, ceiling: Ceiling, batch: int) -> LayerBound:
     computing = operations / ceiling.operations_per_second[cost.precision]
     moving = moved / ceiling.bytes_per_second
     kind: Literal["compute", "memory"] = "compute" if computing >= moving else "memory"
-    return LayerBound(cost.name, batch, cost.precision, operations, moved, cost.intensity(batch), kind, 1e3 * max(computing, moving))
+    return LayerBound(
+        cost.name, batch, cost.precision, operations, moved, cost.intensity(batch), kind, 1e3 * max(computing, moving)
+    )
 
 
 def total_floor_ms(bounds: Sequence[LayerBound]) -> float:

@@ -84,7 +84,9 @@ def find_instability(turns: Turns) -> tuple[str, ...]:
         first, second = (statistics.median(_flatten(part)) for part in (turns.seconds[:half], turns.seconds[half:]))
         drift = second / first - 1
         if abs(drift) > LARGEST_DRIFT:
-            found.append(f"the second half is {100 * abs(drift):.0f} % {'slower' if drift > 0 else 'faster'} than the first")
+            found.append(
+                f"the second half is {100 * abs(drift):.0f} % {'slower' if drift > 0 else 'faster'} than the first"
+            )
     return tuple(found)
 
 
@@ -113,7 +115,9 @@ class Pace:
     clients: int = 1
 
 
-def measure_in_turns(ways: Mapping[str, Call], pace: Pace, *, progress: Callable[[str], None] = lambda _: None) -> dict[str, Turns]:
+def measure_in_turns(
+    ways: Mapping[str, Call], pace: Pace, *, progress: Callable[[str], None] = lambda _: None
+) -> dict[str, Turns]:
     """Runs every way in up to eight turns, each round beginning with another one.
 
     The first call of a turn is not counted: it finds caches that the way before it filled.
@@ -136,7 +140,10 @@ def measure_in_turns(ways: Mapping[str, Call], pace: Pace, *, progress: Callable
         for name in names[start:] + names[:start]:
             found[name].append(_run_turn(ways[name], pace.duration_s / turns, pace.clients))
             progress(name)
-    return {name: Turns(tuple(tuple(calls) for calls, _ in parts), tuple(wall for _, wall in parts)) for name, parts in found.items()}
+    return {
+        name: Turns(tuple(tuple(calls) for calls, _ in parts), tuple(wall for _, wall in parts))
+        for name, parts in found.items()
+    }
 
 
 def _warm_up(call: Call, seconds: float) -> float:
@@ -233,7 +240,9 @@ class BareSession:
         try:
             import onnxruntime
         except ImportError as error:
-            raise MissingDependencyError(f"--compare onnxruntime needs ONNX Runtime: {error}", remedy="pip install 'repvgg-deploy[cpu]'") from error
+            raise MissingDependencyError(
+                f"--compare onnxruntime needs ONNX Runtime: {error}", remedy="pip install 'repvgg-deploy[cpu]'"
+            ) from error
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
         if threads is not None:
@@ -243,9 +252,14 @@ class BareSession:
             self._session: Any = onnxruntime.InferenceSession(str(path), sess_options=options, providers=[wanted])
         except Exception as error:
             message = " ".join(str(error).split())
-            raise ModelError(f"{path}: a bare ONNX Runtime session refuses it: {message}", remedy="leave out --compare onnxruntime") from error
+            raise ModelError(
+                f"{path}: a bare ONNX Runtime session refuses it: {message}", remedy="leave out --compare onnxruntime"
+            ) from error
         if self._session.get_providers()[0] != wanted:
-            raise ModelError(f"{path}: ONNX Runtime does not run on {device} here", remedy="leave out --compare onnxruntime, or give --device cpu")
+            raise ModelError(
+                f"{path}: ONNX Runtime does not run on {device} here",
+                remedy="leave out --compare onnxruntime, or give --device cpu",
+            )
         self.name = f"ONNX Runtime {onnxruntime.__version__}, {wanted}, the file as it stands"
 
     def make_call(self, batch: NDArray[Any]) -> Callable[[], object]:

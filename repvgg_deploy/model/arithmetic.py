@@ -1,6 +1,7 @@
 """The arithmetic of reparameterization: pure functions on kernels and biases, differentiable, in the dtype of their arguments.
 
-With BatchNorm y = γ·(x − µ)/σ + β, σ = √(var + ε), a convolution W·x + b followed by it equals (γ/σ)·W · x + β + (b − µ)·γ/σ.
+With BatchNorm y = γ·(x − µ)/σ + β, σ = √(var + ε), a convolution W·x + b followed by it equals (γ/σ)·W · x + β + (b −
+µ)·γ/σ.
 Source: Ding et al. 2021, https://arxiv.org/abs/2101.03697, equations 2 to 4.
 """
 
@@ -67,7 +68,9 @@ class Branch(NamedTuple):
 
 def fuse_bn(conv: KernelBias, bn: BatchNormLike) -> KernelBias:
     """The convolution that equals `conv` followed by `bn` in `eval()`. A BatchNorm without affine parameters has γ = 1, β = 0."""
-    assert bn.running_mean is not None and bn.running_var is not None, "a BatchNorm without running statistics has no eval() form"
+    assert bn.running_mean is not None and bn.running_var is not None, (
+        "a BatchNorm without running statistics has no eval() form"
+    )
     dtype = conv.kernel.dtype
     scale = 1.0 / torch.sqrt(bn.running_var.to(dtype) + bn.eps)
     if bn.weight is not None:
@@ -99,12 +102,19 @@ def add_at_centre(kernel: Tensor, pointwise: Tensor) -> Tensor:
 
 def select_rows(bn: nn.BatchNorm2d, rows: slice) -> BatchNormRows:
     """The channels `rows` of a BatchNorm, as views."""
-    weight, bias, mean, var = (None if t is None else t[rows] for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var))
+    weight, bias, mean, var = (
+        None if t is None else t[rows] for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    )
     return BatchNormRows(weight, bias, mean, var, bn.eps)
 
 
 def fold_branches(
-    branches: Sequence[Branch], post_bn: nn.BatchNorm2d | None, *, groups: int, rows: slice = ALL_ROWS, dtype: torch.dtype
+    branches: Sequence[Branch],
+    post_bn: nn.BatchNorm2d | None,
+    *,
+    groups: int,
+    rows: slice = ALL_ROWS,
+    dtype: torch.dtype,
 ) -> KernelBias:
     """The output channels `rows` of the one 3×3 convolution that the sum of `branches`, then `post_bn`, equals in `eval()`.
 
@@ -132,12 +142,16 @@ def _fold_branch(branch: Branch, dense: Tensor, *, groups: int, rows: slice, dty
     else:
         part = KernelBias(branch.kernel[rows].to(dtype), None if branch.bias is None else branch.bias[rows].to(dtype))
     if branch.bn is None:
-        return KernelBias(part.kernel.clone(), part.bias)  # fresh memory, as fuse_bn gives, because add_at_centre may write to it
+        return KernelBias(
+            part.kernel.clone(), part.bias
+        )  # fresh memory, as fuse_bn gives, because add_at_centre may write to it
     return fuse_bn(part, select_rows(branch.bn, rows))
 
 
 @torch.no_grad()
-def fold_in_float64(branches: Sequence[Branch], post_bn: nn.BatchNorm2d | None, groups: int, *, result: torch.dtype = torch.float32) -> KernelBias:
+def fold_in_float64(
+    branches: Sequence[Branch], post_bn: nn.BatchNorm2d | None, groups: int, *, result: torch.dtype = torch.float32
+) -> KernelBias:
     """As `fold_branches` for all channels, computed in float64 piece by piece and rounded once to `result`.
 
     Returns:

@@ -1,10 +1,12 @@
 """One RepVGG block, in training form and in deploy form.
 
-A training-form block sums linear branches (3×3 Conv+BatchNorm, 1×1 Conv+BatchNorm, identity BatchNorm); a deploy-form block is the one
-3×3 convolution that they are equal to. They are two classes, because they are two states: neither asks which one it is.
-Module names are the official ones (`rbr_dense`, `rbr_1x1`, `rbr_identity`, `rbr_reparam`, `se`, `post_se`), so that state dicts are too.
+A training-form block sums linear branches (3×3 Conv+BatchNorm, 1×1 Conv+BatchNorm, identity BatchNorm); a deploy-form
+block is the one 3×3 convolution that they are equal to. They are two classes, because they are two states: neither asks
+which one it is. Module names are the official ones (`rbr_dense`, `rbr_1x1`, `rbr_identity`, `rbr_reparam`, `se`,
+`post_se`), so that state dicts are too.
 
-Source: Ding et al. 2021, https://arxiv.org/abs/2101.03697, section 3.2 and 3.3; Chu et al. 2024 for QARepVGG, https://arxiv.org/abs/2212.01593.
+Source: Ding et al. 2021, https://arxiv.org/abs/2101.03697, section 3.2 and 3.3; Chu et al. 2024 for QARepVGG,
+https://arxiv.org/abs/2212.01593.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ class BlockSpec:
         """A convolution of this block: 3×3 dilated and padded, or 1×1."""
         dilation = self.dilation if kernel_size == 3 else 1
         padding = self.dilation if kernel_size == 3 else 0
-        return nn.Conv2d(self.in_channels, self.out_channels, kernel_size, self.stride, padding, dilation, self.groups, bias)
+        return nn.Conv2d(
+            self.in_channels, self.out_channels, kernel_size, self.stride, padding, dilation, self.groups, bias
+        )
 
     def bn(self) -> nn.BatchNorm2d:
         """A BatchNorm over the output channels."""
@@ -78,8 +82,8 @@ class ConvBN(nn.Module):
 class SEBlock(nn.Module):
     """Squeeze-and-excitation: global average → 1×1 Conv → ReLU → 1×1 Conv → sigmoid, times the input.
 
-    The average is over the whole map whatever its size; the original code pools with a window as wide as the map, which fails where height
-    and width differ. Source: Hu et al. 2018, https://arxiv.org/abs/1709.01507.
+    The average is over the whole map whatever its size; the original code pools with a window as wide as the map, which
+    fails where height and width differ. Source: Hu et al. 2018, https://arxiv.org/abs/1709.01507.
     """
 
     def __init__(self, channels: int, hidden: int) -> None:
@@ -172,10 +176,11 @@ class TrainingBlock(nn.Module):
     def custom_l2(self) -> Tensor:
         """The L2 of the equivalent kernel, () float: the penalty that replaces weight decay on the 3×3 and 1×1 kernels.
 
-        The eight outer taps of the 3×3 kernel are penalised as they are; the centre tap as the fused one, divided by the sum of the squared
-        BatchNorm scales so that the coefficient means what it does for plain L2. Scales carry no gradient.
-        Source: Ding et al. 2021, section 4.1 and https://github.com/DingXiaoH/RepVGG (`get_custom_L2`). Defined for the `repvgg` kind; other
-        kinds give the plain L2 of their kernels.
+        The eight outer taps of the 3×3 kernel are penalised as they are; the centre tap as the fused one, divided by
+        the sum of the squared BatchNorm scales so that the coefficient means what it does for plain L2. Scales carry no
+        gradient.
+        Source: Ding et al. 2021, section 4.1 and https://github.com/DingXiaoH/RepVGG (`get_custom_L2`). Defined for the
+        `repvgg` kind; other kinds give the plain L2 of their kernels.
         """
         kernel = self.rbr_dense.conv.weight
         if not isinstance(self.rbr_1x1, ConvBN):

@@ -33,7 +33,9 @@ class BlockNames:
 
 
 FOREIGN_BLOCKS = (
-    BlockNames("rbr_dense", "rbr_1x1", "rbr_identity", "rbr_reparam", "bn"),  # the original, RepVGGplus, QARepVGG, YOLOv6
+    BlockNames(
+        "rbr_dense", "rbr_1x1", "rbr_identity", "rbr_reparam", "bn"
+    ),  # the original, RepVGGplus, QARepVGG, YOLOv6
     BlockNames("conv_kxk", "conv_1x1", "identity", "reparam_conv", "bn"),  # timm
     BlockNames("branch_3x3", "branch_1x1", "branch_norm", "branch_reparam", "norm"),  # mmpretrain
 )
@@ -43,9 +45,9 @@ FOREIGN_BLOCKS = (
 def reparameterize(model: M) -> M:
     """A copy of `model` in which every RepVGG block is one 3×3 convolution, in `eval()`.
 
-    Blocks of this project become `DeployBlock`; blocks of other projects, known by the names of their parts (`FOREIGN_BLOCKS`), keep their class
-    and get the folded convolution under their own name, as their own conversion would have it. Auxiliary heads of a `RepVGG` are dropped: they
-    serve training only. Everything else is copied.
+    Blocks of this project become `DeployBlock`; blocks of other projects, known by the names of their parts
+    (`FOREIGN_BLOCKS`), keep their class and get the folded convolution under their own name, as their own conversion
+    would have it. Auxiliary heads of a `RepVGG` are dropped: they serve training only. Everything else is copied.
 
     Args:
         model: A `RepVGG` in training form, one block, or any module that contains such blocks. Not changed.
@@ -146,7 +148,8 @@ def _usable_bn(bn: _BatchNorm, where: str) -> nn.BatchNorm2d:
     """A BatchNorm with running statistics; SyncBatchNorm is one, too."""
     if bn.running_mean is None or bn.running_var is None:
         raise CheckpointError(
-            f"{where}: its BatchNorm has no running statistics, so it has no eval() form", remedy="train with track_running_stats=True"
+            f"{where}: its BatchNorm has no running statistics, so it has no eval() form",
+            remedy="train with track_running_stats=True",
         )
     return cast(nn.BatchNorm2d, bn)
 
@@ -169,12 +172,15 @@ def _require_foldable(dense: nn.Conv2d, pointwise: nn.Conv2d | None, where: str)
     for what, (found, expected) in facts.items():
         if found != expected:
             raise CheckpointError(
-                f"{where}: {what}: expected {expected}, found {found}", remedy="such a block cannot be folded; deploy its training form"
+                f"{where}: {what}: expected {expected}, found {found}",
+                remedy="such a block cannot be folded; deploy its training form",
             )
 
 
 def _fold_foreign(block: nn.Module, names: BlockNames, where: str) -> nn.Module:
-    branches = [_branch_of(block.get_submodule(name), names, f"{where}.{name}") for name in (names.dense, names.pointwise)]
+    branches = [
+        _branch_of(block.get_submodule(name), names, f"{where}.{name}") for name in (names.dense, names.pointwise)
+    ]
     identity = dict(block.named_children()).get(names.identity)
     if identity is not None:
         branches.append(_branch_of(identity, names, f"{where}.{names.identity}"))
@@ -183,7 +189,16 @@ def _fold_foreign(block: nn.Module, names: BlockNames, where: str) -> nn.Module:
     _require_foldable(dense, _conv_of(block.get_submodule(names.pointwise)), where)
     post_bn = _post_bn(block, names, where)
     folded = fold_in_float64(branches, post_bn, dense.groups, result=dense.weight.dtype)
-    conv = nn.Conv2d(dense.in_channels, dense.out_channels, 3, dense.stride, dense.padding, dense.dilation, dense.groups, device="meta")  # type: ignore[arg-type]
+    conv = nn.Conv2d(
+        dense.in_channels,
+        dense.out_channels,
+        3,
+        dense.stride,
+        dense.padding,
+        dense.dilation,
+        dense.groups,
+        device="meta",
+    )  # type: ignore[arg-type]
     _assign(conv, folded)
     return _with_folded(block, names, conv)
 

@@ -1,6 +1,7 @@
 """The RepVGG network: stem, four stages, global average pooling, classifier; in training form or deploy form.
 
-State dict keys are the official ones (`stage0.…`, `stage1.0.…`, `linear.…`), RepVGGplus's split third stage excepted (see `families`).
+State dict keys are the official ones (`stage0.…`, `stage1.0.…`, `linear.…`), RepVGGplus's split third stage excepted
+(see `families`).
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ class RepVGG(nn.Module):
     Args:
         spec: The variant.
         form: `training` or `deploy`.
-        output_stride: 32 as published; 16 or 8 replace the last strides by dilation, for dense prediction. Weights stay valid.
+        output_stride: 32 as published; 16 or 8 replace the last strides by dilation, for dense prediction. Weights stay
+            valid.
 
     Attributes:
         spec: The variant.
         form: The form it was built in.
-        gradient_checkpointing: Recompute block activations in the backward pass instead of keeping them: less memory, about a third slower.
+        gradient_checkpointing: Recompute block activations in the backward pass instead of keeping them: less memory,
+            about a third slower.
     """
 
     def __init__(self, spec: VariantSpec, form: Form = "training", *, output_stride: int = 32) -> None:
@@ -122,8 +125,8 @@ class RepVGG(nn.Module):
     def custom_l2(self) -> Tensor:
         """The sum of every block's `custom_l2`, () float.
 
-        Add `0.5 * weight_decay * model.custom_l2()` to the loss and exempt the kernels of 3×3 and 1×1 branches from the optimiser's weight decay
-        (`weight_decay_groups`).
+        Add `0.5 * weight_decay * model.custom_l2()` to the loss and exempt the kernels of 3×3 and 1×1 branches from the
+        optimiser's weight decay (`weight_decay_groups`).
         """
         total = self.linear.weight.new_zeros(())
         for block in self.blocks().values():
@@ -152,11 +155,13 @@ def weight_decay_groups(model: RepVGG, weight_decay: float, *, custom_l2: bool =
 def _check(spec: VariantSpec, form: Form, output_stride: int) -> None:
     if output_stride not in (8, 16, 32):
         raise InputError(
-            f"output_stride must be 8, 16 or 32, found {output_stride}", remedy="choose 32 for classification, 8 or 16 for dense prediction"
+            f"output_stride must be 8, 16 or 32, found {output_stride}",
+            remedy="choose 32 for classification, 8 or 16 for dense prediction",
         )
     if form == "training" and spec.se != "none" and spec.block.startswith("qarepvgg"):
         raise InputError(
-            f"{spec.name}: QARepVGG with SE applies its last BatchNorm after the SE block, which no convolution can absorb",
+            f"{spec.name}: QARepVGG with SE applies its last BatchNorm after the SE block, which no convolution "
+            f"can absorb",
             remedy="train with a block of kind 'repvgg', or without SE",
         )
 
@@ -169,7 +174,8 @@ def _block_specs(spec: VariantSpec, output_stride: int) -> list[BlockSpec]:
         if stride == 2 and reached >= output_stride:
             stride, dilation = 1, dilation * 2
         reached *= stride
-        # The first layer after a removed stride still sees a dense grid, as in dilated ResNets (Yu et al. 2017): it keeps the old dilation.
+        # The first layer after a removed stride still sees a dense grid, as in dilated ResNets (Yu et al. 2017): it
+        # keeps the old dilation.
         result.append(_block_spec(spec, layer, stride, inherited if layer.stride == 2 else dilation))
     return result
 
@@ -194,9 +200,15 @@ def _build_block(spec: BlockSpec, form: Form) -> TrainingBlock | DeployBlock:
 
 
 def _add_auxiliary_heads(model: RepVGG, spec: VariantSpec) -> None:
-    for name, width in (("stage1_aux", spec.widths[1]), ("stage2_aux", spec.widths[2]), ("stage3_first_aux", spec.widths[3])):
+    for name, width in (
+        ("stage1_aux", spec.widths[1]),
+        ("stage2_aux", spec.widths[2]),
+        ("stage3_first_aux", spec.widths[3]),
+    ):
         downsample = nn.Sequential()
         downsample.add_module("conv", nn.Conv2d(width, width, 3, 2, 1, bias=False))
         downsample.add_module("bn", nn.BatchNorm2d(width, eps=spec.bn_eps))
         downsample.add_module("relu", nn.ReLU())
-        model.add_module(name, nn.Sequential(downsample, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, spec.num_classes)))
+        model.add_module(
+            name, nn.Sequential(downsample, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, spec.num_classes))
+        )

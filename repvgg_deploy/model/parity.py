@@ -1,7 +1,8 @@
 """Training form against deploy form: every block, and the whole network, in float64 and in float32.
 
-One pass over the blocks: each is widened to float64, compared alone on random input, and carries two whole-network chains one step further
-(float64 training form, float64 deploy form), so that never more than one block stands in float64.
+One pass over the blocks: each is widened to float64, compared alone on random input, and carries two whole-network
+chains one step further (float64 training form, float64 deploy form), so that never more than one block stands in
+float64.
 
 How large an error may be: derived from the float32 error of the training-mode model itself, never from a wish.
 """
@@ -26,14 +27,17 @@ from .network import RepVGG
 
 FACTOR = 10.0
 """Two float32 computations of one function differ by rounding alone, but sum in different orders and with folded weights. On two trained networks
-and on A0 and B2 with random BatchNorm, the whole deploy form erred 0.8–3.8 times as much as the training form; ten times leaves room for other
-processors' kernels, and is still some hundred times below what a wrong BatchNorm epsilon (1e-3 for 1e-5) does."""
+and on A0 and B2 with random BatchNorm, the whole deploy form erred 0.8–3.8 times as much as the training form; ten
+times leaves room for other processors' kernels, and is still some hundred times below what a wrong BatchNorm epsilon
+(1e-3 for 1e-5) does.
+"""
 FLOAT32_FLOOR = 16 * float(np.finfo(np.float32).eps)
 """Relative error that is always allowed: a few roundings, where the training-mode model happened to err less than that."""
 BLOCK_FLOOR = 64 * float(np.finfo(np.float32).eps)
 """The same for a single block on random input. Its training form rounds each branch once, at the branch's own size, and often errs by one epsilon
-only; the folded kernel's centre taps are larger than any branch's, and fast convolution algorithms mix them into all others. On the trained
-networks a block erred by up to 19 epsilons, 20 times its training form."""
+only; the folded kernel's centre taps are larger than any branch's, and fast convolution algorithms mix them into all
+others. On the trained networks a block erred by up to 19 epsilons, 20 times its training form.
+"""
 FLOAT64_FLOOR = 64 * float(np.finfo(np.float64).eps)
 """The same for float64 comparisons; sums of thousands of products round more often than the handful of values compared can show."""
 _EPS_RATIO = float(np.finfo(np.float64).eps / np.finfo(np.float32).eps)
@@ -77,7 +81,9 @@ B = TypeVar("B", TrainingBlock, DeployBlock)
 Outputs = dict[str, NDArray[np.floating]]
 logger = logging.getLogger(__name__)
 _BLOCK_INPUT = (1, 7, 6)  # images, height, width: not square, odd and even, and all borders
-_MAX_TRAINING_ERROR = 1e-4  # some hundred times what trained networks have; ten times as much is still allowed to the deploy form
+_MAX_TRAINING_ERROR = (
+    1e-4  # some hundred times what trained networks have; ten times as much is still allowed to the deploy form
+)
 _HALF_EPSILON = 0.51 * float(np.finfo(np.float32).eps)
 _SMALLEST = float(np.finfo(np.float32).tiny)  # below it float32 has fewer digits
 _MIN_SPREAD = 10.0  # outputs must move by ten tolerances from image to image, or agreement shows nothing
@@ -89,9 +95,10 @@ class FormReport:
 
     Attributes:
         checks: Every comparison.
-        references: By batch name: outputs of the training-mode model (`logits`, `stage1` … `stage4`), float32 arrays. Kinds of stress batches on
-            which float32 itself loses the result are left out.
-        training_error: Its own float32 error, relative to the largest output: the yardstick of all whole-network tolerances.
+        references: By batch name: outputs of the training-mode model (`logits`, `stage1` … `stage4`), float32 arrays.
+            Kinds of stress batches on which float32 itself loses the result are left out.
+        training_error: Its own float32 error, relative to the largest output: the yardstick of all whole-network
+            tolerances.
     """
 
     checks: tuple[Check, ...]
@@ -108,15 +115,17 @@ class _Chains:
 
 
 @torch.no_grad()
-def compare_forms(training: RepVGG, deploy: RepVGG, batches: Mapping[str, NDArray[np.float32]], *, small: Sequence[str]) -> FormReport:
+def compare_forms(
+    training: RepVGG, deploy: RepVGG, batches: Mapping[str, NDArray[np.float32]], *, small: Sequence[str]
+) -> FormReport:
     """Compares the two forms of one network.
 
     Args:
         training: In training form; used in `eval()`.
         deploy: Its deploy form.
         batches: By name, float32 (N, 3, H, W), normalised.
-        small: Names of the batches of small images: those that are compared here. The others are only run through the training form, to be
-            compared with the ONNX.
+        small: Names of the batches of small images: those that are compared here. The others are only run through the
+            training form, to be compared with the ONNX.
 
     Returns:
         The checks, passed or not; see `require_passed`.
@@ -137,7 +146,9 @@ def compare_forms(training: RepVGG, deploy: RepVGG, batches: Mapping[str, NDArra
     for name, t, e in zip(small, truth, exact, strict=True):
         checks.append(compare(f"network, float64, {name}", e, t, allow_float64(error)))
     for name in (name for name in small if name in references):
-        checks.append(compare(f"network, float32, {name}", results[name], references[name]["logits"], allow_float32(error)))
+        checks.append(
+            compare(f"network, float32, {name}", results[name], references[name]["logits"], allow_float32(error))
+        )
     same = all(torch.equal(a, b) for a, b in zip(training.linear.parameters(), deploy.linear.parameters(), strict=True))
     checks.append(Check("weights linear", 0.0 if same else 1.0, _HALF_EPSILON, 1.0))
     _require_spread(references, allow_float32(error))
@@ -145,7 +156,9 @@ def compare_forms(training: RepVGG, deploy: RepVGG, batches: Mapping[str, NDArra
 
 
 @torch.no_grad()
-def reference_of_deploy(deploy: RepVGG, batches: Mapping[str, NDArray[np.float32]], *, small: Sequence[str]) -> FormReport:
+def reference_of_deploy(
+    deploy: RepVGG, batches: Mapping[str, NDArray[np.float32]], *, small: Sequence[str]
+) -> FormReport:
     """As `compare_forms` for a checkpoint that holds the deploy form only: its own outputs and float32 error, and no checks.
 
     Raises:
@@ -177,7 +190,8 @@ def require_passed(checks: Sequence[Check], what: str) -> None:
         raise ParityError(
             f"{what}: {len(failed)} of {len(checks)} comparisons failed; worst: {worst.name}: "
             f"relative error {worst.error:.3g}, allowed {worst.tolerance:.3g}",
-            remedy="the model was not written; report the checkpoint, or check that its BatchNorm epsilon and strides are those of --arch",
+            remedy="the model was not written; report the checkpoint, or check that its BatchNorm epsilon and strides "
+            "are those of --arch",
         )
 
 
@@ -189,7 +203,8 @@ def _compare_blocks(training: RepVGG, deploy: RepVGG, inputs: list[Tensor]) -> t
         other = deploy_blocks[name]
         if not isinstance(block, TrainingBlock) or not isinstance(other, DeployBlock):
             raise ParityError(
-                f"block {name}: expected a training form and a deploy form, found {type(block).__name__} and {type(other).__name__}",
+                f"block {name}: expected a training form and a deploy form, found {type(block).__name__} and "
+                f"{type(other).__name__}",
                 remedy="reparameterize the whole network; half a conversion is never written",
             )
         wide, exact = _widen(block), _exact_deploy(block, other)
@@ -224,21 +239,28 @@ def _exact_deploy(block: TrainingBlock, other: DeployBlock) -> DeployBlock:
 def _compare_kernels(name: str, block: TrainingBlock, other: DeployBlock, exact: DeployBlock) -> Check:
     """The weights that will be shipped, one by one, against the float64 fold: each output channel in units of its own largest value.
 
-    Half an epsilon is the one rounding to float32. A channel far smaller than the others, or one that no input excites, shows here and nowhere else.
+    Half an epsilon is the one rounding to float32. A channel far smaller than the others, or one that no input excites,
+    shows here and nowhere else.
     """
     worst = 0.0
     for part in ("weight", "bias"):
-        ours, theirs = (getattr(each.rbr_reparam, part).detach().flatten(1 if part == "weight" else 0) for each in (exact, other))
+        ours, theirs = (
+            getattr(each.rbr_reparam, part).detach().flatten(1 if part == "weight" else 0) for each in (exact, other)
+        )
         if torch.equal(ours.to(theirs.dtype), theirs):
             continue  # rounded once, as it should be: no need of more float64 copies to see it
         size = ours.abs().amax(1, keepdim=True) if part == "weight" else ours.abs()
         worst = max(worst, float(((theirs.double() - ours).abs() / size.clamp_min(_SMALLEST)).max()))
     same_se = all(torch.equal(a, b) for a, b in zip(block.se.parameters(), other.se.parameters(), strict=True))
-    same_se = same_se and all(torch.equal(a, b) for a, b in zip(block.post_se.parameters(), other.post_se.parameters(), strict=True))
+    same_se = same_se and all(
+        torch.equal(a, b) for a, b in zip(block.post_se.parameters(), other.post_se.parameters(), strict=True)
+    )
     return Check(f"weights {name}", worst if same_se and np.isfinite(worst) else 1.0, _HALF_EPSILON, 1.0)
 
 
-def _compare_block(name: str, narrow: tuple[TrainingBlock, DeployBlock], wide: tuple[TrainingBlock, DeployBlock], *, seed: int) -> list[Check]:
+def _compare_block(
+    name: str, narrow: tuple[TrainingBlock, DeployBlock], wide: tuple[TrainingBlock, DeployBlock], *, seed: int
+) -> list[Check]:
     spec: BlockSpec = narrow[0].spec
     count, height, width = _BLOCK_INPUT
     x = torch.randn((count, spec.in_channels, height, width), generator=torch.Generator().manual_seed(seed))
@@ -271,15 +293,19 @@ def _require_finite(form: str, outputs: Outputs) -> None:
         if not np.isfinite(array).all():
             raise ParityError(
                 f"the {form} form gives NaN or infinity on the batch {name!r}",
-                remedy="look for BatchNorm variances near zero or diverged weights; such a checkpoint cannot be deployed",
+                remedy="look for BatchNorm variances near zero or diverged weights; such a checkpoint cannot be "
+                "deployed",
             )
 
 
-def _keep_stable(references: dict[str, Outputs], truth: Mapping[str, NDArray[np.floating]]) -> tuple[dict[str, Outputs], float]:
+def _keep_stable(
+    references: dict[str, Outputs], truth: Mapping[str, NDArray[np.floating]]
+) -> tuple[dict[str, Outputs], float]:
     """The references on which float32 keeps the result, and the model's own float32 error on them.
 
-    A tolerance is ten times that error; where float32 itself loses the result, everything would pass. A stress batch (borders, large constants) on
-    which that happens is left out, at every size: an SE block that was never driven so far may well jump there. On images it is an error.
+    A tolerance is ten times that error; where float32 itself loses the result, everything would pass. A stress batch
+    (borders, large constants) on which that happens is left out, at every size: an SE block that was never driven so
+    far may well jump there. On images it is an error.
 
     Raises:
         ParityError: float32 loses the result on image-like batches.
@@ -288,12 +314,16 @@ def _keep_stable(references: dict[str, Outputs], truth: Mapping[str, NDArray[np.
     lost = {_kind(name): error for name, error in errors.items() if not error <= _MAX_TRAINING_ERROR}
     if any(kind.startswith("image") for kind in lost):
         raise ParityError(
-            f"the model is numerically unstable: in float32 its own output is {max(lost.values()):.2g} of its size away from float64, "
+            f"the model is numerically unstable: in float32 its own output is {max(lost.values()):.2g} of its "
+            f"size away from float64, "
             f"and up to {_MAX_TRAINING_ERROR:.0e} can be verified",
-            remedy="look for BatchNorm variances near zero and activations that grow from layer to layer; an untrained deep network has them, too",
+            remedy="look for BatchNorm variances near zero and activations that grow from layer to layer; an untrained "
+            "deep network has them, too",
         )
     for kind, error in lost.items():
-        logger.warning("%s batches are left out of the verification: the model's own float32 error on them is %.2g", kind, error)
+        logger.warning(
+            "%s batches are left out of the verification: the model's own float32 error on them is %.2g", kind, error
+        )
     kept = {name: outputs for name, outputs in references.items() if _kind(name) not in lost}
     return kept, max(error for name, error in errors.items() if name in kept)
 
@@ -304,13 +334,15 @@ def _kind(name: str) -> str:
 
 def _require_spread(references: Mapping[str, Outputs], allowed: float) -> None:
     """Agreement means nothing where the output does not depend on the input."""
-    # From image to image within one batch: between batches the size alone, through the padding, moves the output of a dead network; and one
-    # that wakes at the large constants only would not be seen by a run on images.
+    # From image to image within one batch: between batches the size alone, through the padding, moves the output of a
+    # dead network; and one that wakes at the large constants only would not be seen by a run on images.
     images = [outputs["logits"] for name, outputs in references.items() if _kind(name).startswith("image")]
     spread = max(float(np.ptp(logits, axis=0).max()) / max(largest(logits), 1e-30) for logits in images)
     if not spread > _MIN_SPREAD * allowed:
         raise ParityError(
-            f"the training form's output does not depend on its input: it moves by {spread:.2g} of its size from image to image, "
+            f"the training form's output does not depend on its input: it moves by {spread:.2g} of its size from "
+            f"image to image, "
             f"and at least {_MIN_SPREAD * allowed:.2g} is needed to see an error",
-            remedy="the network is untrained or dead (all ReLUs closed, or a zero classifier): there is nothing to deploy",
+            remedy="the network is untrained or dead (all ReLUs closed, or a zero classifier): there is nothing to "
+            "deploy",
         )

@@ -1,8 +1,8 @@
 """What an exported RepVGG consists of, as far as changing its precision needs it: layers with weights, and the interfaces between them.
 
-An *interface* is everything between one layer's output and the layers that read it. All that may stand there (ReLU, global average pooling, Flatten,
-the multiplication with an SE gate) commutes with a positive factor per channel, so that a channel can be rescaled exactly: that is what makes a
-RepVGG quantizable at all.
+An *interface* is everything between one layer's output and the layers that read it. All that may stand there (ReLU,
+global average pooling, Flatten, the multiplication with an SE gate) commutes with a positive factor per channel, so
+that a channel can be rescaled exactly: that is what makes a RepVGG quantizable at all.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ class Interface:
     Attributes:
         source: Name of the layer whose output channels it carries.
         readers: Names of the layers that read it.
-        blocked_by: Why its channels cannot be rescaled: the graph output or operator that sees their true values; None where they can.
+        blocked_by: Why its channels cannot be rescaled: the graph output or operator that sees their true values; None
+            where they can.
     """
 
     source: str
@@ -124,8 +125,16 @@ def read_chain(model: onnx.ModelProto) -> Chain:
 
 
 def _refuse_typed(model: onnx.ModelProto) -> None:
-    quantized = [node.name or node.op_type for node in model.graph.node if "QuantizeLinear" in node.op_type or node.op_type.startswith("QLinear")]
-    half = [tensor.name for tensor in model.graph.initializer if tensor.data_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16)]
+    quantized = [
+        node.name or node.op_type
+        for node in model.graph.node
+        if "QuantizeLinear" in node.op_type or node.op_type.startswith("QLinear")
+    ]
+    half = [
+        tensor.name
+        for tensor in model.graph.initializer
+        if tensor.data_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+    ]
     if quantized or half:
         what = f"Q/DQ nodes ({quantized[0]}, …)" if quantized else f"16-bit weights ({half[0]}, …)"
         raise CalibrationError(f"the graph is typed already: expected FP32, found {what}", remedy=_EXPORT)
@@ -140,11 +149,17 @@ def _layer(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> Layer
     op_type: Literal["Conv", "Gemm"] = "Gemm" if node.op_type == "Gemm" else "Conv"
     common = (node.name, op_type, node.input[0], node.output[0], node.input[1], node.input[2], shape)
     if node.op_type == "Gemm":
-        if attributes.get("transB", 0) != 1 or attributes.get("transA", 0) != 0 or any(attributes.get(n, 1.0) != 1.0 for n in ("alpha", "beta")):
+        if (
+            attributes.get("transB", 0) != 1
+            or attributes.get("transA", 0) != 0
+            or any(attributes.get(n, 1.0) != 1.0 for n in ("alpha", "beta"))
+        ):
             raise ModelError(f"{where}: expected x·Wᵀ + b, found {attributes}", remedy=_EXPORT)
         return Layer(*common)
     if len(shape) != 4 or "auto_pad" in attributes or any(d != 1 for d in attributes.get("dilations", [1])):
-        raise ModelError(f"{where}: expected a plain 2-D convolution, found weight {shape}, {attributes}", remedy=_EXPORT)
+        raise ModelError(
+            f"{where}: expected a plain 2-D convolution, found weight {shape}, {attributes}", remedy=_EXPORT
+        )
     return Layer(
         *common,
         groups=int(attributes.get("group", 1)),
@@ -191,7 +206,11 @@ class _Walk:
 
 def read_weights(model: onnx.ModelProto) -> dict[str, FloatArray]:
     """The float32 initializers by name; copies, which may be changed."""
-    return {t.name: numpy_helper.to_array(t).astype(np.float32) for t in model.graph.initializer if t.data_type == TensorProto.FLOAT}
+    return {
+        t.name: numpy_helper.to_array(t).astype(np.float32)
+        for t in model.graph.initializer
+        if t.data_type == TensorProto.FLOAT
+    }
 
 
 def replace_weights(model: onnx.ModelProto, weights: Mapping[str, NDArray[Any]]) -> onnx.ModelProto:
@@ -202,14 +221,17 @@ def replace_weights(model: onnx.ModelProto, weights: Mapping[str, NDArray[Any]])
         weights: By name of the initializer; names that the graph does not have are added.
     """
     result = copy_without(model, weights)
-    result.graph.initializer.extend(numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in weights.items())
+    result.graph.initializer.extend(
+        numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in weights.items()
+    )
     return result
 
 
 def copy_without(model: onnx.ModelProto, names: Container[str]) -> onnx.ModelProto:
     """A copy of `model` without some initializers.
 
-    They are never copied: what is deleted from a message keeps its memory until the whole message goes, and weights are most of a model.
+    They are never copied: what is deleted from a message keeps its memory until the whole message goes, and weights are
+    most of a model.
 
     Args:
         model: Not changed.

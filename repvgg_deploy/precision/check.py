@@ -15,7 +15,8 @@ from .halves import SMALLEST_NORMAL
 Target: TypeAlias = Literal["trt8", "trt10"]
 """`trt8`: FP32 scales, opset 17 at most (TensorRT 8.5 and 8.6). `trt10`: strongly typed, FP16 scales, opset 19 at least (10 and later, RTX)."""
 _REMEDY = (
-    "quantize the FP32 file with repvgg-trt quantize --int8; in ONNX Runtime's own tool: ActivationSymmetric, WeightSymmetric, QuantizeBias=False"
+    "quantize the FP32 file with repvgg-trt quantize --int8; in ONNX Runtime's own tool: ActivationSymmetric, "
+    "WeightSymmetric, QuantizeBias=False"
 )
 _HALF_REMEDY = "make the graph of the FP32 file with repvgg-trt quantize --fp16"
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
@@ -26,10 +27,10 @@ _HIGHEST_TRT8, _LOWEST_TRT10 = 17, 19
 def check_quantized(model: onnx.ModelProto, *, target: Target = "trt8", kept: Collection[str] = ()) -> None:
     """Fails when a Q/DQ graph holds what TensorRT's parser refuses, or what keeps a convolution from INT8.
 
-    Refused: integers other than INT8 (an INT32 bias, UINT8), zero points other than 0, scales that are not stored, positive and finite, that are not
-    of the target's type, or subnormal; activations with more than one scale, weights without one scale per output channel; a convolution or Gemm
-    whose input or weight has no DequantizeLinear; a pair between a convolution and its ReLU; operands of different types; an opset that the
-    target's scales do not have.
+    Refused: integers other than INT8 (an INT32 bias, UINT8), zero points other than 0, scales that are not stored,
+    positive and finite, that are not of the target's type, or subnormal; activations with more than one scale, weights
+    without one scale per output channel; a convolution or Gemm whose input or weight has no DequantizeLinear; a pair
+    between a convolution and its ReLU; operands of different types; an opset that the target's scales do not have.
 
     Args:
         model: With Q/DQ pairs.
@@ -46,7 +47,11 @@ def check_quantized(model: onnx.ModelProto, *, target: Target = "trt8", kept: Co
         if node.op_type in _PAIR:
             _check_constants(node, constants, TensorProto.FLOAT16 if target == "trt10" else TensorProto.FLOAT)
             _check_granularity(node, constants)
-        if node.op_type == "QuantizeLinear" and _type_of(producers, node.input[0]) == "Conv" and _feeds_relu(model, node):
+        if (
+            node.op_type == "QuantizeLinear"
+            and _type_of(producers, node.input[0]) == "Conv"
+            and _feeds_relu(model, node)
+        ):
             raise _refusal(node, "stands between a convolution and its ReLU, which breaks their fusion")
         if node.op_type in ("Conv", "Gemm"):
             _check_layer(node, producers, constants, node.name in kept)
@@ -62,9 +67,15 @@ def check_halves(model: onnx.ModelProto) -> None:
     kinds = check_types(model)
     for node in model.graph.node:
         if node.op_type in _PAIR:
-            raise CalibrationError(f"this is not a plain FP16 graph: it holds {node.op_type} {node.name!r}", remedy="check it with check_quantized")
+            raise CalibrationError(
+                f"this is not a plain FP16 graph: it holds {node.op_type} {node.name!r}",
+                remedy="check it with check_quantized",
+            )
         if node.op_type in ("Conv", "Gemm") and kinds[node.output[0]] != TensorProto.FLOAT16:
-            raise CalibrationError(f"{node.op_type} {node.name!r} computes in {_name(kinds[node.output[0]])}, expected FLOAT16", remedy=_HALF_REMEDY)
+            raise CalibrationError(
+                f"{node.op_type} {node.name!r} computes in {_name(kinds[node.output[0]])}, expected FLOAT16",
+                remedy=_HALF_REMEDY,
+            )
 
 
 def check_types(model: onnx.ModelProto) -> dict[str, int]:
@@ -74,8 +85,8 @@ def check_types(model: onnx.ModelProto) -> dict[str, int]:
         Type of each tensor, by name (TensorProto.DataType).
 
     Raises:
-        CalibrationError: Two floating-point types meet, an 8-bit image is read by anything but Cast, an output is not of the type that it
-            declares, or a stored FP16 tensor holds infinity or NaN.
+        CalibrationError: Two floating-point types meet, an 8-bit image is read by anything but Cast, an output is not
+            of the type that it declares, or a stored FP16 tensor holds infinity or NaN.
     """
     constants = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     kinds = constants | {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
@@ -85,15 +96,23 @@ def check_types(model: onnx.ModelProto) -> dict[str, int]:
     for node in model.graph.node:
         read = [kinds[name] for name in node.input if name in kinds]
         if TensorProto.UINT8 in read and node.op_type not in ("Cast", *_PAIR):
-            raise CalibrationError(f"{node.op_type} {node.name!r} reads 8-bit images, and TensorRT takes them into Cast only", remedy=_HALF_REMEDY)
+            raise CalibrationError(
+                f"{node.op_type} {node.name!r} reads 8-bit images, and TensorRT takes them into Cast only",
+                remedy=_HALF_REMEDY,
+            )
         floats = {kind for kind in read if kind in _FLOATS}
         if len(floats) > 1:
-            raise CalibrationError(f"{node.op_type} {node.name!r} reads both FP32 and FP16, and a strongly typed network refuses it", remedy=_REMEDY)
+            raise CalibrationError(
+                f"{node.op_type} {node.name!r} reads both FP32 and FP16, and a strongly typed network refuses it",
+                remedy=_REMEDY,
+            )
         kinds |= zip(node.output, (_result(node, read), TensorProto.INT64), strict=False)
     for value in model.graph.output:
         if kinds.get(value.name) != value.type.tensor_type.elem_type:
             found, said = (_name(kind) for kind in (kinds.get(value.name, 0), value.type.tensor_type.elem_type))
-            raise CalibrationError(f"output {value.name} is of type {found}, and the graph declares {said}", remedy=_HALF_REMEDY)
+            raise CalibrationError(
+                f"output {value.name} is of type {found}, and the graph declares {said}", remedy=_HALF_REMEDY
+            )
     return kinds
 
 
@@ -115,10 +134,14 @@ def _name(kind: int) -> str:
 def _check_opset(model: onnx.ModelProto, target: Target) -> None:
     opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
     if target == "trt10" and opset < _LOWEST_TRT10:
-        raise CalibrationError(f"opset {opset}: FP16 scales need at least {_LOWEST_TRT10}", remedy="make the graph with mixed.halve_quantized")
+        raise CalibrationError(
+            f"opset {opset}: FP16 scales need at least {_LOWEST_TRT10}",
+            remedy="make the graph with mixed.halve_quantized",
+        )
     if target == "trt8" and opset > _HIGHEST_TRT8:
         raise CalibrationError(
-            f"opset {opset}: TensorRT 8.5 and 8.6 know {_HIGHEST_TRT8} at most", remedy="export with --opset 17, or quantize for trt10"
+            f"opset {opset}: TensorRT 8.5 and 8.6 know {_HIGHEST_TRT8} at most",
+            remedy="export with --opset 17, or quantize for trt10",
         )
 
 
@@ -151,10 +174,14 @@ def _check_granularity(node: onnx.NodeProto, constants: dict[str, onnx.TensorPro
         raise _refusal(node, f"is of {_name(weight.data_type)}, expected INT8")
     axis = next((helper.get_attribute_value(a) for a in node.attribute if a.name == "axis"), 1)
     if list(scale.dims) != [weight.dims[0]] or axis != 0:
-        raise _refusal(node, f"needs one scale per output channel on axis 0, found shape {list(scale.dims)} on axis {axis}")
+        raise _refusal(
+            node, f"needs one scale per output channel on axis 0, found shape {list(scale.dims)} on axis {axis}"
+        )
 
 
-def _check_layer(node: onnx.NodeProto, producers: dict[str, onnx.NodeProto], constants: dict[str, onnx.TensorProto], kept: bool) -> None:
+def _check_layer(
+    node: onnx.NodeProto, producers: dict[str, onnx.NodeProto], constants: dict[str, onnx.TensorProto], kept: bool
+) -> None:
     paired = [name for name in node.input[:2] if _type_of(producers, name) == "DequantizeLinear"]
     missing = [name for name in node.input[:2] if name not in paired]
     if kept and paired:
@@ -171,9 +198,14 @@ def _type_of(producers: dict[str, onnx.NodeProto], tensor: str) -> str:
 
 def _feeds_relu(model: onnx.ModelProto, quantize: onnx.NodeProto) -> bool:
     """Whether what the pair gives is read by a ReLU."""
-    pair = [node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] == quantize.output[0]]
+    pair = [
+        node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] == quantize.output[0]
+    ]
     return any(node.op_type == "Relu" and node.input[0] == p.output[0] for p in pair for node in model.graph.node)
 
 
 def _refusal(node: onnx.NodeProto, what: str) -> CalibrationError:
-    return CalibrationError(f"TensorRT would refuse this INT8 graph or not run it in INT8: {node.op_type} {node.name!r} {what}", remedy=_REMEDY)
+    return CalibrationError(
+        f"TensorRT would refuse this INT8 graph or not run it in INT8: {node.op_type} {node.name!r} {what}",
+        remedy=_REMEDY,
+    )

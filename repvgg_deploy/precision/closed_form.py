@@ -1,11 +1,13 @@
 """Statistics of a network's activations without a single image: what the BatchNorm layers of the training form said of them.
 
-What a block reads is taken from the BatchNorm of its identity branch, which has seen it, or, for its mean, from that of its 1×1 branch. Where neither
-is there, a channel is taken as normally distributed before its ReLU, with the mean and standard deviation that the export kept, and cut off at zero
-after it: real activations are rarer and larger than that. Pooling keeps the mean and divides the variance. Convolutions over one pixel (SE) and what
-they read are propagated as sums of independent channels. It takes no time; images, also synthetic ones, give better scales.
+What a block reads is taken from the BatchNorm of its identity branch, which has seen it, or, for its mean, from that of
+its 1×1 branch. Where neither is there, a channel is taken as normally distributed before its ReLU, with the mean and
+standard deviation that the export kept, and cut off at zero after it: real activations are rarer and larger than that.
+Pooling keeps the mean and divides the variance. Convolutions over one pixel (SE) and what they read are propagated as
+sums of independent channels. It takes no time; images, also synthetic ones, give better scales.
 
-Source: Nagel et al. 2019, Data-free quantization, https://arxiv.org/abs/1906.04721, section 4 and appendix C (the rectified normal distribution).
+Source: Nagel et al. 2019, Data-free quantization, https://arxiv.org/abs/1906.04721, section 4 and appendix C (the
+rectified normal distribution).
 """
 
 from __future__ import annotations
@@ -64,7 +66,9 @@ def closed_form_statistics(parent: TypedModel) -> tuple[Statistics, dict[str, tu
     """
     metadata = parent.metadata
     if not metadata.statistics or metadata.spec.preprocessing is None:
-        raise CalibrationError("the ONNX states no BatchNorm statistics: it was exported from a deploy form", remedy=_REMEDY)
+        raise CalibrationError(
+            "the ONNX states no BatchNorm statistics: it was exported from a deploy form", remedy=_REMEDY
+        )
     known = _Propagation(parent.model, metadata.statistics, metadata.spec.preprocessing).run()
     chain = read_chain(parent.model)
     missing = [name for name in chain.quantized_tensors() if name not in known]
@@ -79,7 +83,9 @@ def closed_form_statistics(parent: TypedModel) -> tuple[Statistics, dict[str, tu
 class _Propagation:
     """Walks the graph, from the image on."""
 
-    def __init__(self, model: onnx.ModelProto, statistics: dict[str, ChannelStatistics], preprocessing: Preprocessing) -> None:
+    def __init__(
+        self, model: onnx.ModelProto, statistics: dict[str, ChannelStatistics], preprocessing: Preprocessing
+    ) -> None:
         self._model = model
         self._chain = read_chain(model)
         self._weights = read_weights(model)
@@ -117,8 +123,13 @@ class _Propagation:
         source = self.known.get(layer.input)
         if source is None or int(np.prod(layer.weight_shape[2:])) != 1:
             return None
-        (mean, std), weight = source.moments(), self._weights[layer.weight].reshape(len(self._weights[layer.weight]), -1).astype(np.float64)
-        return _Normal(weight @ mean + self._weights[layer.bias], np.maximum(np.sqrt(np.square(weight) @ np.square(std)), 1e-6))
+        (mean, std), weight = (
+            source.moments(),
+            self._weights[layer.weight].reshape(len(self._weights[layer.weight]), -1).astype(np.float64),
+        )
+        return _Normal(
+            weight @ mean + self._weights[layer.bias], np.maximum(np.sqrt(np.square(weight) @ np.square(std)), 1e-6)
+        )
 
 
 def _moments(normal: _Normal, stated: tuple[Float64, Float64] | None) -> tuple[Float64, Float64]:

@@ -1,9 +1,10 @@
 """Exact rescaling of channels along the chain: an interface's channels get alike ranges, and the network computes the same.
 
-ReLU(x / s) = ReLU(x) / s for s > 0: output channel c of a layer (weight row and bias) is divided by s_c, and input channel c of every layer that
-reads it is multiplied by s_c. Pooling, Flatten and SE gates pass the factor on; a channel that a graph output shows stays as it is.
-Source: Nagel et al. 2019, https://arxiv.org/abs/1906.04721 (cross-layer equalization); Xiao et al. 2022, https://arxiv.org/abs/2211.10438
-(the exponent between activations and weights).
+ReLU(x / s) = ReLU(x) / s for s > 0: output channel c of a layer (weight row and bias) is divided by s_c, and input
+channel c of every layer that reads it is multiplied by s_c. Pooling, Flatten and SE gates pass the factor on; a channel
+that a graph output shows stays as it is.
+Source: Nagel et al. 2019, https://arxiv.org/abs/1906.04721 (cross-layer equalization); Xiao et al. 2022,
+https://arxiv.org/abs/2211.10438 (the exponent between activations and weights).
 """
 
 from __future__ import annotations
@@ -16,7 +17,17 @@ import onnx
 from numpy.typing import NDArray
 
 from ..errors import CalibrationError
-from .chain import Chain, FloatArray, Interface, Layer, input_norms, read_chain, read_weights, replace_weights, scale_inputs
+from .chain import (
+    Chain,
+    FloatArray,
+    Interface,
+    Layer,
+    input_norms,
+    read_chain,
+    read_weights,
+    replace_weights,
+    scale_inputs,
+)
 
 _LARGEST_RATIO = 2.0**20
 """Factors of one interface span at most this range: beyond it, a channel so weak carries nothing that INT8 could keep."""
@@ -27,7 +38,8 @@ class EqualizeOptions:
     """How channels are rescaled.
 
     Attributes:
-        exponent: 0.5 shares the differences between activations and weights evenly; 1 makes all activation ranges alike; 0 the weights' columns.
+        exponent: 0.5 shares the differences between activations and weights evenly; 1 makes all activation ranges
+            alike; 0 the weights' columns.
         by_interface: Other exponents, by the name of the layer before the interface.
         powers_of_two: Round factors to powers of two, so that even float rounding stays as it was.
     """
@@ -39,7 +51,9 @@ class EqualizeOptions:
     def __post_init__(self) -> None:
         values = [self.exponent, *(self.by_interface or {}).values()]
         if not all(0 <= value <= 1 for value in values):
-            raise CalibrationError(f"equalization exponents must lie between 0 and 1, found {values}", remedy="give 0.5, or leave it out")
+            raise CalibrationError(
+                f"equalization exponents must lie between 0 and 1, found {values}", remedy="give 0.5, or leave it out"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +90,15 @@ class EqualizeResult:
     interfaces: tuple[InterfaceReport, ...]
 
 
-def equalize(model: onnx.ModelProto, ranges: Mapping[str, NDArray[np.floating]], options: EqualizeOptions | None = None) -> EqualizeResult:
+def equalize(
+    model: onnx.ModelProto, ranges: Mapping[str, NDArray[np.floating]], options: EqualizeOptions | None = None
+) -> EqualizeResult:
     """Rescales every interface that allows it.
 
     Args:
         model: FP32, as exported; not changed.
-        ranges: By name of a layer's input tensor: largest absolute value of each channel, (C,); see `calibrate.collect`.
+        ranges: By name of a layer's input tensor: largest absolute value of each channel, (C,); see
+            `calibrate.collect`.
         options: Exponents and rounding of the factors.
 
     Raises:
@@ -99,11 +116,16 @@ def equalize(model: onnx.ModelProto, ranges: Mapping[str, NDArray[np.floating]],
             continue
         activation = _range_of(interface, chain, ranges)
         scale = choose_factors(
-            activation, reader_norms(chain.layer(main_reader(interface, chain)), weights), exponent, powers_of_two=options.powers_of_two
+            activation,
+            reader_norms(chain.layer(main_reader(interface, chain)), weights),
+            exponent,
+            powers_of_two=options.powers_of_two,
         )
         rescale(weights, chain, interface, scale)
         factors |= {chain.layer(name).input: scale for name in interface.readers}
-        reports.append(InterfaceReport(interface.source, exponent, _spread(activation), _spread(activation / scale), None))
+        reports.append(
+            InterfaceReport(interface.source, exponent, _spread(activation), _spread(activation / scale), None)
+        )
     return EqualizeResult(replace_weights(model, weights), factors, tuple(reports))
 
 
@@ -156,7 +178,9 @@ def rescale(weights: dict[str, FloatArray], chain: Chain, interface: Interface, 
     weights[source.bias] = (weights[source.bias] / scale).astype(np.float32)
     for name in interface.readers:
         reader = chain.layer(name)
-        weights[reader.weight] = scale_inputs(weights[reader.weight].astype(np.float64), reader.groups, scale).astype(np.float32)
+        weights[reader.weight] = scale_inputs(weights[reader.weight].astype(np.float64), reader.groups, scale).astype(
+            np.float32
+        )
 
 
 def main_reader(interface: Interface, chain: Chain) -> str:
@@ -168,7 +192,13 @@ def _range_of(interface: Interface, chain: Chain, ranges: Mapping[str, NDArray[n
     layer = chain.layer(main_reader(interface, chain))
     found = ranges.get(layer.input)
     if found is None or found.shape != (layer.in_channels,) or not np.isfinite(found).all():
-        what = "nothing" if found is None else f"shape {found.shape}" if found.shape != (layer.in_channels,) else "NaN or infinite values"
+        what = (
+            "nothing"
+            if found is None
+            else f"shape {found.shape}"
+            if found.shape != (layer.in_channels,)
+            else "NaN or infinite values"
+        )
         raise CalibrationError(
             f"ranges of {layer.input}: expected {layer.in_channels} finite numbers, found {what}",
             remedy="collect them with calibrate.collect on this model",

@@ -1,9 +1,10 @@
 """FP32 ONNX → FP16 ONNX, strongly typed: weights and everything between the image and the logits are FP16.
 
-FP16 ends at 65504, and loses digits below 6e-5. Where the range of a channel, with a margin, or its weights come near either end, the channel is
-rescaled by a power of two along the chain: exact, and never a clipping.
+FP16 ends at 65504, and loses digits below 6e-5. Where the range of a channel, with a margin, or its weights come near
+either end, the channel is rescaled by a power of two along the chain: exact, and never a clipping.
 
-How large each layer's output may become: measured on images, or, without any, stated by the BatchNorm layers and tried on drawn images.
+How large each layer's output may become: measured on images, or, without any, stated by the BatchNorm layers and tried
+on drawn images.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ INPUT_SUFFIX = ".input"
 """Ends the name under which the metadata states what a block reads."""
 DEVIATIONS = 256.0
 """Standard deviations that a channel may reach. A trained A0 reaches 130 on 64 photographs: tails are long, and a block's branches, whose variances
-the statistics add as if they were independent, rise together. Too much does no harm: FP16 has digits to spare below, and rescaling is exact."""
+the statistics add as if they were independent, rise together. Too much does no harm: FP16 has digits to spare below,
+and rescaling is exact.
+"""
 UNSEEN = 32.0
 """How much further real images may reach than drawn ones, where nothing else is known. The same A0: 12 times."""
 
@@ -42,8 +45,9 @@ class OutputRanges:
 
     Attributes:
         values: By name of the layer's output tensor, float64 (C,).
-        source: `images`: measured on the caller's. `statistics`: of the BatchNorm layers, |mean| + 256σ, where they speak (every 3×3 convolution),
-            and 32 times what drawn images gave elsewhere (SE, classifier). `synthetic`: 32 times what drawn images gave, everywhere.
+        source: `images`: measured on the caller's. `statistics`: of the BatchNorm layers, |mean| + 256σ, where they
+            speak (every 3×3 convolution), and 32 times what drawn images gave elsewhere (SE, classifier). `synthetic`:
+            32 times what drawn images gave, everywhere.
         images: How many images were run.
     """
 
@@ -70,7 +74,10 @@ def find_ranges(parent: TypedModel, batches: Sequence[NDArray[Any]] | None) -> O
     stated = stated_ranges(parent.metadata.statistics)
     for name, value in stated.items():
         if name not in found or found[name].shape != value.shape:
-            raise ModelError(f"the metadata states BatchNorm statistics of {name}, which the graph does not have", remedy="export the model again")
+            raise ModelError(
+                f"the metadata states BatchNorm statistics of {name}, which the graph does not have",
+                remedy="export the model again",
+            )
         # A channel that drawn images drive beyond that must fit, too.
         found[name] = np.maximum(found[name] / UNSEEN, value)
     return OutputRanges(found, "statistics" if stated else "synthetic", count_images(drawn))
@@ -90,17 +97,25 @@ def measure_ranges(model: onnx.ModelProto, batches: Iterable[NDArray[Any]]) -> d
             largest = np.maximum(value.max(axis=axes), -value.min(axis=axes)).astype(np.float64)
             found[name] = np.maximum(found[name], largest) if name in found else largest
     if not found:
-        raise CalibrationError("there are no images to measure ranges on", remedy="give some images of the training split")
+        raise CalibrationError(
+            "there are no images to measure ranges on", remedy="give some images of the training split"
+        )
     bad = [name for name, value in found.items() if not np.isfinite(value).all()]
     if bad:
-        raise CalibrationError(f"the images give NaN or infinite values at {bad[0]}", remedy="look for NaN in the images and in the checkpoint")
+        raise CalibrationError(
+            f"the images give NaN or infinite values at {bad[0]}",
+            remedy="look for NaN in the images and in the checkpoint",
+        )
     return found
 
 
 def stated_ranges(statistics: Mapping[str, ChannelStatistics]) -> dict[str, NDArray[np.float64]]:
     """|mean| + 256σ of each channel of every layer's output as the BatchNorm layers state them, by tensor; float64 (C,)."""
     outputs = {name: value for name, value in statistics.items() if not name.endswith(INPUT_SUFFIX)}
-    return {name: np.abs(decode_channels(value.mean)) + DEVIATIONS * decode_channels(value.std) for name, value in outputs.items()}
+    return {
+        name: np.abs(decode_channels(value.mean)) + DEVIATIONS * decode_channels(value.std)
+        for name, value in outputs.items()
+    }
 
 
 def decode_channels(text: str) -> NDArray[np.float64]:
@@ -119,8 +134,12 @@ def draw_batches(spec: ModelSpec) -> list[NDArray[Any]]:
             "there are no images, and none can be drawn: how an image becomes this model's input is not known",
             remedy="give some batches as the model takes them",
         )
-    sizes = spec.input.shape[1:3] if spec.input.layout == "NHWC" or spec.input.dtype == "uint8" else spec.input.shape[2:4]
-    height, width = (size if isinstance(size, int) else usual for size, usual in zip(sizes, spec.preprocessing.crop, strict=True))
+    sizes = (
+        spec.input.shape[1:3] if spec.input.layout == "NHWC" or spec.input.dtype == "uint8" else spec.input.shape[2:4]
+    )
+    height, width = (
+        size if isinstance(size, int) else usual for size, usual in zip(sizes, spec.preprocessing.crop, strict=True)
+    )
     images = _draw_images(height, width)
     if spec.batch is not None:
         images = np.resize(images, (-(-len(images) // spec.batch) * spec.batch, *images.shape[1:]))
@@ -134,7 +153,8 @@ def draw_batches(spec: ModelSpec) -> list[NDArray[Any]]:
 def _draw_images(height: int, width: int) -> NDArray[Any]:
     """uint8 (8, H, W, 3).
 
-    Natural images have a power spectrum that falls with frequency (Field 1987); a sum of random gratings with amplitude 1/frequency has, too.
+    Natural images have a power spectrum that falls with frequency (Field 1987); a sum of random gratings with amplitude
+    1/frequency has, too.
     """
     random = np.random.default_rng(0)
     y, x = np.meshgrid(np.arange(height) / height, np.arange(width) / width, indexing="ij")
@@ -170,9 +190,13 @@ class Fp16Options:
 
     def __post_init__(self) -> None:
         if not 1 <= self.margin <= 1024:
-            raise CalibrationError(f"the margin must lie between 1 and 1024, found {self.margin}", remedy="give 8, or leave it out")
+            raise CalibrationError(
+                f"the margin must lie between 1 and 1024, found {self.margin}", remedy="give 8, or leave it out"
+            )
         if self.io not in ("fp32", "fp16"):
-            raise CalibrationError(f"inputs and outputs can be fp32 or fp16, found {self.io!r}", remedy="give fp32, or leave it out")
+            raise CalibrationError(
+                f"inputs and outputs can be fp32 or fp16, found {self.io!r}", remedy="give fp32, or leave it out"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +206,8 @@ class Fp16Report:
     Attributes:
         source: What the ranges are known from; see `ranges.OutputRanges`.
         images: How many images were run.
-        largest: By layer: the largest absolute value that its output may have in FP32, before any rescaling and without the margin.
+        largest: By layer: the largest absolute value that its output may have in FP32, before any rescaling and without
+            the margin.
         rescaled: By layer: how many of its output channels were rescaled; layers without any are left out.
         factors: By layer, of the same layers: smallest and largest power of two that a channel was divided by.
     """
@@ -201,12 +226,13 @@ def to_fp16(
 
     Args:
         source: File, or the model in memory.
-        batches: Images as the model takes them, in a list: what the ranges are measured on. None: the ranges are taken from the BatchNorm statistics
-            that an export of a training form keeps, and from drawn images.
+        batches: Images as the model takes them, in a list: what the ranges are measured on. None: the ranges are taken
+            from the BatchNorm statistics that an export of a training form keeps, and from drawn images.
         options: Margin, type of inputs and outputs.
 
     Raises:
-        CalibrationError: The graph is typed already, the images do not do, or a tensor that cannot be rescaled does not fit FP16.
+        CalibrationError: The graph is typed already, the images do not do, or a tensor that cannot be rescaled does not
+            fit FP16.
         ModelError: The file is damaged or not one of ours.
     """
     options = options or Fp16Options()
@@ -245,7 +271,8 @@ def fit_ranges(
         options: Margin.
 
     Returns:
-        The same function, and by layer what its output channels were divided by, (C,); layers without any change are left out.
+        The same function, and by layer what its output channels were divided by, (C,); layers without any change are
+        left out.
 
     Raises:
         CalibrationError: What cannot be rescaled does not fit.
@@ -265,7 +292,8 @@ def fit_ranges(
 
 def _factors(values: NDArray[np.float64], weight: FloatArray, bias: FloatArray) -> NDArray[np.float64]:
     """Powers of two by which the channels of a layer's output are to be divided; 1 where FP16 holds them as they are."""
-    # Of a row's weights only the largest matters: what is a thousand times smaller than it changes nothing that FP16 shows.
+    # Of a row's weights only the largest matters: what is a thousand times smaller than it changes nothing that FP16
+    # shows.
     rows = np.abs(weight.reshape(len(weight), -1)).max(axis=1).astype(np.float64)
     top = np.maximum(np.maximum(values, rows), np.abs(bias))
     move = (top > LARGEST) | ((rows > 0) & (rows < _TINY))
@@ -274,13 +302,18 @@ def _factors(values: NDArray[np.float64], weight: FloatArray, bias: FloatArray) 
     return np.where(move, np.exp2(np.round(np.log2(wanted))), 1.0)
 
 
-def _check_fit(layer: Layer, interface: Interface, values: NDArray[np.float64], weights: Mapping[str, FloatArray]) -> None:
+def _check_fit(
+    layer: Layer, interface: Interface, values: NDArray[np.float64], weights: Mapping[str, FloatArray]
+) -> None:
     stored = max(float(np.abs(weights[name]).max()) for name in (layer.weight, layer.bias))
     # A sigmoid makes 1 of infinity, as it makes of 65504.
     largest = stored if interface.blocked_by == "Sigmoid" else max(stored, float(values.max()))
     if largest > LARGEST:
-        why = "its channels cannot be rescaled: " + (interface.blocked_by or "their weights would leave it at the other end")
+        why = "its channels cannot be rescaled: " + (
+            interface.blocked_by or "their weights would leave it at the other end"
+        )
         raise CalibrationError(
             f"{layer.name}: FP16 ends at 65504, and values up to {largest:.3g} are expected; {why}",
-            remedy="keep this model in FP32; if its images cannot drive it so far, give a smaller margin, or images to measure on",
+            remedy="keep this model in FP32; if its images cannot drive it so far, give a smaller margin, or images to "
+            "measure on",
         )

@@ -40,7 +40,8 @@ class Verification:
         images: How many were run.
         held_out: Whether they took no part in the calibration.
         agreement: Share of images whose best class is the same, 0 to 1; None where the graph has no classifier.
-        expected_drop: Top-1 that is lost, in points, if FP32's own probabilities are right (see `metrics.Judgement`); None likewise.
+        expected_drop: Top-1 that is lost, in points, if FP32's own probabilities are right (see `metrics.Judgement`);
+            None likewise.
         sqnr_db: Of the logits; without a classifier of all outputs.
     """
 
@@ -57,7 +58,12 @@ class Verification:
 
 
 def verify_typed(
-    reference: onnx.ModelProto, typed: onnx.ModelProto, batches: Sequence[NDArray[Any]], *, held_out: bool, progress: Steps | None = None
+    reference: onnx.ModelProto,
+    typed: onnx.ModelProto,
+    batches: Sequence[NDArray[Any]],
+    *,
+    held_out: bool,
+    progress: Steps | None = None,
 ) -> Verification:
     """Runs both in ONNX Runtime.
 
@@ -76,12 +82,17 @@ def verify_typed(
     names = [last.output] if classifies else [value.name for value in reference.graph.output]
     signal = noise = lost = 0.0
     agreeing = done = 0
-    runs = zip(run_tensors(reference, names, batches), run_tensors(_accept_floats(typed), names, batches), batches, strict=True)
+    runs = zip(
+        run_tensors(reference, names, batches), run_tensors(_accept_floats(typed), names, batches), batches, strict=True
+    )
     for truth, found, batch in runs:
         for name in names:
             one, two = truth[name].astype(np.float64), found[name].astype(np.float64)
             if not np.isfinite(two).all():
-                raise ParityError(f"the typed graph gives NaN or infinite values at {name}", remedy="keep this model in FP32, and please report it")
+                raise ParityError(
+                    f"the typed graph gives NaN or infinite values at {name}",
+                    remedy="keep this model in FP32, and please report it",
+                )
             signal, noise = signal + float(np.square(one).sum()), noise + float(np.square(one - two).sum())
             if classifies:
                 agreeing += int((one.argmax(axis=1) == two.argmax(axis=1)).sum())
@@ -122,7 +133,9 @@ def agreement_check(found: Verification, precision: str, min_agreement: float) -
     """The comparison as the certificate states it."""
     what = "held-out images" if found.held_out else "images"
     name = f"{precision} against fp32 in ONNX Runtime, {found.images} {what}: share of other best classes"
-    return Check(name, found.differing / found.images, allowed_to_differ(found.images, min_agreement) / found.images, 1.0)
+    return Check(
+        name, found.differing / found.images, allowed_to_differ(found.images, min_agreement) / found.images, 1.0
+    )
 
 
 def error_check(found: Verification, precision: str) -> Check:
@@ -131,12 +144,17 @@ def error_check(found: Verification, precision: str) -> Check:
     return Check(name, 10 ** (-found.sqnr_db / 20), 10 ** (-MIN_FP16_DB / 20), 1.0)
 
 
-def blame_int8(reference: onnx.ModelProto, scales: ScaleFile, kept: Sequence[str], batches: Sequence[NDArray[Any]]) -> list[tuple[str, float]]:
+def blame_int8(
+    reference: onnx.ModelProto, scales: ScaleFile, kept: Sequence[str], batches: Sequence[NDArray[Any]]
+) -> list[tuple[str, float]]:
     """The layers that cost most when each alone is quantized with the chosen scales, and the SQNR of the logits then, the worst first.
 
-    Weights are rounded to nearest and few images are run, so that it takes a fraction of the time that the quantization took.
+    Weights are rounded to nearest and few images are run, so that it takes a fraction of the time that the quantization
+    took.
     """
-    factors = {name: np.frombuffer(base64.b64decode(text), "<f8").astype(np.float64) for name, text in scales.factors.items()}
+    factors = {
+        name: np.frombuffer(base64.b64decode(text), "<f8").astype(np.float64) for name, text in scales.factors.items()
+    }
     prepared = apply_factors(reference, factors)
     weights = read_weights(prepared)
     layers = [layer for layer in read_chain(prepared).layers if layer.name not in kept]
@@ -145,10 +163,16 @@ def blame_int8(reference: onnx.ModelProto, scales: ScaleFile, kept: Sequence[str
     return [(cost.name, cost.sqnr_db) for cost in ranked[:_BLAMED]]
 
 
-def blame_fp16(reference: onnx.ModelProto, typed: onnx.ModelProto, batches: Sequence[NDArray[Any]]) -> list[tuple[str, float]]:
+def blame_fp16(
+    reference: onnx.ModelProto, typed: onnx.ModelProto, batches: Sequence[NDArray[Any]]
+) -> list[tuple[str, float]]:
     """The first layers whose outputs have an SQNR too low, rescaled channels scaled back; where none has, those with the lowest."""
     one, two = LayerRun(reference), LayerRun(typed)
     images = spread_images(reference, batches, _BLAME_IMAGES)
-    layers = compare_layers(run_pairs(one, two, ((batch, batch) for batch in images)), fixed=one.shared_with(two).classifiers)
-    below = [layer for layer in layers if layer.sqnr_db < MIN_FP16_DB] or sorted(layers, key=lambda layer: layer.sqnr_db)
+    layers = compare_layers(
+        run_pairs(one, two, ((batch, batch) for batch in images)), fixed=one.shared_with(two).classifiers
+    )
+    below = [layer for layer in layers if layer.sqnr_db < MIN_FP16_DB] or sorted(
+        layers, key=lambda layer: layer.sqnr_db
+    )
     return [(layer.name, layer.sqnr_db) for layer in below[:_BLAMED]]

@@ -1,7 +1,8 @@
 """An FP32 graph, with Q/DQ pairs or without → the strongly typed graph that computes in FP16: which tensors are FP16, and where casts stand.
 
-What comes before the first layer (a uint8 image's cast and normalisation) and what follows the classifier (Softmax, TopK) stays FP32: it costs
-nothing there and keeps its digits. All between is FP16, so that every operator reads tensors of one type, as a strongly typed network must.
+What comes before the first layer (a uint8 image's cast and normalisation) and what follows the classifier (Softmax,
+TopK) stays FP32: it costs nothing there and keeps its digits. All between is FP16, so that every operator reads tensors
+of one type, as a strongly typed network must.
 """
 
 from __future__ import annotations
@@ -137,6 +138,7 @@ def _halve(tensor: onnx.TensorProto) -> None:
     largest = float(np.abs(values).max(initial=0.0))
     if not largest <= LARGEST:
         raise CalibrationError(
-            f"{tensor.name} holds {largest:.3g}, and FP16 ends at {LARGEST:.0f}", remedy="make the graph with to_fp16 or to_int8, which rescale it"
+            f"{tensor.name} holds {largest:.3g}, and FP16 ends at {LARGEST:.0f}",
+            remedy="make the graph with to_fp16 or to_int8, which rescale it",
         )
     tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float16), tensor.name))

@@ -4,11 +4,13 @@ How a graph becomes INT8, and what is reported of it.
 
 FP32 ONNX → INT8 ONNX with explicit quantization, as TensorRT wants it.
 
-Pairs stand on the input of every convolution and of the classifier, and nowhere else (none between Conv and ReLU: it would break the fusion); weights
-are INT8 initializers behind DequantizeLinear, one scale per output channel; zero points are 0; biases stay floating-point.
+Pairs stand on the input of every convolution and of the classifier, and nowhere else (none between Conv and ReLU: it
+would break the fusion); weights are INT8 initializers behind DequantizeLinear, one scale per output channel; zero
+points are 0; biases stay floating-point.
 
-The steps, each a function of its own and each can be left out: ranges (`calibrate`, or `closed_form` without images), equalization (`search`,
-`equalize`), scales (`scales`), rounding with bias correction (`round_network`), sensitivity (`sensitivity`), types (`mixed`).
+The steps, each a function of its own and each can be left out: ranges (`calibrate`, or `closed_form` without images),
+equalization (`search`, `equalize`), scales (`scales`), rounding with bias correction (`round_network`), sensitivity
+(`sensitivity`), types (`mixed`).
 """
 
 from __future__ import annotations
@@ -46,8 +48,8 @@ class Int8Options:
     """How a graph becomes INT8; every step can be left out.
 
     Attributes:
-        target: `trt10`: FP16 for the rest, opset 19, strongly typed: TensorRT 10, 11 and RTX. `trt8`: FP32 for the rest and FP32 scales, opset 17:
-            TensorRT 8.5 and 8.6, ONNX Runtime, OpenVINO.
+        target: `trt10`: FP16 for the rest, opset 19, strongly typed: TensorRT 10, 11 and RTX. `trt8`: FP32 for the rest
+            and FP32 scales, opset 17: TensorRT 8.5 and 8.6, ONNX Runtime, OpenVINO.
         io: Type of the inputs and outputs that are floating-point; of `trt10` only.
         equalize: None leaves the channels as they are. Its exponent stands where `search` does not choose one.
         search: Chooses the exponent of each interface by measured error; None takes `equalize`'s.
@@ -55,8 +57,8 @@ class Int8Options:
         scales: How activation scales are chosen.
         rounding: How weights are rounded.
         keep: Names of layers that stay in floating point.
-        max_drop: Keeps the fewest further layers in floating point with which the expected top-1 drop (see `metrics.Judgement`), in points, is at
-            most this; None keeps none.
+        max_drop: Keeps the fewest further layers in floating point with which the expected top-1 drop (see
+            `metrics.Judgement`), in points, is at most this; None keeps none.
         sensitivity: Whether layers are ranked by their cost, also without `max_drop`.
     """
 
@@ -73,17 +75,32 @@ class Int8Options:
 
     def __post_init__(self) -> None:
         if self.target not in ("trt8", "trt10"):
-            raise CalibrationError(f"the target must be trt8 or trt10, found {self.target!r}", remedy="give trt10, or leave it out")
+            raise CalibrationError(
+                f"the target must be trt8 or trt10, found {self.target!r}", remedy="give trt10, or leave it out"
+            )
         if self.io == "fp16" and self.target == "trt8":
-            raise CalibrationError("FP16 inputs and outputs need the target trt10: trt8 keeps FP32 beside INT8", remedy="leave io out, or give trt10")
+            raise CalibrationError(
+                "FP16 inputs and outputs need the target trt10: trt8 keeps FP32 beside INT8",
+                remedy="leave io out, or give trt10",
+            )
         if self.max_drop is not None and not 0 <= self.max_drop <= 100:
-            raise CalibrationError(f"the largest drop must lie between 0 and 100 points, found {self.max_drop}", remedy="give 0.3, or leave it out")
+            raise CalibrationError(
+                f"the largest drop must lie between 0 and 100 points, found {self.max_drop}",
+                remedy="give 0.3, or leave it out",
+            )
         if not 50 < self.range_percentile <= 100:
-            raise CalibrationError(f"the range percentile must lie between 50 and 100, found {self.range_percentile}", remedy="leave it out")
+            raise CalibrationError(
+                f"the range percentile must lie between 50 and 100, found {self.range_percentile}",
+                remedy="leave it out",
+            )
 
 
 MAX_CALIBRATION = Int8Options(
-    target="trt8", equalize=None, search=None, scales=ScaleOptions("max"), rounding=RoundOptions(method="nearest", bias_correction=False)
+    target="trt8",
+    equalize=None,
+    search=None,
+    scales=ScaleOptions("max"),
+    rounding=RoundOptions(method="nearest", bias_correction=False),
 )
 """What most tools do: per-channel weights, per-tensor activations, nothing clipped."""
 FAST = Int8Options(target="trt8", equalize=EqualizeOptions(0.5), search=None, rounding=RoundOptions(method="nearest"))
@@ -210,10 +227,16 @@ class Int8Work:
             how = options.equalize
             if options.search is not None:
                 wanted = dataclasses.replace(options.search, range_percentile=options.range_percentile)
-                self._exponents = choose_exponents(self._model, self._images.batches, statistics, wanted, progress=self.stage("equalize"))
+                self._exponents = choose_exponents(
+                    self._model, self._images.batches, statistics, wanted, progress=self.stage("equalize")
+                )
                 how = dataclasses.replace(how, by_interface={**(how.by_interface or {}), **self._exponents})
             result = equalize(self._model, statistics.ranges(options.range_percentile), how)
-            self._prepared, self._interfaces, statistics = result.model, result.interfaces, statistics.rescaled(result.factors)
+            self._prepared, self._interfaces, statistics = (
+                result.model,
+                result.interfaces,
+                statistics.rescaled(result.factors),
+            )
             self._remember(result.factors)
         if self._half:
             # With a bound to meet, any layer may become one that is kept.
@@ -235,12 +258,18 @@ class Int8Work:
         digest, count = hash_images(self._images.batches)
         saved.check(graph_sha256(self._model), digest)
         if self._half and saved.target == "trt8":
-            raise CalibrationError("the saved scales were made for trt8, and FP16 may not hold them", remedy="calibrate again, or give --target trt8")
+            raise CalibrationError(
+                "the saved scales were made for trt8, and FP16 may not hold them",
+                remedy="calibrate again, or give --target trt8",
+            )
         missing = set(self._chain.quantized_tensors()) ^ set(saved.scales)
         if missing:
             raise CalibrationError(f"the saved scales do not suit this graph: {min(missing)}", remedy="calibrate again")
         self._data, self._exponents = (digest, count), dict(saved.exponents)
-        self._factors = {name: np.frombuffer(base64.b64decode(text), "<f8").astype(np.float64) for name, text in saved.factors.items()}
+        self._factors = {
+            name: np.frombuffer(base64.b64decode(text), "<f8").astype(np.float64)
+            for name, text in saved.factors.items()
+        }
         self._prepared = apply_factors(self._model, self._factors)
         self._scales = round_activation_scales(saved.scales) if self._half else dict(saved.scales)
 
@@ -259,7 +288,9 @@ class Int8Work:
         measured = layer_sqnr(self._prepared, graph, spread_images(self._model, batches, _REPORT_IMAGES))
         self._tell("measure layers", 1, 1)
         judged = judge(self._prepared, graph, self._images.held_out) if len(self._images.held_out) else None
-        report = self._report(kept, measured, count_macs(self._model, batches[0][:1] if not has_fixed_batch(self._model) else batches[0]))
+        report = self._report(
+            kept, measured, count_macs(self._model, batches[0][:1] if not has_fixed_batch(self._model) else batches[0])
+        )
         return self._typed(graph, kept), dataclasses.replace(report, costs=costs, held_out=judged)
 
     def finish_without_images(
@@ -273,11 +304,15 @@ class Int8Work:
         rounded: dict[str, RoundedLayer] = {}
         layers = [layer for layer in self._chain.layers if layer.name not in self._options.keep]
         for index, layer in enumerate(layers):
-            mean, deviation = (value / self._factors.get(sources.get(layer.name, ""), 1.0) for value in moments[layer.input])
+            mean, deviation = (
+                value / self._factors.get(sources.get(layer.name, ""), 1.0) for value in moments[layer.input]
+            )
             if self._options.rounding.method == "nearest":
                 found = round_nearest(weights[layer.weight], weights[layer.bias])
             else:
-                found = round_by_prior(weights[layer.weight], weights[layer.bias], deviation=deviation, groups=layer.groups)
+                found = round_by_prior(
+                    weights[layer.weight], weights[layer.bias], deviation=deviation, groups=layer.groups
+                )
             if self._options.rounding.bias_correction:
                 bias = correct_bias(weights[layer.weight], found.weight(), found.bias, groups=layer.groups, mean=mean)
                 found = dataclasses.replace(found, bias=bias)
@@ -291,7 +326,9 @@ class Int8Work:
         prepared = Prepared(self._prepared, self._scales, tuple(kept), self._half)
         return round_weights(prepared, self._images.batches, self._options.rounding, progress=self.stage("round"))
 
-    def _meet(self, bound: float, costs: Sequence[LayerCost], rounded: dict[str, RoundedLayer]) -> tuple[tuple[str, ...], dict[str, RoundedLayer]]:
+    def _meet(
+        self, bound: float, costs: Sequence[LayerCost], rounded: dict[str, RoundedLayer]
+    ) -> tuple[tuple[str, ...], dict[str, RoundedLayer]]:
         """The layers to keep, and the others' weights."""
         judges = self._images.held_out if len(self._images.held_out) else self._images.batches
         always = self._options.keep
@@ -301,9 +338,13 @@ class Int8Work:
             nonlocal tried
             tried += 1
             self._tell("meet the bound", min(tried, halvings) - 1, halvings)
-            found = judge(self._prepared, self._write({name: w for name, w in weights.items() if name not in kept}, kept), judges)
+            found = judge(
+                self._prepared, self._write({name: w for name, w in weights.items() if name not in kept}, kept), judges
+            )
             if found is None:
-                raise CalibrationError("a largest drop needs a classifier, and this graph gives features", remedy="leave --max-drop out")
+                raise CalibrationError(
+                    "a largest drop needs a classifier, and this graph gives features", remedy="leave --max-drop out"
+                )
             return found.expected_drop
 
         kept = fewest_kept(costs, lambda names: drop((*always, *names), rounded) <= bound)
@@ -314,7 +355,8 @@ class Int8Work:
                 return (*always, *kept), final
             kept = tuple(cost.name for cost in costs[: len(kept) + 1]) if len(kept) < len(costs) else None
         raise CalibrationError(
-            f"not even with every layer in floating point is the expected drop at most {bound} points", remedy="give a larger --max-drop"
+            f"not even with every layer in floating point is the expected drop at most {bound} points",
+            remedy="give a larger --max-drop",
         )
 
     def _write(self, rounded: dict[str, RoundedLayer], kept: Sequence[str]) -> onnx.ModelProto:
@@ -329,12 +371,21 @@ class Int8Work:
 
     def _report(self, kept: Sequence[str], sqnr: dict[str, float], macs: dict[str, int]) -> Int8Report:
         layers = tuple(
-            LayerReport(layer.name, self._scales[layer.input], sqnr.get(layer.output, 0.0), layer.name in kept, macs.get(layer.name, 0))
+            LayerReport(
+                layer.name,
+                self._scales[layer.input],
+                sqnr.get(layer.output, 0.0),
+                layer.name in kept,
+                macs.get(layer.name, 0),
+            )
             for layer in self._chain.layers
         )
         total = sum(layer.macs for layer in layers)
         share = sum(layer.macs for layer in layers if not layer.kept) / total if total else 1.0
-        factors = {name: base64.b64encode(value.astype("<f8").tobytes()).decode("ascii") for name, value in self._factors.items()}
+        factors = {
+            name: base64.b64encode(value.astype("<f8").tobytes()).decode("ascii")
+            for name, value in self._factors.items()
+        }
         scales = ScaleFile(
             schema=1,
             graph_sha256=graph_sha256(self._model),
@@ -357,7 +408,9 @@ def check_opset(model: onnx.ModelProto) -> None:
     """
     opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
     if opset < 13:
-        raise CalibrationError(f"opset {opset}: scales per output channel need at least 13", remedy="export with --opset 17")
+        raise CalibrationError(
+            f"opset {opset}: scales per output channel need at least 13", remedy="export with --opset 17"
+        )
 
 
 def to_int8(
@@ -372,14 +425,16 @@ def to_int8(
 
     Args:
         source: File, or the model in memory.
-        images: Calibration images, in a list. None: ranges in closed form from the BatchNorm statistics that an export of a training form keeps,
-            nothing clipped, and weights rounded by what is true of every image; see `closed_form` and `round_prior`.
+        images: Calibration images, in a list. None: ranges in closed form from the BatchNorm statistics that an export
+            of a training form keeps, nothing clipped, and weights rounded by what is true of every image; see
+            `closed_form` and `round_prior`.
         options: Steps and their methods.
         saved: Scales of an earlier calibration of the same graph and images.
         progress: See `Progress`.
 
     Raises:
-        CalibrationError: The graph is typed already, the images do not do, the bound cannot be met, or the result is not what TensorRT takes.
+        CalibrationError: The graph is typed already, the images do not do, the bound cannot be met, or the result is
+            not what TensorRT takes.
         ModelError: The file is damaged or not one of ours.
     """
     options = options or Int8Options()
@@ -388,7 +443,12 @@ def to_int8(
         statistics, moments = closed_form_statistics(parent)
         # Nothing can be measured; and a normal distribution's tail is no reason to clip.
         options = dataclasses.replace(
-            options, search=None, sensitivity=False, max_drop=None, equalize=options.equalize and EqualizeOptions(0.5), scales=ScaleOptions("max")
+            options,
+            search=None,
+            sensitivity=False,
+            max_drop=None,
+            equalize=options.equalize and EqualizeOptions(0.5),
+            scales=ScaleOptions("max"),
         )
         work = Int8Work(parent.model, Images(()), options, progress)
         graph, report = work.finish_without_images(statistics, moments)
@@ -396,7 +456,11 @@ def to_int8(
         graph, report = quantize_graph(parent.model, images, options, saved=saved, progress=progress)
     said: dict[str, str | int | float | bool | None] = {
         "target": options.target,
-        "equalize": None if options.equalize is None else "measured" if options.search is not None else options.equalize.exponent,
+        "equalize": None
+        if options.equalize is None
+        else "measured"
+        if options.search is not None
+        else options.equalize.exponent,
         "scales": options.scales.method,
         "rounding": options.rounding.method if images is not None or options.rounding.method == "nearest" else "prior",
         "bias_correction": options.rounding.bias_correction,
@@ -426,7 +490,8 @@ def quantize_graph(
         progress: See `Progress`.
 
     Raises:
-        CalibrationError: The graph is typed already, the images do not do, the bound cannot be met, or the result is not what TensorRT takes.
+        CalibrationError: The graph is typed already, the images do not do, the bound cannot be met, or the result is
+            not what TensorRT takes.
         ModelError: The graph is not one of ours.
     """
     check_opset(model)

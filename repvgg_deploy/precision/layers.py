@@ -1,9 +1,10 @@
 """One layer of a graph with what lies behind it, cut out so that it can be run again and again with other weights and another quantization.
 
-What the layers of exported graphs give, FP32, FP16 or with Q/DQ pairs alike: for a comparison of two graphs layer by layer.
+What the layers of exported graphs give, FP32, FP16 or with Q/DQ pairs alike: for a comparison of two graphs layer by
+layer.
 
-Layers are known by the names of their nodes (an unnamed one by its output), which no change of precision touches; the tensor that a node writes
-may have another name and type.
+Layers are known by the names of their nodes (an unnamed one by its output), which no change of precision touches; the
+tensor that a node writes may have another name and type.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ def cut_after(model: onnx.ModelProto, chain: Chain, layer: Layer, horizon: int) 
         if reached.intersection(node.input):
             reached.update(node.output)
     later = [other for other in chain.layers[index + 1 :] if other.input in reached]
-    last = chain.layers[-1].output if chain.layers[-1].output in reached else (later[-1].input if later else layer.output)
+    last = (
+        chain.layers[-1].output if chain.layers[-1].output in reached else (later[-1].input if later else layer.output)
+    )
     end = later[horizon - 1].input if 0 < horizon <= len(later) else last
     nodes = _between(model, layer, reached, end)
     made = {name for node in nodes for name in node.output}
@@ -102,7 +105,9 @@ class Trial:
         self._truth = [run_session(reference, [cut.end], {name: v[name] for name in cut.given})[0] for v in values]
         self.signal = float(sum(np.square(truth, dtype=np.float64).sum() for truth in self._truth))
 
-    def error(self, step: float, factors: NDArray[np.float64], weight: FloatArray, *, bias: FloatArray | None = None) -> float:
+    def error(
+        self, step: float, factors: NDArray[np.float64], weight: FloatArray, *, bias: FloatArray | None = None
+    ) -> float:
         """Squared error at the cut's end, summed over all batches.
 
         Args:
@@ -122,13 +127,17 @@ class Trial:
         return total
 
 
-def _part(model: onnx.ModelProto, cut: Cut, nodes: Sequence[onnx.NodeProto], extra: Sequence[onnx.ValueInfoProto]) -> onnx.ModelProto:
+def _part(
+    model: onnx.ModelProto, cut: Cut, nodes: Sequence[onnx.NodeProto], extra: Sequence[onnx.ValueInfoProto]
+) -> onnx.ModelProto:
     used = {name for node in nodes for name in node.input}
     inputs = [*(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in cut.given), *extra]
     output = helper.make_tensor_value_info(cut.end, TensorProto.FLOAT, None)
     initializers = [tensor for tensor in model.graph.initializer if tensor.name in used]
     initializers.append(numpy_helper.from_array(np.array(0, np.int8), _ZERO))
-    part = helper.make_model(helper.make_graph(list(nodes), "cut", inputs, [output], initializers), opset_imports=model.opset_import)
+    part = helper.make_model(
+        helper.make_graph(list(nodes), "cut", inputs, [output], initializers), opset_imports=model.opset_import
+    )
     part.ir_version = model.ir_version
     return part
 
@@ -141,7 +150,9 @@ def _open_cut(model: onnx.ModelProto, cut: Cut) -> onnxruntime.InferenceSession:
     nodes = [
         helper.make_node("Mul", [cut.layer.input, _RATIO], ["cut.rescaled"], name="cut.rescale"),
         helper.make_node("QuantizeLinear", ["cut.rescaled", _STEP, _ZERO], ["cut.quantized"], name="cut.quantize"),
-        helper.make_node("DequantizeLinear", ["cut.quantized", _STEP, _ZERO], ["cut.dequantized"], name="cut.dequantize"),
+        helper.make_node(
+            "DequantizeLinear", ["cut.quantized", _STEP, _ZERO], ["cut.dequantized"], name="cut.dequantize"
+        ),
     ]
     for node in cut.nodes:
         copy = onnx.NodeProto.FromString(node.SerializeToString())
@@ -197,7 +208,9 @@ class LayerRun:
             InputError: The two are different networks.
         """
         if list(self.outputs) != list(other.outputs) or self._shapes != other._shapes:
-            missing = next((name for name in self.outputs if self._shapes[name] != other._shapes.get(name)), "one of the other's")
+            missing = next(
+                (name for name in self.outputs if self._shapes[name] != other._shapes.get(name)), "one of the other's"
+            )
             raise InputError(
                 f"the layers cannot be compared: the two are different networks: {missing} is not the same in both",
                 remedy="compare two graphs of one checkpoint",
@@ -213,7 +226,9 @@ class LayerRun:
         try:
             values = self._session.run(list(self.outputs.values()), {self._input: self._fit(batch)})
         except Exception as error:  # its errors share no base class
-            raise ModelError(f"ONNX Runtime failed on {batch.dtype} {batch.shape}: {_first_line(error)}", remedy=_EXPORT) from error
+            raise ModelError(
+                f"ONNX Runtime failed on {batch.dtype} {batch.shape}: {_first_line(error)}", remedy=_EXPORT
+            ) from error
         return {name: np.asarray(value, np.float32) for name, value in zip(self.outputs, values, strict=True)}
 
     def _fit(self, batch: NDArray[Any]) -> NDArray[Any]:
@@ -222,7 +237,9 @@ class LayerRun:
         return batch.astype(np.float16) if half and batch.dtype == np.float32 else batch
 
 
-def run_pairs(reference: LayerRun, other: LayerRun, batches: Iterable[tuple[NDArray[Any], NDArray[Any]]]) -> Iterator[Mapping[str, Pair]]:
+def run_pairs(
+    reference: LayerRun, other: LayerRun, batches: Iterable[tuple[NDArray[Any], NDArray[Any]]]
+) -> Iterator[Mapping[str, Pair]]:
     """By name of the layer: what both graphs give, batch by batch; one batch is in memory at a time.
 
     Args:

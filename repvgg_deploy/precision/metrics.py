@@ -27,7 +27,9 @@ def decibels(signal: float, noise: float) -> float:
     return float(np.clip(10 * np.log10(max(signal, tiny) / max(noise, tiny)), -200.0, 200.0)) if noise > 0 else 200.0
 
 
-def layer_sqnr(reference: onnx.ModelProto, quantized: onnx.ModelProto, batches: Iterable[NDArray[Any]]) -> dict[str, float]:
+def layer_sqnr(
+    reference: onnx.ModelProto, quantized: onnx.ModelProto, batches: Iterable[NDArray[Any]]
+) -> dict[str, float]:
     """Signal-to-quantization-noise ratio of every layer's output in decibels, by tensor; 200 where there is no difference.
 
     Args:
@@ -52,9 +54,9 @@ class Judgement:
     Attributes:
         images: How many.
         agreement: Share of images whose best class is the same, 0 to 1.
-        expected_drop: Top-1 that is lost, in points, if FP32's own probabilities are right: the mean over images of what FP32 gives its best class
-            less what it gives the quantized network's. No labels are needed; changing between two classes that FP32 holds for equally likely
-            costs nothing.
+        expected_drop: Top-1 that is lost, in points, if FP32's own probabilities are right: the mean over images of
+            what FP32 gives its best class less what it gives the quantized network's. No labels are needed; changing
+            between two classes that FP32 holds for equally likely costs nothing.
         sqnr_db: Of the logits, in decibels.
     """
 
@@ -99,7 +101,8 @@ class LayerCost:
 
     Attributes:
         name: Of its node.
-        sqnr_db: Of the logits (of the last layer reached, where there is no classifier), in decibels, with this layer alone quantized.
+        sqnr_db: Of the logits (of the last layer reached, where there is no classifier), in decibels, with this layer
+            alone quantized.
         macs: Multiply-accumulates of one image.
     """
 
@@ -131,7 +134,9 @@ def rank_layers(
     for layer in (layer for layer in chain.layers if layer.name in rounded):
         cut = cut_after(model, chain, layer, len(chain.layers))
         trial = Trial(model, cut, list(run_tensors(model, cut.given, images)))
-        noise = trial.error(scales[layer.input], np.ones(layer.in_channels), rounded[layer.name].weight(), bias=rounded[layer.name].bias)
+        noise = trial.error(
+            scales[layer.input], np.ones(layer.in_channels), rounded[layer.name].weight(), bias=rounded[layer.name].bias
+        )
         costs.append(LayerCost(layer.name, decibels(trial.signal, noise), macs[layer.name]))
         if progress is not None:
             progress(len(costs), len(rounded))
@@ -153,7 +158,10 @@ def count_macs(model: onnx.ModelProto, batch: NDArray[Any]) -> dict[str, int]:
 def blank_batch(model: onnx.ModelProto) -> NDArray[Any]:
     """A batch of zeros as the model takes it: one image, 224 pixels where any size goes."""
     kind = model.graph.input[0].type.tensor_type
-    sizes = [dim.dim_value if dim.HasField("dim_value") else usual for dim, usual in zip(kind.shape.dim, (1, 224, 224, 224), strict=True)]
+    sizes = [
+        dim.dim_value if dim.HasField("dim_value") else usual
+        for dim, usual in zip(kind.shape.dim, (1, 224, 224, 224), strict=True)
+    ]
     return np.zeros(sizes, onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
 
 

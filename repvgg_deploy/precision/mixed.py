@@ -1,8 +1,9 @@
 """INT8 with FP16 for the rest: a Q/DQ graph with FP32 scales → the strongly typed graph that TensorRT 10 and later want.
 
-Scales, biases and everything between the layers become FP16, at opset 19, the first whose Q/DQ operators have FP16 scales. So that nothing is lost
-on the way, `fit.fit_scales` rescales the FP32 network before it is quantized, by powers of two (exactly), until scales and values lie well inside
-FP16; `round_activation_scales` and `round_layer_to_half` make the scales exact in FP16; `halve_quantized` then only changes types.
+Scales, biases and everything between the layers become FP16, at opset 19, the first whose Q/DQ operators have FP16
+scales. So that nothing is lost on the way, `fit.fit_scales` rescales the FP32 network before it is quantized, by powers
+of two (exactly), until scales and values lie well inside FP16; `round_activation_scales` and `round_layer_to_half` make
+the scales exact in FP16; `halve_quantized` then only changes types.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def round_scales_to_half(scales: NDArray[np.floating]) -> FloatArray:
     """
     if not float(np.max(scales, initial=0.0)) <= LARGEST:
         raise CalibrationError(
-            f"a scale of {float(np.max(scales)):.3g} exceeds FP16", remedy="rescale the network with fit_scales before it is quantized"
+            f"a scale of {float(np.max(scales)):.3g} exceeds FP16",
+            remedy="rescale the network with fit_scales before it is quantized",
         )
     return np.asarray(np.maximum(np.asarray(scales, np.float16), np.float16(SMALLEST_NORMAL)), np.float32)
 
@@ -55,7 +57,8 @@ def round_activation_scales(scales: Mapping[str, float]) -> dict[str, float]:
 def round_layer_to_half(rounded: RoundedLayer) -> RoundedLayer:
     """The layer with scales and bias that are exact in FP16.
 
-    A scale moves by 2⁻¹² of itself at most and the integers stay; only those of a row whose scale would be subnormal are rounded again.
+    A scale moves by 2⁻¹² of itself at most and the integers stay; only those of a row whose scale would be subnormal
+    are rounded again.
 
     Raises:
         CalibrationError: A scale or bias exceeds FP16.
@@ -66,8 +69,12 @@ def round_layer_to_half(rounded: RoundedLayer) -> RoundedLayer:
     ratio = (rounded.scales[raised] / scales[raised]).reshape(-1, *[1] * (integers.ndim - 1))
     integers[raised] = np.rint(integers[raised] * ratio).astype(np.int8)
     if not float(np.abs(rounded.bias).max(initial=0.0)) <= LARGEST:
-        raise CalibrationError("a bias exceeds FP16", remedy="rescale the network with fit_scales before it is quantized")
-    return dataclasses.replace(rounded, integers=integers, scales=scales, bias=rounded.bias.astype(np.float16).astype(np.float32))
+        raise CalibrationError(
+            "a bias exceeds FP16", remedy="rescale the network with fit_scales before it is quantized"
+        )
+    return dataclasses.replace(
+        rounded, integers=integers, scales=scales, bias=rounded.bias.astype(np.float16).astype(np.float32)
+    )
 
 
 def halve_quantized(model: onnx.ModelProto, *, io: Io = "fp32", kept: Collection[str] = ()) -> onnx.ModelProto:
@@ -96,7 +103,8 @@ def _check_exact(model: onnx.ModelProto) -> None:
             values = numpy_helper.to_array(tensor)
             if np.any(values != round_scales_to_half(values)):
                 raise CalibrationError(
-                    f"{tensor.name} is not exact in FP16, or subnormal", remedy="round it first: round_activation_scales, round_layer_to_half"
+                    f"{tensor.name} is not exact in FP16, or subnormal",
+                    remedy="round it first: round_activation_scales, round_layer_to_half",
                 )
 
 
@@ -111,8 +119,14 @@ def raise_opset(model: onnx.ModelProto, opset: int) -> None:
         raise ModelError("the graph names no ONNX operator set", remedy="give the file that repvgg-export wrote")
     if entry.version < opset:
         for op_type in sorted({node.op_type for node in model.graph.node}):
-            old, new = (defs.get_schema(op_type, max_inclusive_version=version).since_version for version in (entry.version, opset))
+            old, new = (
+                defs.get_schema(op_type, max_inclusive_version=version).since_version
+                for version in (entry.version, opset)
+            )
             if old != new and op_type not in _WIDENED:
-                raise ModelError(f"{op_type} of opset {entry.version} means something else at {opset}", remedy=f"export with --opset {opset}")
+                raise ModelError(
+                    f"{op_type} of opset {entry.version} means something else at {opset}",
+                    remedy=f"export with --opset {opset}",
+                )
         entry.version = opset
     model.ir_version = max(model.ir_version, helper.find_min_ir_version_for(model.opset_import))

@@ -22,14 +22,15 @@ class QuantizeOptions:
 
     Attributes:
         precision: Of the graph to write.
-        calibration: Images (a folder, list, .npz or image; see `calibration_images.load_calibration`), or `statistics`. None: for INT8 the
-            `NAME.calib.npz` beside the ONNX; for FP16 no images.
-        images: At most so many to calibrate with. Where there are more, up to half as many again are held out to judge the result; else a fifth is.
+        calibration: Images (a folder, list, .npz or image; see `calibration_images.load_calibration`), or `statistics`.
+            None: for INT8 the `NAME.calib.npz` beside the ONNX; for FP16 no images.
+        images: At most so many to calibrate with. Where there are more, up to half as many again are held out to judge
+            the result; else a fifth is.
         seed: Of the choice of images.
         int8: Steps of INT8 and their methods; for FP16 without effect.
         fp16: Margin and types of FP16; for INT8 without effect.
-        min_agreement: Share of held-out images whose best class must be FP32's, 0 to 1. Of so few images that one alone is more than that, one may
-            differ.
+        min_agreement: Share of held-out images whose best class must be FP32's, 0 to 1. Of so few images that one alone
+            is more than that, one may differ.
         scales: A calibration that was saved (`scales.ScaleFile`), used in place of a new one.
         save_scales: Where to save the calibration.
     """
@@ -51,19 +52,32 @@ class QuantizeOptions:
 
     def __post_init__(self) -> None:
         if self.precision not in ("fp16", "int8"):
-            raise InputError(f"the precision must be fp16 or int8, found {self.precision!r}", remedy="give one of the two")
+            raise InputError(
+                f"the precision must be fp16 or int8, found {self.precision!r}", remedy="give one of the two"
+            )
         if not 0 <= self.min_agreement <= 1:
             raise InputError(
-                f"the least agreement is a share from 0 to 1, found {self.min_agreement}", remedy="give --min-agreement 0.97, or leave it out"
+                f"the least agreement is a share from 0 to 1, found {self.min_agreement}",
+                remedy="give --min-agreement 0.97, or leave it out",
             )
         if self.images < 1:
-            raise InputError(f"expected at least one image, found {self.images}", remedy="give --images 256, or leave it out")
-        if self.precision == "fp16" and (self.from_statistics or self.scales is not None or self.save_scales is not None):
+            raise InputError(
+                f"expected at least one image, found {self.images}", remedy="give --images 256, or leave it out"
+            )
+        if self.precision == "fp16" and (
+            self.from_statistics or self.scales is not None or self.save_scales is not None
+        ):
             raise InputError(
                 "FP16 has no scales to choose: --calib statistics, --scales and --save-scales are of INT8",
                 remedy="leave them out: without images, FP16 takes the BatchNorm statistics by itself",
             )
         if self.from_statistics and (self.scales is not None or self.save_scales is not None):
-            raise InputError("--calib statistics takes no time, so its scales are neither saved nor reused", remedy="leave the scales out")
+            raise InputError(
+                "--calib statistics takes no time, so its scales are neither saved nor reused",
+                remedy="leave the scales out",
+            )
         if self.from_statistics and (self.int8.max_drop is not None or self.int8.sensitivity):
-            raise InputError("--max-drop and --sensitivity are measured on images, and --calib statistics has none", remedy="give --calib images")
+            raise InputError(
+                "--max-drop and --sensitivity are measured on images, and --calib statistics has none",
+                remedy="give --calib images",
+            )

@@ -46,17 +46,26 @@ def insert_pairs(model: onnx.ModelProto, scales: Mapping[str, float], *, kept: C
     del result.graph.node[:]
     result.graph.node.extend(kept)
     for tensor in (name for name in chain.quantized_tensors() if name in paired):
-        result.graph.initializer.append(numpy_helper.from_array(np.array(scales[tensor], np.float32), f"{tensor}.scale"))
+        result.graph.initializer.append(
+            numpy_helper.from_array(np.array(scales[tensor], np.float32), f"{tensor}.scale")
+        )
         result.graph.initializer.append(numpy_helper.from_array(np.array(0, np.int8), f"{tensor}.zero_point"))
     return result
 
 
 def _pair(tensor: str) -> list[onnx.NodeProto]:
     constants = [f"{tensor}.scale", f"{tensor}.zero_point"]
-    quantize = helper.make_node("QuantizeLinear", [tensor, *constants], [f"{tensor}.quantized"], name=f"{tensor}.quantize")
+    quantize = helper.make_node(
+        "QuantizeLinear", [tensor, *constants], [f"{tensor}.quantized"], name=f"{tensor}.quantize"
+    )
     return [
         quantize,
-        helper.make_node("DequantizeLinear", [f"{tensor}.quantized", *constants], [f"{tensor}.dequantized"], name=f"{tensor}.dequantize"),
+        helper.make_node(
+            "DequantizeLinear",
+            [f"{tensor}.quantized", *constants],
+            [f"{tensor}.dequantized"],
+            name=f"{tensor}.dequantize",
+        ),
     ]
 
 
@@ -75,8 +84,17 @@ def write_integers(model: onnx.ModelProto, rounded: Mapping[str, RoundedLayer]) 
             continue
         layer, weight = rounded[node.name], node.input[1]
         constants = [weight, f"{weight}.scale", f"{weight}.zero_point"]
-        arrays |= {weight: layer.integers, constants[1]: layer.scales, constants[2]: np.zeros(len(layer.scales), np.int8), node.input[2]: layer.bias}
-        dequantizers.append(helper.make_node("DequantizeLinear", constants, [f"{weight}.dequantized"], name=f"{weight}.dequantize", axis=0))
+        arrays |= {
+            weight: layer.integers,
+            constants[1]: layer.scales,
+            constants[2]: np.zeros(len(layer.scales), np.int8),
+            node.input[2]: layer.bias,
+        }
+        dequantizers.append(
+            helper.make_node(
+                "DequantizeLinear", constants, [f"{weight}.dequantized"], name=f"{weight}.dequantize", axis=0
+            )
+        )
         node.input[1] = f"{weight}.dequantized"
     nodes = [*dequantizers, *result.graph.node]
     copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]

@@ -19,8 +19,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CalibrationError, InputError, ParityError
-from ..files.output import PendingOutput, atomic_output, explain_os_errors, require_distinct, require_replaceable, sha256_file
-from ..images.calibration import CalibrationImages, calibration_path, find_calibration_file, load_calibration, load_calibration_file, split_held_out
+from ..files.output import (
+    PendingOutput,
+    atomic_output,
+    explain_os_errors,
+    require_distinct,
+    require_replaceable,
+    sha256_file,
+)
+from ..images.calibration import (
+    CalibrationImages,
+    calibration_path,
+    find_calibration_file,
+    load_calibration,
+    load_calibration_file,
+    split_held_out,
+)
 from ..images.decode import normalize
 from ..images.drawn import draw_images
 from ..specs import codec
@@ -70,7 +84,8 @@ def gather_images(model: Path, spec: ModelSpec, options: QuantizeOptions) -> Gat
     """Reads the images that the options name, or those beside the ONNX. None where FP16 has none, or INT8 is to do without.
 
     Raises:
-        CalibrationError: There are none, too few or unusable ones; where a file stands beside the ONNX, it is damaged or of another ONNX.
+        CalibrationError: There are none, too few or unusable ones; where a file stands beside the ONNX, it is damaged
+            or of another ONNX.
     """
     if options.from_statistics or (options.precision == "fp16" and options.calibration is None):
         return None
@@ -82,7 +97,8 @@ def gather_images(model: Path, spec: ModelSpec, options: QuantizeOptions) -> Gat
         return Gathered(found.name, synthetic, found.skipped, found.batches, found.batches)
     if found.images < LEAST_IMAGES:
         raise CalibrationError(
-            f"{found.name}: expected at least {LEAST_IMAGES} images to calibrate with and to judge the result, found {found.images}",
+            f"{found.name}: expected at least {LEAST_IMAGES} images to calibrate with and to judge the result, "
+            f"found {found.images}",
             remedy="give some hundred images of the training split, and no smaller --images",
         )
     calibrate, held_out = split_held_out(found, share=_share(found, options.images))
@@ -98,8 +114,10 @@ def _find_beside(model: Path) -> Path:
     if path is None:
         raise CalibrationError(
             f"{model}: INT8 needs calibration images: none were given, and {calibration_path(model).name} is not there",
-            remedy=f"repvgg-export --ckpt CHECKPOINT --out {model} --synthetic-calibration makes them of a training-form checkpoint alone; or give "
-            "--calib DIR with images of the training split; or --calib statistics, which takes no time and is less exact",
+            remedy=f"repvgg-export --ckpt CHECKPOINT --out {model} --synthetic-calibration makes them of a "
+            f"training-form checkpoint alone; or give "
+            "--calib DIR with images of the training split; or --calib statistics, which takes no time and is "
+            "less exact",
         )
     load_calibration_file(path, sha256_file(model))
     return path
@@ -109,7 +127,9 @@ def draw_inputs(spec: ModelSpec) -> list[NDArray[Any]]:
     """Drawn images as the model takes them, others than those that `precision.ranges` measures on; the same every time."""
     assert spec.preprocessing is not None, "precision.ranges refused the model before"
     sizes = spec.input.shape[1:3] if spec.input.dtype == "uint8" else spec.input.shape[2:4]
-    height, width = (size if isinstance(size, int) else usual for size, usual in zip(sizes, spec.preprocessing.crop, strict=True))
+    height, width = (
+        size if isinstance(size, int) else usual for size, usual in zip(sizes, spec.preprocessing.crop, strict=True)
+    )
     images: NDArray[Any] = draw_images((height, width), _DRAWN, np.random.default_rng(1))
     if spec.batch is not None:
         images = np.resize(images, (-(-len(images) // spec.batch) * spec.batch, *images.shape[1:]))
@@ -199,12 +219,19 @@ def make_int8(source: Path, options: QuantizeOptions, clock: Clock) -> Made:
         return Made(_state(typed, [], {"calibration": STATISTICS, "verified": None}), None, report, ungated=NO_IMAGES)
     saved = None if options.scales is None else _read_scales(options.scales)
     steps = options.int8 if saved is None else _as_saved(options.int8, saved)
-    # What is judged below is the very graph that is written. Held-out images are given here only where a bound is to be met with them.
+    # What is judged below is the very graph that is written. Held-out images are given here only where a bound is to be
+    # met with them.
     given = Images(images.batches, images.held_out if steps.max_drop is not None else ())
     typed, report = to_int8(source, given, steps, saved=saved, progress=clock)
     reference = load_parent(source).model
     clock("verify", 0, 1)
-    found = verify_typed(reference, typed.model, images.held_out, held_out=True, progress=lambda done, total: clock("verify", done, total))
+    found = verify_typed(
+        reference,
+        typed.model,
+        images.held_out,
+        held_out=True,
+        progress=lambda done, total: clock("verify", done, total),
+    )
     checks = []
     if found.agreement is not None:
         checks = [agreement_check(found, "int8", options.min_agreement)]
@@ -216,7 +243,9 @@ def make_int8(source: Path, options: QuantizeOptions, clock: Clock) -> Made:
         "sqnr_db": round(found.sqnr_db, 1),
     }
     if found.agreement is not None and found.expected_drop is not None:
-        report = dataclasses.replace(report, held_out=Judgement(found.images, found.agreement, found.expected_drop, found.sqnr_db))
+        report = dataclasses.replace(
+            report, held_out=Judgement(found.images, found.agreement, found.expected_drop, found.sqnr_db)
+        )
     if saved is not None:
         said |= {"equalize": None if not saved.factors else "measured" if saved.exponents else "saved"}
     return Made(_state(typed, checks, said), _use(images), report, None, found, "" if checks else NO_CLASSIFIER)
@@ -230,7 +259,9 @@ def make_fp16(source: Path, options: QuantizeOptions, clock: Clock) -> Made:
     clock("ranges", 1, 1)
     parent = load_parent(source)
     batches = draw_inputs(parent.metadata.spec) if images is None else images.batches
-    found = verify_typed(parent.model, typed.model, batches, held_out=False, progress=lambda done, total: clock("verify", done, total))
+    found = verify_typed(
+        parent.model, typed.model, batches, held_out=False, progress=lambda done, total: clock("verify", done, total)
+    )
     checks = [error_check(found, "fp16")]
     # FP32 itself is undecided on drawn images: there the error counts, not the class.
     if images is not None and found.agreement is not None:
@@ -262,10 +293,14 @@ def _read_scales(path: Path) -> ScaleFile:
     try:
         return load_scales(data.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not a calibration that --save-scales wrote: not UTF-8", remedy="calibrate again with --save-scales") from error
+        raise InputError(
+            f"{path}: not a calibration that --save-scales wrote: not UTF-8",
+            remedy="calibrate again with --save-scales",
+        ) from error
     except InputError as error:
         raise InputError(
-            f"{path}: not a calibration that --save-scales wrote: {error.message}", remedy="calibrate again with --save-scales"
+            f"{path}: not a calibration that --save-scales wrote: {error.message}",
+            remedy="calibrate again with --save-scales",
         ) from error
 
 
@@ -287,16 +322,23 @@ def _refusal(found: Verification, options: QuantizeOptions, blamed: list[tuple[s
     worst = ", ".join(f"{name} ({decibels:.1f} dB)" for name, decibels in blamed)
     what = "held-out images" if found.held_out else "images"
     if options.precision == "fp16":
-        share = "" if found.agreement is None else f", same best class on {100 * found.agreement:.2f} % of {found.images} {what}"
+        share = (
+            ""
+            if found.agreement is None
+            else f", same best class on {100 * found.agreement:.2f} % of {found.images} {what}"
+        )
         return ParityError(
-            f"FP16 is too far from FP32: SQNR {found.sqnr_db:.1f} dB, at least {MIN_FP16_DB:g} expected{share}; they part at {worst}",
+            f"FP16 is too far from FP32: SQNR {found.sqnr_db:.1f} dB, at least {MIN_FP16_DB:g} expected{share}; "
+            f"they part at {worst}",
             remedy="keep the model in FP32, or give --calib images of the training split, so that ranges are measured",
         )
     assert found.agreement is not None
     return ParityError(
-        f"INT8 agrees with FP32 on {100 * found.agreement:.2f} % of {found.images} {what}, at least {100 * options.min_agreement:g} % expected; "
+        f"INT8 agrees with FP32 on {100 * found.agreement:.2f} % of {found.images} {what}, at least "
+        f"{100 * options.min_agreement:g} % expected; "
         f"the layers that cost most, each quantized alone: {worst}",
-        remedy=f"keep those layers in floating point (--keep {blamed[0][0]}, or --max-drop 0.3 to find how few are needed); give more images with "
+        remedy=f"keep those layers in floating point (--keep {blamed[0][0]}, or --max-drop 0.3 to find how few are "
+        f"needed); give more images with "
         "--calib; leave --fast and other short cuts out; or accept it with a lower --min-agreement",
     )
 
@@ -339,7 +381,12 @@ def default_typed_output(model: Path, precision: str) -> Path:
 
 
 def quantize(
-    model: Path | str, out: Path | str | None, options: QuantizeOptions, *, force: bool = False, progress: Progress | None = None
+    model: Path | str,
+    out: Path | str | None,
+    options: QuantizeOptions,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
 ) -> QuantizeResult:
     """Makes a typed ONNX of one that repvgg-export wrote. Nothing is written unless it agrees with the FP32 graph where that can be judged.
 
@@ -351,8 +398,8 @@ def quantize(
         progress: Called with the name of the stage, steps done and steps in all.
 
     Raises:
-        CalibrationError: There are no images or they do not do, the graph is typed already, saved scales are of another graph or other images, or a
-            bound cannot be met.
+        CalibrationError: There are no images or they do not do, the graph is typed already, saved scales are of another
+            graph or other images, or a bound cannot be met.
         ParityError: The typed graph does not agree with the FP32 graph; the message names the layers to blame.
         ModelError: The file is missing, damaged or not one of ours.
         ArtifactError: A file cannot be written, or exists and differs.
@@ -364,7 +411,8 @@ def quantize(
     clock = Clock(progress)
     read_chain(load_parent(source).model)  # refuses what is typed already or not ours, before the images are read
     saving = nullcontext() if options.save_scales is None else atomic_output(options.save_scales, force=force)
-    # Opened first: a folder that cannot be written to should not be found out after the work. Written both or not at all.
+    # Opened first: a folder that cannot be written to should not be found out after the work. Written both or not at
+    # all.
     with saving as scales_output, atomic_output(target, force=force) as output:
         work = make_int8 if options.precision == "int8" else make_fp16
         made = work(source, options, clock)

@@ -1,7 +1,8 @@
 """Ranges of activations: streamed per-channel histograms.
 
-Memory holds one batch and a histogram per channel, however many images there are. The histograms are per channel, so that one collection on the
-exported FP32 graph also serves every rescaled version of it: a factor on a channel stretches its bins.
+Memory holds one batch and a histogram per channel, however many images there are. The histograms are per channel, so
+that one collection on the exported FP32 graph also serves every rescaled version of it: a factor on a channel stretches
+its bins.
 
 What rounding must know of a layer's inputs: first and second moments, summed over some output positions of every image.
 """
@@ -40,14 +41,17 @@ class Moments:
         self.layer = layer
         inner = int(np.prod(layer.weight_shape[1:]))
         self.count = 0
-        # float32: around the origin below, and beside the damping, seven digits are plenty; of a large layer, float64 would be 265 MB.
+        # float32: around the origin below, and beside the damping, seven digits are plenty; of a large layer, float64
+        # would be 265 MB.
         self.second: FloatArray = np.zeros((layer.groups, inner, inner), np.float32)
         self.total: NDArray[np.float64] = np.zeros((layer.groups, inner))
         self.cross: FloatArray = np.zeros((layer.groups, layer.out_channels // layer.groups, inner), np.float32)
         self.error: NDArray[np.float64] = np.zeros((layer.groups, layer.out_channels // layer.groups))
         self._full = full
         self._closed: set[int] = set()
-        self._origin: FloatArray | None = None  # near the mean: sums of squares around it lose no digits, and inputs that never change give 0
+        self._origin: FloatArray | None = (
+            None  # near the mean: sums of squares around it lose no digits, and inputs that never change give 0
+        )
         self._rows = weight.reshape(layer.groups, -1, inner)
         self._positions = positions
         self._generator = np.random.default_rng(seed)
@@ -71,7 +75,8 @@ class Moments:
     def centred(self, group: int) -> tuple[FloatArray, FloatArray, NDArray[np.float64], NDArray[np.float64]]:
         """Of one group: covariance of x (K, K), covariance of the missing output with x (out, K), mean of x (K,), mean missing output (out,).
 
-        The covariance takes the place of the sums, which are as large (133 MB of a large layer): nothing can be added any more.
+        The covariance takes the place of the sums, which are as large (133 MB of a large layer): nothing can be added
+        any more.
         """
         mean, error = self.total[group] / self.count, self.error[group] / self.count
         covariance = self.second[group]
@@ -127,7 +132,9 @@ def columns(value: FloatArray, layer: Layer, picks: NDArray[np.int64]) -> FloatA
     top, left, bottom, right = layer.pads
     padded = np.pad(value, ((0, 0), (0, 0), (top, bottom), (left, right)))
     kernel: Any = layer.weight_shape[2:]
-    windows = np.lib.stride_tricks.sliding_window_view(padded, kernel, axis=(2, 3))[:, :, :: layer.strides[0], :: layer.strides[1]]
+    windows = np.lib.stride_tricks.sliding_window_view(padded, kernel, axis=(2, 3))[
+        :, :, :: layer.strides[0], :: layer.strides[1]
+    ]
     row, column = np.divmod(picks, windows.shape[3])
     found = windows[np.arange(len(value))[:, None], :, row, column]  # (N, P, C, kernel height, kernel width)
     grouped = found.reshape(picks.size, layer.groups, -1)
@@ -148,8 +155,8 @@ class TensorStatistics:
 
     Attributes:
         largest: Largest absolute value of each channel, float64 (C,).
-        histogram: How often |x| of each channel fell into each of equal bins from 0 to `largest`, int64 (C, bins); of large maps, a regular part
-            of the pixels is counted.
+        histogram: How often |x| of each channel fell into each of equal bins from 0 to `largest`, int64 (C, bins); of
+            large maps, a regular part of the pixels is counted.
     """
 
     largest: NDArray[np.float64]
@@ -198,7 +205,9 @@ class Statistics:
 
     def ranges(self, percent: float = 100.0) -> dict[str, NDArray[np.float64]]:
         """Per-channel ranges by tensor, for `equalize`: the largest values, or a percentile of each channel's own."""
-        return {name: t.largest if percent >= 100 else t.channel_percentile(percent) for name, t in self.tensors.items()}
+        return {
+            name: t.largest if percent >= 100 else t.channel_percentile(percent) for name, t in self.tensors.items()
+        }
 
     def rescaled(self, factors: Mapping[str, NDArray[np.float64]]) -> Statistics:
         """The statistics of a graph that `equalize` rescaled by `factors`."""
@@ -206,7 +215,9 @@ class Statistics:
         return dataclasses.replace(self, tensors=tensors)
 
 
-def collect(model: onnx.ModelProto, batches: Iterable[NDArray[Any]], *, progress: Callable[[int, int], None] | None = None) -> Statistics:
+def collect(
+    model: onnx.ModelProto, batches: Iterable[NDArray[Any]], *, progress: Callable[[int, int], None] | None = None
+) -> Statistics:
     """Streams the batches through the graph twice: for the ranges, then for the histograms.
 
     Args:
@@ -219,7 +230,9 @@ def collect(model: onnx.ModelProto, batches: Iterable[NDArray[Any]], *, progress
         ModelError: The graph is not one of ours.
     """
     if isinstance(batches, Iterator):
-        raise CalibrationError("batches can be iterated only once", remedy="give a list, or an object whose __iter__ starts again")
+        raise CalibrationError(
+            "batches can be iterated only once", remedy="give a list, or an object whose __iter__ starts again"
+        )
     tensors = read_chain(model).quantized_tensors()
     digest, images = hash_images(batches)
     done = 0
@@ -233,7 +246,8 @@ def collect(model: onnx.ModelProto, batches: Iterable[NDArray[Any]], *, progress
     bad = [name for name, value in largest.items() if not np.isfinite(value).all()]
     if bad:
         raise CalibrationError(
-            f"calibration gives NaN or infinite values at {bad[0]}", remedy="look for NaN in the calibration images and in the checkpoint"
+            f"calibration gives NaN or infinite values at {bad[0]}",
+            remedy="look for NaN in the calibration images and in the checkpoint",
         )
     histograms = {name: np.zeros((value.size, BINS), np.int64) for name, value in largest.items()}
     for values in run_tensors(model, tensors, batches):
@@ -265,9 +279,13 @@ def hash_images(batches: Iterable[NDArray[Any]]) -> tuple[str, int]:
             first = data if first is None else first
             images += 1
     if images == 0:
-        raise CalibrationError("there are no calibration images", remedy="give some hundred images of the training split")
+        raise CalibrationError(
+            "there are no calibration images", remedy="give some hundred images of the training split"
+        )
     if images > 1 and alike:
-        raise CalibrationError(f"all {images} calibration images are alike", remedy="give images that show what the model will see")
+        raise CalibrationError(
+            f"all {images} calibration images are alike", remedy="give images that show what the model will see"
+        )
     return digest.hexdigest(), images
 
 

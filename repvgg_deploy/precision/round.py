@@ -1,22 +1,27 @@
 """Weights → INT8, rounded so that what the layer computes changes least, rather than each weight.
 
-With the second moments H of a layer's (quantized) inputs, the squared error of its output is Σ (q − w) H (q − w)ᵀ over its rows. Inputs are
-centred: their mean is the bias's business, which takes up exactly what is left of it (bias correction). Three steps:
+With the second moments H of a layer's (quantized) inputs, the squared error of its output is Σ (q − w) H (q − w)ᵀ over
+its rows. Inputs are centred: their mean is the bias's business, which takes up exactly what is left of it (bias
+correction). Three steps:
 
-1. The weights w are moved to those that best reproduce, from the quantized input, what the FP32 network computes at this place (ridge regression):
-   errors of the layers before are corrected, not only this layer's.
-2. Columns are rounded one after the other, largest moment first, and each one's error is fed forward to those that are not rounded yet.
-   Source: Frantar et al. 2022, GPTQ, https://arxiv.org/abs/2210.17323. Several clipped weight scales are tried and the best kept, row by row.
+1. The weights w are moved to those that best reproduce, from the quantized input, what the FP32 network computes at
+   this place (ridge regression): errors of the layers before are corrected, not only this layer's.
+2. Columns are rounded one after the other, largest moment first, and each one's error is fed forward to those that are
+   not rounded yet.
+   Source: Frantar et al. 2022, GPTQ, https://arxiv.org/abs/2210.17323. Several clipped weight scales are tried and the
+   best kept, row by row.
 3. Single weights are changed by one step wherever that still lowers the error (coordinate descent).
 
 Weights → INT8 without a single image, from what is true of every image: neighbouring pixels are alike.
 
-What a layer reads is taken as independent from channel to channel, with the deviations that BatchNorm layers state, and as correlated between the
-taps of one channel, ρ to the power of their distance. Its covariance is then the same small matrix for every channel, and the second-order rounding
-of `round` becomes exact and quick: an error in one tap is fed forward to the other taps of its channel, so that a kernel's sum, which smooth inputs
-see, survives. On a trained A0 that is worth 7 dB over rounding to nearest (`benchmarks/int8.py`, the row without images in closed form).
+What a layer reads is taken as independent from channel to channel, with the deviations that BatchNorm layers state, and
+as correlated between the taps of one channel, ρ to the power of their distance. Its covariance is then the same small
+matrix for every channel, and the second-order rounding of `round` becomes exact and quick: an error in one tap is fed
+forward to the other taps of its channel, so that a kernel's sum, which smooth inputs see, survives. On a trained A0
+that is worth 7 dB over rounding to nearest (`benchmarks/int8.py`, the row without images in closed form).
 
-Source: Frantar et al. 2022, GPTQ, https://arxiv.org/abs/2210.17323, for feeding errors forward; Field 1987 for the correlation of natural images.
+Source: Frantar et al. 2022, GPTQ, https://arxiv.org/abs/2210.17323, for feeding errors forward; Field 1987 for the
+correlation of natural images.
 """
 
 from __future__ import annotations
@@ -68,7 +73,8 @@ class RoundOptions:
             or not self.clips
         ):
             raise CalibrationError(
-                f"rounding: expected positive damping, ridge and samples, and clips between 0 and 1, found {self}", remedy="leave the options out"
+                f"rounding: expected positive damping, ridge and samples, and clips between 0 and 1, found {self}",
+                remedy="leave the options out",
             )
 
 
@@ -187,8 +193,8 @@ def _upper_factor(matrix: FloatArray) -> FloatArray:
 def _feed_forward(target: FloatArray, scale: FloatArray, factor: FloatArray) -> tuple[FloatArray, NDArray[np.float64]]:
     """Rounds column by column, each to where the error of those rounded before is best made up for by it and by those still free.
 
-    That is GPTQ without an inverse: with H = U Uᵀ, U upper triangular, column k of (q − w) U holds only what columns up to k give. In blocks, so that
-    the columns beyond are updated by one matrix product a block.
+    That is GPTQ without an inverse: with H = U Uᵀ, U upper triangular, column k of (q − w) U holds only what columns up
+    to k give. In blocks, so that the columns beyond are updated by one matrix product a block.
 
     Args:
         target: float32 (K, out).
@@ -202,7 +208,10 @@ def _feed_forward(target: FloatArray, scale: FloatArray, factor: FloatArray) -> 
     error = np.zeros(len(scale))
     for start in range(0, len(work), _BLOCK):
         stop = min(start + _BLOCK, len(work))
-        change, left = np.empty((stop - start, len(scale)), np.float32), np.empty((stop - start, len(scale)), np.float32)
+        change, left = (
+            np.empty((stop - start, len(scale)), np.float32),
+            np.empty((stop - start, len(scale)), np.float32),
+        )
         for index in range(start, stop):
             row, pivot = index - start, factor[index, index]
             result[index] = np.clip(np.rint((target[index] - work[index] / pivot) / scale), -LEVELS, LEVELS)
@@ -249,13 +258,22 @@ class PriorOptions:
     sweeps: int = 2
 
     def __post_init__(self) -> None:
-        if not 0 <= self.correlation < 1 or self.damping <= 0 or self.sweeps < 0 or not self.clips or not all(0 < clip <= 1 for clip in self.clips):
+        if (
+            not 0 <= self.correlation < 1
+            or self.damping <= 0
+            or self.sweeps < 0
+            or not self.clips
+            or not all(0 < clip <= 1 for clip in self.clips)
+        ):
             raise CalibrationError(
-                f"rounding without images: expected a correlation of 0 to 1 and positive options, found {self}", remedy="leave it out"
+                f"rounding without images: expected a correlation of 0 to 1 and positive options, found {self}",
+                remedy="leave it out",
             )
 
 
-def round_by_prior(weight: FloatArray, bias: FloatArray, *, deviation: Float64, groups: int, options: PriorOptions | None = None) -> RoundedLayer:
+def round_by_prior(
+    weight: FloatArray, bias: FloatArray, *, deviation: Float64, groups: int, options: PriorOptions | None = None
+) -> RoundedLayer:
     """Rounds one layer.
 
     Args:

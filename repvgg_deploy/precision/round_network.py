@@ -38,7 +38,11 @@ class Prepared:
 
 
 def round_weights(
-    prepared: Prepared, batches: Sequence[NDArray[Any]], options: RoundOptions, *, progress: Callable[[int, int], None] | None = None
+    prepared: Prepared,
+    batches: Sequence[NDArray[Any]],
+    options: RoundOptions,
+    *,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, RoundedLayer]:
     """Rounds every layer.
 
@@ -58,7 +62,10 @@ def round_weights(
         return round_layer_to_half(layer) if prepared.half else layer
 
     if options.method == "nearest" and not options.bias_correction:
-        return {layer.name: finish(round_nearest(read_weight(model, layer.weight), read_weight(model, layer.bias))) for layer in layers}
+        return {
+            layer.name: finish(round_nearest(read_weight(model, layer.weight), read_weight(model, layer.bias)))
+            for layer in layers
+        }
     # A layer's weights come into this copy when they are rounded; nothing before needs them.
     current = copy_without(insert_pairs(model, dict(scales), kept=prepared.kept), {layer.weight for layer in layers})
     full = options.method == "second_order"

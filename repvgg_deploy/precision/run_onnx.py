@@ -1,8 +1,10 @@
 """Runs an ONNX graph on the CPU, whole with tensors of its middle given out, or in steps from layer to layer.
 
-ONNX Runtime up to 1.23 (the last for Python 3.10) cuts digits off in a QuantizeLinear of FP16, where ONNX rounds to nearest.
+ONNX Runtime up to 1.23 (the last for Python 3.10) cuts digits off in a QuantizeLinear of FP16, where ONNX rounds to
+nearest.
 
-Source: https://github.com/microsoft/onnxruntime/pull/32452. An INT8 graph with FP16 scales would be judged, and look, far worse than it is.
+Source: https://github.com/microsoft/onnxruntime/pull/32452. An INT8 graph with FP16 scales would be judged, and look,
+far worse than it is.
 """
 
 from __future__ import annotations
@@ -23,9 +25,14 @@ from ..errors import CalibrationError, ModelError
 @functools.cache
 def rounds_halves() -> bool:
     """Whether this ONNX Runtime rounds to nearest in a QuantizeLinear of FP16. Asked of it once, for no version number says it for sure."""
-    values = [helper.make_tensor_value_info(name, kind, [1]) for name, kind in (("x", TensorProto.FLOAT16), ("y", TensorProto.INT8))]
+    values = [
+        helper.make_tensor_value_info(name, kind, [1])
+        for name, kind in (("x", TensorProto.FLOAT16), ("y", TensorProto.INT8))
+    ]
     constants = [numpy_helper.from_array(np.float16(1.0), "scale"), numpy_helper.from_array(np.int8(0), "zero")]
-    graph = helper.make_graph([helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["y"])], "one", values[:1], values[1:], constants)
+    graph = helper.make_graph(
+        [helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["y"])], "one", values[:1], values[1:], constants
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)])
     model.ir_version = 9
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -69,8 +76,9 @@ def open_session(model: onnx.ModelProto, *, memory_arena: bool = True) -> onnxru
         ModelError: ONNX Runtime refuses the graph.
     """
     options = onnxruntime.SessionOptions()
-    # Extended optimizations fuse Q/DQ pairs into integer kernels. WeightBiasQuantization, which the basic level has too, gives every FP32 weight
-    # behind a Q/DQ pair a rounding of its own: noise at 31 dB on a trained A0, and nonsense in FP16 graphs.
+    # Extended optimizations fuse Q/DQ pairs into integer kernels. WeightBiasQuantization, which the basic level has
+    # too, gives every FP32 weight behind a Q/DQ pair a rounding of its own: noise at 31 dB on a trained A0, and
+    # nonsense in FP16 graphs.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.log_severity_level = 3
     options.enable_cpu_mem_arena = memory_arena
@@ -78,9 +86,13 @@ def open_session(model: onnx.ModelProto, *, memory_arena: bool = True) -> onnxru
     if not rounds_halves():
         model = widen_quantizers(model)
     try:
-        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers, disabled_optimizers=["WeightBiasQuantization"])
+        return onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=providers, disabled_optimizers=["WeightBiasQuantization"]
+        )
     except Exception as error:  # its errors share no base class
-        raise ModelError(f"ONNX Runtime refuses the graph: {str(error).splitlines()[0]}", remedy="export it again with repvgg-export") from error
+        raise ModelError(
+            f"ONNX Runtime refuses the graph: {str(error).splitlines()[0]}", remedy="export it again with repvgg-export"
+        ) from error
 
 
 def subgraph(model: onnx.ModelProto, inputs: Iterable[str], outputs: Iterable[str]) -> onnx.ModelProto:
@@ -103,14 +115,21 @@ def subgraph(model: onnx.ModelProto, inputs: Iterable[str], outputs: Iterable[st
     nodes = [node for node in model.graph.node if node.output[0] in needed]
     used = {name for node in nodes for name in node.input}
     known = {value.name: value for value in (*model.graph.input, *model.graph.output)}
-    values = [[known.get(n) or helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in names] for names in (given, wanted)]
-    graph = helper.make_graph(nodes, "part", values[0], values[1], [t for t in model.graph.initializer if t.name in used])
+    values = [
+        [known.get(n) or helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in names]
+        for names in (given, wanted)
+    ]
+    graph = helper.make_graph(
+        nodes, "part", values[0], values[1], [t for t in model.graph.initializer if t.name in used]
+    )
     part = helper.make_model(graph, opset_imports=model.opset_import)
     part.ir_version = model.ir_version
     return part
 
 
-def run_tensors(model: onnx.ModelProto, tensors: Sequence[str], batches: Iterable[NDArray[Any]]) -> Iterator[dict[str, NDArray[Any]]]:
+def run_tensors(
+    model: onnx.ModelProto, tensors: Sequence[str], batches: Iterable[NDArray[Any]]
+) -> Iterator[dict[str, NDArray[Any]]]:
     """Values of `tensors` (of the graph's middle or its outputs) for each batch, one batch in memory at a time.
 
     Raises:
@@ -125,7 +144,9 @@ def run_tensors(model: onnx.ModelProto, tensors: Sequence[str], batches: Iterabl
         yield {name: values.get(name, batch) for name in tensors}
 
 
-def run_session(session: onnxruntime.InferenceSession, wanted: list[str], feed: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
+def run_session(
+    session: onnxruntime.InferenceSession, wanted: list[str], feed: dict[str, NDArray[Any]]
+) -> list[NDArray[Any]]:
     """Runs a session once.
 
     Raises:
@@ -136,18 +157,20 @@ def run_session(session: onnxruntime.InferenceSession, wanted: list[str], feed: 
     except Exception as error:  # its errors share no base class
         found = ", ".join(f"{name}: {value.dtype} {value.shape}" for name, value in feed.items())
         raise CalibrationError(
-            f"the graph does not take a batch {found}: {str(error).splitlines()[0]}", remedy="make the batches with preprocess.load_batch"
+            f"the graph does not take a batch {found}: {str(error).splitlines()[0]}",
+            remedy="make the batches with preprocess.load_batch",
         ) from error
 
 
 class Steps:
     """Runs batches through a graph from layer to layer, holding only the tensors that later layers still need.
 
-    Where all batches together would take too much memory (the first layers of a large network), fewer are run; the others are caught up with, from
-    the image on, as soon as the tensors are small enough.
+    Where all batches together would take too much memory (the first layers of a large network), fewer are run; the
+    others are caught up with, from the image on, as soon as the tensors are small enough.
 
     Args:
-        model: Its weights may be changed between two steps: what was computed stays, what comes is computed with the new ones.
+        model: Its weights may be changed between two steps: what was computed stays, what comes is computed with the
+            new ones.
         batches: All batches; they are kept.
         budget_bytes: What the tensors of all batches may take together; one batch is run whatever it takes.
     """
@@ -186,14 +209,20 @@ class Steps:
             if used + used // (index + 1) > self._budget:
                 break
 
-    def _runner(self, given: list[str], wanted: list[str]) -> Callable[[dict[str, NDArray[Any]]], dict[str, NDArray[Any]]]:
+    def _runner(
+        self, given: list[str], wanted: list[str]
+    ) -> Callable[[dict[str, NDArray[Any]]], dict[str, NDArray[Any]]]:
         """A function that computes the wanted tensors from the given ones."""
         fresh = [name for name in wanted if name not in given]
         session = open_session(subgraph(self._model, given, fresh)) if fresh else None
         names = {value.name for value in session.get_inputs()} if session else set()
 
         def run(values: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-            found = dict(zip(fresh, run_session(session, fresh, {n: values[n] for n in names}), strict=True)) if session else {}
+            found = (
+                dict(zip(fresh, run_session(session, fresh, {n: values[n] for n in names}), strict=True))
+                if session
+                else {}
+            )
             return {name: found[name] if name in found else values[name] for name in wanted}
 
         return run
@@ -245,5 +274,8 @@ def spread_images(model: onnx.ModelProto, batches: Sequence[NDArray[Any]], image
         return [batches[int(index)] for index in np.linspace(0, len(batches) - 1, wanted).round()]
     picks = set(np.linspace(0, total - 1, images).round().astype(int).tolist())
     starts = np.cumsum([0, *map(len, batches)])
-    kept = [batch[[i - start for i in range(start, start + len(batch)) if i in picks]] for start, batch in zip(starts, batches, strict=False)]
+    kept = [
+        batch[[i - start for i in range(start, start + len(batch)) if i in picks]]
+        for start, batch in zip(starts, batches, strict=False)
+    ]
     return [batch for batch in kept if len(batch)]

@@ -38,7 +38,8 @@ class ScaleFit:
 
     Attributes:
         model: FP32; it computes what the original does, to the last bit.
-        factors: By name of a layer's input tensor: what its channels were divided by, powers of two, float64 (C,); for `Statistics.rescaled`.
+        factors: By name of a layer's input tensor: what its channels were divided by, powers of two, float64 (C,); for
+            `Statistics.rescaled`.
         moved: By layer: smallest and largest factor of its output; layers that stayed as they were are left out.
     """
 
@@ -47,15 +48,19 @@ class ScaleFit:
     moved: dict[str, tuple[float, float]]
 
 
-def fit_scales(model: onnx.ModelProto, ranges: Mapping[str, NDArray[np.float64]], *, kept: Collection[str] = ()) -> ScaleFit:
+def fit_scales(
+    model: onnx.ModelProto, ranges: Mapping[str, NDArray[np.float64]], *, kept: Collection[str] = ()
+) -> ScaleFit:
     """Rescales interfaces by powers of two, first layer to last, until the scales that quantization will choose are comfortable in FP16.
 
-    A factor common to a whole tensor changes no INT8 value. Only a row so much weaker than the others of its layer that its scale would still be
-    subnormal is rescaled by itself, as far as its channel does not become the largest of its tensor.
+    A factor common to a whole tensor changes no INT8 value. Only a row so much weaker than the others of its layer that
+    its scale would still be subnormal is rescaled by itself, as far as its channel does not become the largest of its
+    tensor.
 
     Args:
         model: FP32, as exported or equalized; not changed.
-        ranges: By name of a layer's input tensor: largest absolute value of each channel, (C,); see `Statistics.ranges`.
+        ranges: By name of a layer's input tensor: largest absolute value of each channel, (C,); see
+            `Statistics.ranges`.
         kept: Names of layers that will not be quantized.
 
     Raises:
@@ -80,7 +85,9 @@ def _check_ranges(chain: Chain, ranges: Mapping[str, NDArray[np.float64]]) -> No
     for layer in chain.layers:
         found = ranges.get(layer.input)
         if found is None or found.shape != (layer.in_channels,) or not np.isfinite(found).all():
-            what = "nothing" if found is None else f"shape {found.shape}, {int(np.isfinite(found).sum())} of them finite"
+            what = (
+                "nothing" if found is None else f"shape {found.shape}, {int(np.isfinite(found).sum())} of them finite"
+            )
             raise CalibrationError(
                 f"ranges of {layer.input}: expected {layer.in_channels} finite numbers, found {what}",
                 remedy="collect them with calibrate.collect on this model",
@@ -90,7 +97,9 @@ def _check_ranges(chain: Chain, ranges: Mapping[str, NDArray[np.float64]]) -> No
 class _Fit:
     """Chooses and applies factors; `weights`, `ranges` and `factors` are what they are after those applied so far."""
 
-    def __init__(self, chain: Chain, weights: dict[str, FloatArray], ranges: dict[str, NDArray[np.float64]], kept: frozenset[str]) -> None:
+    def __init__(
+        self, chain: Chain, weights: dict[str, FloatArray], ranges: dict[str, NDArray[np.float64]], kept: frozenset[str]
+    ) -> None:
         self.factors: dict[str, NDArray[np.float64]] = {}
         self._chain = chain
         self._weights = weights
@@ -106,9 +115,13 @@ class _Fit:
         tops = [max(float(values.max(initial=0.0)), 1e-300) for values in ranges]
         strong = rows[rows * _WEAKEST >= np.median(rows[rows > 0])] if rows.any() else rows
         windows = [_window(strong, _ROWS), _window(np.array(tops), _TOPS), _window(bounds, _BOUNDS)]
-        windows += [_window(self._rows(reader), _ROWS, grows=True) for reader in readers if reader.name in self._blocked]
+        windows += [
+            _window(self._rows(reader), _ROWS, grows=True) for reader in readers if reader.name in self._blocked
+        ]
         common = 2.0 ** _common_step(windows)
-        room = np.max([bounds / common / _BOUNDS[1], *(values / top for values, top in zip(ranges, tops, strict=True))], axis=0)
+        room = np.max(
+            [bounds / common / _BOUNDS[1], *(values / top for values, top in zip(ranges, tops, strict=True))], axis=0
+        )
         return common * _lift(rows / common, room)
 
     def apply(self, interface: Interface, factors: NDArray[np.float64]) -> None:
@@ -128,7 +141,8 @@ class _Fit:
             largest = max([largest, *map(float, seen)] if seen else [largest, float(self._bounds(layer).max())])
         if largest > LARGEST:
             raise CalibrationError(
-                f"{layer.name}: FP16 ends at 65504, and values up to {largest:.3g} are expected; they cannot be rescaled: {interface.blocked_by}",
+                f"{layer.name}: FP16 ends at 65504, and values up to {largest:.3g} are expected; they cannot be "
+                f"rescaled: {interface.blocked_by}",
                 remedy="quantize for TensorRT 8 (--target trt8), where the rest is FP32",
             )
 
@@ -139,7 +153,9 @@ class _Fit:
     def _bounds(self, layer: Layer) -> NDArray[np.float64]:
         """What each output channel can be at most: a quantized input ends at its scale, so this holds for every image."""
         weight = np.abs(self._weights[layer.weight]).reshape(layer.out_channels, -1).sum(axis=1, dtype=np.float64)
-        top = float(self._ranges[layer.input].max(initial=0.0)) * (_MARGIN if layer.name in self._kept else 128 / LEVELS)
+        top = float(self._ranges[layer.input].max(initial=0.0)) * (
+            _MARGIN if layer.name in self._kept else 128 / LEVELS
+        )
         return np.asarray(weight * top + np.abs(self._weights[layer.bias]), np.float64)
 
 
@@ -168,7 +184,11 @@ class _Window(NamedTuple):
 def _window(values: NDArray[np.float64], limits: tuple[float, float], *, grows: bool = False) -> _Window:
     logs = np.log2(values[values > 0])
     low, high = (float(np.log2(limit)) for limit in limits)
-    return _Window(float(logs.min()), float(logs.max()), low, high, grows) if logs.size else _Window(low, low, low, high, grows)
+    return (
+        _Window(float(logs.min()), float(logs.max()), low, high, grows)
+        if logs.size
+        else _Window(low, low, low, high, grows)
+    )
 
 
 def _common_step(windows: Iterable[_Window]) -> int:
@@ -191,8 +211,9 @@ class ScaleOptions:
     """How a scale is chosen of a tensor's statistics.
 
     Attributes:
-        method: `max`: nothing is clipped. `percentile`: as much is clipped as `percentile` says. `entropy`: least Kullback–Leibler divergence
-            (as TensorRT's own calibrator). `min_error`: least squared error of what the next layer computes of it.
+        method: `max`: nothing is clipped. `percentile`: as much is clipped as `percentile` says. `entropy`: least
+            Kullback–Leibler divergence (as TensorRT's own calibrator). `min_error`: least squared error of what the
+            next layer computes of it.
         percentile: Of all values of the tensor.
     """
 
@@ -201,7 +222,10 @@ class ScaleOptions:
 
     def __post_init__(self) -> None:
         if not 50 < self.percentile <= 100:
-            raise CalibrationError(f"the percentile must lie between 50 and 100, found {self.percentile}", remedy="give 99.99, or leave it out")
+            raise CalibrationError(
+                f"the percentile must lie between 50 and 100, found {self.percentile}",
+                remedy="give 99.99, or leave it out",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +239,8 @@ class ScaleFile:
         images: How many.
         method: How the scales were chosen.
         scales: By name of a layer's input, of the rescaled network: real value of one integer step.
-        factors: By name of a layer: what its output channels are divided by; base64 of little-endian float64 (C,). Empty without equalization.
+        factors: By name of a layer: what its output channels are divided by; base64 of little-endian float64 (C,).
+            Empty without equalization.
         exponents: By name of a layer: with what exponent they were found.
         target: What they were made for: those of `trt10` also suit `trt8`, which asks for less.
     """
@@ -236,10 +261,14 @@ class ScaleFile:
         Raises:
             CalibrationError: They are.
         """
-        for what, expected, found in (("graph", graph_sha256, self.graph_sha256), ("images", data_sha256, self.data_sha256)):
+        for what, expected, found in (
+            ("graph", graph_sha256, self.graph_sha256),
+            ("images", data_sha256, self.data_sha256),
+        ):
             if expected is not None and expected != found:
                 raise CalibrationError(
-                    f"the saved scales are of another {what}: expected sha256 {expected[:16]}…, found {found[:16]}…", remedy="calibrate again"
+                    f"the saved scales are of another {what}: expected sha256 {expected[:16]}…, found {found[:16]}…",
+                    remedy="calibrate again",
                 )
 
 
@@ -260,7 +289,9 @@ def load_scales(text: str) -> ScaleFile:
     return codec.loads(ScaleFile, text)
 
 
-def choose_scales(model: onnx.ModelProto, statistics: Statistics, options: ScaleOptions | None = None) -> dict[str, float]:
+def choose_scales(
+    model: onnx.ModelProto, statistics: Statistics, options: ScaleOptions | None = None
+) -> dict[str, float]:
     """The scale of each layer's input: the real value of one integer step, float32.
 
     Args:

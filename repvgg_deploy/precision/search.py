@@ -1,8 +1,8 @@
 """The exponent of every interface, by measurement: its layer is really quantized and rounded with each candidate, and the least error wins.
 
-A factor on an interface changes the integers of the layers that read it and of no others, so that interfaces can be decided one by one. The layer is
-tried on positions of calibration images, on a part of its input channels (a large layer's error is that of its parts), and judged on other positions
-than its weights were rounded with.
+A factor on an interface changes the integers of the layers that read it and of no others, so that interfaces can be
+decided one by one. The layer is tried on positions of calibration images, on a part of its input channels (a large
+layer's error is that of its parts), and judged on other positions than its weights were rounded with.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class SearchOptions:
         enough = bool(self.exponents) and all(0 <= exponent <= 1 for exponent in self.exponents)
         if not enough or min(self.images, self.channels) < 1 or self.positions < 4:
             raise CalibrationError(
-                f"search: expected exponents of 0 to 1, images, channels and at least 4 positions, found {self}", remedy="leave it out"
+                f"search: expected exponents of 0 to 1, images, channels and at least 4 positions, found {self}",
+                remedy="leave it out",
             )
 
 
@@ -86,11 +87,15 @@ def choose_exponents(
     for index, interface in enumerate(interfaces):
         layer = chain.layer(main_reader(interface, chain))
         generator = np.random.default_rng(options.seed + index)
-        sample = [columns(value, layer, pick_positions(value, layer, each, generator)) for value in steps.advance(layer.input)]
+        sample = [
+            columns(value, layer, pick_positions(value, layer, each, generator)) for value in steps.advance(layer.input)
+        ]
         trial = _Trial(layer, weights[layer.weight], np.concatenate(sample, axis=1), generator)
         errors = {}
         for exponent in options.exponents:
-            factors = choose_factors(np.asarray(ranges[layer.input], np.float64), reader_norms(layer, weights), exponent)
+            factors = choose_factors(
+                np.asarray(ranges[layer.input], np.float64), reader_norms(layer, weights), exponent
+            )
             rescaled = scale_inputs(weights[layer.weight].astype(np.float64), layer.groups, factors)
             importance = input_norms(rescaled, layer.groups, order="square")
             limit = choose_limit(statistics.tensors[layer.input].rescaled(factors), importance, ScaleOptions())
@@ -123,7 +128,10 @@ class _Trial:
         picked = np.sort(self._order[:channels])
         inner = (picked[:, None] * self._kernel + np.arange(self._kernel)).ravel()
         by_group: Mapping[int, NDArray[np.float64]] = dict(enumerate(factors.reshape(self._groups, -1)))
-        return sum(self._error_of(group, inner, np.repeat(by_group[group][picked], self._kernel), step) for group in range(self._groups))
+        return sum(
+            self._error_of(group, inner, np.repeat(by_group[group][picked], self._kernel), step)
+            for group in range(self._groups)
+        )
 
     def _error_of(self, group: int, inner: NDArray[np.int64], factors: NDArray[np.float64], step: float) -> float:
         exact = (self._sample[group][:, inner] / factors).astype(np.float32)
@@ -134,7 +142,9 @@ class _Trial:
         missing = (exact - rounded) @ rows.T
         seen, lost = rounded[:count], missing[:count]
         mean, error = seen.mean(axis=0, dtype=np.float64), lost.mean(axis=0, dtype=np.float64)
-        centred = (seen - mean).astype(np.float32)  # before the product: of positions that are all alike nothing may be left
+        centred = (seen - mean).astype(
+            np.float32
+        )  # before the product: of positions that are all alike nothing may be left
         covariance = (centred.T @ centred).astype(np.float64) / count
         cross = (lost.T @ centred).astype(np.float64) / count
         integers, scales = round_rows(rows.astype(np.float64), covariance, cross, RoundOptions(clips=(0.8,), sweeps=0))

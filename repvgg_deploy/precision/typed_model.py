@@ -49,11 +49,15 @@ def load_parent(source: StrPath | onnx.ModelProto) -> TypedModel:
     if isinstance(source, onnx.ModelProto):
         text = next((entry.value for entry in source.metadata_props if entry.key == METADATA_KEY), None)
         if text is None:
-            raise ModelError(f"the model carries no {METADATA_KEY} metadata", remedy="load the file that repvgg-export wrote")
+            raise ModelError(
+                f"the model carries no {METADATA_KEY} metadata", remedy="load the file that repvgg-export wrote"
+            )
         try:
             metadata = codec.loads(ModelMetadata, text)
         except InputError as error:
-            raise ModelError(f"the model's metadata is damaged: {error.message}", remedy="load the file that repvgg-export wrote") from error
+            raise ModelError(
+                f"the model's metadata is damaged: {error.message}", remedy="load the file that repvgg-export wrote"
+            ) from error
         return TypedModel(_without_metadata(source), metadata)
     path = Path(source)
     metadata = onnx_file.read_metadata(path)
@@ -71,7 +75,12 @@ def _without_metadata(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def extend(
-    parent: TypedModel, model: onnx.ModelProto, *, stage: str, options: dict[str, str | int | float | bool | None], spec: ModelSpec | None = None
+    parent: TypedModel,
+    model: onnx.ModelProto,
+    *,
+    stage: str,
+    options: dict[str, str | int | float | bool | None],
+    spec: ModelSpec | None = None,
 ) -> TypedModel:
     """The typed graph with its parent's metadata and one more history entry.
 
@@ -84,9 +93,15 @@ def extend(
         options: How.
         spec: Where inputs or outputs have changed.
     """
-    entry = HistoryEntry(stage, installed_versions(_TOOLS), options, parent.sha256 or parent.metadata.content_sha256 or None)
+    entry = HistoryEntry(
+        stage, installed_versions(_TOOLS), options, parent.sha256 or parent.metadata.content_sha256 or None
+    )
     changed = dataclasses.replace(
-        parent.metadata, spec=spec or parent.metadata.spec, statistics={}, history=(*parent.metadata.history, entry), content_sha256=""
+        parent.metadata,
+        spec=spec or parent.metadata.spec,
+        statistics={},
+        history=(*parent.metadata.history, entry),
+        content_sha256="",
     )
     return TypedModel(_without_metadata(model), changed)
 
@@ -107,14 +122,19 @@ def write_typed(path: Path, typed: TypedModel, *, force: bool = False) -> str:
         CalibrationError: The graph exceeds the 2 GiB that an ONNX file can hold.
     """
     if typed.model.ByteSize() > _MAX_BYTES:
-        raise CalibrationError(f"{path.name}: the graph exceeds 2.1 GB, and an ONNX file holds no more", remedy="quantize a smaller variant")
+        raise CalibrationError(
+            f"{path.name}: the graph exceeds 2.1 GB, and an ONNX file holds no more",
+            remedy="quantize a smaller variant",
+        )
     data = typed.model.SerializeToString(deterministic=True)
     digest = hashlib.sha256()
     later = []
     for field in wire.walk(data):
         digest.update(data[field.start : field.end])
         later.append(field.number)
-    assert all(number < _METADATA_PROPS for number in later), "metadata comes last, so that saving the file elsewhere changes nothing"
+    assert all(number < _METADATA_PROPS for number in later), (
+        "metadata comes last, so that saving the file elsewhere changes nothing"
+    )
     with atomic_output(path, force=force) as output:
         output.partial.write_bytes(data + onnx_file.metadata_field(digest, typed.metadata))
     return output.status

@@ -34,10 +34,12 @@ class BatcherOptions:
 
     Attributes:
         max_batch: Images run together at most; the profile's maximum of a plan, where throughput peaks elsewhere.
-        max_delay_ms: How long the first request of a batch waits for others. Under load nothing waits for it: batches fill while others run.
+        max_delay_ms: How long the first request of a batch waits for others. Under load nothing waits for it: batches
+            fill while others run.
         max_queue: Images that may wait; one more request is refused. None: eight batches.
         timeout_ms: A request that waited so long is not run any more; None: for ever. Each request may have its own.
-        concurrency: Batches under way at once: 2 where copies and computation of two overlap (a GPU with two contexts), 1 on a CPU.
+        concurrency: Batches under way at once: 2 where copies and computation of two overlap (a GPU with two contexts),
+            1 on a CPU.
     """
 
     max_batch: int = 32
@@ -48,9 +50,24 @@ class BatcherOptions:
 
     def __post_init__(self) -> None:
         for name, value in (("max_batch", self.max_batch), ("concurrency", self.concurrency)):
-            _require(isinstance(value, int) and not isinstance(value, bool) and value >= 1, name, value, "a whole number of at least 1")
-        _require(_is_number(self.max_delay_ms) and self.max_delay_ms >= 0, "max_delay_ms", self.max_delay_ms, "0 or more milliseconds")
-        _require(self.timeout_ms is None or (_is_number(self.timeout_ms) and self.timeout_ms > 0), "timeout_ms", self.timeout_ms, "a positive number")
+            _require(
+                isinstance(value, int) and not isinstance(value, bool) and value >= 1,
+                name,
+                value,
+                "a whole number of at least 1",
+            )
+        _require(
+            _is_number(self.max_delay_ms) and self.max_delay_ms >= 0,
+            "max_delay_ms",
+            self.max_delay_ms,
+            "0 or more milliseconds",
+        )
+        _require(
+            self.timeout_ms is None or (_is_number(self.timeout_ms) and self.timeout_ms > 0),
+            "timeout_ms",
+            self.timeout_ms,
+            "a positive number",
+        )
         queue = self.max_queue
         whole = queue is None or (isinstance(queue, int) and not isinstance(queue, bool) and queue >= self.max_batch)
         _require(whole, "max_queue", queue, f"a whole number of at least max_batch, {self.max_batch}")
@@ -108,9 +125,10 @@ class _Cancellations:
 class BatchQueue:
     """Requests that wait.
 
-    Clients take turns: each batch takes one request of each client that has any, oldest client first, then another of each, until it is full; so one
-    that sends thousands delays others by a batch, not by thousands. Requests of one client are never overtaken by later ones of the same client and
-    image size. Callers that name no client are one, so first come is first served.
+    Clients take turns: each batch takes one request of each client that has any, oldest client first, then another of
+    each, until it is full; so one that sends thousands delays others by a batch, not by thousands. Requests of one
+    client are never overtaken by later ones of the same client and image size. Callers that name no client are one, so
+    first come is first served.
 
     Args:
         options: See `BatcherOptions`.
@@ -120,7 +138,8 @@ class BatchQueue:
         self._options = options
         self._clients: OrderedDict[Hashable, deque[Request]] = OrderedDict()
         self._images = 0
-        # So that a long queue is looked through only when something in it may be over: it would cost more than a batch does.
+        # So that a long queue is looked through only when something in it may be over: it would cost more than a batch
+        # does.
         self._soonest = math.inf  # no deadline of those that wait is earlier
         self._cancellations = _Cancellations()
 
@@ -145,7 +164,8 @@ class BatchQueue:
         if self._images + request.images > limit:
             raise EngineBusyError(
                 f"{self._images} images wait already, and the queue holds {limit}",
-                remedy="try again later (HTTP 503 with Retry-After), send fewer at once, add Engines, or open the batcher with a larger max_queue",
+                remedy="try again later (HTTP 503 with Retry-After), send fewer at once, add Engines, or open the "
+                "batcher with a larger max_queue",
             )
         self._clients.setdefault(request.client, deque()).append(request)
         self._images += request.images
@@ -166,7 +186,9 @@ class BatchQueue:
         for client, waiting in list(self._clients.items()):
             alive: deque[Request] = deque()
             for request in waiting:
-                (cancelled if request.future.cancelled() else expired if request.deadline <= now else alive).append(request)
+                (cancelled if request.future.cancelled() else expired if request.deadline <= now else alive).append(
+                    request
+                )
             self._keep(client, alive)
         self._images -= sum(request.images for request in (*expired, *cancelled))
         self._soonest = min((request.deadline for request in self), default=math.inf)
@@ -179,7 +201,11 @@ class BatchQueue:
             now: The time.
             at_once: Whether nothing may be waited for, because the queue is being closed.
         """
-        due = at_once or self._images >= self._options.max_batch or now - self._oldest() >= self._options.max_delay_ms / 1e3
+        due = (
+            at_once
+            or self._images >= self._options.max_batch
+            or now - self._oldest() >= self._options.max_delay_ms / 1e3
+        )
         return self._collect(now) if due and self._clients else []
 
     def wake_at(self) -> float:
@@ -215,7 +241,11 @@ class BatchQueue:
 
     def _next(self, client: Hashable, shape: tuple[int, ...] | None, now: float) -> Request | None:
         """A client's first request of a size of image that suits the batch; what is past its deadline stays for `discard`."""
-        fitting = (r for r in self._clients.get(client, ()) if r.deadline > now and (shape is None or r.batch.shape[1:] == shape))
+        fitting = (
+            r
+            for r in self._clients.get(client, ())
+            if r.deadline > now and (shape is None or r.batch.shape[1:] == shape)
+        )
         return next(fitting, None)
 
     def _remove(self, request: Request) -> None:
@@ -255,8 +285,8 @@ class BatchRunner:
 class Batcher:
     """Collects requests from many threads or coroutines and runs them together: `Engine.batcher` makes one. Use it as a context manager.
 
-    Requests are checked when they are handed in, so a bad one fails its caller alone. Where the backend fails on a batch of several, each is run
-    once more by itself: what makes the model fail fails alone.
+    Requests are checked when they are handed in, so a bad one fails its caller alone. Where the backend fails on a
+    batch of several, each is run once more by itself: what makes the model fail fails alone.
 
     Args:
         runner: The model.
@@ -264,7 +294,9 @@ class Batcher:
         clock: Seconds that only grow.
     """
 
-    def __init__(self, runner: BatchRunner, options: BatcherOptions, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, runner: BatchRunner, options: BatcherOptions, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._runner = runner
         self._options = options
         self._clock = clock
@@ -273,10 +305,14 @@ class Batcher:
         self._closing = False
         self._recorder = Recorder()
         self._process = os.getpid()
-        self._threads = [threading.Thread(target=self._work, name=f"repvgg-batcher-{index}", daemon=True) for index in range(options.concurrency)]
+        self._threads = [
+            threading.Thread(target=self._work, name=f"repvgg-batcher-{index}", daemon=True)
+            for index in range(options.concurrency)
+        ]
         for thread in self._threads:
             thread.start()
-        # Python ends threads of this kind in the midst of a library's call, and that ends the process with a signal: they are ended before.
+        # Python ends threads of this kind in the midst of a library's call, and that ends the process with a signal:
+        # they are ended before.
         atexit.register(self.close)
 
     @property
@@ -289,17 +325,20 @@ class Batcher:
         """Whether `close` was called."""
         return self._closing
 
-    def submit(self, batch: NDArray[Any], *, client: Hashable = None, timeout_ms: float | None = None) -> Future[Result]:
+    def submit(
+        self, batch: NDArray[Any], *, client: Hashable = None, timeout_ms: float | None = None
+    ) -> Future[Result]:
         """Hands in one request and returns at once.
 
         Args:
-            batch: N images as `Engine.infer` takes them, N at most `max_batch`. Do not write to it before the answer is there.
+            batch: N images as `Engine.infer` takes them, N at most `max_batch`. Do not write to it before the answer is
+                there.
             client: Whose request it is, if clients are to take turns.
             timeout_ms: In place of the batcher's.
 
         Returns:
-            The answer: as `Engine.infer`'s, of these images. It ends with DeadlineError if the deadline passes before it is run; cancelling it
-            before then takes it out of the queue.
+            The answer: as `Engine.infer`'s, of these images. It ends with DeadlineError if the deadline passes before
+            it is run; cancelling it before then takes it out of the queue.
 
         Raises:
             InputError: The images are not what the model expects or too many, or the batcher is closed.
@@ -336,7 +375,9 @@ class Batcher:
         """
         return self.submit(batch, client=client, timeout_ms=timeout_ms).result()
 
-    async def infer_async(self, batch: NDArray[Any], *, client: Hashable = None, timeout_ms: float | None = None) -> Result:
+    async def infer_async(
+        self, batch: NDArray[Any], *, client: Hashable = None, timeout_ms: float | None = None
+    ) -> Result:
         """`infer` for a coroutine; a task that is cancelled takes its request out of the queue."""
         import asyncio  # whoever waits for a coroutine has it; for others it is a fifth of the time that opening an Engine's module takes
 
@@ -373,7 +414,9 @@ class Batcher:
     def __enter__(self) -> Batcher:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _check(self, batch: object, timeout_ms: float | None) -> NDArray[Any]:
@@ -383,15 +426,25 @@ class Batcher:
                 f"batch: {len(images)} images are more than this batcher runs at once, {self._options.max_batch}",
                 remedy="call Engine.infer, which takes any number, or hand them in one by one",
             )
-        if timeout_ms is not None and not (isinstance(timeout_ms, (int, float)) and timeout_ms > 0 and not math.isnan(timeout_ms)):
-            raise InputError(f"timeout_ms: expected a positive number of milliseconds, found {timeout_ms!r}", remedy="leave it out, or correct it")
+        if timeout_ms is not None and not (
+            isinstance(timeout_ms, (int, float)) and timeout_ms > 0 and not math.isnan(timeout_ms)
+        ):
+            raise InputError(
+                f"timeout_ms: expected a positive number of milliseconds, found {timeout_ms!r}",
+                remedy="leave it out, or correct it",
+            )
         return images
 
     def _require_open(self) -> None:
         if self._process != os.getpid():
-            raise InputError("this batcher was opened before a fork, and threads do not follow", remedy="open Engine and batcher in each worker")
+            raise InputError(
+                "this batcher was opened before a fork, and threads do not follow",
+                remedy="open Engine and batcher in each worker",
+            )
         if self._closing:
-            raise InputError("this batcher is closed", remedy="submit inside the with block and before close(), or open another")
+            raise InputError(
+                "this batcher is closed", remedy="submit inside the with block and before close(), or open another"
+            )
 
     def _work(self) -> None:
         while True:
@@ -420,7 +473,10 @@ class Batcher:
                 waited = (self._clock() - request.arrival) * 1e3
                 fail(
                     request.future,
-                    DeadlineError(f"the request waited {waited:.0f} ms and its deadline passed", remedy="add Engines, or give a larger timeout_ms"),
+                    DeadlineError(
+                        f"the request waited {waited:.0f} ms and its deadline passed",
+                        remedy="add Engines, or give a larger timeout_ms",
+                    ),
                 )
         if expired or cancelled:
             self._recorder.count("expired", len(expired))

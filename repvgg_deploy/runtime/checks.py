@@ -16,7 +16,10 @@ from numpy.typing import NDArray
 from ..errors import InputError, ModelError
 from ..specs.values import ModelSpec
 
-RUN_REMEDY = "if memory ran out, give EngineOptions(max_batch=…) a smaller number; else check that the model accepts this image size"
+RUN_REMEDY = (
+    "if memory ran out, give EngineOptions(max_batch=…) a smaller number; else check that the model accepts this "
+    "image size"
+)
 """Where a library fails on a batch that was checked."""
 Interface: TypeAlias = "tuple[str, str, tuple[int | str | None, ...]]"
 """Name, dtype and shape of an input or output; what is not a number in the shape is a dimension of any size."""
@@ -39,7 +42,10 @@ def check_interface(path: Path, spec: ModelSpec, inputs: Sequence[Interface], ou
 
 def _agree(expected: Interface, found: Interface) -> bool:
     """Same name, dtype and rank, and no dimension that is one number here and another there."""
-    sizes = [not isinstance(want, int) or not isinstance(have, int) or want == have for want, have in zip(expected[2], found[2], strict=False)]
+    sizes = [
+        not isinstance(want, int) or not isinstance(have, int) or want == have
+        for want, have in zip(expected[2], found[2], strict=False)
+    ]
     return expected[:2] == found[:2] and len(expected[2]) == len(found[2]) and all(sizes)
 
 
@@ -71,7 +77,8 @@ class BatchCheck:
         """The batch as a plain array, not copied; of a float16 model, float32 is rounded to float16.
 
         Raises:
-            InputError: It is not what the model expects; the message says what was expected and found, the remedy every step to get there.
+            InputError: It is not what the model expects; the message says what was expected and found, the remedy every
+                step to get there.
         """
         array = _plain_array(batch)
         shape = array.shape
@@ -90,10 +97,15 @@ class BatchCheck:
         return array
 
     def _explain(self, array: NDArray[Any]) -> InputError:
-        expected = f"{self._dtype} ({', '.join(['N', *(str(size) for size in self._spec.input.shape[1:])])}), {self._spec.input.layout}"
+        expected = (
+            f"{self._dtype} ({', '.join(['N', *(str(size) for size in self._spec.input.shape[1:])])}), "
+            f"{self._spec.input.layout}"
+        )
         problems, steps = self._compare(array)
         found = f"{_name_dtype(array.dtype)} ({', '.join(map(str, array.shape))})"
-        return InputError(f"batch: {' and '.join(problems)}: expected {expected}, found {found}", remedy="; then ".join(steps))
+        return InputError(
+            f"batch: {' and '.join(problems)}: expected {expected}, found {found}", remedy="; then ".join(steps)
+        )
 
     def _compare(self, array: NDArray[Any]) -> tuple[list[str], list[str]]:
         problems, steps = [], []
@@ -135,17 +147,30 @@ class BatchCheck:
         wrong = [axis for axis, want in enumerate(self._sizes, start=1) if want is not None and shape[axis] != want]
         if channel_axis in wrong:
             problems.append(f"it has {shape[channel_axis]} channels")
-            steps.append(f"give {self._sizes[channel_axis - 1]} channels, red, green, blue: repeat a grey one, drop an alpha channel")
+            steps.append(
+                f"give {self._sizes[channel_axis - 1]} channels, red, green, blue: repeat a grey one, drop an "
+                f"alpha channel"
+            )
         if [axis for axis in wrong if axis != channel_axis]:
-            size = "×".join(str(want or "any") for axis, want in enumerate(self._sizes, start=1) if axis != channel_axis)
+            size = "×".join(
+                str(want or "any") for axis, want in enumerate(self._sizes, start=1) if axis != channel_axis
+            )
             problems.append("the size differs")
-            steps.append(f"resize or crop the images to {size} (infer_images does), or export the model with another --image-size")
+            steps.append(
+                f"resize or crop the images to {size} (infer_images does), or export the model with another "
+                f"--image-size"
+            )
 
     def _fix_dtype(self, dtype: np.dtype[Any]) -> str:
         if dtype == np.uint8 and self._has_floats and self._spec.preprocessing is not None:
-            return "normalise it: repvgg_deploy.images.decode.normalize(images, engine.spec.preprocessing), or export the model with --input uint8"
+            return (
+                "normalise it: repvgg_deploy.images.decode.normalize(images, engine.spec.preprocessing), or export "
+                "the model with --input uint8"
+            )
         if self._dtype == np.uint8:
-            return "give the bytes of the images as they are, RGB 0-255 of dtype uint8: this model normalises them itself"
+            return (
+                "give the bytes of the images as they are, RGB 0-255 of dtype uint8: this model normalises them itself"
+            )
         if dtype.kind in "fiu":
             return f"convert it: batch.astype(np.{self._dtype.name})"
         return f"give an array of real numbers of dtype {self._dtype.name}"
@@ -155,7 +180,9 @@ def _plain_array(batch: object) -> NDArray[Any]:
     if type(batch) is np.ndarray:
         return batch
     if isinstance(batch, np.ma.MaskedArray):
-        raise InputError("batch: is a masked array, and a model cannot leave pixels out", remedy="give batch.filled(value)")
+        raise InputError(
+            "batch: is a masked array, and a model cannot leave pixels out", remedy="give batch.filled(value)"
+        )
     if isinstance(batch, np.ndarray):
         return batch.view(np.ndarray)  # a memmap, say
     kind = f"{type(batch).__module__}.{type(batch).__qualname__}".removeprefix("builtins.")
@@ -185,7 +212,8 @@ def _explain_values(array: NDArray[Any]) -> InputError:
     count = array.size - int(np.count_nonzero(finite))
     first = tuple(int(index) for index in np.unravel_index(int(np.argmin(finite)), array.shape))
     return InputError(
-        f"batch: expected finite numbers, found {count} of {array.size} NaN or infinite, the first at {first}: {array[first]}",
+        f"batch: expected finite numbers, found {count} of {array.size} NaN or infinite, the first at {first}: "
+        f"{array[first]}",
         remedy=f"look at how image {first[0]} of the batch was made",
     )
 

@@ -76,8 +76,15 @@ class Executor:
             InputError: It does not, or the backend cannot read it there.
         """
         if self._splitting is None or not is_device_array(batch):
-            what = "arrays on a GPU run with a TensorRT plan only" if self._splitting is None else f"{type(batch).__name__} does not lie on a GPU"
-            raise InputError(f"batch: {what}", remedy="call infer(array) with a NumPy array and without stream, or give a plan an array on its GPU")
+            what = (
+                "arrays on a GPU run with a TensorRT plan only"
+                if self._splitting is None
+                else f"{type(batch).__name__} does not lie on a GPU"
+            )
+            raise InputError(
+                f"batch: {what}",
+                remedy="call infer(array) with a NumPy array and without stream, or give a plan an array on its GPU",
+            )
         handle = None if stream is None else as_stream_handle(stream)
         shape = read_shape(batch)
         if shape and not self._smallest <= shape[0] <= self.largest:
@@ -106,7 +113,8 @@ class Executor:
 
     def _require_divisible(self) -> None:
         self.require_rows(
-            "a batch cannot be split or padded", remedy=f"give {'exactly' if self._batch else 'at most'} {self.largest} images at a time"
+            "a batch cannot be split or padded",
+            remedy=f"give {'exactly' if self._batch else 'at most'} {self.largest} images at a time",
         )
 
     def require_rows(self, consequence: str, *, remedy: str) -> None:
@@ -118,7 +126,10 @@ class Executor:
         first = self._spec.input.shape[0]
         for output in self._spec.outputs:
             if not output.shape or output.shape[0] != first:
-                raise InputError(f"batch: the output {output.name} {show(output.shape)} has no row per image, so {consequence}", remedy=remedy)
+                raise InputError(
+                    f"batch: the output {output.name} {show(output.shape)} has no row per image, so {consequence}",
+                    remedy=remedy,
+                )
 
 
 def usual_shape(spec: ModelSpec) -> tuple[int, ...]:
@@ -136,7 +147,9 @@ def usual_shape(spec: ModelSpec) -> tuple[int, ...]:
             sizes[axis] = size if isinstance(sizes[axis], str) else sizes[axis]
     known = tuple(size for size in sizes if isinstance(size, int))
     if len(known) != len(sizes):
-        raise InputError(f"the model accepts any size: {show(source.shape)}", remedy="give warm_up the shape of your batches")
+        raise InputError(
+            f"the model accepts any size: {show(source.shape)}", remedy="give warm_up the shape of your batches"
+        )
     return known
 
 
@@ -156,18 +169,19 @@ _T = TypeVar("_T")
 class Engine:
     """A loaded model. Use it as a context manager, or `close()` it.
 
-    `infer` may be called from many threads at once. In a server that forks, open the Engine in each worker: the threads and the GPU of a
-    process do not follow its children.
+    `infer` may be called from many threads at once. In a server that forks, open the Engine in each worker: the threads
+    and the GPU of a process do not follow its children.
 
         with Engine("a0.onnx") as engine:
             logits = engine.infer(batch)
 
     Args:
         path: An ONNX that repvgg-export wrote, or a TensorRT plan.
-        device: `cpu`, or `cuda`: the GPU or an error, never the CPU in its place; `cuda:1` or 1 is the second one. None: `cuda` for a plan, `cpu`
-            for an ONNX.
-        backend: `onnxruntime`, `openvino` (on the CPU, the fastest for typed INT8 graphs), or `fastest`: OpenVINO if the graph is INT8 and it is
-            installed, else ONNX Runtime. None: ONNX Runtime. For a plan `tensorrt` or `rtx`; None: what its passport says.
+        device: `cpu`, or `cuda`: the GPU or an error, never the CPU in its place; `cuda:1` or 1 is the second one.
+            None: `cuda` for a plan, `cpu` for an ONNX.
+        backend: `onnxruntime`, `openvino` (on the CPU, the fastest for typed INT8 graphs), or `fastest`: OpenVINO if
+            the graph is INT8 and it is installed, else ONNX Runtime. None: ONNX Runtime. For a plan `tensorrt` or
+            `rtx`; None: what its passport says.
         options: Threads, memory, GPU.
 
     Raises:
@@ -198,7 +212,8 @@ class Engine:
         self._lease = Lease(self._backend.close)
         self._recorder = Recorder()
         self._submissions = Submissions(self._options.workers, self._options.max_pending)
-        # An Engine that is dropped without close() gives all back, too: threads, and a plan's memory on the GPU, would stay as long as the process.
+        # An Engine that is dropped without close() gives all back, too: threads, and a plan's memory on the GPU, would
+        # stay as long as the process.
         weakref.finalize(self, _let_go, self._lease, self._submissions, self._process).atexit = False
         if fingerprint(self._path) != before:
             self.close()
@@ -243,15 +258,16 @@ class Engine:
         """Runs N images, N ≥ 1. With a fixed batch, more are split and fewer are padded; any memory order is accepted.
 
         Args:
-            batch: What `spec.input` says: float32 (N, 3, H, W), RGB, normalised; or uint8 (N, H, W, 3), RGB, 0–255. A model with float16
-                input takes float16, and float32 too, which is rounded: it is what the model would do first. Do not write to it while this runs.
-                A plan also takes arrays that lie on its GPU (torch, CuPy, pycuda, anything with DLPack or `__cuda_array_interface__`), C-contiguous
-                and of just that dtype, which are used where they are; their numbers are not checked for NaN.
+            batch: What `spec.input` says: float32 (N, 3, H, W), RGB, normalised; or uint8 (N, H, W, 3), RGB, 0–255. A
+                model with float16 input takes float16, and float32 too, which is rounded: it is what the model would do
+                first. Do not write to it while this runs. A plan also takes arrays that lie on its GPU (torch, CuPy,
+                pycuda, anything with DLPack or `__cuda_array_interface__`), C-contiguous and of just that dtype, which
+                are used where they are; their numbers are not checked for NaN.
             stream: For arrays on the GPU: the stream of torch, CuPy or pycuda that the batch is ready on.
 
         Returns:
-            float32 (N, classes) of logits or probabilities; a TopK of a top-5 model; a dict by output name where a model has several. The
-            caller owns it: nothing will write to it again.
+            float32 (N, classes) of logits or probabilities; a TopK of a top-5 model; a dict by output name where a
+            model has several. The caller owns it: nothing will write to it again.
 
         Raises:
             InputError: The batch is not what the model expects, holds NaN or infinities, or the Engine is closed.
@@ -267,14 +283,17 @@ class Engine:
 
         Args:
             batch: An array on the plan's GPU, as `infer` takes it.
-            stream: The stream of torch, CuPy or pycuda that the batch is ready on, and on which the results will be: this returns at once, and
-                what is put on that stream next finds them. None: the results are ready when this returns.
+            stream: The stream of torch, CuPy or pycuda that the batch is ready on, and on which the results will be:
+                this returns at once, and what is put on that stream next finds them. None: the results are ready when
+                this returns.
 
         Returns:
-            The outputs as the plan has them (float16 stays float16), each with `__dlpack__` and `__cuda_array_interface__`. They own their memory.
+            The outputs as the plan has them (float16 stays float16), each with `__dlpack__` and
+            `__cuda_array_interface__`. They own their memory.
 
         Raises:
-            InputError: The batch is not what the model expects or not on its GPU, or the Engine runs no plan or is closed.
+            InputError: The batch is not what the model expects or not on its GPU, or the Engine runs no plan or is
+                closed.
             CudaError: The GPU failed.
         """
         results: DeviceArrays = self._run_device(batch, stream, to_host=False)
@@ -335,18 +354,26 @@ class Engine:
             max_delay_ms: How long the first request of a batch waits for others.
             max_queue: Images that may wait; None: eight batches.
             timeout_ms: What waited so long is not run any more; None: for ever.
-            concurrency: Batches under way at once; None: of a plan two, where it has as many contexts, so that one is copied while the other is
-                computed; of other models one, which has all the cores.
+            concurrency: Batches under way at once; None: of a plan two, where it has as many contexts, so that one is
+                copied while the other is computed; of other models one, which has all the cores.
 
         Raises:
-            InputError: An argument is out of range, the Engine is closed, or the model has an output without a row per image.
+            InputError: An argument is out of range, the Engine is closed, or the model has an output without a row per
+                image.
         """
         self._enter()
         self._lease.release()
-        self._executor.require_rows("requests cannot be run together", remedy="call infer, submit or infer_async, which run each batch by itself")
-        at_once = concurrency if concurrency is not None else min(self._options.contexts, 2) if self._executor.overlaps else 1
+        self._executor.require_rows(
+            "requests cannot be run together",
+            remedy="call infer, submit or infer_async, which run each batch by itself",
+        )
+        at_once = (
+            concurrency if concurrency is not None else min(self._options.contexts, 2) if self._executor.overlaps else 1
+        )
         options = BatcherOptions(max_batch, max_delay_ms, max_queue, timeout_ms, at_once)
-        return Batcher(BatchRunner(self._check.check, self._record, lambda outputs: package(outputs, self._spec)), options)
+        return Batcher(
+            BatchRunner(self._check.check, self._record, lambda outputs: package(outputs, self._spec)), options
+        )
 
     def statistics(self) -> Statistics:
         """What this Engine did since it was opened: one entry a call of `infer`, `submit` or batch of a batcher, which keeps its own, too."""
@@ -363,22 +390,30 @@ class Engine:
             As `infer`.
 
         Raises:
-            InputError: A file is not a usable image, there are none, the model does not say how an image becomes its input, or they are more than
-                run at once and an output has no row per image.
+            InputError: A file is not a usable image, there are none, the model does not say how an image becomes its
+                input, or they are more than run at once and an output has no row per image.
             MissingDependencyError: Pillow is not installed.
         """
         from ..images.decode import load_batch
 
         step = batch_size if batch_size is not None else min(self._executor.largest, _IMAGES_AT_ONCE)
         if step < 1:
-            raise InputError(f"batch_size: expected at least 1, found {step}", remedy="leave it out, or give a positive number")
+            raise InputError(
+                f"batch_size: expected at least 1, found {step}", remedy="leave it out, or give a positive number"
+            )
         if isinstance(paths, (str, os.PathLike)):
-            raise InputError(f"paths: expected a list of image paths, found {paths!r}", remedy=f"call infer_images([{os.fspath(paths)!r}])")
+            raise InputError(
+                f"paths: expected a list of image paths, found {paths!r}",
+                remedy=f"call infer_images([{os.fspath(paths)!r}])",
+            )
         files = list(paths)
         if not files:
             raise InputError("paths: expected at least one image, found none", remedy="give at least one path")
         if len(files) > step:
-            self._executor.require_rows(f"{len(files)} images cannot be run {step} at a time", remedy=f"give at most {step}, or a larger batch_size")
+            self._executor.require_rows(
+                f"{len(files)} images cannot be run {step} at a time",
+                remedy=f"give at most {step}, or a larger batch_size",
+            )
         parts = []
         for start in range(0, len(files), step):
             parts.append(self._record(self._check.check(load_batch(files[start : start + step], self._spec))))
@@ -387,15 +422,20 @@ class Engine:
     def warm_up(self, shape: Sequence[int] | None = None) -> None:
         """Runs batches of zeros, so that the first real one is not the slow one. A plan makes all its contexts, and CUDA graphs for this size.
 
-        So none of this size is captured later, when another thread may wait for the whole device (see `EngineOptions.cuda_graphs`).
+        So none of this size is captured later, when another thread may wait for the whole device (see
+        `EngineOptions.cuda_graphs`).
 
         Args:
-            shape: Of the batch, as it will be; None takes one image (or the fixed batch) of the size in the specification.
+            shape: Of the batch, as it will be; None takes one image (or the fixed batch) of the size in the
+                specification.
 
         Raises:
-            InputError: The shape is not one that the model accepts, or it must be given because the model accepts any image size.
+            InputError: The shape is not one that the model accepts, or it must be given because the model accepts any
+                image size.
         """
-        zeros = self._check.check(np.zeros(tuple(shape) if shape is not None else usual_shape(self._spec), self._spec.input.dtype))
+        zeros = self._check.check(
+            np.zeros(tuple(shape) if shape is not None else usual_shape(self._spec), self._spec.input.dtype)
+        )
         self._enter()
         try:
             self._executor.warm_up(zeros)
@@ -427,8 +467,9 @@ class Engine:
         """Lets no new batch in, waits until those that run or were submitted are done, and frees the model; a second call waits, too.
 
         Args:
-            wait: Whether to wait; else the last batch frees the model when it is done. A thread of this Engine itself, in a callback of a future
-                of `submit`, never waits: it would wait for itself. In a child of `fork` the model is let lie: it is the parent's.
+            wait: Whether to wait; else the last batch frees the model when it is done. A thread of this Engine itself,
+                in a callback of a future of `submit`, never waits: it would wait for itself. In a child of `fork` the
+                model is let lie: it is the parent's.
         """
         _let_go(self._lease, self._submissions, self._process)
         if wait and self._process == os.getpid() and not self._submissions.is_own_thread():
@@ -437,18 +478,29 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def __repr__(self) -> str:
-        source, outputs = self._spec.input, ", ".join(f"{output.name} {show(output.shape)}" for output in self._spec.outputs)
+        source, outputs = (
+            self._spec.input,
+            ", ".join(f"{output.name} {show(output.shape)}" for output in self._spec.outputs),
+        )
         name = self._metadata.variant.name if self._metadata.variant else self._spec.kind
         state = ", closed" if self.closed else f" on {self._device}"
-        return f"<Engine {str(self._path)!r}: {name}{state}, {source.dtype} {show(source.shape)} {source.layout} → {outputs}>"
+        return (
+            f"<Engine {str(self._path)!r}: {name}{state}, {source.dtype} {show(source.shape)} {source.layout} → "
+            f"{outputs}>"
+        )
 
     def _enter(self) -> None:
         if not self._lease.acquire():
-            raise InputError(f"{self._path}: this Engine is closed", remedy="call infer inside the with block and before close(), or open another")
+            raise InputError(
+                f"{self._path}: this Engine is closed",
+                remedy="call infer inside the with block and before close(), or open another",
+            )
 
     def _leave(self, future: Future[Result]) -> None:
         self._lease.release()
@@ -461,7 +513,9 @@ class Engine:
 
     def _run_device(self, batch: Any, stream: Any, *, to_host: bool) -> Any:
         shape = read_shape(batch)
-        return self._count(lambda: self._executor.run_device(batch, stream, to_host=to_host), images=shape[0] if shape else 0)
+        return self._count(
+            lambda: self._executor.run_device(batch, stream, to_host=to_host), images=shape[0] if shape else 0
+        )
 
     def _count(self, action: Callable[[], _T], *, images: int, entered: bool = False) -> _T:
         if not entered:

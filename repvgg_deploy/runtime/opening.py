@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_PLAN_MAGICS = (b"ftrt", b"vtrt")  # seen in TensorRT 8 to 11 and in TensorRT-RTX 1.7; undocumented: the rest is TensorRT's to judge
+_PLAN_MAGICS = (
+    b"ftrt",
+    b"vtrt",
+)  # seen in TensorRT 8 to 11 and in TensorRT-RTX 1.7; undocumented: the rest is TensorRT's to judge
 _PLAN_SUFFIXES = frozenset({".plan", ".engine", ".trt"})
 
 
@@ -33,9 +36,16 @@ def as_path(path: object) -> Path:
     Raises:
         InputError: It is neither.
     """
-    if isinstance(path, (str, os.PathLike)) and not isinstance(name := os.fspath(path), bytes) and "\0" not in name and name:
+    if (
+        isinstance(path, (str, os.PathLike))
+        and not isinstance(name := os.fspath(path), bytes)
+        and "\0" not in name
+        and name
+    ):
         return Path(name)
-    raise InputError(f"expected the path of a model file, found {path!r}", remedy='give a path, such as Engine("a0.onnx")')
+    raise InputError(
+        f"expected the path of a model file, found {path!r}", remedy='give a path, such as Engine("a0.onnx")'
+    )
 
 
 def read_model(path: Path) -> ModelMetadata:
@@ -68,7 +78,9 @@ def is_plan(path: Path) -> bool:
         with path.open("rb") as file:
             return file.read(len(_PLAN_MAGICS[0])) in _PLAN_MAGICS
     except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}", remedy="check that it is a file that you may read") from error
+        raise ModelError(
+            f"{path}: cannot be read: {error.strerror}", remedy="check that it is a file that you may read"
+        ) from error
 
 
 def _require_sense(path: Path, spec: ModelSpec) -> None:
@@ -101,18 +113,26 @@ def _require_file(path: Path) -> None:
     try:
         mode = path.stat().st_mode
     except FileNotFoundError as error:
-        raise ModelError(f"{path}: no such file", remedy="check the path, or export the model with repvgg-export") from error
+        raise ModelError(
+            f"{path}: no such file", remedy="check the path, or export the model with repvgg-export"
+        ) from error
     except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}", remedy="check the path and its permissions") from error
+        raise ModelError(
+            f"{path}: cannot be read: {error.strerror}", remedy="check the path and its permissions"
+        ) from error
     if not stat.S_ISREG(mode):  # reading a pipe could wait for ever
         kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
-        raise ModelError(f"{path}: is {kind}, expected an ONNX file", remedy="give the .onnx file that repvgg-export wrote")
+        raise ModelError(
+            f"{path}: is {kind}, expected an ONNX file", remedy="give the .onnx file that repvgg-export wrote"
+        )
 
 
 def _plan_error(path: Path) -> PlanError:
     return PlanError(
         f"{path}: looks like a TensorRT plan, whole or damaged, and what was asked for runs ONNX models only",
-        remedy=f"give the .onnx that it was built from; repvgg-trt check {path.name} says what the plan is and where it runs",
+        remedy=f"give the .onnx that it was built from; repvgg-trt check {path.name} says what the plan is and "
+        f"where it "
+        f"runs",
     )
 
 
@@ -129,13 +149,17 @@ def open_plan_backend(path: Path, options: EngineOptions, *, backend: BackendNam
         MissingDependencyError: TensorRT or a CUDA package is not installed.
     """
     if backend is not None and backend not in _PLAN_BACKENDS:
-        raise InputError(f"{path}: backend={backend!r} does not run plans", remedy='leave backend out, or give "tensorrt" or "rtx"')
+        raise InputError(
+            f"{path}: backend={backend!r} does not run plans", remedy='leave backend out, or give "tensorrt" or "rtx"'
+        )
     from .tensorrt.backend import TensorRtBackend
 
     return TensorRtBackend(path, options.device_id, backend, options)
 
 
-def open_backend(path: Path, spec: ModelSpec, device: Device, options: EngineOptions, *, backend: BackendName | None = None) -> Backend:
+def open_backend(
+    path: Path, spec: ModelSpec, device: Device, options: EngineOptions, *, backend: BackendName | None = None
+) -> Backend:
     """Loads an ONNX whose metadata was read and checked.
 
     Args:
@@ -173,10 +197,14 @@ def _choose(path: Path, device: Device, backend: BackendName | None) -> Literal[
         )
     if backend in _PLAN_BACKENDS:
         raise InputError(
-            f"{path}: backend={backend!r} runs plans, and this is an ONNX", remedy=f"build one: repvgg-trt build {path.name}; or leave out backend"
+            f"{path}: backend={backend!r} runs plans, and this is an ONNX",
+            remedy=f"build one: repvgg-trt build {path.name}; or leave out backend",
         )
     if backend == "openvino" and device != "cpu":
-        raise InputError(f'backend="openvino" runs on the CPU, and device={device!r} was asked for', remedy="leave out one of the two")
+        raise InputError(
+            f'backend="openvino" runs on the CPU, and device={device!r} was asked for',
+            remedy="leave out one of the two",
+        )
     if backend != "fastest":
         return "openvino" if backend == "openvino" else "onnxruntime"
     chosen, reason = _find_fastest(path, device)
@@ -220,9 +248,16 @@ def open_model(path: Path, device: DeviceChoice, backend: BackendName | None, op
     if is_plan(path):
         place = find_place(device, options, default="cuda")
         if place.kind == "cpu":
-            raise InputError(f"{path}: is a TensorRT plan, which runs on a GPU only", remedy="give the .onnx that it was built from")
+            raise InputError(
+                f"{path}: is a TensorRT plan, which runs on a GPU only", remedy="give the .onnx that it was built from"
+            )
         plan = open_plan_backend(path, place.choose(options), backend=backend)
         return OpenModel(plan.metadata, plan, plan, place.label)
     place = find_place(device, options, default="cpu")
     metadata = read_model(path)
-    return OpenModel(metadata, open_backend(path, metadata.spec, place.kind, place.choose(options), backend=backend), None, place.label)
+    return OpenModel(
+        metadata,
+        open_backend(path, metadata.spec, place.kind, place.choose(options), backend=backend),
+        None,
+        place.label,
+    )

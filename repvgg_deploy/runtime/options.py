@@ -31,19 +31,21 @@ class EngineOptions:
     """How an Engine runs; the defaults suit a service.
 
     Attributes:
-        max_batch: Where a model accepts any batch, larger ones run in pieces of this many images: memory grows with it, and past a few tens
-            of images speed does not.
-        intra_op_threads: Threads that share one batch on the CPU; None for one a physical core. Set it in a container that may use only some
-            of the machine's cores, and to 1 where many threads or processes call `infer` at once. At most MOST_THREADS.
+        max_batch: Where a model accepts any batch, larger ones run in pieces of this many images: memory grows with it,
+            and past a few tens of images speed does not.
+        intra_op_threads: Threads that share one batch on the CPU; None for one a physical core. Set it in a container
+            that may use only some of the machine's cores, and to 1 where many threads or processes call `infer` at
+            once. At most MOST_THREADS.
         device_id: Which GPU, with `device="cuda"`.
         tf32: Whether FP32 convolutions on the GPU may round their inputs to TF32: faster, and an error of about 1e-3.
         workers: Threads that run what `submit` and `infer_async` hand in.
         max_pending: Batches that may wait for them; one more is refused.
-        cuda: Which package calls CUDA for a plan: `bindings` (cuda-bindings) or `pycuda`; None takes the one that is installed, the first before
-            the second.
+        cuda: Which package calls CUDA for a plan: `bindings` (cuda-bindings) or `pycuda`; None takes the one that is
+            installed, the first before the second.
         contexts: How many batches of a plan run at once on its GPU; each takes memory for one largest batch.
-        cuda_graphs: Whether a plan's usual batch sizes run as CUDA graphs, which spares the CPU most of its work. While one is captured, in the
-            first runs of its size, a wait for the whole device (`torch.cuda.synchronize()`) fails in every other thread: `Engine.warm_up` first.
+        cuda_graphs: Whether a plan's usual batch sizes run as CUDA graphs, which spares the CPU most of its work. While
+            one is captured, in the first runs of its size, a wait for the whole device (`torch.cuda.synchronize()`)
+            fails in every other thread: `Engine.warm_up` first.
         require_passport: Whether a plan without its `.plan.json` is refused.
     """
 
@@ -63,7 +65,9 @@ class EngineOptions:
         if self.intra_op_threads is not None:
             _require_count("intra_op_threads", self.intra_op_threads, 1)
             if self.intra_op_threads > MOST_THREADS:
-                message = f"EngineOptions: intra_op_threads: expected at most {MOST_THREADS}, found {self.intra_op_threads}"
+                message = (
+                    f"EngineOptions: intra_op_threads: expected at most {MOST_THREADS}, found {self.intra_op_threads}"
+                )
                 raise InputError(message, remedy="give the number of cores, or None")
         _require_count("device_id", self.device_id, 0)
         _require_count("workers", self.workers, 1)
@@ -73,7 +77,10 @@ class EngineOptions:
 
 def _require_count(name: str, value: object, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InputError(f"EngineOptions: {name}: expected a whole number of at least {least}, found {value!r}", remedy=f"correct {name}")
+        raise InputError(
+            f"EngineOptions: {name}: expected a whole number of at least {least}, found {value!r}",
+            remedy=f"correct {name}",
+        )
 
 
 class Backend(Protocol):
@@ -167,5 +174,6 @@ def find_place(device: object, options: EngineOptions, *, default: DeviceKind) -
         return Place("cuda", index, f"cuda:{index}")
     raise InputError(
         f"device: expected cpu, cuda, cuda:N or the number of a GPU, found {device!r}",
-        remedy='give device="cpu", device="cuda", or device=1 for the second GPU, as EngineOptions(device_id=1) also does',
+        remedy='give device="cpu", device="cuda", or device=1 for the second GPU, as EngineOptions(device_id=1) also '
+        "does",
     )

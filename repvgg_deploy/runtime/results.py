@@ -63,7 +63,8 @@ def rank_classes(result: Result, spec: ModelSpec, top: int) -> Iterator[tuple[ND
 
     Args:
         result: Of a classifier.
-        spec: Of the same model. The scores of logits are their softmax over all classes, those of other models what they give.
+        spec: Of the same model. The scores of logits are their softmax over all classes, those of other models what
+            they give.
         top: How many of each image, where there are so many.
     """
     if isinstance(result, TopK):

@@ -1,7 +1,7 @@
 """What an Engine or a batcher has done so far: counters and histograms that cost about a microsecond a request and a fixed amount of memory.
 
-Everything counts from the opening on and only ever grows, which is what a Prometheus exporter wants: `Histogram.cumulative` are its buckets. For the
-last minute, subtract an earlier snapshot.
+Everything counts from the opening on and only ever grows, which is what a Prometheus exporter wants:
+`Histogram.cumulative` are its buckets. For the last minute, subtract an earlier snapshot.
 """
 
 from __future__ import annotations
@@ -183,4 +183,10 @@ class Recorder:
         """
         with self._lock:
             sizes = dict(sorted(self._sizes.items()))
-            return Statistics(waiting=waiting, batch_sizes=sizes, queue_ms=self._queue.snapshot(), run_ms=self._run.snapshot(), **self._counts)
+            return Statistics(
+                waiting=waiting,
+                batch_sizes=sizes,
+                queue_ms=self._queue.snapshot(),
+                run_ms=self._run.snapshot(),
+                **self._counts,
+            )

@@ -22,7 +22,8 @@ from .results import Result
 class Lease:
     """Counts users of a resource, and frees it once it is closed and the last of them is done.
 
-    `close` does not wait: it may be called from any thread, also from one that is a user, without a deadlock. `wait` does.
+    `close` does not wait: it may be called from any thread, also from one that is a user, without a deadlock. `wait`
+    does.
 
     Args:
         free: Called once, by the thread that closes or by the last user.
@@ -146,7 +147,10 @@ class Submissions:
                 self._pool = ThreadPoolExecutor(self._workers, "repvgg-engine", self._begin_thread)
                 self._process = os.getpid()
             if self._process != os.getpid():
-                raise InputError("this Engine was used before a fork, and threads do not follow", remedy="open the Engine in each worker process")
+                raise InputError(
+                    "this Engine was used before a fork, and threads do not follow",
+                    remedy="open the Engine in each worker process",
+                )
             if self._pending >= self._limit:
                 raise EngineBusyError(
                     f"{self._pending} batches are running or waiting, and no more may",
@@ -157,7 +161,9 @@ class Submissions:
                 future = self._pool.submit(work)
             except RuntimeError as error:  # the interpreter is shutting down
                 self._pending -= 1
-                raise InputError(f"nothing can be handed in any more: {error}", remedy="hand it in before the program ends") from error
+                raise InputError(
+                    f"nothing can be handed in any more: {error}", remedy="hand it in before the program ends"
+                ) from error
         future.add_done_callback(self._done)
         return future
 

@@ -4,12 +4,13 @@ Source: https://github.com/triton-inference-server/server/blob/main/docs/user_gu
 
 Triton's own schema of `config.pbtxt`: what it does not know, Triton would refuse.
 
-The schema is the generated module that the package tritonclient brings. It is loaded by its file, because importing it as a part of tritonclient
-would import grpc, too, which nothing here calls.
+The schema is the generated module that the package tritonclient brings. It is loaded by its file, because importing it
+as a part of tritonclient would import grpc, too, which nothing here calls.
 
 An ensemble that takes JPEG files: a model of Triton's python backend that decodes them, and the two as one.
 
-A JPEG is a thirtieth of the float tensor that it becomes, and a client needs neither Pillow nor the normalisation constants.
+A JPEG is a thirtieth of the float tensor that it becomes, and a client needs neither Pillow nor the normalisation
+constants.
 """
 
 from __future__ import annotations
@@ -45,13 +46,17 @@ def load_schema() -> ModuleType:
     path = Path(places[0]) / "grpc" / "model_config_pb2.py" if places else None
     spec = importlib.util.spec_from_file_location(_NAME, path) if path is not None and path.is_file() else None
     if spec is None or spec.loader is None:
-        raise MissingDependencyError("tritonclient, which holds Triton's schema of config.pbtxt, is not installed", remedy=_INSTALL)
+        raise MissingDependencyError(
+            "tritonclient, which holds Triton's schema of config.pbtxt, is not installed", remedy=_INSTALL
+        )
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         text = " ".join(str(error).split())
-        raise MissingDependencyError(f"Triton's schema cannot be loaded with the protobuf that is here: {text}", remedy=_INSTALL) from error
+        raise MissingDependencyError(
+            f"Triton's schema cannot be loaded with the protobuf that is here: {text}", remedy=_INSTALL
+        ) from error
     sys.modules[_NAME] = module
     return module
 
@@ -71,7 +76,8 @@ def parse_config(text: str, where: Path) -> Any:
         where: For the message.
 
     Raises:
-        InputError: A field, type or value is not in the schema, or it is no text of a message; the message says the line.
+        InputError: A field, type or value is not in the schema, or it is no text of a message; the message says the
+            line.
         MissingDependencyError: The schema is not installed.
     """
     schema = load_schema()
@@ -80,7 +86,9 @@ def parse_config(text: str, where: Path) -> Any:
     try:
         return text_format.Parse(text, schema.ModelConfig())
     except text_format.ParseError as error:
-        raise InputError(f"{where}: Triton cannot parse it: line {error}", remedy="correct that line, or write the repository again") from error
+        raise InputError(
+            f"{where}: Triton cannot parse it: line {error}", remedy="correct that line, or write the repository again"
+        ) from error
 
 
 SETTINGS_FILE = "preprocessing.json"
@@ -88,7 +96,9 @@ IMAGE = "image"
 """Name of the ensemble's input: one JPEG file a row."""
 
 
-def make_jpeg_models(model: Servable, options: RepositoryOptions, config: Any) -> list[tuple[Any, tuple[ServedFile, ...]]]:
+def make_jpeg_models(
+    model: Servable, options: RepositoryOptions, config: Any
+) -> list[tuple[Any, tuple[ServedFile, ...]]]:
     """Configuration and version folder of `NAME_decode` and of the ensemble `NAME_jpeg`.
 
     Args:
@@ -102,10 +112,15 @@ def make_jpeg_models(model: Servable, options: RepositoryOptions, config: Any) -
     preprocessing = model.spec.preprocessing
     if preprocessing is None or not config.max_batch_size or model.spec.input.layout not in ("NCHW", "NHWC"):
         raise InputError(
-            f"{model.name}: --ensemble jpeg needs a model that says how an image becomes its input, and that takes any batch",
+            f"{model.name}: --ensemble jpeg needs a model that says how an image becomes its input, and that "
+            f"takes any batch",
             remedy="export it with repvgg-export and a dynamic batch, or leave --ensemble out",
         )
-    row = [preprocessing.crop[0], preprocessing.crop[1], 3] if model.spec.input.layout == "NHWC" else [3, *preprocessing.crop]
+    row = (
+        [preprocessing.crop[0], preprocessing.crop[1], 3]
+        if model.spec.input.layout == "NHWC"
+        else [3, *preprocessing.crop]
+    )
     decoder = _decoder_config(model, options, config.max_batch_size, row)
     settings = {
         "mean": preprocessing.mean,
@@ -121,23 +136,33 @@ def make_jpeg_models(model: Servable, options: RepositoryOptions, config: Any) -
 
 
 def _decoder_config(model: Servable, options: RepositoryOptions, max_batch: int, row: list[int]) -> Any:
-    config = load_schema().ModelConfig(name=require_name(f"{model.name}_decode"), backend="python", max_batch_size=max_batch)
+    config = load_schema().ModelConfig(
+        name=require_name(f"{model.name}_decode"), backend="python", max_batch_size=max_batch
+    )
     config.default_model_filename = "model.py"
     config.input.add(name=IMAGE, data_type="TYPE_STRING", dims=[1])
     config.output.add(name=model.spec.input.name, data_type=data_type(model.spec.input.dtype), dims=row)
     group = config.instance_group.add(count=options.instances)
     group.kind = type(group).KIND_CPU
     add_batching(config, options, ())
-    # Nothing is gained by decoding together what can be decoded at once: requests wait for company once, in front of the model.
+    # Nothing is gained by decoding together what can be decoded at once: requests wait for company once, in front of
+    # the model.
     config.dynamic_batching.max_queue_delay_microseconds = 0
     return config
 
 
 def _ensemble_config(model: Servable, decoder: Any, config: Any) -> Any:
-    ensemble = load_schema().ModelConfig(name=require_name(f"{model.name}_jpeg"), platform="ensemble", max_batch_size=config.max_batch_size)
+    ensemble = load_schema().ModelConfig(
+        name=require_name(f"{model.name}_jpeg"), platform="ensemble", max_batch_size=config.max_batch_size
+    )
     ensemble.input.add(name=IMAGE, data_type="TYPE_STRING", dims=[1])
     for output in config.output:
-        ensemble.output.add(name=output.name, data_type=output.data_type, dims=output.dims, label_filename=output.label_filename and LABELS_FILE)
+        ensemble.output.add(
+            name=output.name,
+            data_type=output.data_type,
+            dims=output.dims,
+            label_filename=output.label_filename and LABELS_FILE,
+        )
     decode = ensemble.ensemble_scheduling.step.add(model_name=decoder.name, model_version=-1)
     decode.input_map[IMAGE] = IMAGE
     decode.output_map[decoder.output[0].name] = "pixels"
@@ -154,7 +179,13 @@ PREFIX = "repvgg_deploy."
 WRITTEN_BY, WRITTEN_VERSIONS = f"{PREFIX}written_by", f"{PREFIX}written_versions"
 """Who wrote a model, and which of its versions: others may have put more beside them."""
 _ONNX_MAX_BATCH = 32
-_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "uint8": "TYPE_UINT8", "int64": "TYPE_INT64", "int32": "TYPE_INT32"}
+_TYPES = {
+    "float32": "TYPE_FP32",
+    "float16": "TYPE_FP16",
+    "uint8": "TYPE_UINT8",
+    "int64": "TYPE_INT64",
+    "int32": "TYPE_INT32",
+}
 _ANY_SIDE = 224  # of a warm-up image where any size is taken and none is the model's own
 
 
@@ -180,7 +211,8 @@ def make_config(model: Servable, options: RepositoryOptions) -> Any:
         add_batching(config, options, _preferred(model, options, config.max_batch_size))
     elif options.preferred_batch:
         raise InputError(
-            f"{model.name}: takes one batch size only, so that Triton cannot put requests together", remedy="leave --preferred-batch out"
+            f"{model.name}: takes one batch size only, so that Triton cannot put requests together",
+            remedy="leave --preferred-batch out",
         )
     _add_files(config, model)
     for batch in dict.fromkeys((1, max(1, config.max_batch_size))):
@@ -219,7 +251,10 @@ def _preferred(model: Servable, options: RepositoryOptions, largest: int) -> tup
     if options.preferred_batch is not None:
         over = [size for size in options.preferred_batch if size > largest]
         if over:
-            raise InputError(f"{model.name}: preferred batch {over[0]} is above the largest, {largest}", remedy=f"give at most {largest}")
+            raise InputError(
+                f"{model.name}: preferred batch {over[0]} is above the largest, {largest}",
+                remedy=f"give at most {largest}",
+            )
         return tuple(sorted(set(options.preferred_batch)))
     return tuple(sorted({min(model.opt_batch, largest), largest})) if model.opt_batch is not None else ()
 

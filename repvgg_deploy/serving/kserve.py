@@ -1,7 +1,8 @@
 """The KServe v2 inference protocol: requests → batches, results → answers, as JSON and as binary tensors. No server, no model.
 
-Source: https://github.com/kserve/open-inference-protocol (REST), and Triton's extensions `binary_tensor_data`, `classification` and `schedule_policy`
-(its `timeout`), https://github.com/triton-inference-server/server/tree/main/docs/protocol
+Source: https://github.com/kserve/open-inference-protocol (REST), and Triton's extensions `binary_tensor_data`,
+`classification` and `schedule_policy` (its `timeout`),
+https://github.com/triton-inference-server/server/tree/main/docs/protocol
 """
 
 from __future__ import annotations
@@ -77,7 +78,9 @@ def decompress(body: bytes | bytearray, encoding: str, limit: int) -> bytes:
         InputError: Another encoding than gzip and deflate, or damaged.
     """
     if encoding not in _WINDOW_BITS:
-        raise InputError(f"Content-Encoding: expected gzip or deflate, found {encoding!r}", remedy="send the body uncompressed")
+        raise InputError(
+            f"Content-Encoding: expected gzip or deflate, found {encoding!r}", remedy="send the body uncompressed"
+        )
     stream = zlib.decompressobj(_WINDOW_BITS[encoding])
     try:
         data = stream.decompress(body, limit + 1)
@@ -102,7 +105,10 @@ def parse_request(body: bytes | bytearray, json_bytes: str | None, spec: ModelSp
     length = len(body) if json_bytes is None else _length(json_bytes, len(body))
     head = _read_json(body, length)
     inputs: Any = head.get("inputs")
-    _require(isinstance(inputs, list) and len(inputs) == 1 and isinstance(inputs[0], dict), "inputs: expected a list of one tensor")
+    _require(
+        isinstance(inputs, list) and len(inputs) == 1 and isinstance(inputs[0], dict),
+        "inputs: expected a list of one tensor",
+    )
     parameters = _parameters(head)
     timeout_us = parameters.get("timeout", 0)
     _require(_is_count(timeout_us) and timeout_us < 1 << 53, "timeout: expected a whole number of microseconds")
@@ -126,17 +132,27 @@ def _is_count(value: object) -> bool:
 
 
 def _length(text: str, most: int) -> int:
-    _require(text.isdecimal() and len(text) < 12 and int(text) <= most, f"{HEADER}: expected at most {most}, the body's bytes, found {text[:20]!r}")
+    _require(
+        text.isdecimal() and len(text) < 12 and int(text) <= most,
+        f"{HEADER}: expected at most {most}, the body's bytes, found {text[:20]!r}",
+    )
     return int(text)
 
 
 def _read_json(body: bytes | bytearray, length: int) -> dict[str, Any]:
-    _require(length <= MAX_JSON_BYTES, f"{length:,} bytes of JSON, expected at most {MAX_JSON_BYTES:,}: large tensors are sent as binary data")
+    _require(
+        length <= MAX_JSON_BYTES,
+        f"{length:,} bytes of JSON, expected at most {MAX_JSON_BYTES:,}: large tensors are sent as binary data",
+    )
     try:
         head = json.loads(body[:length])
-    except (ValueError, RecursionError) as error:  # ValueError: malformed, not UTF-8, or a number of thousands of digits
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: malformed, not UTF-8, or a number of thousands of digits
         raise InputError(
-            f"the request is not JSON: {error}", remedy=f"{_REMEDY}; where binary data follows, the header {HEADER} is needed"
+            f"the request is not JSON: {error}",
+            remedy=f"{_REMEDY}; where binary data follows, the header {HEADER} is needed",
         ) from error
     _require(isinstance(head, dict), "expected a JSON object")
     found: dict[str, Any] = head
@@ -149,10 +165,17 @@ def _parameters(of: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_tensor(tensor: Mapping[str, Any], body: bytes | bytearray, offset: int, spec: TensorSpec) -> NDArray[Any]:
-    _require(tensor.get("name") == spec.name, f"input {str(tensor.get('name'))[:80]!r}: this model's is called {spec.name!r}")
+    _require(
+        tensor.get("name") == spec.name, f"input {str(tensor.get('name'))[:80]!r}: this model's is called {spec.name!r}"
+    )
     datatype = tensor.get("datatype")
-    dtype = np.dtype("float32") if spec.dtype == "float16" and datatype == "FP32" else np.dtype(spec.dtype)  # the Engine rounds it
-    _require(datatype == _DATATYPES[dtype.name], f"{spec.name}: datatype: expected {_DATATYPES[spec.dtype]}, found {str(datatype)[:80]}")
+    dtype = (
+        np.dtype("float32") if spec.dtype == "float16" and datatype == "FP32" else np.dtype(spec.dtype)
+    )  # the Engine rounds it
+    _require(
+        datatype == _DATATYPES[dtype.name],
+        f"{spec.name}: datatype: expected {_DATATYPES[spec.dtype]}, found {str(datatype)[:80]}",
+    )
     shape: Any = tensor.get("shape")
     whole = isinstance(shape, list) and 0 < len(shape) <= 32 and all(_is_count(size) and size for size in shape)
     _require(whole, f"{spec.name}: shape: expected a list of sizes of 1 or more")
@@ -161,8 +184,14 @@ def _read_tensor(tensor: Mapping[str, Any], body: bytes | bytearray, offset: int
         _require(offset == len(body), f"{spec.name}: binary data without binary_data_size")
         return _read_numbers(tensor.get("data"), spec.name, dtype, shape)
     expected = math.prod(shape) * dtype.itemsize
-    _require(size == expected, f"{spec.name}: binary_data_size: expected {expected} bytes for this shape, found {str(size)[:80]}")
-    _require(len(body) - offset == expected, f"{spec.name}: expected {expected} bytes after the JSON, found {len(body) - offset}")
+    _require(
+        size == expected,
+        f"{spec.name}: binary_data_size: expected {expected} bytes for this shape, found {str(size)[:80]}",
+    )
+    _require(
+        len(body) - offset == expected,
+        f"{spec.name}: expected {expected} bytes after the JSON, found {len(body) - offset}",
+    )
     array = np.frombuffer(body, dtype.newbyteorder("<"), math.prod(shape), offset).reshape(shape)
     return np.require(array, dtype, "A")  # the JSON before it is of any length, so that it may lie askew
 
@@ -173,8 +202,14 @@ def _read_numbers(data: object, name: str, dtype: np.dtype[Any], shape: Sequence
     except ValueError as error:
         raise InputError(f"{name}: data is not an array: {error}", remedy=_REMEDY) from error
     fits = array.dtype.kind in "iu" and (array.size == 0 or (0 <= array.min() and array.max() <= 255))
-    _require(fits if dtype.kind == "u" else array.dtype.kind in "fiu", f"{name}: data: expected numbers of datatype {_DATATYPES[dtype.name]}")
-    _require(array.size == math.prod(shape), f"{name}: data: expected {math.prod(shape)} numbers, as the shape says, found {array.size}")
+    _require(
+        fits if dtype.kind == "u" else array.dtype.kind in "fiu",
+        f"{name}: data: expected numbers of datatype {_DATATYPES[dtype.name]}",
+    )
+    _require(
+        array.size == math.prod(shape),
+        f"{name}: data: expected {math.prod(shape)} numbers, as the shape says, found {array.size}",
+    )
     with np.errstate(over="ignore"):  # what becomes infinite is refused by the Engine
         return array.astype(dtype).reshape(shape)
 
@@ -184,13 +219,19 @@ def _read_outputs(head: Mapping[str, Any], spec: ModelSpec, *, all_binary: bool)
     wanted = head.get("outputs")
     if not wanted:
         return tuple(WantedOutput(name, all_binary) for name in known)
-    _require(isinstance(wanted, list) and all(isinstance(output, dict) for output in wanted), "outputs: expected a list of objects")
+    _require(
+        isinstance(wanted, list) and all(isinstance(output, dict) for output in wanted),
+        "outputs: expected a list of objects",
+    )
     found = []
     for output in wanted:
         name, parameters = output.get("name"), _parameters(output)
         _require(name in known, f"output {str(name)[:80]!r}: this model has {', '.join(known)}")
         classes = parameters.get("classification", 0)
-        _require(_is_count(classes) and (not classes or spec.kind in ("logits", "probabilities")), f"{name}: it has no classes, or not so many")
+        _require(
+            _is_count(classes) and (not classes or spec.kind in ("logits", "probabilities")),
+            f"{name}: it has no classes, or not so many",
+        )
         found.append(WantedOutput(name, parameters.get("binary_data", all_binary) is True, classes))
     return tuple(found)
 
@@ -218,14 +259,27 @@ def render_answer(request: InferRequest, result: Result, spec: ModelSpec, model:
     for wanted in request.outputs:
         array = _classify(arrays[wanted.name], wanted.classes, spec.labels) if wanted.classes else arrays[wanted.name]
         texts = array.dtype.kind == "S"
-        output: dict[str, Any] = {"name": wanted.name, "datatype": "BYTES" if texts else _DATATYPES[array.dtype.name], "shape": list(array.shape)}
+        output: dict[str, Any] = {
+            "name": wanted.name,
+            "datatype": "BYTES" if texts else _DATATYPES[array.dtype.name],
+            "shape": list(array.shape),
+        }
         if wanted.binary:
-            tail.append(_pack(array.ravel().tolist()) if texts else array.astype(array.dtype.newbyteorder("<"), "C", copy=False).tobytes())
+            tail.append(
+                _pack(array.ravel().tolist())
+                if texts
+                else array.astype(array.dtype.newbyteorder("<"), "C", copy=False).tobytes()
+            )
             output["parameters"] = {"binary_data_size": len(tail[-1])}
         else:
             output["data"] = [text.decode() for text in array.ravel().tolist()] if texts else array.ravel().tolist()
         outputs.append(output)
-    head = {"model_name": model, "model_version": ONLY_VERSION, **({"id": request.id} if request.id else {}), "outputs": outputs}
+    head = {
+        "model_name": model,
+        "model_version": ONLY_VERSION,
+        **({"id": request.id} if request.id else {}),
+        "outputs": outputs,
+    }
     data = json.dumps(head).encode()
     if not tail:
         return data, {"Content-Type": "application/json"}
@@ -235,7 +289,10 @@ def render_answer(request: InferRequest, result: Result, spec: ModelSpec, model:
 def _classify(scores: NDArray[Any], classes: int, labels: Sequence[str] | None) -> NDArray[np.bytes_]:
     """(N, K) of `score:index:label`, best first."""
     order = np.argsort(-scores, axis=1, kind="stable")[:, :classes]
-    rows = [[f"{row[i]:f}:{i}" + (f":{labels[i]}" if labels else "") for i in best] for row, best in zip(scores, order, strict=True)]
+    rows = [
+        [f"{row[i]:f}:{i}" + (f":{labels[i]}" if labels else "") for i in best]
+        for row, best in zip(scores, order, strict=True)
+    ]
     return np.array([[text.encode() for text in row] for row in rows])
 
 
@@ -262,4 +319,8 @@ def describe_model(spec: ModelSpec, name: str, platform: str) -> dict[str, Any]:
 
 def _describe(tensor: TensorSpec, *, widened: bool = False) -> dict[str, Any]:
     shape = [size if isinstance(size, int) else -1 for size in tensor.shape]
-    return {"name": tensor.name, "datatype": _DATATYPES["float32" if widened and tensor.dtype == "float16" else tensor.dtype], "shape": shape}
+    return {
+        "name": tensor.name,
+        "datatype": _DATATYPES["float32" if widened and tensor.dtype == "float16" else tensor.dtype],
+        "shape": shape,
+    }

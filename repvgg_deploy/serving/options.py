@@ -4,8 +4,8 @@ What a check of a repository finds. Standard library only.
 
 Which Triton container holds which TensorRT. Standard library only.
 
-A plan runs on the TensorRT that built it, so the container must have that very version; tags of releases whose TensorRT could be confirmed are
-listed, and for every other version the user is told where NVIDIA publishes it.
+A plan runs on the TensorRT that built it, so the container must have that very version; tags of releases whose TensorRT
+could be confirmed are listed, and for every other version the user is told where NVIDIA publishes it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class Finding:
     """One thing that is wrong.
 
     Attributes:
-        severity: `error`: Triton would not load the model, or would answer wrongly; `warning`: it loads, and probably not as meant.
+        severity: `error`: Triton would not load the model, or would answer wrongly; `warning`: it loads, and probably
+            not as meant.
         model: Folder of the model.
         message: What is wrong, where.
         remedy: What to do.
@@ -51,8 +52,9 @@ CONTAINERS = {
 }
 """TensorRT by release of the container `RELEASE-py3`, each with its source. Not complete: no others could be confirmed.
 
-Issues are those of https://github.com/triton-inference-server/server/issues, whose reporters saw the version in that very container. The `trtllm`
-containers of the same releases hold other versions (docs/introduction/compatibility.md there), and so may the TensorRT containers (issue 5975).
+Issues are those of https://github.com/triton-inference-server/server/issues, whose reporters saw the version in that
+very container. The `trtllm` containers of the same releases hold other versions (docs/introduction/compatibility.md
+there), and so may the TensorRT containers (issue 5975).
 """
 MATRIX = "https://docs.nvidia.com/deeplearning/frameworks/support-matrix/index.html"
 
@@ -61,8 +63,9 @@ def find_container(tensorrt_version: str) -> str | None:
     """The newest listed image whose TensorRT is this one, such as `nvcr.io/nvidia/tritonserver:24.12-py3`; None where none is listed.
 
     Args:
-        tensorrt_version: Such as `10.7.0.23`. Where a release is only known as `10.5`, the numbers that are known must agree. The Python packages
-            of 10.0 to 10.7 call themselves `10.7.0`, and each was built once: the three numbers are enough.
+        tensorrt_version: Such as `10.7.0.23`. Where a release is only known as `10.5`, the numbers that are known must
+            agree. The Python packages of 10.0 to 10.7 call themselves `10.7.0`, and each was built once: the three
+            numbers are enough.
     """
     wanted = tensorrt_version.split(".")
     for release, version in sorted(CONTAINERS.items(), reverse=True):
@@ -87,7 +90,8 @@ class RepositoryOptions:
 
     Attributes:
         name: Of the model in Triton; None takes the file's.
-        version: Number of the version folder; None: one more than the highest, or the highest if that holds the same files.
+        version: Number of the version folder; None: one more than the highest, or the highest if that holds the same
+            files.
         max_batch: Largest batch that Triton may make; None: the plan's own, 32 for an ONNX.
         instances: Copies of the model that run at once, for each GPU.
         max_queue_delay_us: How long a request may wait for company.
@@ -96,7 +100,8 @@ class RepositoryOptions:
         queue_timeout_us: How long a request may wait in all before it is refused.
         cuda_graphs: Let Triton's TensorRT backend capture CUDA graphs.
         ensemble: `jpeg` adds a model that decodes and one that takes JPEG files.
-        written_by: Who writes it, kept in the parameters of each of the models: `serving.prune` takes out only what carries the same name.
+        written_by: Who writes it, kept in the parameters of each of the models: `serving.prune` takes out only what
+            carries the same name.
     """
 
     name: str | None = None
@@ -114,12 +119,19 @@ class RepositoryOptions:
     def __post_init__(self) -> None:
         if self.name is not None:
             require_name(self.name)
-        counts = {"version": self.version, "max_batch": self.max_batch, "instances": self.instances, "max_queue": self.max_queue}
+        counts = {
+            "version": self.version,
+            "max_batch": self.max_batch,
+            "instances": self.instances,
+            "max_queue": self.max_queue,
+        }
         wrong = [f"{name} {value}" for name, value in counts.items() if value is not None and value < 1]
         wrong += [f"{name} {value}" for name, value in self._delays().items() if value < 0]
         wrong += [f"preferred_batch {value}" for value in self.preferred_batch or () if value < 1]
         if wrong:
-            raise InputError(f"expected at least 1 (a delay: at least 0), found {', '.join(wrong)}", remedy="give a larger number")
+            raise InputError(
+                f"expected at least 1 (a delay: at least 0), found {', '.join(wrong)}", remedy="give a larger number"
+            )
 
     def _delays(self) -> dict[str, int]:
         return {"max_queue_delay_us": self.max_queue_delay_us, "queue_timeout_us": self.queue_timeout_us}
@@ -176,5 +188,8 @@ def require_name(name: str) -> str:
         InputError: It is another.
     """
     if not _NAME.fullmatch(name) or len(name) > 128:
-        raise InputError(f"model name {name!r}: expected letters, digits, '_', '-' and '.', no more than 128", remedy="give another with --name")
+        raise InputError(
+            f"model name {name!r}: expected letters, digits, '_', '-' and '.', no more than 128",
+            remedy="give another with --name",
+        )
     return name

@@ -38,7 +38,9 @@ def make_collector(prefix: str, read: Callable[[], Statistics]) -> Collector:
     try:
         from prometheus_client.registry import Collector
     except ImportError as error:
-        raise MissingDependencyError("prometheus-client is not installed", remedy="pip install 'repvgg-deploy[service]'") from error
+        raise MissingDependencyError(
+            "prometheus-client is not installed", remedy="pip install 'repvgg-deploy[service]'"
+        ) from error
 
     class StatisticsCollector(Collector):
         def describe(self) -> Iterator[Metric]:

@@ -20,7 +20,17 @@ from typing import Any, Literal
 
 from ..errors import ArtifactError, InputError
 from ..files.output import explain_os_errors, sha256_file, write_text
-from .config import LABELS_FILE, PREFIX, WRITTEN_BY, WRITTEN_VERSIONS, has_labels, make_config, make_jpeg_models, parse_config, print_config
+from .config import (
+    LABELS_FILE,
+    PREFIX,
+    WRITTEN_BY,
+    WRITTEN_VERSIONS,
+    has_labels,
+    make_config,
+    make_jpeg_models,
+    parse_config,
+    print_config,
+)
 from .options import RepositoryOptions, Servable, ServedFile
 
 PARTIAL_SUFFIX = ".partial"
@@ -49,7 +59,9 @@ def list_versions(model_folder: Path) -> tuple[int, ...]:
     if not model_folder.is_dir():
         return ()
     names = [entry.name for entry in model_folder.iterdir() if entry.is_dir()]
-    return tuple(sorted(int(name) for name in names if name.isascii() and name.isdecimal() and not name.startswith("0")))
+    return tuple(
+        sorted(int(name) for name in names if name.isascii() and name.isdecimal() and not name.startswith("0"))
+    )
 
 
 def choose_version(model_folder: Path, files: Sequence[ServedFile], version: int | None) -> int:
@@ -69,7 +81,10 @@ def require_version_replaceable(folder: Path, files: Sequence[ServedFile], *, fo
         ArtifactError: It holds other files, and `force` is not given.
     """
     if folder.exists() and not force and not _holds(folder, files):
-        remedy = "leave --version out for the next number, which Triton can load while the old one serves, or give --force to replace it"
+        remedy = (
+            "leave --version out for the next number, which Triton can load while the old one serves, or give "
+            "--force to replace it"
+        )
         raise ArtifactError(f"{folder}: exists and holds other files", remedy=remedy)
 
 
@@ -164,11 +179,21 @@ def find_stale(repository: Path, written_by: str, wanted: Collection[str]) -> St
     Raises:
         MissingDependencyError: The schema is not installed.
     """
-    folders = sorted(entry for entry in repository.iterdir() if entry.is_dir() and not entry.name.startswith(".")) if repository.is_dir() else []
+    folders = (
+        sorted(entry for entry in repository.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        if repository.is_dir()
+        else []
+    )
     configs = {folder.name: read_config(folder) for folder in folders}
-    stale = [name for name, config in configs.items() if name not in wanted and config is not None and read_writer(config) == written_by]
+    stale = [
+        name
+        for name, config in configs.items()
+        if name not in wanted and config is not None and read_writer(config) == written_by
+    ]
     foreign = {name: _find_foreign(repository / name, configs[name]) for name in stale}
-    kept = {name: f"it holds {other}, which somebody else put there" for name, other in foreign.items() if other is not None}
+    kept = {
+        name: f"it holds {other}, which somebody else put there" for name, other in foreign.items() if other is not None
+    }
     for name, user in _needed(configs, stale, kept):
         kept[name] = f"the ensemble {user} needs it"
     removable = [name for name in stale if name not in kept]
@@ -197,7 +222,14 @@ def remove_models(repository: Path, names: Collection[str]) -> None:
 def _find_foreign(folder: Path, config: Any) -> str | None:
     """A file or folder beside what this writer wrote."""
     ours = {CONFIG_FILE, LABELS_FILE, *map(str, read_written_versions(config))}
-    return next((entry.name for entry in sorted(folder.iterdir()) if entry.name not in ours and not entry.name.endswith(PARTIAL_SUFFIX)), None)
+    return next(
+        (
+            entry.name
+            for entry in sorted(folder.iterdir())
+            if entry.name not in ours and not entry.name.endswith(PARTIAL_SUFFIX)
+        ),
+        None,
+    )
 
 
 def _needed(configs: Mapping[str, Any], stale: Collection[str], kept: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -244,7 +276,9 @@ class _Draft:
     labels: tuple[str, ...] | None = None
 
 
-def write_repository(model: Servable, out: Path, options: RepositoryOptions, *, force: bool = False) -> tuple[WrittenModel, ...]:
+def write_repository(
+    model: Servable, out: Path, options: RepositoryOptions, *, force: bool = False
+) -> tuple[WrittenModel, ...]:
     """Writes a model, and with `ensemble` the two that stand before it. Nothing is written if any of it may not be.
 
     Args:
@@ -287,7 +321,10 @@ def _require_replaceable(draft: _Draft, folder: Path, *, force: bool) -> None:
             remedy="give the options that it was written with, another --name, or --force to replace it",
         )
     if draft.labels is not None and labels.exists() and labels.read_bytes() != _labels_text(draft.labels).encode():
-        raise ArtifactError(f"{labels}: exists and names other classes, for all versions", remedy="give another --name, or --force to replace it")
+        raise ArtifactError(
+            f"{labels}: exists and names other classes, for all versions",
+            remedy="give another --name, or --force to replace it",
+        )
 
 
 def _serves_the_same(path: Path, config: Any) -> bool:
@@ -316,7 +353,8 @@ def _write_draft(draft: _Draft, folder: Path, *, force: bool) -> WrittenModel:
     except BaseException:
         _remove_beginning(folder)
         raise
-    # Last, so that a server that polls finds no model whose files are not there yet. What differs was allowed above, or is provenance.
+    # Last, so that a server that polls finds no model whose files are not there yet. What differs was allowed above, or
+    # is provenance.
     write_text(folder / CONFIG_FILE, print_config(draft.config), force=True)
     return WrittenModel(draft.config.name, version, folder / CONFIG_FILE, draft.config.max_batch_size)
 

@@ -34,7 +34,9 @@ class TritonResult:
     container: str
 
 
-def write_triton(models: Sequence[Path | str], out: Path | str, options: RepositoryOptions | None = None, *, force: bool = False) -> TritonResult:
+def write_triton(
+    models: Sequence[Path | str], out: Path | str, options: RepositoryOptions | None = None, *, force: bool = False
+) -> TritonResult:
     """Writes a repository that Triton serves as it is.
 
     Args:
@@ -61,7 +63,10 @@ def write_triton(models: Sequence[Path | str], out: Path | str, options: Reposit
         )
     servable = _read_plans(paths, options) if kinds == {True} else _read_onnx(paths[0], options)
     if options.ensemble is not None and " " in str(Path(out).absolute()):
-        logger.warning("%s: has a space in its path, below which Triton's python backend, which decodes the images, may not start", out)
+        logger.warning(
+            "%s: has a space in its path, below which Triton's python backend, which decodes the images, may not start",
+            out,
+        )
     if kinds == {True}:
         container = describe_container(servable.provenance["tensorrt_version"])
     else:
@@ -77,7 +82,11 @@ def _read_onnx(path: Path, options: RepositoryOptions) -> Servable:
     metadata = read_model(path)
     precision = graph_precision(weighted_nodes(read_graph(path)))
     if precision == "int8":
-        logger.warning("%s: ONNX Runtime computes INT8 graphs as they stand slowly, and Triton gives them to it so: serve a plan instead", path)
+        logger.warning(
+            "%s: ONNX Runtime computes INT8 graphs as they stand slowly, and Triton gives them to it so: serve a "
+            "plan instead",
+            path,
+        )
     provenance = {"source": path.name, "source_sha256": sha256_file(path), "precision": precision}
     if metadata.source is not None:
         provenance["checkpoint_sha256"] = metadata.source.sha256
@@ -96,7 +105,14 @@ def _read_plans(paths: Sequence[Path], options: RepositoryOptions) -> Servable:
     largest = min(passport.config.profile.max_batch for passport in passports)
     usual = min(passport.config.profile.opt_batch for passport in passports)
     return Servable(
-        _name(paths[0], options), "tensorrt_plan", first.spec, tuple(files), largest, min(usual, largest), capability_files, _provenance(passports)
+        _name(paths[0], options),
+        "tensorrt_plan",
+        first.spec,
+        tuple(files),
+        largest,
+        min(usual, largest),
+        capability_files,
+        _provenance(passports),
     )
 
 
@@ -105,9 +121,13 @@ def _provenance(passports: Sequence[PlanPassport]) -> dict[str, str]:
     return {
         "source_sha256": first.onnx_sha256,
         "plan_sha256": ",".join(passport.plan_sha256 for passport in passports),
-        "precision": first.precision if first.precision != "not_inspected" else first.config.precision or "as its graph",
+        "precision": first.precision
+        if first.precision != "not_inspected"
+        else first.config.precision or "as its graph",
         "tensorrt_version": first.tensorrt_version,
-        "compute_capabilities": ",".join(dict.fromkeys(name for passport in passports for name in passport.compute_capabilities)),
+        "compute_capabilities": ",".join(
+            dict.fromkeys(name for passport in passports for name in passport.compute_capabilities)
+        ),
         "container": describe_container(first.tensorrt_version),
     }
 
@@ -116,7 +136,8 @@ def _read_passport(path: Path) -> PlanPassport:
     passport = read_passport(path)
     if passport is None:
         raise PlanError(
-            f"{path}: has no passport {passport_path(path).name} beside it, so its batches and its TensorRT are not known",
+            f"{path}: has no passport {passport_path(path).name} beside it, so its batches and its TensorRT are "
+            f"not known",
             remedy="copy the passport together with the plan, or build the plan with repvgg-trt build",
         )
     require_unchanged(path, sha256_file(path), passport)
@@ -141,7 +162,8 @@ def _require_one_network(paths: Sequence[Path], passports: Sequence[PlanPassport
                 found = f": {getattr(passports[0], what)!r} and {getattr(passport, what)!r}" if what != "spec" else ""
                 raise InputError(
                     f"{path}: differs from {paths[0]} in {what}{found}",
-                    remedy="build all plans of one model from the same ONNX with the same TensorRT, one for each GPU type",
+                    remedy="build all plans of one model from the same ONNX with the same TensorRT, one for each GPU "
+                    "type",
                 )
 
 
@@ -150,10 +172,15 @@ def _capability_files(paths: Sequence[Path], passports: Sequence[PlanPassport]) 
     result: dict[str, str] = {}
     for path, passport in zip(paths, passports, strict=True):
         if not passport.compute_capabilities:
-            raise InputError(f"{path}: its passport names no compute capability", remedy="build it again with repvgg-trt build")
+            raise InputError(
+                f"{path}: its passport names no compute capability", remedy="build it again with repvgg-trt build"
+            )
         name = f"model_sm{passport.compute_capabilities[0].replace('.', '')}.plan"
         for capability in passport.compute_capabilities:
             if capability in result:
-                raise InputError(f"{path}: is for compute capability {capability}, as another of the plans is", remedy="give one plan a GPU type")
+                raise InputError(
+                    f"{path}: is for compute capability {capability}, as another of the plans is",
+                    remedy="give one plan a GPU type",
+                )
             result[capability] = name
     return result

@@ -1,6 +1,7 @@
 """What Triton would refuse in a configuration that its schema allows. Pure: nothing is read.
 
-Source: https://github.com/triton-inference-server/core/blob/main/src/model_config_utils.cc for what is refused; a test shows each to a real server.
+Source: https://github.com/triton-inference-server/core/blob/main/src/model_config_utils.cc for what is refused; a test
+shows each to a real server.
 
 What Triton would refuse in a version folder: the files, and what they are, against the configuration.
 
@@ -41,7 +42,9 @@ def check_version(folder: Path, config: Any, model: str) -> Iterator[Finding]:
         path = folder / name
         where = f"version {folder.name}: {name}"
         if not path.exists():
-            yield Finding("error", model, f"{where} is not there", "copy the file there, or correct its name in config.pbtxt")
+            yield Finding(
+                "error", model, f"{where} is not there", "copy the file there, or correct its name in config.pbtxt"
+            )
         elif path.is_file() and not path.stat().st_size:
             yield Finding("error", model, f"{where} is empty", "copy the file again")
         elif backend == "onnxruntime" and path.is_file():
@@ -74,7 +77,12 @@ def _read_onnx(path: Path, model: str, where: str) -> Generator[Finding, None, M
     try:
         return read_metadata(path).spec
     except ForeignModelError:
-        yield Finding("warning", model, f"{where} is not of repvgg-export, so that it was not checked", "let Triton load it, or export it again")
+        yield Finding(
+            "warning",
+            model,
+            f"{where} is not of repvgg-export, so that it was not checked",
+            "let Triton load it, or export it again",
+        )
         return None
     except ModelError as error:
         yield Finding("error", model, f"{where}: {error.message}", error.remedy)
@@ -95,7 +103,9 @@ def _read_plan(path: Path, model: str, where: str) -> Generator[Finding, None, P
     if sha256_file(path) != passport.plan_sha256:
         yield Finding("error", model, f"{where} is truncated or changed: it is not the plan of its passport", _REWRITE)
     if passport.flavour != "tensorrt":
-        yield Finding("error", model, f"{where} is of TensorRT-RTX, which Triton cannot load", "build it with --backend tensorrt")
+        yield Finding(
+            "error", model, f"{where} is of TensorRT-RTX, which Triton cannot load", "build it with --backend tensorrt"
+        )
     return passport
 
 
@@ -107,10 +117,18 @@ def _check_plan(path: Path, config: Any, model: str, where: str) -> Iterator[Fin
     if config.max_batch_size > profile.max_batch:
         message = f"{where} takes batches up to {profile.max_batch}, and max_batch_size is {config.max_batch_size}"
         yield Finding(
-            "error", model, message, f"set max_batch_size to {profile.max_batch}, or build the plan with --max-batch {config.max_batch_size}"
+            "error",
+            model,
+            message,
+            f"set max_batch_size to {profile.max_batch}, or build the plan with --max-batch {config.max_batch_size}",
         )
     if config.max_batch_size and profile.min_batch > 1:
-        yield Finding("error", model, f"{where} takes no batch below {profile.min_batch}, and Triton sends such", "build it with --min-batch 1")
+        yield Finding(
+            "error",
+            model,
+            f"{where} takes no batch below {profile.min_batch}, and Triton sends such",
+            "build it with --min-batch 1",
+        )
     yield from _check_interface(passport.spec, config, model, where)
 
 
@@ -118,7 +136,12 @@ def _check_interface(spec: ModelSpec, config: Any, model: str, where: str) -> It
     """Names, types and shapes of the file's tensors against those of the configuration."""
     batched = config.max_batch_size > 0
     if batched and spec.batch is not None:
-        yield Finding("error", model, f"{where} takes batches of {spec.batch} only, and max_batch_size is {config.max_batch_size}", _REWRITE)
+        yield Finding(
+            "error",
+            model,
+            f"{where} takes batches of {spec.batch} only, and max_batch_size is {config.max_batch_size}",
+            _REWRITE,
+        )
         return
     for kind, tensors, stated in (("input", (spec.input,), config.input), ("output", spec.outputs, config.output)):
         known = {tensor.name: tensor for tensor in tensors}
@@ -128,7 +151,10 @@ def _check_interface(spec: ModelSpec, config: Any, model: str, where: str) -> It
                 message = f"{where} has no {kind} {item.name!r}: it has {', '.join(known)}"
                 yield Finding("error", model, message, "correct its name in config.pbtxt")
             else:
-                yield from (Finding("error", model, f"{where}: {text}", _REWRITE) for text in _differences(kind, tensor, item, batched))
+                yield from (
+                    Finding("error", model, f"{where}: {text}", _REWRITE)
+                    for text in _differences(kind, tensor, item, batched)
+                )
         for name in sorted(set(known) - {item.name for item in stated}) if kind == "input" else ():
             yield Finding("error", model, f"{where}: config.pbtxt lacks the input {name!r}", _REWRITE)
 
@@ -139,7 +165,9 @@ def _differences(kind: str, tensor: TensorSpec, item: Any, batched: bool) -> Ite
         yield f"{kind} {tensor.name!r} is {data_type(tensor.dtype)}, and config.pbtxt says {stated}"
     shape = tensor.shape[1:] if batched else tensor.shape
     dims = list(item.reshape.shape) if item.HasField("reshape") else list(item.dims)
-    agree = len(shape) == len(dims) and all(not isinstance(size, int) or size == dim for size, dim in zip(shape, dims, strict=True))
+    agree = len(shape) == len(dims) and all(
+        not isinstance(size, int) or size == dim for size, dim in zip(shape, dims, strict=True)
+    )
     if not agree:
         yield f"{kind} {tensor.name!r} is {list(shape)}, and config.pbtxt says {dims}"
 
@@ -174,29 +202,47 @@ def backend_of(config: Any) -> str:
 def _check_name(config: Any, model: str) -> list[Finding]:
     if config.name in ("", model):
         return []
-    return [Finding("error", model, f"config.pbtxt names the model {config.name!r}, and its folder is {model!r}", "make the two names the same")]
+    return [
+        Finding(
+            "error",
+            model,
+            f"config.pbtxt names the model {config.name!r}, and its folder is {model!r}",
+            "make the two names the same",
+        )
+    ]
 
 
 def _find_oddities(config: Any) -> Iterator[tuple[str, str]]:
     """What Triton loads, and what is hardly meant."""
     if not config.platform and not config.backend:
-        yield "config.pbtxt names neither platform nor backend: Triton guesses it from the file's name", f"set platform, to {' or '.join(BACKENDS)}"
+        yield (
+            "config.pbtxt names neither platform nor backend: Triton guesses it from the file's name",
+            f"set platform, to {' or '.join(BACKENDS)}",
+        )
     if not config.output:
         yield "config.pbtxt has no output, so that nothing can be answered", "name every output of the model"
     if config.max_batch_size == 0 and config.HasField("dynamic_batching"):
-        yield "dynamic_batching with max_batch_size 0: there is nothing that could be put together", "give max_batch_size, or leave it out"
+        yield (
+            "dynamic_batching with max_batch_size 0: there is nothing that could be put together",
+            "give max_batch_size, or leave it out",
+        )
 
 
 def _check_backend(config: Any) -> Iterator[tuple[str, str]]:
     if config.platform in BACKENDS and config.backend not in ("", BACKENDS[config.platform]):
-        yield f"platform {config.platform!r} and backend {config.backend!r} contradict each other", "leave one of the two out"
+        yield (
+            f"platform {config.platform!r} and backend {config.backend!r} contradict each other",
+            "leave one of the two out",
+        )
     if config.platform not in ("", *BACKENDS, *OTHER_PLATFORMS) and _is_of_ours(config):
         yield f"Triton knows no platform {config.platform!r}", f"set it to {' or '.join(BACKENDS)}"
 
 
 def _is_of_ours(config: Any) -> bool:
     """Whether a backend that is judged here would be taken whatever the platform is called: the python backend takes any name."""
-    return config.backend in BACKENDS.values() or (not config.backend and config.default_model_filename.endswith((".onnx", ".plan")))
+    return config.backend in BACKENDS.values() or (
+        not config.backend and config.default_model_filename.endswith((".onnx", ".plan"))
+    )
 
 
 def _check_tensors(config: Any) -> Iterator[tuple[str, str]]:
@@ -224,13 +270,19 @@ def _check_tensor(kind: str, tensor: Any) -> Iterator[tuple[str, str]]:
 
 def _check_batching(config: Any) -> Iterator[tuple[str, str]]:
     if config.max_batch_size < 0:
-        yield f"max_batch_size is {config.max_batch_size}", "give 0 for a model that takes one size only, else its largest batch"
+        yield (
+            f"max_batch_size is {config.max_batch_size}",
+            "give 0 for a model that takes one size only, else its largest batch",
+        )
     if not config.HasField("dynamic_batching"):
         return
     batching = config.dynamic_batching
     for size in batching.preferred_batch_size:
         if size < 1 or size > max(config.max_batch_size, 0):
-            yield f"preferred batch {size} lies outside 1 to max_batch_size {config.max_batch_size}", "leave it out, or raise max_batch_size"
+            yield (
+                f"preferred batch {size} lies outside 1 to max_batch_size {config.max_batch_size}",
+                "leave it out, or raise max_batch_size",
+            )
 
 
 def _check_instances(config: Any) -> Iterator[tuple[str, str]]:
@@ -249,12 +301,16 @@ def _check_warm_up(config: Any) -> Iterator[tuple[str, str]]:
             yield f"warm-up {warm_up.name!r} lacks the input {missing}", "give every input of the model"
         if warm_up.batch_size > max(config.max_batch_size, 1):
             yield (
-                f"warm-up {warm_up.name!r} has a batch of {warm_up.batch_size}, above max_batch_size {config.max_batch_size}",
+                f"warm-up {warm_up.name!r} has a batch of {warm_up.batch_size}, above max_batch_size "
+                f"{config.max_batch_size}",
                 "give a batch that the model takes",
             )
         for name, value in warm_up.inputs.items():
             if any(size < 1 for size in value.dims):
-                yield f"warm-up {warm_up.name!r}: input {name!r} has a dimension that is no number of at least 1", "give a whole shape"
+                yield (
+                    f"warm-up {warm_up.name!r}: input {name!r} has a dimension that is no number of at least 1",
+                    "give a whole shape",
+                )
 
 
 def _check_ensemble(config: Any) -> Iterator[tuple[str, str]]:
@@ -266,13 +322,23 @@ def _check_ensemble(config: Any) -> Iterator[tuple[str, str]]:
     known = {tensor.name for tensor in config.input} | {name for step in steps for name in step.output_map.values()}
     for step in steps:
         for name in sorted(set(step.input_map.values()) - known):
-            yield f"step {step.model_name!r} reads the tensor {name!r}, which neither the request nor another step gives", "correct its input_map"
+            yield (
+                f"step {step.model_name!r} reads the tensor {name!r}, which neither the request nor another step gives",
+                "correct its input_map",
+            )
     for tensor in config.output:
         if tensor.name not in known:
             yield f"no step gives the output {tensor.name!r}", "map it in an output_map"
 
 
-_RULES: tuple[Rule, ...] = (_check_backend, _check_tensors, _check_batching, _check_instances, _check_warm_up, _check_ensemble)
+_RULES: tuple[Rule, ...] = (
+    _check_backend,
+    _check_tensors,
+    _check_batching,
+    _check_instances,
+    _check_warm_up,
+    _check_ensemble,
+)
 
 
 def validate_repository(repository: Path) -> tuple[tuple[str, ...], tuple[Finding, ...]]:
@@ -302,10 +368,17 @@ def _check_repository(repository: Path) -> tuple[tuple[str, ...], tuple[Finding,
     if not repository.is_dir():
         raise InputError(f"{repository}: is no folder", remedy="give the folder that holds a folder for each model")
     if (repository / CONFIG_FILE).exists():
-        raise InputError(f"{repository}: is one model and no repository", remedy=f"give the folder around it: {repository.absolute().parent}")
-    models = tuple(sorted(entry.name for entry in repository.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
+        raise InputError(
+            f"{repository}: is one model and no repository",
+            remedy=f"give the folder around it: {repository.absolute().parent}",
+        )
+    models = tuple(
+        sorted(entry.name for entry in repository.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    )
     if not models:
-        raise InputError(f"{repository}: holds no model", remedy="write one with repvgg-trt triton MODEL --out REPOSITORY")
+        raise InputError(
+            f"{repository}: holds no model", remedy="write one with repvgg-trt triton MODEL --out REPOSITORY"
+        )
     configs = {name: _read_config(repository / name) for name in models}
     findings = [finding for name in models for finding in _check_model(repository / name, configs[name])]
     findings += [finding for name in models for finding in _check_steps(name, configs)]
@@ -317,14 +390,26 @@ def _read_config(folder: Path) -> Any:
     path = folder / CONFIG_FILE
     if not path.is_file():
         if list_versions(folder):
-            return Finding("warning", folder.name, f"has no {CONFIG_FILE}: Triton would make one up, without batching or labels", "write one")
-        return Finding("error", folder.name, f"has neither a {CONFIG_FILE} nor a version folder", "move it out of the repository")
+            return Finding(
+                "warning",
+                folder.name,
+                f"has no {CONFIG_FILE}: Triton would make one up, without batching or labels",
+                "write one",
+            )
+        return Finding(
+            "error", folder.name, f"has neither a {CONFIG_FILE} nor a version folder", "move it out of the repository"
+        )
     try:
         return parse_config(path.read_text(encoding="utf-8"), path)
     except InputError as error:
         return Finding("error", folder.name, error.message, error.remedy)
     except (OSError, UnicodeDecodeError) as error:
-        return Finding("error", folder.name, f"{CONFIG_FILE} cannot be read: {error}", "make it a UTF-8 text file that Triton may read")
+        return Finding(
+            "error",
+            folder.name,
+            f"{CONFIG_FILE} cannot be read: {error}",
+            "make it a UTF-8 text file that Triton may read",
+        )
 
 
 def _check_model(folder: Path, config: Any) -> Iterator[Finding]:
@@ -338,14 +423,27 @@ def _check_model(folder: Path, config: Any) -> Iterator[Finding]:
     yield from _check_leftovers(folder)
     versions = list_versions(folder)
     if not versions:
-        yield Finding("error", folder.name, "has no version folder, such as 1", f"mkdir {folder / '1'} and put the model there")
+        yield Finding(
+            "error", folder.name, "has no version folder, such as 1", f"mkdir {folder / '1'} and put the model there"
+        )
         return
     policy = config.version_policy
     wanted = set(policy.specific.versions) if policy.HasField("specific") else set()
     for number in sorted(wanted - set(versions)):
-        yield Finding("error", folder.name, f"version_policy wants version {number}, which is not there", "correct the policy, or add the version")
+        yield Finding(
+            "error",
+            folder.name,
+            f"version_policy wants version {number}, which is not there",
+            "correct the policy, or add the version",
+        )
     latest = policy.latest.num_versions or 1
-    served = sorted(wanted & set(versions)) if wanted else list(versions) if policy.HasField("all") else list(versions)[-latest:]
+    served = (
+        sorted(wanted & set(versions))
+        if wanted
+        else list(versions)
+        if policy.HasField("all")
+        else list(versions)[-latest:]
+    )
     if backend_of(config) != "ensemble":
         for number in served:
             yield from check_version(folder / str(number), config, folder.name)
@@ -358,13 +456,19 @@ def _check_labels(folder: Path, config: Any) -> Iterator[Finding]:
         path = folder / output.label_filename
         if not path.is_file():
             yield Finding(
-                "error", folder.name, f"the labels {path.name} of {output.name!r} are not there", "add the file, or leave label_filename out"
+                "error",
+                folder.name,
+                f"the labels {path.name} of {output.name!r} are not there",
+                "add the file, or leave label_filename out",
             )
             continue
         count, classes = len(path.read_bytes().splitlines()), output.dims[-1] if output.dims else -1
         if classes not in (-1, count):
             yield Finding(
-                "warning", folder.name, f"{path.name} names {count} classes, and {output.name!r} has {classes}", "give one line a class, in order"
+                "warning",
+                folder.name,
+                f"{path.name} names {count} classes, and {output.name!r} has {classes}",
+                "give one line a class, in order",
             )
 
 
@@ -373,7 +477,12 @@ def _check_leftovers(folder: Path) -> Iterator[Finding]:
         if entry.name.endswith((PARTIAL_SUFFIX, ".tmp")):
             yield Finding("warning", folder.name, f"{entry.name} was left by an interrupted copy", f"rm -r {entry}")
         elif entry.is_dir() and entry.name.isdecimal() and entry.name.startswith("0"):
-            yield Finding("warning", folder.name, f"the folder {entry.name} is no version for Triton: it begins with 0", "rename it, such as to 1")
+            yield Finding(
+                "warning",
+                folder.name,
+                f"the folder {entry.name} is no version for Triton: it begins with 0",
+                "rename it, such as to 1",
+            )
 
 
 def _check_steps(name: str, configs: dict[str, Any]) -> Iterator[Finding]:
@@ -384,14 +493,27 @@ def _check_steps(name: str, configs: dict[str, Any]) -> Iterator[Finding]:
     for step in config.ensemble_scheduling.step:
         other = configs.get(step.model_name)
         if other is None:
-            yield Finding("error", name, f"needs the model {step.model_name!r}, which is not in the repository", "add it, or correct its name")
+            yield Finding(
+                "error",
+                name,
+                f"needs the model {step.model_name!r}, which is not in the repository",
+                "add it, or correct its name",
+            )
             continue
         if isinstance(other, Finding):
             continue
         maps = ((step.input_map, other.input, "input"), (step.output_map, other.output, "output"))
         for mapped, tensors, kind in maps:
             for key in sorted(set(mapped) - {tensor.name for tensor in tensors}):
-                yield Finding("error", name, f"maps the {kind} {key!r} of {step.model_name!r}, which has none of that name", f"correct {kind}_map")
+                yield Finding(
+                    "error",
+                    name,
+                    f"maps the {kind} {key!r} of {step.model_name!r}, which has none of that name",
+                    f"correct {kind}_map",
+                )
         if 0 < other.max_batch_size < config.max_batch_size:
-            message = f"takes batches up to {config.max_batch_size}, and its step {step.model_name!r} only up to {other.max_batch_size}"
+            message = (
+                f"takes batches up to {config.max_batch_size}, and its step {step.model_name!r} only up to "
+                f"{other.max_batch_size}"
+            )
             yield Finding("error", name, message, "give it the smallest max_batch_size of its steps")

@@ -36,7 +36,10 @@ def encode(value: object) -> Any:
     if isinstance(value, (list, tuple)):
         return [encode(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"{value} cannot be written as JSON", remedy="find the stage that produced it: a report holds finite numbers only")
+        raise InputError(
+            f"{value} cannot be written as JSON",
+            remedy="find the stage that produced it: a report holds finite numbers only",
+        )
     return value
 
 
@@ -101,7 +104,9 @@ def _decode_dataclass(kind: Any, data: Any, where: str) -> Any:
     unknown = sorted(set(data) - set(fields))
     if unknown:
         _fail(f"{where}.{unknown[0]}", f"one of {', '.join(fields)}", unknown[0])
-    required = [n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    required = [
+        n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
     missing = [name for name in required if name not in data]
     if missing:
         _fail(f"{where}.{missing[0]}", "a value", "nothing")
@@ -129,7 +134,9 @@ def _decode_tuple(arguments: tuple[Any, ...], data: Any, where: str) -> Any:
         return tuple(_decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(data))
     if len(data) != len(arguments):
         _fail(where, f"{len(arguments)} items", f"{len(data)} items")
-    return tuple(_decode(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(arguments, data, strict=True)))
+    return tuple(
+        _decode(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(arguments, data, strict=True))
+    )
 
 
 def _decode_scalar(kind: Any, data: Any, where: str) -> Any:
@@ -144,7 +151,10 @@ def _decode_scalar(kind: Any, data: Any, where: str) -> Any:
 
 
 def _fail(where: str, expected: str, found: object) -> Any:
-    raise InputError(f"{where}: expected {expected}, found {str(found)[:80]!r}", remedy="compare the file with the example in docs/schemas")
+    raise InputError(
+        f"{where}: expected {expected}, found {str(found)[:80]!r}",
+        remedy="compare the file with the example in docs/schemas",
+    )
 
 
 def load_build_config(path: Path) -> BuildConfig:

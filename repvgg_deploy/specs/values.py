@@ -43,7 +43,8 @@ class VariantSpec:
         se_reduction: Channels divided by hidden channels of that block.
         strides: Strides of the stem and of the first block of stages 1 to 4.
         block: Kind of the training-form block: `repvgg` (Ding et al. 2021), `qarepvgg_v1` and `qarepvgg_v2`
-            (Chu et al. 2024, https://arxiv.org/abs/2212.01593), `plain` (one Conv+BatchNorm, RepOpt-VGG, https://arxiv.org/abs/2205.15242).
+            (Chu et al. 2024, https://arxiv.org/abs/2212.01593), `plain` (one Conv+BatchNorm, RepOpt-VGG,
+            https://arxiv.org/abs/2205.15242).
         num_classes: Rows of the classifier.
         bn_eps: Epsilon of every BatchNorm.
         auxiliary_heads: Whether the training form has the three auxiliary classifiers of RepVGGplus.
@@ -66,7 +67,11 @@ class VariantSpec:
         positive = all(n >= 1 for n in (*self.depths, *self.widths, *self.groups, self.num_classes, self.se_reduction))
         _require(positive, f"{where}depths, widths, groups, num_classes and se_reduction must be at least 1", remedy)
         count = 1 + sum(self.depths)
-        _require(len(self.groups) == count, f"{where}expected {count} groups (stem and {count - 1} blocks), found {len(self.groups)}", remedy)
+        _require(
+            len(self.groups) == count,
+            f"{where}expected {count} groups (stem and {count - 1} blocks), found {len(self.groups)}",
+            remedy,
+        )
         _require(all(s in (1, 2) for s in self.strides), f"{where}strides must be 1 or 2, found {self.strides}", remedy)
         _require(0 < self.bn_eps < 1, f"{where}bn_eps must lie between 0 and 1, found {self.bn_eps}", remedy)
         for layer in self.layers():
@@ -74,7 +79,11 @@ class VariantSpec:
             channels = f"{layer.in_channels} → {layer.out_channels} channels of {layer.name}"
             _require(divides, f"{where}{layer.groups} groups do not divide {channels}", remedy)
         enough = self.se == "none" or min(self.widths) >= self.se_reduction
-        _require(enough, f"{where}se_reduction {self.se_reduction} leaves no channel of the narrowest width {min(self.widths)}", remedy)
+        _require(
+            enough,
+            f"{where}se_reduction {self.se_reduction} leaves no channel of the narrowest width {min(self.widths)}",
+            remedy,
+        )
 
     def layers(self) -> tuple[LayerSpec, ...]:
         """The 3×3 layers in order, stem first."""
@@ -83,7 +92,11 @@ class VariantSpec:
             for index in range(depth):
                 stride = self.strides[stage] if index == 0 else 1
                 groups = self.groups[len(result)]
-                result.append(LayerSpec(f"stage{stage}.{index}", stage, result[-1].out_channels, self.widths[stage], stride, groups))
+                result.append(
+                    LayerSpec(
+                        f"stage{stage}.{index}", stage, result[-1].out_channels, self.widths[stage], stride, groups
+                    )
+                )
         return tuple(result)
 
 
@@ -143,9 +156,21 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         finite = all(math.isfinite(value) for value in (*self.mean, *self.std))
-        _require(finite, f"mean and standard deviation must be finite, found {self.mean} and {self.std}", "give numbers in 0–255 units")
-        _require(all(s > 0 for s in self.std), f"standard deviation must be positive, found {self.std}", "give --std in 0–255 units, such as 58.395")
-        _require(min(self.crop) >= 1 and self.resize_short >= 1, f"image size must be positive, found {self.crop}", "give --image-size in pixels")
+        _require(
+            finite,
+            f"mean and standard deviation must be finite, found {self.mean} and {self.std}",
+            "give numbers in 0–255 units",
+        )
+        _require(
+            all(s > 0 for s in self.std),
+            f"standard deviation must be positive, found {self.std}",
+            "give --std in 0–255 units, such as 58.395",
+        )
+        _require(
+            min(self.crop) >= 1 and self.resize_short >= 1,
+            f"image size must be positive, found {self.crop}",
+            "give --image-size in pixels",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +179,8 @@ class ModelSpec:
 
     Attributes:
         input: The image input.
-        outputs: One output (`logits` or `probabilities`), two (`scores`, `classes` of a top-5 model), or the stage outputs.
+        outputs: One output (`logits` or `probabilities`), two (`scores`, `classes` of a top-5 model), or the stage
+            outputs.
         kind: What the outputs are.
         preprocessing: How an image becomes the input; None where it is not known (a module of the user's own).
         labels: Names of the classes in order, or None.
@@ -258,8 +284,8 @@ class ModelMetadata:
         variant: The architecture, or None for a module of the user's own.
         source: The checkpoint, or None where the weights came from memory.
         certificate: What was verified.
-        statistics: What the BatchNorm layers say (training-form checkpoints only), by name of a tensor before its ReLU (`stage1.0.conv`), and of
-            what a block reads (`stage1.0.input`, standard deviation 0 where it is not known).
+        statistics: What the BatchNorm layers say (training-form checkpoints only), by name of a tensor before its ReLU
+            (`stage1.0.conv`), and of what a block reads (`stage1.0.input`, standard deviation 0 where it is not known).
         history: The stages, oldest first.
         notes: What was chosen or assumed of the checkpoint, such as strides, in sentences.
         content_sha256: Binds this value to the graph: see `onnx_file.content_digest`.
@@ -317,7 +343,11 @@ class BuildConfig:
     sparse: bool = False
 
     def __post_init__(self) -> None:
-        _require(self.workspace_bytes > 0, f"workspace_bytes must be positive, found {self.workspace_bytes}", "give --workspace such as 4GiB")
+        _require(
+            self.workspace_bytes > 0,
+            f"workspace_bytes must be positive, found {self.workspace_bytes}",
+            "give --workspace such as 4GiB",
+        )
         _require(
             self.optimization_level is None or 0 <= self.optimization_level <= 5,
             f"optimization_level must be 0 to 5, found {self.optimization_level}",
@@ -344,8 +374,8 @@ class PlanPassport:
         driver_version: None where there was no driver.
         build_seconds: Wall time of the build.
         history: The ONNX's own, extended by the build.
-        precision_shares: By precision, the share of multiply-accumulates that the layer inspector saw compute in it, 0 to 1; empty where it
-            could not look.
+        precision_shares: By precision, the share of multiply-accumulates that the layer inspector saw compute in it, 0
+            to 1; empty where it could not look.
         platform: Where it was built, such as `linux-x86_64`: plans do not cross platforms.
         variant: The architecture, or None for a module of the user's own or a passport of before there was this field.
     """

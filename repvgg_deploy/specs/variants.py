@@ -1,7 +1,7 @@
 """Names of architectures → VariantSpec, and what follows from a spec by arithmetic. No torch.
 
-Source: Ding et al., RepVGG: Making VGG-style ConvNets Great Again, CVPR 2021 (https://arxiv.org/abs/2101.03697), table 2 and 3;
-D2se and RepVGGplus from https://github.com/DingXiaoH/RepVGG.
+Source: Ding et al., RepVGG: Making VGG-style ConvNets Great Again, CVPR 2021 (https://arxiv.org/abs/2101.03697), table
+2 and 3; D2se and RepVGGplus from https://github.com/DingXiaoH/RepVGG.
 
 The layers of a variant's deploy form, one row each: what they are and what they cost. Standard library only.
 """
@@ -40,7 +40,9 @@ def stage_widths(multipliers: tuple[float, float, float, float]) -> tuple[int, i
 
 def alternating_groups(depths: tuple[int, int, int, int], groups: int) -> tuple[int, ...]:
     """`groups` on layers 2, 4, …, 26 and 1 elsewhere (layer 0 is the stem), as in the paper's g2 and g4 variants."""
-    return tuple(groups if index >= 2 and index % 2 == 0 and index < _GROUPED_END else 1 for index in range(1 + sum(depths)))
+    return tuple(
+        groups if index >= 2 and index % 2 == 0 and index < _GROUPED_END else 1 for index in range(1 + sum(depths))
+    )
 
 
 def _published(name: str, base: str, groups: int = 1, se: SePosition = "none") -> VariantSpec:
@@ -92,7 +94,8 @@ def get_variant(name: str, *, num_classes: int | None = None) -> VariantSpec:
         folded = {_fold(known): known for known in PUBLISHED}
         if _fold(name) not in folded:
             raise InputError(
-                f"unknown variant {name!r}", remedy=f"choose one of {', '.join(PUBLISHED)}, or the path of a TOML file that defines yours"
+                f"unknown variant {name!r}",
+                remedy=f"choose one of {', '.join(PUBLISHED)}, or the path of a TOML file that defines yours",
             )
         spec = PUBLISHED[folded[_fold(name)]]
     return spec if num_classes is None else dataclasses.replace(spec, num_classes=num_classes)
@@ -106,8 +109,9 @@ def _fold(name: str) -> str:
 def load_variant(path: Path) -> VariantSpec:
     """Reads a variant from a TOML file.
 
-    Keys: `name`, `depths`, then `widths` (stem and four stages) or `width_multipliers` (the paper's four); optional `groups` (one number for
-    layers 2, 4, …, 26, or a list with one entry a layer), `se`, `se_reduction`, `strides`, `block`, `num_classes`, `bn_eps`.
+    Keys: `name`, `depths`, then `widths` (stem and four stages) or `width_multipliers` (the paper's four); optional
+    `groups` (one number for layers 2, 4, …, 26, or a list with one entry a layer), `se`, `se_reduction`, `strides`,
+    `block`, `num_classes`, `bn_eps`.
 
     Raises:
         InputError: The file cannot be read or a key is unknown, missing or mistyped.
@@ -136,7 +140,9 @@ def _from_table(table: dict[str, Any], where: str, remedy: str) -> VariantSpec:
         if isinstance(values.get("groups", 1), int):
             values["groups"] = alternating_groups(tuple(values["depths"]), values.get("groups", 1))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{where}: depths and width_multipliers must be lists of four numbers ({error!r})", remedy=remedy) from error
+        raise InputError(
+            f"{where}: depths and width_multipliers must be lists of four numbers ({error!r})", remedy=remedy
+        ) from error
     try:
         return codec.decode(VariantSpec, values)
     except InputError as error:
@@ -248,12 +254,20 @@ def layer_rows(variant: VariantSpec, size: tuple[int, int] | None) -> tuple[Laye
         weights = 9 * layer.in_channels // layer.groups * layer.out_channels
         macs = None if size is None else weights * size[0] * size[1]
         channels = (layer.in_channels, layer.out_channels)
-        rows.append(LayerRow(layer.name, channels, layer.stride, layer.groups, size, weights + layer.out_channels, macs))
+        rows.append(
+            LayerRow(layer.name, channels, layer.stride, layer.groups, size, weights + layer.out_channels, macs)
+        )
         if variant.se != "none":
             hidden = layer.out_channels // variant.se_reduction
             weights = 2 * layer.out_channels * hidden
             both = (layer.out_channels, layer.out_channels)
-            rows.append(LayerRow(f"{layer.name}.se", both, 1, 1, (1, 1), weights + hidden + layer.out_channels, weights))
+            rows.append(
+                LayerRow(f"{layer.name}.se", both, 1, 1, (1, 1), weights + hidden + layer.out_channels, weights)
+            )
     weights = variant.widths[4] * variant.num_classes
-    rows.append(LayerRow("linear", (variant.widths[4], variant.num_classes), 1, 1, (1, 1), weights + variant.num_classes, weights))
+    rows.append(
+        LayerRow(
+            "linear", (variant.widths[4], variant.num_classes), 1, 1, (1, 1), weights + variant.num_classes, weights
+        )
+    )
     return tuple(rows)

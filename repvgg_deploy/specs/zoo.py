@@ -73,7 +73,9 @@ def load_cards() -> tuple[CheckpointCard, ...]:
         import tomllib
     else:
         import tomli as tomllib
-    table: dict[str, Any] = tomllib.loads(resources.files("repvgg_deploy").joinpath("data/zoo.toml").read_text(encoding="utf-8"))
+    table: dict[str, Any] = tomllib.loads(
+        resources.files("repvgg_deploy").joinpath("data/zoo.toml").read_text(encoding="utf-8")
+    )
     return codec.decode(_Zoo, table).checkpoint
 
 

@@ -1,9 +1,11 @@
 """The entry points of the original RepVGG code, by their names, for those who come from it.
 
-`from repvgg_deploy.upstream import create_RepVGG_A0, repvgg_model_convert` replaces `from repvgg import …`. State dicts have the same keys,
-so that published checkpoints, and yours, load as before. Where the original fails or misleads, this differs, and says so below.
+`from repvgg_deploy.upstream import create_RepVGG_A0, repvgg_model_convert` replaces `from repvgg import …`. State dicts
+have the same keys, so that published checkpoints, and yours, load as before. Where the original fails or misleads, this
+differs, and says so below.
 
-Source: names, signatures, key names and behaviour of https://github.com/DingXiaoH/RepVGG (MIT); the code is this project's own.
+Source: names, signatures, key names and behaviour of https://github.com/DingXiaoH/RepVGG (MIT); the code is this
+project's own.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ M = TypeVar("M", bound=nn.Module)
 class RepVGGplus(RepVGG):
     """RepVGGplus under its original key names (`stage1.blocks.0`, `stage3_first.blocks.0`, …).
 
-    In `train()` the training form returns the original's dict: `main`, `stage1_aux`, `stage2_aux`, `stage3_first_aux`. In `eval()` and in deploy form
-    it returns logits. The original returns the dict in `eval()` too, which exports as four outputs, and in deploy form raises AttributeError.
+    In `train()` the training form returns the original's dict: `main`, `stage1_aux`, `stage2_aux`, `stage3_first_aux`.
+    In `eval()` and in deploy form it returns logits. The original returns the dict in `eval()` too, which exports as
+    four outputs, and in deploy form raises AttributeError.
     """
 
     def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:  # type: ignore[override]
@@ -37,7 +40,8 @@ class RepVGGplus(RepVGG):
             return self.forward_with_auxiliary(x)
         return super().forward(x)
 
-    # Methods and not hooks: a hook is bound to one object, and repvgg_model_convert(do_copy=False) moves what a model holds into another.
+    # Methods and not hooks: a hook is bound to one object, and repvgg_model_convert(do_copy=False) moves what a model
+    # holds into another.
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """As `nn.Module.state_dict`, under the original key names."""
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
@@ -95,8 +99,12 @@ def _factory(variant: str) -> Factory:
         model.gradient_checkpointing = use_checkpoint
         return model
 
-    create.__name__ = create.__qualname__ = f"create_{variant.replace('-', '_')}" if kind is RepVGGplus else f"create_RepVGG_{variant}"
-    create.__doc__ = f"{variant} with 1,000 classes and random weights, as the original's function of this name; see `Factory`."
+    create.__name__ = create.__qualname__ = (
+        f"create_{variant.replace('-', '_')}" if kind is RepVGGplus else f"create_RepVGG_{variant}"
+    )
+    create.__doc__ = (
+        f"{variant} with 1,000 classes and random weights, as the original's function of this name; see `Factory`."
+    )
     return create
 
 
@@ -127,21 +135,26 @@ def get_RepVGG_func_by_name(name: str) -> Factory:
     if name not in factories:
         raise InputError(f"unknown model {name!r}", remedy=f"choose one of {', '.join(factories)}")
     variant = factories[name]
-    factory: Factory = globals()[f"create_{variant.replace('-', '_')}" if variant.startswith("RepVGG") else f"create_RepVGG_{variant}"]
+    factory: Factory = globals()[
+        f"create_{variant.replace('-', '_')}" if variant.startswith("RepVGG") else f"create_RepVGG_{variant}"
+    ]
     return factory
 
 
 def repvgg_model_convert(model: M, save_path: str | Path | None = None, do_copy: bool = True) -> M:
     """Converts a RepVGG, or a bigger model that contains RepVGG blocks, to deploy form.
 
-    As in the original, a model in deploy form passes unchanged, `train()` or `eval()` stays as it was, and the result can be trained further. Folding
-    is done in float64. Unlike the original, auxiliary heads are dropped, and a model without any RepVGG block is an error, not a no-op.
+    As in the original, a model in deploy form passes unchanged, `train()` or `eval()` stays as it was, and the result
+    can be trained further. Folding is done in float64. Unlike the original, auxiliary heads are dropped, and a model
+    without any RepVGG block is an error, not a no-op.
 
     Args:
         model: In training form.
-        save_path: Where to write the state dict with `torch.save`; an existing file is replaced, and never left half-written.
-        do_copy: False converts `model` itself: it and the modules inside it stay the same objects, except the blocks of this project, which become
-            objects of another class (a `TrainingBlock` that is itself the argument is returned as a new `DeployBlock`).
+        save_path: Where to write the state dict with `torch.save`; an existing file is replaced, and never left
+            half-written.
+        do_copy: False converts `model` itself: it and the modules inside it stay the same objects, except the blocks of
+            this project, which become objects of another class (a `TrainingBlock` that is itself the argument is
+            returned as a new `DeployBlock`).
 
     Returns:
         The converted model: a copy, or `model` itself.
@@ -161,7 +174,9 @@ def repvgg_model_convert(model: M, save_path: str | Path | None = None, do_copy:
 
 
 def _convert(model: M) -> M:
-    if not any(hasattr(module, "rbr_dense") for module in model.modules()) and any(hasattr(module, "rbr_reparam") for module in model.modules()):
+    if not any(hasattr(module, "rbr_dense") for module in model.modules()) and any(
+        hasattr(module, "rbr_reparam") for module in model.modules()
+    ):
         return copy.deepcopy(model)
     result = reparameterize(model)
     modes = {name: module.training for name, module in model.named_modules()}

@@ -1,6 +1,7 @@
 """A TensorRT of any version without TensorRT: it has the names that this version has and no others, and records what the builder is told.
 
-Names by version follow the real modules: 8.5.3.1 as introspected; 8.6.1, 10.0.1, 10.9.0.34 and 11.4.0.106 by the names that their bindings hold.
+Names by version follow the real modules: 8.5.3.1 as introspected; 8.6.1, 10.0.1, 10.9.0.34 and 11.4.0.106 by the names
+that their bindings hold.
 """
 
 from __future__ import annotations
@@ -137,15 +138,24 @@ class FakeTrt(types.ModuleType):
 def _add_enums(trt: FakeTrt) -> None:
     number = trt._number
     weak = number < (11, 0)
-    flags = "TF32 SPARSE_WEIGHTS" + (" FP16 INT8 OBEY_PRECISION_CONSTRAINTS PREFER_PRECISION_CONSTRAINTS" if weak else "")
+    flags = "TF32 SPARSE_WEIGHTS" + (
+        " FP16 INT8 OBEY_PRECISION_CONSTRAINTS PREFER_PRECISION_CONSTRAINTS" if weak else ""
+    )
     trt.BuilderFlag = _enum("BuilderFlag", flags + (" VERSION_COMPATIBLE" if number >= (8, 6) else ""))
-    networks = ("EXPLICIT_BATCH EXPLICIT_PRECISION" if number < (10, 0) else "EXPLICIT_BATCH STRONGLY_TYPED") if weak else "STRONGLY_TYPED"
+    networks = (
+        ("EXPLICIT_BATCH EXPLICIT_PRECISION" if number < (10, 0) else "EXPLICIT_BATCH STRONGLY_TYPED")
+        if weak
+        else "STRONGLY_TYPED"
+    )
     trt.NetworkDefinitionCreationFlag = _enum("NetworkDefinitionCreationFlag", networks)
     trt.TacticSource = _enum("TacticSource", "CUBLAS CUBLAS_LT CUDNN EDGE_MASK_CONVOLUTIONS JIT_CONVOLUTIONS")
     trt.MemoryPoolType = _enum("MemoryPoolType", "WORKSPACE DLA_MANAGED_SRAM")
     trt.ProfilingVerbosity = _enum("ProfilingVerbosity", "LAYER_NAMES_ONLY NONE DETAILED")
     trt.DataType = _enum(
-        "DataType", "FLOAT HALF INT8 INT32 BOOL UINT8" + (" FP8" if number >= (8, 6) else "") + (" BF16 INT64" if number >= (10, 0) else "")
+        "DataType",
+        "FLOAT HALF INT8 INT32 BOOL UINT8"
+        + (" FP8" if number >= (8, 6) else "")
+        + (" BF16 INT64" if number >= (10, 0) else ""),
     )
     trt.LayerType = _enum("LayerType", "CONVOLUTION ACTIVATION CONSTANT SHAPE CAST TOPK")
     trt.LayerInformationFormat = _enum("LayerInformationFormat", "ONELINE JSON")
@@ -257,11 +267,15 @@ class Parser:
         tensors = {spec.input.name: Tensor(spec.input.name, trt.DataType.FLOAT, (-1, 3, 16, 16))}
         network.layers.clear()
         for node in trt._graph.nodes:
-            inputs = [tensors[name] for name in node.inputs if name in tensors] or [Tensor("(none)", trt.DataType.FLOAT, ())]
+            inputs = [tensors[name] for name in node.inputs if name in tensors] or [
+                Tensor("(none)", trt.DataType.FLOAT, ())
+            ]
             names = node.outputs if node.op_type != "Gemm" else (f"{node.name}_product",)
             outputs = [Tensor(name, trt.DataType.FLOAT, (-1, 8, 4, 4)) for name in names]
             types_of = {"Conv": trt.LayerType.CONVOLUTION, "Cast": trt.LayerType.CAST, "TopK": trt.LayerType.TOPK}
-            network.layers.append(kind(node.name, types_of.get(node.op_type, trt.LayerType.ACTIVATION), inputs, outputs))
+            network.layers.append(
+                kind(node.name, types_of.get(node.op_type, trt.LayerType.ACTIVATION), inputs, outputs)
+            )
             if node.op_type == "Gemm":
                 sums = [Tensor(name, trt.DataType.FLOAT, (-1, 8)) for name in node.outputs]
                 network.layers.append(kind(f"{node.name}_2", trt.LayerType.ACTIVATION, outputs, sums))
@@ -317,7 +331,9 @@ class Config:
         return -1 if self.trt._faults.profile else 0
 
     def create_timing_cache(self, data: bytes) -> Timings | None:
-        return Timings(data) if not data or b"|" in data else None  # a null pointer of C++, for bytes without its header
+        return (
+            Timings(data) if not data or b"|" in data else None
+        )  # a null pointer of C++, for bytes without its header
 
     def set_timing_cache(self, cache: Timings, ignore_mismatch: bool) -> bool:
         assert ignore_mismatch is False
@@ -354,7 +370,9 @@ class Engine:
         self.trt = trt
 
     def create_execution_context(self) -> Any:
-        return types.SimpleNamespace(set_input_shape=lambda name, shape: self.trt.calls.append(("inspected", (name, tuple(shape)))))
+        return types.SimpleNamespace(
+            set_input_shape=lambda name, shape: self.trt.calls.append(("inspected", (name, tuple(shape))))
+        )
 
     def create_engine_inspector(self) -> Any:
         return types.SimpleNamespace(get_engine_information=lambda _: self.trt._faults.inspector)

@@ -51,7 +51,9 @@ def make_typed(folder: Path, typing: str, kind: str | ChainOptions = SMALL, *, b
     return target
 
 
-def make_job(path: Path, config: BuildConfig | None = None, *, targets: tuple[str, ...] = ("8.6", "8.9"), **changes: Any) -> BuildJob:
+def make_job(
+    path: Path, config: BuildConfig | None = None, *, targets: tuple[str, ...] = ("8.6", "8.9"), **changes: Any
+) -> BuildJob:
     """A job as `pipeline.build` makes it."""
     graph, spec = read_graph(path), read_metadata(path).spec
     types = tensor_types(graph, spec)

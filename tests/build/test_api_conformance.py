@@ -15,7 +15,9 @@ import repvgg_deploy.build
 
 SOURCE = Path(repvgg_deploy.build.__file__).parent
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "tensorrt_api.json"
-APIS: dict[str, dict[str, list[str]]] = {name: api for name, api in json.loads(GOLDEN.read_text(encoding="utf-8")).items() if "Builder" in api}
+APIS: dict[str, dict[str, list[str]]] = {
+    name: api for name, api in json.loads(GOLDEN.read_text(encoding="utf-8")).items() if "Builder" in api
+}
 RECEIVERS = {
     "builder": "Builder", "settings": "IBuilderConfig", "network": "INetworkDefinition", "parser": "OnnxParser",
     "trt_profile": "IOptimizationProfile",
@@ -90,5 +92,7 @@ def test_names_of_tactic_sources_and_layers_are_those_of_tensorrt_8() -> None:
     api = APIS["tensorrt 8.5.3.1"]
     assert {*_LIBRARIES, *_OTHERS} <= set(api["TacticSource"])
     assert {"EXPLICIT_BATCH"} <= set(api["NetworkDefinitionCreationFlag"])
-    assert {"precision", "set_output_type", "get_input", "get_output", "num_inputs", "num_outputs", "type"} <= set(api["ILayer"])
+    assert {"precision", "set_output_type", "get_input", "get_output", "num_inputs", "num_outputs", "type"} <= set(
+        api["ILayer"]
+    )
     assert {"node", "desc"} <= set(api["ParserError"]) and {"CONSTANT", "SHAPE"} <= set(api["LayerType"])

@@ -23,7 +23,15 @@ from repvgg_deploy.build.build import BuildResult, GpuSearch, build_plan
 from repvgg_deploy.build.deliver import deliver, refresh_passport
 from repvgg_deploy.build.library import Gpu
 from repvgg_deploy.build.options import BuildOptions
-from repvgg_deploy.errors import ArtifactError, BuildError, CudaError, InputError, MissingDependencyError, ModelError, RepVGGDeployError
+from repvgg_deploy.errors import (
+    ArtifactError,
+    BuildError,
+    CudaError,
+    InputError,
+    MissingDependencyError,
+    ModelError,
+    RepVGGDeployError,
+)
 from repvgg_deploy.files.onnx import read_graph, read_metadata
 from repvgg_deploy.files.passport import passport_path, read_passport, require_unchanged
 from repvgg_deploy.files.plan_place import Compatible, Environment, judge_plan
@@ -65,7 +73,9 @@ def inspect_as(model: Path, **changed: str) -> str:
     layers = []
     for node in weighted_nodes(read_graph(model)):
         kind = words[changed.get(node.name.replace(".", "_"), node.precision)]
-        layers.append({"Name": f"{node.name} + x", "Inputs": [{"Name": "x", "Format/Datatype": kind}], "Weights": {"Type": kind}})
+        layers.append(
+            {"Name": f"{node.name} + x", "Inputs": [{"Name": "x", "Format/Datatype": kind}], "Weights": {"Type": kind}}
+        )
     return json.dumps({"Layers": layers, "Bindings": ["input", "logits"]})
 
 
@@ -93,7 +103,11 @@ def test_passport_says_all_that_the_plan_is(tmp_path: Path, tensorrt) -> None:
     assert (passport.precision, passport.precision_shares) == ("fp16", {"fp16": 1.0})
     assert passport.config == BuildConfig("fp16", optimization_level=3)
     assert (passport.flavour, passport.tensorrt_version) == ("tensorrt", "10.9.0.34")
-    assert (passport.gpu_name, passport.compute_capabilities, passport.driver_version) == ("NVIDIA A10", ("8.6",), "580.95.05")
+    assert (passport.gpu_name, passport.compute_capabilities, passport.driver_version) == (
+        "NVIDIA A10",
+        ("8.6",),
+        "580.95.05",
+    )
     assert passport.history[:-1] == metadata.history
     assert (passport.history[-1].stage, passport.history[-1].parent_sha256) == ("build", passport.onnx_sha256)
     here = Environment("tensorrt", "10.9.0.34", "NVIDIA A10", "8.6", "580.95.05", passport.platform)
@@ -102,7 +116,9 @@ def test_passport_says_all_that_the_plan_is(tmp_path: Path, tensorrt) -> None:
 
 @pytest.mark.parametrize("version", ["8.5.3.1", "8.6.1", "10.9.0.34", "11.4.0.106"])
 @pytest.mark.parametrize("typing", ["fp16", "int8"])
-def test_fp32_graph_becomes_typed_and_means_the_same_on_every_version(tmp_path: Path, tensorrt, version: str, typing: Precision) -> None:
+def test_fp32_graph_becomes_typed_and_means_the_same_on_every_version(
+    tmp_path: Path, tensorrt, version: str, typing: Precision
+) -> None:
     model = make_typed(tmp_path, "fp32")
     np.savez(tmp_path / "i.npz", images=np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8))
     quantize = QuantizeOptions(typing, tmp_path / "i.npz", min_agreement=0, int8=FAST)
@@ -125,13 +141,21 @@ def test_fp32_graph_becomes_typed_and_means_the_same_on_every_version(tmp_path: 
     (job,) = seen
     weak = version.startswith("8")
     assert job.typing.precision == typing == result.passport.config.precision
-    assert job.typing.has_halves == (typing == "fp16" or not weak)  # INT8 stands beside FP32 where TensorRT 8 is to build it
+    assert job.typing.has_halves == (
+        typing == "fp16" or not weak
+    )  # INT8 stands beside FP32 where TensorRT 8 is to build it
     assert job.graph.opset == (17 if weak or typing == "fp16" else 19)
     wanted = {"FP16": True, "OBEY_PRECISION_CONSTRAINTS": True} if typing == "fp16" else {"INT8": True}
     assert flags_of(trt) == {"TF32": False, **(wanted if weak else {})}
     assert result.typed_from_fp32 and [entry.stage for entry in result.passport.history][-2:] == [typing, "build"]
     assert result.passport.history[-2].parent_sha256 == hashlib.sha256(model.read_bytes()).hexdigest()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "fp32.onnx", "fp32.plan", "fp32.plan.json", "i.npz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "cache",
+        "fp32.onnx",
+        "fp32.plan",
+        "fp32.plan.json",
+        "i.npz",
+    ]
 
 
 def test_plan_that_fell_back_is_an_error_and_nothing_is_written(tmp_path: Path, tensorrt, own_cache: Path) -> None:
@@ -145,7 +169,9 @@ def test_plan_that_fell_back_is_an_error_and_nothing_is_written(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("answer", ['{"Layers": ["stage1.conv"], "Bindings": []}', "something new"])
-def test_plan_whose_layers_say_nothing_is_not_inspected(tmp_path: Path, tensorrt, caplog: pytest.LogCaptureFixture, answer: str) -> None:
+def test_plan_whose_layers_say_nothing_is_not_inspected(
+    tmp_path: Path, tensorrt, caplog: pytest.LogCaptureFixture, answer: str
+) -> None:
     model = make_typed(tmp_path, "mixed")
     tensorrt(model, faults=Faults(inspector=answer))
     passport = read_back(build_plan(model))
@@ -168,15 +194,25 @@ def test_second_identical_build_builds_nothing(tmp_path: Path, tensorrt) -> None
 CHANGES: dict[str, Any] = {
     "options": lambda model, tensorrt: build_plan(model, options=BuildOptions(config(sparse=True)), force=True),
     "version": lambda model, tensorrt: [tensorrt(model, "10.9.0.35"), build_plan(model, force=True)][1],
-    "driver": lambda model, tensorrt: [tensorrt(model, gpu=Gpu("NVIDIA A10", "8.6", "600.1")), build_plan(model, force=True)][1],
-    "gpu": lambda model, tensorrt: [tensorrt(model, gpu=Gpu("NVIDIA A40", "8.6", "580.95.05")), build_plan(model, force=True)][1],
+    "driver": lambda model, tensorrt: [
+        tensorrt(model, gpu=Gpu("NVIDIA A10", "8.6", "600.1")),
+        build_plan(model, force=True),
+    ][1],
+    "gpu": lambda model, tensorrt: [
+        tensorrt(model, gpu=Gpu("NVIDIA A40", "8.6", "580.95.05")),
+        build_plan(model, force=True),
+    ][1],
     "no cache": lambda model, tensorrt: build_plan(model, options=BuildOptions(use_cache=False)),
 }
 
 
-def test_libraries_that_tensorrt_8_takes_kernels_from_are_part_of_the_plan(tmp_path: Path, tensorrt, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_libraries_that_tensorrt_8_takes_kernels_from_are_part_of_the_plan(
+    tmp_path: Path, tensorrt, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def put(**found: str | None) -> None:
-        monkeypatch.setattr(build_module, "find_tactic_libraries", lambda: {"CUDNN": None, "CUBLAS": "11.11.3", **found})
+        monkeypatch.setattr(
+            build_module, "find_tactic_libraries", lambda: {"CUDNN": None, "CUBLAS": "11.11.3", **found}
+        )
 
     model = make_typed(tmp_path, "fp16")
     trt = tensorrt(model, "8.5.3.1")
@@ -192,7 +228,9 @@ def test_libraries_that_tensorrt_8_takes_kernels_from_are_part_of_the_plan(tmp_p
     assert (again.origin, again.passport.history[-1].options["cudnn"], len(trt.said("network"))) == ("cache", None, 3)
 
 
-def test_libraries_that_tensorrt_10_does_not_use_are_not_even_looked_for(tmp_path: Path, tensorrt, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_libraries_that_tensorrt_10_does_not_use_are_not_even_looked_for(
+    tmp_path: Path, tensorrt, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(build_module, "find_tactic_libraries", None)
     model = make_typed(tmp_path, "fp16")
     tensorrt(model, "10.9.0.34")
@@ -214,7 +252,11 @@ def test_identical_plan_built_anew_keeps_its_passport(tmp_path: Path, tensorrt) 
     path = passport_path(first.output.target)
     path.write_text(path.read_text().replace(f'"build_seconds":{first.passport.build_seconds}', '"build_seconds":99.5'))
     again = build_plan(model, options=BuildOptions(use_cache=False))
-    assert (again.output.status, again.passport_output.status, again.passport.build_seconds) == ("up to date", "up to date", 99.5)
+    assert (again.output.status, again.passport_output.status, again.passport.build_seconds) == (
+        "up to date",
+        "up to date",
+        99.5,
+    )
 
 
 def test_different_plan_needs_force_and_says_so_before_it_builds(tmp_path: Path, tensorrt) -> None:
@@ -288,7 +330,9 @@ def add_variant(model: Path) -> Path:
 
 
 @pytest.mark.parametrize("typing", ["fp16", "fp32"])
-def test_second_build_adds_the_architecture_to_an_old_passport(tmp_path: Path, tensorrt, own_cache: Path, typing: str) -> None:
+def test_second_build_adds_the_architecture_to_an_old_passport(
+    tmp_path: Path, tensorrt, own_cache: Path, typing: str
+) -> None:
     model = add_variant(make_typed(tmp_path, typing)).rename(tmp_path / "m.onnx")
     (tmp_path / "fp32.onnx").unlink(missing_ok=True)
     trt = tensorrt(model, faults=Faults())
@@ -325,7 +369,9 @@ def test_passport_of_another_plan_that_came_meanwhile_is_left_alone(tmp_path: Pa
     assert first.passport_output.target.read_bytes() == before
 
 
-def test_two_builds_at_once_leave_the_plan_and_the_passport_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_builds_at_once_leave_the_plan_and_the_passport_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The slower one is held between its two files for as long as the other needs, or until it is clear that the other waits."""
     plan, real = tmp_path / "x.plan", os.replace
     halfway, other_done = threading.Event(), threading.Event()
@@ -356,7 +402,9 @@ def test_two_builds_at_once_leave_the_plan_and_the_passport_of_one(tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.plan", "x.plan.json"]
 
 
-def test_build_that_ends_after_an_identical_one_is_up_to_date(tmp_path: Path, tensorrt, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_that_ends_after_an_identical_one_is_up_to_date(
+    tmp_path: Path, tensorrt, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """TensorRT's builds of one graph differ in their bytes: that is no reason to fail after minutes."""
     model = make_typed(tmp_path, "fp16")
     results: list[BuildResult] = []
@@ -373,7 +421,9 @@ def test_build_that_ends_after_an_identical_one_is_up_to_date(tmp_path: Path, te
     assert read_back(slower) and slower.output.target.read_bytes() == PLAN
 
 
-def test_cached_plan_that_another_process_removes_is_no_error(tmp_path: Path, tensorrt, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_plan_that_another_process_removes_is_no_error(
+    tmp_path: Path, tensorrt, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_typed(tmp_path, "fp16")
     trt = tensorrt(model)
     first = build_plan(model)
@@ -398,7 +448,9 @@ def test_output_of_any_name_that_the_disk_takes_is_written(tmp_path: Path, tenso
 
 
 @pytest.mark.parametrize("name", [".", "/", "", "folder", "folder/"])
-def test_output_that_is_a_folder_names_a_file_in_it(tmp_path: Path, tensorrt, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_output_that_is_a_folder_names_a_file_in_it(
+    tmp_path: Path, tensorrt, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     model = make_typed(tmp_path, "fp16")
     tensorrt(model)
     (tmp_path / "folder").mkdir()
@@ -508,14 +560,21 @@ def test_what_is_no_onnx_of_ours_is_refused(tmp_path: Path, tensorrt) -> None:
     onnx.save(bare, tmp_path / "bare.onnx")
     (tmp_path / "x.plan").write_bytes(PLAN)
     (tmp_path / "cut.onnx").write_bytes(model.read_bytes()[:-40])
-    faults = {"bare.onnx": "was not written by repvgg-export", "x.plan": "is a TensorRT plan already", "cut.onnx": ".", "none.onnx": "no such file"}
+    faults = {
+        "bare.onnx": "was not written by repvgg-export",
+        "x.plan": "is a TensorRT plan already",
+        "cut.onnx": ".",
+        "none.onnx": "no such file",
+    }
     for name, message in faults.items():
         with pytest.raises(ModelError, match=message):
             build_plan(tmp_path / name, tmp_path / "out.plan")
     assert not (tmp_path / "out.plan").exists()
 
 
-def test_onnx_that_is_replaced_while_it_is_read_is_not_built(tmp_path: Path, tensorrt, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnx_that_is_replaced_while_it_is_read_is_not_built(
+    tmp_path: Path, tensorrt, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else the passport would hold the certificate of one graph, and the plan another."""
     model, other = make_typed(tmp_path, "fp16"), make_typed(tmp_path, "mixed")
     trt = tensorrt(model)
@@ -532,7 +591,9 @@ def test_onnx_that_is_replaced_while_it_is_read_is_not_built(tmp_path: Path, ten
     assert trt.said("network") == [] and not (tmp_path / "fp16.plan").exists()
 
 
-def test_onnx_that_cannot_be_read_to_its_end_is_said_so(tmp_path: Path, tensorrt, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnx_that_cannot_be_read_to_its_end_is_said_so(
+    tmp_path: Path, tensorrt, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_typed(tmp_path, "fp16")
     tensorrt(model)
 

@@ -37,7 +37,17 @@ def test_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_key_changes_with_every_part() -> None:
     base = {"onnx": "x", "config": [1, 2]}
     assert make_key(base) == make_key(dict(reversed(base.items())))
-    assert len({make_key(base), make_key({**base, "onnx": "y"}), make_key({**base, "config": [2, 1]}), make_key({**base, "gpu": None})}) == 4
+    assert (
+        len(
+            {
+                make_key(base),
+                make_key({**base, "onnx": "y"}),
+                make_key({**base, "config": [2, 1]}),
+                make_key({**base, "gpu": None}),
+            }
+        )
+        == 4
+    )
 
 
 def test_plan_is_found_as_it_was_stored(tmp_path: Path) -> None:
@@ -122,7 +132,9 @@ def test_users_who_share_the_folder_share_the_plans(tmp_path: Path, mask: int, m
     assert {path.stat().st_mode & 0o777 for path in files} == {mode & 0o666}
 
 
-def test_request_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_request_that_cannot_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -202,7 +214,9 @@ def test_cache_that_cannot_be_written_costs_no_build(tmp_path: Path, caplog: pyt
         cache.store(KEY, *entry())
         cache.store_request(OTHER, KEY)
     assert cache.find(KEY) is None and cache.find_request(OTHER) is None
-    assert "the plan was not put into the cache" in caplog.text and "the request was not put into the cache" in caplog.text
+    assert (
+        "the plan was not put into the cache" in caplog.text and "the request was not put into the cache" in caplog.text
+    )
 
 
 def test_request_leads_to_its_plan(tmp_path: Path) -> None:

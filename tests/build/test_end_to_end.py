@@ -29,7 +29,9 @@ def test_trained_checkpoint_becomes_an_int8_plan_whose_passport_tells_its_story(
     monkeypatch.setattr(build_module, "look_for_gpu", lambda: GpuSearch(None, "no driver"))
     onnx = tmp_path / "sample.onnx"
     export_checkpoint(sample_dir / "repvgg-sample.pth", onnx)
-    options = BuildOptions(BuildConfig("int8"), backend="rtx", quantize=QuantizeOptions("int8", sample_dir / "calib.npz", int8=FAST))
+    options = BuildOptions(
+        BuildConfig("int8"), backend="rtx", quantize=QuantizeOptions("int8", sample_dir / "calib.npz", int8=FAST)
+    )
     result = build_plan(onnx, options=options)
     passport, exported = result.passport, read_metadata(onnx)
 
@@ -37,7 +39,10 @@ def test_trained_checkpoint_becomes_an_int8_plan_whose_passport_tells_its_story(
     assert passport.history[1].parent_sha256 == hashlib.sha256(onnx.read_bytes()).hexdigest()
     assert passport.history[2].parent_sha256 == passport.onnx_sha256
     assert passport.variant == exported.variant is not None
-    assert passport.certificate.passed and passport.certificate.checks[: len(exported.certificate.checks)] == exported.certificate.checks
+    assert (
+        passport.certificate.passed
+        and passport.certificate.checks[: len(exported.certificate.checks)] == exported.certificate.checks
+    )
     assert "int8 against fp32" in passport.certificate.checks[-1].name
     assert (passport.spec.labels, passport.spec.preprocessing) == (exported.spec.labels, exported.spec.preprocessing)
     assert (passport.config.precision, passport.precision, passport.gpu_name) == ("int8", "not_inspected", None)

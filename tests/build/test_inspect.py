@@ -33,7 +33,10 @@ def answer(layers: list[Any], tail: str = "11") -> str:
     return json.dumps({"Layers": layers, **TAILS[tail]})
 
 
-INT8, FP16 = "Thirty-two wide channel vectorized row major Int8 format", "Channel major FP16 format where channel % 8 == 0"
+INT8, FP16 = (
+    "Thirty-two wide channel vectorized row major Int8 format",
+    "Channel major FP16 format where channel % 8 == 0",
+)
 ALL_INT8 = [
     layer("stage0.conv + stage0.relu", INT8),
     layer("stage1.0.conv + stage1.0.relu", INT8),
@@ -51,7 +54,12 @@ def test_plan_as_its_graph_is_honest_in_both_shapes(tail: str) -> None:
 
 
 def test_fallback_of_most_of_the_work_is_an_error_that_names_the_layers() -> None:
-    layers = [ALL_INT8[0], layer("stage1.0.conv + stage1.0.relu", FP16), layer("stage2.0.conv", "Row major linear FP32"), ALL_INT8[3]]
+    layers = [
+        ALL_INT8[0],
+        layer("stage1.0.conv + stage1.0.relu", FP16),
+        layer("stage2.0.conv", "Row major linear FP32"),
+        ALL_INT8[3],
+    ]
     report = measure(read_layers(answer(layers)), GRAPH)
     assert report.shares == pytest.approx({"int8": 0.03, "fp16": 0.48, "fp32": 0.49})
     with pytest.raises(BuildError) as caught:

@@ -32,7 +32,9 @@ def test_auto_takes_tensorrt_and_else_tensorrt_rtx(install) -> None:
     assert open_library("auto").is_rtx
 
 
-@pytest.mark.parametrize(("backend", "extras"), [("auto", ("[tensorrt]", "[rtx]")), ("tensorrt", ("[tensorrt]",)), ("rtx", ("[rtx]",))])
+@pytest.mark.parametrize(
+    ("backend", "extras"), [("auto", ("[tensorrt]", "[rtx]")), ("tensorrt", ("[tensorrt]",)), ("rtx", ("[rtx]",))]
+)
 def test_nothing_installed_names_the_extras(install, backend: str, extras: tuple[str, ...]) -> None:
     install()
     with pytest.raises(MissingDependencyError, match="no plan can be built") as caught:
@@ -45,10 +47,16 @@ def test_lean_runtime_is_named_where_it_is_all_that_is_there(install, backend: s
     install(tensorrt_lean="11.4.0.106")
     with pytest.raises(MissingDependencyError, match="no plan can be built") as caught:
         open_library(backend)
-    assert ("what is here of TensorRT is its lean runtime (tensorrt_lean), which runs plans and builds none" in caught.value.message) == said
+    assert (
+        "what is here of TensorRT is its lean runtime (tensorrt_lean), which runs plans and builds none"
+        in caught.value.message
+    ) == said
 
 
-@pytest.mark.parametrize(("version", "message"), [("10.2.0.19", "known to be broken"), ("8.4.3.1", "not supported"), ("9.3.0", "not supported")])
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [("10.2.0.19", "known to be broken"), ("8.4.3.1", "not supported"), ("9.3.0", "not supported")],
+)
 def test_versions_that_do_not_do_are_refused(install, version: str, message: str) -> None:
     install(tensorrt=version)
     with pytest.raises(BuildError, match=f"TensorRT {version} is {message}"):
@@ -74,8 +82,12 @@ def test_unknown_backend_is_refused() -> None:
         open_library("cuda")
 
 
-def test_ctrl_c_while_it_is_imported_is_not_taken_for_a_broken_installation(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "tensorrt.py").write_text("raise ImportError('initialization failed') from KeyboardInterrupt()", encoding="utf-8")
+def test_ctrl_c_while_it_is_imported_is_not_taken_for_a_broken_installation(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tensorrt.py").write_text(
+        "raise ImportError('initialization failed') from KeyboardInterrupt()", encoding="utf-8"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
     with pytest.raises(KeyboardInterrupt):
@@ -83,7 +95,9 @@ def test_ctrl_c_while_it_is_imported_is_not_taken_for_a_broken_installation(tmp_
 
 
 def test_bindings_without_their_libraries_are_explained(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "tensorrt.py").write_text("raise OSError('libnvinfer.so.10: cannot open shared object file')", encoding="utf-8")
+    (tmp_path / "tensorrt.py").write_text(
+        "raise OSError('libnvinfer.so.10: cannot open shared object file')", encoding="utf-8"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
     with pytest.raises(MissingDependencyError, match=r"installed but cannot be imported: libnvinfer\.so\.10") as caught:

@@ -69,7 +69,9 @@ def test_export_both_outputs_or_none(checkpoint: Path, taken: str) -> None:
 def test_export_gate_that_closes_leaves_no_deploy_checkpoint(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = checkpoint.parent
     original = pipeline.write_model
-    monkeypatch.setattr(pipeline, "write_model", lambda p, m, w: original(p, m, {n: a * np.float32(1.01) for n, a in w.items()}))
+    monkeypatch.setattr(
+        pipeline, "write_model", lambda p, m, w: original(p, m, {n: a * np.float32(1.01) for n, a in w.items()})
+    )
     with pytest.raises(ParityError):
         export_checkpoint(checkpoint, folder / "m.onnx", options=ExportOptions(GRAPH, save_deploy=folder / "d.pth"))
     assert [path.name for path in folder.iterdir()] == ["c.pth"]
@@ -81,7 +83,9 @@ def test_export_onto_a_device_is_refused(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("output", ["top5", "probabilities", "logits"])
-def test_export_weights_that_no_input_excites_are_compared_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: Any) -> None:
+def test_export_weights_that_no_input_excites_are_compared_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: Any
+) -> None:
     """Of many classes only a few ever reach the top five; a permutation of the others must not pass."""
     torch.save(random_model(small_variant(num_classes=100)).state_dict(), tmp_path / "c.pth")
     original = pipeline.write_model
@@ -94,7 +98,9 @@ def test_export_weights_that_no_input_excites_are_compared_too(tmp_path: Path, m
 
     monkeypatch.setattr(pipeline, "write_model", lambda p, m, w: write(p, m, {n: a.copy() for n, a in w.items()}))
     with pytest.raises(ParityError, match=r"first linear\.weight"):
-        export_checkpoint(tmp_path / "c.pth", tmp_path / "m.onnx", options=ExportOptions(dataclasses.replace(GRAPH, output=output)))
+        export_checkpoint(
+            tmp_path / "c.pth", tmp_path / "m.onnx", options=ExportOptions(dataclasses.replace(GRAPH, output=output))
+        )
 
 
 def test_compare_kernels_sees_a_channel_far_smaller_than_the_others() -> None:
@@ -118,7 +124,9 @@ def test_export_network_dead_on_images_is_refused(tmp_path: Path) -> None:
         model.blocks()["stage0"].rbr_1x1.bn.bias.fill_(-60.0)
     torch.save(model.state_dict(), tmp_path / "c.pth")
     with pytest.raises(ParityError, match="does not depend on its input"):
-        export_checkpoint(tmp_path / "c.pth", tmp_path / "m.onnx", options=ExportOptions(dataclasses.replace(GRAPH, input="uint8")))
+        export_checkpoint(
+            tmp_path / "c.pth", tmp_path / "m.onnx", options=ExportOptions(dataclasses.replace(GRAPH, input="uint8"))
+        )
 
 
 @pytest.mark.parametrize("kind", ["qarepvgg_v1", "qarepvgg_v2"])
@@ -168,7 +176,9 @@ def test_reparameterize_block_that_is_no_3x3_is_refused(change: Any) -> None:
 def test_export_probabilities_of_one_class_are_refused(tmp_path: Path, output: Any) -> None:
     torch.save(random_model(small_variant(num_classes=1)).state_dict(), tmp_path / "c.pth")
     with pytest.raises(InputError, match="one class"):
-        export_checkpoint(tmp_path / "c.pth", tmp_path / "m.onnx", options=ExportOptions(dataclasses.replace(GRAPH, output=output)))
+        export_checkpoint(
+            tmp_path / "c.pth", tmp_path / "m.onnx", options=ExportOptions(dataclasses.replace(GRAPH, output=output))
+        )
     export_checkpoint(tmp_path / "c.pth", tmp_path / "m.onnx", options=ExportOptions(GRAPH))
 
 
@@ -199,7 +209,9 @@ def test_export_module_size_baked_into_a_dynamic_graph_is_caught(tmp_path: Path)
     model = Baked()
     randomise(model)
     with pytest.raises(ParityError):
-        export_module(model.eval(), torch.randn(1, 3, 32, 32), tmp_path / "m.onnx", options=ModuleOptions(dynamic_size=True))
+        export_module(
+            model.eval(), torch.randn(1, 3, 32, 32), tmp_path / "m.onnx", options=ModuleOptions(dynamic_size=True)
+        )
     export_module(model.eval(), torch.randn(1, 3, 32, 32), tmp_path / "m.onnx")
 
 
@@ -215,4 +227,6 @@ def test_export_module_names_that_clash_are_refused(tmp_path: Path, names: tuple
             return out, out * 2
 
     with pytest.raises(InputError, match="names must differ"):
-        export_module(Two().eval(), torch.randn(1, 4, 8, 8), tmp_path / "m.onnx", options=ModuleOptions(output_names=names))
+        export_module(
+            Two().eval(), torch.randn(1, 4, 8, 8), tmp_path / "m.onnx", options=ModuleOptions(output_names=names)
+        )

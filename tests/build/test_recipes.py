@@ -24,16 +24,22 @@ FP16_8 = {"FP16": True, "OBEY_PRECISION_CONSTRAINTS": True, "TF32": False}
 OFF = {"TF32": False}
 
 
-def build_fake(version: str, path: Path, config: BuildConfig | None = None, faults: Faults | None = None, **changes: Any) -> tuple[FakeTrt, Any]:
+def build_fake(
+    version: str, path: Path, config: BuildConfig | None = None, faults: Faults | None = None, **changes: Any
+) -> tuple[FakeTrt, Any]:
     trt = FakeTrt(version, path, read_metadata(path).spec, faults)
     return trt, build(Library("tensorrt", trt, version), make_job(path, config, **{"gpu": A10, **changes}))
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize(
-    ("typing", "weak_flags"), [("fp32", OFF), ("fp16", FP16_8), ("int8", {"INT8": True, "TF32": False}), ("mixed", None)], ids=lambda v: str(v)[:5]
+    ("typing", "weak_flags"),
+    [("fp32", OFF), ("fp16", FP16_8), ("int8", {"INT8": True, "TF32": False}), ("mixed", None)],
+    ids=lambda v: str(v)[:5],
 )
-def test_precision_comes_from_the_graph_on_every_version(tmp_path: Path, version: str, typing: str, weak_flags: dict[str, bool] | None) -> None:
+def test_precision_comes_from_the_graph_on_every_version(
+    tmp_path: Path, version: str, typing: str, weak_flags: dict[str, bool] | None
+) -> None:
     path = make_typed(tmp_path, typing)
     if version in WEAK and weak_flags is None:
         with pytest.raises(BuildError, match="needs FP32 beside INT8") as caught:
@@ -54,9 +60,13 @@ def test_tensorrt_8_is_given_the_type_of_every_float_layer_of_an_fp16_graph(tmp_
     trt, _ = build_fake(version, make_typed(tmp_path, "fp16", "uint8_top5"))
     half, single = trt.DataType.HALF, trt.DataType.FLOAT
     convolutions = [layer for layer in trt.layers if layer.type == trt.LayerType.CONVOLUTION]
-    assert len(convolutions) == 5 and all((layer.precision, layer.output_types) == (half, {0: half}) for layer in convolutions)
+    assert len(convolutions) == 5 and all(
+        (layer.precision, layer.output_types) == (half, {0: half}) for layer in convolutions
+    )
     product, summed = (layer for layer in trt.layers if layer.name.startswith("linear"))
-    assert product.precision == summed.precision == half  # one Gemm, two layers, and only the second has the node's output
+    assert (
+        product.precision == summed.precision == half
+    )  # one Gemm, two layers, and only the second has the node's output
     casts = [layer for layer in trt.layers if layer.type == trt.LayerType.CAST]
     assert casts and all(layer.precision is None for layer in casts)
     top = next(layer for layer in trt.layers if layer.type == trt.LayerType.TOPK)
@@ -164,11 +174,16 @@ def test_parser_error_names_the_node_and_quotes_tensorrt(tmp_path: Path, version
     with pytest.raises(BuildError) as caught:
         build_fake(version, path, faults=faults)
     name = make_job(path).graph.nodes[2].name
-    assert f"TensorRT {version}'s parser refuses the graph:\n    node {name} (Conv): In node 2 (importConv): INVALID_NODE" in caught.value.message
+    assert (
+        f"TensorRT {version}'s parser refuses the graph:\n    node {name} (Conv): In node 2 (importConv): INVALID_NODE"
+        in caught.value.message
+    )
 
 
 def test_builder_error_names_the_node_and_quotes_tensorrt(tmp_path: Path) -> None:
-    faults = Faults(builder=("[optimizer.cpp] Could not find any implementation for node stage1.conv.", "second", "second"))
+    faults = Faults(
+        builder=("[optimizer.cpp] Could not find any implementation for node stage1.conv.", "second", "second")
+    )
     with pytest.raises(BuildError) as caught:
         build_fake("10.9.0.34", make_typed(tmp_path, "fp32"), faults=faults)
     assert "could not build the plan at stage1.conv:\n    [optimizer.cpp] Could not" in caught.value.message

@@ -36,7 +36,14 @@ def digest(path: Path, *targets: str) -> str:
         "import hashlib, sys; from pathlib import Path; from tests.build.test_rtx_builds import build_rtx; "
         "print(hashlib.sha256(memoryview(build_rtx(Path(sys.argv[1]), targets=tuple(sys.argv[2:])).data)).hexdigest())"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(path), *targets], capture_output=True, text=True, check=True, timeout=300, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path), *targets],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+        cwd=ROOT,
+    )
     return done.stdout.strip()
 
 
@@ -47,7 +54,9 @@ def fp16(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return path, digest(path, "8.6", "8.9")
 
 
-@pytest.mark.parametrize("kind", ["plain", "grouped", "se_before", "se_after", "uint8_top5", "probabilities", "features"])
+@pytest.mark.parametrize(
+    "kind", ["plain", "grouped", "se_before", "se_after", "uint8_top5", "probabilities", "features"]
+)
 @pytest.mark.parametrize("typing", ["fp32", "fp16", "int8", "mixed"])
 def test_every_typing_of_every_kind_of_model_is_built(tmp_path: Path, typing: str, kind: str) -> None:
     path = make_typed(tmp_path, typing, kind)
@@ -73,7 +82,8 @@ def test_fixed_batch_is_built(tmp_path: Path) -> None:
 
 
 def test_two_builds_are_the_same_to_the_byte(tmp_path: Path, fp16: tuple[Path, str]) -> None:
-    # Of INT8 graphs the compiler numbers its temporary values as its threads come: those plans differ in such names now and then.
+    # Of INT8 graphs the compiler numbers its temporary values as its threads come: those plans differ in such names now
+    # and then.
     assert digest(fp16[0], "8.6", "8.9") == fp16[1]
     path = make_typed(tmp_path, "fp32")
     assert digest(path, "8.6") == digest(path, "8.6")
@@ -107,7 +117,9 @@ def test_options_that_work_without_a_gpu_are_taken(tmp_path: Path, option: str) 
 
 @pytest.mark.parametrize("config", [BuildConfig(version_compatible=True), BuildConfig(hardware_compatible=True)])
 def test_options_that_tensorrt_rtx_lacks_are_refused_by_us(tmp_path: Path, config: BuildConfig) -> None:
-    with pytest.raises(BuildError, match=r"TensorRT-RTX .* (runs plans of its own release only|has no --hardware-compatible)"):
+    with pytest.raises(
+        BuildError, match=r"TensorRT-RTX .* (runs plans of its own release only|has no --hardware-compatible)"
+    ):
         build_rtx(make_typed(tmp_path, "fp32"), config)
 
 
@@ -156,7 +168,9 @@ def test_parser_error_is_nvidias_own_with_the_node(tmp_path: Path) -> None:
     name = model.graph.node[2].name
     with pytest.raises(BuildError) as caught:
         build(open_library("rtx"), dataclasses.replace(make_job(path), data=model.SerializeToString()))
-    assert f"node {name} (NoSuchOperator):" in caught.value.message and "parser refuses the graph" in caught.value.message
+    assert (
+        f"node {name} (NoSuchOperator):" in caught.value.message and "parser refuses the graph" in caught.value.message
+    )
     assert "Engine" in caught.value.remedy
 
 
@@ -181,8 +195,10 @@ def test_every_name_of_tensorrt_rtx_that_is_used_exists() -> None:
 
     names = {
         trt.Builder: "create_network create_builder_config create_optimization_profile build_serialized_network",
-        trt.IBuilderConfig: "set_flag clear_flag set_memory_pool_limit add_optimization_profile profiling_verbosity builder_optimization_level "
-        "progress_monitor num_compute_capabilities set_compute_capability create_timing_cache set_timing_cache get_timing_cache "
+        trt.IBuilderConfig: "set_flag clear_flag set_memory_pool_limit add_optimization_profile profiling_verbosity "
+        "builder_optimization_level "
+        "progress_monitor num_compute_capabilities set_compute_capability create_timing_cache set_timing_cache "
+        "get_timing_cache "
         "hardware_compatibility_level",
         trt.OnnxParser: "parse num_errors get_error",
         trt.ParserError: "node node_name node_operator desc",
@@ -199,5 +215,7 @@ def test_every_name_of_tensorrt_rtx_that_is_used_exists() -> None:
         trt.HardwareCompatibilityLevel: "AMPERE_PLUS",
         trt.LayerInformationFormat: "JSON",
     }
-    assert {(kind.__name__, name) for kind, text in names.items() for name in text.split() if not hasattr(kind, name)} == set()
+    assert {
+        (kind.__name__, name) for kind, text in names.items() for name in text.split() if not hasattr(kind, name)
+    } == set()
     assert make_monitor(trt, None, threading.Event()) is not None  # type: ignore[arg-type]

@@ -25,7 +25,9 @@ REAL = "long cudnnGetVersion(void) { return 8600; }\n"
         (("CUDNN", "CUBLAS", "CUBLAS_LT"), ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")),
     ],
 )
-def test_libraries_that_are_not_there_are_left_out_of_tensorrt_8(tmp_path: Path, missing: tuple[str, ...], kept: tuple[str, ...] | None) -> None:
+def test_libraries_that_are_not_there_are_left_out_of_tensorrt_8(
+    tmp_path: Path, missing: tuple[str, ...], kept: tuple[str, ...] | None
+) -> None:
     trt = FakeTrt("8.5.3.1", make_typed(tmp_path, "fp32"), None)
     found = {name: None if name in missing else "1.2.3" for name in ("CUDNN", "CUBLAS", "CUBLAS_LT")}
     choose_tactic_sources(trt, Config(trt), found)
@@ -37,16 +39,26 @@ def make_library(path: Path, source: str) -> str:
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("no C compiler to make a library with")
-    subprocess.run([compiler, "-shared", "-fPIC", "-x", "c", "-", "-o", path], input=source, text=True, check=True, timeout=300)
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-x", "c", "-", "-o", path], input=source, text=True, check=True, timeout=300
+    )
     return str(path)
 
 
 @pytest.mark.parametrize(
     ("source", "version"),
-    [("", None), (PROPERTY % 0, None), (REAL, "unknown version"), (REAL + PROPERTY % 1, "unknown version"), (REAL + PROPERTY % 0, "8.6.0")],
+    [
+        ("", None),
+        (PROPERTY % 0, None),
+        (REAL, "unknown version"),
+        (REAL + PROPERTY % 1, "unknown version"),
+        (REAL + PROPERTY % 0, "8.6.0"),
+    ],
     ids=["empty", "another", "old", "failing", "whole"],
 )
-def test_version_of_a_library_is_read_and_an_empty_one_is_not_taken_for_it(tmp_path: Path, source: str, version: str | None) -> None:
+def test_version_of_a_library_is_read_and_an_empty_one_is_not_taken_for_it(
+    tmp_path: Path, source: str, version: str | None
+) -> None:
     library = make_library(tmp_path / "libx.so", source)
     assert read_library_version(library, "cudnnGetVersion", "cudnnGetProperty") == version
 

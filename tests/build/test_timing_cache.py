@@ -44,14 +44,18 @@ def test_timings_of_another_gpu_are_neither_used_nor_replaced(tmp_path: Path, ca
     assert file.read_text() == "h100|x" and "of another GPU or TensorRT" in caplog.text
 
 
-def test_timings_of_another_gpu_that_come_meanwhile_are_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_timings_of_another_gpu_that_come_meanwhile_are_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model, file = make_typed(tmp_path, "fp32"), tmp_path / "t.timing"
     with caplog.at_level(logging.WARNING):
         run(model, file, Faults(during=lambda: file.write_text("h100|x") and None))
     assert file.read_text() == "h100|x" and "left as it is" in caplog.text
 
 
-def test_damaged_timings_are_neither_used_nor_replaced_and_cost_no_plan(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_timings_are_neither_used_nor_replaced_and_cost_no_plan(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model, file = make_typed(tmp_path, "fp32"), tmp_path / "t.timing"
     file.write_bytes(b"no timings")
     with caplog.at_level(logging.WARNING):
@@ -114,7 +118,10 @@ def library(flavour: str, version: str) -> Library:
 def test_file_is_one_for_each_gpu_and_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REPVGG_DEPLOY_CACHE", str(tmp_path / "c"))
     found = choose_timing_file(library("tensorrt", "10.9.0.34"), ("NVIDIA RTX 4000 Ada", "8.9"), None)
-    assert found == tmp_path / "c" / "timing" / "tensorrt-10.9.0.34-nvidia-rtx-4000-ada-sm89.timing" and found.parent.is_dir()
+    assert (
+        found == tmp_path / "c" / "timing" / "tensorrt-10.9.0.34-nvidia-rtx-4000-ada-sm89.timing"
+        and found.parent.is_dir()
+    )
     others = {
         choose_timing_file(library("tensorrt", version), (gpu, capability), None)
         for version, gpu, capability in (("10.9.0.34", "NVIDIA L4", "8.9"), ("10.9.0.35", "NVIDIA RTX 4000 Ada", "8.9"))
@@ -123,7 +130,10 @@ def test_file_is_one_for_each_gpu_and_version(tmp_path: Path, monkeypatch: pytes
 
 
 def test_file_that_is_given_is_taken(tmp_path: Path) -> None:
-    assert choose_timing_file(library("tensorrt", "10.9.0.34"), ("NVIDIA L4", "8.9"), tmp_path / "mine") == tmp_path / "mine"
+    assert (
+        choose_timing_file(library("tensorrt", "10.9.0.34"), ("NVIDIA L4", "8.9"), tmp_path / "mine")
+        == tmp_path / "mine"
+    )
 
 
 def test_tensorrt_rtx_keeps_no_timings_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

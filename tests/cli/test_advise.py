@@ -38,7 +38,9 @@ def test_rows_meet_what_was_asked_for_and_say_how_they_are_known(capsys) -> None
 
 
 def test_what_it_rests_on_is_said(capsys) -> None:
-    _, text, _ = run(capsys, "--min-top1", 70, "--gpu", "a10", "--efficiency", 0.3, "--overhead-us", 7, "--int8-drop", 1.25)
+    _, text, _ = run(
+        capsys, "--min-top1", 70, "--gpu", "a10", "--efficiency", 0.3, "--overhead-us", 7, "--int8-drop", 1.25
+    )
     assert max(map(len, text.splitlines())) <= 80
     text = " ".join(text.split())
     assert "variants with groups (…g2, …g4) lose at batch 1" in text
@@ -62,13 +64,24 @@ def test_nothing_that_fits_is_exit_code_one_with_the_nearest(capsys) -> None:
     [
         ({"--slo-ms": 0.01}, ["none takes 0.01 ms or less; the fastest"]),
         ({"--min-top1": 99}, ["none has 99 % or more; the most accurate"]),
-        ({"--slo-ms": 0.3, "--min-top1": 80}, ["none takes 0.3 ms or less; the fastest", "the fastest with at least 80 %"]),
-        ({"--slo-ms": 5, "--min-top1": 99}, ["the most accurate within 5 ms", "none has 99 % or more; the most accurate"]),
-        ({"--slo-ms": 0.01, "--min-top1": 99}, ["none takes 0.01 ms or less; the fastest", "none has 99 % or more; the most accurate"]),
+        (
+            {"--slo-ms": 0.3, "--min-top1": 80},
+            ["none takes 0.3 ms or less; the fastest", "the fastest with at least 80 %"],
+        ),
+        (
+            {"--slo-ms": 5, "--min-top1": 99},
+            ["the most accurate within 5 ms", "none has 99 % or more; the most accurate"],
+        ),
+        (
+            {"--slo-ms": 0.01, "--min-top1": 99},
+            ["none takes 0.01 ms or less; the fastest", "none has 99 % or more; the most accurate"],
+        ),
     ],
     ids=str,
 )
-def test_each_part_of_a_wish_that_nothing_meets_has_a_table_of_the_nearest(wish: dict[str, float], headings: list[str], capsys) -> None:
+def test_each_part_of_a_wish_that_nothing_meets_has_a_table_of_the_nearest(
+    wish: dict[str, float], headings: list[str], capsys
+) -> None:
     status, text, _ = run(capsys, "--gpu", "t4", *(word for pair in wish.items() for word in pair))
     assert status == 1
     lines = text.splitlines()
@@ -95,9 +108,13 @@ def test_remedies_of_an_answer_that_failed_work(wish: tuple[float, float], capsy
 
 
 def test_measured_files_win_over_estimates_and_those_of_others_are_named(tmp_path: Path, capsys) -> None:
-    write_benchmark(tmp_path / "t4.json", make_benchmark(make_model("B1", "fp16", (make_point(8, 0.01),)), device="Tesla T4"))
+    write_benchmark(
+        tmp_path / "t4.json", make_benchmark(make_model("B1", "fp16", (make_point(8, 0.01),)), device="Tesla T4")
+    )
     write_benchmark(tmp_path / "a10.json", make_benchmark(make_model("B1"), device="NVIDIA A10"))
-    status, text, _ = run(capsys, "--min-top1", 77, "--gpu", "t4", "--measured", tmp_path / "t4.json", tmp_path / "a10.json")
+    status, text, _ = run(
+        capsys, "--min-top1", 77, "--gpu", "t4", "--measured", tmp_path / "t4.json", tmp_path / "a10.json"
+    )
     first = rows(text)[0]
     assert status == 0 and first[0] == "B1" and first[-2:] == ["measured,", "t4.json"]
     assert any(row[-1] == "estimated" for row in rows(text))
@@ -143,10 +160,14 @@ def test_precision_whose_peak_is_not_known_is_named(capsys) -> None:
 
 
 def test_json_holds_the_answer_and_its_assumptions(capsys) -> None:
-    _, text, _ = run(capsys, "--slo-ms", 5, "--min-top1", 77, "--gpu", "a10", "--precision", "fp16", "--batch", "1,8", "--json")
+    _, text, _ = run(
+        capsys, "--slo-ms", 5, "--min-top1", 77, "--gpu", "a10", "--precision", "fp16", "--batch", "1,8", "--json"
+    )
     answer = json.loads(text)
     assert answer["device"] == "A10" and answer["assumptions"]["efficiency"]["fp16"] == 0.4
-    assert {choice["precision"] for choice in answer["fitting"]} == {"fp16"} and {choice["batch"] for choice in answer["fitting"]} <= {1, 8}
+    assert {choice["precision"] for choice in answer["fitting"]} == {"fp16"} and {
+        choice["batch"] for choice in answer["fitting"]
+    } <= {1, 8}
     assert "lose at batch 1" in answer["grouped"]
     assert answer["nearest"] == {"fast_enough": [], "accurate_enough": [], "fastest": [], "most_accurate": []}
     answer = json.loads(run(capsys, "--slo-ms", 0.01, "--gpu", "a10", "--json")[1])

@@ -36,18 +36,35 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 def test_table_json_file_and_picture_tell_of_the_same_run(model: Path, tmp_path: Path, capsys) -> None:
     pytest.importorskip("matplotlib")
     out, plot = tmp_path / "b.json", tmp_path / "b.png"
-    status, text, err = run(capsys, model, "--batch", "4,1,1", *QUICK, "--cpu-threads", 1, "--out", out, "--plot", plot, "--layers")
+    status, text, err = run(
+        capsys, model, "--batch", "4,1,1", *QUICK, "--cpu-threads", 1, "--out", out, "--plot", plot, "--layers"
+    )
     assert status == 0, err
     result = read_benchmark(out)
     assert [point.batch for point in result.models[0].points] == [1, 4]
     table = text.partition("latency of one call, ms\n")[2].splitlines()
-    assert table[0].split() == ["model", "way", "batch", "min", "median", "p90", "p95", "p99", "max", "images/s", "of", "roofline"]
+    assert table[0].split() == [
+        "model",
+        "way",
+        "batch",
+        "min",
+        "median",
+        "p90",
+        "p95",
+        "p99",
+        "max",
+        "images/s",
+        "of",
+        "roofline",
+    ]
     assert [line.split()[:2] for line in table[1:3]] == [["small", "(fp32)"]] * 2
     assert f"{result.models[0].points[1].images_per_second:,.1f}" in table[2]
     assert "roofline of" in text and "small.onnx, batch 4" in text  # --layers
     assert sum(line.split()[0].startswith("stage") for line in text.splitlines() if line.strip()) == 2 * 8
     assert "copies to a device, computing and launches are not told apart" in text
-    assert f"written  {out}" in text and "repvgg-trt advise" not in err  # there is no published accuracy of this architecture
+    assert (
+        f"written  {out}" in text and "repvgg-trt advise" not in err
+    )  # there is no published accuracy of this architecture
     assert plot.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and plot.stat().st_size > 20_000
 
 
@@ -65,11 +82,17 @@ def test_times_that_were_not_stable_are_marked_and_explained(model: Path, monkey
     assert status == 0 and "engine " in lines[5] and "engine!" in lines[6]  # batch 1 was stable, batch 8 was not
     explained = next(index for index, line in enumerate(lines) if line.startswith("! not stable"))
     assert lines[explained + 1].split() == ["a0-fp32", "(fp32)", "engine", "8", "calls", "spread", "by", "20", "%"]
-    monkeypatch.setattr("repvgg_deploy.cli.bench.run_benchmark", lambda *_, **__: make_benchmark(make_model(points=(make_point(1, 1.0),))))
+    monkeypatch.setattr(
+        "repvgg_deploy.cli.bench.run_benchmark",
+        lambda *_, **__: make_benchmark(make_model(points=(make_point(1, 1.0),))),
+    )
     _, text, _ = run(capsys, model)
     assert "!" not in text and "p99 of fewer" not in text
     few = dataclasses.replace(make_point(1, 1.0), latency=dataclasses.replace(make_point(1, 1.0).latency, calls=99))
-    monkeypatch.setattr("repvgg_deploy.cli.bench.run_benchmark", lambda *_, **__: make_benchmark(make_model(points=(few, make_point(8, 2.0)))))
+    monkeypatch.setattr(
+        "repvgg_deploy.cli.bench.run_benchmark",
+        lambda *_, **__: make_benchmark(make_model(points=(few, make_point(8, 2.0)))),
+    )
     _, text, _ = run(capsys, model)
     assert "p99 of fewer than 100 calls is the largest of them, as in 1 of 2 rows" in text and "!" not in text
 
@@ -83,7 +106,9 @@ def test_next_command_reads_what_was_written(model: Path, tmp_path: Path, monkey
     assert "measured, b 1.json" in capsys.readouterr().out
 
 
-def test_no_advice_is_offered_on_an_image_size_that_nobody_published(model: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_no_advice_is_offered_on_an_image_size_that_nobody_published(
+    model: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
     # What was offered ended with "there is nothing to choose from".
     result = make_benchmark(dataclasses.replace(make_model("B1"), image_size=(128, 128)), device="Tesla T4")
     monkeypatch.setattr("repvgg_deploy.cli.bench.run_benchmark", lambda *_, **__: result)
@@ -160,7 +185,9 @@ def test_picture_has_every_point_and_every_layer() -> None:
     assert [line.get_xdata().tolist() for line in lines] == [[1.0, 2.0], [0.5, 6.0]]
     assert [text.get_text() for text in latency.texts] == ["batch 1", "batch 8", "batch 1", "batch 32"]
     dots = [len(group.get_offsets()) for group in roofline.collections]
-    assert dots.count(23) == 4 and dots.count(1) == 4  # 22 layers and the classifier, and the whole, at the smallest and largest batch of each
+    assert (
+        dots.count(23) == 4 and dots.count(1) == 4
+    )  # 22 layers and the classifier, and the whole, at the smallest and largest batch of each
     said = [text.get_text() for text in roofline.texts]
     assert "batch 32: 25 %" in said and "fp32: 8 Top/s" in said and "int8: 130 Top/s" in said
     assert "Fake GPU" in latency.get_title(loc="left") and "Fake GPU" in roofline.get_title(loc="left")

@@ -36,7 +36,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("REPVGG_DEPLOY_CACHE", str(folder))
-    monkeypatch.setattr(build_module, "look_for_gpu", lambda: GpuSearch(None, "no driver"))  # also on a machine with a GPU
+    monkeypatch.setattr(
+        build_module, "look_for_gpu", lambda: GpuSearch(None, "no driver")
+    )  # also on a machine with a GPU
     return folder
 
 
@@ -66,7 +68,10 @@ def test_build_prints_what_was_built_and_what_to_do_next(tmp_path: Path, capsys:
     assert lines["passport"] == f"{plan}.json (written)"
     assert err == f"next: repvgg-trt check {plan}\n"
     passport = read_passport(plan)
-    assert passport is not None and (passport.precision, passport.compute_capabilities) == ("not_inspected", ("8.6", "8.9"))
+    assert passport is not None and (passport.precision, passport.compute_capabilities) == (
+        "not_inspected",
+        ("8.6", "8.9"),
+    )
 
 
 @needs_rtx
@@ -75,7 +80,9 @@ def test_second_build_is_reused_and_says_so(tmp_path: Path, capsys: pytest.Captu
     run(capsys, model, "--backend", "rtx")
     status, out, _ = run(capsys, model, "--backend", "rtx")
     assert status == 0 and "seconds" not in lines_of(out)
-    assert re.fullmatch(r"an identical plan is in its place already, built in \d+\.\d s: nothing was built now", lines_of(out)["reused"])
+    assert re.fullmatch(
+        r"an identical plan is in its place already, built in \d+\.\d s: nothing was built now", lines_of(out)["reused"]
+    )
     assert lines_of(out)["up to date"].startswith(str(tmp_path / "fp16.plan"))
     _, out, _ = run(capsys, model, "--backend", "rtx", "--out", tmp_path / "o.plan")
     assert "an identical plan is in the cache" in out
@@ -85,7 +92,10 @@ def test_second_build_is_reused_and_says_so(tmp_path: Path, capsys: pytest.Captu
 
 
 @needs_rtx
-@pytest.mark.parametrize(("flag", "text"), [("--fp16", r"the outputs differ by .*"), ("--int8", r"\d+\.\d\d% of the images keep FP32's best class")])
+@pytest.mark.parametrize(
+    ("flag", "text"),
+    [("--fp16", r"the outputs differ by .*"), ("--int8", r"\d+\.\d\d% of the images keep FP32's best class")],
+)
 def test_fp32_graph_becomes_typed_and_the_second_time_is_not_even_calibrated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, flag: str, text: str
 ) -> None:
@@ -96,14 +106,20 @@ def test_fp32_graph_becomes_typed_and_the_second_time_is_not_even_calibrated(
     assert status == 0, err
     assert re.fullmatch(f"the graph was FP32 and became {flag[2:].upper()}: {text}", lines_of(out)["typed"])
     assert re.match(r"\d+\.\d: quantize \d+\.\d, parse", lines_of(out)["seconds"])
-    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".npz") == ["fp32.onnx", "fp32.plan", "fp32.plan.json"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".npz") == [
+        "fp32.onnx",
+        "fp32.plan",
+        "fp32.plan.json",
+    ]
     monkeypatch.setattr(build_module, "build", None)
     monkeypatch.setattr("repvgg_deploy.precision.quantization.quantize", None)
     status, out, err = run(capsys, model, flag, "--backend", "rtx", *images)
     assert status == 0 and "nothing was built now" in out, err
     if images:
         np.savez(tmp_path / "i.npz", images=np.random.default_rng(1).integers(0, 256, (20, 16, 16, 3), np.uint8))
-        assert run(capsys, model, flag, "--backend", "rtx", *images)[0] == 1  # other images: it is calibrated again, which cannot be here
+        assert (
+            run(capsys, model, flag, "--backend", "rtx", *images)[0] == 1
+        )  # other images: it is calibrated again, which cannot be here
 
 
 @needs_rtx
@@ -114,7 +130,9 @@ def test_json_is_one_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     answer: dict[str, Any] = json.loads(out)
     assert (answer["status"], answer["origin"], answer["typed_from_fp32"]) == ("written", "built", False)
     assert [output["name"] for output in answer["passport"]["spec"]["outputs"]] == ["scores", "classes"]
-    assert answer["passport"]["spec"]["input"]["dtype"] == "uint8" and answer["passport"]["config"]["precision"] == "fp32"
+    assert (
+        answer["passport"]["spec"]["input"]["dtype"] == "uint8" and answer["passport"]["config"]["precision"] == "fp32"
+    )
     assert answer["bytes"] == (tmp_path / "fp32.plan").stat().st_size
 
 
@@ -140,7 +158,9 @@ def test_interrupt_while_tensorrt_builds_exits_130_and_leaves_nothing(
 def test_three_builds_of_the_same_plan_at_once_all_end_well(tmp_path: Path) -> None:
     model = make_typed(tmp_path, "fp32")
     command = [sys.executable, "-m", "repvgg_deploy.cli.trt", "build", str(model), "--backend", "rtx", "--json"]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(3)]
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(3)
+    ]
     results = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], results
     plans = {json.loads(out)["passport"]["plan_sha256"] for out, _ in results}
@@ -168,12 +188,18 @@ FAULTS: dict[str, tuple[list[str], str]] = {
     "hardware": (["fp16.onnx", "--hardware-compatible"], "has no --hardware-compatible"),
     "fp32 of fp16": (["fp16.onnx", "--fp32"], "is typed fp16, and fp32 was asked for"),
     "int8 of fp16": (["fp16.onnx", "--int8"], "is typed fp16, and int8 was asked for"),
-    "calib of fp16": (["fp16.onnx", "--fp16", "--calib", "x"], "is typed fp16 already, so there is nothing to calibrate"),
+    "calib of fp16": (
+        ["fp16.onnx", "--fp16", "--calib", "x"],
+        "is typed fp16 already, so there is nothing to calibrate",
+    ),
     "calib alone": (["fp32.onnx", "--calib", "x"], "--calib is of --fp16 and --int8, and neither is asked for"),
     "batches": (["fp16.onnx", "--min-batch", "4", "--max-batch", "2"], "expected 1 ≤ min ≤ opt ≤ max"),
     "config": (["fp16.onnx", "--config", "none.toml"], "cannot be read as a build configuration"),
     "config precision": (["fp16.onnx", "--config", "int8.toml"], "is typed fp16, and int8 was asked for"),
-    "config and options": (["fp32.onnx", "--config", "fp16.toml", "--calib", "statistics"], "--calib statistics is of --int8"),
+    "config and options": (
+        ["fp32.onnx", "--config", "fp16.toml", "--calib", "statistics"],
+        "--calib statistics is of --int8",
+    ),
     "no file": (["none.onnx", "--fp16"], "no such file"),
     "foreign": (["foreign.onnx"], "truncated, or not an ONNX"),
     "calibration": (["fp32.onnx", "--int8"], "no images to calibrate with|calib"),
@@ -225,7 +251,15 @@ def test_usage_errors(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "count"), [("4GiB", 4 << 30), ("512 MiB", 512 << 20), ("1.5gib", 3 << 29), ("2GB", 2_000_000_000), ("123", 123), ("1kB", 1000)]
+    ("text", "count"),
+    [
+        ("4GiB", 4 << 30),
+        ("512 MiB", 512 << 20),
+        ("1.5gib", 3 << 29),
+        ("2GB", 2_000_000_000),
+        ("123", 123),
+        ("1kB", 1000),
+    ],
 )
 def test_sizes_are_read(text: str, count: int) -> None:
     assert parse_bytes(text) == count
@@ -249,7 +283,9 @@ def test_sizes_that_are_none_are_refused(text: str) -> None:
         (("--min-batch", "2", "--opt-batch", "3", "--max-batch", "5"), (2, 3, 5)),
     ],
 )
-def test_batch_sizes_that_are_not_given_follow_those_that_are(tmp_path: Path, given: tuple[str, ...], wanted: tuple[int, int, int]) -> None:
+def test_batch_sizes_that_are_not_given_follow_those_that_are(
+    tmp_path: Path, given: tuple[str, ...], wanted: tuple[int, int, int]
+) -> None:
     args = build_parser().parse_args(["build", str(make_typed(tmp_path, "fp32")), *given])
     options = read_build_options(args)
     assert options.config.profile == ShapeProfile(*wanted) and options.profile_given == bool(given)
@@ -260,9 +296,24 @@ def test_command_line_overrides_the_configuration_file(tmp_path: Path) -> None:
     file = ROOT / "engines" / "configs" / "edge.toml"
     arguments = ["build", str(model), "--config", str(file)]
     plain = read_build_options(build_parser().parse_args(arguments))
-    assert (plain.config.precision, plain.config.profile, plain.config.workspace_bytes) == ("fp16", ShapeProfile(1, 1, 1), 256 << 20)
+    assert (plain.config.precision, plain.config.profile, plain.config.workspace_bytes) == (
+        "fp16",
+        ShapeProfile(1, 1, 1),
+        256 << 20,
+    )
     assert plain.quantize is not None and plain.quantize.precision == "fp16"
-    changed = [*arguments, "--fp32", "--max-batch", "2", "--workspace", "1GiB", "--optimization-level", "0", "--sparse", "--tf32"]
+    changed = [
+        *arguments,
+        "--fp32",
+        "--max-batch",
+        "2",
+        "--workspace",
+        "1GiB",
+        "--optimization-level",
+        "0",
+        "--sparse",
+        "--tf32",
+    ]
     config = read_build_options(build_parser().parse_args(changed)).config
     assert (config.precision, config.profile, config.workspace_bytes) == ("fp32", ShapeProfile(1, 1, 2), 1 << 30)
     assert (config.optimization_level, config.sparse, config.tf32) == (0, True, True)
@@ -270,6 +321,8 @@ def test_command_line_overrides_the_configuration_file(tmp_path: Path) -> None:
 
 def test_configuration_with_options_of_another_precision_is_refused(tmp_path: Path) -> None:
     file = ROOT / "engines" / "configs" / "fp16.toml"
-    args = build_parser().parse_args(["build", str(make_typed(tmp_path, "fp32")), "--config", str(file), "--keep", "stage0.conv"])
+    args = build_parser().parse_args(
+        ["build", str(make_typed(tmp_path, "fp32")), "--config", str(file), "--keep", "stage0.conv"]
+    )
     with pytest.raises(InputError, match="--keep is of --int8"):
         read_build_options(args)

@@ -29,7 +29,9 @@ def plan(tmp_path: Path) -> Path:
 
 def write_plan(path: Path, **changes: Any) -> Path:
     path.write_bytes(b"ftrt plan")
-    passport = make_passport(plan_sha256=hashlib.sha256(b"ftrt plan").hexdigest(), precision_shares={"fp16": 0.988, "fp32": 0.012}, **changes)
+    passport = make_passport(
+        plan_sha256=hashlib.sha256(b"ftrt plan").hexdigest(), precision_shares={"fp16": 0.988, "fp32": 0.012}, **changes
+    )
     path.with_name(f"{path.name}.json").write_text(codec.dumps(passport), encoding="utf-8")
     return path
 
@@ -63,8 +65,12 @@ def test_plan_that_will_run_here(plan: Path, machine, capsys: pytest.CaptureFixt
     status, out, err = run(capsys, plan)
     assert (status, err) == (0, "")
     assert re.search(r"^precision  fp16: fp16 98\.8%, fp32 1\.2% of the multiply-accumulates$", out, re.M)
-    assert re.search(r"^runs on    compute capability 8\.9 \(NVIDIA L4\), with TensorRT 11\.4\.0\.106 and no other$", out, re.M)
-    assert re.search(r"^here       NVIDIA L4 \(compute capability 8\.9\), driver 580\.95\.05, TensorRT 11\.4\.0\.106$", out, re.M)
+    assert re.search(
+        r"^runs on    compute capability 8\.9 \(NVIDIA L4\), with TensorRT 11\.4\.0\.106 and no other$", out, re.M
+    )
+    assert re.search(
+        r"^here       NVIDIA L4 \(compute capability 8\.9\), driver 580\.95\.05, TensorRT 11\.4\.0\.106$", out, re.M
+    )
     assert re.search(r"^verdict    it will run$", out, re.M)
 
 
@@ -91,10 +97,16 @@ def test_onnx_in_place_of_a_plan_is_named(tmp_path: Path, capsys: pytest.Capture
     model = tmp_path / "m.onnx"
     model.write_bytes(b"anything")
     status, _, err = run(capsys, model)
-    assert status == 1 and "m.onnx: is an ONNX file by its name, expected a plan" in err and f"repvgg-trt inspect {model}" in err
+    assert (
+        status == 1
+        and "m.onnx: is an ONNX file by its name, expected a plan" in err
+        and f"repvgg-trt inspect {model}" in err
+    )
 
 
-def test_machine_without_tensorrt_is_not_said_to_have_one(plan: Path, machine, capsys: pytest.CaptureFixture[str]) -> None:
+def test_machine_without_tensorrt_is_not_said_to_have_one(
+    plan: Path, machine, capsys: pytest.CaptureFixture[str]
+) -> None:
     machine(None, L4)
     _, out, err = run(capsys, plan)
     assert re.search(r"^here       NVIDIA L4 \(compute capability 8\.9\), driver 580\.95\.05, no TensorRT$", out, re.M)
@@ -111,13 +123,18 @@ def test_lean_runtime_runs_version_compatible_plans_only(
     assert found == status
     assert re.search(r"^here       NVIDIA L4 .*, TensorRT \(lean runtime\) 11\.4\.0\.106$", out, re.M)
     if not flexible:
-        assert "here is only the lean runtime of TensorRT 11.4.0.106, which runs version-compatible plans and no others" in err
+        assert (
+            "here is only the lean runtime of TensorRT 11.4.0.106, which runs version-compatible plans and no others"
+            in err
+        )
         assert "--version-compatible" in err and "[tensorrt]" in err
     answer = json.loads(run(capsys, plan, "--json")[1])
     assert (answer["compatible"], answer["environment"]["lean"]) == (flexible, True)
 
 
-def test_lean_runtime_without_a_driver_is_never_started(tmp_path: Path, machine, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lean_runtime_without_a_driver_is_never_started(
+    tmp_path: Path, machine, capsys: pytest.CaptureFixture[str]
+) -> None:
     machine(None, None, lean="11.4.0.106")
     status, out, err = run(capsys, write_plan(tmp_path / "x.plan", version_compatible=True))
     assert status == 1 and "no GPU, TensorRT (lean runtime) 11.4.0.106" in out
@@ -144,7 +161,9 @@ def test_whole_tensorrt_comes_before_its_lean_runtime(plan: Path, machine, capsy
         ("gpu=orin,trt=11.4.0.106", 1, "it will not run"),
     ],
 )
-def test_verdict_on_a_place_that_is_described(plan: Path, capsys: pytest.CaptureFixture[str], target: str, status: int, text: str) -> None:
+def test_verdict_on_a_place_that_is_described(
+    plan: Path, capsys: pytest.CaptureFixture[str], target: str, status: int, text: str
+) -> None:
     found, out, err = run(capsys, plan, "--target", target)
     assert found == status and text in out, out
     assert (err == "") == (status == 0)
@@ -160,7 +179,9 @@ def test_json_answers_the_same(plan: Path, capsys: pytest.CaptureFixture[str]) -
     assert (status, answer["compatible"]) == (1, False) and "T4" in answer["reason"] and answer["remedy"]
 
 
-def test_hardware_and_version_compatible_plan_says_where_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hardware_and_version_compatible_plan_says_where_it_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     plan = write_plan(tmp_path / "x.plan", hardware_compatible=True, version_compatible=True)
     status, out, _ = run(capsys, plan, "--target", "gpu=h100,trt=11.5.0.1")
     assert status == 0

@@ -73,7 +73,10 @@ def test_run_of_our_error_with_json_prints_it_as_json(capsys: pytest.CaptureFixt
     assert printed.err == ""
 
 
-@pytest.mark.parametrize("error", [InputError("it is bad", remedy="make it good"), ZeroDivisionError("division by zero"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error",
+    [InputError("it is bad", remedy="make it good"), ZeroDivisionError("division by zero"), KeyboardInterrupt()],
+)
 def test_run_with_vv_shows_the_traceback(capsys: pytest.CaptureFixture[str], error: BaseException) -> None:
     run(raising(error), parse("-v"))
     assert "Traceback" not in capsys.readouterr().err
@@ -84,12 +87,18 @@ def test_run_with_vv_shows_the_traceback(capsys: pytest.CaptureFixture[str], err
 @pytest.mark.parametrize(
     ("error", "message", "remedy"),
     [
-        (ZeroDivisionError("division\nby zero"), "unexpected ZeroDivisionError: division by zero", "please report this; run it again with -vv"),
+        (
+            ZeroDivisionError("division\nby zero"),
+            "unexpected ZeroDivisionError: division by zero",
+            "please report this; run it again with -vv",
+        ),
         (AssertionError(), "unexpected AssertionError: no message", "please report this; run it again with -vv"),
         (MemoryError(), "out of memory", "give a smaller batch"),
     ],
 )
-def test_run_of_unexpected_error_is_one_line(capsys: pytest.CaptureFixture[str], error: BaseException, message: str, remedy: str) -> None:
+def test_run_of_unexpected_error_is_one_line(
+    capsys: pytest.CaptureFixture[str], error: BaseException, message: str, remedy: str
+) -> None:
     assert run(raising(error), parse()) == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == f"error: {message}"
@@ -102,8 +111,12 @@ def test_run_of_interrupted_body_exits_130(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().err == "interrupted\n"
 
 
-@pytest.mark.parametrize(("arguments", "levels"), [([], ["WARNING"]), (["-v"], ["INFO", "WARNING"]), (["-vv"], ["DEBUG", "INFO", "WARNING"])])
-def test_run_logs_what_verbosity_asks_for(capsys: pytest.CaptureFixture[str], arguments: list[str], levels: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "levels"), [([], ["WARNING"]), (["-v"], ["INFO", "WARNING"]), (["-vv"], ["DEBUG", "INFO", "WARNING"])]
+)
+def test_run_logs_what_verbosity_asks_for(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], levels: list[str]
+) -> None:
     logger = logging.getLogger("repvgg_deploy.some_stage")
 
     def body(args: argparse.Namespace) -> Output:
@@ -172,20 +185,29 @@ sys.exit(run({"wait": wait, "talk": talk}[sys.argv[1]], argparse.Namespace(json=
 def start(*arguments: str, stdout: int = subprocess.PIPE, ignore_hangup: bool = False) -> subprocess.Popen[str]:
     # As from a terminal, also where the tests themselves run in the background or under nohup, which children inherit.
     hangup = "signal.SIG_IGN" if ignore_hangup else "signal.SIG_DFL"
-    signals = f"import signal; signal.signal(signal.SIGHUP, {hangup}); signal.signal(signal.SIGINT, signal.default_int_handler)"
+    signals = (
+        f"import signal; signal.signal(signal.SIGHUP, {hangup}); signal.signal(signal.SIGINT, "
+        f"signal.default_int_handler)"
+    )
     command = [sys.executable, "-c", f"{signals}\n{PROGRAM}", *arguments]
     return subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize(
     ("number", "code", "message"),
-    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated by SIGTERM"), (signal.SIGHUP, 129, "terminated by SIGHUP")],
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 143, "terminated by SIGTERM"),
+        (signal.SIGHUP, 129, "terminated by SIGHUP"),
+    ],
 )
 def test_program_that_gets_a_signal_leaves_no_file(tmp_path: Path, number: int, code: int, message: str) -> None:
     with start("wait", str(tmp_path / "out.onnx")) as process:
         assert process.stderr is not None
         assert process.stderr.readline() == "ready\n"
-        assert len(list(tmp_path.iterdir())) == 1  # the partial file is there, and would be left by a program that just dies
+        assert (
+            len(list(tmp_path.iterdir())) == 1
+        )  # the partial file is there, and would be left by a program that just dies
         process.send_signal(number)
         _, errors = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == code
@@ -280,7 +302,9 @@ def test_progress_never_reaches_the_last_column(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_warning_while_a_bar_is_drawn_stands_in_a_line_of_its_own(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warning_while_a_bar_is_drawn_stands_in_a_line_of_its_own(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stream = Terminal() if terminal else io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
 

@@ -44,7 +44,9 @@ def ask(capsys: pytest.CaptureFixture[str], *arguments: object) -> AgreementRepo
     return codec.decode(AgreementReport, answer["report"])
 
 
-def test_compare_of_int8_is_what_a_calculation_by_hand_gives(models: Path, sample_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_of_int8_is_what_a_calculation_by_hand_gives(
+    models: Path, sample_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     one, two = models / "fp32.onnx", models / "int8.onnx"
     report = ask(capsys, one, two, "--data", sample_dir / "eval.npz")
     with np.load(sample_dir / "eval.npz") as data, Engine(one) as fp32, Engine(two) as int8:
@@ -91,8 +93,23 @@ def test_compare_of_other_forms_of_one_network_finds_no_difference(
     assert all(layer.sqnr_db > 100 for layer in report.layers)
 
 
-def test_compare_prints_a_summary_with_layers(models: Path, sample_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", str(models / "fp32.onnx"), str(models / "int8.onnx"), "--data", str(sample_dir / "eval.npz"), "--limit", "60"]) == 0
+def test_compare_prints_a_summary_with_layers(
+    models: Path, sample_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(
+            [
+                "compare",
+                str(models / "fp32.onnx"),
+                str(models / "int8.onnx"),
+                "--data",
+                str(sample_dir / "eval.npz"),
+                "--limit",
+                "60",
+            ]
+        )
+        == 0
+    )
     printed = capsys.readouterr()
     assert printed.err == ""
     lines = printed.out.splitlines()
@@ -102,16 +119,33 @@ def test_compare_prints_a_summary_with_layers(models: Path, sample_dir: Path, ca
     assert lines[7].split()[0] == "stage0.conv"
 
 
-def test_compare_without_labels_leaves_accuracy_out_and_draws(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_without_labels_leaves_accuracy_out_and_draws(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for index in range(4):
-        Image.fromarray(np.random.default_rng(index).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path / f"{index}.png")
+        Image.fromarray(np.random.default_rng(index).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(
+            tmp_path / f"{index}.png"
+        )
     picture = tmp_path / "drawn" / "p.png"
     picture.parent.mkdir()
     report = ask(capsys, models / "fp32.onnx", models / "int8.onnx", "--data", tmp_path, "--plot", picture)
     assert report.images == 4
     assert report.reference is None
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert main(["compare", str(models / "fp32.onnx"), str(models / "int8.onnx"), "--data", str(tmp_path / "0.png"), "--layer-images", "0"]) == 0
+    assert (
+        main(
+            [
+                "compare",
+                str(models / "fp32.onnx"),
+                str(models / "int8.onnx"),
+                "--data",
+                str(tmp_path / "0.png"),
+                "--layer-images",
+                "0",
+            ]
+        )
+        == 0
+    )
     assert "layers not compared: not asked for" in capsys.readouterr().out
 
 
@@ -161,13 +195,17 @@ def test_models_that_normalise_differently_see_the_same_pixels() -> None:
     assert np.array_equal(inputs.other(pixels), normalize(pixels, other.preprocessing))
 
 
-@pytest.mark.parametrize("arguments", [["a.onnx"], ["a.onnx", "b.onnx"], ["a.onnx", "b.onnx", "--data", "x", "--layer-images", "-1"]])
+@pytest.mark.parametrize(
+    "arguments", [["a.onnx"], ["a.onnx", "b.onnx"], ["a.onnx", "b.onnx", "--data", "x", "--layer-images", "-1"]]
+)
 def test_compare_usage_errors(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["compare", *arguments])
     assert caught.value.code == 2
 
 
-def test_compare_of_a_missing_model_is_one_message(models: Path, sample_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_of_a_missing_model_is_one_message(
+    models: Path, sample_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["compare", str(models / "fp32.onnx"), "nowhere.onnx", "--data", str(sample_dir / "eval.npz")]) == 1
     assert "nowhere.onnx: no such file" in capsys.readouterr().err

@@ -49,7 +49,9 @@ def ask(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any
     return answer
 
 
-def test_eval_of_the_sample_gives_the_accuracy_of_its_card(sample: Path, sample_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_of_the_sample_gives_the_accuracy_of_its_card(
+    sample: Path, sample_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     answer = ask(capsys, sample, "--data", sample_dir / "eval.npz", "--threads", 2)
     report = codec.decode(AccuracyReport, answer["report"])
     with np.load(sample_dir / "eval.npz") as data, Engine(sample) as engine:
@@ -63,7 +65,9 @@ def test_eval_of_the_sample_gives_the_accuracy_of_its_card(sample: Path, sample_
     assert report.inference_images_per_second > 0
 
 
-def test_eval_prints_a_summary_and_the_worst_classes(sample: Path, sample_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_prints_a_summary_and_the_worst_classes(
+    sample: Path, sample_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["eval", str(sample), "--data", str(sample_dir / "eval.npz"), "--limit", "390", "--worst", "2"]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
@@ -75,7 +79,14 @@ def test_eval_prints_a_summary_and_the_worst_classes(sample: Path, sample_dir: P
 
 
 @pytest.mark.parametrize(
-    "options", [ModelOptions(), ModelOptions(batch=3), ModelOptions(uint8=True), ModelOptions(kind="top5"), ModelOptions(half=True)]
+    "options",
+    [
+        ModelOptions(),
+        ModelOptions(batch=3),
+        ModelOptions(uint8=True),
+        ModelOptions(kind="top5"),
+        ModelOptions(half=True),
+    ],
 )
 def test_eval_of_every_kind_of_model_agrees_with_the_engine(
     tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str], options: ModelOptions
@@ -91,7 +102,9 @@ def test_eval_of_every_kind_of_model_agrees_with_the_engine(
     assert report["top1"] == (best == labels).mean()
 
 
-def test_eval_skips_an_unreadable_image_with_a_warning(tmp_path: Path, folder: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_skips_an_unreadable_image_with_a_warning(
+    tmp_path: Path, folder: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (folder / "class 3" / "1.png").write_bytes(b"broken")
     assert main(["eval", str(model), "--data", str(folder)]) == 0
     printed = capsys.readouterr()
@@ -103,7 +116,9 @@ def test_eval_skips_an_unreadable_image_with_a_warning(tmp_path: Path, folder: P
     assert "more than 10%" in capsys.readouterr().err
 
 
-def test_eval_draws_a_picture_and_does_not_overwrite_another(folder: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_draws_a_picture_and_does_not_overwrite_another(
+    folder: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     picture = tmp_path / "p.png"
     arguments = ["eval", str(model), "--data", str(folder), "--plot", str(picture)]
     assert main(arguments) == 0
@@ -162,7 +177,10 @@ def test_eval_of_a_backbone_is_refused(tmp_path: Path, folder: Path, capsys: pyt
     assert "gives features, not classes" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["--data", "x", "--limit", "0"], ["--data", "x", "--batch-size", "-1"], ["--data", "x", "--worst", "a"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--data", "x", "--limit", "0"], ["--data", "x", "--batch-size", "-1"], ["--data", "x", "--worst", "a"]],
+)
 def test_eval_usage_errors(model: Path, arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["eval", str(model), *arguments])

@@ -49,7 +49,9 @@ def refused(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: object
     return err
 
 
-def test_export_prints_certificate_specification_and_next_command(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_prints_certificate_specification_and_next_command(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     status, out, err = run(capsys, "--ckpt", checkpoint, *SIZE)
     assert status == 0
     for text in (
@@ -76,7 +78,9 @@ def test_export_json_is_one_object(checkpoint: Path, capsys: pytest.CaptureFixtu
     assert status == 1 and set(json.loads(out)) == {"error", "remedy"}
 
 
-def test_export_all_graph_options_reach_the_file(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_all_graph_options_reach_the_file(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "names.txt").write_text("a\nb\nc\nd\né\n", encoding="utf-8")
     status, out, err = run(
         capsys, "--ckpt", checkpoint, "--out", tmp_path / "o.onnx", "--image-size", "48x64", "--batch", 2, "--opset", 19, "--input", "uint8",
@@ -98,14 +102,19 @@ def test_describe_prints_the_command_that_exports(checkpoint: Path, capsys: pyte
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\x80", b"PK\x03\x04 not a zip", b"<html>not found</html>", b"version https://git-lfs.github.com/spec/v1\n"]
+    "content",
+    [b"", b"\x80", b"PK\x03\x04 not a zip", b"<html>not found</html>", b"version https://git-lfs.github.com/spec/v1\n"],
 )
-def test_export_file_that_is_no_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes) -> None:
+def test_export_file_that_is_no_checkpoint_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
     (tmp_path / "x.pth").write_bytes(content)
     refused(capsys, tmp_path, "--ckpt", tmp_path / "x.pth")
 
 
-def test_export_missing_folder_or_truncated_is_refused(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_missing_folder_or_truncated_is_refused(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     refused(capsys, tmp_path, "--ckpt", tmp_path / "absent.pth")
     refused(capsys, tmp_path, "--ckpt", tmp_path)
     data = checkpoint.read_bytes()
@@ -131,7 +140,9 @@ def test_export_pickle_that_would_run_code_does_not_run_it(
     assert (tmp_path / "was-run").exists()
 
 
-def test_export_evil_object_beside_tensors_is_ignored_and_the_tensors_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_evil_object_beside_tensors_is_ignored_and_the_tensors_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "out").mkdir()
     torch.save({"model": random_model(small_variant()).state_dict(), "config": Evil()}, tmp_path / "m.pth")
     status, _, err = run(capsys, "--ckpt", tmp_path / "m.pth", "--out", tmp_path / "out" / "m.onnx", *SIZE)
@@ -141,23 +152,33 @@ def test_export_evil_object_beside_tensors_is_ignored_and_the_tensors_are_read(t
 
 def test_export_another_network_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(
-        {"conv1.weight": torch.zeros(64, 3, 7, 7), "layer1.0.conv1.weight": torch.zeros(64, 64, 3, 3), "fc.weight": torch.zeros(1000, 512)},
+        {
+            "conv1.weight": torch.zeros(64, 3, 7, 7),
+            "layer1.0.conv1.weight": torch.zeros(64, 64, 3, 3),
+            "fc.weight": torch.zeros(1000, 512),
+        },
         tmp_path / "r.pth",
     )
     refused(capsys, tmp_path, "--ckpt", tmp_path / "r.pth")
 
 
-def test_export_wrong_arch_names_the_tensor_and_the_variant_that_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_wrong_arch_names_the_tensor_and_the_variant_that_fits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.save(random_model(get_variant("A0", num_classes=10)).state_dict(), tmp_path / "a0.pth")
     message = refused(capsys, tmp_path, "--ckpt", tmp_path / "a0.pth", "--arch", "A1")
     assert "stage0" in message and "48" in message and "64" in message and "A0" in message
     refused(capsys, tmp_path, "--ckpt", tmp_path / "a0.pth", "--arch", "Z9")
 
 
-def test_export_half_converted_missing_and_extra_tensors_are_refused(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_half_converted_missing_and_extra_tensors_are_refused(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     state = torch.load(checkpoint, weights_only=True)
     deploy = random_model(small_variant(), "deploy").state_dict()
-    half = {k: v for k, v in state.items() if not k.startswith("stage2.0.")} | {k: v for k, v in deploy.items() if k.startswith("stage2.0.")}
+    half = {k: v for k, v in state.items() if not k.startswith("stage2.0.")} | {
+        k: v for k, v in deploy.items() if k.startswith("stage2.0.")
+    }
     missing = {k: v for k, v in state.items() if k != "stage3.1.rbr_dense.bn.running_var"}
     extra = state | {"stage3.1.mystery.weight": torch.zeros(3)}
     for name, content, expected in (
@@ -170,14 +191,18 @@ def test_export_half_converted_missing_and_extra_tensors_are_refused(checkpoint:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_export_weights_that_are_not_finite_are_refused(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float) -> None:
+def test_export_weights_that_are_not_finite_are_refused(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float
+) -> None:
     state = torch.load(checkpoint, weights_only=True)
     state["stage3.1.rbr_dense.conv.weight"][1, 2, 0, 1] = value
     torch.save(state, checkpoint)
     assert "stage3.1.rbr_dense.conv.weight" in refused(capsys, tmp_path, "--ckpt", checkpoint)
 
 
-def test_export_existing_different_output_needs_force(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_existing_different_output_needs_force(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "m.onnx"
     out.write_text("mine")
     assert "--force" in refused(capsys, tmp_path, "--ckpt", checkpoint, "--out", out, *SIZE)
@@ -211,7 +236,8 @@ def test_export_unwritable_folder_and_full_disk_are_refused(
 def test_export_really_full_disk_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
     """A file-size limit of the operating system stops the write half-way, as a full disk does."""
     code = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000));"
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000));"
         "from repvgg_deploy.cli.export import main; sys.exit(main(sys.argv[1:]))"
     )
     (tmp_path / "out").mkdir()
@@ -226,11 +252,17 @@ def test_export_really_full_disk_leaves_nothing(checkpoint: Path, tmp_path: Path
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize(("number", "status", "stage"), [(signal.SIGINT, 130, "to_onnx"), (signal.SIGTERM, 143, "verify_onnx")])
-def test_export_interrupted_at_work_leaves_nothing(checkpoint: Path, tmp_path: Path, number: signal.Signals, status: int, stage: str) -> None:
+@pytest.mark.parametrize(
+    ("number", "status", "stage"), [(signal.SIGINT, 130, "to_onnx"), (signal.SIGTERM, 143, "verify_onnx")]
+)
+def test_export_interrupted_at_work_leaves_nothing(
+    checkpoint: Path, tmp_path: Path, number: signal.Signals, status: int, stage: str
+) -> None:
     (tmp_path / "out").mkdir()
     arguments = ["--ckpt", checkpoint, "--out", tmp_path / "out" / "m.onnx", *SIZE]
-    process = start_endless("repvgg_deploy.cli.export", arguments, Stage("repvgg_deploy.export.export", stage), tmp_path / "reached")
+    process = start_endless(
+        "repvgg_deploy.cli.export", arguments, Stage("repvgg_deploy.export.export", stage), tmp_path / "reached"
+    )
     assert len(list((tmp_path / "out").iterdir())) == 1  # the hidden partial file
     process.send_signal(number)
     _, err = process.communicate(timeout=PATIENCE_SECONDS)
@@ -270,4 +302,6 @@ def test_export_help_imports_nothing_heavy() -> None:
         "import sys\nfrom repvgg_deploy.cli.export import build_parser\nbuild_parser().format_help()\n"
         "print([m for m in ('numpy', 'torch', 'onnx', 'onnxruntime', 'PIL') if m in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

@@ -29,7 +29,9 @@ from tests.waiting import PATIENCE_SECONDS
 def exported(tmp_path_factory: pytest.TempPathFactory, sample_dir: Path) -> Path:
     """The sample, with a few calibration images beside it."""
     path = tmp_path_factory.mktemp("sample") / "sample.onnx"
-    export_checkpoint(sample_dir / "repvgg-sample.pth", path, options=ExportOptions(calibration=SynthesisOptions(images=10, steps=4)))
+    export_checkpoint(
+        sample_dir / "repvgg-sample.pth", path, options=ExportOptions(calibration=SynthesisOptions(images=10, steps=4))
+    )
     return path
 
 
@@ -66,17 +68,22 @@ def accuracy(path: Path, sample_dir: Path) -> float:
         return float((logits.argmax(axis=1) == data["labels"]).mean())
 
 
-def test_quantize_takes_the_synthetic_images_beside_the_model(sample: Path, sample_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quantize_takes_the_synthetic_images_beside_the_model(
+    sample: Path, sample_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     status, out, err = run(capsys, sample, "--int8", "--fast")
     assert status == 0, err
     target = sample.with_name("sample-int8.onnx")
     lines = dict(re.findall(r"^(\S[\w ]*?)  +(\S.*)$", out, re.M))
     assert lines["quantized"] == f"{sample} (2.5 MB) to INT8, with FP16 for the rest"
     assert lines["calibration"] == (
-        f"{sample.with_name('sample.calib.npz')}: 8 synthetic images, made from BatchNorm statistics, and 2 held out to judge the result"
+        f"{sample.with_name('sample.calib.npz')}: 8 synthetic images, made from BatchNorm statistics, and 2 held "
+        f"out to judge the result"
     )
     assert lines["INT8"] == "100.0% of the multiply-accumulates: every layer"
-    assert re.fullmatch(r"\d+\.\d\d %: \d of 2 held-out images keep FP32's best class \(at least 97 % demanded\)", lines["agreement"])
+    assert re.fullmatch(
+        r"\d+\.\d\d %: \d of 2 held-out images keep FP32's best class \(at least 97 % demanded\)", lines["agreement"]
+    )
     assert re.fullmatch(rf"{re.escape(str(target))} \(0\.\d MB, 2\d% of the FP32 file\)", lines["written"])
     assert len(out.splitlines()) == 17 and "stage" in out.splitlines()[-1]
     assert err.splitlines()[-1] == f"next: repvgg-trt compare {sample} {target} --data PATH"
@@ -89,7 +96,9 @@ def test_demand_below_which_so_few_images_passed_says_why() -> None:
     assert describe_demand(0.97, 0.97) == "at least 97 % demanded"
 
 
-def test_quantize_with_real_images_keeps_the_accuracy(sample: Path, real: Path, sample_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quantize_with_real_images_keeps_the_accuracy(
+    sample: Path, real: Path, sample_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     answer = ask(capsys, sample, "--int8", "--fast", "--calib", real, "--out", sample.with_name("o.onnx"))
     assert (answer["images"]["calibration"], answer["images"]["held_out"]) == (205, 51)
     assert answer["verification"]["agreement"] >= 0.98 and answer["verification"]["sqnr_db"] > 30
@@ -100,7 +109,9 @@ def test_quantize_with_real_images_keeps_the_accuracy(sample: Path, real: Path, 
     assert accuracy(Path(answer["out"]), sample_dir) >= 0.99
 
 
-def test_quantize_by_default_searches_and_rounds_to_second_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quantize_by_default_searches_and_rounds_to_second_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = save(tmp_path / "m.onnx", make_model(ChainOptions(widths=(8, 16), groups=(1, 1))))
     np.savez(tmp_path / "i.npz", images=np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8))
     arguments = [model, "--int8", "--calib", tmp_path / "i.npz", "--target", "trt8", "--min-agreement", "0"]
@@ -108,10 +119,15 @@ def test_quantize_by_default_searches_and_rounds_to_second_order(tmp_path: Path,
     assert (options["rounding"], options["equalize"], options["target"]) == ("second_order", "measured", "trt8")
     _, out, _ = run(capsys, *arguments)
     assert re.search(r"^equalization .*exponents \S+ to \S+ by measured error", out, re.M)
-    assert "weights rounded so that each layer's output changes least; bias corrected" in out and "with FP32 for the rest" in out
+    assert (
+        "weights rounded so that each layer's output changes least; bias corrected" in out
+        and "with FP32 for the rest" in out
+    )
 
 
-def test_quantize_by_statistics_says_that_nothing_was_verified(sample: Path, sample_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quantize_by_statistics_says_that_nothing_was_verified(
+    sample: Path, sample_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sample.with_name("sample.calib.npz").unlink()
     status, out, _ = run(capsys, sample, "--int8", "--calib", "statistics")
     assert status == 0
@@ -121,7 +137,9 @@ def test_quantize_by_statistics_says_that_nothing_was_verified(sample: Path, sam
 
 
 @pytest.mark.parametrize("calib", [False, True])
-def test_quantize_to_fp16(sample: Path, real: Path, sample_dir: Path, capsys: pytest.CaptureFixture[str], calib: bool) -> None:
+def test_quantize_to_fp16(
+    sample: Path, real: Path, sample_dir: Path, capsys: pytest.CaptureFixture[str], calib: bool
+) -> None:
     status, out, _ = run(capsys, sample, "--fp16", *(["--calib", real] if calib else []))
     assert status == 0
     assert ("measured on 256 images" if calib else "stated by the BatchNorm layers") in out
@@ -138,8 +156,22 @@ def test_quantize_twice_is_up_to_date(sample: Path, capsys: pytest.CaptureFixtur
     assert run(capsys, sample, "--fp16", "--io", "fp16", "--force")[0] == 0
 
 
-def test_quantize_keeps_layers_and_shows_what_each_costs(sample: Path, real: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [sample, "--int8", "--fast", "--calib", real, "--images", 24, "--keep", "stage0.conv", "linear", "--sensitivity"]
+def test_quantize_keeps_layers_and_shows_what_each_costs(
+    sample: Path, real: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        sample,
+        "--int8",
+        "--fast",
+        "--calib",
+        real,
+        "--images",
+        24,
+        "--keep",
+        "stage0.conv",
+        "linear",
+        "--sensitivity",
+    ]
     status, out, _ = run(capsys, *arguments)
     assert status == 0
     assert re.search(r"^INT8 +\d\d\.\d% of the multiply-accumulates; kept in FP16: stage0\.conv, linear$", out, re.M)
@@ -147,7 +179,9 @@ def test_quantize_keeps_layers_and_shows_what_each_costs(sample: Path, real: Pat
     assert main(["inspect", str(sample.with_name("sample-int8.onnx"))]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"^precision +int8 \d\d\.\d %, fp16 \d+\.\d % of the multiply-accumulates$", printed, re.M)
-    assert re.search(r"^ +int8: .*data_sha256 [0-9a-f]{16}…, .*images 24, kept stage0\.conv, linear, .*verified 12$", printed, re.M)
+    assert re.search(
+        r"^ +int8: .*data_sha256 [0-9a-f]{16}…, .*images 24, kept stage0\.conv, linear, .*verified 12$", printed, re.M
+    )
     assert re.search(r"^  linear .* fp16$", printed, re.M) and re.search(r"^  stage1\.0 .* int8$", printed, re.M)
 
 
@@ -162,7 +196,9 @@ def test_quantize_draws_layers_and_ranges(sample: Path, capsys: pytest.CaptureFi
             assert image.width < 1200
 
 
-def test_quantize_with_saved_scales_gives_the_same_file(sample: Path, real: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quantize_with_saved_scales_gives_the_same_file(
+    sample: Path, real: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = [sample, "--int8", "--fast", "--no-equalize", "--calib", real, "--images", 24]
     saved = sample.with_name("s.json")
     status, out, _ = run(capsys, *arguments, "--save-scales", saved)
@@ -175,14 +211,31 @@ def test_quantize_with_saved_scales_gives_the_same_file(sample: Path, real: Path
     assert status == 1 and "of another images" in err
 
 
-def test_quantize_below_the_gate_exits_1_and_names_layers(sample: Path, real: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_quantize_below_the_gate_exits_1_and_names_layers(
+    sample: Path, real: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     chain = save(tmp_path / "m.onnx", make_model(KINDS["plain"]))
     pixels = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3), np.uint8)
     np.savez(tmp_path / "i.npz", images=pixels)
-    arguments = [chain, "--int8", "--fast", "--method", "max", "--no-equalize", "--calib", tmp_path / "i.npz", "--min-agreement", "1"]
+    arguments = [
+        chain,
+        "--int8",
+        "--fast",
+        "--method",
+        "max",
+        "--no-equalize",
+        "--calib",
+        tmp_path / "i.npz",
+        "--min-agreement",
+        "1",
+    ]
     status, out, err = run(capsys, *arguments)
     assert (status, out) == (1, "")
-    assert re.search(r"at least 100 % expected; the layers that cost most, each quantized alone: (\w+(\.conv)? \(\d+\.\d dB\),? ?){3}", err), err
+    assert re.search(
+        r"at least 100 % expected; the layers that cost most, each quantized alone: (\w+(\.conv)? \(\d+\.\d "
+        r"dB\),? ?){3}",
+        err,
+    ), err
     assert "remedy: keep those layers in floating point (--keep " in err
     assert not (tmp_path / "m-int8.onnx").exists()
 
@@ -201,15 +254,24 @@ FAULTS: dict[str, tuple[list[str], str]] = {
     "one image for ever": (["sample.onnx", "--int8", "--calib", "alike.npz"], "all 20 images are alike"),
     "wrong size": (["sample.onnx", "--int8", "--calib", "large.npz"], "expected images of 32×32 pixels, found 40×40"),
     "nan": (["sample.onnx", "--int8", "--calib", "nan.npz"], "NaN"),
-    "layer": (["sample.onnx", "--int8", "--fast", "--calib", "good.npz", "--keep", "stage9"], "no layer is called 'stage9'"),
+    "layer": (
+        ["sample.onnx", "--int8", "--fast", "--calib", "good.npz", "--keep", "stage9"],
+        "no layer is called 'stage9'",
+    ),
     "exponent": (["sample.onnx", "--int8", "--calib", "good.npz", "--exponent", "2"], "between 0 and 1"),
-    "percentile": (["sample.onnx", "--int8", "--calib", "good.npz", "--method", "percentile", "--percentile", "nan"], "between 50 and 100"),
+    "percentile": (
+        ["sample.onnx", "--int8", "--calib", "good.npz", "--method", "percentile", "--percentile", "nan"],
+        "between 50 and 100",
+    ),
     "drop": (["sample.onnx", "--int8", "--calib", "good.npz", "--max-drop", "-1"], "between 0 and 100"),
     "agreement": (["sample.onnx", "--int8", "--min-agreement", "97"], "share from 0 to 1"),
     "plot": (["sample.onnx", "--int8", "--plot", "p.jpg"], r"ends in \.png"),
     "plot over output": (["sample.onnx", "--int8", "--plot", "p.png", "--out", "p.png"], "would replace"),
     "out over input": (["sample.onnx", "--fp16", "--out", "sample.onnx"], "would replace"),
-    "scales": (["sample.onnx", "--int8", "--calib", "good.npz", "--scales", "short.onnx"], "not a calibration that --save-scales wrote"),
+    "scales": (
+        ["sample.onnx", "--int8", "--calib", "good.npz", "--scales", "short.onnx"],
+        "not a calibration that --save-scales wrote",
+    ),
 }
 
 
@@ -227,7 +289,11 @@ def test_quantize_that_cannot_be_is_one_message(
         assert run(capsys, "sample.onnx", "--fp16", "--out", "half.onnx")[0] == 0
     pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8)
     Image.fromarray(pixels[0]).save("one.png")
-    for name, images in (("good", pixels), ("alike", pixels[:1].repeat(20, 0)), ("large", np.zeros((9, 40, 40, 3), np.uint8))):
+    for name, images in (
+        ("good", pixels),
+        ("alike", pixels[:1].repeat(20, 0)),
+        ("large", np.zeros((9, 40, 40, 3), np.uint8)),
+    ):
         np.savez(f"{name}.npz", images=images)
     np.savez("nan.npz", images=np.full((9, 3, 32, 32), np.nan, np.float32))
     before = sorted(folder.rglob("*"))
@@ -253,8 +319,14 @@ USAGE = {
     "scales": (["--int8", "--scales", "s", "--method", "max"], "cannot hold with --method"),
     "statistics scales": (["--int8", "--calib", "statistics", "--scales", "s"], "--scales needs images"),
     "statistics drop": (["--int8", "--calib", "statistics", "--max-drop", "1"], "--max-drop needs images"),
-    "statistics agreement": (["--int8", "--calib", "statistics", "--min-agreement", "1"], "--min-agreement needs images"),
-    "statistics rounding": (["--int8", "--calib", "statistics", "--rounding", "second_order"], "second_order needs images"),
+    "statistics agreement": (
+        ["--int8", "--calib", "statistics", "--min-agreement", "1"],
+        "--min-agreement needs images",
+    ),
+    "statistics rounding": (
+        ["--int8", "--calib", "statistics", "--rounding", "second_order"],
+        "second_order needs images",
+    ),
     "statistics plot": (["--int8", "--calib", "statistics", "--no-equalize", "--plot", "p.png"], "nothing to draw"),
     "images": (["--int8", "--images", "0"], "at least 1"),
     "seed": (["--int8", "--seed", "-1"], "at least 0"),
@@ -272,21 +344,29 @@ def test_quantize_usage_errors(name: str, capsys: pytest.CaptureFixture[str]) ->
     assert message in err and err.startswith("usage: repvgg-trt quantize")
 
 
-def test_quantize_of_a_backbone_says_that_agreement_is_not_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quantize_of_a_backbone_says_that_agreement_is_not_judged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = save(tmp_path / "m.onnx", make_model(KINDS["features"]))
     np.savez(tmp_path / "i.npz", images=np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8))
     status, out, err = run(capsys, model, "--int8", "--fast", "--calib", tmp_path / "i.npz")
     assert status == 0
-    assert err.splitlines()[-1] == f"next: repvgg-trt inspect {tmp_path / 'm-int8.onnx'}"  # `compare` is for classifiers
+    assert (
+        err.splitlines()[-1] == f"next: repvgg-trt inspect {tmp_path / 'm-int8.onnx'}"
+    )  # `compare` is for classifiers
     assert "the graph has no classifier" in out and "agreement  " not in out
 
 
 @pytest.mark.parametrize("kind", ["plain", "uint8_top5", "probabilities"])
-def test_quantize_other_kinds_from_a_folder_of_photos(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+def test_quantize_other_kinds_from_a_folder_of_photos(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
     for index in range(24):
-        Image.fromarray(np.random.default_rng(index).integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+        Image.fromarray(np.random.default_rng(index).integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(
+            folder / f"{index}.png"
+        )
     (folder / "0.jpg").write_bytes(b"broken")
     model = save(tmp_path / "m.onnx", make_model(KINDS[kind]))
     status, out, err = run(capsys, model, "--int8", "--fast", "--calib", folder, "--min-agreement", "0.5")
@@ -297,7 +377,10 @@ def test_quantize_other_kinds_from_a_folder_of_photos(tmp_path: Path, capsys: py
 
 def test_interrupted_quantize_leaves_nothing(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     before = sorted(sample.parent.iterdir())
-    stage, marker = Stage("repvgg_deploy.precision.quantization", "to_int8"), tmp_path_factory.mktemp("marker") / "reached"
+    stage, marker = (
+        Stage("repvgg_deploy.precision.quantization", "to_int8"),
+        tmp_path_factory.mktemp("marker") / "reached",
+    )
     process = start_endless("repvgg_deploy.cli.trt", ["quantize", sample, "--int8"], stage, marker)
     assert len(list(sample.parent.iterdir())) == len(before) + 1  # the hidden partial file
     process.send_signal(signal.SIGINT)

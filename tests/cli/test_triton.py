@@ -22,21 +22,45 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 
 def test_triton_writes_what_its_options_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = write_plan(tmp_path / "b2.plan", tensorrt_version="10.7.0.23")
-    options = ["--name", "classifier", "--version", 7, "--instances", 2, "--max-queue-delay-us", 0, "--preferred-batch", 2, 4, "--max-batch", 8]
+    options = [
+        "--name",
+        "classifier",
+        "--version",
+        7,
+        "--instances",
+        2,
+        "--max-queue-delay-us",
+        0,
+        "--preferred-batch",
+        2,
+        4,
+        "--max-batch",
+        8,
+    ]
     queue = ["--max-queue", 5, "--queue-timeout-us", 0, "--cuda-graphs"]
     status, out, err = run(capsys, plan, "--out", tmp_path / "repo", *options, *queue)
     assert (status, "tritonserver:24.12-py3" in out) == (0, True)
     assert f"next: repvgg-trt triton --validate {tmp_path / 'repo'}" in err
     config = read_config(tmp_path / "repo/classifier")
     policy = config.dynamic_batching.default_queue_policy
-    assert (config.max_batch_size, config.instance_group[0].count, list(config.dynamic_batching.preferred_batch_size)) == (8, 2, [2, 4])
-    assert (config.dynamic_batching.max_queue_delay_microseconds, policy.max_queue_size, policy.default_timeout_microseconds) == (0, 5, 0)
+    assert (
+        config.max_batch_size,
+        config.instance_group[0].count,
+        list(config.dynamic_batching.preferred_batch_size),
+    ) == (8, 2, [2, 4])
+    assert (
+        config.dynamic_batching.max_queue_delay_microseconds,
+        policy.max_queue_size,
+        policy.default_timeout_microseconds,
+    ) == (0, 5, 0)
     assert config.optimization.cuda.graphs
     assert (tmp_path / "repo/classifier/7/model.plan").exists()
 
 
 def test_triton_json_is_one_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, _ = run(capsys, make_onnx(tmp_path / "tiny.onnx"), "--out", tmp_path / "repo", "--ensemble", "jpeg", "--json")
+    status, out, _ = run(
+        capsys, make_onnx(tmp_path / "tiny.onnx"), "--out", tmp_path / "repo", "--ensemble", "jpeg", "--json"
+    )
     data = json.loads(out)
     assert status == 0
     assert [(model["name"], model["version"], model["status"]) for model in data["models"]] == [
@@ -70,7 +94,9 @@ def test_validate_says_what_is_wrong_and_fails(tmp_path: Path, capsys: pytest.Ca
         (["a.onnx", "--out", "repo", "--ensemble", "png"], "invalid choice"),
     ],
 )
-def test_options_that_make_no_sense_are_usage_errors(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_that_make_no_sense_are_usage_errors(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["triton", *arguments])
     assert stop.value.code == 2

@@ -31,7 +31,9 @@ def images(tmp_path: Path) -> Path:
     folder = tmp_path / "photos"
     folder.mkdir()
     for index in range(3):
-        Image.fromarray(np.random.default_rng(index).integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+        Image.fromarray(np.random.default_rng(index).integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(
+            folder / f"{index}.png"
+        )
     return folder
 
 
@@ -44,7 +46,9 @@ def predict(engine: Engine, path: Path) -> tuple[list[int], list[float]]:
     return order.tolist(), probabilities[order].tolist()
 
 
-def test_infer_prints_the_best_classes_of_each_image(model: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_infer_prints_the_best_classes_of_each_image(
+    model: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["infer", str(model), str(images)]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
@@ -91,7 +95,9 @@ def test_infer_with_a_bad_image_answers_the_others_and_exits_1(
     assert sum("predictions" in answer for answer in answers) == 3
 
 
-def test_infer_of_a_decompression_bomb_gives_one_message_and_no_warning(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_infer_of_a_decompression_bomb_gives_one_message_and_no_warning(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "bomb.png"
     Image.new("1", (10_000, 9_000)).save(path)
     assert main(["infer", str(model), str(path)]) == 1
@@ -100,7 +106,9 @@ def test_infer_of_a_decompression_bomb_gives_one_message_and_no_warning(model: P
     assert second.startswith("  remedy: shrink")
 
 
-def test_infer_of_a_folder_without_images_is_named(model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_infer_of_a_folder_without_images_is_named(
+    model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "nothing").mkdir()
     assert main(["infer", str(model), str(tmp_path / "nothing"), str(images / "0.png")]) == 1
     printed = capsys.readouterr()
@@ -109,23 +117,39 @@ def test_infer_of_a_folder_without_images_is_named(model: Path, images: Path, tm
 
 
 @pytest.mark.parametrize("kind", ["logits", "probabilities", "top5"])
-def test_infer_of_every_kind_of_classifier_prints_the_same_order(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+def test_infer_of_every_kind_of_classifier_prints_the_same_order(
+    tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
     found = {}
     for name in ("logits", kind):
-        assert main(["infer", str(make_onnx(tmp_path / f"{name}.onnx", ModelOptions(kind=name))), str(images / "0.png"), "--json"]) == 0
+        assert (
+            main(
+                [
+                    "infer",
+                    str(make_onnx(tmp_path / f"{name}.onnx", ModelOptions(kind=name))),
+                    str(images / "0.png"),
+                    "--json",
+                ]
+            )
+            == 0
+        )
         found[name] = [p["class"] for p in json.loads(capsys.readouterr().out)["images"][0]["predictions"]]
     assert len(found[kind]) == 5
     assert found[kind] == found["logits"]
 
 
-def test_infer_with_labels_from_a_file_prints_them(model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_infer_with_labels_from_a_file_prints_them(
+    model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     labels = tmp_path / "labels.txt"
     labels.write_text("".join(f"Tier {index}\r\n" for index in range(7)), encoding="utf-8-sig")
     assert main(["infer", str(model), str(images / "0.png"), "--labels", str(labels), "--top", "1"]) == 0
     assert re.search(r"  1  Tier \d  0\.\d{4}\n$", capsys.readouterr().out)
 
 
-def test_infer_without_labels_prints_class_numbers(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_infer_without_labels_prints_class_numbers(
+    tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = make_onnx(tmp_path / "m.onnx", ModelOptions(labels=False))
     assert main(["infer", str(model), str(images / "0.png"), "--json"]) == 0
     assert {p["label"] for p in json.loads(capsys.readouterr().out)["images"][0]["predictions"]} == {None}
@@ -135,7 +159,11 @@ def test_infer_without_labels_prints_class_numbers(tmp_path: Path, images: Path,
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"only\ntwo\n", "holds 2 labels, and the model has 7 classes"), (b"\xff\xfe\xfa", "cannot be read"), (None, "cannot be read")],
+    [
+        (b"only\ntwo\n", "holds 2 labels, and the model has 7 classes"),
+        (b"\xff\xfe\xfa", "cannot be read"),
+        (None, "cannot be read"),
+    ],
 )
 def test_infer_with_unfit_labels_is_refused(
     model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, message: str
@@ -160,7 +188,12 @@ def test_infer_with_unfit_labels_is_refused(
     ids=str,
 )
 def test_infer_of_unfit_model_is_refused(
-    tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str], options: ModelOptions, arguments: list[str], message: str
+    tmp_path: Path,
+    images: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: ModelOptions,
+    arguments: list[str],
+    message: str,
 ) -> None:
     model = make_onnx(tmp_path / "m.onnx", options)
     assert main(["infer", str(model), str(images), *arguments]) == 1
@@ -222,10 +255,16 @@ def test_inspect_with_json_prints_one_object(model: Path, capsys: pytest.Capture
 
 @pytest.mark.parametrize(
     "options",
-    [ModelOptions(kind="module"), ModelOptions(kind="features", labels=False), ModelOptions(size=("height", "width"), preprocessing=False)],
+    [
+        ModelOptions(kind="module"),
+        ModelOptions(kind="features", labels=False),
+        ModelOptions(size=("height", "width"), preprocessing=False),
+    ],
     ids=str,
 )
-def test_inspect_of_model_with_less_to_say_works(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: ModelOptions) -> None:
+def test_inspect_of_model_with_less_to_say_works(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: ModelOptions
+) -> None:
     assert main(["inspect", str(make_onnx(tmp_path / "m.onnx", options))]) == 0
     printed = capsys.readouterr()
     assert "images: float32" in printed.out
@@ -287,12 +326,18 @@ finally:
         (["infer", "{model}", "{image}"], {"numpy", "onnxruntime", "PIL"}),
     ],
 )
-def test_program_loads_only_what_its_command_needs(model: Path, images: Path, argv: list[str], allowed: set[str]) -> None:
+def test_program_loads_only_what_its_command_needs(
+    model: Path, images: Path, argv: list[str], allowed: set[str]
+) -> None:
     """The modules and not the clock: what `--help` does not load, it does not wait for."""
     filled = ["repvgg-trt", *(part.format(model=model, image=images / "0.png") for part in argv)]
-    done = subprocess.run([sys.executable, "-c", LOADED.format(argv=filled)], capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED.format(argv=filled)], capture_output=True, text=True, cwd=ROOT, check=False
+    )
     assert done.returncode == 0, done.stderr
-    heavy = {"numpy", "onnxruntime", "PIL", "onnx", "torch", "onnxsim", "scipy", "hashlib"} - ({"hashlib"} if "--help" not in argv else set())
+    heavy = {"numpy", "onnxruntime", "PIL", "onnx", "torch", "onnxsim", "scipy", "hashlib"} - (
+        {"hashlib"} if "--help" not in argv else set()
+    )
     assert heavy & set(done.stdout.splitlines()[-1].split()) == allowed
 
 

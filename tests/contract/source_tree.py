@@ -56,7 +56,9 @@ def _walk(tree: ast.AST, *, types: bool) -> Iterator[ast.AST]:
         node = queue.pop()
         yield node
         for child in ast.iter_child_nodes(node):
-            guarded = isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING"
+            guarded = (
+                isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING"
+            )
             if types or not guarded:
                 queue.append(child)
 

@@ -13,7 +13,9 @@ from tests.contract.source_tree import Module, functions, modules
 
 MODULES = modules()
 OURS = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
-BUILTIN = {name for name, value in vars(builtins).items() if isinstance(value, type) and issubclass(value, BaseException)}
+BUILTIN = {
+    name for name, value in vars(builtins).items() if isinstance(value, type) and issubclass(value, BaseException)
+}
 # Raised on purpose: our own bugs, Python's own protocols (attributes, iteration, interruption), the exit of a program.
 ALLOWED_BUILTIN = {"AssertionError", "AttributeError", "StopIteration", "KeyboardInterrupt", "SystemExit"}
 by_module = pytest.mark.parametrize("module", MODULES, ids=lambda m: m.name or "__init__")
@@ -32,18 +34,31 @@ def raised(module: Module) -> list[tuple[str, ast.Call | None, int]]:
 
 def created(module: Module) -> list[ast.Call]:
     """Every call that makes one of our errors, raised at once or not."""
-    return [n for n in ast.walk(module.tree) if isinstance(n, ast.Call) and getattr(n.func, "id", getattr(n.func, "attr", "")) in OURS]
+    return [
+        n
+        for n in ast.walk(module.tree)
+        if isinstance(n, ast.Call) and getattr(n.func, "id", getattr(n.func, "attr", "")) in OURS
+    ]
 
 
 @by_module
 def test_errors_are_made_with_a_remedy(module: Module) -> None:
-    wrong = [f"line {call.lineno}" for call in created(module) if not any(keyword.arg in ("remedy", None) for keyword in call.keywords)]
+    wrong = [
+        f"line {call.lineno}"
+        for call in created(module)
+        if not any(keyword.arg in ("remedy", None) for keyword in call.keywords)
+    ]
     assert wrong == []
 
 
 @by_module
 def test_errors_that_are_constants_have_text_in_message_and_remedy(module: Module) -> None:
-    texts = [value for call in created(module) for value in [*call.args, *(k.value for k in call.keywords)] if isinstance(value, ast.Constant)]
+    texts = [
+        value
+        for call in created(module)
+        for value in [*call.args, *(k.value for k in call.keywords)]
+        if isinstance(value, ast.Constant)
+    ]
     assert all(isinstance(text.value, str) and len(text.value) > 3 for text in texts)
 
 
@@ -71,7 +86,11 @@ def test_library_holds_no_finalisers_and_no_global_statements(module: Module) ->
 def test_functions_are_small_and_take_few_arguments(module: Module) -> None:
     wrong = []
     for name, node in functions(module):
-        own = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs) if argument.arg not in ("self", "cls")]
+        own = [
+            argument.arg
+            for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+            if argument.arg not in ("self", "cls")
+        ]
         length = (node.end_lineno or node.lineno) - node.lineno + 1
         # repvgg_deploy.__init__ and specs apart, five parameters are the limit; what is longer is a dataclass.
         if length > 60 or len(own) > 5:

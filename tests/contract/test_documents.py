@@ -17,7 +17,10 @@ import pytest
 from tests.contract.source_tree import ROOT, modules
 
 GUIDES = ["docs/index.md", "docs/reparameterization.md", "docs/int8.md", "docs/deployment.md"]
-REFERENCE = [f"docs/api/{name}.md" for name in ("index", "engine", "options", "serving", "measure", "accuracy", "specs", "errors")]
+REFERENCE = [
+    f"docs/api/{name}.md"
+    for name in ("index", "engine", "options", "serving", "measure", "accuracy", "specs", "errors")
+]
 DOCUMENTS = [
     "README.md",
     "docs/schemas.md",
@@ -33,7 +36,10 @@ DOCUMENTS = [
     "examples/service/README.md",
 ]
 # A block with a language is run unless the line before it says why not, or names a package that is not installed.
-BLOCK = re.compile(r"(?:^<!-- (?:not run: (?P<reason>[^>]+)|needs (?P<package>\w+)) -->\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
+BLOCK = re.compile(
+    r"(?:^<!-- (?:not run: (?P<reason>[^>]+)|needs (?P<package>\w+)) -->\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```$",
+    re.M | re.S,
+)
 PROGRAMS = {"repvgg-export": "repvgg_deploy.cli.export", "repvgg-trt": "repvgg_deploy.cli.trt"}
 SHOWN_ONLY = {"toml", "json", "text"}
 
@@ -47,7 +53,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a reader has: the clone's folders that the snippets name, and the programs on PATH."""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("models", "engines", "docs"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("checkpoints", "onnx", "plans", "__pycache__"))
+        shutil.copytree(
+            ROOT / name, folder / name, ignore=shutil.ignore_patterns("checkpoints", "onnx", "plans", "__pycache__")
+        )
     (folder / "bin").mkdir()
     # `python` is that of the environment, as a reader has it activated.
     for program, module in {**{name: f" -m {module}" for name, module in PROGRAMS.items()}, "python": ""}.items():
@@ -59,8 +67,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error::DeprecationWarning:repvgg_deploy"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    environment = {
+        **os.environ,
+        "PATH": path,
+        "PYTHONPATH": str(ROOT),
+        "PYTHONWARNINGS": "error::DeprecationWarning:repvgg_deploy",
+    }
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +95,11 @@ def test_snippets_of_a_document_run_one_after_the_other(document: str, exported:
         (exported / "sample.onnx").unlink()  # its own commands write it
     ran = 0
     for block in blocks(document):
-        if block["reason"] or block["language"] in SHOWN_ONLY or (block["package"] and not importlib.util.find_spec(block["package"])):
+        if (
+            block["reason"]
+            or block["language"] in SHOWN_ONLY
+            or (block["package"] and not importlib.util.find_spec(block["package"]))
+        ):
             continue
         command = {"sh": ["sh", "-euc"], "python": [sys.executable, "-c"]}[block["language"]]
         result = run([*command, block["code"]], exported)
@@ -98,14 +117,31 @@ def test_snippet_of_the_readme_recognises_the_digit(exported: Path) -> None:
 def help_texts() -> dict[str, str]:
     commands = {
         "repvgg-export": [[]],
-        "repvgg-trt": [[], ["infer"], ["inspect"], ["quantize"], ["build"], ["check"], ["triton"], ["eval"], ["compare"], ["bench"], ["advise"]],
+        "repvgg-trt": [
+            [],
+            ["infer"],
+            ["inspect"],
+            ["quantize"],
+            ["build"],
+            ["check"],
+            ["triton"],
+            ["eval"],
+            ["compare"],
+            ["bench"],
+            ["advise"],
+        ],
     }
     narrow = {**os.environ, "COLUMNS": "80"}
     result = {}
     for program, variants in commands.items():
         texts = [
             subprocess.run(
-                [sys.executable, "-m", PROGRAMS[program], *v, "--help"], capture_output=True, text=True, check=True, cwd=ROOT, env=narrow
+                [sys.executable, "-m", PROGRAMS[program], *v, "--help"],
+                capture_output=True,
+                text=True,
+                check=True,
+                cwd=ROOT,
+                env=narrow,
             ).stdout
             for v in variants
         ]
@@ -130,7 +166,9 @@ def test_options_in_a_document_are_those_of_the_programs(document: str) -> None:
 def test_options_in_the_readme_table_of_exports_are_its_own() -> None:
     readme, helps = (ROOT / "README.md").read_text(encoding="utf-8"), help_texts()
     table = readme.partition("| option of `repvgg-export`")[2].partition("\n\n")[0]
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", table)) <= set(re.findall(r"--[a-z][a-z-]+", helps["repvgg-export"]))
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", table)) <= set(
+        re.findall(r"--[a-z][a-z-]+", helps["repvgg-export"])
+    )
 
 
 def test_help_fits_a_terminal_of_80_columns() -> None:
@@ -139,7 +177,9 @@ def test_help_fits_a_terminal_of_80_columns() -> None:
 
 def test_help_of_every_option_says_something() -> None:
     texts = help_texts()
-    assert sum(len(re.findall(r"^  (?:-\w, )?--[\w-]+", text, re.M)) for text in texts.values()) > 50  # the pattern finds options at all
+    assert (
+        sum(len(re.findall(r"^  (?:-\w, )?--[\w-]+", text, re.M)) for text in texts.values()) > 50
+    )  # the pattern finds options at all
     for program, text in texts.items():
         for line in re.findall(r"^  (?:-\w, )?(--[\w-]+)(?: [A-Z|x]+)?$(?!\n\s{10,})", text, re.M):
             pytest.fail(f"{program}: {line} has no help text")
@@ -170,7 +210,12 @@ def test_numbers_of_the_readme_table_are_those_of_the_variants() -> None:
 
 
 def test_python_of_the_docs_is_valid() -> None:
-    found = [(document, block["code"]) for document in DOCUMENTS for block in blocks(document) if block["language"] == "python"]
+    found = [
+        (document, block["code"])
+        for document in DOCUMENTS
+        for block in blocks(document)
+        if block["language"] == "python"
+    ]
     assert len(found) > 5
     for document, code in found:
         compile(code, document, "exec")
@@ -180,7 +225,12 @@ def messages(document: str) -> list[str]:
     """The error messages of the document's tables: what stands as code in the first column below the head `message`, … for what varies."""
     text = (ROOT / document).read_text(encoding="utf-8")
     tables = re.findall(r"^\| message \|.*\n\|[-| ]+\|\n((?:\|.*\n)+)", text, re.M)
-    return [found for table in tables for row in table.splitlines() for found in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
+    return [
+        found
+        for table in tables
+        for row in table.splitlines()
+        for found in re.findall(r"`([^`]+)`", row.split(" | ")[0])
+    ]
 
 
 @functools.cache
@@ -208,7 +258,10 @@ def test_error_messages_in_a_document_are_those_of_the_code(document: str, least
 def test_figures_of_the_int8_guide_are_those_of_the_readme() -> None:
     def rows(document: str) -> dict[str, list[str]]:
         table = (ROOT / document).read_text(encoding="utf-8").partition("| A0 top-1 |")[2].partition("\n\n")[0]
-        return {cells[0]: cells[1:7] for cells in ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:])}
+        return {
+            cells[0]: cells[1:7]
+            for cells in ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:])
+        }
 
     assert len(rows("docs/int8.md")) > 5
     assert rows("docs/int8.md").items() <= rows("README.md").items()

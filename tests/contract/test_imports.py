@@ -69,7 +69,13 @@ NAMES = {module.name for module in MODULES}
 
 def test_root_of_the_package_holds_rooms_only() -> None:
     assert {module.layer for module in MODULES} == set(ROOMS) | ALONE
-    assert {path.name for path in PACKAGE.iterdir()} - {*ROOMS, "__pycache__"} == {"__init__.py", "__main__.py", "errors.py", "py.typed", "data"}
+    assert {path.name for path in PACKAGE.iterdir()} - {*ROOMS, "__pycache__"} == {
+        "__init__.py",
+        "__main__.py",
+        "errors.py",
+        "py.typed",
+        "data",
+    }
     assert [path.name for path in (PACKAGE / "data").iterdir() if path.suffix == ".py"] == []
     assert len(MODULES) <= 145
 
@@ -95,9 +101,13 @@ def test_module_imports_only_rooms_below_its_own(module: Module) -> None:
     assert {room for room in rooms if ROOMS[room] >= ROOMS[module.layer]} == set()
 
 
-@pytest.mark.parametrize("folder", sorted({m.path.parent for m in MODULES}), ids=lambda f: f.relative_to(PACKAGE.parent).as_posix())
+@pytest.mark.parametrize(
+    "folder", sorted({m.path.parent for m in MODULES}), ids=lambda f: f.relative_to(PACKAGE.parent).as_posix()
+)
 def test_no_three_modules_of_a_folder_share_a_prefix(folder: object) -> None:
-    prefixes = [m.path.stem.partition("_")[0] for m in MODULES if m.path.parent == folder and not m.path.stem.startswith("__")]
+    prefixes = [
+        m.path.stem.partition("_")[0] for m in MODULES if m.path.parent == folder and not m.path.stem.startswith("__")
+    ]
     assert [prefix for prefix in set(prefixes) if prefixes.count(prefix) > 2] == []
 
 
@@ -115,7 +125,9 @@ def test_runtime_never_imports_torch_or_onnx(module: Module) -> None:
 def loaded_after(statement: str) -> set[str]:
     """Top-level names in sys.modules of a fresh Python after `statement`."""
     code = f"{statement}\nimport sys; print(*sorted(name for name in sys.modules if '.' not in name))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, timeout=300)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, timeout=300
+    )
     return set(result.stdout.splitlines()[-1].split())
 
 
@@ -133,7 +145,10 @@ def test_import_of_a_base_room_loads_the_standard_library_only(room: str) -> Non
 
 @pytest.mark.parametrize("program", ["export", "trt"])
 def test_help_of_a_program_loads_nothing_heavy(program: str) -> None:
-    statement = f"from repvgg_deploy.cli.{program} import main\ntry:\n    main(['--help'])\nexcept SystemExit as stop:\n    assert not stop.code"
+    statement = (
+        f"from repvgg_deploy.cli.{program} import main\ntry:\n    main(['--help'])\nexcept SystemExit as stop:\n    "
+        f"assert not stop.code"
+    )
     assert not loaded_after(statement) & set(HEAVY)
 
 
@@ -145,7 +160,10 @@ def test_import_of_the_runtime_leaves_torch_and_backends_out(name: str) -> None:
 
 def test_public_names_are_callable_also_after_all_modules_were_imported() -> None:
     pytest.importorskip("torch")
-    fresh = "import repvgg_deploy\nfor name in repvgg_deploy.__all__:\n    assert callable(getattr(repvgg_deploy, name)), name"
+    fresh = (
+        "import repvgg_deploy\nfor name in repvgg_deploy.__all__:\n    assert callable(getattr(repvgg_deploy, "
+        "name)), name"
+    )
     loaded_after(fresh)
     everything = "; ".join(f"import {TOP}.{m.name}" for m in MODULES if m.name and m.name != "__main__")
     loaded_after(f"{everything}\n{fresh}")

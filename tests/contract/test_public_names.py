@@ -55,15 +55,33 @@ def test_version_is_that_of_the_installed_package_and_the_changelog() -> None:
 
 def test_extras_name_an_onnx_runtime_only_in_cpu_and_gpu() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    assert {name for name, packages in extras.items() if any("onnxruntime" in package for package in packages)} == {"cpu", "gpu"}
-    assert set(extras) == {"export", "cpu", "gpu", "openvino", "tensorrt", "rtx", "pycuda", "serving", "service", "plot", "dev", "docs"}
+    assert {name for name, packages in extras.items() if any("onnxruntime" in package for package in packages)} == {
+        "cpu",
+        "gpu",
+    }
+    assert set(extras) == {
+        "export",
+        "cpu",
+        "gpu",
+        "openvino",
+        "tensorrt",
+        "rtx",
+        "pycuda",
+        "serving",
+        "service",
+        "plot",
+        "dev",
+        "docs",
+    }
 
 
 @pytest.mark.parametrize("module", modules(), ids=lambda m: m.name or "__init__")
 def test_module_begins_with_a_docstring(module: Module) -> None:
     first = module.tree.body[0] if module.tree.body else None
     assert first is not None
-    assert isinstance(getattr(getattr(first, "value", None), "value", None), str), f"{module.path.name} has no docstring"
+    assert isinstance(getattr(getattr(first, "value", None), "value", None), str), (
+        f"{module.path.name} has no docstring"
+    )
 
 
 def test_package_is_marked_as_typed() -> None:

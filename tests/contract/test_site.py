@@ -23,7 +23,8 @@ from tests.contract.source_tree import ROOT, modules, references
 
 DOCS = ROOT / "docs"
 needs_mkdocs = pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in ("material", "mkdocstrings", "ziamath")), reason="the extra docs is not installed"
+    not all(importlib.util.find_spec(name) for name in ("material", "mkdocstrings", "ziamath")),
+    reason="the extra docs is not installed",
 )
 
 
@@ -51,7 +52,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     result = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
     )
     assert result.returncode == 0, result.stderr
     assert "WARNING" not in result.stderr
@@ -60,7 +67,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pages(site: Path) -> dict[Path, Page]:
-    return {path: Page(path.read_text(encoding="utf-8")) for path in sorted(site.rglob("*.html")) if path.name != "404.html"}
+    return {
+        path: Page(path.read_text(encoding="utf-8")) for path in sorted(site.rglob("*.html")) if path.name != "404.html"
+    }
 
 
 @needs_mkdocs
@@ -124,14 +133,29 @@ def test_options_are_not_broken_between_their_dashes(site: Path) -> None:
 @needs_mkdocs
 def test_reference_has_every_public_name_and_every_error(pages: dict[Path, Page], site: Path) -> None:
     anchors = {anchor for path, page in pages.items() if path.parent == site / "api" for anchor in page.anchors}
-    assert [name for name in repvgg_deploy.__all__ if f"repvgg_deploy.{name}" not in anchors and name != "RepVGGDeployError"] == []
-    kinds = [name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.RepVGGDeployError)]
+    assert [
+        name for name in repvgg_deploy.__all__ if f"repvgg_deploy.{name}" not in anchors and name != "RepVGGDeployError"
+    ] == []
+    kinds = [
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, errors.RepVGGDeployError)
+    ]
     assert len(kinds) > 15
     assert [name for name in kinds if f"repvgg_deploy.errors.{name}" not in anchors] == []
 
 
 # Of what the programs call: parts of their own checks and output.
-HELPERS = {"as_path", "classes_of", "count_steps", "first_below", "look_for_gpu", "look_up_gpu", "read_model", "require_free"}
+HELPERS = {
+    "as_path",
+    "classes_of",
+    "count_steps",
+    "first_below",
+    "look_for_gpu",
+    "look_up_gpu",
+    "read_model",
+    "require_free",
+}
 STAGES = {"pipeline", "measure", "serving", "verify", "builder", "runtime", "image_sets", "plots", "speed_plots"}
 
 
@@ -144,14 +168,22 @@ def test_reference_has_what_the_programs_call_and_what_modules_export(pages: dic
     for module in modules():
         for name, _ in references(module) if module.layer == "cli" else ():
             parts = name.split(".")
-            home = importlib.import_module(".".join(parts[:-1])) if parts[1:] and parts[0] == "repvgg_deploy" and parts[1] in STAGES else None
+            home = (
+                importlib.import_module(".".join(parts[:-1]))
+                if parts[1:] and parts[0] == "repvgg_deploy" and parts[1] in STAGES
+                else None
+            )
             if home is not None and inspect.isroutine(getattr(home, parts[-1], None)):
                 called.add(parts[-1])
     assert {"write_triton", "validate_repository", "run_benchmark", "advise", "evaluate", "check_plan"} <= called
     assert called - documented == HELPERS
     for place in ("pipeline.build", "pipeline.quantize", "precision.int8", "preprocess", "runtime.engine"):
         exported = importlib.import_module(f"repvgg_deploy.{place}")
-        kinds = {name for name in exported.__all__ if inspect.isroutine(getattr(exported, name)) or inspect.isclass(getattr(exported, name))}
+        kinds = {
+            name
+            for name in exported.__all__
+            if inspect.isroutine(getattr(exported, name)) or inspect.isclass(getattr(exported, name))
+        }
         assert kinds - documented == set(), place
 
 
@@ -159,10 +191,18 @@ def test_reference_has_what_the_programs_call_and_what_modules_export(pages: dic
 def test_help_texts_and_formulas_are_in_the_pages(site: Path) -> None:
     commands = (site / "cli.html").read_text(encoding="utf-8")
     assert (
-        max(len(html.unescape(re.sub("<[^>]+>", "", line))) for block in re.findall(r"<pre.*?</pre>", commands, re.S) for line in block.splitlines())
+        max(
+            len(html.unescape(re.sub("<[^>]+>", "", line)))
+            for block in re.findall(r"<pre.*?</pre>", commands, re.S)
+            for line in block.splitlines()
+        )
         <= 80
     )
-    assert len(re.findall(r"usage: repvgg-", commands)) == len(re.findall(r"<!-- help: ", (DOCS / "cli.md").read_text(encoding="utf-8"))) > 5
+    assert (
+        len(re.findall(r"usage: repvgg-", commands))
+        == len(re.findall(r"<!-- help: ", (DOCS / "cli.md").read_text(encoding="utf-8")))
+        > 5
+    )
     formulas = (site / "reparameterization.html").read_text(encoding="utf-8")
     assert formulas.count('class="formula"') > 20
     assert "arithmatex" not in formulas
@@ -184,9 +224,13 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_picture_of_the_block_is_that_of_the_sample(drawn: tuple[Path, str]) -> None:
     image = pytest.importorskip("PIL.Image")
-    again, committed = (np.asarray(image.open(path).convert("RGB"), np.float64) for path in (drawn[0], DOCS / "images" / "reparameterization.png"))
+    again, committed = (
+        np.asarray(image.open(path).convert("RGB"), np.float64)
+        for path in (drawn[0], DOCS / "images" / "reparameterization.png")
+    )
     assert again.shape == committed.shape
-    # Of 255. Another processor gives other last digits in three numbers, another matplotlib other edges of letters; other weights give other panels.
+    # Of 255. Another processor gives other last digits in three numbers, another matplotlib other edges of letters;
+    # other weights give other panels.
     assert np.abs(again - committed).mean() < 2.0
 
 

@@ -2,8 +2,8 @@
 
     unshare --user --map-root-user --mount --net python compose_network.py PROMETHEUS CONFIGURATION FOLDER
 
-In namespaces of its own, as it answers on port 53 and puts itself into /etc/resolv.conf. Starts and stops a service called `service` and prints, as
-JSON, what Prometheus saw before, meanwhile and afterwards.
+In namespaces of its own, as it answers on port 53 and puts itself into /etc/resolv.conf. Starts and stops a service
+called `service` and prints, as JSON, what Prometheus saw before, meanwhile and afterwards.
 """
 
 from __future__ import annotations
@@ -60,8 +60,12 @@ def ask(path: str) -> Any:
 
 def look() -> dict[str, Any]:
     """The targets, and what the panels `Server` show."""
-    targets = {f"{t['labels']['job']} {t['labels']['instance']}": t["health"] for t in ask("/api/v1/targets")["activeTargets"]}
-    values = [ask(f"/api/v1/query?{urllib.parse.urlencode({'query': query})}")["result"][0]["value"][1] for query in SERVERS]
+    targets = {
+        f"{t['labels']['job']} {t['labels']['instance']}": t["health"] for t in ask("/api/v1/targets")["activeTargets"]
+    }
+    values = [
+        ask(f"/api/v1/query?{urllib.parse.urlencode({'query': query})}")["result"][0]["value"][1] for query in SERVERS
+    ]
     return {"targets": targets, "servers": values}
 
 
@@ -83,7 +87,12 @@ def main(prometheus: str, configuration: str, folder: Path) -> None:
     subprocess.run(["mount", "--bind", folder / "resolv.conf", "/etc/resolv.conf"], check=True)
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     threading.Thread(target=answer_names, daemon=True).start()
-    command = [prometheus, f"--config.file={configuration}", f"--storage.tsdb.path={folder / 'data'}", "--web.listen-address=127.0.0.1:9090"]
+    command = [
+        prometheus,
+        f"--config.file={configuration}",
+        f"--storage.tsdb.path={folder / 'data'}",
+        "--web.listen-address=127.0.0.1:9090",
+    ]
     with (folder / "prometheus.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     seen = []

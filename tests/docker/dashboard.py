@@ -9,8 +9,15 @@ from typing import Any
 
 FOLDER = Path(__file__).resolve().parents[2] / "docker/grafana/dashboards"
 NAMES = ("repvgg", "service")
-# Only a server with a GPU has these. Source: https://github.com/triton-inference-server/server/blob/main/docs/user_guide/metrics.md
-GPU_METRICS = {"nv_gpu_utilization", "nv_gpu_memory_used_bytes", "nv_gpu_memory_total_bytes", "nv_gpu_power_usage", "nv_gpu_power_limit"}
+# Only a server with a GPU has these. Source:
+# https://github.com/triton-inference-server/server/blob/main/docs/user_guide/metrics.md
+GPU_METRICS = {
+    "nv_gpu_utilization",
+    "nv_gpu_memory_used_bytes",
+    "nv_gpu_memory_total_bytes",
+    "nv_gpu_power_usage",
+    "nv_gpu_power_limit",
+}
 _METRIC = re.compile(r"\b(?:nv_\w+|repvgg_\w+|process_\w+|up)\b(?!\")")
 
 
@@ -26,8 +33,13 @@ def panels(name: str) -> list[dict[str, Any]]:
 
 def expressions(name: str) -> dict[str, str]:
     """By panel (a second target has its letter behind the title), with Grafana's variables as it fills them in."""
-    found = {f"{panel['title']} {target['refId']}": target["expr"] for panel in panels(name) for target in panel["targets"]}
-    return {title: expression.replace("$model", ".*").replace("$__rate_interval", "20s") for title, expression in found.items()}
+    found = {
+        f"{panel['title']} {target['refId']}": target["expr"] for panel in panels(name) for target in panel["targets"]
+    }
+    return {
+        title: expression.replace("$model", ".*").replace("$__rate_interval", "20s")
+        for title, expression in found.items()
+    }
 
 
 def metric_names(name: str) -> set[str]:

@@ -20,7 +20,8 @@ from dockerfile_parse import DockerfileParser
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docker"
 NAMES = ("export", "runtime", "triton")
-# What stands at the root of an image, as far as the Dockerfiles name it; such a path is moved into the folder that stands for the image.
+# What stands at the root of an image, as far as the Dockerfiles name it; such a path is moved into the folder that
+# stands for the image.
 TOP = "engines|models|opt|src|usr/lib|wheels"
 _PATH = re.compile(rf"(?<![\w.}})/-])/(?={TOP})")
 
@@ -80,8 +81,14 @@ class Image:
         self.base = folder / "usr/local"
         if environment:
             venv.create(self.base, with_pip=True)
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("REPVGG_", "VIRTUAL_ENV", "PYTHON"))}
-        self.environment = {**kept, "PATH": f"{self.base / 'bin'}{os.pathsep}/usr/bin{os.pathsep}/bin", "HOME": str(folder)}
+        kept = {
+            key: value for key, value in os.environ.items() if not key.startswith(("REPVGG_", "VIRTUAL_ENV", "PYTHON"))
+        }
+        self.environment = {
+            **kept,
+            "PATH": f"{self.base / 'bin'}{os.pathsep}/usr/bin{os.pathsep}/bin",
+            "HOME": str(folder),
+        }
         self.variables: dict[str, str] = {}
         self.work = folder
         self.ran: list[int] = []
@@ -99,11 +106,21 @@ class Image:
 
     def start(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """The ENTRYPOINT with a command, or with CMD; the image's own paths in what is given are moved, too."""
-        entry, usual = (next((i.words for i in reversed(self.instructions) if i.name == name), []) for name in ("ENTRYPOINT", "CMD"))
+        entry, usual = (
+            next((i.words for i in reversed(self.instructions) if i.name == name), []) for name in ("ENTRYPOINT", "CMD")
+        )
         words = [self._move(word) for word in (*entry, *(command or usual))]
         moved = {key: self._move(value) for key, value in environment.items()}
         words[0] = shutil.which(words[0], path=self.environment["PATH"]) or words[0]
-        return subprocess.run(words, env={**self.environment, **moved}, cwd=self.work, capture_output=True, text=True, check=False, timeout=300)
+        return subprocess.run(
+            words,
+            env={**self.environment, **moved},
+            cwd=self.work,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
 
     def _move(self, text: str) -> str:
         return _PATH.sub(f"{self.folder}/", text)
@@ -150,7 +167,15 @@ class Image:
         owner = f"-o {os.getuid()} -g {os.getgid()}"  # only root may give files away
         command = self._move(value).replace("-o 1000 -g 1000", owner)
         environment: Mapping[str, str] = {**self.environment, **self.variables}
-        done = subprocess.run(["sh", "-c", command], env=environment, cwd=self.work, capture_output=True, text=True, check=False, timeout=900)
+        done = subprocess.run(
+            ["sh", "-c", command],
+            env=environment,
+            cwd=self.work,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=900,
+        )
         if done.returncode:
             raise RunError(f"{value}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 

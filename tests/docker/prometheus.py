@@ -28,7 +28,9 @@ def find_prometheus(name: str = "prometheus") -> str | None:
     if not program.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(subprocess.TimeoutExpired):  # as apt-get does for minutes where there is no network
-            subprocess.run(["apt-get", "download", "prometheus"], cwd=folder, capture_output=True, check=False, timeout=120)
+            subprocess.run(
+                ["apt-get", "download", "prometheus"], cwd=folder, capture_output=True, check=False, timeout=120
+            )
         for package in folder.glob("prometheus_*.deb"):
             subprocess.run(["dpkg-deb", "-x", package, folder], capture_output=True, check=False)
     return str(program) if program.exists() else None
@@ -49,7 +51,9 @@ class Prometheus:
     def ask(self, expression: str) -> list[dict[str, Any]]:
         """The series of an expression. Raises HTTPError where it is none."""
         question = {"query": expression, **({} if self.at is None else {"time": self.at})}
-        with urllib.request.urlopen(f"{self.url}/api/v1/query?{urllib.parse.urlencode(question)}", timeout=PATIENCE_SECONDS) as answer:
+        with urllib.request.urlopen(
+            f"{self.url}/api/v1/query?{urllib.parse.urlencode(question)}", timeout=PATIENCE_SECONDS
+        ) as answer:
             result: list[dict[str, Any]] = json.load(answer)["data"]["result"]
             return result
 
@@ -63,7 +67,12 @@ class Prometheus:
 def run_prometheus(program: str, config: Path) -> Iterator[Prometheus]:
     port = free_ports(1)
     url = f"http://127.0.0.1:{port}"
-    command = [program, f"--config.file={config}", f"--storage.tsdb.path={config.parent / 'data'}", f"--web.listen-address=127.0.0.1:{port}"]
+    command = [
+        program,
+        f"--config.file={config}",
+        f"--storage.tsdb.path={config.parent / 'data'}",
+        f"--web.listen-address=127.0.0.1:{port}",
+    ]
     with (config.parent / "prometheus.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 

@@ -31,7 +31,12 @@ def read_compose(*files: str, **environment: str) -> dict[str, Any]:
     names = [word for file in files or ("compose.yaml",) for word in ("-f", str(FOLDER / file))]
     command = [program, *names, "--profile", "*", "config", "--format", "json"]
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=300, env={"PATH": "/usr/bin:/bin", "HOME": "/", **environment}
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env={"PATH": "/usr/bin:/bin", "HOME": "/", **environment},
     )
     assert done.returncode == 0, done.stderr
     assert "variable is not set" not in done.stderr
@@ -45,7 +50,9 @@ def services() -> dict[str, Any]:
     return found
 
 
-def test_compose_starts_triton_prometheus_and_grafana_and_the_service_when_it_is_asked_for(services: dict[str, Any]) -> None:
+def test_compose_starts_triton_prometheus_and_grafana_and_the_service_when_it_is_asked_for(
+    services: dict[str, Any],
+) -> None:
     assert {name: service.get("profiles") for name, service in services.items()} == {
         "triton": None, "prometheus": None, "grafana": None, "service": ["service"],
     }  # fmt: skip
@@ -60,7 +67,9 @@ def test_images_from_elsewhere_are_pinned(services: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", ["triton", "service"])
 def test_server_has_the_gpus_the_folders_and_time_to_end(name: str, services: dict[str, Any]) -> None:
     triton = services[name]
-    assert triton["deploy"]["resources"]["reservations"]["devices"] == [{"capabilities": ["gpu"], "driver": "nvidia", "count": -1}]
+    assert triton["deploy"]["resources"]["reservations"]["devices"] == [
+        {"capabilities": ["gpu"], "driver": "nvidia", "count": -1}
+    ]
     volumes = {volume["target"]: volume for volume in triton["volumes"]}
     assert volumes["/models"]["source"] == str(ROOT / "models/onnx")
     assert volumes["/models"]["read_only"] is True
@@ -114,8 +123,16 @@ def test_variables_of_the_user_reach_the_services() -> None:
 
 
 def test_settings_of_the_services_are_those_of_first_start(services: dict[str, Any]) -> None:
-    known = {*re.findall(r"REPVGG_[A-Z]+", (FOLDER / "first_start.py").read_text(encoding="utf-8")), "REPVGG_LISTEN"}  # the service's own
-    used = {name for service in ("triton", "service") for name in services[service]["environment"] if name.startswith("REPVGG_")}
+    known = {
+        *re.findall(r"REPVGG_[A-Z]+", (FOLDER / "first_start.py").read_text(encoding="utf-8")),
+        "REPVGG_LISTEN",
+    }  # the service's own
+    used = {
+        name
+        for service in ("triton", "service")
+        for name in services[service]["environment"]
+        if name.startswith("REPVGG_")
+    }
     for path in FOLDER.glob("*.Dockerfile"):
         used |= set(re.findall(r"REPVGG_[A-Z]+", path.read_text(encoding="utf-8")))
     assert used
@@ -129,7 +146,11 @@ def test_prometheus_asks_services_of_the_compose_file_at_their_own_port(services
     assert {name for name, _ in targets} <= set(services)
     assert "EXPOSE 8000 8001 8002" in (FOLDER / "triton.Dockerfile").read_text(encoding="utf-8")
     assert "REPVGG_LISTEN=0.0.0.0:8000" in (FOLDER / "runtime.Dockerfile").read_text(encoding="utf-8")
-    mounted = [volume["target"] for volume in services["prometheus"]["volumes"] if volume["source"] == str(FOLDER / "prometheus/prometheus.yml")]
+    mounted = [
+        volume["target"]
+        for volume in services["prometheus"]["volumes"]
+        if volume["source"] == str(FOLDER / "prometheus/prometheus.yml")
+    ]
     assert [f"--config.file={path}" in services["prometheus"]["command"] for path in mounted] == [True]
 
 
@@ -141,7 +162,10 @@ def test_service_that_does_not_run_is_no_target_and_none_that_is_down(tmp_path: 
     if program is None:
         pytest.skip("no Prometheus on PATH, and Debian's package cannot be had")
     apart = ["unshare", "--user", "--map-root-user", "--mount", "--net"]
-    if not (shutil.which("unshare") and shutil.which("ip")) or subprocess.run([*apart, "true"], capture_output=True, check=False).returncode:
+    if (
+        not (shutil.which("unshare") and shutil.which("ip"))
+        or subprocess.run([*apart, "true"], capture_output=True, check=False).returncode
+    ):
         pytest.skip("no namespaces of one's own can be had here")
     command = [
         *apart,
@@ -155,7 +179,10 @@ def test_service_that_does_not_run_is_no_target_and_none_that_is_down(tmp_path: 
     assert done.returncode == 0, done.stderr
     before, running, after = json.loads(done.stdout)
     assert before == after == {"targets": {}, "servers": ["0", "0"]}
-    assert running == {"targets": {"service service:8000": "up"}, "servers": ["0", "1"]}  # Triton was not started, which its dashboard says
+    assert running == {
+        "targets": {"service service:8000": "up"},
+        "servers": ["0", "1"],
+    }  # Triton was not started, which its dashboard says
 
 
 def test_panels_that_show_whether_a_server_runs_are_those_that_are_tried() -> None:
@@ -168,13 +195,18 @@ def test_grafana_finds_the_source_and_the_dashboard_that_are_mounted(services: d
     assert mounts["grafana/provisioning"] == "/etc/grafana/provisioning"
     provider = (FOLDER / "grafana/provisioning/dashboards/dashboards.yaml").read_text(encoding="utf-8")
     assert f"path: {mounts['grafana/dashboards']}\n" in provider
-    assert grafana["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"] == f"{mounts['grafana/dashboards']}/repvgg.json"
+    assert (
+        grafana["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+        == f"{mounts['grafana/dashboards']}/repvgg.json"
+    )
     source = (FOLDER / "grafana/provisioning/datasources/prometheus.yaml").read_text(encoding="utf-8")
     assert "url: http://prometheus:9090\n" in source
     uid = re.search(r"uid: (\w+)", source)
     assert uid is not None
     for name in NAMES:
-        used = {panel["datasource"]["uid"] for panel in panels(name)} | {t["datasource"]["uid"] for panel in panels(name) for t in panel["targets"]}
+        used = {panel["datasource"]["uid"] for panel in panels(name)} | {
+            t["datasource"]["uid"] for panel in panels(name) for t in panel["targets"]
+        }
         assert used == {uid[1]}
 
 
@@ -203,7 +235,11 @@ def test_panels_fill_rows_without_overlapping(name: str) -> None:
         assert box["x"] + box["w"] <= 24
         taken |= cells
     assert len(taken) == 24 * (1 + max(y for _, y in taken))
-    assert len({panel["id"] for panel in panels(name)}) == len(panels(name)) == len({panel["title"] for panel in panels(name)})
+    assert (
+        len({panel["id"] for panel in panels(name)})
+        == len(panels(name))
+        == len({panel["title"] for panel in panels(name)})
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -229,7 +265,9 @@ def test_triton_is_started_with_the_summaries_that_the_dashboard_shows() -> None
 
 
 def test_every_metric_of_the_service_dashboard_is_one_of_the_service() -> None:
-    prometheus_client = pytest.importorskip("prometheus_client", reason="prometheus-client, of the extra service, is not installed")
+    prometheus_client = pytest.importorskip(
+        "prometheus_client", reason="prometheus-client, of the extra service, is not installed"
+    )
     if not (ROOT / "examples/service/metrics.py").exists():
         pytest.skip("examples/service is not there")
     metrics = importlib.import_module("examples.service.metrics")
@@ -238,5 +276,9 @@ def test_every_metric_of_the_service_dashboard_is_one_of_the_service() -> None:
     metrics.RequestMetrics(registry)
     text = prometheus_client.generate_latest(registry).decode()
     kinds = dict(line.split()[2:4] for line in text.splitlines() if line.startswith("# TYPE "))
-    real = {f"{name}{suffix}" for name, kind in kinds.items() for suffix in (["_bucket", "_sum", "_count"] if kind == "histogram" else [""])}
+    real = {
+        f"{name}{suffix}"
+        for name, kind in kinds.items()
+        for suffix in (["_bucket", "_sum", "_count"] if kind == "histogram" else [""])
+    }
     assert metric_names("service") <= real

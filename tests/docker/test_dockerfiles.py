@@ -29,7 +29,13 @@ def test_hadolint_finds_nothing(name: str) -> None:
     hadolint = shutil.which("hadolint", path=str(Path(sys.executable).parent)) or shutil.which("hadolint")
     if hadolint is None:
         pytest.skip("hadolint is not installed: the extra dev brings it on Linux x86-64")
-    done = subprocess.run([hadolint, "--no-color", FOLDER / f"{name}.Dockerfile"], capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(
+        [hadolint, "--no-color", FOLDER / f"{name}.Dockerfile"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
@@ -48,7 +54,9 @@ def test_base_images_are_pinned(name: str) -> None:
     for instruction in parse(name):
         if instruction.name == "FROM":
             assert re.fullmatch(
-                r"(python:\$\{PYTHON_VERSION\}-slim-bookworm|nvcr\.io/nvidia/tritonserver:\$\{TRITON_RELEASE\}-py3)( AS \w+)?", instruction.value
+                r"(python:\$\{PYTHON_VERSION\}-slim-bookworm|nvcr\.io/nvidia/tritonserver:\$\{TRITON_RELEASE\}-py3)( "
+                r"AS \w+)?",
+                instruction.value,
             )
     assert defaults(name)["PYTHON_VERSION"] == "3.12"
 
@@ -69,7 +77,11 @@ def test_copied_files_are_in_git_and_reach_the_build(name: str) -> None:
     for instruction in parse(name):
         if instruction.name == "COPY" and not instruction.value.startswith("--from"):
             for source in instruction.value.split()[:-1]:
-                found = [file for file in files if file == source.removeprefix("./") or file.startswith(f"{source.rstrip('/')}/")]
+                found = [
+                    file
+                    for file in files
+                    if file == source.removeprefix("./") or file.startswith(f"{source.rstrip('/')}/")
+                ]
                 assert found, source
                 assert not [file for file in found for pattern in ignored if fnmatch.fnmatch(file, pattern)], source
 
@@ -91,7 +103,11 @@ def test_versions_of_the_images_belong_together_and_to_the_table_of_containers()
 
 
 def test_torch_of_the_export_image_is_that_of_the_constraints() -> None:
-    pinned = next(line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if line.startswith("torch=="))
+    pinned = next(
+        line
+        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        if line.startswith("torch==")
+    )
     assert [i.value.split()[-1] for i in parse("export") if i.name == "RUN" and "TORCH_INDEX" in i.value] == [pinned]
 
 

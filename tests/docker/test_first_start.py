@@ -30,7 +30,12 @@ from tests.waiting import PATIENCE_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "docker" / "first_start.py"
-SHOW = [sys.executable, "-c", "import json, os, sys; print(json.dumps([sys.argv[1:], {k: v for k, v in os.environ.items() if k[:7] == 'REPVGG_'}]))"]
+SHOW = [
+    sys.executable,
+    "-c",
+    "import json, os, sys; print(json.dumps([sys.argv[1:], {k: v for k, v in os.environ.items() if k[:7] == "
+    "'REPVGG_'}]))",
+]
 
 NO_TENSORRT = "no GPU can be used here" if importlib.util.find_spec("tensorrt") else "TensorRT is not installed"
 
@@ -61,7 +66,11 @@ class Container:
 
     def popen(self, *arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, str(PROGRAM), *arguments], env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, str(PROGRAM), *arguments],
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
 
     def plans(self) -> list[Path]:
@@ -87,7 +96,10 @@ def test_first_start_builds_second_reuses_changed_onnx_builds_again(container: C
     assert plan.parent.name.startswith("no-gpu-tensorrt-rtx-1.")
     assert json.loads(plan.with_name("my net.plan.json").read_text())["config"]["profile"]["max_batch"] == 4
     assert "written " in first.stdout
-    assert json.loads(first.stdout.splitlines()[-1]) == [[], {"REPVGG_MODEL": str(plan)}]  # the command's own output, with nothing but its model
+    assert json.loads(first.stdout.splitlines()[-1]) == [
+        [],
+        {"REPVGG_MODEL": str(plan)},
+    ]  # the command's own output, with nothing but its model
 
     before = (plan.read_bytes(), plan.stat().st_mtime_ns)
     shutil.rmtree(tmp_path / "cache")  # so that only the plan itself can be found again
@@ -119,7 +131,10 @@ def test_start_with_a_damaged_plan_builds_it_again(container: Container, tmp_pat
     plan.write_bytes(plan.read_bytes()[: whole // 2])
     again = container.start()
     assert again.returncode == 0, again.stderr
-    assert hashlib.sha256(plan.read_bytes()).hexdigest() == json.loads(plan.with_name("net.plan.json").read_text())["plan_sha256"]
+    assert (
+        hashlib.sha256(plan.read_bytes()).hexdigest()
+        == json.loads(plan.with_name("net.plan.json").read_text())["plan_sha256"]
+    )
 
 
 @needs_rtx
@@ -141,7 +156,9 @@ def test_containers_that_start_at_once_build_once(container: Container, tmp_path
     make_onnx(container.models / "net.onnx")
     started = []
     for number in range(3):
-        container.environment["XDG_CACHE_HOME"] = str(tmp_path / f"cache {number}")  # so that it is not the cache that saves the other builds
+        container.environment["XDG_CACHE_HOME"] = str(
+            tmp_path / f"cache {number}"
+        )  # so that it is not the cache that saves the other builds
         started.append(container.popen(*SHOW))
     outputs = [process.communicate(timeout=PATIENCE_SECONDS) for process in started]
     assert [process.returncode for process in started] == [0, 0, 0], outputs
@@ -216,7 +233,10 @@ def test_start_that_builds_nothing_writes_nothing(container: Container) -> None:
 def test_command_gets_signals_itself(container: Container) -> None:
     make_onnx(container.models / "net.onnx")
     container.environment["REPVGG_SERVE"] = "onnx"
-    code = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); print('ready', flush=True)\nwhile True: time.sleep(0.05)"
+    code = (
+        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); print('ready', "
+        "flush=True)\nwhile True: time.sleep(0.05)"
+    )
     with container.popen(sys.executable, "-c", code) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
@@ -248,7 +268,9 @@ def test_signal_while_another_container_builds_ends_the_waiting(container: Conta
 @needs_schema
 def test_onnx_is_served_as_it_is_without_a_gpu(container: Container) -> None:
     make_onnx(container.models / "net.onnx")
-    done = container.start("--triton", *SHOW, "{repository}", REPVGG_SERVE="onnx", REPVGG_TRITON="--ensemble jpeg --max-batch 16")
+    done = container.start(
+        "--triton", *SHOW, "{repository}", REPVGG_SERVE="onnx", REPVGG_TRITON="--ensemble jpeg --max-batch 16"
+    )
     assert done.returncode == 0, done.stderr
     (repository,), environment = json.loads(done.stdout.splitlines()[-1])
     assert environment == {"REPVGG_MODEL": str(container.models / "net.onnx")}
@@ -257,12 +279,19 @@ def test_onnx_is_served_as_it_is_without_a_gpu(container: Container) -> None:
     assert "max_batch_size: 16" in (Path(repository) / "net/config.pbtxt").read_text()
     assert (Path(repository) / "net_jpeg").is_dir()
     before = files_below(Path(repository))
-    assert container.start("--triton", *SHOW, REPVGG_SERVE="onnx", REPVGG_TRITON="--ensemble jpeg --max-batch 16").returncode == 0
+    assert (
+        container.start(
+            "--triton", *SHOW, REPVGG_SERVE="onnx", REPVGG_TRITON="--ensemble jpeg --max-batch 16"
+        ).returncode
+        == 0
+    )
     assert files_below(Path(repository)) == before
 
 
 @needs_schema
-def test_model_that_was_taken_out_of_the_folder_is_no_longer_served_and_what_others_put_there_is(container: Container, tmp_path: Path) -> None:
+def test_model_that_was_taken_out_of_the_folder_is_no_longer_served_and_what_others_put_there_is(
+    container: Container, tmp_path: Path
+) -> None:
     for name in ("gone", "stays"):
         make_onnx(container.models / f"{name}.onnx")
     environment = {"REPVGG_SERVE": "onnx", "REPVGG_TRITON": "--ensemble jpeg"}
@@ -277,7 +306,9 @@ def test_model_that_was_taken_out_of_the_folder_is_no_longer_served_and_what_oth
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in repository.iterdir()) == ["stays", "stays_decode", "stays_jpeg", "theirs"]
     assert files_below(repository) == before
-    assert all(f"{name} is no longer wanted: taken out of " in done.stderr for name in ("gone", "gone_decode", "gone_jpeg"))
+    assert all(
+        f"{name} is no longer wanted: taken out of " in done.stderr for name in ("gone", "gone_decode", "gone_jpeg")
+    )
 
     done = container.start("--triton", *SHOW, **{**environment, "REPVGG_TRITON": ""})  # no longer with an ensemble
     assert sorted(path.name for path in repository.iterdir()) == ["stays", "theirs"], done.stderr
@@ -288,7 +319,10 @@ def test_nothing_is_taken_out_while_another_container_serves_from_the_repository
     for name in ("gone", "stays"):
         make_onnx(container.models / f"{name}.onnx")
     container.environment["REPVGG_SERVE"] = "onnx"
-    code = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); print('serves', flush=True); signal.pause()"
+    code = (
+        "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); print('serves', flush=True); "
+        "signal.pause()"
+    )
     repository = container.engines / "onnx/model_repository"
     with container.popen("--triton", sys.executable, "-c", code) as server:
         assert server.stdout is not None
@@ -305,7 +339,9 @@ def test_nothing_is_taken_out_while_another_container_serves_from_the_repository
 
 
 @needs_schema
-def test_plan_whose_onnx_was_taken_out_is_no_longer_served_and_found_again_when_it_is_back(machine: Machine, container: Container) -> None:
+def test_plan_whose_onnx_was_taken_out_is_no_longer_served_and_found_again_when_it_is_back(
+    machine: Machine, container: Container
+) -> None:
     for seed, name in enumerate(("gone", "stays")):
         make_onnx(container.models / f"{name}.onnx", seed=seed)
     repository = Path(machine.start("--triton", "{repository}")[0])
@@ -331,7 +367,9 @@ def test_plan_whose_onnx_was_taken_out_is_no_longer_served_and_found_again_when_
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_settings_that_cannot_be_used_are_told_with_a_remedy(environment: dict[str, str], said: str, container: Container) -> None:
+def test_settings_that_cannot_be_used_are_told_with_a_remedy(
+    environment: dict[str, str], said: str, container: Container
+) -> None:
     if environment:
         make_onnx(container.models / "net.onnx")
     if "/proc/engines" in environment.values() and importlib.util.find_spec("tensorrt_rtx") is None:
@@ -373,7 +411,9 @@ class Machine:
         self.gpu: Gpu | None = Gpu("NVIDIA A10", "8.6", "570.1")
         self.version = "10.11.0.33"
         monkeypatch.setattr(build, "look_for_gpu", lambda: GpuSearch(self.gpu))
-        monkeypatch.setattr(library, "open_library", lambda _: SimpleNamespace(name=f"TensorRT {self.version}", is_rtx=False))
+        monkeypatch.setattr(
+            library, "open_library", lambda _: SimpleNamespace(name=f"TensorRT {self.version}", is_rtx=False)
+        )
         monkeypatch.setattr(signal, "signal", lambda *_: None)
         monkeypatch.setattr(os, "execvpe", self._become)
         monkeypatch.setattr(trt, "main", self._trt)
@@ -410,7 +450,9 @@ def machine(container: Container, monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 @needs_schema
-def test_triton_gets_the_plans_of_this_gpu_and_a_changed_one_as_the_next_version(machine: Machine, container: Container) -> None:
+def test_triton_gets_the_plans_of_this_gpu_and_a_changed_one_as_the_next_version(
+    machine: Machine, container: Container
+) -> None:
     make_onnx(container.models / "net.onnx", seed=1)
     repository, model = machine.start("--triton", "{repository}")
     place = container.engines / "nvidia-a10-sm8.6-tensorrt-10.11.0.33"

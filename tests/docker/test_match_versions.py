@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def match(plan: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "docker/match_versions.py"), str(plan)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env={"PYTHONPATH": str(ROOT)})
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=300, env={"PYTHONPATH": str(ROOT)}
+    )
 
 
 @pytest.mark.parametrize(
@@ -27,7 +29,10 @@ def match(plan: Path) -> subprocess.CompletedProcess[str]:
         ({"tensorrt_version": "10.7.0.23"}, "TENSORRT_VERSION=10.7.0 CUDA_MAJOR=12 TRITON_RELEASE=24.12"),
         ({"tensorrt_version": "10.8.0.43"}, "TENSORRT_VERSION=10.8.0.43 CUDA_MAJOR=12"),
         ({"tensorrt_version": "11.4.0.106"}, "TENSORRT_VERSION=11.4.0.106 CUDA_MAJOR=13"),
-        ({"tensorrt_version": "1.7.1.116", "flavour": "tensorrt_rtx"}, "TENSORRT=tensorrt-rtx-cu13==1.7.1.116 CUDA_MAJOR=13"),
+        (
+            {"tensorrt_version": "1.7.1.116", "flavour": "tensorrt_rtx"},
+            "TENSORRT=tensorrt-rtx-cu13==1.7.1.116 CUDA_MAJOR=13",
+        ),
     ],
     ids=lambda value: value["tensorrt_version"] if isinstance(value, dict) else "",
 )

@@ -5,11 +5,11 @@ What takes another's place, and why:
 | in the Dockerfile | here | because |
 |---|---|---|
 | the base images | `python -m venv` | there is no Docker; the Python is that of the tests |
-| `TENSORRT=tensorrt-cu12==…`, CUDA 12 | `tensorrt-rtx-cu13`, CUDA 13 | TensorRT's libraries come from NVIDIA's own index, and need a GPU |
-| the container's libnvinfer | an empty file of its name | it is in NVIDIA's image only |
-| /opt/nvidia/nvidia_entrypoint.sh | a script that becomes its arguments | it is in NVIDIA's image only |
-| tritonserver | a script that prints its arguments | the real one is started in test_monitoring.py |
-| owner 1000 of folders | whoever runs the tests | only root may give files away |
+| `TENSORRT=tensorrt-cu12==…`, CUDA 12 | `tensorrt-rtx-cu13`, CUDA 13 | TensorRT's libraries come from NVIDIA's own
+index, and need a GPU | | the container's libnvinfer | an empty file of its name | it is in NVIDIA's image only | |
+/opt/nvidia/nvidia_entrypoint.sh | a script that becomes its arguments | it is in NVIDIA's image only | | tritonserver |
+a script that prints its arguments | the real one is started in test_monitoring.py | | owner 1000 of folders | whoever
+runs the tests | only root may give files away |
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def installed(image: Image, *names: str) -> dict[str, bool]:
     """Which modules the image's Python finds."""
     code = f"import importlib.util as u, json; print(json.dumps({{n: u.find_spec(n) is not None for n in {names!r}}}))"
     python = shutil.which("python", path=image.environment["PATH"])
-    done = subprocess.run([str(python), "-c", code], env=image.environment, capture_output=True, text=True, check=True, timeout=300)
+    done = subprocess.run(
+        [str(python), "-c", code], env=image.environment, capture_output=True, text=True, check=True, timeout=300
+    )
     found: dict[str, bool] = json.loads(done.stdout)
     return found
 
@@ -81,7 +83,13 @@ def test_export_image_exports_the_sample_and_types_it(tmp_path: Path) -> None:
     done = image.start("--arch", "variant.toml", "--ckpt", "repvgg-sample.pth", "--out", "sample.onnx")
     assert done.returncode == 0, done.stderr
     program = shutil.which("repvgg-trt", path=image.environment["PATH"])
-    typed = subprocess.run([str(program), "quantize", "sample.onnx", "--fp16"], env=image.environment, cwd=image.work, check=False, timeout=300)
+    typed = subprocess.run(
+        [str(program), "quantize", "sample.onnx", "--fp16"],
+        env=image.environment,
+        cwd=image.work,
+        check=False,
+        timeout=300,
+    )
     assert typed.returncode == 0
     assert (image.folder / "models/sample-fp16.onnx").exists()
 
@@ -90,7 +98,9 @@ def test_export_image_exports_the_sample_and_types_it(tmp_path: Path) -> None:
 @needs_rtx
 @pytest.mark.timeout(1200)
 def test_runtime_image_builds_a_plan_on_first_start_without_torch_and_onnx(tmp_path: Path) -> None:
-    image = Image("runtime", tmp_path / "image", TENSORRT="tensorrt-rtx-cu13", CUDA_MAJOR="13", PACKAGES="flatbuffers six")
+    image = Image(
+        "runtime", tmp_path / "image", TENSORRT="tensorrt-rtx-cu13", CUDA_MAJOR="13", PACKAGES="flatbuffers six"
+    )
     image.build()
     assert image.ran == lines_of("runtime")
     assert installed(image, "tensorrt_rtx", "cuda", "PIL", "flatbuffers", "torch", "onnx", "onnxruntime") == {
@@ -100,10 +110,18 @@ def test_runtime_image_builds_a_plan_on_first_start_without_torch_and_onnx(tmp_p
     # The default command opens the plan on the GPU that is here, and there is none.
     usual = image.start(REPVGG_BUILD="--target sm_86", CUDA_VISIBLE_DEVICES="")
     assert (usual.returncode, "written " in usual.stdout) == (1, True), usual.stderr
-    assert ("error: " if (ROOT / "examples/service/__main__.py").exists() else "No module named examples.service") in usual.stderr
+    assert (
+        "error: " if (ROOT / "examples/service/__main__.py").exists() else "No module named examples.service"
+    ) in usual.stderr
     (plan,) = (image.folder / "engines/plans").glob("*/net.plan")
-    again = image.start("repvgg-trt", "check", "{model}", "--target", "gpu=a10", REPVGG_BUILD="--target sm_86", CUDA_VISIBLE_DEVICES="")
-    assert (again.returncode, "nothing was built now" in again.stdout, "it will run" in again.stdout) == (0, True, True), again.stderr
+    again = image.start(
+        "repvgg-trt", "check", "{model}", "--target", "gpu=a10", REPVGG_BUILD="--target sm_86", CUDA_VISIBLE_DEVICES=""
+    )
+    assert (again.returncode, "nothing was built now" in again.stdout, "it will run" in again.stdout) == (
+        0,
+        True,
+        True,
+    ), again.stderr
     assert str(plan) in again.stderr
     assert (image.folder / "engines/plans/cache/repvgg-deploy").is_dir()
 
@@ -138,7 +156,11 @@ def test_triton_image_writes_its_repository_and_becomes_the_server(tmp_path: Pat
 
 
 def test_every_dockerfile_is_run() -> None:
-    tests = [name for name, value in globals().items() if name.startswith("test_") and "lines_of(" in inspect.getsource(value)]
+    tests = [
+        name
+        for name, value in globals().items()
+        if name.startswith("test_") and "lines_of(" in inspect.getsource(value)
+    ]
     assert [name.split("_")[1] for name in tests if name != "test_every_dockerfile_is_run"] == list(NAMES)
 
 
@@ -155,7 +177,9 @@ def test_every_dockerfile_is_run() -> None:
         (None, "10.11.0.33", False),
     ],
 )
-def test_triton_image_of_another_tensorrt_is_not_built(container: str | None, asked: str, fits: bool, tmp_path: Path) -> None:
+def test_triton_image_of_another_tensorrt_is_not_built(
+    container: str | None, asked: str, fits: bool, tmp_path: Path
+) -> None:
     image = bare("triton", tmp_path)
     if container is not None:
         put_nvidias(tmp_path, container)
@@ -172,9 +196,15 @@ def test_triton_image_of_another_tensorrt_is_not_built(container: str | None, as
 
 @pytest.mark.parametrize(
     ("extras", "packages", "installed"),
-    [("", "", ". pillow"), ("service", "", ".[service] pillow"), ("service,cpu", "a b==1", ".[service,cpu] pillow a b==1")],
+    [
+        ("", "", ". pillow"),
+        ("service", "", ".[service] pillow"),
+        ("service,cpu", "a b==1", ".[service,cpu] pillow a b==1"),
+    ],
 )
-def test_runtime_image_installs_the_extras_and_packages_that_are_given(extras: str, packages: str, installed: str, tmp_path: Path) -> None:
+def test_runtime_image_installs_the_extras_and_packages_that_are_given(
+    extras: str, packages: str, installed: str, tmp_path: Path
+) -> None:
     image = bare("runtime", tmp_path)
     image.variables |= {"EXTRAS": extras, "PACKAGES": packages}
     write_script(tmp_path / "bin/pip", f'#!/bin/sh\necho "$@" > "{tmp_path}/told"\n')
@@ -194,10 +224,14 @@ def test_folders_of_the_image_are_made_for_its_user(name: str, tmp_path: Path) -
 
 def test_bindings_get_their_usual_name(tmp_path: Path) -> None:
     (tmp_path / "tensorrt_bindings").mkdir()
-    (tmp_path / "tensorrt_bindings/__init__.py").write_text('__version__ = "10.11.0.33"\n_hidden = 1\n', encoding="utf-8")
+    (tmp_path / "tensorrt_bindings/__init__.py").write_text(
+        '__version__ = "10.11.0.33"\n_hidden = 1\n', encoding="utf-8"
+    )
     code = "import tensorrt, tensorrt_bindings; assert tensorrt is tensorrt_bindings; print(tensorrt.__version__)"
     environment = {"PYTHONPATH": f"{ROOT / 'docker/triton'}:{tmp_path}"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
     assert (done.returncode, done.stdout) == (0, "10.11.0.33\n"), done.stderr
 
 

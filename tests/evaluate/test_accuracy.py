@@ -24,13 +24,17 @@ class TopK:
     classes: NDArray[np.int64]
 
 
-def make_batches(count: int = 100, classes: int = 8, size: int = 16) -> tuple[list[ImageBatch], NDArray[np.float32], NDArray[np.int64]]:
+def make_batches(
+    count: int = 100, classes: int = 8, size: int = 16
+) -> tuple[list[ImageBatch], NDArray[np.float32], NDArray[np.int64]]:
     """Batches whose images are the logits themselves."""
     generator = np.random.default_rng(0)
     labels = generator.integers(0, classes, count)
     logits = generator.standard_normal((count, classes)).astype(np.float32)
     logits[np.arange(count), labels] += 1.5
-    batches = [ImageBatch(logits[start : start + size], labels[start : start + size]) for start in range(0, count, size)]
+    batches = [
+        ImageBatch(logits[start : start + size], labels[start : start + size]) for start in range(0, count, size)
+    ]
     return batches, logits, labels
 
 

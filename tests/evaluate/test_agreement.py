@@ -18,9 +18,12 @@ def logits(count: int = 60, classes: int = 7, *, seed: int = 0) -> NDArray[np.fl
     return np.random.default_rng(seed).standard_normal((count, classes)).astype(np.float32)
 
 
-def batches_of(values: NDArray[np.float32], labels: NDArray[np.int64] | None = None, size: int = 16) -> list[ImageBatch]:
+def batches_of(
+    values: NDArray[np.float32], labels: NDArray[np.int64] | None = None, size: int = 16
+) -> list[ImageBatch]:
     return [
-        ImageBatch(values[start : start + size], None if labels is None else labels[start : start + size]) for start in range(0, len(values), size)
+        ImageBatch(values[start : start + size], None if labels is None else labels[start : start + size])
+        for start in range(0, len(values), size)
     ]
 
 
@@ -39,7 +42,9 @@ def test_report_is_what_a_calculation_by_hand_gives() -> None:
     assert report.output.kind == "logits"
     assert report.output.largest == pytest.approx(np.abs(error).max(), rel=1e-6)
     assert report.output.rms == pytest.approx(np.sqrt((error**2).mean()), rel=1e-6)
-    assert report.output.sqnr_db == pytest.approx(10 * np.log10((truth.astype(float) ** 2).sum() / (error**2).sum()), rel=1e-6)
+    assert report.output.sqnr_db == pytest.approx(
+        10 * np.log10((truth.astype(float) ** 2).sum() / (error**2).sum()), rel=1e-6
+    )
     assert report.reference.top1 == (truth.argmax(1) == labels).mean()
     assert report.other.top1 == (found.argmax(1) == labels).mean()
     assert codec.loads(AgreementReport, codec.dumps(report)) == report
@@ -77,7 +82,10 @@ def layer_values(*, seed: int = 0) -> dict[str, NDArray[np.float32]]:
 
 
 def as_pairs(truth: dict[str, Any], found: dict[str, Any], size: int = 3) -> list[dict[str, Any]]:
-    return [{name: (truth[name][start : start + size], found[name][start : start + size]) for name in truth} for start in range(0, 8, size)]
+    return [
+        {name: (truth[name][start : start + size], found[name][start : start + size]) for name in truth}
+        for start in range(0, 8, size)
+    ]
 
 
 def test_layers_that_are_equal_or_only_rescaled_have_no_noise() -> None:

@@ -14,28 +14,59 @@ from PIL import Image
 
 from repvgg_deploy.errors import ArtifactError, InputError, MissingDependencyError
 from repvgg_deploy.evaluate.figures import open_figure, require_drawable, save_figure
-from repvgg_deploy.evaluate.plots import AccuracyRow, ChannelSpread, ClassBar, SqnrSeries, draw_accuracy, draw_confusion, draw_layer_sqnr, draw_ranges
+from repvgg_deploy.evaluate.plots import (
+    AccuracyRow,
+    ChannelSpread,
+    ClassBar,
+    SqnrSeries,
+    draw_accuracy,
+    draw_confusion,
+    draw_layer_sqnr,
+    draw_ranges,
+)
 
-LAYERS = ("stage0.conv", *(f"stage{stage}.{index}.conv" for stage, depth in ((1, 2), (2, 4), (3, 14), (4, 1)) for index in range(depth)), "linear")
+LAYERS = (
+    "stage0.conv",
+    *(f"stage{stage}.{index}.conv" for stage, depth in ((1, 2), (2, 4), (3, 14), (4, 1)) for index in range(depth)),
+    "linear",
+)
 FALLING = tuple(45 - 1.2 * index for index in range(len(LAYERS)))
 
 PICTURES: dict[str, Callable[[], Figure]] = {
-    "one model": lambda: draw_layer_sqnr([SqnrSeries("int8.onnx", LAYERS, FALLING)], reference="fp32.onnx", bound_db=20),
-    "five models": lambda: draw_layer_sqnr(
-        [SqnrSeries(f"method {index}", LAYERS, tuple(value + 5 * index for value in FALLING)) for index in range(5)], reference="fp32", bound_db=20
+    "one model": lambda: draw_layer_sqnr(
+        [SqnrSeries("int8.onnx", LAYERS, FALLING)], reference="fp32.onnx", bound_db=20
     ),
-    "equal and negative": lambda: draw_layer_sqnr([SqnrSeries("x", ("a", "b", "c"), (200.0, 3.0, -12.0))], reference="y"),
-    "ranges": lambda: draw_ranges([ChannelSpread(name, 2.0 + index, 1.3, "output x" if index == 4 else None) for index, name in enumerate(LAYERS)]),
-    "one range": lambda: draw_ranges([ChannelSpread("a layer with a very long name indeed, of some module.conv", 1.0, 1.0)]),
+    "five models": lambda: draw_layer_sqnr(
+        [SqnrSeries(f"method {index}", LAYERS, tuple(value + 5 * index for value in FALLING)) for index in range(5)],
+        reference="fp32",
+        bound_db=20,
+    ),
+    "equal and negative": lambda: draw_layer_sqnr(
+        [SqnrSeries("x", ("a", "b", "c"), (200.0, 3.0, -12.0))], reference="y"
+    ),
+    "ranges": lambda: draw_ranges(
+        [ChannelSpread(name, 2.0 + index, 1.3, "output x" if index == 4 else None) for index, name in enumerate(LAYERS)]
+    ),
+    "one range": lambda: draw_ranges(
+        [ChannelSpread("a layer with a very long name indeed, of some module.conv", 1.0, 1.0)]
+    ),
     "accuracy": lambda: draw_accuracy(
-        [AccuracyRow("FP32", 0.8585, 0.0078, True), AccuracyRow("a method whose name is too long for one line beside the axis", 0.76, 0.0095)]
+        [
+            AccuracyRow("FP32", 0.8585, 0.0078, True),
+            AccuracyRow("a method whose name is too long for one line beside the axis", 0.76, 0.0095),
+        ]
     ),
     "perfect accuracy": lambda: draw_accuracy([AccuracyRow("FP32", 1.0, 0.0)]),
     "no accuracy": lambda: draw_accuracy([AccuracyRow("FP32", 0.0, 0.0), AccuracyRow("INT8", 0.02, 0.01)]),
     "confusion": lambda: draw_confusion(
         [
             ClassBar("French horn", 200, 0.62, (("church", 0.15), ("chain saw", 0.10), ("parachute", 0.03))),
-            ClassBar("a class with a name that goes on and on", 19, 0.0, (("another class of a long name, too", 0.5), ("$a$", 0.5))),
+            ClassBar(
+                "a class with a name that goes on and on",
+                19,
+                0.0,
+                (("another class of a long name, too", 0.5), ("$a$", 0.5)),
+            ),
             ClassBar("3", 40, 0.975, (("8", 0.025),)),
         ]
     ),
@@ -56,8 +87,12 @@ def test_picture_has_title_units_and_nothing_that_overlaps(name: str, tmp_path: 
     assert axes.get_xlabel()
     renderer = figure.canvas.get_renderer()
     legend = [axes.get_legend().get_window_extent(renderer)] if axes.get_legend() else []
-    x_labels = [label.get_window_extent(renderer) for label in drawn(axes.get_xticks(), axes.get_xticklabels(), axes.get_xlim())]
-    y_labels = [label.get_window_extent(renderer) for label in drawn(axes.get_yticks(), axes.get_yticklabels(), axes.get_ylim())]
+    x_labels = [
+        label.get_window_extent(renderer) for label in drawn(axes.get_xticks(), axes.get_xticklabels(), axes.get_xlim())
+    ]
+    y_labels = [
+        label.get_window_extent(renderer) for label in drawn(axes.get_yticks(), axes.get_yticklabels(), axes.get_ylim())
+    ]
     notes = [text.get_window_extent(renderer) for text in axes.texts]
     title = axes._left_title.get_window_extent(renderer)
     for group in ([title, *legend, *notes], y_labels, x_labels):
@@ -112,7 +147,9 @@ def test_picture_does_not_replace_another_without_force(tmp_path: Path) -> None:
     assert save_figure(PICTURES["accuracy"](), path, force=True) == "written"
 
 
-def test_picture_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_picture_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     require_drawable(tmp_path / "p.png")
     for path in (tmp_path / "p.jpg", tmp_path / "nowhere" / "p.png"):
         with pytest.raises(InputError, match=r"ends in \.png"):

@@ -34,7 +34,10 @@ def main() -> int:
         gate.pass_through()
         answer(batcher, batch)
 
-    with mock.patch.object(Batcher, "_answer", answer_when_let), mock.patch.object(program, "time", Clock(Path(os.environ[GRACE_IS_OVER]))):
+    with (
+        mock.patch.object(Batcher, "_answer", answer_when_let),
+        mock.patch.object(program, "time", Clock(Path(os.environ[GRACE_IS_OVER]))),
+    ):
         return program.main()
 
 

@@ -77,7 +77,11 @@ class RunningService:
         from prometheus_client.parser import text_string_to_metric_families
 
         families = text_string_to_metric_families(self.ask("GET", "/metrics").body.decode())
-        return {(sample.name, frozenset(sample.labels.items())): sample.value for family in families for sample in family.samples}
+        return {
+            (sample.name, frozenset(sample.labels.items())): sample.value
+            for family in families
+            for sample in family.samples
+        }
 
     def metric(self, name: str, **labels: str) -> float:
         return self.metrics().get((name, frozenset(labels.items())), 0.0)
@@ -104,7 +108,12 @@ class RunningService:
 def binary_request(batch: np.ndarray[Any, Any], **parameters: object) -> tuple[bytes, dict[str, str]]:
     """Body and headers."""
     datatype = {"float32": "FP32", "uint8": "UINT8"}[batch.dtype.name]
-    tensor = {"name": "images", "shape": list(batch.shape), "datatype": datatype, "parameters": {"binary_data_size": batch.nbytes}}
+    tensor = {
+        "name": "images",
+        "shape": list(batch.shape),
+        "datatype": datatype,
+        "parameters": {"binary_data_size": batch.nbytes},
+    }
     head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True, **parameters}}).encode()
     return head + batch.tobytes(), {"Inference-Header-Content-Length": str(len(head))}
 
@@ -130,7 +139,9 @@ def serve(path: Path, *, held: bool = False, **settings: object) -> Iterator[Run
     environment |= {GATE: str(gate.path), GRACE_IS_OVER: str(_grace(gate))}
     program = "tests.examples.held_service" if held else "examples.service"
     with log.open("wb") as file:
-        process = subprocess.Popen([sys.executable, "-m", program], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [sys.executable, "-m", program], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
+        )
     try:
         port = re.compile(r"running on http://127\.0\.0\.1:(\d+)")
         wait_until(lambda: process.poll() is not None or port.search(log.read_text()), "the service to listen")

@@ -31,11 +31,21 @@ def service(tmp_path: Path) -> Iterator[Service]:
         yield opened
 
 
-def ask(service: Service, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None) -> tuple[int, dict[str, str], bytes]:
+def ask(
+    service: Service, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None
+) -> tuple[int, dict[str, str], bytes]:
     """One request to the application, without a server."""
     sent: list[dict[str, Any]] = []
     given = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
-    scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "path": path, "query_string": b"", "headers": given}
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": method,
+        "path": path,
+        "query_string": b"",
+        "headers": given,
+    }
     messages = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive() -> dict[str, Any]:
@@ -66,18 +76,25 @@ def let_fail(service: Service, monkeypatch: pytest.MonkeyPatch, error: RepVGGDep
 INFER = "/v2/models/tiny/infer"
 
 
-def test_lost_gpu_ends_liveness_and_readiness_and_refuses_what_comes(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_gpu_ends_liveness_and_readiness_and_refuses_what_comes(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
     body, headers = binary_request(random_batch(ModelOptions(), 1))
     assert ask(service, "POST", INFER, body, headers)[0] == 200
     let_fail(service, monkeypatch, CudaContextError("illegal address", remedy="restart the process"))
     status, _, content = ask(service, "POST", INFER, body, headers)
     assert (status, json.loads(content)) == (500, {"error": "the model failed; the log says more"})
-    assert [ask(service, "GET", f"/v2/health/{what}")[0] for what in ("live", "ready")] == [503, 503]  # live: so that it is restarted
+    assert [ask(service, "GET", f"/v2/health/{what}")[0] for what in ("live", "ready")] == [
+        503,
+        503,
+    ]  # live: so that it is restarted
     status, found, content = ask(service, "POST", INFER, body, headers)
     assert (status, found["retry-after"], "GPU" in json.loads(content)["error"]) == (503, "1", True)
 
 
-def test_failure_of_one_batch_leaves_the_service_ready(service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_failure_of_one_batch_leaves_the_service_ready(
+    service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     body, headers = binary_request(random_batch(ModelOptions(), 1))
     with monkeypatch.context() as patch:
         let_fail(service, patch, ModelError("node Conv_7 failed at /secret/path", remedy="look at the model"))
@@ -101,7 +118,15 @@ def test_unforeseen_failure_is_counted_and_takes_no_place(service: Service, monk
 
 
 def test_settings_are_read_by_name_and_kind() -> None:
-    found = read_settings({"REPVGG_MODEL": "a.onnx", "REPVGG_MAX_BATCH": "8", "REPVGG_MAX_DELAY_MS": "0.5", "REPVGG_LISTEN": "[::]:80", "PATH": "x"})
+    found = read_settings(
+        {
+            "REPVGG_MODEL": "a.onnx",
+            "REPVGG_MAX_BATCH": "8",
+            "REPVGG_MAX_DELAY_MS": "0.5",
+            "REPVGG_LISTEN": "[::]:80",
+            "PATH": "x",
+        }
+    )
     assert found == Settings("a.onnx", max_batch=8, max_delay_ms=0.5, listen="[::]:80")
     assert found.address == ("::", 80)
 
@@ -112,7 +137,9 @@ def test_setting_that_is_no_count_is_an_input_error(text: str) -> None:
         read_settings({"REPVGG_MODEL": "a.onnx", "REPVGG_MAX_BATCH": text})
 
 
-@pytest.mark.parametrize("name", ["MAX_BODY_BYTES", "MAX_BUFFERED_BYTES", "MAX_REQUESTS", "MAX_PIXELS", "BODY_SECONDS", "DECODERS"])
+@pytest.mark.parametrize(
+    "name", ["MAX_BODY_BYTES", "MAX_BUFFERED_BYTES", "MAX_REQUESTS", "MAX_PIXELS", "BODY_SECONDS", "DECODERS"]
+)
 def test_setting_with_which_all_would_be_refused_is_an_input_error(name: str) -> None:
     with pytest.raises(InputError, match=rf"REPVGG_{name}: expected a (whole )?number above 0, found '0'"):
         read_settings({"REPVGG_MODEL": "a.onnx", f"REPVGG_{name}": "0"})
@@ -130,7 +157,9 @@ def test_setting_with_which_all_would_be_refused_is_an_input_error(name: str) ->
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_setting_that_the_engine_refuses_is_named_as_its_variable(setting: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_setting_that_the_engine_refuses_is_named_as_its_variable(
+    setting: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(InputError) as refused:
         Service(Settings(str(make_onnx(tmp_path / "tiny.onnx")), **{"threads": 1, **setting}))
     assert refused.value.message.startswith(message)

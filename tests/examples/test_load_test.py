@@ -38,9 +38,15 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 @pytest.mark.parametrize("tensor", [(), ("--tensor",)], ids=["images", "tensors"])
 def test_every_answer_is_counted_by_both_sides(
-    service: RunningService, tensor: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    service: RunningService,
+    tensor: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert run(monkeypatch, "--url", f"http://127.0.0.1:{service.port}", "--name", "tiny", "--images", IMAGES, *tensor) == 0
+    assert (
+        run(monkeypatch, "--url", f"http://127.0.0.1:{service.port}", "--name", "tiny", "--images", IMAGES, *tensor)
+        == 0
+    )
     printed = capsys.readouterr().out
     counted = re.search(r"the service counted +(\d+), the clients (\d+)", printed)
     assert counted and counted[1] == counted[2] != "0", printed
@@ -59,7 +65,18 @@ def test_answer_that_is_not_the_idle_services_fails_it(
 def test_what_was_named_wrongly_is_said_in_a_line(
     service: RunningService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, "--url", f"http://127.0.0.1:{service.port}", "--name", "tiny", "--images", str(tmp_path / "no.jpg")) == 1
+    assert (
+        run(
+            monkeypatch,
+            "--url",
+            f"http://127.0.0.1:{service.port}",
+            "--name",
+            "tiny",
+            "--images",
+            str(tmp_path / "no.jpg"),
+        )
+        == 1
+    )
     assert re.match(r"error: .*no\.jpg: cannot be read: No such file or directory\n  remedy: ", capsys.readouterr().err)
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, "--url", "127.0.0.1:8000", "--images", IMAGES)

@@ -32,7 +32,13 @@ from tests.examples.running_service import Answer, RunningService, binary_reques
 from tests.runtime.make_model import ModelOptions, make_onnx, random_batch
 from tests.waiting import PATIENCE_SECONDS, wait_until
 
-NEEDED = (fastapi, geventhttpclient, onnxruntime, prometheus_client, uvicorn)  # imported, so that without one this file is left out and named
+NEEDED = (
+    fastapi,
+    geventhttpclient,
+    onnxruntime,
+    prometheus_client,
+    uvicorn,
+)  # imported, so that without one this file is left out and named
 PLAIN = ModelOptions()
 ONE_THREAD = EngineOptions(intra_op_threads=1)  # as the service under test has it
 
@@ -86,7 +92,9 @@ def test_triton_client_sees_a_server_that_is_live_ready_and_describes_its_model(
 
 @pytest.mark.parametrize("images", [1, 5, 8])
 @pytest.mark.parametrize("binary", [True, False])
-def test_triton_client_gets_exactly_what_the_engine_gives(service: RunningService, engine: Engine, images: int, binary: bool) -> None:
+def test_triton_client_gets_exactly_what_the_engine_gives(
+    service: RunningService, engine: Engine, images: int, binary: bool
+) -> None:
     from tritonclient import http
 
     batch = random_batch(PLAIN, images, seed=images)
@@ -94,7 +102,9 @@ def test_triton_client_gets_exactly_what_the_engine_gives(service: RunningServic
     result = send_by_triton(service, batch, binary=binary, outputs=outputs, request_id="the id")
     np.testing.assert_array_equal(result.as_numpy("logits"), engine.infer(batch))
     assert result.get_response()["id"] == "the id"
-    np.testing.assert_array_equal(send_by_triton(service, batch).as_numpy("logits"), engine.infer(batch))  # all outputs, as it asks by default
+    np.testing.assert_array_equal(
+        send_by_triton(service, batch).as_numpy("logits"), engine.infer(batch)
+    )  # all outputs, as it asks by default
 
 
 def test_triton_client_may_name_the_version_that_is_there(service: RunningService, engine: Engine) -> None:
@@ -105,7 +115,9 @@ def test_triton_client_may_name_the_version_that_is_there(service: RunningServic
         versions = client.get_model_metadata("tiny")["versions"]
         assert [client.is_model_ready("tiny", version) for version in versions] == [True]
         assert client.get_model_metadata("tiny", versions[0]) == client.get_model_metadata("tiny")
-    np.testing.assert_array_equal(send_by_triton(service, batch, model_version=versions[0]).as_numpy("logits"), engine.infer(batch))
+    np.testing.assert_array_equal(
+        send_by_triton(service, batch, model_version=versions[0]).as_numpy("logits"), engine.infer(batch)
+    )
     with pytest.raises(InferenceServerException, match="no version '2' of 'tiny' here, only '1'"):
         send_by_triton(service, batch, model_version="2")
 
@@ -122,16 +134,22 @@ def test_triton_client_gets_classes_by_name(service: RunningService, engine: Eng
     from tritonclient import http
 
     batch = random_batch(PLAIN, 2)
-    found = send_by_triton(service, batch, outputs=[http.InferRequestedOutput("logits", binary_data=binary, class_count=3)]).as_numpy("logits")
+    found = send_by_triton(
+        service, batch, outputs=[http.InferRequestedOutput("logits", binary_data=binary, class_count=3)]
+    ).as_numpy("logits")
     texts = [[text.decode() if isinstance(text, bytes) else text for text in row] for row in found.tolist()]
     for row, logits in zip(texts, engine.infer(batch), strict=True):
         best = np.argsort(-logits)[:3]
         assert [text.split(":")[1:] for text in row] == [[str(index), f"class {index}"] for index in best]
-        np.testing.assert_allclose([float(text.split(":")[0]) for text in row], logits[best], atol=1e-6)  # six digits are sent
+        np.testing.assert_allclose(
+            [float(text.split(":")[0]) for text in row], logits[best], atol=1e-6
+        )  # six digits are sent
 
 
 @pytest.mark.parametrize(
-    "options", [ModelOptions(uint8=True), ModelOptions(kind="top5"), ModelOptions(kind="probabilities"), ModelOptions(half=True)], ids=str
+    "options",
+    [ModelOptions(uint8=True), ModelOptions(kind="top5"), ModelOptions(kind="probabilities"), ModelOptions(half=True)],
+    ids=str,
 )
 def test_service_of_any_kind_of_classifier_gives_what_the_engine_gives(tmp_path: Path, options: ModelOptions) -> None:
     path = make_onnx(tmp_path / "other.onnx", options)
@@ -172,14 +190,20 @@ def compare_predictions(answer: Answer, engine: Engine, path: Path) -> None:
         scores = scores[classes]
     assert [item["class"] for item in found] == classes.tolist()
     assert [item["label"] for item in found] == [engine.spec.labels[index] for index in classes]
-    np.testing.assert_allclose([item["score"] for item in found], scores, rtol=1e-12)  # the softmax above subtracts no maximum
+    np.testing.assert_allclose(
+        [item["score"] for item in found], scores, rtol=1e-12
+    )  # the softmax above subtracts no maximum
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_predict_of_an_image_is_that_of_infer_images(service: RunningService, engine: Engine, tmp_path: Path, kind: str) -> None:
+def test_predict_of_an_image_is_that_of_infer_images(
+    service: RunningService, engine: Engine, tmp_path: Path, kind: str
+) -> None:
     path = tmp_path / "photo.img"
     path.write_bytes(jpeg(90, 61, kind=kind))
-    compare_predictions(service.ask("POST", "/predict", path.read_bytes(), {"Content-Type": f"image/{kind.lower()}"}), engine, path)
+    compare_predictions(
+        service.ask("POST", "/predict", path.read_bytes(), {"Content-Type": f"image/{kind.lower()}"}), engine, path
+    )
 
 
 def test_many_clients_get_their_own_answers(model: Path, engine: Engine) -> None:
@@ -207,7 +231,12 @@ def png_bomb() -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     head = struct.pack(">IIBBBBB", 5000, 5000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1_000_000))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(bytes(1_000_000)))
+        + chunk(b"IEND", b"")
+    )
 
 
 INFER_ROUTE = "/v2/models/{name}/infer"
@@ -228,19 +257,34 @@ REFUSED: dict[str, tuple[str, str, Any, dict[str, str], int, str]] = {
     "empty": ("POST", INFER, b"", {}, 400, "not JSON"),
     "without_header": ("POST", INFER, GOOD, {}, 400, "Inference-Header-Content-Length"),
     "wrong_size": ("POST", INFER, *binary_request(np.zeros((1, 3, 8, 8), np.float32)), 400, "the size differs"),
-    "not_finite": ("POST", INFER, *binary_request(np.full((1, 3, 16, 16), np.nan, np.float32)), 400, "expected finite numbers"),
+    "not_finite": (
+        "POST",
+        INFER,
+        *binary_request(np.full((1, 3, 16, 16), np.nan, np.float32)),
+        400,
+        "expected finite numbers",
+    ),
     "too_many_images": ("POST", INFER, *binary_request(random_batch(PLAIN, 9)), 400, "9 images are more than"),
     "not_an_image": ("POST", "/predict", b"GIF89a, or not", {}, 400, "not an image"),
     "no_image": ("POST", "/predict", b"", {}, 400, "no bytes"),
     "half_an_image": ("POST", "/predict", jpeg(90, 61)[:700], {}, 400, "damaged or truncated"),
-    "pixel_bomb": ("POST", "/predict", png_bomb(), {}, 400, "5000×5000 = 25,000,000 pixels, expected at most 1,000,000"),
+    "pixel_bomb": (
+        "POST",
+        "/predict",
+        png_bomb(),
+        {},
+        400,
+        "5000×5000 = 25,000,000 pixels, expected at most 1,000,000",
+    ),
     "tiff": ("POST", "/predict", jpeg(20, 20, kind="TIFF"), {}, 400, "JPEG, MPO, PNG, WEBP"),
     "form": ("POST", "/predict", b"--x", {"Content-Type": "multipart/form-data; boundary=x"}, 415, "--data-binary"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_request_that_cannot_be_answered_is_told_why_and_the_next_one_is_answered(service: RunningService, engine: Engine, name: str) -> None:
+def test_request_that_cannot_be_answered_is_told_why_and_the_next_one_is_answered(
+    service: RunningService, engine: Engine, name: str
+) -> None:
     method, path, body, headers, status, message = REFUSED[name]
     answer = service.ask(method, path, body, headers)
     assert (answer.status, message in answer.json["error"]) == (status, True), answer.body
@@ -324,7 +368,9 @@ def test_full_queue_refuses_with_retry_after_and_loses_nothing(model: Path, engi
         assert running.metric("repvgg_http_active_requests") == 0
 
 
-@pytest.mark.parametrize(("limit", "message"), [({"max_requests": 2}, "as many as may"), ({"max_buffered_bytes": 7000}, "too many bytes")])
+@pytest.mark.parametrize(
+    ("limit", "message"), [({"max_requests": 2}, "as many as may"), ({"max_buffered_bytes": 7000}, "too many bytes")]
+)
 def test_requests_or_bytes_beyond_the_limit_are_refused(model: Path, limit: dict[str, int], message: str) -> None:
     with serve(model, held=True, max_batch=1, **limit) as running:
         with running.hold([random_batch(PLAIN, 1)] * 10) as sent:
@@ -394,7 +440,12 @@ def test_sigterm_turns_readiness_off_answers_all_and_exits_with_0(model: Path, e
         running.end_grace()
         assert running.process.wait(PATIENCE_SECONDS) == 0
         log = running.log.read_text()
-    assert log.index("leaving: ") < log.index("refusing: ") < log.index("Shutting down") < log.index("closed after 7 requests")
+    assert (
+        log.index("leaving: ")
+        < log.index("refusing: ")
+        < log.index("Shutting down")
+        < log.index("closed after 7 requests")
+    )
     assert "Traceback" not in log and "ERROR" not in log
 
 
@@ -464,7 +515,9 @@ def test_second_signal_ends_the_grace_time(model: Path) -> None:
     ],
     ids=str,
 )
-def test_service_with_a_wrong_setting_does_not_start_and_says_which(model: Path, settings: dict[str, object], message: str) -> None:
+def test_service_with_a_wrong_setting_does_not_start_and_says_which(
+    model: Path, settings: dict[str, object], message: str
+) -> None:
     with pytest.raises(AssertionError) as caught, serve(model, **settings):
         pass
     assert message in str(caught.value) and "remedy: " in str(caught.value)

@@ -74,7 +74,9 @@ def test_export_with_calibration_writes_images_bound_to_the_onnx(checkpoint: Pat
     assert seen[-1] == (5, 5)
 
 
-def test_calibration_again_is_up_to_date_without_work_and_other_needs_force(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calibration_again_is_up_to_date_without_work_and_other_needs_force(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint, out = exported.with_name("model.pth"), exported.with_name("m.calib.npz")
     assert write_calibration(checkpoint, exported, options=QUICK).output.status == "written"
     stamp, content = out.stat().st_mtime_ns, out.read_bytes()
@@ -195,7 +197,9 @@ def test_calibration_for_the_onnx_of_another_checkpoint_is_refused(exported: Pat
         write_calibration(other, exported, options=QUICK)
 
 
-def test_calibration_that_does_not_fill_the_fixed_batch_is_refused_before_the_export(checkpoint: Path, tmp_path: Path) -> None:
+def test_calibration_that_does_not_fill_the_fixed_batch_is_refused_before_the_export(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     options = ExportOptions(GraphOptions(image_size=(32, 32), batch=4), calibration=QUICK)
     with pytest.raises(InputError, match="fixed batch of 4"):
         export_checkpoint(checkpoint, tmp_path / "m.onnx", options=options)
@@ -209,7 +213,18 @@ def test_calibration_that_would_replace_the_checkpoint_is_refused(checkpoint: Pa
 
 
 def test_program_writes_says_and_repeats(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["--ckpt", str(checkpoint), "--image-size", "32", "--synthetic-calibration", "4", "--calibration-steps", "3", "--calibration-seed", "7"]
+    command = [
+        "--ckpt",
+        str(checkpoint),
+        "--image-size",
+        "32",
+        "--synthetic-calibration",
+        "4",
+        "--calibration-steps",
+        "3",
+        "--calibration-seed",
+        "7",
+    ]
     assert main(command) == 0
     printed = capsys.readouterr()
     assert "4 images, 3 steps a batch, seed 7" in printed.out
@@ -222,7 +237,9 @@ def test_program_writes_says_and_repeats(checkpoint: Path, capsys: pytest.Captur
 
 @pytest.mark.parametrize("wrong", [["--synthetic-calibration", "0"], ["--synthetic-calibration", "-3"], ["--synthetic-calibration", "x"],
                                    ["--calibration-seed", "1"], ["--calibration-steps", "9"]])  # fmt: skip
-def test_program_with_an_option_that_cannot_hold_is_a_usage_error(checkpoint: Path, capsys: pytest.CaptureFixture[str], wrong: list[str]) -> None:
+def test_program_with_an_option_that_cannot_hold_is_a_usage_error(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], wrong: list[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["--ckpt", str(checkpoint), *wrong])
     assert caught.value.code == 2
@@ -232,8 +249,20 @@ def test_program_with_an_option_that_cannot_hold_is_a_usage_error(checkpoint: Pa
 def test_program_terminated_leaves_its_state_and_the_same_command_goes_on(
     checkpoint: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--ckpt", str(checkpoint), "--image-size", "32", "--synthetic-calibration", "4", "--calibration-steps", "40"]
-    stage, marker = Stage("repvgg_deploy.export.calibrate", "Synthesizer.advance", before=7), tmp_path_factory.mktemp("marker") / "reached"
+    arguments = [
+        "--ckpt",
+        str(checkpoint),
+        "--image-size",
+        "32",
+        "--synthetic-calibration",
+        "4",
+        "--calibration-steps",
+        "40",
+    ]
+    stage, marker = (
+        Stage("repvgg_deploy.export.calibrate", "Synthesizer.advance", before=7),
+        tmp_path_factory.mktemp("marker") / "reached",
+    )
     process = start_endless("repvgg_deploy.cli.export", arguments, stage, marker)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=PATIENCE_SECONDS)
@@ -247,7 +276,9 @@ def test_program_terminated_leaves_its_state_and_the_same_command_goes_on(
 
 def test_sample_int8_from_synthetic_images_agrees_as_well_as_from_real_ones(sample_dir: Path, tmp_path: Path) -> None:
     path = tmp_path / "sample.onnx"
-    export_checkpoint(sample_dir / "repvgg-sample.pth", path, options=ExportOptions(calibration=SynthesisOptions(images=64)))
+    export_checkpoint(
+        sample_dir / "repvgg-sample.pth", path, options=ExportOptions(calibration=SynthesisOptions(images=64))
+    )
     with Engine(path) as engine:
         assert engine.spec.preprocessing is not None
         preprocessing = engine.spec.preprocessing
@@ -263,6 +294,7 @@ def test_sample_int8_from_synthetic_images_agrees_as_well_as_from_real_ones(samp
             logits = engine.infer(evaluation)
         error = 10 * np.log10(np.square(truth).sum() / np.square(truth - logits).sum())
         found[name] = (error, (truth.argmax(1) == logits.argmax(1)).mean())
-    # 37.3 and 37.0 dB when this was written. Half a decibel or so is the choice of images, real or not; 2 dB are no chance.
+    # 37.3 and 37.0 dB when this was written. Half a decibel or so is the choice of images, real or not; 2 dB are no
+    # chance.
     assert found["synthetic"][0] > found["real"][0] - 2, found
     assert found["synthetic"][0] > 33 and found["synthetic"][1] >= 0.995, found

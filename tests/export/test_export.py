@@ -74,7 +74,9 @@ def test_export_every_family_and_form_equals_the_source_model(tmp_path: Path, ca
 SMALL_ENOUGH = ("A0", "A1", "B0")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in SMALL_ENOUGH else pytest.mark.slow) for name in PUBLISHED])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in SMALL_ENOUGH else pytest.mark.slow) for name in PUBLISHED]
+)
 def test_export_published_variant_at_full_width(tmp_path: Path, name: str) -> None:
     spec = PUBLISHED[name]
     path, model = save(tmp_path, spec, gain=0.6)
@@ -135,12 +137,16 @@ def test_export_identical_output_is_up_to_date_and_different_needs_force(tmp_pat
 
 def test_export_save_deploy_round_trips_to_the_same_onnx(tmp_path: Path) -> None:
     path, _ = save(tmp_path, small_variant(se="before_relu"))
-    result = export_checkpoint(path, tmp_path / "m.onnx", options=ExportOptions(GRAPH, save_deploy=tmp_path / "deploy.pth"))
+    result = export_checkpoint(
+        path, tmp_path / "m.onnx", options=ExportOptions(GRAPH, save_deploy=tmp_path / "deploy.pth")
+    )
     assert result.deploy_output is not None and result.deploy_output.status == "written"
     state = torch.load(tmp_path / "deploy.pth", weights_only=True)
     assert "stage1.0.rbr_reparam.weight" in state and "stage1.0.se.down.weight" in state
     export_checkpoint(tmp_path / "deploy.pth", tmp_path / "again.onnx", options=ExportOptions(GRAPH))
-    weights = [{t.name: t.raw_data for t in onnx.load(tmp_path / name).graph.initializer} for name in ("m.onnx", "again.onnx")]
+    weights = [
+        {t.name: t.raw_data for t in onnx.load(tmp_path / name).graph.initializer} for name in ("m.onnx", "again.onnx")
+    ]
     assert weights[0] == weights[1]
 
 
@@ -188,7 +194,9 @@ def _half(model: RepVGG) -> RepVGG:
 
 
 @pytest.mark.parametrize("mutate", [_eps, _drop_se, _shift_groups, _half], ids=lambda f: f.__name__.strip("_"))
-def test_export_mutated_deploy_form_is_caught_and_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutate: Any) -> None:
+def test_export_mutated_deploy_form_is_caught_and_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutate: Any
+) -> None:
     path, _ = save(tmp_path, small_variant(se="before_relu"))
     monkeypatch.setattr(pipeline, "reparameterize", mutate)
     with pytest.raises(ParityError):
@@ -196,7 +204,8 @@ def test_export_mutated_deploy_form_is_caught_and_leaves_no_file(tmp_path: Path,
     assert files(tmp_path) == ["model.pth"]
 
 
-# Then the same after the forms were compared: only the run of the file in ONNX Runtime, or the contract, is left to see them.
+# Then the same after the forms were compared: only the run of the file in ONNX Runtime, or the contract, is left to see
+# them.
 
 
 def _weights_eps(name: str, array: Any) -> Any:
@@ -224,9 +233,13 @@ def _weights_colours(name: str, array: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "change", [_weights_eps, _weights_group, _weights_se, _weights_classes, _weights_std, _weights_colours], ids=lambda f: f.__name__.strip("_")
+    "change",
+    [_weights_eps, _weights_group, _weights_se, _weights_classes, _weights_std, _weights_colours],
+    ids=lambda f: f.__name__.strip("_"),
 )
-def test_export_mutated_file_is_caught_and_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+def test_export_mutated_file_is_caught_and_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any
+) -> None:
     path, _ = save(tmp_path, small_variant(se="before_relu"))
     original = pipeline.write_model
     touched: list[str] = []
@@ -261,7 +274,9 @@ def test_export_wrong_graph_is_caught_by_the_contract(tmp_path: Path, monkeypatc
 def test_export_deploy_checkpoint_mutated_file_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save(random_model(small_variant(), "deploy").state_dict(), tmp_path / "deploy.pth")
     original = pipeline.write_model
-    monkeypatch.setattr(pipeline, "write_model", lambda p, m, w: original(p, m, {n: a * np.float32(1.001) for n, a in w.items()}))
+    monkeypatch.setattr(
+        pipeline, "write_model", lambda p, m, w: original(p, m, {n: a * np.float32(1.001) for n, a in w.items()})
+    )
     with pytest.raises(ParityError, match="deploy form against the ONNX"):
         export_checkpoint(tmp_path / "deploy.pth", tmp_path / "m.onnx", options=ExportOptions(GRAPH))
 
@@ -281,9 +296,14 @@ def test_export_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(
     ("name", "values", "remedy"),
-    [("mean", (0.485, 0.456, 0.406), "--mean 123.675,116.28,103.53"), ("std", (0.229, 0.224, 0.225), "--std 58.395,57.12,57.375")],
+    [
+        ("mean", (0.485, 0.456, 0.406), "--mean 123.675,116.28,103.53"),
+        ("std", (0.229, 0.224, 0.225), "--std 58.395,57.12,57.375"),
+    ],
 )
-def test_export_normalisation_in_units_of_0_to_1_is_refused_with_what_was_meant(name: str, values: tuple[float, ...], remedy: str) -> None:
+def test_export_normalisation_in_units_of_0_to_1_is_refused_with_what_was_meant(
+    name: str, values: tuple[float, ...], remedy: str
+) -> None:
     with pytest.raises(InputError, match=f"{name} .* is in units of 0–1") as caught:
         ExportOptions(**{name: values})  # type: ignore[arg-type]
     assert remedy in caught.value.remedy
@@ -294,7 +314,9 @@ def test_export_raw_pixels_need_no_normalisation() -> None:
 
 
 def test_export_bad_folder_is_refused_before_the_work(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="does not exist"):  # the checkpoint was not even looked at: its absence would be another error
+    with pytest.raises(
+        ArtifactError, match="does not exist"
+    ):  # the checkpoint was not even looked at: its absence would be another error
         export_checkpoint(tmp_path / "missing.pth", tmp_path / "no" / "m.onnx")
 
 
@@ -319,7 +341,12 @@ def test_export_trained_a0_agrees_with_its_training_form_on_photos(shared_data: 
     data = np.load(shared_data / "imagenette128.npz")
     chosen = np.flatnonzero(data["split"] == 1)[:64]
     images = np.stack(
-        [np.asarray(Image.open(BytesIO(data["blob"][data["offset"][i] : data["offset"][i + 1]].tobytes())).convert("RGB")) for i in chosen]
+        [
+            np.asarray(
+                Image.open(BytesIO(data["blob"][data["offset"][i] : data["offset"][i + 1]].tobytes())).convert("RGB")
+            )
+            for i in chosen
+        ]
     )
     with Engine(tmp_path / "a0.onnx") as engine:
         assert engine.spec.preprocessing is not None

@@ -80,10 +80,14 @@ def test_export_every_option_meets_the_contract_and_runs(tmp_path: Path, fields:
     for output in spec.outputs:
         result = results[output.name]
         assert result.dtype == output.dtype
-        sizes = [size if isinstance(size, int) else found for size, found in zip(output.shape, result.shape, strict=True)]
+        sizes = [
+            size if isinstance(size, int) else found for size, found in zip(output.shape, result.shape, strict=True)
+        ]
         assert list(result.shape) == sizes
         # float32 rounding of nine layers, in units of the largest value
-        np.testing.assert_allclose(result, expected[output.name], atol=1e-5 * np.abs(expected[output.name]).max(), rtol=1e-5)
+        np.testing.assert_allclose(
+            result, expected[output.name], atol=1e-5 * np.abs(expected[output.name]).max(), rtol=1e-5
+        )
 
 
 def expected_outputs(network: RepVGG, options: GraphOptions, x: torch.Tensor) -> dict[str, Any]:
@@ -93,7 +97,12 @@ def expected_outputs(network: RepVGG, options: GraphOptions, x: torch.Tensor) ->
     logits = network.classify(stages["stage4"])
     probabilities = torch.softmax(logits, 1)
     scores, classes = probabilities.topk(5, 1)
-    return {"logits": logits.numpy(), "probabilities": probabilities.numpy(), "scores": scores.numpy(), "classes": classes.numpy()}
+    return {
+        "logits": logits.numpy(),
+        "probabilities": probabilities.numpy(),
+        "scores": scores.numpy(),
+        "classes": classes.numpy(),
+    }
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
@@ -101,7 +110,9 @@ def test_export_published_variant_structure_meets_the_contract(name: str) -> Non
     """The real depths, groups and SE positions of each published variant, at a sixteenth of the width."""
     spec = PUBLISHED[name]
     divisor = 16 if spec.se == "none" else 4
-    widths = tuple(max(spec.se_reduction if spec.se != "none" else 4, width // divisor // 4 * 4) for width in spec.widths)
+    widths = tuple(
+        max(spec.se_reduction if spec.se != "none" else 4, width // divisor // 4 * 4) for width in spec.widths
+    )
     narrow = dataclasses.replace(spec, widths=widths, num_classes=7)  # type: ignore[arg-type]
     network = RepVGG(narrow, "deploy").eval()
     options = options_of({})
@@ -137,7 +148,9 @@ def test_write_model_is_what_protobuf_would_write(tmp_path: Path, fields: dict[s
     assert model.SerializeToString(deterministic=True) == (tmp_path / "m.onnx").read_bytes()
     weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     assert weights["stage0.weight"].shape == (8, 3, 3, 3)
-    assert onnx_file.read_graph(tmp_path / "m.onnx").initializers == {name: array.shape for name, array in weights.items()}
+    assert onnx_file.read_graph(tmp_path / "m.onnx").initializers == {
+        name: array.shape for name, array in weights.items()
+    }
 
 
 def test_write_model_above_two_gigabytes_is_refused(tmp_path: Path) -> None:
@@ -256,7 +269,12 @@ def test_contract_unreparameterized_block_fails() -> None:
 
 @pytest.mark.parametrize(
     ("fields", "match"),
-    [({"opset": 16}, "opset"), ({"opset": 21}, "opset"), ({"batch": 0}, "batch"), ({"features": True, "output": "top5"}, "features")],
+    [
+        ({"opset": 16}, "opset"),
+        ({"opset": 21}, "opset"),
+        ({"batch": 0}, "batch"),
+        ({"features": True, "output": "top5"}, "features"),
+    ],
 )
 def test_graph_options_that_cannot_hold_are_refused(fields: dict[str, Any], match: str) -> None:
     with pytest.raises(InputError, match=match):

@@ -27,12 +27,16 @@ class PyramidPooling(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.levels = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(size), nn.Conv2d(channels, 4, 1, bias=False), nn.BatchNorm2d(4)) for size in (1, 2)
+            nn.Sequential(nn.AdaptiveAvgPool2d(size), nn.Conv2d(channels, 4, 1, bias=False), nn.BatchNorm2d(4))
+            for size in (1, 2)
         )
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
-        pooled = [nn.functional.interpolate(torch.relu(level(x)), (height, width), mode="bilinear", align_corners=False) for level in self.levels]
+        pooled = [
+            nn.functional.interpolate(torch.relu(level(x)), (height, width), mode="bilinear", align_corners=False)
+            for level in self.levels
+        ]
         return torch.cat([x, *pooled], dim=1)
 
 
@@ -43,14 +47,19 @@ class SmallPSPNet(nn.Module):
         super().__init__()
         self.backbone = RepVGG(small_variant(se="before_relu"), output_stride=8)
         self.pyramid = PyramidPooling(20)
-        self.head = nn.Sequential(nn.Conv2d(28, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 1))
+        self.head = nn.Sequential(
+            nn.Conv2d(28, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 1)
+        )
         self.auxiliary = nn.Conv2d(16, 6, 1)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         stages = self.backbone.stage_outputs(x)
         size = (64, 96)
         outputs = {"classes": self.head(self.pyramid(stages["stage4"])), "auxiliary": self.auxiliary(stages["stage3"])}
-        return {name: nn.functional.interpolate(out, size, mode="bilinear", align_corners=False) for name, out in outputs.items()}
+        return {
+            name: nn.functional.interpolate(out, size, mode="bilinear", align_corners=False)
+            for name, out in outputs.items()
+        }
 
 
 @pytest.fixture
@@ -66,14 +75,17 @@ def image() -> Tensor:
     return torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
 
 
-def test_export_module_pspnet_equals_its_training_form_in_the_engine(network: SmallPSPNet, image: Tensor, tmp_path: Path) -> None:
+def test_export_module_pspnet_equals_its_training_form_in_the_engine(
+    network: SmallPSPNet, image: Tensor, tmp_path: Path
+) -> None:
     before = copy.deepcopy(network.state_dict())
     result = export_module(network, image, tmp_path / "psp.onnx", options=ModuleOptions(opset=18))
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     assert result.metadata.certificate.passed
     assert "training form" in result.metadata.certificate.reference
     ops = [node.op_type for node in onnx.load(tmp_path / "psp.onnx").graph.node]
-    # 9 blocks with 2 SE convolutions each, the stages' 2 pyramid, 2 head and 1 auxiliary convolutions: nothing is left of the branches
+    # 9 blocks with 2 SE convolutions each, the stages' 2 pyramid, 2 head and 1 auxiliary convolutions: nothing is left
+    # of the branches
     assert ops.count("Conv") == 9 * 3 + 5
     assert "BatchNormalization" not in ops
     with torch.no_grad():
@@ -107,12 +119,18 @@ def test_export_module_wrong_reference_is_caught(network: SmallPSPNet, image: Te
     assert list(tmp_path.iterdir()) == []
 
 
-def test_export_module_wrong_conversion_is_caught(network: SmallPSPNet, image: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_module_wrong_conversion_is_caught(
+    network: SmallPSPNet, image: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A block whose own forward skips its SE once it is converted, as two public projects have it."""
 
     class Forgetful(OfficialBlock):
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) if hasattr(self, "rbr_reparam") else super().forward(x) * torch.sigmoid(x.mean((2, 3), keepdim=True))
+            return (
+                super().forward(x)
+                if hasattr(self, "rbr_reparam")
+                else super().forward(x) * torch.sigmoid(x.mean((2, 3), keepdim=True))
+            )
 
     model = nn.Sequential(nn.Conv2d(3, 4, 1), Forgetful(4))
     randomise(model)
@@ -142,7 +160,12 @@ def test_export_module_dynamic_size_runs_other_sizes(tmp_path: Path) -> None:
             return tuple(self.backbone.stage_outputs(x).values())
 
     names = ("c2", "c3", "c4", "c5")
-    export_module(Features().eval(), torch.randn(1, 3, 64, 64), tmp_path / "f.onnx", options=ModuleOptions(dynamic_size=True, output_names=names))
+    export_module(
+        Features().eval(),
+        torch.randn(1, 3, 64, 64),
+        tmp_path / "f.onnx",
+        options=ModuleOptions(dynamic_size=True, output_names=names),
+    )
     with Engine(tmp_path / "f.onnx") as engine:
         found = engine.infer(np.zeros((1, 3, 96, 33), np.float32))
         assert isinstance(found, dict)
@@ -191,7 +214,9 @@ def test_export_module_bad_outputs_and_options_are_refused(network: SmallPSPNet,
         export_module(network, image, tmp_path / "m.onnx", options=ModuleOptions(opset=12))
 
 
-def test_export_module_mutated_file_is_caught(network: SmallPSPNet, image: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_module_mutated_file_is_caught(
+    network: SmallPSPNet, image: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = pipeline.write_with_initializers
 
     def write(path: Path, model: onnx.ModelProto) -> object:

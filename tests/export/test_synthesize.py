@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from repvgg_deploy.errors import CalibrationError, InputError
-from repvgg_deploy.export.synthesize import StatisticsMismatch, SynthesisOptions, Synthesizer, image_bytes, plan_synthesis
+from repvgg_deploy.export.synthesize import (
+    StatisticsMismatch,
+    SynthesisOptions,
+    Synthesizer,
+    image_bytes,
+    plan_synthesis,
+)
 from repvgg_deploy.images.decode import default_preprocessing
 from repvgg_deploy.model.block import TrainingBlock
 from repvgg_deploy.model.network import RepVGG
@@ -37,9 +43,14 @@ def hooked_mismatch(model: RepVGG, images: Tensor) -> Tensor:
     def record(norm: nn.BatchNorm2d, inputs: tuple[Tensor, ...], _: Tensor) -> None:
         variance, mean = torch.var_mean(inputs[0], (0, 2, 3), correction=0)
         std = (norm.running_var + norm.eps).sqrt()
-        losses.append(((mean - norm.running_mean) / std).square().mean() + ((variance + norm.eps).sqrt() / std - 1).square().mean())
+        losses.append(
+            ((mean - norm.running_mean) / std).square().mean()
+            + ((variance + norm.eps).sqrt() / std - 1).square().mean()
+        )
 
-    norms = [module for block in model.blocks().values() for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [
+        module for block in model.blocks().values() for module in block.modules() if isinstance(module, nn.BatchNorm2d)
+    ]
     handles = [norm.register_forward_hook(record) for norm in norms]
     model(images)
     for handle in handles:
@@ -80,8 +91,12 @@ def stripes(count: int, *, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     angle, period, phase = (torch.rand((count, 1, 1, 1), generator=generator) for _ in range(3))
     rows, columns = torch.arange(32.0).reshape(1, 1, -1, 1), torch.arange(32.0).reshape(1, 1, 1, -1)
-    wave = torch.sin((rows * torch.cos(angle * 3.2) + columns * torch.sin(angle * 3.2)) / (1 + 4 * period) + 6.3 * phase)
-    return wave * torch.rand((count, 3, 1, 1), generator=generator) + 0.3 * torch.randn((count, 3, 1, 1), generator=generator)
+    wave = torch.sin(
+        (rows * torch.cos(angle * 3.2) + columns * torch.sin(angle * 3.2)) / (1 + 4 * period) + 6.3 * phase
+    )
+    return wave * torch.rand((count, 3, 1, 1), generator=generator) + 0.3 * torch.randn(
+        (count, 3, 1, 1), generator=generator
+    )
 
 
 def learned(variant: VariantSpec) -> RepVGG:
@@ -112,7 +127,9 @@ def test_synthesised_images_match_statistics_far_better_than_their_start(name: s
 def test_synthesised_images_have_the_means_and_deviations_of_the_running_statistics() -> None:
     model = learned(VARIANTS["repvgg"])
     images, _, _ = synthesise(model, steps=150)
-    x = (torch.from_numpy(images).permute(0, 3, 1, 2) - torch.tensor(SIZE.mean).reshape(3, 1, 1)) / torch.tensor(SIZE.std).reshape(3, 1, 1)
+    x = (torch.from_numpy(images).permute(0, 3, 1, 2) - torch.tensor(SIZE.mean).reshape(3, 1, 1)) / torch.tensor(
+        SIZE.std
+    ).reshape(3, 1, 1)
     shifts, ratios = [], []
     for block in model.blocks().values():
         assert isinstance(block, TrainingBlock)
@@ -168,7 +185,9 @@ def test_synthesis_in_a_network_that_overflows_is_refused() -> None:
         synthesizer.finish(synthesizer.advance(synthesizer.start(0, 2)))
 
 
-@pytest.mark.parametrize("change", [{"images": 0}, {"images": -1}, {"images": 10**9}, {"steps": 0}, {"seed": -1}, {"seed": 1 << 63}])
+@pytest.mark.parametrize(
+    "change", [{"images": 0}, {"images": -1}, {"images": 10**9}, {"steps": 0}, {"seed": -1}, {"seed": 1 << 63}]
+)
 def test_synthesis_options_that_cannot_hold_are_refused(change: dict[str, int]) -> None:
     with pytest.raises(InputError, match="expected"):
         SynthesisOptions(**change)
@@ -181,9 +200,15 @@ def test_plan_chooses_less_for_larger_networks_and_keeps_batches_even() -> None:
     assert large.images >= 8
     assert plan_synthesis(PUBLISHED["A0"], (128, 128), SynthesisOptions(images=100, steps=7)).batches == (50, 50)
     assert plan_synthesis(PUBLISHED["A0"], (128, 128), SynthesisOptions(images=5)).batches == (5,)
-    for spec, size in ((PUBLISHED["B2"], (224, 224)), (PUBLISHED["D2se"], (224, 224)), (PUBLISHED["RepVGGplus-L2pse"], (320, 320))):
+    for spec, size in (
+        (PUBLISHED["B2"], (224, 224)),
+        (PUBLISHED["D2se"], (224, 224)),
+        (PUBLISHED["RepVGGplus-L2pse"], (320, 320)),
+    ):
         plan = plan_synthesis(spec, size, SynthesisOptions(images=512))
-        assert max(plan.batches) * image_bytes(spec, size) <= 3 << 30  # of the 6 GB that a large network may take; its weights are another 1
+        assert (
+            max(plan.batches) * image_bytes(spec, size) <= 3 << 30
+        )  # of the 6 GB that a large network may take; its weights are another 1
         assert plan.images == 512
 
 

@@ -24,7 +24,9 @@ def test_make_batches_kinds_sizes_and_normalisation() -> None:
         assert np.isfinite(batch.array).all()
         if batch.images is not None:
             np.testing.assert_array_equal(batch.array, normalize(batch.images, PREPROCESSING))
-    assert np.abs(batches["large constant 40×56"].array).min() >= 30 * 2.7 / 1.0 - 1  # far beyond the largest normalised pixel, about 2.7
+    assert (
+        np.abs(batches["large constant 40×56"].array).min() >= 30 * 2.7 / 1.0 - 1
+    )  # far beyond the largest normalised pixel, about 2.7
 
 
 def test_make_batches_are_the_same_every_time_and_images_differ() -> None:
@@ -88,17 +90,33 @@ def test_compare_top5_accepts_ties_and_refuses_wrong_classes_and_scores() -> Non
 
     def passed(classes: list[int], scale: float = 1.0) -> bool:
         scores = np.take_along_axis(probabilities, np.array([classes]), 1).astype(np.float32) * scale
-        return all(check.passed for check in _compare("b", top5_spec(), {"scores": scores, "classes": np.array([classes])}, reference, allowed=1e-6))
+        return all(
+            check.passed
+            for check in _compare(
+                "b", top5_spec(), {"scores": scores, "classes": np.array([classes])}, reference, allowed=1e-6
+            )
+        )
 
     assert passed([0, 1, 2, 3, 4])
     assert passed([1, 0, 2, 3, 4])
     assert not passed([0, 1, 2, 3, 5])
     assert not passed([0, 1, 2, 3, 4], 1.001)
     right = probabilities[:, :5].astype(np.float32)
-    wrong = _compare("b", top5_spec(), {"scores": right, "classes": np.array([[6, 1, 2, 3, 4]])}, reference, allowed=1e-6)
+    wrong = _compare(
+        "b", top5_spec(), {"scores": right, "classes": np.array([[6, 1, 2, 3, 4]])}, reference, allowed=1e-6
+    )
     assert [check.passed for check in wrong] == [True, False]
 
 
 def test_compare_probabilities_of_huge_logits_are_no_check() -> None:
     logits = np.float32([[1e6, 0, 0, 0, 0]])
-    assert _compare("b", top5_spec(), {"scores": softmax(logits), "classes": np.arange(5)[None]}, {"logits": logits}, allowed=1e-6) == []
+    assert (
+        _compare(
+            "b",
+            top5_spec(),
+            {"scores": softmax(logits), "classes": np.arange(5)[None]},
+            {"logits": logits},
+            allowed=1e-6,
+        )
+        == []
+    )

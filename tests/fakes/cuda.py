@@ -1,8 +1,8 @@
 """A CudaPort without a GPU.
 
-Streams hold work back until somebody waits for it, so that what is read too early is wrong; fresh memory is poison; graphs replay what was captured.
-Every call can be made to fail, everything taken is counted, and what real CUDA leaves undefined (freed memory in use, two streams without an event
-between them, a thread without a context) is an error here.
+Streams hold work back until somebody waits for it, so that what is read too early is wrong; fresh memory is poison;
+graphs replay what was captured. Every call can be made to fail, everything taken is counted, and what real CUDA leaves
+undefined (freed memory in use, two streams without an event between them, a thread without a context) is an error here.
 """
 
 from __future__ import annotations
@@ -76,9 +76,13 @@ class FakeCuda:
 
     provider = "fake CUDA"
 
-    def __init__(self, *, devices: int = 1, memory_bytes: int = 1 << 30, capability: str = "8.6", eager: bool = False) -> None:
+    def __init__(
+        self, *, devices: int = 1, memory_bytes: int = 1 << 30, capability: str = "8.6", eager: bool = False
+    ) -> None:
         self.has_graphs = True
-        self.info = [DeviceInfo(f"Fake GPU {index}", capability, "580.95.05", "13.0", memory_bytes) for index in range(devices)]
+        self.info = [
+            DeviceInfo(f"Fake GPU {index}", capability, "580.95.05", "13.0", memory_bytes) for index in range(devices)
+        ]
         self.calls: Counter[str] = Counter()
         self.faults: dict[tuple[str, int], str] = {}
         self.always: dict[str, str] = {}
@@ -225,7 +229,9 @@ class FakeCuda:
             found = self._stream(stream)
             if found.recording is not None:
                 found.broken_capture = True
-                raise make_error("cuStreamSynchronize", "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "not permitted while capturing")
+                raise make_error(
+                    "cuStreamSynchronize", "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "not permitted while capturing"
+                )
             self._drain(found)
 
     def create_event(self) -> Any:
@@ -292,7 +298,9 @@ class FakeCuda:
             self._current.capturing = None
             self._begin("end_capture")
             if found.broken_capture:
-                raise make_error("cuStreamEndCapture", "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", "the capture was invalidated")
+                raise make_error(
+                    "cuStreamEndCapture", "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", "the capture was invalidated"
+                )
             graph = Graph(steps or [])
             self.graphs.add(graph)
             return graph
@@ -336,7 +344,9 @@ class FakeCuda:
             for stream in capturing:  # a wait for the device ends every capture on it, whichever thread waits
                 stream.broken_capture = True
             if capturing:
-                raise make_error("cuCtxSynchronize", "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "a stream of the device is capturing")
+                raise make_error(
+                    "cuCtxSynchronize", "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "a stream of the device is capturing"
+                )
             for stream in streams:
                 self._drain(stream)
 

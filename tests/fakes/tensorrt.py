@@ -1,7 +1,8 @@
 """A TensorRT module without TensorRT: the names that the runtime uses, over the fake CUDA, computing with ONNX Runtime.
 
-A fake plan is a header in JSON and the ONNX that it was "built" from. What real TensorRT leaves undefined is an error here: a context used by two
-threads at once, contexts that share scratch memory without order between them, a tensor without an address, a call in the wrong device context.
+A fake plan is a header in JSON and the ONNX that it was "built" from. What real TensorRT leaves undefined is an error
+here: a context used by two threads at once, contexts that share scratch memory without order between them, a tensor
+without an address, a call in the wrong device context.
 """
 
 from __future__ import annotations
@@ -23,8 +24,21 @@ from numpy.typing import NDArray
 from repvgg_deploy.files.onnx import read_metadata
 from tests.fakes.cuda import FakeCuda
 
-_ORT_TYPES = {"tensor(float)": "FLOAT", "tensor(float16)": "HALF", "tensor(uint8)": "UINT8", "tensor(int64)": "INT64", "tensor(int32)": "INT32"}
-_NUMPY = {"FLOAT": "float32", "HALF": "float16", "UINT8": "uint8", "INT64": "int64", "INT32": "int32", "BF16": "float16"}
+_ORT_TYPES = {
+    "tensor(float)": "FLOAT",
+    "tensor(float16)": "HALF",
+    "tensor(uint8)": "UINT8",
+    "tensor(int64)": "INT64",
+    "tensor(int32)": "INT32",
+}
+_NUMPY = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "UINT8": "uint8",
+    "INT64": "int64",
+    "INT32": "int32",
+    "BF16": "float16",
+}
 
 
 @dataclass
@@ -62,7 +76,14 @@ class Seen:
     largest_overlap: int = 0
 
 
-def make_plan(path: Path, onnx: Path, *, profile: tuple[int, int, int] = (1, 4, 8), sizes: tuple[int, int] = (16, 16), **header: Any) -> Path:
+def make_plan(
+    path: Path,
+    onnx: Path,
+    *,
+    profile: tuple[int, int, int] = (1, 4, 8),
+    sizes: tuple[int, int] = (16, 16),
+    **header: Any,
+) -> Path:
     """Writes a plan as the fake reads it: its profile, and what `header` says besides (dtypes by name, TensorRT's version, image sizes)."""
     info = {"profile": profile, "sizes": [sizes, sizes, sizes], "version": "10.16.1.11", "dtypes": {}, **header}
     text = json.dumps(info).encode()
@@ -71,7 +92,9 @@ def make_plan(path: Path, onnx: Path, *, profile: tuple[int, int, int] = (1, 4, 
     return path
 
 
-def make_module(cuda: FakeCuda, *, version: str = "10.16.1.11", name: str = "tensorrt", faults: Faults | None = None) -> types.ModuleType:
+def make_module(
+    cuda: FakeCuda, *, version: str = "10.16.1.11", name: str = "tensorrt", faults: Faults | None = None
+) -> types.ModuleType:
     """The module, with `seen` and `faults` besides TensorRT's own names."""
     module: Any = types.ModuleType(name)
     world = _World(cuda, version, faults or Faults(), Seen())
@@ -178,7 +201,10 @@ class _Runtime:
             header = json.loads(content[8 : 8 + size])
             session = onnxruntime.InferenceSession(content[8 + size :], providers=["CPUExecutionProvider"])
         except Exception:  # noqa: BLE001 - as the real one: whatever is wrong with the bytes, there is no engine
-            self.logger.log(Severity.ERROR, "IRuntime::deserializeCudaEngine: Error Code 1: Serialization (Serialization assertion failed.)")
+            self.logger.log(
+                Severity.ERROR,
+                "IRuntime::deserializeCudaEngine: Error Code 1: Serialization (Serialization assertion failed.)",
+            )
             return None
         if header["version"] != world.version:
             self.logger.log(Severity.ERROR, "The engine plan file is not compatible with this version of TensorRT")
@@ -238,7 +264,9 @@ class _Engine:
         assert (how._allocation if given else how) == ExecutionContextAllocationStrategy.USER_MANAGED
         context = self._create()
         if given and context is not None:
-            context._eager = how.dynamic_shapes_kernel_specialization_strategy == DynamicShapesKernelSpecializationStrategy.EAGER
+            context._eager = (
+                how.dynamic_shapes_kernel_specialization_strategy == DynamicShapesKernelSpecializationStrategy.EAGER
+            )
         return context
 
     def create_execution_context_without_device_memory(self) -> Any:
@@ -251,7 +279,9 @@ class _Engine:
         with world.cuda.lock:
             world.seen.contexts += 1
             if world.seen.contexts in world.faults.context:
-                self._logger.log(Severity.ERROR, "IRuntime::createExecutionContext: OutOfMemory (no further information)")
+                self._logger.log(
+                    Severity.ERROR, "IRuntime::createExecutionContext: OutOfMemory (no further information)"
+                )
                 return None
             return _Context(self)
 
@@ -299,7 +329,10 @@ class _Context:
         self._scratch = self._engine._scratch.setdefault(address, _Scratch())
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
-        self._engine._logger.log(Severity.ERROR, "Profile has been chosen by another IExecutionContext. Use another profileIndex or destroy it")
+        self._engine._logger.log(
+            Severity.ERROR,
+            "Profile has been chosen by another IExecutionContext. Use another profileIndex or destroy it",
+        )
         return False
 
     def is_stream_capturable(self, stream: int) -> bool:
@@ -310,8 +343,12 @@ class _Context:
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         with self._alone():
             least, _, most = self._engine.get_tensor_profile_shape(name, 0)
-            if len(shape) != len(least) or not all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True)):
-                self._engine._logger.log(Severity.ERROR, "IExecutionContext::setInputShape: Static dimension mismatch or profile range")
+            if len(shape) != len(least) or not all(
+                low <= size <= high for low, size, high in zip(least, shape, most, strict=True)
+            ):
+                self._engine._logger.log(
+                    Severity.ERROR, "IExecutionContext::setInputShape: Static dimension mismatch or profile range"
+                )
                 return False
             self._shape = tuple(shape)
             return True
@@ -320,7 +357,9 @@ class _Context:
         assert self._shape is not None, "asked before the input shape was set"
         source = self._engine._session.get_inputs()[0]
         known = {text: size for text, size in zip(source.shape, self._shape, strict=True) if isinstance(text, str)}
-        return tuple(size if isinstance(size, int) else known.get(size, -1) for size in self._engine._tensors[name].shape)
+        return tuple(
+            size if isinstance(size, int) else known.get(size, -1) for size in self._engine._tensors[name].shape
+        )
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         with self._alone():
@@ -340,12 +379,19 @@ class _Context:
                 capturing = world.cuda._stream(stream_handle).recording is not None
                 if capturing:
                     assert shape in self._warm, "captured before the first run of this shape"
-                    assert self._eager, "captured with the kernels that TensorRT-RTX runs until those of the shape are compiled"
-                if world.faults.enqueue_all or world.seen.runs in world.faults.enqueue or (capturing and world.faults.no_capture):
+                    assert self._eager, (
+                        "captured with the kernels that TensorRT-RTX runs until those of the shape are compiled"
+                    )
+                if (
+                    world.faults.enqueue_all
+                    or world.seen.runs in world.faults.enqueue
+                    or (capturing and world.faults.no_capture)
+                ):
                     self._engine._logger.log(Severity.ERROR, world.faults.message)
                     return False
                 self._warm.add(shape)
-                # TensorRT-RTX runs other kernels until those of a shape are compiled, and other kernels round otherwise.
+                # TensorRT-RTX runs other kernels until those of a shape are compiled, and other kernels round
+                # otherwise.
                 self._fallbacks[shape] += not self._eager
                 step = _Step(self, shape, dict(self._addresses), None if capturing else self._next())
                 step.scale += 1e-6 * (0 < self._fallbacks[shape] <= 2)

@@ -26,10 +26,21 @@ METADATA = codec.decode(ModelMetadata, json.loads(EXAMPLE.read_text(encoding="ut
 def build() -> onnx.ModelProto:
     """Conv, Relu, Flatten, Gemm as the onnx package makes them; a foreign metadata entry too."""
     rng = np.random.default_rng(0)
-    weights = {"stage0.weight": (4, 3, 3, 3), "stage0.bias": (4,), "linear.weight": (2, 256), "linear.bias": (2,), "scalar": ()}
-    initializers = [numpy_helper.from_array(np.asarray(rng.standard_normal(shape), np.float32), name) for name, shape in weights.items()]
+    weights = {
+        "stage0.weight": (4, 3, 3, 3),
+        "stage0.bias": (4,),
+        "linear.weight": (2, 256),
+        "linear.bias": (2,),
+        "scalar": (),
+    }
+    initializers = [
+        numpy_helper.from_array(np.asarray(rng.standard_normal(shape), np.float32), name)
+        for name, shape in weights.items()
+    ]
     nodes = [
-        helper.make_node("Conv", ["input", "stage0.weight", "stage0.bias"], ["stage0"], "stage0_conv", pads=[1, 1, 1, 1]),
+        helper.make_node(
+            "Conv", ["input", "stage0.weight", "stage0.bias"], ["stage0"], "stage0_conv", pads=[1, 1, 1, 1]
+        ),
         helper.make_node("Relu", ["stage0"], ["stage0_relu"]),
         helper.make_node("Flatten", ["stage0_relu"], ["flat"]),
         helper.make_node("Gemm", ["flat", "linear.weight", "linear.bias"], ["logits"], "classifier", transB=1),
@@ -37,7 +48,9 @@ def build() -> onnx.ModelProto:
     image = helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 3, 8, 8])
     logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 2])
     graph = helper.make_graph(nodes, "sample", [image], [logits], initializers)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)], ir_version=8)
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)], ir_version=8
+    )
     model.metadata_props.add(key="author", value="someone")
     return model
 
@@ -223,7 +236,9 @@ def test_metadata_holding_nan_is_never_written(path: Path) -> None:
         (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer", "git lfs pull"),
     ],
 )
-def test_other_file_than_an_onnx_is_named_with_what_to_do_about_it(path: Path, head: bytes, what: str, remedy: str) -> None:
+def test_other_file_than_an_onnx_is_named_with_what_to_do_about_it(
+    path: Path, head: bytes, what: str, remedy: str
+) -> None:
     path.write_bytes(head + bytes(200))
     for read in (read_metadata, read_graph):
         with pytest.raises(ModelError, match=f"model.onnx: {what}") as caught:

@@ -45,7 +45,9 @@ def test_output_appears_only_when_the_block_ends(tmp_path: Path) -> None:
     assert names(tmp_path) == ["model.onnx"]
 
 
-@pytest.mark.parametrize("error", [RuntimeError("stop"), KeyboardInterrupt(), SystemExit(3), ArtifactError("what", remedy="how")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("stop"), KeyboardInterrupt(), SystemExit(3), ArtifactError("what", remedy="how")]
+)
 def test_output_whose_block_fails_leaves_nothing_and_the_error_passes(tmp_path: Path, error: BaseException) -> None:
     with pytest.raises(type(error)) as caught, atomic_output(tmp_path / "model.onnx") as output:
         output.partial.write_bytes(b"half")
@@ -86,9 +88,17 @@ def test_output_different_from_the_file_that_stands_there_needs_force(tmp_path: 
     assert names(tmp_path) == ["notes.txt"]
 
 
-@pytest.mark.parametrize(("code", "remedy"), [(errno.ENOSPC, "free some space"), (errno.EDQUOT, "free some space"), (errno.EIO, "operating system")])
-def test_output_on_a_full_or_broken_disk_is_an_error_that_leaves_nothing(tmp_path: Path, code: int, remedy: str) -> None:
-    with pytest.raises(ArtifactError, match="cannot be written") as caught, atomic_output(tmp_path / "model.onnx") as output:
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [(errno.ENOSPC, "free some space"), (errno.EDQUOT, "free some space"), (errno.EIO, "operating system")],
+)
+def test_output_on_a_full_or_broken_disk_is_an_error_that_leaves_nothing(
+    tmp_path: Path, code: int, remedy: str
+) -> None:
+    with (
+        pytest.raises(ArtifactError, match="cannot be written") as caught,
+        atomic_output(tmp_path / "model.onnx") as output,
+    ):
         output.partial.write_bytes(b"half")
         refuse(code)()
     assert os.strerror(code) in caught.value.message
@@ -98,7 +108,9 @@ def test_output_on_a_full_or_broken_disk_is_an_error_that_leaves_nothing(tmp_pat
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace", "chmod"])
-def test_output_that_cannot_be_committed_leaves_the_older_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+def test_output_that_cannot_be_committed_leaves_the_older_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
     target = tmp_path / "notes.txt"
     target.write_text("old", encoding="utf-8")
     monkeypatch.setattr(os, step, refuse(errno.ENOSPC))
@@ -109,7 +121,9 @@ def test_output_that_cannot_be_committed_leaves_the_older_file(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS])
-def test_output_in_an_unwritable_folder_is_an_error_with_another_place_as_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+def test_output_in_an_unwritable_folder_is_an_error_with_another_place_as_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
     monkeypatch.setattr(tempfile, "mkstemp", refuse(code))
     with pytest.raises(ArtifactError, match=r"model\.onnx: cannot be written") as caught:
         write_text(tmp_path / "model.onnx", "text")
@@ -133,7 +147,12 @@ def test_output_past_a_real_file_size_limit_is_an_error_that_leaves_nothing(tmp_
         "write_text(Path(sys.argv[1]), 'x' * 100_000)"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "big.txt")], capture_output=True, text=True, cwd=ROOT, timeout=300, check=False
+        [sys.executable, "-c", code, str(tmp_path / "big.txt")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+        check=False,
     )
     assert result.returncode == 1
     assert "ArtifactError" in result.stderr
@@ -167,7 +186,11 @@ def test_output_has_the_mode_that_the_users_mask_says(tmp_path: Path, mask: int,
 
 
 def test_output_with_the_longest_name_that_a_disk_takes_is_written(tmp_path: Path) -> None:
-    for name in ("n" * 251 + ".txt", "計" * 85, "x" * 99 + "ü"):  # 255 bytes at most, which no character of a hidden name may be cut in two for
+    for name in (
+        "n" * 251 + ".txt",
+        "計" * 85,
+        "x" * 99 + "ü",
+    ):  # 255 bytes at most, which no character of a hidden name may be cut in two for
         assert write_text(tmp_path / name, "text").status == "written"
     assert len(names(tmp_path)) == 3
 
@@ -194,5 +217,7 @@ def test_hash_of_a_stream_takes_no_more_than_asked(tmp_path: Path, size: int) ->
     path = tmp_path / "data"
     path.write_bytes(b"0123456789")
     with path.open("rb") as file:
-        assert output.hash_stream(hashlib.sha256(), file, size).digest() == hashlib.sha256(b"0123456789"[:size]).digest()
+        assert (
+            output.hash_stream(hashlib.sha256(), file, size).digest() == hashlib.sha256(b"0123456789"[:size]).digest()
+        )
         assert file.tell() == min(size, 10)

@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 
 from repvgg_deploy.errors import InputError
-from repvgg_deploy.files.plan_place import Compatible, Environment, Incompatible, find_gpu, gpu_names, judge_plan, parse_version
+from repvgg_deploy.files.plan_place import (
+    Compatible,
+    Environment,
+    Incompatible,
+    find_gpu,
+    gpu_names,
+    judge_plan,
+    parse_version,
+)
 from tests.files.make_passport import make_passport
 
 RTX: dict[str, Any] = {
@@ -47,11 +55,15 @@ def test_plan_where_it_was_built_is_compatible_without_a_warning() -> None:
     assert judge_plan(make_passport(platform="linux-x86_64"), environment(platform="linux-x86_64")) == Compatible(())
 
 
-@pytest.mark.parametrize(("version", "flexible", "runs"), [("11.4.0.106", True, True), ("11.5.0.1", True, True), ("11.3.0.1", True, False)])
+@pytest.mark.parametrize(
+    ("version", "flexible", "runs"), [("11.4.0.106", True, True), ("11.5.0.1", True, True), ("11.3.0.1", True, False)]
+)
 def test_lean_runtime_runs_the_versions_that_the_whole_one_would(version: str, flexible: bool, runs: bool) -> None:
     passport = make_passport(version_compatible=flexible)
     assert isinstance(judge_plan(passport, environment(tensorrt_version=version, lean=True)), Compatible) == runs
-    assert "and the plan is not version-compatible" in refusal(make_passport(), environment(tensorrt_version=version, lean=True))
+    assert "and the plan is not version-compatible" in refusal(
+        make_passport(), environment(tensorrt_version=version, lean=True)
+    )
 
 
 @pytest.mark.parametrize(("plan", "here"), [("tensorrt", "tensorrt_rtx"), ("tensorrt_rtx", "tensorrt")])
@@ -61,7 +73,9 @@ def test_plan_of_the_other_flavour_is_refused(plan: str, here: str) -> None:
 
 
 def test_plan_of_another_platform_is_refused() -> None:
-    assert "do not cross platforms" in refusal(make_passport(platform="linux-x86_64"), environment(platform="linux-aarch64"))
+    assert "do not cross platforms" in refusal(
+        make_passport(platform="linux-x86_64"), environment(platform="linux-aarch64")
+    )
 
 
 @pytest.mark.parametrize("version", ["11.4.0.107", "11.4.1.5", "11.3.0.1", "10.16.1.11", "8.6.1"])
@@ -85,7 +99,9 @@ def test_plan_needs_its_very_version(version: str) -> None:
     ],
 )
 def test_version_compatible_plan_runs_on_later_versions(built: str, here: str, runs: bool) -> None:
-    found = judge_plan(make_passport(version_compatible=True, tensorrt_version=built), environment(tensorrt_version=here))
+    found = judge_plan(
+        make_passport(version_compatible=True, tensorrt_version=built), environment(tensorrt_version=here)
+    )
     assert isinstance(found, Compatible if runs else Incompatible), found
 
 
@@ -96,7 +112,9 @@ def test_version_compatible_plan_in_another_major_version_warns() -> None:
 
 def test_part_of_a_version_is_compared_as_far_as_it_goes() -> None:
     found = judge_plan(make_passport(), environment(tensorrt_version="11.4"))
-    assert isinstance(found, Compatible) and found.warnings == ("TensorRT 11.4 is only a part of a version: the plan needs 11.4.0.106 exactly",)
+    assert isinstance(found, Compatible) and found.warnings == (
+        "TensorRT 11.4 is only a part of a version: the plan needs 11.4.0.106 exactly",
+    )
     assert "runs plans of its own version only" in refusal(make_passport(), environment(tensorrt_version="11.3"))
 
 
@@ -110,19 +128,30 @@ def test_rtx_plan_runs_on_its_release_only_whatever_was_asked_for() -> None:
 def test_rtx_plan_runs_on_the_capabilities_in_its_list() -> None:
     passport = make_passport(**RTX)
     for capability in ("8.6", "8.9", "12.0"):
-        assert judge_plan(passport, rtx_environment(compute_capability=capability, gpu_name="another")) == Compatible(())
+        assert judge_plan(passport, rtx_environment(compute_capability=capability, gpu_name="another")) == Compatible(
+            ()
+        )
     text = refusal(passport, rtx_environment(compute_capability="9.0", gpu_name="NVIDIA H100 PCIe"))
     assert "NVIDIA H100 PCIe (compute capability 9.0)" in text and "8.6, 8.9, 12.0" in text
 
 
 def test_plan_for_another_capability_is_refused_and_says_what_would_help() -> None:
     text = refusal(make_passport(), environment(compute_capability="8.6", gpu_name="NVIDIA A10"))
-    assert "compute capability 8.9 (NVIDIA L4)" in text and "NVIDIA A10 (compute capability 8.6)" in text and "--hardware-compatible" in text
+    assert (
+        "compute capability 8.9 (NVIDIA L4)" in text
+        and "NVIDIA A10 (compute capability 8.6)" in text
+        and "--hardware-compatible" in text
+    )
 
 
-@pytest.mark.parametrize(("capability", "runs"), [("7.5", False), ("8.0", True), ("8.6", True), ("9.0", True), ("12.0", True), ("8.7", False)])
+@pytest.mark.parametrize(
+    ("capability", "runs"),
+    [("7.5", False), ("8.0", True), ("8.6", True), ("9.0", True), ("12.0", True), ("8.7", False)],
+)
 def test_hardware_compatible_plan_runs_from_ampere_on_but_not_on_jetson(capability: str, runs: bool) -> None:
-    found = judge_plan(make_passport(hardware_compatible=True), environment(compute_capability=capability, gpu_name="x"))
+    found = judge_plan(
+        make_passport(hardware_compatible=True), environment(compute_capability=capability, gpu_name="x")
+    )
     assert isinstance(found, Compatible if runs else Incompatible), found
 
 

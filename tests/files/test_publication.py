@@ -87,7 +87,9 @@ def test_lock_file_of_another_user_is_locked_too(tmp_path: Path, monkeypatch: py
     assert len(opened) == 1
 
 
-def test_lock_in_a_folder_that_cannot_be_written_to_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_in_a_folder_that_cannot_be_written_to_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "open", refuse(errno.EACCES))
     with pytest.raises(ArtifactError, match=r"x\.plan: cannot be written") as caught, locked(tmp_path / "x.plan"):
         pass

@@ -1,7 +1,8 @@
 """Mutated checkpoints for the fuzz test, and the program that loads them: `python -m tests.fuzz.checkpoint_mutations CASES FIRST FOLDER`.
 
-Every case follows from its number alone, so that a failure is repeated by its number. The program limits its own address space and the time of each
-case, and prints one JSON object: how many cases ended how, and every one that ended in anything but a checkpoint or one of our errors.
+Every case follows from its number alone, so that a failure is repeated by its number. The program limits its own
+address space and the time of each case, and prints one JSON object: how many cases ended how, and every one that ended
+in anything but a checkpoint or one of our errors.
 """
 
 from __future__ import annotations
@@ -44,8 +45,17 @@ def make_seeds(folder: Path) -> list[bytes]:
 
     training, deploy = random_model(TINY), random_model(TINY, "deploy")
     own = {"variant": codec.encode(TINY), "labels": ["a", "b", "c"]}
-    wrapped = {"state_dict": training.state_dict(), "ema": deploy.state_dict(), "args": argparse.Namespace(lr=0.1), "repvgg_deploy": own}
-    seeds = [_torch(content, modern=modern) for content in (training.state_dict(), wrapped, nn.DataParallel(deploy)) for modern in (True, False)]
+    wrapped = {
+        "state_dict": training.state_dict(),
+        "ema": deploy.state_dict(),
+        "args": argparse.Namespace(lr=0.1),
+        "repvgg_deploy": own,
+    }
+    seeds = [
+        _torch(content, modern=modern)
+        for content in (training.state_dict(), wrapped, nn.DataParallel(deploy))
+        for modern in (True, False)
+    ]
     seeds.append(save(deploy.state_dict(), metadata={"repvgg_deploy": json.dumps(own)}))
     for protocol in (0, 2, 4):
         path = folder / "seed.pdparams"
@@ -79,7 +89,9 @@ def _flip_bits(data: bytes, chance: random.Random, seeds: list[bytes], marker: P
 def _flip_head(data: bytes, chance: random.Random, seeds: list[bytes], marker: Path) -> bytes:
     changed = bytearray(data)
     for _ in range(3):
-        changed[chance.randrange(min(len(changed), 2000))] = chance.choice((0, 1, 0x2E, 0x7F, 0x80, 0xFF, chance.randrange(256)))
+        changed[chance.randrange(min(len(changed), 2000))] = chance.choice(
+            (0, 1, 0x2E, 0x7F, 0x80, 0xFF, chance.randrange(256))
+        )
     return bytes(changed)
 
 
@@ -109,11 +121,17 @@ def _edit_number(data: bytes, chance: random.Random, seeds: list[bytes], marker:
 
 def _edit_directory(data: bytes, chance: random.Random, seeds: list[bytes], marker: Path) -> bytes:
     """A field of a zip's central directory or end record."""
-    starts = [position for magic in (b"PK\x01\x02", b"PK\x05\x06", b"PK\x06\x06", b"PK\x03\x04") for position in _find_all(data, magic)]
+    starts = [
+        position
+        for magic in (b"PK\x01\x02", b"PK\x05\x06", b"PK\x06\x06", b"PK\x03\x04")
+        for position in _find_all(data, magic)
+    ]
     if not starts:
         return _edit_number(data, chance, seeds, marker)
     position = chance.choice(starts) + chance.choice((4, 6, 8, 10, 16, 20, 24, 28, 30, 32, 42))
-    value = chance.choice((b"\xff\xff\xff\xff", b"\x00\x00\x00\x00", struct.pack("<I", chance.randrange(2 * len(data)))))
+    value = chance.choice(
+        (b"\xff\xff\xff\xff", b"\x00\x00\x00\x00", struct.pack("<I", chance.randrange(2 * len(data))))
+    )
     return data[:position] + value + data[position + 4 :]
 
 
@@ -131,7 +149,10 @@ def _edit_pickle(data: bytes, chance: random.Random, seeds: list[bytes], marker:
         return _edit_opcodes(data, chance, marker)
     target = io.BytesIO()
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(target, "w", chance.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as new:
+        with (
+            zipfile.ZipFile(io.BytesIO(data)) as old,
+            zipfile.ZipFile(target, "w", chance.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as new,
+        ):
             for name in old.namelist():
                 content = old.read(name)
                 new.writestr(name, _edit_opcodes(content, chance, marker) if name.endswith("data.pkl") else content)
@@ -188,7 +209,9 @@ def _edit_header(data: bytes, chance: random.Random, seeds: list[bytes], marker:
     except ValueError:
         return data
     name = chance.choice(list(header))
-    value: object = chance.choice((None, -1, 2**63, 2**70, "F16", "I64", [], [0, 8], [2**40, 2**40], {}, "x" * 1000, 1.5))
+    value: object = chance.choice(
+        (None, -1, 2**63, 2**70, "F16", "I64", [], [0, 8], [2**40, 2**40], {}, "x" * 1000, 1.5)
+    )
     if isinstance(header[name], dict) and chance.random() < 0.8:
         header[name][chance.choice(("dtype", "shape", "data_offsets", "more", "repvgg_deploy"))] = value
     else:
@@ -198,7 +221,8 @@ def _edit_header(data: bytes, chance: random.Random, seeds: list[bytes], marker:
 
 
 _WORDS = (
-    b"stage0 stage1 stage2 stage3 stage4 rbr_dense rbr_1x1 rbr_identity rbr_reparam running_mean running_var weight bias linear FloatStorage".split()
+    b"stage0 stage1 stage2 stage3 stage4 rbr_dense rbr_1x1 rbr_identity rbr_reparam running_mean running_var weight "
+    b"bias linear FloatStorage".split()
 )
 
 

@@ -119,12 +119,35 @@ def _rebind_metadata(data: bytes, chance: random.Random) -> bytes:
             break
         place = place[key]
     place[key] = chance.choice(
-        [None, 0, -1, 1, 2, 5, 10**30, 0.5, "", "batch", "NHWC", "uint8", "top5", "module", "features", "logits", [], {}, [1, 2]]
+        [
+            None,
+            0,
+            -1,
+            1,
+            2,
+            5,
+            10**30,
+            0.5,
+            "",
+            "batch",
+            "NHWC",
+            "uint8",
+            "top5",
+            "module",
+            "features",
+            "logits",
+            [],
+            {},
+            [1, 2],
+        ]
     )
     try:
         metadata = codec.decode(ModelMetadata, value)
     except RepVGGDeployError:
-        return graph + wire.bytes_field(_METADATA_PROPS, wire.bytes_field(1, METADATA_KEY.encode()) + wire.bytes_field(2, json.dumps(value).encode()))
+        return graph + wire.bytes_field(
+            _METADATA_PROPS,
+            wire.bytes_field(1, METADATA_KEY.encode()) + wire.bytes_field(2, json.dumps(value).encode()),
+        )
     return graph + onnx_file.metadata_field(hashlib.sha256(graph), metadata)
 
 

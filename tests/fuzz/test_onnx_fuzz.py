@@ -22,12 +22,15 @@ def test_engine_of_mutated_file_refuses_it_or_answers_as_before(tmp_path: Path) 
     model = make_onnx(tmp_path / "m.onnx")
     command = [sys.executable, "-m", "tests.fuzz.onnx_cases", str(model), "0", str(CASES)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300 + CASES, check=False)
-    assert done.returncode == 0, f"the process died; standard error ends with the seed of the case:\n{done.stderr[-3000:]}"
+    assert done.returncode == 0, (
+        f"the process died; standard error ends with the seed of the case:\n{done.stderr[-3000:]}"
+    )
     report = json.loads(done.stdout)
     assert report["wrong"] == {}
     assert sum(report["outcomes"].values()) == CASES
     refused = sum(count for name, count in report["outcomes"].items() if name.endswith(": refused"))
-    # Nearly every mutation breaks the file; those that do not (such as foreign metadata appended) must still be answered.
+    # Nearly every mutation breaks the file; those that do not (such as foreign metadata appended) must still be
+    # answered.
     assert 0.5 * CASES < refused < CASES
 
 

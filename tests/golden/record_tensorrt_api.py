@@ -2,7 +2,8 @@
 
     pip install --no-deps --target lean tensorrt-lean-cu13-bindings==11.4.0.106 tensorrt-lean-cu13-libs==11.4.0.106
     PYTHONPATH=lean python tests/golden/record_tensorrt_api.py tensorrt_lean_bindings
-    pip install tensorrt==8.5.3.1 && python3.10 tests/golden/record_tensorrt_api.py tensorrt    # cuDNN and cuBLAS, or empty libraries, must be there
+    pip install tensorrt==8.5.3.1 && python3.10 tests/golden/record_tensorrt_api.py tensorrt    # cuDNN and cuBLAS, or
+    empty libraries, must be there
 
 The bindings import without a driver; nothing of them is called here, for without one that would end the process.
 `tensorrt_api.json` holds what it printed for each version, and `cuda_api.json` the same of cuda.bindings.driver.
@@ -14,7 +15,15 @@ import importlib
 import json
 import sys
 
-CLASSES = ("Runtime", "ICudaEngine", "IExecutionContext", "ILogger", "TensorIOMode", "ExecutionContextAllocationStrategy", "DataType")
+CLASSES = (
+    "Runtime",
+    "ICudaEngine",
+    "IExecutionContext",
+    "ILogger",
+    "TensorIOMode",
+    "ExecutionContextAllocationStrategy",
+    "DataType",
+)
 
 BUILDER = (
     "Builder", "BuilderFlag", "ComputeCapability", "EngineInspector", "HardwareCompatibilityLevel", "IBuilderConfig", "ILayer", "INetworkDefinition",
@@ -29,7 +38,13 @@ def record(name: str) -> dict[str, list[str]]:
     module = importlib.import_module(name)
     found = {"module": sorted(n for n in dir(module) if not n.startswith("_"))}
     if name == "cuda.bindings.driver":
-        return {"module": [n for n in found["module"] if n.startswith("cu") or n in ("CUresult", "CUdevice_attribute", "CUstreamCaptureMode")]}
+        return {
+            "module": [
+                n
+                for n in found["module"]
+                if n.startswith("cu") or n in ("CUresult", "CUdevice_attribute", "CUstreamCaptureMode")
+            ]
+        }
     kinds = (*CLASSES, *BUILDER) if hasattr(module, "Builder") else CLASSES
     for kind in kinds:
         if hasattr(module, kind):

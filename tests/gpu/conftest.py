@@ -31,13 +31,17 @@ def gpu() -> Any:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The trained sample, exported and typed, with what ONNX Runtime gives for 64 images.
 
-    From the folder that REPVGG_GPU_MODELS names, which `benchmarks/gpu.py --make-models` wrote: TensorRT 8.5 has a Python without torch.
+    From the folder that REPVGG_GPU_MODELS names, which `benchmarks/gpu.py --make-models` wrote: TensorRT 8.5 has a
+    Python without torch.
     """
     given = os.environ.get("REPVGG_GPU_MODELS")
     folder = Path(given) if given else tmp_path_factory.mktemp("models")
     missing = [] if reference_of(folder, SAMPLE).exists() else find_missing()
     if missing:
-        pytest.skip(f"no models in REPVGG_GPU_MODELS ({given or 'not set'}), and {', '.join(missing)} to make them is not installed")
+        pytest.skip(
+            f"no models in REPVGG_GPU_MODELS ({given or 'not set'}), and {', '.join(missing)} to make them is "
+            f"not installed"
+        )
     make(folder, SAMPLE)
     return folder
 

@@ -35,15 +35,23 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     return make_world(tmp_path, monkeypatch, Setting(profile=(1, 4, 128)))
 
 
-def run_on(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, minutes: float = 1000.0) -> tuple[gpu.Run, list[str]]:
+def run_on(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, minutes: float = 1000.0
+) -> tuple[gpu.Run, list[str]]:
     """The stages of one variant, with the fake plan in place of built ones."""
     images = random_batch(ModelOptions(), 8)
     np.savez(tmp_path / "a0-reference.npz", images=images, fp32=world.expect(images)[0])
     row = {"build_seconds": 1.0, "plan_bytes": 1000, "inspected": "fp32"}
     monkeypatch.setattr(gpu.Run, "_build", lambda self, variant, kind: (world.plan, dict(row)))
-    monkeypatch.setattr(gpu.Run, "_bytes", lambda self, answers: self._record.result["plans"].__setitem__(gpu.BYTES, {**row, "done": True}))
+    monkeypatch.setattr(
+        gpu.Run,
+        "_bytes",
+        lambda self, answers: self._record.result["plans"].__setitem__(gpu.BYTES, {**row, "done": True}),
+    )
     monkeypatch.setattr(speed, "BATCHES", (1, 32))
-    run = gpu.Run(tmp_path, tmp_path, 0.01, Record(tmp_path / "gpu-fake.json", MACHINE), end=time.monotonic() + 60 * minutes)
+    run = gpu.Run(
+        tmp_path, tmp_path, 0.01, Record(tmp_path / "gpu-fake.json", MACHINE), end=time.monotonic() + 60 * minutes
+    )
     return run, run.all(["A0"])
 
 
@@ -52,7 +60,9 @@ def read(tmp_path: Path) -> dict[str, Any]:
     return result
 
 
-def test_every_stage_runs_through_and_is_reported(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_stage_runs_through_and_is_reported(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, left = run_on(world, tmp_path, monkeypatch)
     result = read(tmp_path)
     assert left == [] and result["failures"] == {} and report.find_problems(result) == []
@@ -63,9 +73,16 @@ def test_every_stage_runs_through_and_is_reported(world: World, tmp_path: Path, 
         done = {name: found for name, found in row["ways"].items() if "torch" not in name and "CuPy" not in name}
         assert len(done) == 5 and all(found["met"] for found in done.values()), done
         assert [part["batch"] for part in row["speed"]] == [1, 32]
-        assert all(part["latency_ms"]["bare"] > 0 and part["images_per_second"]["device array"] > 0 for part in row["speed"])
+        assert all(
+            part["latency_ms"]["bare"] > 0 and part["images_per_second"]["device array"] > 0 for part in row["speed"]
+        )
     shown = report.show(result)
-    assert "A0 fp16" in shown and "overhead at batch 1" in shown and "64 clients" in shown and "not judged: the share of the matrix peak" in shown
+    assert (
+        "A0 fp16" in shown
+        and "overhead at batch 1" in shown
+        and "64 clients" in shown
+        and "not judged: the share of the matrix peak" in shown
+    )
     assert world.cuda.leaks() == {}
 
 
@@ -88,7 +105,9 @@ def test_failing_stage_is_recorded_and_the_others_go_on(tmp_path: Path, monkeypa
     assert "WRONG    A0 fp32: " in report.show(result)
 
 
-def test_plan_whose_clients_fail_costs_no_other_plan(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_whose_clients_fail_costs_no_other_plan(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise CudaError("made to fail", remedy="none")
 
@@ -102,7 +121,9 @@ def test_plan_whose_clients_fail_costs_no_other_plan(world: World, tmp_path: Pat
 def test_client_that_fails_is_a_failure_and_no_slow_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     calls, failed = itertools.count(), threading.Event()
     # It measures for as long as the failure takes to come.
-    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda _: failed.wait(300)))
+    monkeypatch.setattr(
+        speed, "time", SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda _: failed.wait(300))
+    )
 
     def call() -> None:
         if next(calls) == 100:
@@ -127,7 +148,9 @@ def test_bare_loop_that_cannot_be_opened_gives_everything_back(world: World) -> 
     assert world.cuda.leaks() == {}
 
 
-def test_run_without_time_goes_on_in_the_next_one(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_without_time_goes_on_in_the_next_one(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, left = run_on(world, tmp_path, monkeypatch, minutes=0.0)
     assert left == ["matrix peak", "A0 fp32", "A0 fp16", "A0 int8", "A0 uint8"] and read(tmp_path)["plans"] == {}
     run_on(world, tmp_path, monkeypatch)
@@ -143,7 +166,9 @@ class Crash(BaseException):
     """Stands for the end of the process."""
 
 
-def test_plan_that_ends_the_process_is_left_for_last(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_that_ends_the_process_is_left_for_last(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """TensorRT that crashes crashes again: what can be measured is measured before."""
     check, order = checks.check_ways, list[str]()
 
@@ -161,10 +186,19 @@ def test_plan_that_ends_the_process_is_left_for_last(world: World, tmp_path: Pat
     assert report.find_problems(result) == ["A0 fp16: the program ended in the midst of it"]
     with pytest.raises(Crash):
         run_on(world, tmp_path, monkeypatch)
-    assert {name for name, row in read(tmp_path)["plans"].items() if row.get("done")} == {"A0 fp32", "A0 int8", "A0 uint8"}
+    assert {name for name, row in read(tmp_path)["plans"].items() if row.get("done")} == {
+        "A0 fp32",
+        "A0 int8",
+        "A0 uint8",
+    }
     _, left = run_on(world, tmp_path, monkeypatch)
     result = read(tmp_path)
-    assert left == [] and result["broke_off"] == [] and result["plans"]["A0 fp16"]["done"] and report.find_problems(result) == []
+    assert (
+        left == []
+        and result["broke_off"] == []
+        and result["plans"]["A0 fp16"]["done"]
+        and report.find_problems(result) == []
+    )
 
 
 def test_plan_that_fails_is_tried_once_a_run(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +224,9 @@ def test_plan_that_broke_off_is_measured_again(world: World, tmp_path: Path, mon
     assert "speed" in read(tmp_path)["plans"]["A0 fp16"] and read(tmp_path)["failures"] == {}
 
 
-def test_result_of_another_machine_is_not_mixed_with_this_one(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_result_of_another_machine_is_not_mixed_with_this_one(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "gpu-fake.json"
     path.write_text(json.dumps({"machine": {**MACHINE, "gpu": "NVIDIA A10"}, "plans": {}}))
     with pytest.raises(InputError, match="another gpu"):
@@ -214,7 +250,9 @@ def test_matrix_peak_is_taken_from_another_result_of_the_same_gpu(tmp_path: Path
 
 
 def test_package_that_does_not_load_ends_no_run(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "torch.py").write_text('raise OSError("libcudart.so.13: cannot open shared object file")\n', encoding="utf-8")
+    (tmp_path / "torch.py").write_text(
+        'raise OSError("libcudart.so.13: cannot open shared object file")\n', encoding="utf-8"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     monkeypatch.setattr(machine, "open_cuda", lambda: world.cuda)
@@ -242,7 +280,11 @@ def test_models_are_built_by_a_real_builder(tmp_path: Path) -> None:
     run = gpu.Run(tmp_path, tmp_path, 0.01, Record(tmp_path / "gpu-fake.json", here), targets=("8.6",))
     for kind in ("fp32", "fp16", "int8"):
         plan, row = run._build(models.SAMPLE, kind)
-        assert row["plan_bytes"] == plan.stat().st_size > 0 and row["build_seconds"] > 0 and row["inspected"] == "not_inspected"
+        assert (
+            row["plan_bytes"] == plan.stat().st_size > 0
+            and row["build_seconds"] > 0
+            and row["inspected"] == "not_inspected"
+        )
     with np.load(models.reference_of(tmp_path, models.SAMPLE)) as stored:
         images, logits = stored["images"], {name: stored[name] for name in ("fp32", "int8", "int8-trt8")}
     assert images.shape[0] == 64 and all(len(found) == 64 for found in logits.values())
@@ -274,12 +316,16 @@ def test_answer_that_is_no_number_is_wrong_in_whatever_batch(world: World, monke
     truth = world.expect(images)[0]
     with world.open() as engine:
         infer = engine.infer
-        monkeypatch.setattr(engine, "infer", lambda batch: np.asarray(infer(batch)) * (np.nan if len(batch) == 33 else 1.0))
+        monkeypatch.setattr(
+            engine, "infer", lambda batch: np.asarray(infer(batch)) * (np.nan if len(batch) == 33 else 1.0)
+        )
         found = checks.attempt(lambda: checks._any_number(engine, images, truth))
     assert not found["met"] and found["error"] == float("inf")
 
 
-def test_large_numpy_batches_are_measured_against_the_bare_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_numpy_batches_are_measured_against_the_bare_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = ModelOptions(uint8=True)
     world = make_world(tmp_path, monkeypatch, Setting(model=options, profile=(1, 4, 8)))
     with world.open() as engine:
@@ -297,12 +343,17 @@ def test_aims_are_judged_by_their_figures() -> None:
     assert not found["B2 fp16: overhead at batch 1, µs"]["met"]
     assert not found["B2 fp16: device arrays at batch 128, share of the bare loop"]["met"]
     assert found["B2: INT8 against FP16 at batch 128"] == {"value": 1.7, "met": True}
-    assert found["B2 fp16: 64 clients, share of full batches"]["met"] and not found["B2 int8: 64 clients, share of full batches"]["met"]
+    assert (
+        found["B2 fp16: 64 clients, share of full batches"]["met"]
+        and not found["B2 int8: 64 clients, share of full batches"]["met"]
+    )
     share = found["B2 FP16 at batch 128, share of the matrix peak"]
     assert share["tflops"] == pytest.approx(2 * 18.4e9 * 1000 / 1e12, rel=0.02) and not share["met"]
 
 
-def test_machine_without_a_gpu_is_refused_with_a_remedy(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_without_a_gpu_is_refused_with_a_remedy(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def no_gpu() -> None:
         raise CudaError("no NVIDIA driver was found", remedy="install the NVIDIA driver")
 

@@ -72,7 +72,9 @@ def test_test_fails_where_the_answers_are_others(name: str, world: World, tmp_pa
         call(name, world, wrong, tmp_path, graphs=True)
 
 
-def test_kernels_that_tensorrt_rtx_runs_at_first_are_no_fault_of_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_that_tensorrt_rtx_runs_at_first_are_no_fault_of_graphs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     world = make_world(tmp_path, monkeypatch, Setting(profile=(1, 4, 8), rtx=True))
     with world.open(cuda_graphs=False) as engine:
         runs = [np.asarray(engine.infer(random_batch(ModelOptions(), 3))) for _ in range(4)]

@@ -18,22 +18,39 @@ def make_wheel(folder: Path, name: str, module: str) -> None:
         archive.writestr(f"{module}.py", "carried = True\n")
 
 
-def test_packages_that_are_missing_are_unpacked_and_found_and_others_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_that_are_missing_are_unpacked_and_found_and_others_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(offline, "PACKAGES", {"carried_module": "carried-package", "pytest": "pytest"})
     make_wheel(tmp_path / "wheels", "carried_package", "carried_module")
     make_wheel(tmp_path / "wheels", "pytest", "pytest")
     environment = offline.add_packages(tmp_path / "wheels", [sys.executable], tmp_path / "site")
     assert sorted(path.name for path in (tmp_path / "site").iterdir()) == ["carried_module.py"]
     code = "import carried_module, pytest; print(carried_module.carried, hasattr(pytest, 'carried'))"
-    assert subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout == "True False\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
+        == "True False\n"
+    )
 
 
 def test_failing_measurement_is_the_exit_code(tmp_path: Path) -> None:
     """The program stands for a Python whose machine has no GPU."""
     program = tmp_path / "python"
-    program.write_text('#!/bin/sh\ncase "$1" in -c) exec "$REAL" "$@" ;; esac\necho "error: no NVIDIA driver was found"\nexit 1\n', encoding="utf-8")
+    program.write_text(
+        '#!/bin/sh\ncase "$1" in -c) exec "$REAL" "$@" ;; esac\necho "error: no NVIDIA driver was found"\nexit 1\n',
+        encoding="utf-8",
+    )
     program.chmod(0o755)
-    arguments = ["run", str(tmp_path / "wheels"), "--models", str(tmp_path / "models"), "--out", str(tmp_path / "out"), "--", str(program)]
+    arguments = [
+        "run",
+        str(tmp_path / "wheels"),
+        "--models",
+        str(tmp_path / "models"),
+        "--out",
+        str(tmp_path / "out"),
+        "--",
+        str(program),
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REAL", sys.executable)
         assert offline.main(arguments) == 1
@@ -46,42 +63,86 @@ def test_program_that_a_signal_ended_is_a_failure(tmp_path: Path, what: str) -> 
     """TensorRT that crashes leaves a negative exit code, which is less than 0 and no less wrong."""
     crashing = "-m" if what == "tests" else "benchmarks/gpu.py"
     program = tmp_path / "python"
-    program.write_text(f'#!/bin/sh\ncase "$1" in -c) exec "$REAL" "$@" ;; {crashing}) kill -SEGV $$ ;; esac\n', encoding="utf-8")
+    program.write_text(
+        f'#!/bin/sh\ncase "$1" in -c) exec "$REAL" "$@" ;; {crashing}) kill -SEGV $$ ;; esac\n', encoding="utf-8"
+    )
     program.chmod(0o755)
-    arguments = ["run", str(tmp_path / "wheels"), "--models", str(tmp_path / "models"), "--out", str(tmp_path / "out"), "--", str(program)]
+    arguments = [
+        "run",
+        str(tmp_path / "wheels"),
+        "--models",
+        str(tmp_path / "models"),
+        "--out",
+        str(tmp_path / "out"),
+        "--",
+        str(program),
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REAL", sys.executable)
         assert offline.main(arguments) == 1
 
 
 @pytest.mark.parametrize(("skipped", "code"), [(33, 1), (6, 0)])
-def test_run_whose_tests_were_all_skipped_is_not_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skipped: int, code: int) -> None:
+def test_run_whose_tests_were_all_skipped_is_not_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skipped: int, code: int
+) -> None:
     """As without the models where torch is not: pytest's exit code is 0."""
     report = tmp_path / "report.xml"
-    report.write_text(f'<testsuites><testsuite errors="0" failures="0" skipped="{skipped}" tests="33"/></testsuites>', encoding="utf-8")
+    report.write_text(
+        f'<testsuites><testsuite errors="0" failures="0" skipped="{skipped}" tests="33"/></testsuites>',
+        encoding="utf-8",
+    )
     program = tmp_path / "python"
-    lines = ("#!/bin/sh", 'case "$1" in', '-c) exec "$REAL" "$@" ;;', '-m) for last; do :; done; cp "$REPORT" "$last" ;;', "esac")
+    lines = (
+        "#!/bin/sh",
+        'case "$1" in',
+        '-c) exec "$REAL" "$@" ;;',
+        '-m) for last; do :; done; cp "$REPORT" "$last" ;;',
+        "esac",
+    )
     program.write_text("\n".join(lines) + "\n", encoding="utf-8")
     program.chmod(0o755)
     monkeypatch.setenv("REAL", sys.executable)
     monkeypatch.setenv("REPORT", str(report))
-    arguments = ["run", str(tmp_path / "wheels"), "--models", "models", "--out", str(tmp_path / "out"), "--", str(program)]
+    arguments = [
+        "run",
+        str(tmp_path / "wheels"),
+        "--models",
+        "models",
+        "--out",
+        str(tmp_path / "out"),
+        "--",
+        str(program),
+    ]
     assert offline.main(arguments) == code
 
 
 def test_minutes_are_those_of_tests_and_figures_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "python"
-    program.write_text(f'#!/bin/sh\ncase "$1" in -c) exec "$REAL" "$@" ;; esac\necho "$@" >> {tmp_path}/called\n', encoding="utf-8")
+    program.write_text(
+        f'#!/bin/sh\ncase "$1" in -c) exec "$REAL" "$@" ;; esac\necho "$@" >> {tmp_path}/called\n', encoding="utf-8"
+    )
     program.chmod(0o755)
     monkeypatch.setenv("REAL", sys.executable)
     monkeypatch.setattr(offline, "count_run", lambda _: 1)
     times = iter([0.0, 240.0])  # the tests take four minutes
     monkeypatch.setattr(offline.time, "monotonic", lambda: next(times))
-    arguments = ["run", str(tmp_path / "wheels"), "--models", "models", "--out", str(tmp_path / "out"), "--minutes", "9"]
+    arguments = [
+        "run",
+        str(tmp_path / "wheels"),
+        "--models",
+        "models",
+        "--out",
+        str(tmp_path / "out"),
+        "--minutes",
+        "9",
+    ]
     arguments += ["--seconds", "1", "--variants", "B2", "A0", "--", str(program)]
     assert offline.main(arguments) == 0
     tests, figures = (tmp_path / "called").read_text(encoding="utf-8").splitlines()
-    assert "pytest" in tests and "-W default" in tests and "--minutes 5.00 --seconds 1 --variants B2 A0 --out" in figures
+    assert (
+        "pytest" in tests and "-W default" in tests and "--minutes 5.00 --seconds 1 --variants B2 A0 --out" in figures
+    )
 
 
 def test_every_package_that_makes_models_is_carried() -> None:

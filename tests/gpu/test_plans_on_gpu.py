@@ -30,14 +30,20 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="session", params=["fp32", "fp16", "int8"])
-def plan(request: pytest.FixtureRequest, gpu: Any, models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+def plan(
+    request: pytest.FixtureRequest, gpu: Any, models: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
     """The sample's plan in each precision, for batches of 1 to 8."""
     precision = request.param
     library = open_library("auto")
     kind = "int8-trt8" if precision == "int8" and not library.is_rtx and library.number < (10, 0) else precision
     out = tmp_path_factory.mktemp("plans") / f"{precision}.plan"
     targets = ("current",) if library.is_rtx else ()
-    build_plan(path_of(models, SAMPLE, kind), out, BuildOptions(BuildConfig(profile=ShapeProfile(1, 4, 8)), True, targets=targets, use_cache=False))
+    build_plan(
+        path_of(models, SAMPLE, kind),
+        out,
+        BuildOptions(BuildConfig(profile=ShapeProfile(1, 4, 8)), True, targets=targets, use_cache=False),
+    )
     return precision, out
 
 
@@ -49,7 +55,9 @@ def test_layer_inspector_shows_the_precision(plan: tuple[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("graphs", [True, False])
-def test_any_number_of_images_is_what_onnx_runtime_gives(plan: tuple[str, Path], reference: Reference, graphs: bool) -> None:
+def test_any_number_of_images_is_what_onnx_runtime_gives(
+    plan: tuple[str, Path], reference: Reference, graphs: bool
+) -> None:
     precision, path = plan
     with Engine(path, options=EngineOptions(cuda_graphs=graphs)) as engine:
         for count in (1, 2, 3, 8, 9, 16, 17, 40):
@@ -77,7 +85,9 @@ def test_threads_batcher_and_submit(plan: tuple[str, Path], reference: Reference
         require_close(engine.submit(batches[0]).result(60), expected[0], precision)
 
 
-def test_two_engines_of_plans_run_at_once_and_a_closed_one_says_so(plan: tuple[str, Path], reference: Reference) -> None:
+def test_two_engines_of_plans_run_at_once_and_a_closed_one_says_so(
+    plan: tuple[str, Path], reference: Reference
+) -> None:
     precision, path = plan
     batch, expected = reference.draw(20)
     with Engine(path) as one, Engine(path) as two, ThreadPoolExecutor(8) as pool:
@@ -122,7 +132,9 @@ def test_device_arrays_of_cupy(plan: tuple[str, Path], reference: Reference) -> 
         require_close(cupy.asnumpy(cupy.from_dlpack(engine.infer_device(cupy.asarray(batch))[0])), expected, precision)
 
 
-def test_bare_loop_gives_the_same_and_memory_is_given_back(plan: tuple[str, Path], gpu: Any, reference: Reference) -> None:
+def test_bare_loop_gives_the_same_and_memory_is_given_back(
+    plan: tuple[str, Path], gpu: Any, reference: Reference
+) -> None:
     _, path = plan
     free: list[int] = []
     for _ in range(4):

@@ -16,7 +16,9 @@ from repvgg_deploy.images.calibration import calibration_path, find_calibration_
 from repvgg_deploy.specs import codec
 from repvgg_deploy.specs.values import CalibrationProvenance
 
-PROVENANCE = CalibrationProvenance(1, "e" * 64, "a" * 64, "bn_statistics", images=3, seed=0, steps=9, loss=0.5, versions={"torch": "2"})
+PROVENANCE = CalibrationProvenance(
+    1, "e" * 64, "a" * 64, "bn_statistics", images=3, seed=0, steps=9, loss=0.5, versions={"torch": "2"}
+)
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 8, 6, 3), np.uint8)
 
 
@@ -28,7 +30,13 @@ def write(path: Path, **changes: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("onnx", "expected"), [("b2.onnx", "b2.calib.npz"), ("b2.v1.onnx", "b2.v1.calib.npz"), ("B2.ONNX", "B2.calib.npz"), ("model", "model.calib.npz")]
+    ("onnx", "expected"),
+    [
+        ("b2.onnx", "b2.calib.npz"),
+        ("b2.v1.onnx", "b2.v1.calib.npz"),
+        ("B2.ONNX", "B2.calib.npz"),
+        ("model", "model.calib.npz"),
+    ],
 )
 def test_calibration_file_stands_beside_its_onnx(tmp_path: Path, onnx: str, expected: str) -> None:
     assert calibration_path(tmp_path / onnx) == tmp_path / expected

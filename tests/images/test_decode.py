@@ -48,14 +48,19 @@ def save(image: Image.Image, path: Path, **options: Any) -> Path:
 
 
 def crop_only(height: int, width: int, *, resize_short: int | None = None) -> Preprocessing:
-    return Preprocessing(mean=IMAGENET_MEAN, std=IMAGENET_STD, resize_short=resize_short or min(height, width), crop=(height, width))
+    return Preprocessing(
+        mean=IMAGENET_MEAN, std=IMAGENET_STD, resize_short=resize_short or min(height, width), crop=(height, width)
+    )
 
 
-# --- geometry ---------------------------------------------------------------------------------------------------------------------------
+# --- geometry
+# ---------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("size", "short"), [((224, 224), 256), ((320, 320), 320), ((32, 32), 32), ((224, 320), 224)])
-def test_default_preprocessing_for_a_size_gives_the_original_evaluations_short_side(size: tuple[int, int], short: int) -> None:
+def test_default_preprocessing_for_a_size_gives_the_original_evaluations_short_side(
+    size: tuple[int, int], short: int
+) -> None:
     assert default_preprocessing(*size).resize_short == short
     assert default_preprocessing(*size).crop == size
 
@@ -69,7 +74,8 @@ def test_default_preprocessing_constants_are_imagenets_in_byte_units() -> None:
 def test_load_image_without_resize_crops_the_exact_centre(tmp_path: Path, height: int, width: int) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     path = save(Image.fromarray(pixels), tmp_path / "a.png")
-    # A short side of 6 is already there, or (7, 10) is kept by resize_short=7: only the crop acts. Half pixels round to even.
+    # A short side of 6 is already there, or (7, 10) is kept by resize_short=7: only the crop acts. Half pixels round to
+    # even.
     spec = crop_only(6, 6, resize_short=min(height, width))
     top, left = round((height - 6) / 2), round((width - 6) / 2)
     np.testing.assert_array_equal(load_image(path, spec), pixels[top : top + 6, left : left + 6])
@@ -79,7 +85,9 @@ def test_load_image_without_resize_crops_the_exact_centre(tmp_path: Path, height
 def test_load_image_larger_than_the_crop_equals_pillows_antialiased_resize(tmp_path: Path, interpolation: Any) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (50, 75, 3), dtype=np.uint8)
     path = save(Image.fromarray(pixels), tmp_path / "a.png")
-    spec = Preprocessing(mean=IMAGENET_MEAN, std=IMAGENET_STD, resize_short=16, crop=(14, 14), interpolation=interpolation)
+    spec = Preprocessing(
+        mean=IMAGENET_MEAN, std=IMAGENET_STD, resize_short=16, crop=(14, 14), interpolation=interpolation
+    )
     filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
     expected = np.asarray(Image.fromarray(pixels).resize((24, 16), filters[interpolation]))[1:15, 5:19]
     np.testing.assert_array_equal(load_image(path, spec), expected)
@@ -94,7 +102,9 @@ def test_load_image_smaller_than_the_crop_is_enlarged(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("crop", [(6, 12), (12, 6)])
 @pytest.mark.parametrize("size", [(6, 6), (30, 7), (7, 30), (13, 11), (1, 2)])
-def test_load_image_with_an_oblong_crop_covers_it_without_border(tmp_path: Path, crop: tuple[int, int], size: tuple[int, int]) -> None:
+def test_load_image_with_an_oblong_crop_covers_it_without_border(
+    tmp_path: Path, crop: tuple[int, int], size: tuple[int, int]
+) -> None:
     path = save(Image.new("RGB", size, (9, 9, 9)), tmp_path / "a.png")
     result = load_image(path, crop_only(*crop))
     assert result.shape == (*crop, 3)
@@ -109,7 +119,8 @@ def test_load_image_of_every_size_up_to_40_covers_the_crop() -> None:
                 assert high >= crop[0] and wide >= crop[1], (width, height, crop)
 
 
-# --- EXIF -------------------------------------------------------------------------------------------------------------------------------
+# --- EXIF
+# -------------------------------------------------------------------------------------------------------------------------------
 
 STORED_AS = {  # orientation → what a camera stores so that the picture comes out upright (EXIF 2.32, tag 274)
     1: lambda a: a,
@@ -147,14 +158,17 @@ def test_load_image_with_undefined_orientation_is_left_as_stored(tmp_path: Path,
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data:UserWarning")  # Pillow's own; it says what is so
-@pytest.mark.parametrize("block", [b"Exif\0\0MM\0*\0\0\0\x08\0\x05", b"Exif\0\0garbage", b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff"])
+@pytest.mark.parametrize(
+    "block", [b"Exif\0\0MM\0*\0\0\0\x08\0\x05", b"Exif\0\0garbage", b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff"]
+)
 def test_load_image_with_damaged_exif_keeps_the_picture(tmp_path: Path, block: bytes) -> None:
     path = save(Image.fromarray(quadrants(16, 16)), tmp_path / "a.jpg", quality=100, subsampling=0, exif=block)
     result = load_image(path, crop_only(16, 16)).astype(int)
     assert np.abs(result - quadrants(16, 16)).max() <= 4  # JPEG's rounding
 
 
-# --- colour modes -----------------------------------------------------------------------------------------------------------------------
+# --- colour modes
+# -----------------------------------------------------------------------------------------------------------------------
 
 
 def load_one(image: Image.Image, path: Path, **options: Any) -> NDArray[np.uint8]:
@@ -169,7 +183,9 @@ def test_load_image_grey_repeats_the_channel(tmp_path: Path) -> None:
 
 def test_load_image_bilevel_becomes_black_and_white(tmp_path: Path) -> None:
     bits = np.eye(6, dtype=bool)
-    np.testing.assert_array_equal(load_one(Image.fromarray(bits), tmp_path / "a.png"), np.repeat(bits[..., None], 3, 2) * np.uint8(255))
+    np.testing.assert_array_equal(
+        load_one(Image.fromarray(bits), tmp_path / "a.png"), np.repeat(bits[..., None], 3, 2) * np.uint8(255)
+    )
 
 
 @pytest.mark.parametrize("suffix", ["png", "tiff"])
@@ -191,7 +207,9 @@ def test_load_image_16_bit_colour_keeps_its_high_byte(tmp_path: Path) -> None:
     rows = b"".join(b"\0" + struct.pack(">HHH", 0xFFFF, 0x8000, 0x0100) * 6 for _ in range(6))
     path = tmp_path / "a.png"
     path.write_bytes(png(6, 6, zlib.compress(rows), bit_depth=16, colour=2))
-    np.testing.assert_array_equal(load_image(path, SMALL), np.broadcast_to(np.array([255, 128, 1], np.uint8), (6, 6, 3)))
+    np.testing.assert_array_equal(
+        load_image(path, SMALL), np.broadcast_to(np.array([255, 128, 1], np.uint8), (6, 6, 3))
+    )
 
 
 @pytest.mark.parametrize("value", [-1, 65536])
@@ -221,9 +239,13 @@ def test_load_image_palette_with_transparency_lies_on_white(tmp_path: Path) -> N
     np.testing.assert_array_equal(result[1, 1], [200, 100, 50])
 
 
-@pytest.mark.parametrize(("mode", "colour", "opaque"), [("RGBA", (0, 100, 200), (0, 100, 200)), ("LA", (40,), (40, 40, 40))])
+@pytest.mark.parametrize(
+    ("mode", "colour", "opaque"), [("RGBA", (0, 100, 200), (0, 100, 200)), ("LA", (40,), (40, 40, 40))]
+)
 @pytest.mark.parametrize("alpha", [0, 51, 255])
-def test_load_image_with_alpha_lies_on_white(tmp_path: Path, mode: str, colour: tuple[int, ...], opaque: tuple[int, ...], *, alpha: int) -> None:
+def test_load_image_with_alpha_lies_on_white(
+    tmp_path: Path, mode: str, colour: tuple[int, ...], opaque: tuple[int, ...], *, alpha: int
+) -> None:
     result = load_one(Image.new(mode, (6, 6), (*colour, alpha)), tmp_path / "a.png")
     expected = np.array(opaque) * (alpha / 255) + 255 * (1 - alpha / 255)
     # Pillow composites in 8-bit integers: at most one level from the exact value.
@@ -231,20 +253,27 @@ def test_load_image_with_alpha_lies_on_white(tmp_path: Path, mode: str, colour: 
 
 
 @pytest.mark.parametrize(("mode", "key", "expected"), [("L", 7, (255, 255, 255)), ("RGB", (7, 8, 9), (255, 255, 255))])
-def test_load_image_with_transparent_colour_key_lies_on_white(tmp_path: Path, mode: str, key: Any, expected: tuple[int, ...]) -> None:
+def test_load_image_with_transparent_colour_key_lies_on_white(
+    tmp_path: Path, mode: str, key: Any, expected: tuple[int, ...]
+) -> None:
     result = load_one(Image.new(mode, (6, 6), key), tmp_path / "a.png", transparency=key)
     np.testing.assert_array_equal(result, np.broadcast_to(np.array(expected, np.uint8), (6, 6, 3)))
 
 
 @pytest.mark.parametrize("suffix", ["tiff", "jpg"])
-@pytest.mark.parametrize(("cmyk", "rgb"), [((0, 0, 0, 0), (255, 255, 255)), ((0, 255, 255, 0), (255, 0, 0)), ((0, 0, 0, 255), (0, 0, 0))])
+@pytest.mark.parametrize(
+    ("cmyk", "rgb"), [((0, 0, 0, 0), (255, 255, 255)), ((0, 255, 255, 0), (255, 0, 0)), ((0, 0, 0, 255), (0, 0, 0))]
+)
 def test_load_image_cmyk_is_converted(tmp_path: Path, suffix: str, cmyk: tuple[int, ...], rgb: tuple[int, ...]) -> None:
     result = load_one(Image.new("CMYK", (6, 6), cmyk), tmp_path / f"a.{suffix}")
     # JPEG rounds its coefficients: two levels. TIFF is lossless.
     assert np.abs(result.astype(int) - rgb).max() <= (2 if suffix == "jpg" else 0)
 
 
-@pytest.mark.skipif(int(PIL.__version__.partition(".")[0]) < 13, reason="Pillow 12 cannot read the uncompressed YCbCr TIFF that it writes")
+@pytest.mark.skipif(
+    int(PIL.__version__.partition(".")[0]) < 13,
+    reason="Pillow 12 cannot read the uncompressed YCbCr TIFF that it writes",
+)
 def test_load_image_ycbcr_is_converted(tmp_path: Path) -> None:
     colour = (200, 60, 20)
     result = load_one(Image.new("RGB", (6, 6), colour).convert("YCbCr"), tmp_path / "a.tiff")
@@ -262,11 +291,18 @@ def test_load_image_lab_is_refused_with_remedy(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
 def test_load_image_of_an_animation_is_its_first_frame(tmp_path: Path, suffix: str) -> None:
     frames = [Image.new("RGB", (6, 6), colour) for colour in ((255, 0, 0), (0, 255, 0))]
-    path = save(frames[0], tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:], **({"lossless": True} if suffix == "webp" else {}))
+    path = save(
+        frames[0],
+        tmp_path / f"a.{suffix}",
+        save_all=True,
+        append_images=frames[1:],
+        **({"lossless": True} if suffix == "webp" else {}),
+    )
     np.testing.assert_array_equal(load_image(path, SMALL), np.broadcast_to(np.array([255, 0, 0], np.uint8), (6, 6, 3)))
 
 
-# --- what is no usable image ------------------------------------------------------------------------------------------------------------
+# --- what is no usable image
+# ------------------------------------------------------------------------------------------------------------
 
 
 def png(width: int, height: int, data: bytes, *, bit_depth: int = 8, colour: int = 2) -> bytes:
@@ -300,7 +336,10 @@ BAD_FILES = {
         f"truncated_{kind.lower()}": (encoded(kind)[: len(encoded(kind)) // 2], "damaged or truncated")
         for kind in ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
     },
-    **{f"header_only_{kind.lower()}": (encoded(kind)[:20], "damaged or truncated|not an image") for kind in ("PNG", "JPEG", "WEBP", "GIF", "TIFF")},
+    **{
+        f"header_only_{kind.lower()}": (encoded(kind)[:20], "damaged or truncated|not an image")
+        for kind in ("PNG", "JPEG", "WEBP", "GIF", "TIFF")
+    },
 }
 
 
@@ -350,7 +389,9 @@ def test_decode_image_of_more_pixels_than_wanted_is_refused() -> None:
         decode_image(thin.getvalue(), SMALL, max_pixels=2000)
 
 
-def test_load_image_of_a_decompression_bomb_is_refused_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_image_of_a_decompression_bomb_is_refused_before_decoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from PIL import ImageFile
 
     def fail(self: object) -> None:
@@ -413,15 +454,21 @@ def test_load_image_without_pillow_names_the_extra(tmp_path: Path, monkeypatch: 
 
 def test_preprocess_import_loads_neither_numpy_nor_pillow() -> None:
     code = "import sys, repvgg_deploy.images.decode; print([m for m in ('numpy', 'PIL') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+    )
     assert done.stdout.strip() == "[]"
 
 
-# --- batches ----------------------------------------------------------------------------------------------------------------------------
+# --- batches
+# ----------------------------------------------------------------------------------------------------------------------------
 
 
 def model_spec(preprocessing: Preprocessing | None) -> ModelSpec:
-    image, scores = TensorSpec("input", "float32", ("batch", 3, 6, 6), "NCHW"), TensorSpec("logits", "float32", ("batch", 10), "NC")
+    image, scores = (
+        TensorSpec("input", "float32", ("batch", 3, 6, 6), "NCHW"),
+        TensorSpec("logits", "float32", ("batch", 10), "NC"),
+    )
     return ModelSpec(image, (scores,), "logits", preprocessing)
 
 
@@ -459,7 +506,9 @@ def test_load_batch_for_a_model_without_preprocessing_is_refused(tmp_path: Path)
         load_batch([tmp_path / "a.png"], model_spec(None))
 
 
-@pytest.mark.parametrize("images", [np.zeros((1, 6, 6, 3), np.float32), np.zeros((6, 6, 3), np.uint8), np.zeros((1, 3, 6, 6), np.uint8)])
+@pytest.mark.parametrize(
+    "images", [np.zeros((1, 6, 6, 3), np.float32), np.zeros((6, 6, 3), np.uint8), np.zeros((1, 3, 6, 6), np.uint8)]
+)
 def test_normalize_of_another_dtype_or_layout_is_refused(images: Any) -> None:
     with pytest.raises(InputError, match=r"expected uint8 images \(N, H, W, 3\)"):
         normalize(images, SMALL)
@@ -470,10 +519,15 @@ def test_list_images_expands_folders_and_patterns_and_keeps_files(tmp_path: Path
         (tmp_path / name).touch()
     (tmp_path / "sub.png").mkdir()
     assert [path.name for path in list_images([tmp_path])] == ["a.JPG", "b.png", "c.webp"]
-    assert [path.name for path in list_images([f"{tmp_path}/*.png", tmp_path / "absent.jpg"])] == ["b.png", "absent.jpg"]
+    assert [path.name for path in list_images([f"{tmp_path}/*.png", tmp_path / "absent.jpg"])] == [
+        "b.png",
+        "absent.jpg",
+    ]
 
 
-def test_list_images_of_a_folder_that_may_not_be_read_is_our_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_list_images_of_a_folder_that_may_not_be_read_is_our_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 

@@ -28,7 +28,10 @@ def test_imagenet_label_of_a_known_index_is_its_name(index: int) -> None:
     assert imagenet_labels()[index] == KNOWN[index]
 
 
-@pytest.mark.parametrize(("first", "last", "members"), [(151, 268, ("beagle", "pug", "Mexican hairless")), (281, 285, ("tabby", "Siamese cat"))])
+@pytest.mark.parametrize(
+    ("first", "last", "members"),
+    [(151, 268, ("beagle", "pug", "Mexican hairless")), (281, 285, ("tabby", "Siamese cat"))],
+)
 def test_imagenet_labels_of_a_kind_stand_together(first: int, last: int, members: tuple[str, ...]) -> None:
     # Dogs are 151 to 268 and house cats 281 to 285, because the order is that of WordNet.
     labels = imagenet_labels()

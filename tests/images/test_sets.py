@@ -26,9 +26,18 @@ PREPROCESSING = Preprocessing((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
 def make_spec(
-    *, uint8: bool = False, batch: int | str = "batch", labels: tuple[str, ...] | None = LABELS, kind: Any = "logits", classes: int = 3
+    *,
+    uint8: bool = False,
+    batch: int | str = "batch",
+    labels: tuple[str, ...] | None = LABELS,
+    kind: Any = "logits",
+    classes: int = 3,
 ) -> ModelSpec:
-    source = TensorSpec("x", "uint8", (batch, 8, 8, 3), "NHWC") if uint8 else TensorSpec("x", "float32", (batch, 3, 8, 8), "NCHW")
+    source = (
+        TensorSpec("x", "uint8", (batch, 8, 8, 3), "NHWC")
+        if uint8
+        else TensorSpec("x", "float32", (batch, 3, 8, 8), "NCHW")
+    )
     preprocessing = dataclasses.replace(PREPROCESSING, in_graph=uint8)
     return ModelSpec(source, (TensorSpec(kind, "float32", (batch, classes), "NC"),), kind, preprocessing, labels)
 
@@ -49,7 +58,9 @@ def save_images(folder: Path, names: list[str], *, seed: int = 0) -> list[Path]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    save_images(tmp_path / "set", ["dog/a.png", "dog/deep/b.png", "cat/c.png", "garbage_truck/d.png", "cat/.hidden.png"])
+    save_images(
+        tmp_path / "set", ["dog/a.png", "dog/deep/b.png", "cat/c.png", "garbage_truck/d.png", "cat/.hidden.png"]
+    )
     (tmp_path / "set" / "cat" / "notes.txt").write_text("no image")
     return tmp_path / "set"
 
@@ -64,7 +75,9 @@ def test_folders_are_classes_by_label_and_images_are_as_the_model_takes_them(fol
     batches = list(images)
     assert [batch.images.shape for batch in batches] == [(3, 3, 8, 8), (1, 3, 8, 8)]
     assert labels_of(images) == [0, 1, 1, 2]  # re-iterable
-    expected = np.stack([load_image(folder / name, PREPROCESSING) for name in ("cat/c.png", "dog/a.png", "dog/deep/b.png")])
+    expected = np.stack(
+        [load_image(folder / name, PREPROCESSING) for name in ("cat/c.png", "dog/a.png", "dog/deep/b.png")]
+    )
     assert np.array_equal(batches[0].images, normalize(expected, PREPROCESSING))
     assert "labels" in images.labels_from
 
@@ -249,7 +262,9 @@ def test_labels_that_are_optional_are_left_out_where_there_are_none(tmp_path: Pa
     assert open_images(folder, make_spec(), SetOptions(labels="optional")).labels is None
 
 
-def test_unreadable_images_are_skipped_with_their_reason_and_refused_above_a_share(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unreadable_images_are_skipped_with_their_reason_and_refused_above_a_share(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     names = [f"dog/{index:02}.png" for index in range(20)]
     paths = save_images(tmp_path, names)
     paths[3].write_bytes(b"broken")
@@ -281,7 +296,9 @@ def flatten(images: CalibrationImages) -> NDArray[Any]:
 
 def test_calibration_images_are_chosen_by_seed_and_found_recursively(tmp_path: Path) -> None:
     save_images(tmp_path, [f"{index % 3}/{index:02}.png" for index in range(40)])
-    one, same, other = (load_calibration(tmp_path, make_spec(), limit=20, batch_size=8, seed=seed) for seed in (0, 0, 1))
+    one, same, other = (
+        load_calibration(tmp_path, make_spec(), limit=20, batch_size=8, seed=seed) for seed in (0, 0, 1)
+    )
     assert [len(batch) for batch in one.batches] == [8, 8, 4]
     assert one.images == 20
     assert np.array_equal(flatten(one), flatten(same))
@@ -331,7 +348,9 @@ def test_calibration_that_cannot_be_is_refused(tmp_path: Path, caplog: pytest.Lo
         load_calibration(tmp_path / "bytes.npz", dataclasses.replace(make_spec(), preprocessing=None))
 
 
-def test_calibration_with_few_or_unreadable_images_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_calibration_with_few_or_unreadable_images_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.WARNING)
     paths = save_images(tmp_path, [f"{index:02}.png" for index in range(12)])
     paths[0].write_bytes(b"")
@@ -341,8 +360,12 @@ def test_calibration_with_few_or_unreadable_images_is_warned_of(tmp_path: Path, 
     assert "11 images are few" in caplog.text
 
 
-@pytest.mark.parametrize(("count", "share", "held"), [(40, 0.2, 8), (40, 0.5, 20), (7, 0.1, 1), (2, 0.9, 1), (33, 0.99, 32)])
-def test_held_out_share_is_spread_evenly_and_nothing_is_lost(tmp_path: Path, count: int, share: float, held: int) -> None:
+@pytest.mark.parametrize(
+    ("count", "share", "held"), [(40, 0.2, 8), (40, 0.5, 20), (7, 0.1, 1), (2, 0.9, 1), (33, 0.99, 32)]
+)
+def test_held_out_share_is_spread_evenly_and_nothing_is_lost(
+    tmp_path: Path, count: int, share: float, held: int
+) -> None:
     np.savez(tmp_path / "set.npz", images=draw(count))
     images = load_calibration(tmp_path / "set.npz", make_spec(uint8=True), batch_size=16)
     left, out = split_held_out(images, share=share)
@@ -362,7 +385,9 @@ def test_held_out_share_that_cannot_be_is_refused(tmp_path: Path) -> None:
         split_held_out(images, share=1.0)
 
 
-def test_folder_that_may_not_be_read_is_an_error_and_not_a_class_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_that_may_not_be_read_is_an_error_and_not_a_class_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "1.png").touch()

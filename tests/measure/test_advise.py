@@ -30,7 +30,9 @@ from tests.measure.make_benchmark import make_benchmark, make_model, make_point
 V100, T4 = (find_gpu_peaks(name).ceiling() for name in ("v100", "t4"))
 
 
-def estimate(name: str, batch: int, precision: Precision = "fp32", ceiling=V100, assumptions: Assumptions = FITTED) -> float:
+def estimate(
+    name: str, batch: int, precision: Precision = "fp32", ceiling=V100, assumptions: Assumptions = FITTED
+) -> float:
     found = estimate_ms(count_costs(get_variant(name), (224, 224), lambda _: precision), ceiling, batch, assumptions)
     assert found is not None
     return found
@@ -38,7 +40,8 @@ def estimate(name: str, batch: int, precision: Precision = "fp32", ceiling=V100,
 
 @pytest.mark.parametrize("name", PUBLISHED_V100_MS)
 def test_estimate_is_near_the_published_time(name: str) -> None:
-    # B3's published times are hardly longer than B2's, which has two thirds of its work; the others were what the constants were fitted to.
+    # B3's published times are hardly longer than B2's, which has two thirds of its work; the others were what the
+    # constants were fitted to.
     tolerance = 0.5 if name == "B3" else 0.17
     for batch, published in zip((1, 8), PUBLISHED_V100_MS[name], strict=True):
         assert estimate(name, batch) == pytest.approx(published, rel=tolerance)
@@ -53,9 +56,15 @@ def test_grouped_variant_loses_at_batch_one_and_wins_at_batch_eight() -> None:
 def test_estimate_follows_its_constants() -> None:
     free = Assumptions({"fp32": 1.0}, 0.0)
     assert estimate("B1", 128, assumptions=free) == pytest.approx(2 * 11.8154e9 * 128 / 15.7e12 * 1e3, rel=0.01)
-    assert estimate("A0", 1, assumptions=Assumptions({"fp32": 1.0}, 100.0)) - estimate("A0", 1, assumptions=free) == pytest.approx(23 * 0.1)
-    assert estimate("B1", 128, assumptions=Assumptions({"fp32": 0.5}, 0.0)) == pytest.approx(2 * estimate("B1", 128, assumptions=free), rel=0.01)
-    assert estimate_ms(count_costs(get_variant("A0"), (224, 224), lambda _: "int8"), V100, 1) is None  # no INT8 tensor cores
+    assert estimate("A0", 1, assumptions=Assumptions({"fp32": 1.0}, 100.0)) - estimate(
+        "A0", 1, assumptions=free
+    ) == pytest.approx(23 * 0.1)
+    assert estimate("B1", 128, assumptions=Assumptions({"fp32": 0.5}, 0.0)) == pytest.approx(
+        2 * estimate("B1", 128, assumptions=free), rel=0.01
+    )
+    assert (
+        estimate_ms(count_costs(get_variant("A0"), (224, 224), lambda _: "int8"), V100, 1) is None
+    )  # no INT8 tensor cores
 
 
 def test_published_accuracy_is_that_of_the_cards() -> None:
@@ -69,7 +78,9 @@ def test_what_fits_meets_the_wish_and_is_ordered_by_throughput() -> None:
     wish = Wish(slo_ms=10, min_top1=77)
     answer = advise(wish, ceiling=T4, measured=())
     assert answer.fitting
-    assert all(choice.latency_ms <= 10 and choice.top1 >= 77 and choice.origin == "estimated" for choice in answer.fitting)
+    assert all(
+        choice.latency_ms <= 10 and choice.top1 >= 77 and choice.origin == "estimated" for choice in answer.fitting
+    )
     rates = [choice.images_per_second for choice in answer.fitting]
     assert rates == sorted(rates, reverse=True)
     assert all(choice.latency_ms > 10 or choice.top1 < 77 for choice in answer.others)
@@ -91,13 +102,25 @@ def test_measurement_takes_the_place_of_its_estimate_and_of_no_other() -> None:
     file = Measured("b1.json", make_benchmark(make_model("B1", "fp16", (make_point(8, 3.5), make_point(64, 20.0)))))
     answer = advise(Wish(min_top1=0), ceiling=T4, measured=[file])
     rows = {choice.batch: choice for choice in answer.fitting if (choice.variant, choice.precision) == ("B1", "fp16")}
-    assert {batch: choice.origin for batch, choice in rows.items()} == {1: "estimated", 8: "measured", 32: "estimated", 128: "estimated"}
-    assert (rows[8].latency_ms, rows[8].images_per_second, rows[8].detail) == (3.5, pytest.approx(8 / 0.0035), "b1.json")
+    assert {batch: choice.origin for batch, choice in rows.items()} == {
+        1: "estimated",
+        8: "measured",
+        32: "estimated",
+        128: "estimated",
+    }
+    assert (rows[8].latency_ms, rows[8].images_per_second, rows[8].detail) == (
+        3.5,
+        pytest.approx(8 / 0.0035),
+        "b1.json",
+    )
     assert all(choice.origin == "estimated" for choice in answer.fitting if choice.variant != "B1")
 
 
 def test_points_of_several_clients_and_of_others_are_no_latency_of_the_engine() -> None:
-    shared, rival = dataclasses.replace(make_point(1, 9.0), clients=4), dataclasses.replace(make_point(8, 9.0), way="torch")
+    shared, rival = (
+        dataclasses.replace(make_point(1, 9.0), clients=4),
+        dataclasses.replace(make_point(8, 9.0), way="torch"),
+    )
     file = Measured("b1.json", make_benchmark(make_model("B1", "fp32", (shared, rival))))
     with pytest.raises(InputError, match="nothing to choose from"):
         advise(Wish(min_top1=0), ceiling=None, measured=[file])
@@ -111,7 +134,10 @@ def test_measurements_alone_are_enough() -> None:
 
 
 def test_files_of_another_device_are_left_out_by_name() -> None:
-    files = [Measured("t4.json", make_benchmark(device="Tesla T4")), Measured("a10.json", make_benchmark(device="NVIDIA A10"))]
+    files = [
+        Measured("t4.json", make_benchmark(device="Tesla T4")),
+        Measured("a10.json", make_benchmark(device="NVIDIA A10")),
+    ]
     kept, left_out = choose_files(files, "t4")
     assert [file.name for file in kept] == ["t4.json"]
     assert left_out == ("a10.json is left out: it was measured on NVIDIA A10, not on t4",)
@@ -119,10 +145,17 @@ def test_files_of_another_device_are_left_out_by_name() -> None:
 
 
 def test_models_without_published_accuracy_are_named() -> None:
-    models = make_model("A0", size=128), make_model("A0", published=False), dataclasses.replace(make_model("A1"), classes=10), make_model("B2g2")
+    models = (
+        make_model("A0", size=128),
+        make_model("A0", published=False),
+        dataclasses.replace(make_model("A1"), classes=10),
+        make_model("B2g2"),
+    )
     said = unused_models([Measured("x.json", make_benchmark(*models))])
     assert len(said) == 4
-    for text, words in zip(said, ("128×128 px", "no published variant", "although it has 10", "no accuracy of B2g2"), strict=True):
+    for text, words in zip(
+        said, ("128×128 px", "no published variant", "although it has 10", "no accuracy of B2g2"), strict=True
+    ):
         assert words in text
 
 
@@ -147,7 +180,9 @@ def test_nearest_to_what_is_out_of_reach_are_the_fastest_and_the_most_accurate_o
     assert nearest.fastest[0].latency_ms == min(choice.latency_ms for choice in answer.others)
     assert nearest.most_accurate[0].top1 == max(choice.top1 for choice in answer.others)
     for choices in (nearest.fastest, nearest.most_accurate):
-        assert len({(choice.variant, choice.image_size, choice.precision) for choice in choices}) == 5  # no batch sizes of the same in their place
+        assert (
+            len({(choice.variant, choice.image_size, choice.precision) for choice in choices}) == 5
+        )  # no batch sizes of the same in their place
     latencies = [choice.latency_ms for choice in nearest.fastest]
     assert latencies == sorted(latencies)
 
@@ -155,6 +190,10 @@ def test_nearest_to_what_is_out_of_reach_are_the_fastest_and_the_most_accurate_o
 @pytest.mark.parametrize("wish", [Wish(slo_ms=0.01), Wish(min_top1=99)])
 def test_nearest_of_one_wish_are_those_that_come_nearest_to_it(wish: Wish) -> None:
     nearest = find_nearest(advise(wish, ceiling=T4, measured=()), wish)
-    kept, missed = (nearest.accurate_enough, nearest.fast_enough) if wish.min_top1 is None else (nearest.fast_enough, nearest.accurate_enough)
+    kept, missed = (
+        (nearest.accurate_enough, nearest.fast_enough)
+        if wish.min_top1 is None
+        else (nearest.fast_enough, nearest.accurate_enough)
+    )
     assert missed == ()
     assert kept == (nearest.fastest if wish.min_top1 is None else nearest.most_accurate)

@@ -26,7 +26,9 @@ def write_model(path: Path, *, seed: int = 0) -> Path:
     """A classifier of a small architecture with groups, as repvgg-export writes it, without torch."""
     graph = make_variant(SMALL_G4, size=32, seed=seed)
     metadata = metadata_of(graph)
-    spec = dataclasses.replace(metadata.spec, kind="logits", input=dataclasses.replace(metadata.spec.input, layout="NCHW"))
+    spec = dataclasses.replace(
+        metadata.spec, kind="logits", input=dataclasses.replace(metadata.spec.input, layout="NCHW")
+    )
     del graph.metadata_props[:]
     return write_bound(path, graph.SerializeToString(), dataclasses.replace(metadata, spec=spec, variant=SMALL_G4))
 
@@ -68,19 +70,26 @@ def test_share_is_the_rooflines_least_time_by_the_median(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("clients", "cpu_threads", "expected"), [(1, None, None), (3, None, None), (1, 1, 1), (2, 1, 2), (9, 1, 4), (2, 3, 4), (2, 6, 6)]
+    ("clients", "cpu_threads", "expected"),
+    [(1, None, None), (3, None, None), (1, 1, 1), (2, 1, 2), (9, 1, 4), (2, 3, 4), (2, 6, 6)],
 )
-def test_peak_is_that_of_all_threads_that_compute_at_once(model: Path, clients: int, cpu_threads: int | None, expected, monkeypatch) -> None:
+def test_peak_is_that_of_all_threads_that_compute_at_once(
+    model: Path, clients: int, cpu_threads: int | None, expected, monkeypatch
+) -> None:
     """Of one client's threads alone, several clients at once would exceed it."""
     asked = []
     monkeypatch.setattr("repvgg_deploy.measure.bench.count_cores", lambda: 4)
     monkeypatch.setattr("repvgg_deploy.measure.bench.measure_cpu", lambda *, threads, **_: asked.append(threads))
-    run_benchmark(request(model, batches=(1,), peak_s=0.01, cpu_threads=cpu_threads, pace=Pace(0.01, 0.0, clients=clients)))
+    run_benchmark(
+        request(model, batches=(1,), peak_s=0.01, cpu_threads=cpu_threads, pace=Pace(0.01, 0.0, clients=clients))
+    )
     assert asked == [expected, expected]
 
 
 def test_peaks_before_and_after_that_differ_are_told(model: Path, monkeypatch, caplog) -> None:
-    ceilings = [Ceiling("cpu", {"fp32": rate, "fp16": rate, "int8": rate}, 1e10, "made", measured=True) for rate in (1e11, 2e11)]
+    ceilings = [
+        Ceiling("cpu", {"fp32": rate, "fp16": rate, "int8": rate}, 1e10, "made", measured=True) for rate in (1e11, 2e11)
+    ]
     monkeypatch.setattr("repvgg_deploy.measure.bench.measure_cpu", lambda **_: ceilings.pop(0))
     found = run_benchmark(request(model, peak_s=0.01))
     assert found.ceiling is not None and found.ceiling.operations_per_second["fp32"] == 2e11
@@ -111,7 +120,9 @@ def test_clients_share_one_engine(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [ModelOptions(uint8=True), ModelOptions(batch=2), ModelOptions(kind="top5"), ModelOptions(kind="features")], ids=str
+    "options",
+    [ModelOptions(uint8=True), ModelOptions(batch=2), ModelOptions(kind="top5"), ModelOptions(kind="features")],
+    ids=str,
 )
 def test_every_kind_of_model_can_be_measured(tmp_path: Path, options: ModelOptions) -> None:
     found = run_benchmark(request(make_onnx(tmp_path / "m.onnx", options), peak_s=0.01))
@@ -119,15 +130,21 @@ def test_every_kind_of_model_can_be_measured(tmp_path: Path, options: ModelOptio
     names = [layer.name for layer in result.layers]
     assert len(result.points) == 2 and names[0] == "stage0"
     assert ("linear" in names) == (options.kind != "features")
-    expected = count_costs(tiny_variant(), (16, 16), lambda _: "fp32", input_dtype="uint8" if options.uint8 else "float32")
+    expected = count_costs(
+        tiny_variant(), (16, 16), lambda _: "fp32", input_dtype="uint8" if options.uint8 else "float32"
+    )
     assert result.layers[0] == expected[0]
 
 
 def test_module_of_the_users_own_has_no_roofline_and_no_torch(tmp_path: Path) -> None:
-    found = run_benchmark(request(make_onnx(tmp_path / "m.onnx", ModelOptions(kind="module")), compare=("torch",), peak_s=0.01))
+    found = run_benchmark(
+        request(make_onnx(tmp_path / "m.onnx", ModelOptions(kind="module")), compare=("torch",), peak_s=0.01)
+    )
     result = found.models[0]
     assert result.variant is None and result.layers == () and {point.way for point in result.points} == {"engine"}
-    assert any("not compared with torch" in note for note in result.notes) and any("no roofline" in note for note in result.notes)
+    assert any("not compared with torch" in note for note in result.notes) and any(
+        "no roofline" in note for note in result.notes
+    )
 
 
 def test_model_of_any_image_size_needs_one(tmp_path: Path) -> None:
@@ -168,7 +185,14 @@ def test_fp32_plan_in_tf32_is_judged_by_the_tensor_cores(tmp_path: Path, monkeyp
     world = make_world(tmp_path, monkeypatch)
     for tf32, peak in ((False, 31.2e12), (True, 62.5e12)):
         config = BuildConfig("fp32", tf32=tf32)
-        write_passport(world.plan, world.onnx, tensorrt_version="10.16.1.11", variant=tiny_variant(), precision="not_inspected", config=config)
+        write_passport(
+            world.plan,
+            world.onnx,
+            tensorrt_version="10.16.1.11",
+            variant=tiny_variant(),
+            precision="not_inspected",
+            config=config,
+        )
         found = run_benchmark(request(world.plan, batches=(1,), gpu="a10"))
         assert found.ceiling is not None and found.ceiling.operations_per_second["fp32"] == peak
         assert found.models[0].precision == "fp32"
@@ -176,7 +200,9 @@ def test_fp32_plan_in_tf32_is_judged_by_the_tensor_cores(tmp_path: Path, monkeyp
 
 def test_onnx_batch_above_what_an_engine_runs_at_once_is_noted(tmp_path: Path) -> None:
     found = run_benchmark(request(make_onnx(tmp_path / "m.onnx"), batches=(64, 65)))
-    assert [note for note in found.models[0].notes if "pieces" in note] == ["batch 65 runs in pieces of 64, the largest that an Engine runs at once"]
+    assert [note for note in found.models[0].notes if "pieces" in note] == [
+        "batch 65 runs in pieces of 64, the largest that an Engine runs at once"
+    ]
 
 
 def test_plan_of_an_unknown_gpu_or_without_passport_has_no_roofline(tmp_path: Path, monkeypatch, caplog) -> None:
@@ -185,7 +211,9 @@ def test_plan_of_an_unknown_gpu_or_without_passport_has_no_roofline(tmp_path: Pa
     assert "the peaks of Fake GPU 0 are not in the table" in caplog.text
     result = found.models[0]
     assert result.precision is None and result.points[0].share is None and result.points[0].phases is not None
-    assert any("it does not run plans" in note for note in result.notes) and any("no roofline" in note for note in result.notes)
+    assert any("it does not run plans" in note for note in result.notes) and any(
+        "no roofline" in note for note in result.notes
+    )
 
 
 def test_models_of_two_devices_are_no_one_table(tmp_path: Path, monkeypatch) -> None:

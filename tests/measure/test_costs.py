@@ -32,7 +32,9 @@ def test_macs_of_a_published_variant_are_those_of_the_paper(name: str) -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_sum_of_the_layers_is_the_count_of_the_variant(name: str) -> None:
-    assert sum(cost.macs for cost in count_costs(get_variant(name), (192, 320), full)) == count_macs(get_variant(name), 192, 320)
+    assert sum(cost.macs for cost in count_costs(get_variant(name), (192, 320), full)) == count_macs(
+        get_variant(name), 192, 320
+    )
 
 
 @pytest.mark.parametrize("spec", [SMALL_G4, SMALL_SE], ids=lambda spec: spec.name)
@@ -63,16 +65,28 @@ def test_costs_are_those_of_the_graph(spec: VariantSpec) -> None:
     assert len(scaled) == (len(spec.layers()) if spec.se != "none" else 0)
     for cost in scaled:
         before = found[cost.name.removesuffix(".se")]
-        channels = weights[next(node.input[1] for node in model.graph.node if node.name.startswith(before.name) and node.op_type == "Conv")][0]
+        channels = weights[
+            next(
+                node.input[1]
+                for node in model.graph.node
+                if node.name.startswith(before.name) and node.op_type == "Conv"
+            )
+        ][0]
         assert cost.macs == 2 * channels * (channels // spec.se_reduction)
 
 
 @pytest.mark.parametrize("precision", ITEM_BYTES)
 def test_bytes_follow_the_precision_and_the_input(precision: Precision) -> None:
     spec, item = get_variant("B0"), ITEM_BYTES[precision]
-    wide, narrow = count_costs(spec, (224, 224), full), count_costs(spec, (224, 224), lambda _: precision, input_dtype="uint8")
+    wide, narrow = (
+        count_costs(spec, (224, 224), full),
+        count_costs(spec, (224, 224), lambda _: precision, input_dtype="uint8"),
+    )
     for one, two in zip(wide[1:-1], narrow[1:-1], strict=True):
-        assert (two.weight_bytes * 4, two.activation_bytes * 4) == (one.weight_bytes * item, one.activation_bytes * item)
+        assert (two.weight_bytes * 4, two.activation_bytes * 4) == (
+            one.weight_bytes * item,
+            one.activation_bytes * item,
+        )
     assert narrow[0].activation_bytes == 3 * 224 * 224 + item * 64 * 112 * 112
     assert narrow[-1].activation_bytes == item * 1280 * 7 * 7 + 4 * 1000  # logits stay float32
 

@@ -15,7 +15,16 @@ import pytest
 from repvgg_deploy.errors import InputError
 from repvgg_deploy.files.plan_place import gpu_names
 from repvgg_deploy.measure import peaks
-from repvgg_deploy.measure.peaks import GpuPeaks, combine, cpu_name, find_gpu_peaks, load_gpus, look_up_gpu, make_product, measure_cpu
+from repvgg_deploy.measure.peaks import (
+    GpuPeaks,
+    combine,
+    cpu_name,
+    find_gpu_peaks,
+    load_gpus,
+    look_up_gpu,
+    make_product,
+    measure_cpu,
+)
 from repvgg_deploy.measure.roofline import Ceiling
 
 
@@ -91,7 +100,8 @@ def test_cpu_without_onnx_runtime_is_not_measured_and_says_so(monkeypatch, caplo
 
 def test_higher_of_two_measurements_counts() -> None:
     one, two = (
-        Ceiling("cpu", {"fp32": fp32, "int8": int8}, moved, "made", measured=True) for fp32, int8, moved in ((1e9, 4e9, 5e9), (2e9, 3e9, 6e9))
+        Ceiling("cpu", {"fp32": fp32, "int8": int8}, moved, "made", measured=True)
+        for fp32, int8, moved in ((1e9, 4e9, 5e9), (2e9, 3e9, 6e9))
     )
     both = combine(one, two)
     assert both is not None and (both.operations_per_second, both.bytes_per_second) == ({"fp32": 2e9, "int8": 4e9}, 6e9)

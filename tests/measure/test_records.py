@@ -57,7 +57,9 @@ POINT = ("models", 0, "points", 0)
         (("surprise",), 1, "surprise"),
     ],
 )
-def test_malformed_file_is_refused_with_the_field(tmp_path: Path, path: tuple[Any, ...], value: Any, message: str) -> None:
+def test_malformed_file_is_refused_with_the_field(
+    tmp_path: Path, path: tuple[Any, ...], value: Any, message: str
+) -> None:
     data = json.loads(codec.dumps(make_benchmark()))
     change(data, *path, value=value)
     (tmp_path / "b.json").write_text(json.dumps(data), encoding="utf-8")
@@ -66,7 +68,9 @@ def test_malformed_file_is_refused_with_the_field(tmp_path: Path, path: tuple[An
     assert "b.json" in caught.value.message and "repvgg-trt bench --out" in caught.value.remedy
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"schema": 1}', codec.dumps(make_benchmark()).encode()[:-40], b"NaN"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"\xff\xfe", b'{"schema": 1}', codec.dumps(make_benchmark()).encode()[:-40], b"NaN"]
+)
 def test_file_that_is_none_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "b.json").write_bytes(content)
     with pytest.raises(InputError, match="not a benchmark"):

@@ -15,7 +15,9 @@ def turns_of(*seconds: list[float]) -> Turns:
 def test_percentiles_of_one_to_a_hundred_are_those_numbers() -> None:
     shuffled = np.random.default_rng(0).permutation(np.arange(1, 101) / 1e3).tolist()
     found = summarize(turns_of(shuffled[:30], shuffled[30:]))
-    assert (found.min_ms, found.median_ms, found.p90_ms, found.p95_ms, found.p99_ms, found.max_ms) == pytest.approx((1, 50, 90, 95, 99, 100))
+    assert (found.min_ms, found.median_ms, found.p90_ms, found.p95_ms, found.p99_ms, found.max_ms) == pytest.approx(
+        (1, 50, 90, 95, 99, 100)
+    )
     assert (found.calls, found.mean_ms) == (100, pytest.approx(50.5))
 
 
@@ -24,7 +26,9 @@ def test_percentiles_are_those_of_numpys_nearest_rank(count: int) -> None:
     seconds = np.random.default_rng(count).gamma(2.0, 0.01, count)
     found = summarize(turns_of(seconds.tolist()))
     expected = np.percentile(1e3 * seconds, [0, 50, 90, 95, 99, 100], method="inverted_cdf")
-    np.testing.assert_allclose([found.min_ms, found.median_ms, found.p90_ms, found.p95_ms, found.p99_ms, found.max_ms], expected, rtol=1e-12)
+    np.testing.assert_allclose(
+        [found.min_ms, found.median_ms, found.p90_ms, found.p95_ms, found.p99_ms, found.max_ms], expected, rtol=1e-12
+    )
 
 
 def test_throughput_counts_clients_that_ran_at_once() -> None:

@@ -46,7 +46,8 @@ def test_ways_take_turns_and_each_round_begins_with_another(clock: Clock) -> Non
     found = measure_in_turns({name: recording(log, name, clock) for name in "abc"}, Pace(duration_s=0.8, warm_up_s=0.0))
     assert {name: len(turns.seconds) for name, turns in found.items()} == dict.fromkeys("abc", MOST_TURNS)
     changes = [log[index] for index in range(len(log)) if index == 0 or log[index] != log[index - 1]]
-    # The warm-up's a, b, c; then the rounds, whose borders fall together where one ends and the next begins with the same way.
+    # The warm-up's a, b, c; then the rounds, whose borders fall together where one ends and the next begins with the
+    # same way.
     assert changes[:9] == ["a", "b", "c", "a", "b", "c", "b", "c", "a"]
 
 

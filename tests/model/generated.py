@@ -1,6 +1,7 @@
 """Checkpoints of every public family, written from seeded models with randomised BatchNorm in the names and containers that the family uses.
 
-The renaming stands here a second time, as regular expressions from our names to theirs, so that a mistake in `families` cannot hide in its mirror.
+The renaming stands here a second time, as regular expressions from our names to theirs, so that a mistake in `families`
+cannot hide in its mirror.
 """
 
 from __future__ import annotations
@@ -23,9 +24,18 @@ from repvgg_deploy.specs.variants import alternating_groups
 State = dict[str, Tensor]
 
 SMALL = VariantSpec("small", (1, 2, 3, 1), (8, 8, 16, 24, 32), alternating_groups((1, 2, 3, 1), 2), num_classes=7)
-SMALL_SE = VariantSpec("small-se", (1, 2, 2, 1), (16, 16, 32, 48, 64), (1,) * 7, se="before_relu", se_reduction=16, num_classes=5)
+SMALL_SE = VariantSpec(
+    "small-se", (1, 2, 2, 1), (16, 16, 32, 48, 64), (1,) * 7, se="before_relu", se_reduction=16, num_classes=5
+)
 SMALL_PLUS = VariantSpec(
-    "small-plus", (2, 2, 4, 1), (8, 8, 16, 24, 32), (1,) * 10, se="after_relu", se_reduction=4, num_classes=5, auxiliary_heads=True
+    "small-plus",
+    (2, 2, 4, 1),
+    (8, 8, 16, 24, 32),
+    (1,) * 10,
+    se="after_relu",
+    se_reduction=4,
+    num_classes=5,
+    auxiliary_heads=True,
 )
 SQUARE = replace(SMALL, name="square", num_classes=32)
 """As many classes as features: PaddlePaddle's transposed classifier has the same shape as ours."""
@@ -67,7 +77,10 @@ def _cases() -> list[Case]:
             spec = replace(SMALL, block=kind)
             cases.append(Case(kind, spec, form, read_as="official" if form == "deploy" else kind))
         plain = replace(SMALL, name="plain", block="plain", groups=(1,) * 8)
-        cases += [Case("repopt", plain, form), Case("repopt", replace(SMALL_PLUS, name="plain-plus", block="plain", auxiliary_heads=False), form)]
+        cases += [
+            Case("repopt", plain, form),
+            Case("repopt", replace(SMALL_PLUS, name="plain-plus", block="plain", auxiliary_heads=False), form),
+        ]
     return [*cases, Case("repopt-repvgg", replace(SMALL, groups=(1,) * 8), "training", read_as="repopt")]
 
 
@@ -154,7 +167,11 @@ def rename(state: Mapping[str, Tensor], family: str, *, half: int = 0) -> State:
         match = re.match(r"stage3\.blocks\.(\d+)(\..*)", new)
         if match:
             index = int(match[1])
-            new = f"stage3_first.blocks.{index}{match[2]}" if index < half else f"stage3_second.blocks.{index - half}{match[2]}"
+            new = (
+                f"stage3_first.blocks.{index}{match[2]}"
+                if index < half
+                else f"stage3_second.blocks.{index - half}{match[2]}"
+            )
         renamed[new] = tensor.clone()
     return renamed
 
@@ -191,7 +208,9 @@ def write_paddle(state: Mapping[str, Tensor], path: Path, *, protocol: int = 4, 
         named: Values are (name, array) pairs, as `paddle.save` writes parameters since 2.1.
     """
     arrays: dict[str, object] = {}
-    for index, (name, tensor) in enumerate((name, tensor) for name, tensor in state.items() if not name.endswith("num_batches_tracked")):
+    for index, (name, tensor) in enumerate(
+        (name, tensor) for name, tensor in state.items() if not name.endswith("num_batches_tracked")
+    ):
         array = np.ascontiguousarray(tensor.numpy().T) if name == "linear.weight" else tensor.numpy()
         arrays[name] = (f"conv2d_{index}.w_0", array) if named else array
     arrays["StructuredToParameterName@@"] = {name: f"conv2d_{index}.w_0" for index, name in enumerate(list(arrays))}

@@ -21,7 +21,9 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
             assert part.running_mean is not None and part.running_var is not None
             part.running_mean.normal_(0, 0.5, generator=generator)
             part.running_var.uniform_(0.3, 3, generator=generator)
-            part.weight.uniform_(0.3, 1.3, generator=generator).mul_(torch.where(torch.rand(part.weight.shape, generator=generator) < 0.2, -1, 1))
+            part.weight.uniform_(0.3, 1.3, generator=generator).mul_(
+                torch.where(torch.rand(part.weight.shape, generator=generator) < 0.2, -1, 1)
+            )
             part.bias.normal_(0, 0.3, generator=generator)
         elif isinstance(part, nn.Conv2d):
             # PyTorch's own initial weights let the signal die out within nine layers.
@@ -59,9 +61,13 @@ def block_specs(draw: st.DrawFn, *, kinds: tuple[BlockKind, ...] = KINDS) -> Blo
     )
 
 
-def random_input(spec: BlockSpec, height: int, width: int, *, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
+def random_input(
+    spec: BlockSpec, height: int, width: int, *, seed: int = 1, dtype: torch.dtype = torch.float64
+) -> Tensor:
     """float (2, C, height, width)."""
-    return torch.randn(2, spec.in_channels, height, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        2, spec.in_channels, height, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -71,6 +77,11 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 def small_variant(kind: BlockKind = "repvgg", se: SePosition = "none", **changes: object) -> VariantSpec:
     """A network of nine layers with groups and odd widths."""
-    fields: dict[str, object] = {"name": "small", "depths": (1, 2, 4, 1), "widths": (8, 8, 12, 16, 20), "groups": (1, 1, 2, 1, 2, 1, 4, 1, 1)}
+    fields: dict[str, object] = {
+        "name": "small",
+        "depths": (1, 2, 4, 1),
+        "widths": (8, 8, 12, 16, 20),
+        "groups": (1, 1, 2, 1, 2, 1, 4, 1, 1),
+    }
     fields |= {"se": se, "se_reduction": 4, "block": kind, "num_classes": 5, **changes}
     return VariantSpec(**fields)  # type: ignore[arg-type]

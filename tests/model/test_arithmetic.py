@@ -9,11 +9,20 @@ from hypothesis import strategies as st
 from torch import nn
 
 from repvgg_deploy.model import arithmetic
-from repvgg_deploy.model.arithmetic import Branch, KernelBias, add_at_centre, fold_branches, fold_in_float64, fuse_bn, identity_kernel
+from repvgg_deploy.model.arithmetic import (
+    Branch,
+    KernelBias,
+    add_at_centre,
+    fold_branches,
+    fold_in_float64,
+    fuse_bn,
+    identity_kernel,
+)
 from repvgg_deploy.model.block import BlockSpec
 from tests.model.random_blocks import block_specs, build_block, randomise, relative_error
 
-# Float64 rounds at 1e-16; sums of up to 9 · 16 products and three BatchNorms lose about two digits, cancellation two more.
+# Float64 rounds at 1e-16; sums of up to 9 · 16 products and three BatchNorms lose about two digits, cancellation two
+# more.
 FLOAT64_TOLERANCE = 1e-12
 
 
@@ -40,12 +49,17 @@ def rand(*shape: int, seed: int = 0) -> torch.Tensor:
     affine=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_fuse_bn_equals_convolution_then_batchnorm(channels: int, width: int, size: int, bias: bool, affine: bool, seed: int) -> None:
+def test_fuse_bn_equals_convolution_then_batchnorm(
+    channels: int, width: int, size: int, bias: bool, affine: bool, seed: int
+) -> None:
     kernel, offset = rand(channels, width, size, size, seed=seed), rand(channels, seed=seed + 1) if bias else None
     norm, x = bn(channels, seed, affine=affine), rand(2, width, 5, 4, seed=seed + 2)
     fused = fuse_bn(KernelBias(kernel, offset), norm)
     expected = norm(nn.functional.conv2d(x, kernel, offset, padding=size // 2))
-    assert relative_error(nn.functional.conv2d(x, fused.kernel, fused.bias, padding=size // 2), expected) < FLOAT64_TOLERANCE
+    assert (
+        relative_error(nn.functional.conv2d(x, fused.kernel, fused.bias, padding=size // 2), expected)
+        < FLOAT64_TOLERANCE
+    )
 
 
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 99))
@@ -63,7 +77,9 @@ def test_identity_kernel_of_some_rows_is_those_rows_of_the_whole(groups: int, wi
     start = data.draw(st.integers(0, channels - 1))
     rows = slice(start, data.draw(st.integers(start + 1, channels)))
     like = torch.zeros((), dtype=torch.float64)
-    assert torch.equal(identity_kernel(channels, groups, like, rows).kernel, identity_kernel(channels, groups, like).kernel[rows])
+    assert torch.equal(
+        identity_kernel(channels, groups, like, rows).kernel, identity_kernel(channels, groups, like).kernel[rows]
+    )
 
 
 @pytest.mark.parametrize("recording", [True, False])
@@ -94,7 +110,8 @@ def test_fold_of_some_rows_is_those_rows_of_the_whole(spec: BlockSpec, data: st.
     start = data.draw(st.integers(0, channels - 1))
     rows = slice(start, data.draw(st.integers(start + 1, channels)))
     whole, part = (
-        fold_branches(block.branches(), block.post_bn, groups=block.spec.groups, rows=r, dtype=torch.float64) for r in (arithmetic.ALL_ROWS, rows)
+        fold_branches(block.branches(), block.post_bn, groups=block.spec.groups, rows=r, dtype=torch.float64)
+        for r in (arithmetic.ALL_ROWS, rows)
     )
     assert part.bias is not None and whole.bias is not None
     assert torch.equal(part.kernel, whole.kernel[rows])

@@ -15,7 +15,8 @@ from repvgg_deploy.model.block import BlockSpec, DeployBlock, SEBlock, TrainingB
 from repvgg_deploy.model.fold import fold_block
 from tests.model.random_blocks import KINDS, block_specs, build_block, random_input, relative_error
 
-# Float64 rounds at 1e-16; sums of up to 9 · 16 products and four BatchNorms, one with a scale of up to 1/√0.3, lose up to four digits.
+# Float64 rounds at 1e-16; sums of up to 9 · 16 products and four BatchNorms, one with a scale of up to 1/√0.3, lose up
+# to four digits.
 FLOAT64_TOLERANCE = 1e-12
 # Float32 rounds at 6e-8; the same loss.
 FLOAT32_TOLERANCE = 5e-6
@@ -29,7 +30,8 @@ def test_deploy_block_equals_training_block_in_float64(spec: BlockSpec, height: 
     deploy = fold_block(block)
     assert deploy.rbr_reparam.weight.dtype == torch.float64
     assert relative_error(deploy.linear(x), block.linear(x)) < FLOAT64_TOLERANCE
-    # ReLU and sigmoid do not enlarge a difference, but may shrink what it is relative to: the scale is that of the linear part.
+    # ReLU and sigmoid do not enlarge a difference, but may shrink what it is relative to: the scale is that of the
+    # linear part.
     scale = float(block.linear(x).abs().max())
     assert float((deploy(x) - block(x)).abs().max()) < FLOAT64_TOLERANCE * max(scale, 1)
 
@@ -69,7 +71,9 @@ def test_equivalent_kernel_passes_gradcheck(kind: str) -> None:
     names, values = zip(*block.named_parameters(), strict=True)
 
     def fold(*parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        found = torch.func.functional_call(_Fold(block), {f"block.{n}": p for n, p in zip(names, parameters, strict=True)}, ())
+        found = torch.func.functional_call(
+            _Fold(block), {f"block.{n}": p for n, p in zip(names, parameters, strict=True)}, ()
+        )
         return tuple(found)
 
     assert torch.autograd.gradcheck(fold, tuple(v.detach().clone().requires_grad_() for v in values))
@@ -89,7 +93,10 @@ class _Fold(nn.Module):
 def custom_l2_in_numpy(block: Any) -> float:
     """The penalty written plainly from the description in section 4.1 of the paper and the original's comments, filter by filter."""
     k3, k1 = (branch.conv.weight.detach().numpy() for branch in (block.rbr_dense, block.rbr_1x1))
-    t3, t1 = (bn.weight.detach().numpy() / np.sqrt(bn.running_var.numpy() + bn.eps) for bn in (block.rbr_dense.bn, block.rbr_1x1.bn))
+    t3, t1 = (
+        bn.weight.detach().numpy() / np.sqrt(bn.running_var.numpy() + bn.eps)
+        for bn in (block.rbr_dense.bn, block.rbr_1x1.bn)
+    )
     total = 0.0
     for out in range(k3.shape[0]):
         for channel in range(k3.shape[1]):
@@ -120,7 +127,9 @@ def test_custom_l2_gives_gradients_to_kernels_and_none_to_scales() -> None:
 def test_custom_l2_of_other_kinds_is_the_plain_l2_of_their_kernels(kind: str) -> None:
     block = build_block(BlockSpec(4, 4, has_identity=True, kind=kind))  # type: ignore[arg-type]
     kernels = [parameter for parameter in block.parameters() if parameter.ndim == 4]
-    assert block.custom_l2().item() == pytest.approx(sum(float((kernel.detach() ** 2).sum()) for kernel in kernels), rel=1e-12)
+    assert block.custom_l2().item() == pytest.approx(
+        sum(float((kernel.detach() ** 2).sum()) for kernel in kernels), rel=1e-12
+    )
 
 
 @torch.no_grad()

@@ -176,7 +176,9 @@ class MmBlock(nn.Module):
 )
 def test_reparameterize_blocks_of_other_projects_inside_a_bigger_model(block) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), block(), nn.Upsample(scale_factor=2), block(), nn.Conv2d(4, 2, 1))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), block(), nn.Upsample(scale_factor=2), block(), nn.Conv2d(4, 2, 1)
+    )
     randomise(model)
     model.eval()
     parameters = sum(p.numel() for p in model.parameters())

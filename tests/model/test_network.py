@@ -77,7 +77,8 @@ def test_parameter_count_of_every_block_kind_equals_that_of_the_real_network(kin
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("kind", "se"), [*((kind, "none") for kind in KINDS), ("repvgg", "before_relu"), ("repvgg", "after_relu"), ("plain", "after_relu")]
+    ("kind", "se"),
+    [*((kind, "none") for kind in KINDS), ("repvgg", "before_relu"), ("repvgg", "after_relu"), ("plain", "after_relu")],
 )
 @pytest.mark.parametrize("size", [(64, 64), (33, 70), (96, 32)])
 def test_deploy_form_equals_training_form(kind: BlockKind, se: SePosition, size: tuple[int, int]) -> None:
@@ -88,7 +89,8 @@ def test_deploy_form_equals_training_form(kind: BlockKind, se: SePosition, size:
     for name, stage in expected.items():
         assert relative_error(found[name], stage) < FLOAT64_TOLERANCE
     assert relative_error(deploy(x), model(x)) < FLOAT64_TOLERANCE
-    # The outputs move from image to image by a million tolerances (nine SE blocks halve the signal each), or equality shows nothing.
+    # The outputs move from image to image by a million tolerances (nine SE blocks halve the signal each), or equality
+    # shows nothing.
     assert float(model(x).std(0).max()) > 1e6 * FLOAT64_TOLERANCE * float(model(x).abs().max())
 
 
@@ -218,7 +220,9 @@ def test_custom_l2_of_the_network_is_the_sum_of_its_blocks_and_trains_them() -> 
     model = build()
     total = model.custom_l2()
     blocks = [block for block in model.blocks().values() if isinstance(block, TrainingBlock)]
-    assert total.item() == pytest.approx(sum(block.custom_l2().item() for block in blocks), rel=1e-12)  # two orders of summation
+    assert total.item() == pytest.approx(
+        sum(block.custom_l2().item() for block in blocks), rel=1e-12
+    )  # two orders of summation
     total.backward()
     assert all(block.rbr_dense.conv.weight.grad is not None for block in blocks)
     assert reparameterize(model).custom_l2().item() == 0

@@ -38,13 +38,20 @@ def expect_failure(model: RepVGG, deploy: RepVGG, where: str) -> None:
         require_passed(report.checks, "deploy form")
 
 
-@pytest.mark.parametrize("changes", [{}, {"se": "before_relu"}, {"se": "after_relu"}, {"kind": "qarepvgg_v2"}, {"kind": "plain"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"se": "before_relu"}, {"se": "after_relu"}, {"kind": "qarepvgg_v2"}, {"kind": "plain"}]
+)
 def test_compare_forms_faithful_conversion_passes(changes: dict[str, object]) -> None:
     model = build(**changes)
     report = run(model, reparameterize(model))
     require_passed(report.checks, "deploy form")
     names = " ".join(check.name for check in report.checks)
-    for what in ("convolution stage0, float64", "block stage4.0, float32", "network, float64, borders", "network, float32, large constant"):
+    for what in (
+        "convolution stage0, float64",
+        "block stage4.0, float32",
+        "network, float64, borders",
+        "network, float32, large constant",
+    ):
         assert what in names
     assert 0 < report.training_error < 1e-5
     assert set(report.references) == set(BATCHES)
@@ -132,7 +139,11 @@ def test_compare_forms_dead_network_is_refused() -> None:
 def test_keep_stable_leaves_out_a_stress_batch_and_refuses_images() -> None:
     good, bad = np.ones((1, 2), np.float32), np.full((1, 2), 1.01, np.float32)
     truth = {"image-like 8×8": np.ones((1, 2)), "large constant 8×8": np.ones((1, 2))}
-    references = {"image-like 8×8": {"logits": good}, "large constant 8×8": {"logits": bad}, "large constant 64×64": {"logits": good}}
+    references = {
+        "image-like 8×8": {"logits": good},
+        "large constant 8×8": {"logits": bad},
+        "large constant 64×64": {"logits": good},
+    }
     kept, error = _keep_stable(references, truth)
     assert list(kept) == ["image-like 8×8"]
     assert error == 0.0

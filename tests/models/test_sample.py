@@ -72,19 +72,25 @@ def test_sample_checkpoint_says_what_it_is(sample: Path, checkpoint: dict[str, A
 
 def test_sample_is_small_enough_to_commit(sample: Path) -> None:
     assert (sample / "repvgg-sample.pth").stat().st_size < 4_000_000
-    assert sum(path.stat().st_size for path in sample.rglob("*") if path.is_file() and path.suffix != ".pyc") < 6_000_000
+    assert (
+        sum(path.stat().st_size for path in sample.rglob("*") if path.is_file() and path.suffix != ".pyc") < 6_000_000
+    )
 
 
 def test_sample_card_states_hash_and_counts(sample: Path) -> None:
     spec, text = load_variant(sample / "variant.toml"), card(sample)
     assert sha256_file(sample / "repvgg-sample.pth") in text
     assert f"{(sample / 'repvgg-sample.pth').stat().st_size:,} bytes" in text
-    assert f"{count_parameters(spec, 'training'):,} parameters in training form, {count_parameters(spec, 'deploy'):,} in deploy form" in text
+    assert (
+        f"{count_parameters(spec, 'training'):,} parameters in training form, "
+        f"{count_parameters(spec, 'deploy'):,} in deploy form" in text
+    )
     assert f"{count_macs(spec, 32, 32) / 1e6:.1f} M multiply-accumulates" in text
 
 
 @pytest.mark.parametrize(
-    ("name", "pattern"), [("eval", r"\*\*([\d.]+) %\*\* on the 400 evaluation"), ("calib", r"([\d.]+) % on the 256 calibration")]
+    ("name", "pattern"),
+    [("eval", r"\*\*([\d.]+) %\*\* on the 400 evaluation"), ("calib", r"([\d.]+) % on the 256 calibration")],
 )
 def test_sample_top1_is_the_cards(model: RepVGG, sample: Path, splits: dict[str, Any], name: str, pattern: str) -> None:
     images, labels = splits[name]
@@ -137,10 +143,15 @@ def test_sample_image_is_the_first_of_its_class(sample: Path, splits: dict[str, 
     np.testing.assert_array_equal(loaded, images[np.flatnonzero(labels == label)[0]])
 
 
-def test_sample_script_with_equal_seeds_gives_equal_weights(script: ModuleType, sample: Path, splits: dict[str, Any]) -> None:
+def test_sample_script_with_equal_seeds_gives_equal_weights(
+    script: ModuleType, sample: Path, splits: dict[str, Any]
+) -> None:
     spec = load_variant(sample / "variant.toml")
     few = script.Split(splits["calib"][0][:64], splits["calib"][1][:64])
-    states = [script.train(spec, few, script.Options(sample, epochs=2, batch=32, seed=seed)).state_dict() for seed in (0, 0, 1)]
+    states = [
+        script.train(spec, few, script.Options(sample, epochs=2, batch=32, seed=seed)).state_dict()
+        for seed in (0, 0, 1)
+    ]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert not torch.equal(states[0]["linear.weight"], states[2]["linear.weight"])
 

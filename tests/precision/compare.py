@@ -14,7 +14,14 @@ from tests.precision.typed_faults import put
 
 # FP16 rounds to 5e-4 of a value; six layers, SE, and an image that may be rounded first.
 TOLERANCE = 5e-3
-FREE = {"plain": "stage1", "grouped": "stage1", "se_before": "stage1", "se_after": "stage1", "uint8_top5": "stage1", "probabilities": "stage1"}
+FREE = {
+    "plain": "stage1",
+    "grouped": "stage1",
+    "se_before": "stage1",
+    "se_after": "stage1",
+    "uint8_top5": "stage1",
+    "probabilities": "stage1",
+}
 STRETCHED = {**FREE, "features": "stage0"}  # stage1 is one of its outputs
 
 
@@ -43,7 +50,10 @@ def values(model: onnx.ModelProto, batches: list[np.ndarray]) -> list[np.ndarray
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=["WeightBiasQuantization"]
+        model.SerializeToString(),
+        options,
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=["WeightBiasQuantization"],
     )
     names = [value.name for value in model.graph.output if value.name != "classes"]
     found = [session.run(names, {"input": batch}) for batch in batches]
@@ -55,9 +65,13 @@ def close(found: list[np.ndarray], truth: list[np.ndarray]) -> bool:
 
 
 def relative(found: list[np.ndarray], truth: list[np.ndarray]) -> float:
-    return max(float(np.abs(f.astype(np.float64) - t).max() / np.abs(t).max()) for f, t in zip(found, truth, strict=True))
+    return max(
+        float(np.abs(f.astype(np.float64) - t).max() / np.abs(t).max()) for f, t in zip(found, truth, strict=True)
+    )
 
 
 def sqnr(found: list[np.ndarray], truth: list[np.ndarray]) -> float:
     noise = [max(float(np.square(f.astype(np.float64) - t).sum()), 1e-30) for f, t in zip(found, truth, strict=True)]
-    return min(float(10 * np.log10(np.square(t, dtype=np.float64).sum() / n)) for t, n in zip(truth, noise, strict=True))
+    return min(
+        float(10 * np.log10(np.square(t, dtype=np.float64).sum() / n)) for t, n in zip(truth, noise, strict=True)
+    )

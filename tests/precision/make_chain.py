@@ -11,7 +11,16 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from repvgg_deploy.specs.values import METADATA_KEY, Certificate, Check, HistoryEntry, ModelMetadata, ModelSpec, Preprocessing, TensorSpec
+from repvgg_deploy.specs.values import (
+    METADATA_KEY,
+    Certificate,
+    Check,
+    HistoryEntry,
+    ModelMetadata,
+    ModelSpec,
+    Preprocessing,
+    TensorSpec,
+)
 from tests.runtime.make_model import write_bound
 
 SIZE = 16
@@ -65,7 +74,9 @@ class _Graph:
         return name
 
     def scales(self, channels: int) -> NDArray[np.float32]:
-        return np.exp2(self.generator.uniform(-self.options.outliers, self.options.outliers, channels)).astype(np.float32)
+        return np.exp2(self.generator.uniform(-self.options.outliers, self.options.outliers, channels)).astype(
+            np.float32
+        )
 
     def conv(self, x: str, name: str, shape: tuple[int, int, int, int], *, stride: int = 1, groups: int = 1) -> str:
         fan_in = int(np.prod(shape[1:]))
@@ -75,7 +86,13 @@ class _Graph:
         self.arrays[f"{name}.weight"] = weight.astype(np.float32)
         self.arrays[f"{name}.bias"] = (self.generator.standard_normal(shape[0]) * 0.2).astype(np.float32)
         pad = shape[2] // 2
-        attributes = {"kernel_shape": shape[2:], "strides": [stride] * 2, "pads": [pad] * 4, "group": groups, "dilations": [1, 1]}
+        attributes = {
+            "kernel_shape": shape[2:],
+            "strides": [stride] * 2,
+            "pads": [pad] * 4,
+            "group": groups,
+            "dilations": [1, 1],
+        }
         return self.add("Conv", [x, f"{name}.weight", f"{name}.bias"], f"{name}.conv", **attributes)
 
     def se(self, x: str, name: str, channels: int) -> str:
@@ -135,30 +152,51 @@ def _tail(graph: _Graph, x: str, channels: int) -> list[str]:
     x = graph.add("Flatten", [graph.add("GlobalAveragePool", [x], "gap")], "flatten", axis=1)
     graph.arrays["linear.weight"] = graph.generator.standard_normal((CLASSES, channels)).astype(np.float32)
     graph.arrays["linear.bias"] = graph.generator.standard_normal(CLASSES).astype(np.float32)
-    graph.nodes.append(helper.make_node("Gemm", [x, "linear.weight", "linear.bias"], ["logits"], name="linear", transB=1))
+    graph.nodes.append(
+        helper.make_node("Gemm", [x, "linear.weight", "linear.bias"], ["logits"], name="linear", transB=1)
+    )
     if graph.options.tail == "logits":
         return ["logits"]
     x = graph.add("Softmax", ["logits"], "probabilities", axis=1)
     if graph.options.tail == "probabilities":
         return [x]
     graph.arrays["k"] = np.array([5], np.int64)
-    graph.nodes.append(helper.make_node("TopK", [x, "k"], ["scores", "classes"], name="top", axis=1, largest=1, sorted=1))
+    graph.nodes.append(
+        helper.make_node("TopK", [x, "k"], ["scores", "classes"], name="top", axis=1, largest=1, sorted=1)
+    )
     return ["scores", "classes"]
 
 
 def _finish(graph: _Graph, names: list[str]) -> onnx.ModelProto:
     uint8 = graph.options.uint8
     image = (
-        TensorSpec("input", "uint8", ("batch", SIZE, SIZE, 3), "NHWC") if uint8 else TensorSpec("input", "float32", ("batch", 3, SIZE, SIZE), "NCHW")
+        TensorSpec("input", "uint8", ("batch", SIZE, SIZE, 3), "NHWC")
+        if uint8
+        else TensorSpec("input", "float32", ("batch", 3, SIZE, SIZE), "NCHW")
     )
-    shapes = {"logits": ("batch", CLASSES), "probabilities": ("batch", CLASSES), "scores": ("batch", 5), "classes": ("batch", 5)}
+    shapes = {
+        "logits": ("batch", CLASSES),
+        "probabilities": ("batch", CLASSES),
+        "scores": ("batch", 5),
+        "classes": ("batch", 5),
+    }
     outputs = tuple(
-        TensorSpec(n, "int64" if n == "classes" else "float32", shapes.get(n, ("batch", "channels", f"{n}_h", f"{n}_w")), "other") for n in names
+        TensorSpec(
+            n,
+            "int64" if n == "classes" else "float32",
+            shapes.get(n, ("batch", "channels", f"{n}_h", f"{n}_w")),
+            "other",
+        )
+        for n in names
     )
     used = {name for node in graph.nodes for name in node.input}
     types = {"float32": TensorProto.FLOAT, "uint8": TensorProto.UINT8, "int64": TensorProto.INT64}
     values = [helper.make_tensor_value_info(t.name, types[t.dtype], list(t.shape)) for t in (image, *outputs)]
-    constants = [numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in graph.arrays.items() if name in used]
+    constants = [
+        numpy_helper.from_array(np.ascontiguousarray(value), name)
+        for name, value in graph.arrays.items()
+        if name in used
+    ]
     model = helper.make_model(
         helper.make_graph(graph.nodes, "repvgg", values[:1], values[1:], constants),
         opset_imports=[helper.make_opsetid("", 17)],
@@ -170,7 +208,12 @@ def _finish(graph: _Graph, names: list[str]) -> onnx.ModelProto:
 
 def metadata_of(model: onnx.ModelProto) -> ModelMetadata:
     """Metadata as an export writes it."""
-    names = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.UINT8: "uint8", TensorProto.INT64: "int64"}
+    names = {
+        TensorProto.FLOAT: "float32",
+        TensorProto.FLOAT16: "float16",
+        TensorProto.UINT8: "uint8",
+        TensorProto.INT64: "int64",
+    }
     specs = []
     for value in (*model.graph.input, *model.graph.output):
         shape = tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)
@@ -178,7 +221,9 @@ def metadata_of(model: onnx.ModelProto) -> ModelMetadata:
     preprocessing = Preprocessing(MEAN, STD, SIZE, (SIZE, SIZE), in_graph=specs[0].dtype == "uint8")
     spec = ModelSpec(specs[0], tuple(specs[1:]), "module", preprocessing)
     certificate = Certificate("in memory", (Check("made", 0.0, 1e-6, 1.0),), {"onnx": "1.0"})
-    return ModelMetadata(1, spec, None, None, certificate, {}, (HistoryEntry("export", {"repvgg-deploy": "0.1.0"}, {"opset": 17}),))
+    return ModelMetadata(
+        1, spec, None, None, certificate, {}, (HistoryEntry("export", {"repvgg-deploy": "0.1.0"}, {"opset": 17}),)
+    )
 
 
 def save(path: Path, model: onnx.ModelProto) -> Path:
@@ -189,12 +234,18 @@ def save(path: Path, model: onnx.ModelProto) -> Path:
     return write_bound(path, bare.SerializeToString(deterministic=True), metadata_of(model))
 
 
-def make_batches(options: ChainOptions = ChainOptions(), count: int = 64, *, seed: int = 1, size: int = 16) -> list[NDArray[Any]]:
+def make_batches(
+    options: ChainOptions = ChainOptions(), count: int = 64, *, seed: int = 1, size: int = 16
+) -> list[NDArray[Any]]:
     """Smooth random images, as the graph takes them, in batches."""
     generator = np.random.default_rng(seed)
     coarse = generator.uniform(0, 255, (count, SIZE // 4, SIZE // 4, 3)).repeat(4, 1).repeat(4, 2)
     pixels = np.clip(coarse + generator.normal(0, 20, coarse.shape), 0, 255).astype(np.uint8)
-    images = pixels if options.uint8 else ((pixels - np.float32(MEAN)) / np.float32(STD)).transpose(0, 3, 1, 2).astype(np.float32)
+    images = (
+        pixels
+        if options.uint8
+        else ((pixels - np.float32(MEAN)) / np.float32(STD)).transpose(0, 3, 1, 2).astype(np.float32)
+    )
     return [np.ascontiguousarray(images[start : start + size]) for start in range(0, count, size)]
 
 

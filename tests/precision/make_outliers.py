@@ -1,8 +1,9 @@
 """RepVGG graphs with the statistics of trained ones, made layer by layer as reparameterization makes them, and with outliers injected.
 
-Every block is the sum of a 3×3, a 1×1 and, where shapes allow, an identity branch, each with a BatchNorm whose running statistics are those of its
-own output on drawn images: γ and β are drawn, and what is stored is the fused kernel. That is where trained RepVGGs have their outliers from: an
-identity branch that reads a channel of tiny variance becomes one tap that dwarfs the kernel (QARepVGG, https://arxiv.org/abs/2212.01593).
+Every block is the sum of a 3×3, a 1×1 and, where shapes allow, an identity branch, each with a BatchNorm whose running
+statistics are those of its own output on drawn images: γ and β are drawn, and what is stored is the fused kernel. That
+is where trained RepVGGs have their outliers from: an identity branch that reads a channel of tiny variance becomes one
+tap that dwarfs the kernel (QARepVGG, https://arxiv.org/abs/2212.01593).
 """
 
 from __future__ import annotations
@@ -26,10 +27,29 @@ SIZE, CLASSES, OVERLAY, TRAINING, RIDGE = 32, 10, 0.4, 256, 1.0
 DECAY = 1.0
 DEPTHS, STRIDES = (2, 3, 4, 1), (1, 2, 2, 2, 1)
 NETWORKS = {
-    "g2": VariantSpec("out-g2", DEPTHS, (16, 16, 32, 64, 128), alternating_groups(DEPTHS, 2), strides=STRIDES, num_classes=10),
-    "g4": VariantSpec("out-g4", DEPTHS, (16, 16, 32, 64, 128), alternating_groups(DEPTHS, 4), strides=STRIDES, num_classes=10),
-    "se": VariantSpec("out-se", DEPTHS, (16, 16, 32, 64, 128), alternating_groups(DEPTHS, 1), se="after_relu", strides=STRIDES, num_classes=10),
-    "wide": VariantSpec("out-wide", (1, 2, 3, 1), (32, 64, 96, 160, 192), alternating_groups((1, 2, 3, 1), 1), strides=STRIDES, num_classes=10),
+    "g2": VariantSpec(
+        "out-g2", DEPTHS, (16, 16, 32, 64, 128), alternating_groups(DEPTHS, 2), strides=STRIDES, num_classes=10
+    ),
+    "g4": VariantSpec(
+        "out-g4", DEPTHS, (16, 16, 32, 64, 128), alternating_groups(DEPTHS, 4), strides=STRIDES, num_classes=10
+    ),
+    "se": VariantSpec(
+        "out-se",
+        DEPTHS,
+        (16, 16, 32, 64, 128),
+        alternating_groups(DEPTHS, 1),
+        se="after_relu",
+        strides=STRIDES,
+        num_classes=10,
+    ),
+    "wide": VariantSpec(
+        "out-wide",
+        (1, 2, 3, 1),
+        (32, 64, 96, 160, 192),
+        alternating_groups((1, 2, 3, 1), 1),
+        strides=STRIDES,
+        num_classes=10,
+    ),
 }
 
 
@@ -39,8 +59,8 @@ class Injection:
 
     Attributes:
         octaves: Scales of channels span twice as many; they undo each other, and equalization can undo them.
-        tap: How much less than others a quarter of the channels varies. Their means stay, and the identity branch that reads one divides by its
-            deviation: one tap dwarfs a row, and carries little.
+        tap: How much less than others a quarter of the channels varies. Their means stay, and the identity branch that
+            reads one divides by its deviation: one tap dwarfs a row, and carries little.
         heavy: One weight of each row, in units of the largest other; it reads an input that hardly varies.
         growth: From block to block, of what a quarter of the channels gives.
     """
@@ -66,7 +86,10 @@ def draw_images(count: int, seed: int) -> tuple[NDArray[np.float32], NDArray[np.
 def _pictures(count: int, generator: np.random.Generator) -> NDArray[np.float64]:
     frequency = np.hypot(np.fft.fftfreq(SIZE)[:, None], np.fft.fftfreq(SIZE)[None])
     frequency[0, 0] = 1 / SIZE
-    grey, colour = (np.fft.ifft2(np.fft.fft2(generator.standard_normal((count, channels, SIZE, SIZE))) / frequency).real for channels in (1, 3))
+    grey, colour = (
+        np.fft.ifft2(np.fft.fft2(generator.standard_normal((count, channels, SIZE, SIZE))) / frequency).real
+        for channels in (1, 3)
+    )
     pictures = grey + 0.4 * colour
     return np.asarray(pictures / pictures.std(axis=(1, 2, 3), keepdims=True), np.float64)
 
@@ -75,7 +98,9 @@ def batches(count: int, seed: int) -> list[NDArray[np.float32]]:
     return list(np.array_split(draw_images(count, seed)[0], max(1, count // 32)))
 
 
-def make_trained_like(spec: VariantSpec, outlier: Outlier, *, seed: int = 0, strength: Injection = Injection()) -> onnx.ModelProto:
+def make_trained_like(
+    spec: VariantSpec, outlier: Outlier, *, seed: int = 0, strength: Injection = Injection()
+) -> onnx.ModelProto:
     """The fused graph."""
     generator = np.random.default_rng(seed)
     model = make_variant(spec, seed=seed, size=SIZE)
@@ -91,7 +116,9 @@ def make_trained_like(spec: VariantSpec, outlier: Outlier, *, seed: int = 0, str
             kernel, bias = _Block(layer, x, generator, (outlier, strength, blocks.index(layer))).fuse()
             changed = {layer.weight: kernel.astype(np.float32), layer.bias: bias.astype(np.float32)}
         else:
-            changed = dict(zip((layer.weight, layer.bias), _fit_gate(layer, read_weights(model)[layer.weight], x), strict=True))
+            changed = dict(
+                zip((layer.weight, layer.bias), _fit_gate(layer, read_weights(model)[layer.weight], x), strict=True)
+            )
         model = replace_weights(model, changed)
     return _spread(model, generator, strength.octaves) if outlier == "channel scales" else model
 
@@ -105,17 +132,23 @@ def _fit_head(x: NDArray[np.float32], classes: NDArray[np.int64]) -> tuple[NDArr
     return weight.astype(np.float32), (-weight @ x.mean(axis=0)).astype(np.float32)
 
 
-def _fit_gate(layer: Layer, weight: NDArray[np.float32], x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def _fit_gate(
+    layer: Layer, weight: NDArray[np.float32], x: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """A convolution of an SE block, so scaled that its output varies by 0.3 around 0.5: no gate is always open or shut."""
     given = x.reshape(x.shape[:2]).astype(np.float64) @ weight.reshape(layer.out_channels, -1).T
     scale = 0.3 / np.sqrt(given.var(axis=0) + 1e-12)
-    return (weight * scale.reshape(-1, 1, 1, 1)).astype(np.float32), (0.5 - scale * given.mean(axis=0)).astype(np.float32)
+    return (weight * scale.reshape(-1, 1, 1, 1)).astype(np.float32), (0.5 - scale * given.mean(axis=0)).astype(
+        np.float32
+    )
 
 
 class _Block:
     """One block: its input, and the branches that are summed into one kernel."""
 
-    def __init__(self, layer: Layer, x: NDArray[np.float32], generator: np.random.Generator, how: tuple[Outlier, Injection, int]) -> None:
+    def __init__(
+        self, layer: Layer, x: NDArray[np.float32], generator: np.random.Generator, how: tuple[Outlier, Injection, int]
+    ) -> None:
         self._layer, self._generator = layer, generator
         self._outlier, self._strength, self._index = how
         self._few = generator.permutation(layer.out_channels) < layer.out_channels // 4
@@ -152,7 +185,10 @@ class _Block:
         out, inner = shape[0] // self._layer.groups, int(np.prod(shape[1:]))
         rank = min(out, inner)
         falling = np.arange(1, rank + 1) ** -DECAY
-        left, right = self._generator.standard_normal((self._layer.groups, out, rank)), self._generator.standard_normal((rank, inner))
+        left, right = (
+            self._generator.standard_normal((self._layer.groups, out, rank)),
+            self._generator.standard_normal((rank, inner)),
+        )
         return np.asarray(((left * falling) @ right).reshape(shape), np.float64)
 
     def _normalise(self, branch: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -177,9 +213,13 @@ def _spread(model: onnx.ModelProto, generator: np.random.Generator, octaves: flo
     for interface in (interface for interface in chain.interfaces if interface.blocked_by is None):
         source = chain.layer(interface.source)
         scale = np.exp2(generator.uniform(-octaves, octaves, source.out_channels))
-        weights[source.weight] = (weights[source.weight] * scale.reshape(-1, *[1] * (len(source.weight_shape) - 1))).astype(np.float32)
+        weights[source.weight] = (
+            weights[source.weight] * scale.reshape(-1, *[1] * (len(source.weight_shape) - 1))
+        ).astype(np.float32)
         weights[source.bias] = (weights[source.bias] * scale).astype(np.float32)
         for name in interface.readers:
             reader = chain.layer(name)
-            weights[reader.weight] = scale_inputs(weights[reader.weight].astype(np.float64), reader.groups, 1 / scale).astype(np.float32)
+            weights[reader.weight] = scale_inputs(
+                weights[reader.weight].astype(np.float64), reader.groups, 1 / scale
+            ).astype(np.float32)
     return replace_weights(model, weights)

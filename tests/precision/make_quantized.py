@@ -26,26 +26,39 @@ def input_ranges(model: onnx.ModelProto, batches: list[np.ndarray]) -> dict[str,
     return found
 
 
-def quantize_plainly(model: onnx.ModelProto, batches: list[np.ndarray], *, kept: Collection[str] = (), half: bool = False) -> onnx.ModelProto:
+def quantize_plainly(
+    model: onnx.ModelProto, batches: list[np.ndarray], *, kept: Collection[str] = (), half: bool = False
+) -> onnx.ModelProto:
     """FP32 scales; with `half`, each of them exact in FP16."""
     ranges, weights = input_ranges(model, batches), read_weights(model)
     scales = {name: float(np.float32(max(value.max(), 1e-30) / 127)) for name, value in ranges.items()}
-    rounded = {layer.name: round_nearest(weights[layer.weight], weights[layer.bias]) for layer in read_chain(model).layers if layer.name not in kept}
+    rounded = {
+        layer.name: round_nearest(weights[layer.weight], weights[layer.bias])
+        for layer in read_chain(model).layers
+        if layer.name not in kept
+    }
     if half:
-        scales, rounded = round_activation_scales(scales), {name: round_layer_to_half(layer) for name, layer in rounded.items()}
+        scales, rounded = (
+            round_activation_scales(scales),
+            {name: round_layer_to_half(layer) for name, layer in rounded.items()},
+        )
     result = write_integers(insert_pairs(model, scales), rounded)
     for node in result.graph.node:
         if node.name in kept:
             node.input[0] = node.input[0].removesuffix(".dequantized")
     read = {name for node in result.graph.node for name in node.input}
     unused = [node for node in result.graph.node if node.op_type == "DequantizeLinear" and node.output[0] not in read]
-    unused += [node for node in result.graph.node if node.output[0] in {name for node in unused for name in node.input[:1]}]
+    unused += [
+        node for node in result.graph.node if node.output[0] in {name for node in unused for name in node.input[:1]}
+    ]
     for node in unused:
         result.graph.node.remove(node)
     return result
 
 
-def quantize_mixed(model: onnx.ModelProto, batches: list[np.ndarray], *, io: Io = "fp32", kept: Collection[str] = ()) -> onnx.ModelProto:
+def quantize_mixed(
+    model: onnx.ModelProto, batches: list[np.ndarray], *, io: Io = "fp32", kept: Collection[str] = ()
+) -> onnx.ModelProto:
     """INT8 with FP16 for the rest."""
     fitted = fit_scales(model, input_ranges(model, batches), kept=kept).model
     return halve_quantized(quantize_plainly(fitted, batches, kept=kept, half=True), io=io, kept=kept)

@@ -16,7 +16,9 @@ from repvgg_deploy.specs.variants import alternating_groups
 from tests.precision.make_chain import ChainOptions, _finish, _Graph, _head, _tail, metadata_of
 
 PLAIN = ChainOptions()
-SMALL_G4 = VariantSpec("small-g4", (1, 2, 3, 1), (16, 16, 32, 48, 64), alternating_groups((1, 2, 3, 1), 4), num_classes=10)
+SMALL_G4 = VariantSpec(
+    "small-g4", (1, 2, 3, 1), (16, 16, 32, 48, 64), alternating_groups((1, 2, 3, 1), 4), num_classes=10
+)
 
 
 def make_variant(spec: VariantSpec, options: ChainOptions = PLAIN, *, seed: int = 0, size: int = 32) -> onnx.ModelProto:
@@ -71,7 +73,9 @@ def state_statistics(model: onnx.ModelProto, ranges: dict[str, np.ndarray]) -> o
     """The model with BatchNorm statistics in its metadata whose |mean| + DEVIATIONS·σ are `ranges`, by tensor."""
     entry = next(entry for entry in model.metadata_props if entry.key == METADATA_KEY)
     metadata = codec.loads(type(metadata_of(model)), entry.value)
-    statistics = {name: ChannelStatistics(_encode(-value / 2), _encode(value / 2 / DEVIATIONS)) for name, value in ranges.items()}
+    statistics = {
+        name: ChannelStatistics(_encode(-value / 2), _encode(value / 2 / DEVIATIONS)) for name, value in ranges.items()
+    }
     entry.value = codec.dumps(dataclasses.replace(metadata, statistics=statistics))
     return model
 

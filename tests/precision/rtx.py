@@ -51,7 +51,9 @@ def build(model: onnx.ModelProto, *, plan: bool = True) -> Built:
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(model.SerializeToString()):
         return Built(0, tuple(parser.get_error(index).desc() for index in range(parser.num_errors)), {})
-    tensors = [network.get_input(index) for index in range(network.num_inputs)] + [network.get_output(index) for index in range(network.num_outputs)]
+    tensors = [network.get_input(index) for index in range(network.num_inputs)] + [
+        network.get_output(index) for index in range(network.num_outputs)
+    ]
     types = {tensor.name: tensor.dtype.name for tensor in tensors}
     if not plan:
         return Built(0, (), types)

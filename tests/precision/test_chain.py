@@ -17,7 +17,11 @@ def test_chain_plain_graph_is_read_layer_by_layer() -> None:
     assert [layer.groups for layer in chain.layers] == [1, 2, 1, 4, 2, 1]
     assert [layer.strides[0] for layer in chain.layers] == [2, 1, 2, 1, 1, 1]
     assert [layer.in_channels for layer in chain.layers] == [3, 8, 16, 16, 24, 32]
-    assert [i.readers for i in chain.interfaces] == [*((f"stage{index}.conv",) for index in range(1, 5)), ("linear",), ()]
+    assert [i.readers for i in chain.interfaces] == [
+        *((f"stage{index}.conv",) for index in range(1, 5)),
+        ("linear",),
+        (),
+    ]
     assert [i.blocked_by for i in chain.interfaces] == [None] * 5 + ["output logits"]
 
 
@@ -83,7 +87,9 @@ def _shared_weight(model: onnx.ModelProto) -> None:
     model.graph.node[4].input[1] = model.graph.node[2].input[1]
 
 
-@pytest.mark.parametrize("change", [_foreign_operator, _no_bias, _computed_weight, _dilation, _transposed, _empty, _shared_weight])
+@pytest.mark.parametrize(
+    "change", [_foreign_operator, _no_bias, _computed_weight, _dilation, _transposed, _empty, _shared_weight]
+)
 def test_chain_foreign_graphs_are_refused(change) -> None:
     model = make_model()
     change(model)

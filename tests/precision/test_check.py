@@ -25,7 +25,9 @@ def test_check_quantized_graphs_of_every_kind_pass(kind: str, target: Target) ->
     check_quantized(typed(target, kind), target=target)
 
 
-@pytest.mark.parametrize(("target", "name"), [(t, n) for t, own in (("trt8", TRT8), ("trt10", TRT10)) for n in {**BOTH_TARGETS, **own}])
+@pytest.mark.parametrize(
+    ("target", "name"), [(t, n) for t, own in (("trt8", TRT8), ("trt10", TRT10)) for n in {**BOTH_TARGETS, **own}]
+)
 def test_check_quantized_faults_are_refused_by_name(target: Target, name: str) -> None:
     fault = (BOTH_TARGETS | (TRT8 if target == "trt8" else TRT10))[name]
     graph = typed(target)

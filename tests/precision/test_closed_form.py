@@ -44,7 +44,9 @@ def with_statistics(model: onnx.ModelProto, stated: dict[str, tuple[np.ndarray, 
 
 def stated_of(model: onnx.ModelProto, batches: list[np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """What BatchNorm layers would have seen of these images."""
-    names = [layer.output for layer in read_chain(model).layers if layer.op_type == "Conv" and layer.weight_shape[2] == 3]
+    names = [
+        layer.output for layer in read_chain(model).layers if layer.op_type == "Conv" and layer.weight_shape[2] == 3
+    ]
     values = list(run_tensors(model, names, batches))
     whole = {name: np.concatenate([value[name] for value in values]).astype(np.float64) for name in names}
     return {name: (value.mean(axis=(0, 2, 3)), value.std(axis=(0, 2, 3))) for name, value in whole.items()}
@@ -133,10 +135,15 @@ def test_correct_bias_restores_the_mean_output(groups: int) -> None:
     corrected = correct_bias(weight, coarse, bias, groups=groups, mean=mean)
     node = helper.make_node("Conv", ["x", "w", "b"], ["y"], group=groups)
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "w", "b", "y")]
-    model = helper.make_model(helper.make_graph([node], "g", values[:3], values[3:]), opset_imports=[helper.make_opsetid("", 17)])
+    model = helper.make_model(
+        helper.make_graph([node], "g", values[:3], values[3:]), opset_imports=[helper.make_opsetid("", 17)]
+    )
     model.ir_version = 8
     session = open_session(model)
     x = np.broadcast_to(mean.reshape(1, 8, 1, 1), (1, 8, 3, 3)).astype(np.float32)
-    truth, plain, ours = (session.run(None, {"x": x, "w": w, "b": b})[0].ravel() for w, b in ((weight, bias), (coarse, bias), (coarse, corrected)))
+    truth, plain, ours = (
+        session.run(None, {"x": x, "w": w, "b": b})[0].ravel()
+        for w, b in ((weight, bias), (coarse, bias), (coarse, corrected))
+    )
     assert np.abs(plain - truth).max() > 0.1
     np.testing.assert_allclose(ours, truth, atol=1e-4)  # float32 sums of 72 products around 10

@@ -20,7 +20,9 @@ def outputs(model: onnx.ModelProto, batches: list[np.ndarray]) -> dict[str, np.n
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "options", [EqualizeOptions(), EqualizeOptions(1.0, powers_of_two=True), EqualizeOptions(0.3, {"stage1.conv": 0.9})], ids=str
+    "options",
+    [EqualizeOptions(), EqualizeOptions(1.0, powers_of_two=True), EqualizeOptions(0.3, {"stage1.conv": 0.9})],
+    ids=str,
 )
 def test_equalize_every_kind_of_graph_computes_the_same(kind: str, options: EqualizeOptions) -> None:
     model, batches = make_model(KINDS[kind]), make_batches(KINDS[kind])
@@ -89,7 +91,9 @@ def test_equalize_bad_ranges_are_refused(value) -> None:
 def test_apply_factors_of_an_equalization_give_the_same_network(kind: str) -> None:
     model, batches = make_model(KINDS[kind]), make_batches(KINDS[kind])
     result, chain = equalize(model, collect(model, batches).ranges()), read_chain(model)
-    factors = {i.source: result.factors[chain.layer(i.readers[0]).input] for i in chain.interfaces if i.blocked_by is None}
+    factors = {
+        i.source: result.factors[chain.layer(i.readers[0]).input] for i in chain.interfaces if i.blocked_by is None
+    }
     again = apply_factors(model, factors)
     assert again.SerializeToString(deterministic=True) == result.model.SerializeToString(deterministic=True)
 

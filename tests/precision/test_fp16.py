@@ -35,7 +35,9 @@ def naive(model: onnx.ModelProto) -> onnx.ModelProto:
 
 @pytest.mark.parametrize("io", ["fp32", "fp16"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_fp16_every_kind_of_graph_is_close_and_its_inputs_and_outputs_are_as_asked_for(tmp_path: Path, kind: str, io: str) -> None:
+def test_fp16_every_kind_of_graph_is_close_and_its_inputs_and_outputs_are_as_asked_for(
+    tmp_path: Path, kind: str, io: str
+) -> None:
     model, batches = make_model(KINDS[kind]), make_batches(KINDS[kind])
     path = save(tmp_path / "m.onnx", model)
     typed, report = to_fp16(path, batches, Fp16Options(io=io))
@@ -56,10 +58,18 @@ def test_fp16_written_file_says_its_types_and_runs_in_the_engine(tmp_path: Path,
     write_typed(tmp_path / "h.onnx", typed)
     metadata = onnx_file.read_metadata(tmp_path / "h.onnx")
     assert metadata.history[-1].stage == "fp16"
-    assert metadata.history[-1].options == {"margin": 8.0, "io": io, "ranges": "images", "images": 64, "rescaled_channels": 0}
+    assert metadata.history[-1].options == {
+        "margin": 8.0,
+        "io": io,
+        "ranges": "images",
+        "images": 64,
+        "rescaled_channels": 0,
+    }
     wanted = "float16" if io == "fp16" else "float32"
     assert metadata.spec.input.dtype == ("uint8" if kind == "uint8_top5" else wanted)
-    assert [output.dtype for output in metadata.spec.outputs] == ([wanted, "int64"] if kind == "uint8_top5" else [wanted])
+    assert [output.dtype for output in metadata.spec.outputs] == (
+        [wanted, "int64"] if kind == "uint8_top5" else [wanted]
+    )
     with Engine(tmp_path / "h.onnx") as engine:
         assert engine.spec == metadata.spec
         engine.infer(batches_for(kind, io)[0])
@@ -89,7 +99,9 @@ def test_fp16_without_images_comes_out_right_and_says_what_it_relied_on(kind: st
     model.metadata_props.add(key=METADATA_KEY, value=codec.dumps(metadata_of(model)))
     if source == "statistics":
         measured = measure_ranges(model, batches)
-        state_statistics(model, {name: value * 4 for name, value in measured.items() if ".se." not in name and name != "logits"})
+        state_statistics(
+            model, {name: value * 4 for name, value in measured.items() if ".se." not in name and name != "logits"}
+        )
     typed, report = to_fp16(model)
     assert (report.source, report.images) == (source, 8)
     assert typed.metadata.history[-1].options["ranges"] == source

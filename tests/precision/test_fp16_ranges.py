@@ -22,7 +22,9 @@ from tests.precision.compare import sqnr, values
 @pytest.fixture(scope="module")
 def trained(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> TypedModel:
     path = tmp_path_factory.mktemp("a0") / "a0.onnx"
-    export_checkpoint(shared_data / "repvgg-a0-imagenette.pth", path, options=ExportOptions(graph=GraphOptions(image_size=(128, 128))))
+    export_checkpoint(
+        shared_data / "repvgg-a0-imagenette.pth", path, options=ExportOptions(graph=GraphOptions(image_size=(128, 128)))
+    )
     return load_parent(path)
 
 
@@ -36,7 +38,9 @@ def photographs(shared_data: Path, trained: TypedModel) -> list[np.ndarray]:
     return [normalize(images, trained.metadata.spec.preprocessing)]
 
 
-def test_find_ranges_without_images_bound_what_photographs_give(trained: TypedModel, photographs: list[np.ndarray]) -> None:
+def test_find_ranges_without_images_bound_what_photographs_give(
+    trained: TypedModel, photographs: list[np.ndarray]
+) -> None:
     measured = measure_ranges(trained.model, photographs)
     bounds = find_ranges(trained, None)
     assert bounds.source == "statistics"
@@ -47,7 +51,9 @@ def test_find_ranges_without_images_bound_what_photographs_give(trained: TypedMo
     assert all(measured[name].max() <= UNSEEN * value.max() for name, value in drawn.items())
 
 
-def test_fp16_trained_network_is_the_same_with_and_without_images(trained: TypedModel, photographs: list[np.ndarray]) -> None:
+def test_fp16_trained_network_is_the_same_with_and_without_images(
+    trained: TypedModel, photographs: list[np.ndarray]
+) -> None:
     model = trained.model
     model.metadata_props.add(key=METADATA_KEY, value=codec.dumps(trained.metadata))
     truth = values(model, photographs)[0]

@@ -20,7 +20,9 @@ from repvgg_deploy.precision.search import SearchOptions
 from repvgg_deploy.precision.typed_model import load_parent, write_typed
 from tests.precision.make_chain import KINDS, make_batches, make_model, save
 
-QUICK = Int8Options(search=SearchOptions((0.5, 0.85), images=32, positions=1024), rounding=RoundOptions(clips=(1.0, 0.7), samples=4096))
+QUICK = Int8Options(
+    search=SearchOptions((0.5, 0.85), images=32, positions=1024), rounding=RoundOptions(clips=(1.0, 0.7), samples=4096)
+)
 QUICK_TRT8 = dataclasses.replace(QUICK, target="trt8")
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 TARGETS = {"trt8": QUICK_TRT8, "trt10": QUICK}
@@ -34,11 +36,16 @@ def held_out(kind: str):
 @pytest.mark.parametrize("kind", KINDS)
 def test_int8_every_kind_of_graph_is_what_tensorrt_wants_and_beats_max_calibration(kind: str, target: str) -> None:
     model, batches = make_model(KINDS[kind]), make_batches(KINDS[kind], 128)
-    results = {n: quantize_graph(model, batches, options) for n, options in (("max", MAX_CALIBRATION), ("fast", FAST), ("ours", TARGETS[target]))}
+    results = {
+        n: quantize_graph(model, batches, options)
+        for n, options in (("max", MAX_CALIBRATION), ("fast", FAST), ("ours", TARGETS[target]))
+    }
     found = {name: report.layers[-1].sqnr_db for name, (_, report) in results.items()}
-    # Channels spread over six octaves: per-tensor scales lose most of them. What is left to gain in a network of six layers was 8 dB and more.
+    # Channels spread over six octaves: per-tensor scales lose most of them. What is left to gain in a network of six
+    # layers was 8 dB and more.
     assert found["ours"] >= found["max"] + 4, found
-    # In so shallow a network activations are most of what is left, at 30 dB and more: the rounding may then gain nothing.
+    # In so shallow a network activations are most of what is left, at 30 dB and more: the rounding may then gain
+    # nothing.
     assert found["ours"] >= found["fast"] - 1.5, found
     graph, report = results["ours"]
     onnx.checker.check_model(graph, full_check=True)
@@ -61,7 +68,10 @@ def test_int8_held_out_images_are_computed_as_well_as_calibration_says(target: s
     model = make_model()
     graph, report = quantize_graph(model, make_batches(count=128), TARGETS[target])
     # float32: the last layer of a trt10 graph gives FP16, and squares of its logits may exceed that.
-    truth, ours = (np.concatenate([v["logits"] for v in run_tensors(m, ["logits"], held_out("plain"))]).astype(np.float32) for m in (model, graph))
+    truth, ours = (
+        np.concatenate([v["logits"] for v in run_tensors(m, ["logits"], held_out("plain"))]).astype(np.float32)
+        for m in (model, graph)
+    )
     sqnr = 10 * np.log10(np.square(truth).sum() / np.square(truth - ours).sum())
     assert abs(sqnr - report.layers[-1].sqnr_db) < 3  # other images, 48 of them
     assert sqnr > 20
@@ -70,7 +80,9 @@ def test_int8_held_out_images_are_computed_as_well_as_calibration_says(target: s
 @pytest.mark.parametrize("target", TARGETS)
 def test_int8_same_input_twice_gives_the_same_bytes(target: str) -> None:
     model, batches = make_model(KINDS["se_before"]), make_batches()
-    one, other = (quantize_graph(model, batches, TARGETS[target])[0].SerializeToString(deterministic=True) for _ in range(2))
+    one, other = (
+        quantize_graph(model, batches, TARGETS[target])[0].SerializeToString(deterministic=True) for _ in range(2)
+    )
     assert one == other
 
 
@@ -81,7 +93,10 @@ def test_int8_integer_kernels_agree_with_the_graph_as_it_stands() -> None:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(
-        graph.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=["WeightBiasQuantization"]
+        graph.SerializeToString(),
+        options,
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=["WeightBiasQuantization"],
     )
     fused = np.concatenate([session.run(["logits"], {"input": batch})[0] for batch in batches])
     plain = np.concatenate([v["logits"] for v in run_tensors(graph, ["logits"], batches)])
@@ -105,7 +120,12 @@ def test_int8_dead_channels_and_one_image_still_give_finite_weights(target: str)
 def test_to_int8_file_carries_metadata_bound_to_it(tmp_path: Path) -> None:
     parent = save(tmp_path / "fp32.onnx", make_model())
     seen: dict[str, list[tuple[int, int]]] = {}
-    typed, report = to_int8(parent, make_batches(), QUICK, progress=lambda stage, done, all_: seen.setdefault(stage, []).append((done, all_)))
+    typed, report = to_int8(
+        parent,
+        make_batches(),
+        QUICK,
+        progress=lambda stage, done, all_: seen.setdefault(stage, []).append((done, all_)),
+    )
     assert write_typed(tmp_path / "int8.onnx", typed) == "written"
     assert write_typed(tmp_path / "int8.onnx", typed) == "up to date"
     metadata = onnx_file.read_metadata(tmp_path / "int8.onnx")
@@ -121,8 +141,8 @@ def test_to_int8_file_carries_metadata_bound_to_it(tmp_path: Path) -> None:
     model = onnx.load(tmp_path / "int8.onnx")
     assert model.SerializeToString(deterministic=True) == (tmp_path / "int8.onnx").read_bytes()
     assert (
-        tmp_path / "int8.onnx"
-    ).stat().st_size < 0.6 * parent.stat().st_size  # a quarter of the weights; names and metadata weigh in so small a graph
+        (tmp_path / "int8.onnx").stat().st_size < 0.6 * parent.stat().st_size
+    )  # a quarter of the weights; names and metadata weigh in so small a graph
     again, _ = to_int8(onnx.load(parent), make_batches(), QUICK)
     assert again.model.SerializeToString(deterministic=True) == typed.model.SerializeToString(deterministic=True)
     with pytest.raises(ArtifactError, match="differs"):
@@ -151,7 +171,9 @@ def _bias_pair(model: onnx.ModelProto) -> None:
     _change(model, "stage0.bias", np.ones(8, np.int32))
     model.graph.initializer.append(numpy_helper.from_array(np.ones(8, np.float32), "bs"))
     model.graph.initializer.append(numpy_helper.from_array(np.zeros(8, np.int32), "bz"))
-    model.graph.node.insert(0, helper.make_node("DequantizeLinear", ["stage0.bias", "bs", "bz"], ["b"], name="bias.dequantize", axis=0))
+    model.graph.node.insert(
+        0, helper.make_node("DequantizeLinear", ["stage0.bias", "bs", "bz"], ["b"], name="bias.dequantize", axis=0)
+    )
     next(n for n in model.graph.node if n.name == "stage0.conv").input[2] = "b"
 
 
@@ -160,7 +182,9 @@ def _pair_before_relu(model: onnx.ModelProto) -> None:
     index, relu = next((i, n) for i, n in enumerate(model.graph.node) if n.name == "stage0")
     relu.input[0] = "between"
     model.graph.node.insert(index, helper.make_node("DequantizeLinear", ["q", *constants], ["between"], name="d"))
-    model.graph.node.insert(index, helper.make_node("QuantizeLinear", ["stage0.conv", *constants], ["q"], name="between.quantize"))
+    model.graph.node.insert(
+        index, helper.make_node("QuantizeLinear", ["stage0.conv", *constants], ["q"], name="between.quantize")
+    )
 
 
 BROKEN = {

@@ -93,7 +93,10 @@ def test_int8_with_fp16_around_it_is_computed_as_it_stands() -> None:
     found = LayerRun(graph).run(batch)
     weights = {tensor.name: numpy_helper.to_array(tensor).astype(np.float32) for tensor in graph.graph.initializer}
     image = np.clip(np.rint(batch.astype(np.float16) / np.float16(0.02)), -128, 127) * np.float32(np.float16(0.02))
-    centre = np.einsum("nchw,ochw->no", image[:, :, 4:7, 6:9], weights["c1.w"] * weights["c1.s"].reshape(-1, 1, 1, 1)) + weights["c1.b"]
+    centre = (
+        np.einsum("nchw,ochw->no", image[:, :, 4:7, 6:9], weights["c1.w"] * weights["c1.s"].reshape(-1, 1, 1, 1))
+        + weights["c1.b"]
+    )
     assert np.abs(found["c1"][:, :, 5, 7] - centre).max() < 0.02 * np.abs(centre).max()
 
 

@@ -24,7 +24,13 @@ def test_cut_after_ends_at_the_input_of_a_later_layer_or_at_the_classifier() -> 
     model = make_model()
     chain = read_chain(model)
     first = chain.layers[0]
-    assert [cut_after(model, chain, first, horizon).end for horizon in (1, 2, 5, 6, WHOLE)] == ["stage0", "stage1", "flatten", "logits", "logits"]
+    assert [cut_after(model, chain, first, horizon).end for horizon in (1, 2, 5, 6, WHOLE)] == [
+        "stage0",
+        "stage1",
+        "flatten",
+        "logits",
+        "logits",
+    ]
     cut = cut_after(model, chain, first, 2)
     assert [node.name for node in cut.nodes] == ["stage0.conv", "stage0", "stage1.conv", "stage1"]
     assert cut.given == ("input",)
@@ -55,7 +61,9 @@ def test_trial_whole_network_errs_as_the_graph_with_one_layer_quantized(kind: st
         trial = trial_of(model, layer.name, batches)
         # The cut ends where the layer's influence does: of features, the last that is shown.
         if cut_after(model, chain, layer, WHOLE).end == end:
-            assert trial.error(step, np.ones(layer.in_channels), coarse) == pytest.approx(expected, rel=1e-3)  # float32 order of summation
+            assert trial.error(step, np.ones(layer.in_channels), coarse) == pytest.approx(
+                expected, rel=1e-3
+            )  # float32 order of summation
             assert trial.signal == pytest.approx(float(np.square(truth).sum()), rel=1e-5)
 
 
@@ -68,8 +76,14 @@ def test_trial_with_factors_errs_as_the_rescaled_graph_and_a_bias_counts(kind: s
     factors = np.exp2(np.random.default_rng(0).uniform(-2, 2, layer.in_channels))
     step = 0.3
     rescaled = scale_inputs(trial.weight.astype(np.float64), layer.groups, factors).astype(np.float32)
-    graph = insert_pairs(apply_factors(model, {"stage0.conv": factors}), {layer.input: step}, kept=[o.name for o in chain.layers if o is not layer])
-    truth, found = (np.concatenate([v[end] for v in run_tensors(m, [end], batches)]).astype(np.float64) for m in (model, graph))
+    graph = insert_pairs(
+        apply_factors(model, {"stage0.conv": factors}),
+        {layer.input: step},
+        kept=[o.name for o in chain.layers if o is not layer],
+    )
+    truth, found = (
+        np.concatenate([v[end] for v in run_tensors(m, [end], batches)]).astype(np.float64) for m in (model, graph)
+    )
     expected = float(np.square(found - truth).sum())
     if cut_after(model, chain, layer, WHOLE).end == end:
         # float32 rounding may put a value on the other side of half a step

@@ -14,7 +14,9 @@ from tests.precision.make_chain import KINDS, make_batches, make_model
 def with_logits(logits: list[float]) -> onnx.ModelProto:
     """A network that gives every image the same logits."""
     model = make_model()
-    return replace_weights(model, {"linear.weight": np.zeros((10, 32), np.float32), "linear.bias": np.array(logits, np.float32)})
+    return replace_weights(
+        model, {"linear.weight": np.zeros((10, 32), np.float32), "linear.bias": np.array(logits, np.float32)}
+    )
 
 
 def biased(model: onnx.ModelProto, name: str, by: float) -> onnx.ModelProto:
@@ -35,8 +37,13 @@ def test_layer_sqnr_is_that_of_the_tensors_and_counts_only_what_follows_a_change
     found, chain = layer_sqnr(model, changed, batches), read_chain(model)
     assert list(found) == [layer.output for layer in chain.layers]
     assert found["stage0.conv"] == 200.0
-    truth, other = (np.concatenate([v["stage1.conv"] for v in run_tensors(m, ["stage1.conv"], batches)]).astype(np.float64) for m in (model, changed))
-    assert found["stage1.conv"] == pytest.approx(10 * np.log10(np.square(truth).sum() / np.square(truth - other).sum()), abs=1e-9)
+    truth, other = (
+        np.concatenate([v["stage1.conv"] for v in run_tensors(m, ["stage1.conv"], batches)]).astype(np.float64)
+        for m in (model, changed)
+    )
+    assert found["stage1.conv"] == pytest.approx(
+        10 * np.log10(np.square(truth).sum() / np.square(truth - other).sum()), abs=1e-9
+    )
     assert found["stage2.conv"] < 100
 
 
@@ -64,7 +71,10 @@ def test_judge_a_choice_between_equal_classes_costs_nothing() -> None:
 def test_judge_drop_is_the_mean_over_images_that_change() -> None:
     model, batches = make_model(), make_batches(count=60)
     changed = biased(model, "stage4.bias", 0.3)
-    truth, other = (np.concatenate([v["logits"] for v in run_tensors(m, ["logits"], batches)]).astype(np.float64) for m in (model, changed))
+    truth, other = (
+        np.concatenate([v["logits"] for v in run_tensors(m, ["logits"], batches)]).astype(np.float64)
+        for m in (model, changed)
+    )
     shares = np.exp(truth - truth.max(axis=1, keepdims=True))
     shares /= shares.sum(axis=1, keepdims=True)
     lost = [row[row.argmax()] - row[answer.argmax()] for row, answer in zip(shares, other, strict=True)]

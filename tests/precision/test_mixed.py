@@ -7,7 +7,13 @@ from onnx import TensorProto, helper
 
 from repvgg_deploy.errors import CalibrationError, ModelError
 from repvgg_deploy.precision.chain import read_chain
-from repvgg_deploy.precision.mixed import halve_quantized, raise_opset, round_activation_scales, round_layer_to_half, round_scales_to_half
+from repvgg_deploy.precision.mixed import (
+    halve_quantized,
+    raise_opset,
+    round_activation_scales,
+    round_layer_to_half,
+    round_scales_to_half,
+)
 from repvgg_deploy.precision.round import RoundedLayer
 from repvgg_deploy.precision.scales import fit_scales
 from tests.precision.compare import STRETCHED, batches_for, relative, sqnr, stretch, values
@@ -34,10 +40,13 @@ def test_mixed_every_kind_of_graph_computes_what_its_fp32_scales_do(kind: str, i
         assert types[layer.bias] == TensorProto.FLOAT16
         if layer.name not in kept:
             assert np.array_equal(read_array(graph, layer.weight), read_array(before, layer.weight))
-            assert np.array_equal(read_array(graph, f"{layer.weight}.scale"), read_array(before, f"{layer.weight}.scale"))
+            assert np.array_equal(
+                read_array(graph, f"{layer.weight}.scale"), read_array(before, f"{layer.weight}.scale")
+            )
     found = values(graph, batches_for(kind, io, 16))
     assert {value.dtype.name for value in found} == {"float16" if io == "fp16" else "float32"}
-    # FP16 between the layers moves some values across a rounding boundary of INT8, by one step each: 15 dB below what INT8 itself costs here.
+    # FP16 between the layers moves some values across a rounding boundary of INT8, by one step each: 15 dB below what
+    # INT8 itself costs here.
     assert sqnr(found, values(before, batches)) > 25
 
 
@@ -55,7 +64,8 @@ def test_fit_scales_layer_out_of_reach_comes_into_it_and_no_integer_changes(kind
     one, other = quantize_mixed(model, batches), quantize_mixed(moved, batches)
     for layer in read_chain(model).layers:
         assert np.array_equal(read_array(one, layer.weight), read_array(other, layer.weight))
-    # Scales and biases round to FP16 alike, but for those that are subnormal in one: few values on the edge of a rounding differ.
+    # Scales and biases round to FP16 alike, but for those that are subnormal in one: few values on the edge of a
+    # rounding differ.
     assert sqnr(values(other, batches), values(one, batches)) > 35
 
 
@@ -70,7 +80,10 @@ def test_fit_scales_weak_rows_are_lifted_by_themselves(kind: str) -> None:
     assert scales.min() >= 2.0**-14
     # So unequal channels cost INT8 much whatever its scales are; FP16 must not add to it.
     truth = values(model, batches)
-    assert sqnr(values(quantize_mixed(model, batches), batches), truth) > sqnr(values(quantize_plainly(model, batches), batches), truth) - 0.5
+    assert (
+        sqnr(values(quantize_mixed(model, batches), batches), truth)
+        > sqnr(values(quantize_plainly(model, batches), batches), truth) - 0.5
+    )
 
 
 def test_fit_scales_comfortable_network_stays_as_it_is() -> None:
@@ -91,7 +104,10 @@ def test_fit_scales_weak_layer_that_cannot_be_rescaled_is_lifted_from_before() -
 
 
 def test_fit_scales_factors_rescale_the_ranges_that_they_were_chosen_from() -> None:
-    model, batches = stretch(make_model(KINDS["se_after"]), 2.0**-20, "stage1", every=1), make_batches(KINDS["se_after"])
+    model, batches = (
+        stretch(make_model(KINDS["se_after"]), 2.0**-20, "stage1", every=1),
+        make_batches(KINDS["se_after"]),
+    )
     ranges = input_ranges(model, batches)
     fitted = fit_scales(model, ranges)
     for name, found in input_ranges(fitted.model, batches).items():
@@ -123,7 +139,9 @@ def test_round_scales_are_exact_in_fp16_and_never_subnormal() -> None:
 
 def test_round_layer_subnormal_rows_are_rounded_again() -> None:
     integers = np.array([[127, -64], [127, 64]], np.int8)
-    layer = round_layer_to_half(RoundedLayer(integers, np.array([0.1, 2.0**-16], np.float32), np.array([0.3, 5.0], np.float32)))
+    layer = round_layer_to_half(
+        RoundedLayer(integers, np.array([0.1, 2.0**-16], np.float32), np.array([0.3, 5.0], np.float32))
+    )
     assert layer.integers.tolist() == [[127, -64], [32, 16]]
     assert layer.scales[1] == 2.0**-14
     assert layer.bias.tolist() == [float(np.float16(0.3)), 5.0]

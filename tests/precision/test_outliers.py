@@ -1,6 +1,7 @@
 """INT8 of networks with the outliers that make RepVGG collapse: ours beside per-channel max calibration, on images that no calibration saw.
 
-Logits cannot be better than INT8 activations allow, whatever is done to the weights: `ceiling` is the network with FP32 weights and our scales.
+Logits cannot be better than INT8 activations allow, whatever is done to the weights: `ceiling` is the network with FP32
+weights and our scales.
 """
 
 from __future__ import annotations

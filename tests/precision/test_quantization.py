@@ -39,7 +39,9 @@ def write_pixels(path: Path, count: int = 64, *, seed: int = 1) -> Path:
 
 def write_beside(model: Path, count: int = 40, **changes: object) -> Path:
     images = np.concatenate(make_batches(ChainOptions(uint8=True), count))
-    provenance = CalibrationProvenance(1, sha256_file(model), "a" * 64, "bn_statistics", images=count, seed=0, steps=9, loss=0.1, versions={})
+    provenance = CalibrationProvenance(
+        1, sha256_file(model), "a" * 64, "bn_statistics", images=count, seed=0, steps=9, loss=0.1, versions={}
+    )
     path = model.with_name(model.name.replace(".onnx", ".calib.npz"))
     np.savez(path, images=images, provenance=np.array(codec.dumps(dataclasses.replace(provenance, **changes))))
     return path
@@ -55,7 +57,9 @@ def pixels(tmp_path: Path) -> Path:
     return write_pixels(tmp_path / "pixels.npz")
 
 
-def int8(model: Path, calibration: Path | str | None, steps: Int8Options = QUICK, out: Path | None = None, **options: object) -> QuantizeResult:
+def int8(
+    model: Path, calibration: Path | str | None, steps: Int8Options = QUICK, out: Path | None = None, **options: object
+) -> QuantizeResult:
     return quantize(model, out, QuantizeOptions("int8", calibration, int8=steps, **options))
 
 
@@ -65,7 +69,9 @@ def names(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("precision", BOTH)
-def test_quantize_every_kind_of_graph_is_verified_and_written(tmp_path: Path, pixels: Path, kind: str, precision: str) -> None:
+def test_quantize_every_kind_of_graph_is_verified_and_written(
+    tmp_path: Path, pixels: Path, kind: str, precision: str
+) -> None:
     source = save(tmp_path / f"{kind}.onnx", make_model(KINDS[kind]))
     result = quantize(source, None, QuantizeOptions(precision, pixels, int8=QUICK))
     out = tmp_path / f"{kind}-{precision}.onnx"
@@ -137,7 +143,10 @@ def test_more_images_than_wanted_are_held_out(model: Path, tmp_path: Path) -> No
     found = int8(model, pixels, images=40).images
     assert (found.calibration, found.held_out) == (40, 20)
     other = int8(model, pixels, images=40, seed=1, out=tmp_path / "other.onnx")
-    assert other.metadata.history[-1].options["data_sha256"] != read_metadata(tmp_path / "m-int8.onnx").history[-1].options["data_sha256"]
+    assert (
+        other.metadata.history[-1].options["data_sha256"]
+        != read_metadata(tmp_path / "m-int8.onnx").history[-1].options["data_sha256"]
+    )
 
 
 @pytest.mark.parametrize(("count", "seen"), [(1, 1), (7, 7), (8, None)])
@@ -152,9 +161,15 @@ def test_int8_of_very_few_images_is_refused(model: Path, tmp_path: Path, count: 
 
 
 def test_gate_that_fails_names_the_layers_and_writes_nothing(model: Path, pixels: Path, tmp_path: Path) -> None:
-    with pytest.raises(ParityError, match=r"INT8 agrees with FP32 on 83\.33 % of 12 held-out images, at least 97 % expected") as caught:
+    with pytest.raises(
+        ParityError, match=r"INT8 agrees with FP32 on 83\.33 % of 12 held-out images, at least 97 % expected"
+    ) as caught:
         int8(model, pixels, MAX_CALIBRATION, save_scales=tmp_path / "s.json")
-    assert caught.value.message.count(".conv (") == 3 and "--max-drop" in caught.value.remedy and "--min-agreement" in caught.value.remedy
+    assert (
+        caught.value.message.count(".conv (") == 3
+        and "--max-drop" in caught.value.remedy
+        and "--min-agreement" in caught.value.remedy
+    )
     assert names(tmp_path) == ["m.onnx", "pixels.npz"]
     assert int8(model, pixels, MAX_CALIBRATION, min_agreement=0.8).verification.differing == 2
 
@@ -169,7 +184,10 @@ def test_blame_falls_on_the_layer_whose_scale_is_spoilt(model: Path, pixels: Pat
         assert readers[layer] not in [name for name, _ in blame_int8(graph, spoilt, (readers[layer],), batches)]
 
 
-@pytest.mark.parametrize(("images", "share", "allowed"), [(12, 0.97, 1), (33, 0.97, 1), (100, 0.97, 3), (200, 0.97, 6), (12, 1.0, 0), (10, 0.0, 10)])
+@pytest.mark.parametrize(
+    ("images", "share", "allowed"),
+    [(12, 0.97, 1), (33, 0.97, 1), (100, 0.97, 3), (200, 0.97, 6), (12, 1.0, 0), (10, 0.0, 10)],
+)
 def test_of_few_images_one_may_differ(images: int, share: float, allowed: int) -> None:
     assert allowed_to_differ(images, share) == allowed
     for differing in (allowed, allowed + 1):
@@ -177,7 +195,9 @@ def test_of_few_images_one_may_differ(images: int, share: float, allowed: int) -
         assert check.passed == (differing == allowed)
 
 
-def test_fp16_that_differs_is_refused_and_says_where_they_part(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_fp16_that_differs_is_refused_and_says_where_they_part(
+    model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def spoil(source: Path, *rest: object) -> object:
         typed, report = real(source, *rest)
         weight = next(tensor for tensor in typed.model.graph.initializer if tensor.name == "stage2.weight")
@@ -220,7 +240,10 @@ def test_output_that_exists_is_up_to_date_or_refused(model: Path, pixels: Path, 
 
 @pytest.mark.parametrize("steps", ["search", "exponent", "plain"])
 def test_saved_calibration_gives_the_same_graph(model: Path, pixels: Path, tmp_path: Path, steps: str) -> None:
-    search = Int8Options(search=SearchOptions((0.5, 1.0), images=16, positions=256), rounding=RoundOptions(clips=(1.0,), samples=512, sweeps=0))
+    search = Int8Options(
+        search=SearchOptions((0.5, 1.0), images=16, positions=256),
+        rounding=RoundOptions(clips=(1.0,), samples=512, sweeps=0),
+    )
     exponent = dataclasses.replace(QUICK, equalize=EqualizeOptions(0.8), scales=ScaleOptions("percentile", 99.9))
     chosen = {"search": search, "exponent": exponent, "plain": dataclasses.replace(QUICK, equalize=None)}[steps]
     saved = tmp_path / "s.json"
@@ -232,10 +255,16 @@ def test_saved_calibration_gives_the_same_graph(model: Path, pixels: Path, tmp_p
     options = QuantizeOptions("int8", pixels, int8=again, scales=saved, min_agreement=0.0)
     second = quantize(model, tmp_path / "b.onnx", options, progress=lambda stage, done, total: stages.append(stage))
     assert "equalize" not in stages and "ranges" not in stages and "round" in stages
-    graphs = [load_parent(result.output.target).model.SerializeToString(deterministic=True) for result in (first, second)]
+    graphs = [
+        load_parent(result.output.target).model.SerializeToString(deterministic=True) for result in (first, second)
+    ]
     assert graphs[0] == graphs[1]
     assert second.metadata.history[-1].options["scales"] == chosen.scales.method
-    assert second.metadata.history[-1].options["equalize"] == {"search": "measured", "exponent": "saved", "plain": None}[steps] or steps == "plain"
+    assert (
+        second.metadata.history[-1].options["equalize"]
+        == {"search": "measured", "exponent": "saved", "plain": None}[steps]
+        or steps == "plain"
+    )
     if steps == "search":
         assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
 
@@ -248,7 +277,11 @@ def test_saved_calibration_of_others_is_refused(model: Path, pixels: Path, tmp_p
     other = save(tmp_path / "n.onnx", make_model(KINDS["plain"], seed=3))
     with pytest.raises(CalibrationError, match="of another graph"):
         int8(other, pixels, scales=saved)
-    for text, message in (("{}", "expected a value"), ("\udcff", "not UTF-8"), (codec.dumps(read_metadata(model)), "expected one of")):
+    for text, message in (
+        ("{}", "expected a value"),
+        ("\udcff", "not UTF-8"),
+        (codec.dumps(read_metadata(model)), "expected one of"),
+    ):
         saved.write_bytes(text.encode("utf-8", "surrogateescape"))
         with pytest.raises(InputError, match=f"not a calibration that --save-scales wrote: .*{message}"):
             int8(model, pixels, scales=saved)
@@ -308,7 +341,12 @@ def test_files_that_are_not_ours_are_refused(tmp_path: Path, pixels: Path) -> No
 
 
 def test_outputs_that_would_replace_an_input_are_refused(model: Path, pixels: Path, tmp_path: Path) -> None:
-    for out, options in ((model, {}), (pixels, {}), (tmp_path / "o", {"save_scales": tmp_path / "o"}), (tmp_path / "o", {"save_scales": model})):
+    for out, options in (
+        (model, {}),
+        (pixels, {}),
+        (tmp_path / "o", {"save_scales": tmp_path / "o"}),
+        (tmp_path / "o", {"save_scales": model}),
+    ):
         with pytest.raises(InputError, match="would replace"):
             int8(model, pixels, out=out, **options)
     with pytest.raises(ArtifactError, match="does not exist"):
@@ -322,7 +360,12 @@ def test_interrupted_quantization_leaves_nothing(model: Path, pixels: Path, tmp_
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantize(model, None, QuantizeOptions("int8", pixels, int8=QUICK, save_scales=tmp_path / "s.json"), progress=interrupt)
+        quantize(
+            model,
+            None,
+            QuantizeOptions("int8", pixels, int8=QUICK, save_scales=tmp_path / "s.json"),
+            progress=interrupt,
+        )
     assert names(tmp_path) == ["m.onnx", "pixels.npz"]
 
 

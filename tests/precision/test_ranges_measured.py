@@ -37,8 +37,13 @@ def test_collect_batches_of_another_size_give_the_same() -> None:
 def test_choose_scales_methods_are_deterministic_and_ordered() -> None:
     model, batches = make_model(), make_batches()
     statistics = collect(model, batches)
-    scales = {method: choose_scales(model, statistics, ScaleOptions(method)) for method in ("max", "percentile", "entropy", "min_error")}
-    assert scales["max"]["stage1"] == pytest.approx(statistics.tensors["stage1"].largest.max() / 127, rel=1e-6)  # float32
+    scales = {
+        method: choose_scales(model, statistics, ScaleOptions(method))
+        for method in ("max", "percentile", "entropy", "min_error")
+    }
+    assert scales["max"]["stage1"] == pytest.approx(
+        statistics.tensors["stage1"].largest.max() / 127, rel=1e-6
+    )  # float32
     for method, found in scales.items():
         assert found == choose_scales(model, collect(model, batches), ScaleOptions(method))
         assert all(0 < value <= scales["max"][name] * 1.001 for name, value in found.items())  # one histogram bin above
@@ -64,7 +69,16 @@ def test_choose_scales_min_error_is_least_among_methods() -> None:
 
 def test_scales_saved_come_back_and_are_bound_to_graph_and_images() -> None:
     model = make_model()
-    file = ScaleFile(1, graph_sha256(model), "d" * 64, 64, "min_error", {"stage1": 0.25}, {"stage1.conv": "AAAAAAAA8D8="}, {"stage1.conv": 0.85})
+    file = ScaleFile(
+        1,
+        graph_sha256(model),
+        "d" * 64,
+        64,
+        "min_error",
+        {"stage1": 0.25},
+        {"stage1.conv": "AAAAAAAA8D8="},
+        {"stage1.conv": 0.85},
+    )
     again = load_scales(codec.dumps(file))
     assert again == file
     again.check(graph_sha256(model), "d" * 64)

@@ -14,7 +14,9 @@ GENERATOR_SEED = 5
 
 
 def layer(groups: int = 1, stride: int = 1, channels: int = 8, out: int = 12) -> Layer:
-    return Layer("c", "Conv", "x", "y", "w", "b", (out, channels // groups, 3, 3), groups, (stride, stride), (1, 1, 1, 1))
+    return Layer(
+        "c", "Conv", "x", "y", "w", "b", (out, channels // groups, 3, 3), groups, (stride, stride), (1, 1, 1, 1)
+    )
 
 
 def problem(conv: Layer) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
@@ -23,17 +25,25 @@ def problem(conv: Layer) -> tuple[NDArray[np.float32], NDArray[np.float32], NDAr
     weight = generator.standard_normal(conv.weight_shape)
     weight[:, :, 1, 1] *= 8
     mixed = np.einsum(
-        "dc,nchw->ndhw", generator.standard_normal((conv.in_channels, 3)), generator.standard_normal((32, 3, 6, 6)).repeat(2, 2).repeat(2, 3)
+        "dc,nchw->ndhw",
+        generator.standard_normal((conv.in_channels, 3)),
+        generator.standard_normal((32, 3, 6, 6)).repeat(2, 2).repeat(2, 3),
     )
     x = np.maximum(mixed + 0.3 * generator.standard_normal(mixed.shape), 0)
-    return weight.astype(np.float32), generator.standard_normal(conv.out_channels).astype(np.float32), x.astype(np.float32)
+    return (
+        weight.astype(np.float32),
+        generator.standard_normal(conv.out_channels).astype(np.float32),
+        x.astype(np.float32),
+    )
 
 
 def every_position(conv: Layer, x: NDArray[np.float32]) -> NDArray[np.int64]:
     return np.tile(np.arange(int(np.prod(output_size(x.shape, conv)))), (len(x), 1))
 
 
-def output(conv: Layer, x: NDArray[np.float32], weight: NDArray[np.float32], bias: NDArray[np.float32]) -> NDArray[np.float32]:
+def output(
+    conv: Layer, x: NDArray[np.float32], weight: NDArray[np.float32], bias: NDArray[np.float32]
+) -> NDArray[np.float32]:
     """(positions, out) by matrix product."""
     found = columns(x, conv, every_position(conv, x))
     rows = weight.reshape(conv.groups, conv.out_channels // conv.groups, -1)
@@ -48,7 +58,9 @@ def test_columns_times_weights_are_the_convolution(groups: int, stride: int) -> 
     weight, bias, x = problem(conv)
     node = helper.make_node("Conv", ["x", "w", "b"], ["y"], strides=[stride] * 2, pads=[1] * 4, group=groups)
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "y")]
-    graph = helper.make_graph([node], "g", values[:1], values[1:], [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(bias, "b")])
+    graph = helper.make_graph(
+        [node], "g", values[:1], values[1:], [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(bias, "b")]
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
     model.ir_version = 8
     truth = open_session(model).run(None, {"x": x})[0]
@@ -114,7 +126,11 @@ def test_round_layer_constant_input_and_zero_rows_stay_finite() -> None:
     np.testing.assert_allclose(rounded.bias, bias)
 
 
-@pytest.mark.parametrize("fields", [{"damping": 0.0}, {"ridge": -1.0}, {"clips": ()}, {"clips": (1.2,)}, {"samples": 0}, {"sweeps": -1}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [{"damping": 0.0}, {"ridge": -1.0}, {"clips": ()}, {"clips": (1.2,)}, {"samples": 0}, {"sweeps": -1}],
+    ids=str,
+)
 def test_round_options_that_cannot_hold_are_refused(fields) -> None:
     with pytest.raises(CalibrationError, match="rounding"):
         RoundOptions(**fields)

@@ -28,10 +28,13 @@ def test_round_weights_every_layers_mean_output_is_that_of_fp32(kind: str, metho
     rounded = round_weights(Prepared(model, scales), batches, RoundOptions(method=method, samples=EVERYWHERE))
     graph = write_integers(insert_pairs(model, scales), rounded)
     for layer in read_chain(model).layers:
-        truth, found = (np.concatenate([v[layer.output] for v in run_tensors(m, [layer.output], batches)]) for m in (model, graph))
+        truth, found = (
+            np.concatenate([v[layer.output] for v in run_tensors(m, [layer.output], batches)]) for m in (model, graph)
+        )
         axes = (0, *range(2, truth.ndim))
         missing = np.abs((truth - found).mean(axis=axes, dtype=np.float64))
-        # float32 sums, and a value half-way between two steps that falls to the other side in another order of summation
+        # float32 sums, and a value half-way between two steps that falls to the other side in another order of
+        # summation
         assert (missing <= 1e-3 * np.abs(truth).mean()).all(), layer.name
         assert np.abs(truth - found).mean() > 1e-3 * np.abs(truth).mean()
 
@@ -71,7 +74,11 @@ def test_steps_of_little_memory_give_the_same_tensors_for_fewer_batches_and_catc
     model, batches = make_model(KINDS[kind]), make_batches(KINDS[kind], 48, size=8)
     tensors = read_chain(model).quantized_tensors()
     whole = [list(run_tensors(model, [name], batches)) for name in tensors]
-    steps = Steps(model, batches, budget_bytes=3 * max(values[0][name].nbytes for name, values in zip(tensors, whole, strict=True)))
+    steps = Steps(
+        model,
+        batches,
+        budget_bytes=3 * max(values[0][name].nbytes for name, values in zip(tensors, whole, strict=True)),
+    )
     counts = []
     for name, expected in zip(tensors, whole, strict=True):
         found = list(steps.advance(name))
@@ -100,4 +107,6 @@ def test_steps_that_catch_up_use_the_model_as_it_is_by_then() -> None:
     found = list(steps.advance("flatten"))
     assert len(found) == 6
     np.testing.assert_allclose(found[-1], last[-1]["flatten"], rtol=1e-4, atol=1e-5)
-    assert not np.allclose(found[0], first[0]["flatten"]) and not np.allclose(found[0], last[0]["flatten"])  # stage0 of one, the rest of the other
+    assert not np.allclose(found[0], first[0]["flatten"]) and not np.allclose(
+        found[0], last[0]["flatten"]
+    )  # stage0 of one, the rest of the other

@@ -63,7 +63,9 @@ def accepted(model: onnx.ModelProto) -> Built:
 
 
 @pytest.mark.parametrize("typing", TYPINGS)
-@pytest.mark.parametrize("variant", [*(v for v in VARIANTS if v not in BIG), *(pytest.param(v, marks=pytest.mark.slow) for v in BIG)])
+@pytest.mark.parametrize(
+    "variant", [*(v for v in VARIANTS if v not in BIG), *(pytest.param(v, marks=pytest.mark.slow) for v in BIG)]
+)
 def test_rtx_every_typed_graph_of_a_variant_is_built(variant: str, typing: str) -> None:
     found = accepted(TYPINGS[typing](fp32(variant)))
     wanted = "HALF" if typing.endswith("FP16 inputs") else "FLOAT"
@@ -72,7 +74,9 @@ def test_rtx_every_typed_graph_of_a_variant_is_built(variant: str, typing: str) 
 
 def test_rtx_plans_hold_weights_of_the_type_that_the_graph_has() -> None:
     # 3×3 weights are most of A0: 25 MB in FP32. In each plan come kernels, some 2 to 4 MB.
-    sizes = {typing: accepted(TYPINGS[typing](fp32("A0"))).plan_bytes for typing in ("FP32", "FP16", "INT8", "INT8+FP16")}
+    sizes = {
+        typing: accepted(TYPINGS[typing](fp32("A0"))).plan_bytes for typing in ("FP32", "FP16", "INT8", "INT8+FP16")
+    }
     assert sizes["FP16"] < 0.6 * sizes["FP32"]
     assert sizes["INT8"] < 0.8 * sizes["FP16"]
     assert sizes["INT8+FP16"] < 0.8 * sizes["FP16"]

@@ -29,7 +29,9 @@ def two_layers(spread: float, generator: np.random.Generator) -> onnx.ModelProto
     copies = np.zeros((12, 3, 3, 3), np.float32)
     copies[np.arange(12), np.arange(12) % 3, 1, 1] = np.exp2(generator.uniform(-spread, spread, 12))
     signs = generator.choice(np.float32([-1.0, 1.0]), (16, 12, 3, 3))
-    return replace_weights(model, {"stage0.weight": copies, "stage0.bias": np.zeros(12, np.float32), "stage1.weight": signs})
+    return replace_weights(
+        model, {"stage0.weight": copies, "stage0.bias": np.zeros(12, np.float32), "stage1.weight": signs}
+    )
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -37,7 +39,9 @@ def test_choose_exponents_where_activations_differ_and_weights_do_not_makes_acti
     """Pixels of 0 and 1: with channels alike every activation is exact, and in three colours the weights have room; 0 would not touch them."""
     generator = np.random.default_rng(seed)
     pixels = generator.integers(0, 2, (64, 3, 8, 8)).repeat(2, 2).repeat(2, 3).astype(np.float32)
-    found = choose(two_layers(3.0, generator), np.split(pixels, 4), dataclasses.replace(SMALL, exponents=(0.0, 0.1, 0.9, 1.0)))
+    found = choose(
+        two_layers(3.0, generator), np.split(pixels, 4), dataclasses.replace(SMALL, exponents=(0.0, 0.1, 0.9, 1.0))
+    )
     assert found["stage0.conv"] >= 0.9, found
 
 
@@ -45,7 +49,9 @@ def test_choose_exponents_where_activations_differ_and_weights_do_not_makes_acti
 def test_choose_exponents_every_open_interface_gets_a_candidate_every_time_the_same(kind: str) -> None:
     model, batches = make_model(KINDS[kind]), make_batches(KINDS[kind], 48)
     seen: list[tuple[int, int]] = []
-    found = choose_exponents(model, batches, collect(model, batches), SMALL, progress=lambda done, total: seen.append((done, total)))
+    found = choose_exponents(
+        model, batches, collect(model, batches), SMALL, progress=lambda done, total: seen.append((done, total))
+    )
     open_ = [interface.source for interface in read_chain(model).interfaces if interface.blocked_by is None]
     assert sorted(found) == sorted(open_)
     assert set(found.values()) <= set(EXPONENTS)
@@ -57,7 +63,11 @@ def test_choose_exponents_every_open_interface_gets_a_candidate_every_time_the_s
 @pytest.mark.parametrize("kind", ["plain", "grouped"])
 def test_choose_exponents_are_about_as_good_as_the_best_of_all(kind: str) -> None:
     """On other images, by the logits. In so narrow layers the candidates lie 2 to 5 dB apart, and a trial of a thousand positions errs by a part."""
-    model, batches, others = make_model(KINDS[kind]), make_batches(KINDS[kind], 128), make_batches(KINDS[kind], 128, seed=9)
+    model, batches, others = (
+        make_model(KINDS[kind]),
+        make_batches(KINDS[kind], 128),
+        make_batches(KINDS[kind], 128, seed=9),
+    )
     options = Int8Options(target="trt8", search=SMALL)
     fixed = [dataclasses.replace(options, search=None, equalize=EqualizeOptions(exponent)) for exponent in EXPONENTS]
     ours, *each = (judge(model, quantize_graph(model, batches, one)[0], others).sqnr_db for one in (options, *fixed))
@@ -67,11 +77,15 @@ def test_choose_exponents_are_about_as_good_as_the_best_of_all(kind: str) -> Non
 
 def test_choose_exponents_one_image_and_dead_channels_give_an_answer() -> None:
     model = make_model()
-    dead = replace_weights(model, {"stage1.weight": np.zeros((16, 8, 3, 3), np.float32), "stage1.bias": np.zeros(16, np.float32)})
+    dead = replace_weights(
+        model, {"stage1.weight": np.zeros((16, 8, 3, 3), np.float32), "stage1.bias": np.zeros(16, np.float32)}
+    )
     assert set(choose(dead, make_batches(count=1))) == {f"stage{index}.conv" for index in range(5)}
 
 
-@pytest.mark.parametrize("fields", [{"exponents": ()}, {"exponents": (1.2,)}, {"images": 0}, {"channels": 0}, {"positions": 3}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{"exponents": ()}, {"exponents": (1.2,)}, {"images": 0}, {"channels": 0}, {"positions": 3}], ids=str
+)
 def test_search_options_that_cannot_hold_are_refused(fields) -> None:
     with pytest.raises(CalibrationError, match="search"):
         SearchOptions(**fields)

@@ -14,9 +14,9 @@ from tests.precision.make_chain import KINDS, make_batches, make_model
 from tests.precision.make_quantized import quantize_mixed, quantize_plainly
 from tests.precision.make_variant import SMALL_G4, images_for, make_variant
 
-# Both compute the same integers; a value on the edge of a rounding falls either way, by one step, where sums are taken in another order: 60 dB and
-# more. OpenVINO computes an FP16 graph in FP32 when told to, ONNX Runtime rounds to FP16 after every layer: that moves more of them, which here is
-# still 10 dB below what INT8 itself costs.
+# Both compute the same integers; a value on the edge of a rounding falls either way, by one step, where sums are taken
+# in another order: 60 dB and more. OpenVINO computes an FP16 graph in FP32 when told to, ONNX Runtime rounds to FP16
+# after every layer: that moves more of them, which here is still 10 dB below what INT8 itself costs.
 TOLERANCE_DB = {"INT8": 50.0, "INT8+FP16": 24.0}
 MAKE: dict[str, Any] = {"INT8": quantize_plainly, "INT8+FP16": quantize_mixed}
 
@@ -24,7 +24,9 @@ MAKE: dict[str, Any] = {"INT8": quantize_plainly, "INT8+FP16": quantize_mixed}
 def in_openvino(model: onnx.ModelProto, batches: list[np.ndarray]) -> list[np.ndarray]:
     """Outputs but class numbers; in FP32, not in bfloat16, which is its default."""
     core = openvino.Core()
-    compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = core.compile_model(
+        core.read_model(model.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
     names = [value.name for value in model.graph.output if value.name != "classes"]
     found = [compiled(batch) for batch in batches]
     return [np.concatenate([results[name] for results in found]) for name in names]

@@ -19,11 +19,15 @@ from tests.precision.make_quantized import input_ranges
 TRT10 = dataclasses.replace(FAST, target="trt10")
 
 
-def rounded_with_damage(model: onnx.ModelProto, batches: list[np.ndarray], damaged: str) -> tuple[dict[str, float], dict[str, RoundedLayer]]:
+def rounded_with_damage(
+    model: onnx.ModelProto, batches: list[np.ndarray], damaged: str
+) -> tuple[dict[str, float], dict[str, RoundedLayer]]:
     """Scales and weights of the plainest calibration; the damaged layer has 3 levels a side in place of 127."""
     weights = read_weights(model)
     scales = {name: float(value.max() / 127) for name, value in input_ranges(model, batches).items()}
-    found = {layer.name: round_nearest(weights[layer.weight], weights[layer.bias]) for layer in read_chain(model).layers}
+    found = {
+        layer.name: round_nearest(weights[layer.weight], weights[layer.bias]) for layer in read_chain(model).layers
+    }
     coarse = (np.round(found[damaged].integers / 42) * 42).astype(np.int8)
     return scales, found | {damaged: dataclasses.replace(found[damaged], integers=coarse)}
 
@@ -35,7 +39,12 @@ def test_rank_layers_puts_a_damaged_layer_first(kind: str, damaged: str) -> None
     options = dataclasses.replace(KINDS[kind], outliers=0.3)
     model, batches = make_model(options), make_batches(options, 32)
     seen: list[tuple[int, int]] = []
-    costs = rank_layers(model, *rounded_with_damage(model, batches, damaged), batches, progress=lambda done, total: seen.append((done, total)))
+    costs = rank_layers(
+        model,
+        *rounded_with_damage(model, batches, damaged),
+        batches,
+        progress=lambda done, total: seen.append((done, total)),
+    )
     assert costs[0].name == damaged
     assert costs[0].sqnr_db < costs[1].sqnr_db - 3
     names = {layer.name for layer in read_chain(model).layers}
@@ -56,7 +65,9 @@ def test_count_macs_are_those_of_the_shapes() -> None:
     macs = count_macs(make_model(options), make_batches(options, 2)[0])
     sides = (8, 8, 4, 4, 4)
     widths, groups = (3, *options.widths), options.groups
-    expected = {f"stage{i}.conv": widths[i + 1] * widths[i] // groups[i] * 9 * sides[i] ** 2 for i in range(5)} | {"linear": 320}
+    expected = {f"stage{i}.conv": widths[i + 1] * widths[i] // groups[i] * 9 * sides[i] ** 2 for i in range(5)} | {
+        "linear": 320
+    }
     assert macs == expected
 
 
@@ -120,7 +131,9 @@ def test_keep_leaves_layers_without_any_pair(kind: str, options: Int8Options) ->
     check_quantized(graph, target=options.target, kept=kept)
     assert report.kept == kept and 0 < report.int8_share < 1
     assert [layer.name for layer in report.layers if layer.kept] == list(kept)
-    paired = {node.input[1] for node in graph.graph.node if node.op_type == "Conv" and node.input[1].endswith(".dequantized")}
+    paired = {
+        node.input[1] for node in graph.graph.node if node.op_type == "Conv" and node.input[1].endswith(".dequantized")
+    }
     assert not paired & {"stage0.weight.dequantized", "stage2.weight.dequantized"}
     assert "stage1.weight.dequantized" in paired
 

@@ -35,7 +35,9 @@ def node(model: onnx.ModelProto, name: str) -> onnx.NodeProto:
 
 def put(model: onnx.ModelProto, name: str, value) -> None:
     """Replaces an initializer, or adds one."""
-    tensor = next((found for found in model.graph.initializer if found.name == name), None) or model.graph.initializer.add()
+    tensor = (
+        next((found for found in model.graph.initializer if found.name == name), None) or model.graph.initializer.add()
+    )
     tensor.CopyFrom(numpy_helper.from_array(np.asarray(value), name))
 
 
@@ -47,7 +49,9 @@ def _bias_pair(model: onnx.ModelProto) -> None:
     put(model, "stage0.bias", np.ones(8, np.int32))
     put(model, "bias.scale", np.ones(8, _float_of(model)))
     put(model, "bias.zero", np.zeros(8, np.int32))
-    pair = helper.make_node("DequantizeLinear", ["stage0.bias", "bias.scale", "bias.zero"], ["bias"], name="bias.dequantize", axis=0)
+    pair = helper.make_node(
+        "DequantizeLinear", ["stage0.bias", "bias.scale", "bias.zero"], ["bias"], name="bias.dequantize", axis=0
+    )
     model.graph.node.insert(0, pair)
     node(model, "stage0.conv").input[2] = "bias"
 
@@ -57,7 +61,9 @@ def _pair_before_relu(model: onnx.ModelProto) -> None:
     index = [found.name for found in model.graph.node].index("stage0")
     model.graph.node[index].input[0] = "between"
     model.graph.node.insert(index, helper.make_node("DequantizeLinear", ["q", *constants], ["between"], name="d"))
-    model.graph.node.insert(index, helper.make_node("QuantizeLinear", ["stage0.conv", *constants], ["q"], name="between.quantize"))
+    model.graph.node.insert(
+        index, helper.make_node("QuantizeLinear", ["stage0.conv", *constants], ["q"], name="between.quantize")
+    )
 
 
 def _per_tensor(model: onnx.ModelProto) -> None:
@@ -141,7 +147,9 @@ _SAME_TYPE = "must be of same type"
 
 BOTH_TARGETS = {
     "zero point": Fault(lambda m: put(m, "stage0.zero_point", np.int8(3)), "zero point other than 0", _ZERO_POINT),
-    "zero point of a weight": Fault(lambda m: put(m, "stage1.weight.zero_point", np.ones(16, np.int8)), "zero point other than 0", _ZERO_POINT),
+    "zero point of a weight": Fault(
+        lambda m: put(m, "stage1.weight.zero_point", np.ones(16, np.int8)), "zero point other than 0", _ZERO_POINT
+    ),
     "INT32 bias": Fault(_bias_pair, "is of INT32", "input has type Int32"),
     "UINT8": Fault(_uint8, "is of UINT8", "UINT8"),
     "INT16": Fault(_int16, "is of INT16", "Failed to import initializer"),
@@ -151,11 +159,18 @@ BOTH_TARGETS = {
     "per tensor": Fault(_per_tensor, "one scale per output channel", None, "allowed, and it costs accuracy"),
     "wrong axis": Fault(_wrong_axis, "on axis 1", None, "it parses; no integer convolution can use it"),
     "per channel activation": Fault(
-        _per_channel_activation, "one scale for the whole activation", None, "it parses; no integer convolution can use it"
+        _per_channel_activation,
+        "one scale for the whole activation",
+        None,
+        "it parses; no integer convolution can use it",
     ),
-    "before ReLU": Fault(_pair_before_relu, "between a convolution and its ReLU", None, "allowed, and it breaks the fusion"),
+    "before ReLU": Fault(
+        _pair_before_relu, "between a convolution and its ReLU", None, "allowed, and it breaks the fusion"
+    ),
     "no weight pair": Fault(_no_weight_pair, "reads plain without", None, "allowed, and the convolution is not INT8"),
-    "no activation pair": Fault(_no_activation_pair, "reads stage0 without", None, "allowed, and the convolution is not INT8"),
+    "no activation pair": Fault(
+        _no_activation_pair, "reads stage0 without", None, "allowed, and the convolution is not INT8"
+    ),
 }
 TRT8 = {
     "FP16 scale": Fault(_retype("stage1.weight.scale", np.float16), "type FLOAT16, expected FLOAT", _SAME_TYPE),
@@ -168,13 +183,23 @@ TRT10 = {
     "FP32 bias": Fault(_retype("stage1.bias", np.float32), "both FP32 and FP16", _SAME_TYPE),
     "subnormal scale": Fault(_scale(1e-6), "subnormal", None, "it keeps few digits"),
     "opset": Fault(_opset(17), "opset 17", None, "it ignores the operator set; ONNX and ONNX Runtime do not"),
-    "output type": Fault(_declare(TensorProto.FLOAT16), "the graph declares FLOAT16", None, "it believes the graph rather than the declaration"),
+    "output type": Fault(
+        _declare(TensorProto.FLOAT16),
+        "the graph declares FLOAT16",
+        None,
+        "it believes the graph rather than the declaration",
+    ),
     "infinite bias": Fault(_infinite_bias, "infinity or NaN", None, "it does not look"),
 }
 HALF = {
     "FP32 weight": Fault(_retype("stage1.weight", np.float32), "both FP32 and FP16", _SAME_TYPE),
     "FP32 bias": Fault(_retype("stage1.bias", np.float32), "both FP32 and FP16", _SAME_TYPE),
     "no cast": Fault(_no_cast, "both FP32 and FP16", _SAME_TYPE),
-    "output type": Fault(_declare(TensorProto.FLOAT16), "the graph declares FLOAT16", None, "it believes the graph rather than the declaration"),
+    "output type": Fault(
+        _declare(TensorProto.FLOAT16),
+        "the graph declares FLOAT16",
+        None,
+        "it believes the graph rather than the declaration",
+    ),
     "infinite bias": Fault(_infinite_bias, "infinity or NaN", None, "it does not look"),
 }

@@ -87,7 +87,11 @@ def make_metadata(options: ModelOptions = ModelOptions()) -> ModelMetadata:
         spec=spec,
         variant=tiny_variant(options.classes) if options.kind != "module" else None,
         source=CheckpointSource("tiny.pth", "0" * 64, "official", "training"),
-        certificate=Certificate("tiny.pth in training form", (Check("training form against ONNX Runtime", 1e-7, 1e-5, 2.5),), {"onnx": "1.0"}),
+        certificate=Certificate(
+            "tiny.pth in training form",
+            (Check("training form against ONNX Runtime", 1e-7, 1e-5, 2.5),),
+            {"onnx": "1.0"},
+        ),
         statistics={},
         history=(HistoryEntry("export", {"repvgg_deploy": "0.1.0"}, {"opset": 17}),),
     )
@@ -121,7 +125,10 @@ def _output_specs(options: ModelOptions) -> tuple[TensorSpec, ...]:
             TensorSpec("stage2", "float32", (batch, CHANNELS), "other"),
         )
     if options.kind == "module":  # one output without a row per image
-        return (TensorSpec("logits", "float32", (batch, classes), "NC"), TensorSpec("mean", "float32", (1, CHANNELS), "other"))
+        return (
+            TensorSpec("logits", "float32", (batch, classes), "NC"),
+            TensorSpec("mean", "float32", (1, CHANNELS), "other"),
+        )
     return (TensorSpec(options.kind, "float16" if options.half else "float32", (batch, classes), "NC"),)
 
 
@@ -155,8 +162,15 @@ def _build(options: ModelOptions, seed: int) -> ModelProto:
     ]
     metadata = make_metadata(options)
     spec = metadata.spec
-    dtypes = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "uint8": TensorProto.UINT8, "int64": TensorProto.INT64}
-    values = [helper.make_tensor_value_info(t.name, dtypes[t.dtype], list(t.shape)) for t in (spec.input, *spec.outputs)]
+    dtypes = {
+        "float32": TensorProto.FLOAT,
+        "float16": TensorProto.FLOAT16,
+        "uint8": TensorProto.UINT8,
+        "int64": TensorProto.INT64,
+    }
+    values = [
+        helper.make_tensor_value_info(t.name, dtypes[t.dtype], list(t.shape)) for t in (spec.input, *spec.outputs)
+    ]
     constants = [numpy_helper.from_array(value, name) for name, value in weights.items()]
     graph = helper.make_graph(nodes, "tiny", values[:1], values[1:], constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], producer_name="repvgg-deploy tests")

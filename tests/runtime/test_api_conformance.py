@@ -1,7 +1,7 @@
 """Every name of TensorRT and CUDA that the runtime uses is one that the real classes have.
 
-`tests/golden/tensorrt_api.json` was recorded from real wheels (see `record_tensorrt_api.py` beside it). TensorRT-RTX is asked itself where it is
-installed; the slow test records the lean runtimes again.
+`tests/golden/tensorrt_api.json` was recorded from real wheels (see `record_tensorrt_api.py` beside it). TensorRT-RTX is
+asked itself where it is installed; the slow test records the lean runtimes again.
 """
 
 from __future__ import annotations
@@ -24,10 +24,17 @@ GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 APIS: dict[str, dict[str, list[str]]] = json.loads((GOLDEN / "tensorrt_api.json").read_text(encoding="utf-8"))
 LEAN = [name.split()[1] for name in APIS if name.startswith("tensorrt_lean")]
 
-RECEIVERS = {"engine": "ICudaEngine", "context": "IExecutionContext", "_context": "IExecutionContext", "runtime": "Runtime", "trt": "module"}
+RECEIVERS = {
+    "engine": "ICudaEngine",
+    "context": "IExecutionContext",
+    "_context": "IExecutionContext",
+    "runtime": "Runtime",
+    "trt": "module",
+}
 GUARDED = {
     "ICudaEngine.device_memory_size": "until 10.x, where device_memory_size_v2 is not there",
-    "ICudaEngine.create_execution_context_without_device_memory": "until 10.x, where there is no ExecutionContextAllocationStrategy",
+    "ICudaEngine.create_execution_context_without_device_memory": "until 10.x, where there is no "
+    "ExecutionContextAllocationStrategy",
     "IExecutionContext.is_stream_capturable": "TensorRT-RTX alone has it",
     "IExecutionContext.set_device_memory": "from 10.1 on, before it the attribute device_memory",
     "module.ExecutionContextAllocationStrategy": "from 10 on",
@@ -90,7 +97,9 @@ def test_dtypes_are_known_by_their_names() -> None:
     from repvgg_deploy.runtime.tensorrt.plan import _DTYPES
 
     for version, api in APIS.items():
-        assert set(_DTYPES) - set(api["DataType"]) == ({"INT64"} if version == "tensorrt 8.5.3.1" else set())  # its class numbers are INT32
+        assert set(_DTYPES) - set(api["DataType"]) == (
+            {"INT64"} if version == "tensorrt 8.5.3.1" else set()
+        )  # its class numbers are INT32
         assert {"INPUT", "OUTPUT"} <= set(api["TensorIOMode"])
         assert "USER_MANAGED" in api.get("ExecutionContextAllocationStrategy", ["USER_MANAGED"])
 
@@ -107,9 +116,16 @@ def test_fakes_have_no_name_that_the_real_classes_lack() -> None:
     """A fake that knows more than the real thing would prove nothing."""
     from tests.fakes import tensorrt as fakes
 
-    everything = {kind: {name for api in APIS.values() for name in api.get(kind, [])} for kind in ("Runtime", "ICudaEngine", "IExecutionContext")}
+    everything = {
+        kind: {name for api in APIS.values() for name in api.get(kind, [])}
+        for kind in ("Runtime", "ICudaEngine", "IExecutionContext")
+    }
     own = {"world", "give_back_profile", "logger"}
-    for fake, kind in ((fakes._Runtime, "Runtime"), (fakes._Engine, "ICudaEngine"), (fakes._Context, "IExecutionContext")):
+    for fake, kind in (
+        (fakes._Runtime, "Runtime"),
+        (fakes._Engine, "ICudaEngine"),
+        (fakes._Context, "IExecutionContext"),
+    ):
         names = {name for name in vars(fake) if not name.startswith("_")} - own
         assert names <= everything[kind], names - everything[kind]
 
@@ -118,9 +134,18 @@ def driver_calls() -> set[str]:
     """Names of the CUDA driver API in the provider's source, as attributes and as texts."""
     found = set()
     for node in ast.walk(ast.parse((RUNTIME / "cuda" / "bindings.py").read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("cu") and node.value.isalnum():
+        if (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and node.value.startswith("cu")
+            and node.value.isalnum()
+        ):
             found.add(node.value)
-        if isinstance(node, ast.Attribute) and node.attr.lower().startswith("cu") and isinstance(node.value, ast.Attribute):
+        if (
+            isinstance(node, ast.Attribute)
+            and node.attr.lower().startswith("cu")
+            and isinstance(node.value, ast.Attribute)
+        ):
             found.add(node.attr)
     return {name for name in found if name not in ("cuda", "cuInit") and not name.startswith(("CUDA_", "CU_"))}
 
@@ -136,10 +161,28 @@ def test_cuda_driver_has_every_call() -> None:
 @pytest.mark.parametrize("version", LEAN)
 def test_lean_runtime_recorded_again_is_what_stands_here(version: str, tmp_path: Path) -> None:
     packages = [f"tensorrt-lean-cu13-{part}=={version}" for part in ("bindings", "libs")]
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--target", str(tmp_path), *packages]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--target",
+        str(tmp_path),
+        *packages,
+    ]
     done = subprocess.run(pip, capture_output=True, text=True, check=False, timeout=600)
     if done.returncode:
         pytest.skip(f"TensorRT's lean runtime {version} cannot be had here: {done.stderr.strip().splitlines()[-1:]}")
     command = [sys.executable, str(GOLDEN / "record_tensorrt_api.py"), "tensorrt_lean_bindings"]
-    found = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(tmp_path)}, timeout=300)
+    found = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        timeout=300,
+    )
     assert json.loads(found.stdout) == APIS[f"tensorrt_lean {version}"]

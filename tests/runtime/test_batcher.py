@@ -124,11 +124,17 @@ def test_full_queue_pushes_back() -> None:
 def test_request_past_its_deadline_is_not_run() -> None:
     model, now = Model(), [0.0]
     batcher = Batcher(
-        BatchRunner(model.check, model.run, lambda outputs: outputs[0]), BatcherOptions(max_batch=4, max_delay_ms=0), clock=lambda: now[0]
+        BatchRunner(model.check, model.run, lambda outputs: outputs[0]),
+        BatcherOptions(max_batch=4, max_delay_ms=0),
+        clock=lambda: now[0],
     )
     with batcher:
         held(model, batcher)
-        late, early, patient = batcher.submit(one(1), timeout_ms=50), batcher.submit(one(2), timeout_ms=500), batcher.submit(one(3))
+        late, early, patient = (
+            batcher.submit(one(1), timeout_ms=50),
+            batcher.submit(one(2), timeout_ms=500),
+            batcher.submit(one(3)),
+        )
         now[0] = 0.1
         model.gate.set()
         with pytest.raises(DeadlineError, match="waited 100 ms"):
@@ -195,7 +201,10 @@ def test_thread_of_a_batcher_outlives_what_its_futures_do(broken: str, caplog: p
         model.gate.set()
         assert [future.result(PATIENCE)[0, 0] for future in futures[1:]] == [4, 6]
         assert batcher.submit(one(5)).result(PATIENCE)[0, 0] == 10
-    assert isinstance(futures[0].exception(PATIENCE), {"answer": MemoryError, "callback of a failure": ModelError}.get(broken, type(None)))
+    assert isinstance(
+        futures[0].exception(PATIENCE),
+        {"answer": MemoryError, "callback of a failure": ModelError}.get(broken, type(None)),
+    )
     assert ("tried to end the thread" in caplog.text) == (broken != "answer")
 
 
@@ -221,7 +230,9 @@ raise KeyboardInterrupt
 
 def test_program_that_ends_without_close_drains_and_is_not_killed(tmp_path: Path) -> None:
     path = make_onnx(tmp_path / "m.onnx", ModelOptions(size=(96, 96)))
-    found = subprocess.run([sys.executable, "-c", _PROGRAM, str(path)], capture_output=True, text=True, timeout=PATIENCE, check=False)
+    found = subprocess.run(
+        [sys.executable, "-c", _PROGRAM, str(path)], capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
     assert found.returncode in (130, -signal.SIGINT) and "Fatal" not in found.stderr
     assert found.stdout.split() == ["answered"] * 8
 
@@ -240,7 +251,10 @@ def test_batcher_holds_no_images_while_it_waits() -> None:
 
 def test_64_threads_get_each_their_own_answer() -> None:
     model = Model()
-    with model.open(max_batch=32, max_delay_ms=1, max_queue=1000, concurrency=2) as batcher, ThreadPoolExecutor(64) as pool:
+    with (
+        model.open(max_batch=32, max_delay_ms=1, max_queue=1000, concurrency=2) as batcher,
+        ThreadPoolExecutor(64) as pool,
+    ):
         futures = [pool.submit(batcher.infer, one(value), client=value % 7) for value in range(2000)]
         assert [float(future.result(PATIENCE)[0, 0]) for future in futures] == [2.0 * value for value in range(2000)]
     found = batcher.statistics()
@@ -267,9 +281,14 @@ def test_coroutines_share_batches_and_a_cancelled_task_is_not_run() -> None:
     assert model.sizes == [1, 3]
 
 
-@pytest.mark.parametrize("options", [ModelOptions(), ModelOptions(kind="top5"), ModelOptions(uint8=True), ModelOptions(batch=4)])
+@pytest.mark.parametrize(
+    "options", [ModelOptions(), ModelOptions(kind="top5"), ModelOptions(uint8=True), ModelOptions(batch=4)]
+)
 def test_engine_batcher_answers_as_infer_does(tmp_path: Path, options: ModelOptions) -> None:
-    with Engine(make_onnx(tmp_path / "m.onnx", options)) as engine, engine.batcher(max_batch=8, max_delay_ms=1) as batcher:
+    with (
+        Engine(make_onnx(tmp_path / "m.onnx", options)) as engine,
+        engine.batcher(max_batch=8, max_delay_ms=1) as batcher,
+    ):
         batches = [random_batch(options, count, seed=count) for count in (1, 2, 3, 1, 5)]
         futures = [batcher.submit(batch) for batch in batches]
         for batch, future in zip(batches, futures, strict=True):
@@ -277,14 +296,19 @@ def test_engine_batcher_answers_as_infer_does(tmp_path: Path, options: ModelOpti
             if isinstance(expected, TopK):
                 np.testing.assert_array_equal(found.classes, expected.classes)
                 found, expected = found.scores, expected.scores
-            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)  # another batch size may sum in another order
+            np.testing.assert_allclose(
+                found, expected, rtol=1e-5, atol=1e-5
+            )  # another batch size may sum in another order
         with pytest.raises(InputError):
             batcher.submit(batches[0][0])
 
 
 def test_engine_batcher_of_an_output_without_row_per_image_is_refused(tmp_path: Path) -> None:
     path = make_onnx(tmp_path / "m.onnx", ModelOptions(kind="module"))
-    with Engine(path) as engine, pytest.raises(InputError, match=r"mean .* has no row per image, so requests cannot be run together"):
+    with (
+        Engine(path) as engine,
+        pytest.raises(InputError, match=r"mean .* has no row per image, so requests cannot be run together"),
+    ):
         engine.batcher()
 
 

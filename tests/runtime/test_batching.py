@@ -17,7 +17,9 @@ from repvgg_deploy.runtime.batcher import BatcherOptions, BatchQueue, Request
 FOREVER = 1e9
 
 
-def make(images: int = 1, arrival: float = 0.0, deadline: float = math.inf, client: object = None, size: int = 4) -> Request:
+def make(
+    images: int = 1, arrival: float = 0.0, deadline: float = math.inf, client: object = None, size: int = 4
+) -> Request:
     return Request(np.zeros((images, 3, size, size), np.float32), arrival, deadline, client)
 
 
@@ -148,7 +150,12 @@ class QueueMachine(RuleBasedStateMachine):
         self.waiting: list[Request] = []
         self.done: list[Future[object]] = []
 
-    @rule(images=st.integers(1, 5), client=st.sampled_from("abc"), size=st.sampled_from([4, 8]), patience=st.sampled_from([0.005, 0.02, math.inf]))
+    @rule(
+        images=st.integers(1, 5),
+        client=st.sampled_from("abc"),
+        size=st.sampled_from([4, 8]),
+        patience=st.sampled_from([0.005, 0.02, math.inf]),
+    )
     def offer(self, images: int, client: str, size: int, patience: float) -> None:
         request = make(images, self.now, self.now + patience, client, size)
         if sum(r.images for r in self.waiting) + images > 12:
@@ -171,7 +178,9 @@ class QueueMachine(RuleBasedStateMachine):
     def discard(self) -> None:
         expired, cancelled = self.queue.discard(self.now)
         assert {id(r) for r in cancelled} == {id(r) for r in self.waiting if r.future.cancelled()}
-        assert {id(r) for r in expired} == {id(r) for r in self.waiting if r.deadline <= self.now and not r.future.cancelled()}
+        assert {id(r) for r in expired} == {
+            id(r) for r in self.waiting if r.deadline <= self.now and not r.future.cancelled()
+        }
         self._leave([*expired, *cancelled])
 
     @rule(at_once=st.booleans())

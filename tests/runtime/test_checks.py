@@ -49,7 +49,12 @@ CASES: dict[str, tuple[ModelOptions, object, str, str]] = {
     "alpha": (BYTES, np.zeros((2, 16, 16, 4), np.uint8), "it has 4 channels", "drop an alpha channel"),
     "size": (FLOAT, GOOD[..., :7], "the size differs", "16×16"),
     "nhwc to nchw": (FLOAT, GOOD.transpose(0, 2, 3, 1), "the layout is not NCHW", "batch.transpose(0, 3, 1, 2)"),
-    "nhwc to nchw, any size": (ANY_SIZE, GOOD.transpose(0, 2, 3, 1), "the layout is not NCHW", "batch.transpose(0, 3, 1, 2)"),
+    "nhwc to nchw, any size": (
+        ANY_SIZE,
+        GOOD.transpose(0, 2, 3, 1),
+        "the layout is not NCHW",
+        "batch.transpose(0, 3, 1, 2)",
+    ),
     "nchw to nhwc": (BYTES, GOOD_BYTES.transpose(0, 3, 1, 2), "the layout is not NHWC", "batch.transpose(0, 2, 3, 1)"),
     "bytes to float32": (
         FLOAT,
@@ -68,7 +73,12 @@ CASES: dict[str, tuple[ModelOptions, object, str, str]] = {
     "empty batch": (FLOAT, GOOD[:0], "it is empty", "at least one image"),
     "empty bytes": (BYTES, GOOD_BYTES[:0], "it is empty", "at least one image"),
     "no pixels": (ANY_SIZE, np.zeros((1, 3, 0, 4), np.float32), "it is empty", "without pixels"),
-    "nan": (FLOAT, with_value(np.nan), "found 1 of 1536 NaN or infinite, the first at (1, 2, 3, 4): nan", "image 1 of the batch"),
+    "nan": (
+        FLOAT,
+        with_value(np.nan),
+        "found 1 of 1536 NaN or infinite, the first at (1, 2, 3, 4): nan",
+        "image 1 of the batch",
+    ),
     "infinity": (FLOAT, with_value(np.inf), "the first at (1, 2, 3, 4): inf", "image 1 of the batch"),
     "minus infinity": (FLOAT, with_value(-np.inf), "the first at (1, 2, 3, 4): -inf", "image 1 of the batch"),
 }
@@ -93,7 +103,14 @@ def test_check_names_every_step_at_once() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [lambda a: a, lambda a: a[:1], np.asfortranarray, lambda a: a[::-1], lambda a: a * np.float32(1e38), lambda a: np.concatenate([a] * 9)],
+    [
+        lambda a: a,
+        lambda a: a[:1],
+        np.asfortranarray,
+        lambda a: a[::-1],
+        lambda a: a * np.float32(1e38),
+        lambda a: np.concatenate([a] * 9),
+    ],
 )
 def test_check_of_good_batch_returns_it_without_copying(change: Callable[[np.ndarray], np.ndarray]) -> None:
     batch = change(GOOD / np.abs(GOOD).max())

@@ -98,7 +98,10 @@ def test_infer_of_features_model_gives_arrays_by_name(tmp_path: Path) -> None:
     with Engine(make_onnx(tmp_path / "m.onnx", options)) as engine:
         result = engine.infer(random_batch(options, 5))
     assert isinstance(result, dict)
-    assert {name: array.shape for name, array in result.items()} == {"stage1": (5, CHANNELS, 16, 16), "stage2": (5, CHANNELS)}
+    assert {name: array.shape for name, array in result.items()} == {
+        "stage1": (5, CHANNELS, 16, 16),
+        "stage2": (5, CHANNELS),
+    }
 
 
 def test_infer_of_half_precision_output_gives_float32(tmp_path: Path) -> None:
@@ -121,9 +124,13 @@ def test_infer_of_output_without_row_per_image_refuses_to_split(tmp_path: Path) 
 
 @settings(max_examples=40)
 @given(count=st.integers(1, 23), max_batch=st.integers(1, 9), fixed=st.booleans(), seed=st.integers(0, 1000))
-def test_infer_of_any_count_and_split_equals_one_by_one(model: Path, fixed_model: Path, count: int, max_batch: int, fixed: bool, seed: int) -> None:
+def test_infer_of_any_count_and_split_equals_one_by_one(
+    model: Path, fixed_model: Path, count: int, max_batch: int, fixed: bool, seed: int
+) -> None:
     batch = random_batch(ModelOptions(), count, seed=seed)
-    with Engine(fixed_model if fixed else model, options=EngineOptions(max_batch=max_batch, intra_op_threads=1)) as engine:
+    with Engine(
+        fixed_model if fixed else model, options=EngineOptions(max_batch=max_batch, intra_op_threads=1)
+    ) as engine:
         together = infer_array(engine, batch)
         singly = np.concatenate([infer_array(engine, image[np.newaxis]) for image in batch])
     assert together.shape == (count, 7)
@@ -131,7 +138,9 @@ def test_infer_of_any_count_and_split_equals_one_by_one(model: Path, fixed_model
 
 
 @pytest.mark.parametrize("count", [3, 4, 9])
-@pytest.mark.parametrize("order", ["read only", "fortran", "reversed", "channels last in memory", "every second", "memmap", "broadcast"])
+@pytest.mark.parametrize(
+    "order", ["read only", "fortran", "reversed", "channels last in memory", "every second", "memmap", "broadcast"]
+)
 def test_infer_of_any_memory_order_equals_plain_copy(tmp_path: Path, fixed_model: Path, order: str, count: int) -> None:
     batch = random_batch(ModelOptions(), count)
     variants = {
@@ -147,7 +156,9 @@ def test_infer_of_any_memory_order_equals_plain_copy(tmp_path: Path, fixed_model
     variants["memmap"][:] = batch
     odd = variants[order]
     with Engine(fixed_model) as engine:
-        np.testing.assert_array_equal(infer_array(engine, odd), infer_array(engine, np.array(odd, np.float32, order="C", copy=True)))
+        np.testing.assert_array_equal(
+            infer_array(engine, odd), infer_array(engine, np.array(odd, np.float32, order="C", copy=True))
+        )
 
 
 @pytest.mark.parametrize("count", [1, 4, 6])
@@ -161,7 +172,8 @@ def test_infer_result_belongs_to_caller(fixed_model: Path, count: int) -> None:
         assert not np.shares_memory(first, second)
         second[:] = np.nan
         np.testing.assert_array_equal(first, kept)
-        # Not bit for bit: on a busy machine threads may share out the sums otherwise. What was written into `second` would be NaN.
+        # Not bit for bit: on a busy machine threads may share out the sums otherwise. What was written into `second`
+        # would be NaN.
         np.testing.assert_allclose(infer_array(engine, batch), kept, rtol=1e-5, atol=1e-6)
     gc.collect()
     np.testing.assert_array_equal(first, kept)  # the memory outlives the Engine
@@ -204,7 +216,9 @@ def test_close_while_threads_infer_gives_answers_or_closed_error(model: Path) ->
         started = threading.Barrier(9)
         unexpected: list[BaseException] = []
 
-        def work(engine: Engine = engine, started: threading.Barrier = started, unexpected: list[BaseException] = unexpected) -> None:
+        def work(
+            engine: Engine = engine, started: threading.Barrier = started, unexpected: list[BaseException] = unexpected
+        ) -> None:
             started.wait()
             try:
                 while True:
@@ -261,7 +275,9 @@ def test_infer_images_of_output_without_row_per_image_refuses_to_join(tmp_path: 
         (["x"], 0, "batch_size"),
     ],
 )
-def test_infer_images_with_bad_arguments_is_refused(model: Path, paths: object, batch_size: int | None, message: str) -> None:
+def test_infer_images_with_bad_arguments_is_refused(
+    model: Path, paths: object, batch_size: int | None, message: str
+) -> None:
     with Engine(model) as engine, pytest.raises(InputError, match=message):
         engine.infer_images(paths, batch_size=batch_size)  # type: ignore[arg-type]
 
@@ -273,7 +289,9 @@ def test_infer_images_without_preprocessing_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [*KINDS, ModelOptions(uint8=True, size=("height", "width"))], ids=str)
-def test_warm_up_accepts_every_kind_of_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: ModelOptions) -> None:
+def test_warm_up_accepts_every_kind_of_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: ModelOptions
+) -> None:
     with Engine(make_onnx(tmp_path / "m.onnx", options)) as engine:
         run, shapes = engine._backend.run, []
 
@@ -308,7 +326,14 @@ def test_engine_describes_itself(model: Path) -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [{"max_batch": 0}, {"intra_op_threads": 0}, {"intra_op_threads": 1025}, {"device_id": -1}, {"max_batch": 2.5}, {"max_batch": True}],
+    [
+        {"max_batch": 0},
+        {"intra_op_threads": 0},
+        {"intra_op_threads": 1025},
+        {"device_id": -1},
+        {"max_batch": 2.5},
+        {"max_batch": True},
+    ],
     ids=str,
 )
 def test_engine_options_out_of_range_are_refused(values: dict[str, object]) -> None:

@@ -35,13 +35,23 @@ CHANGES: dict[str, tuple[Callable[[bytes], bytes], type[RepVGGDeployError], str]
     "zip": (lambda data: b"PK\x03\x04" + bytes(200), ModelError, "is a zip archive"),
     "foreign": (strip_metadata, ModelError, "without repvgg_deploy metadata"),
     "weight changed": (lambda data: data.replace(b"tiny", b"tinY", 1), ModelError, "was changed after its export"),
-    "appended field": (lambda data: data + wire.bytes_field(6, b"a comment"), ModelError, "was changed after its export"),
-    "metadata changed": (lambda data: data.replace(b'"class 3"', b'"class X"'), ModelError, "was changed after its export"),
+    "appended field": (
+        lambda data: data + wire.bytes_field(6, b"a comment"),
+        ModelError,
+        "was changed after its export",
+    ),
+    "metadata changed": (
+        lambda data: data.replace(b'"class 3"', b'"class X"'),
+        ModelError,
+        "was changed after its export",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", CHANGES)
-def test_engine_of_bad_file_is_refused_unseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: bytes, case: str) -> None:
+def test_engine_of_bad_file_is_refused_unseen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: bytes, case: str
+) -> None:
     change, kind, message = CHANGES[case]
     path = tmp_path / "m.onnx"
     path.write_bytes(change(good))

@@ -22,12 +22,16 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_bound(tmp_path_factory.mktemp("int8") / "m.onnx", build_quantized().SerializeToString(), make_metadata(OPTIONS))
+    return write_bound(
+        tmp_path_factory.mktemp("int8") / "m.onnx", build_quantized().SerializeToString(), make_metadata(OPTIONS)
+    )
 
 
 def install_openvino(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: (there or None) if name == "openvino" else real(name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: (there or None) if name == "openvino" else real(name, *rest)
+    )
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -18,7 +18,8 @@ from repvgg_deploy.runtime.options import EngineOptions
 from tests.runtime.make_model import ModelOptions, make_onnx, random_batch
 
 WORKERS = 8
-# Resident memory after warm-up; allocators keep some of what threads freed. One batch that leaked in each call would be 300 MB after 100,000.
+# Resident memory after warm-up; allocators keep some of what threads freed. One batch that leaked in each call would be
+# 300 MB after 100,000.
 GROWTH_BYTES = 24 << 20
 # What Python itself holds: counters grow to a fixed size, nothing else stays.
 PYTHON_GROWTH_BYTES = 300_000

@@ -32,7 +32,11 @@ def pair(tensor: str, scale: str) -> list[NodeProto]:
 def build_quantized() -> onnx.ModelProto:
     """Two INT8 convolutions with FP16 around their pairs."""
     generator = np.random.default_rng(0)
-    arrays: dict[str, NDArray[Any]] = {"s1": np.array(0.02, np.float16), "s2": np.array(0.05, np.float16), "zero": np.array(0, np.int8)}
+    arrays: dict[str, NDArray[Any]] = {
+        "s1": np.array(0.02, np.float16),
+        "s2": np.array(0.05, np.float16),
+        "zero": np.array(0, np.int8),
+    }
     nodes = [helper.make_node("Cast", ["images"], ["half"], to=TensorProto.FLOAT16)]
     source = "half"
     for name, channels, scale in (("c1", 3, "s1"), ("c2", 8, "s2")):
@@ -59,7 +63,9 @@ def build_quantized() -> onnx.ModelProto:
         helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 8]),
     ]
     constants = [numpy_helper.from_array(value, name) for name, value in arrays.items()]
-    model = helper.make_model(helper.make_graph(nodes, "g", values[:1], values[1:], constants), opset_imports=[helper.make_opsetid("", 19)])
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", values[:1], values[1:], constants), opset_imports=[helper.make_opsetid("", 19)]
+    )
     model.ir_version = 9
     return model
 
@@ -83,7 +89,9 @@ def test_quantized_graph_is_computed_as_it_stands(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("quantized", [False, True])
-def test_optimizer_is_switched_off_for_quantized_graphs_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quantized: bool) -> None:
+def test_optimizer_is_switched_off_for_quantized_graphs_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quantized: bool
+) -> None:
     runtime = install(monkeypatch, FakeRuntime([CPU], [CPU]))
     path = make_onnx(tmp_path / "m.onnx")
     if quantized:
@@ -102,7 +110,9 @@ def make_half(path: Path) -> Path:
         value.type.tensor_type.elem_type = TensorProto.FLOAT16
     del model.metadata_props[:]
     metadata = make_metadata()
-    source, output = (dataclasses.replace(tensor, dtype="float16") for tensor in (metadata.spec.input, *metadata.spec.outputs))
+    source, output = (
+        dataclasses.replace(tensor, dtype="float16") for tensor in (metadata.spec.input, *metadata.spec.outputs)
+    )
     return write_bound(path, model.SerializeToString(), with_tensors(metadata, source, output))
 
 
@@ -126,7 +136,10 @@ def test_float16_model_takes_float32_and_float16_and_gives_float32(half: Path, t
         engine.warm_up()
 
 
-@pytest.mark.parametrize(("value", "message"), [(70000.0, "float16 holds, at most 65504, found 70000"), (np.nan, "NaN"), (-np.inf, "infinite")])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(70000.0, "float16 holds, at most 65504, found 70000"), (np.nan, "NaN"), (-np.inf, "infinite")],
+)
 def test_float16_model_refuses_what_float16_cannot_hold(half: Path, value: float, message: str) -> None:
     batch = random_batch(ModelOptions(), 2)
     batch[1, 1, 1, 1] = value

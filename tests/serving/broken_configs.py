@@ -41,7 +41,11 @@ def _gpus_of_a_cpu(config: Any) -> None:
 
 BROKEN = (
     Broken("two backends", lambda config: setattr(config, "backend", "tensorrt"), "contradict each other"),
-    Broken("unknown platform", lambda config: setattr(config, "platform", "onnxruntime_onx"), "no platform 'onnxruntime_onx'"),
+    Broken(
+        "unknown platform",
+        lambda config: setattr(config, "platform", "onnxruntime_onx"),
+        "no platform 'onnxruntime_onx'",
+    ),
     Broken("other name", lambda config: setattr(config, "name", "other"), "names the model 'other'"),
     Broken("no input", lambda config: config.ClearField("input"), "has no input"),
     Broken("output twice", _twice, "stands there twice"),
@@ -50,12 +54,22 @@ BROKEN = (
     Broken("no dims", lambda config: config.input[0].ClearField("dims"), "has no dims"),
     Broken("dimension of 0", _add_dim, "a dimension of 0"),
     Broken("negative batch", lambda config: setattr(config, "max_batch_size", -2), "max_batch_size is -2"),
-    Broken("preferred above largest", lambda config: config.dynamic_batching.preferred_batch_size.append(64), "preferred batch 64"),
+    Broken(
+        "preferred above largest",
+        lambda config: config.dynamic_batching.preferred_batch_size.append(64),
+        "preferred batch 64",
+    ),
     Broken("preferred 0", lambda config: config.dynamic_batching.preferred_batch_size.append(0), "preferred batch 0"),
     Broken("GPUs of a CPU group", _gpus_of_a_cpu, "names GPUs"),
-    Broken("warm-up above largest", lambda config: setattr(config.model_warmup[0], "batch_size", 64), "has a batch of 64"),
+    Broken(
+        "warm-up above largest", lambda config: setattr(config.model_warmup[0], "batch_size", 64), "has a batch of 64"
+    ),
     Broken("warm-up lacks an input", _warm_up_lacks_input, "lacks the input images"),
     Broken("warm-up of any size", _warm_up_any_size, "no number of at least 1"),
     Broken("no labels", lambda config: setattr(config.output[0], "label_filename", "nowhere.txt"), "nowhere.txt"),
-    Broken("wrong file", lambda config: setattr(config, "default_model_filename", "nowhere.onnx"), "nowhere.onnx is not there"),
+    Broken(
+        "wrong file",
+        lambda config: setattr(config, "default_model_filename", "nowhere.onnx"),
+        "nowhere.onnx is not there",
+    ),
 )

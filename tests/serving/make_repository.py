@@ -13,7 +13,9 @@ from repvgg_deploy.serving.config import parse_config, print_config
 from repvgg_deploy.specs import codec
 from tests.files.make_passport import make_passport
 
-needs_schema = pytest.mark.skipif(importlib.util.find_spec("tritonclient") is None, reason="tritonclient, Triton's schema, is not installed")
+needs_schema = pytest.mark.skipif(
+    importlib.util.find_spec("tritonclient") is None, reason="tritonclient, Triton's schema, is not installed"
+)
 
 
 def write_plan(path: Path, content: bytes = b"ftrt plan", **changes: Any) -> Path:

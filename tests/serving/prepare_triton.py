@@ -2,7 +2,8 @@
 
     python tests/serving/prepare_triton.py
 
-About 450 MB, once. nvidia-pytriton brings the server; it needs NumPy 1: with NumPy 2 its python backend gives empty outputs.
+About 450 MB, once. nvidia-pytriton brings the server; it needs NumPy 1: with NumPy 2 its python backend gives empty
+outputs.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def prepare() -> None:
         _place_backend()  # of another state of the tests, perhaps
         return
     if sys.platform != "linux" or os.uname().machine != "x86_64":
-        raise CannotPrepareError(f"nvidia-pytriton is for Linux on x86-64, and this is {sys.platform} on {os.uname().machine}")
+        raise CannotPrepareError(
+            f"nvidia-pytriton is for Linux on x86-64, and this is {sys.platform} on {os.uname().machine}"
+        )
     shutil.rmtree(FOLDER, ignore_errors=True)
     try:
         venv.create(FOLDER / "venv", with_pip=True)
@@ -56,8 +59,8 @@ def prepare() -> None:
 def server_environment() -> dict[str, str]:
     """What the server needs in its environment.
 
-    Its own Python comes first on PATH: the interpreter of the python backend looks there for its packages, and an activated environment with
-    NumPy 2 would be found in its place.
+    Its own Python comes first on PATH: the interpreter of the python backend looks there for its packages, and an
+    activated environment with NumPy 2 would be found in its place.
     """
     path = f"{FOLDER / 'venv' / 'bin'}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     kept = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONHOME")}
@@ -72,7 +75,10 @@ def find_haproxy() -> tuple[str, dict[str, str]] | None:
     unpacked = FOLDER / "haproxy/usr/sbin/haproxy"
     libraries = sorted({str(path.parent) for path in (FOLDER / "haproxy").rglob("*.so*")})
     environment = {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(libraries)}
-    if not unpacked.exists() or subprocess.run([unpacked, "-v"], env=environment, capture_output=True, check=False).returncode:
+    if (
+        not unpacked.exists()
+        or subprocess.run([unpacked, "-v"], env=environment, capture_output=True, check=False).returncode
+    ):
         return None
     return str(unpacked), environment
 
@@ -82,13 +88,22 @@ def _make_backends() -> None:
     stub = shipped / "python_backend_stubs" / PYTHON / "triton_python_backend_stub"
     python = BACKENDS / "python"
     python.mkdir(parents=True)
-    for path in (*(shipped / "backends/python").glob("*.so"), *(shipped / "backends/python").glob("*.py"), *([stub] if stub.exists() else ())):
+    for path in (
+        *(shipped / "backends/python").glob("*.so"),
+        *(shipped / "backends/python").glob("*.py"),
+        *([stub] if stub.exists() else ()),
+    ):
         shutil.copy(path, python)
     if not stub.exists():
         raise CannotPrepareError(f"nvidia-pytriton has no python backend for Python {PYTHON}")
-    linked = subprocess.run(["ldd", python / stub.name], capture_output=True, text=True, check=False, env=server_environment())
+    linked = subprocess.run(
+        ["ldd", python / stub.name], capture_output=True, text=True, check=False, env=server_environment()
+    )
     if "not found" in linked.stdout:
-        raise CannotPrepareError(f"the python backend lacks {[line.split()[0] for line in linked.stdout.splitlines() if 'not found' in line]}")
+        raise CannotPrepareError(
+            f"the python backend lacks "
+            f"{[line.split()[0] for line in linked.stdout.splitlines() if 'not found' in line]}"
+        )
     # The backend's interpreter takes no notice of PYTHONPATH; its own folder is on its path.
     for name in BACKEND_PACKAGES:
         if (SITE / name).exists():

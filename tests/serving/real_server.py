@@ -50,11 +50,17 @@ class RealServer:
     def metric(self, name: str, model: str) -> float:
         """Sum over all versions."""
         lines = self.get("/metrics", port=self.port + 2)[1].decode().splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{") and f'model="{model}"' in line)
+        return sum(
+            float(line.rsplit(" ", 1)[1])
+            for line in lines
+            if line.startswith(f"{name}{{") and f'model="{model}"' in line
+        )
 
     def wait_for_queue(self, model: str, count: int) -> None:
         """Until so many requests wait besides those that are being run."""
-        wait_until(lambda: self.metric("nv_inference_pending_request_count", model) == count, f"{count} requests to wait")
+        wait_until(
+            lambda: self.metric("nv_inference_pending_request_count", model) == count, f"{count} requests to wait"
+        )
 
     def stop(self) -> int:
         """SIGTERM, as an orchestrator stops it; gives its exit code."""
@@ -80,10 +86,19 @@ def start(repository: Path, models: Sequence[str], *options: str) -> Iterator[Re
     addresses = [f"--{kind}-address=127.0.0.1" for kind in ("http", "grpc", "metrics")]
     ports = [f"--{kind}-port={port + index}" for index, kind in enumerate(("http", "grpc", "metrics"))]
     loads = [f"--load-model={name}" for name in models]
-    command = [str(SERVER), f"--model-repository={repository}", f"--backend-directory={BACKENDS}", *addresses, *ports, *loads]
+    command = [
+        str(SERVER),
+        f"--model-repository={repository}",
+        f"--backend-directory={BACKENDS}",
+        *addresses,
+        *ports,
+        *loads,
+    ]
     command += ["--model-control-mode=explicit", "--exit-timeout-secs=120", "--metrics-interval-ms=100", *options]
     with log.open("wb") as file:
-        process = subprocess.Popen(command, env=server_environment(), stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=server_environment(), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
     server = RealServer(process, port, log)
     try:
         wait_until(lambda: process.poll() is not None or _is_ready(server), "the server to be ready")
@@ -97,7 +112,11 @@ def _shared_memory(process: int) -> set[Path]:
     """The files in /dev/shm that a process has mapped."""
     with contextlib.suppress(OSError):
         lines = Path(f"/proc/{process}/maps").read_text(errors="replace").splitlines()
-        return {Path(line[line.index("/dev/shm/") :]) for line in lines if "/dev/shm/" in line and not line.endswith("(deleted)")}
+        return {
+            Path(line[line.index("/dev/shm/") :])
+            for line in lines
+            if "/dev/shm/" in line and not line.endswith("(deleted)")
+        }
     return set()
 
 
@@ -123,7 +142,9 @@ def free_ports(count: int) -> int:
             return port
 
 
-def request(method: str, port: int, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> tuple[int, bytes]:
+def request(
+    method: str, port: int, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+) -> tuple[int, bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_SECONDS)
     try:
         connection.request(method, path, body, headers or {})
@@ -136,8 +157,15 @@ def request(method: str, port: int, path: str, body: bytes | None = None, header
 def infer(port: int, model: str, batch: np.ndarray[Any, Any]) -> tuple[int, Any]:
     """One request with the binary tensors of the protocol; the status, and the output `logits` or the error's text."""
     datatype = {"float32": "FP32", "uint8": "UINT8"}[batch.dtype.name]
-    tensor = {"name": "images", "shape": batch.shape, "datatype": datatype, "parameters": {"binary_data_size": batch.nbytes}}
-    head = json.dumps({"inputs": [tensor], "outputs": [{"name": "logits", "parameters": {"binary_data": True}}]}).encode()
+    tensor = {
+        "name": "images",
+        "shape": batch.shape,
+        "datatype": datatype,
+        "parameters": {"binary_data_size": batch.nbytes},
+    }
+    head = json.dumps(
+        {"inputs": [tensor], "outputs": [{"name": "logits", "parameters": {"binary_data": True}}]}
+    ).encode()
     headers = {"Inference-Header-Content-Length": str(len(head))}
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_SECONDS)
     try:

@@ -31,4 +31,7 @@ def test_find_container_of_another_version_guesses_nothing(version: str) -> None
 
 
 def test_containers_are_releases_and_versions() -> None:
-    assert all(re.fullmatch(r"2\d\.(0[1-9]|1[0-2])", release) and re.fullmatch(r"\d+(\.\d+){1,3}", v) for release, v in CONTAINERS.items())
+    assert all(
+        re.fullmatch(r"2\d\.(0[1-9]|1[0-2])", release) and re.fullmatch(r"\d+(\.\d+){1,3}", v)
+        for release, v in CONTAINERS.items()
+    )

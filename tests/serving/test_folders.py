@@ -54,7 +54,9 @@ def test_write_version_over_another_needs_force(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_write_version_that_fails_leaves_no_version(error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_version_that_fails_leaves_no_version(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = tmp_path / "source.bin"
     source.write_bytes(b"x")
     (tmp_path / "m").mkdir()
@@ -70,7 +72,9 @@ def test_write_version_that_fails_leaves_no_version(error: BaseException, tmp_pa
     assert list((tmp_path / "m").iterdir()) == []
 
 
-def test_write_version_that_cannot_be_put_in_place_keeps_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_version_that_cannot_be_put_in_place_keeps_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_version(tmp_path / "1", FILES, force=False)
     rename, calls = os.rename, []
 

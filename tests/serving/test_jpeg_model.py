@@ -47,7 +47,10 @@ def template(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     utils.get_input_tensor_by_name = lambda request, name: request[name]
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", utils)
     module = types.ModuleType("triton_jpeg")
-    exec(resources.files("repvgg_deploy").joinpath("data/triton_jpeg.py.txt").read_text(encoding="utf-8"), module.__dict__)
+    exec(
+        resources.files("repvgg_deploy").joinpath("data/triton_jpeg.py.txt").read_text(encoding="utf-8"),
+        module.__dict__,
+    )
     return module
 
 
@@ -77,9 +80,17 @@ def request(*files: bytes) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("orientation", [None, 3, 6])
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-@pytest.mark.parametrize(("size", "short", "crop"), [((300, 200), 256, (224, 224)), ((97, 501), 64, (64, 96)), ((20, 20), 32, (32, 32))])
+@pytest.mark.parametrize(
+    ("size", "short", "crop"), [((300, 200), 256, (224, 224)), ((97, 501), 64, (64, 96)), ((20, 20), 32, (32, 32))]
+)
 def test_decoder_gives_the_batch_of_preprocess(
-    size: tuple[int, int], short: int, crop: tuple[int, int], mode: str, orientation: int | None, template: types.ModuleType, tmp_path: Path
+    size: tuple[int, int],
+    short: int,
+    crop: tuple[int, int],
+    mode: str,
+    orientation: int | None,
+    template: types.ModuleType,
+    tmp_path: Path,
 ) -> None:
     path = tmp_path / "photo.jpg"
     path.write_bytes(jpeg(size, mode, orientation))
@@ -88,7 +99,9 @@ def test_decoder_gives_the_batch_of_preprocess(
             preprocessing = Preprocessing(MEAN, STD, short, crop, interpolation, in_graph)  # type: ignore[arg-type]
             folder = tmp_path / f"{index}{in_graph}"
             folder.mkdir()
-            (response,) = start(template, folder, preprocessing).execute([request(path.read_bytes(), path.read_bytes())])
+            (response,) = start(template, folder, preprocessing).execute(
+                [request(path.read_bytes(), path.read_bytes())]
+            )
             expected = load_batch([path, path], preprocessing)
             assert response.error is None
             assert response.output_tensors[0].name == "images"
@@ -101,12 +114,16 @@ def test_file_that_is_no_jpeg_fails_by_itself(template: types.ModuleType, tmp_pa
     png = io.BytesIO()
     Image.new("RGB", (40, 40)).save(png, "PNG")
     good = jpeg((40, 40))
-    answers = model.execute([request(good), request(b""), request(png.getvalue()), request(good[:200]), request(good, good)])
+    answers = model.execute(
+        [request(good), request(b""), request(png.getvalue()), request(good[:200]), request(good, good)]
+    )
     assert [answer.error is None for answer in answers] == [True, False, False, False, True]
     assert all("not a usable JPEG" in str(answer.error) for answer in answers[1:4])
 
 
-def test_picture_of_too_many_pixels_is_refused(template: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_picture_of_too_many_pixels_is_refused(
+    template: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(template, "MAX_PIXELS", 1000)
     model = start(template, tmp_path, Preprocessing(MEAN, STD, 32, (32, 32)))
     (answer,) = model.execute([request(jpeg((40, 40)))])
@@ -116,12 +133,20 @@ def test_picture_of_too_many_pixels_is_refused(template: types.ModuleType, tmp_p
 @needs_schema
 @pytest.mark.parametrize(("uint8", "dims", "kind"), [(False, [3, 16, 16], 11), (True, [16, 16, 3], 2)])
 def test_decoder_and_ensemble_stand_before_the_model(uint8: bool, dims: list[int], kind: int, tmp_path: Path) -> None:
-    write_triton([make_onnx(tmp_path / "m.onnx", ModelOptions(uint8=uint8))], tmp_path / "repo", RepositoryOptions(ensemble="jpeg", max_batch=8))
+    write_triton(
+        [make_onnx(tmp_path / "m.onnx", ModelOptions(uint8=uint8))],
+        tmp_path / "repo",
+        RepositoryOptions(ensemble="jpeg", max_batch=8),
+    )
     decoder, ensemble = read_config(tmp_path / "repo/m_decode"), read_config(tmp_path / "repo/m_jpeg")
     assert (decoder.backend, decoder.max_batch_size, decoder.output[0].name) == ("python", 8, "images")
     assert (list(decoder.output[0].dims), decoder.output[0].data_type) == (dims, kind)
     assert [step.model_name for step in ensemble.ensemble_scheduling.step] == ["m_decode", "m"]
-    assert (ensemble.output[0].name, ensemble.output[0].label_filename, ensemble.max_batch_size) == ("logits", "labels.txt", 8)
+    assert (ensemble.output[0].name, ensemble.output[0].label_filename, ensemble.max_batch_size) == (
+        "logits",
+        "labels.txt",
+        8,
+    )
     settings = json.loads((tmp_path / "repo/m_decode/1/preprocessing.json").read_text())
     assert (settings["crop"], settings["in_graph"]) == ([16, 16], uint8)
     assert list((tmp_path / "repo/m_jpeg/1").iterdir()) == []

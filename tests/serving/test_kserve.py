@@ -19,7 +19,12 @@ from repvgg_deploy.serving import kserve
 from repvgg_deploy.specs.values import ModelSpec, TensorSpec
 
 LOGITS = TensorSpec("logits", "float32", ("batch", 4), "NC")
-SPEC = ModelSpec(TensorSpec("images", "float32", ("batch", 3, 2, 2), "NCHW"), (LOGITS,), "logits", labels=("ant", "bee", "cat", "dög"))
+SPEC = ModelSpec(
+    TensorSpec("images", "float32", ("batch", 3, 2, 2), "NCHW"),
+    (LOGITS,),
+    "logits",
+    labels=("ant", "bee", "cat", "dög"),
+)
 BYTES = ModelSpec(TensorSpec("images", "uint8", ("batch", 2, 2, 3), "NHWC"), (LOGITS,), "logits")
 HALF = ModelSpec(TensorSpec("images", "float16", ("batch", 3, 2, 2), "NCHW"), (LOGITS,), "logits")
 BATCH = np.arange(24, dtype=np.float32).reshape(2, 3, 2, 2) / 7
@@ -31,7 +36,9 @@ def tensor(**changes: object) -> dict[str, Any]:
 
 
 def as_json(*, spec: ModelSpec = SPEC, inputs: object = None, **fields: object) -> kserve.InferRequest:
-    return kserve.parse_request(json.dumps({"inputs": [tensor()] if inputs is None else inputs, **fields}).encode(), None, spec)
+    return kserve.parse_request(
+        json.dumps({"inputs": [tensor()] if inputs is None else inputs, **fields}).encode(), None, spec
+    )
 
 
 def as_binary(head: dict[str, Any], data: bytes, *, spec: ModelSpec = SPEC) -> kserve.InferRequest:
@@ -87,7 +94,10 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "timeout_is_huge": ({"inputs": [tensor()], "parameters": {"timeout": 10**400}}, "timeout"),
     "unknown_output": ({"inputs": [tensor()], "outputs": [{"name": "boxes"}]}, "this model has logits"),
     "outputs_are_texts": ({"inputs": [tensor()], "outputs": ["logits"]}, "outputs"),
-    "classes_are_text": ({"inputs": [tensor()], "outputs": [{"name": "logits", "parameters": {"classification": "3"}}]}, "classes"),
+    "classes_are_text": (
+        {"inputs": [tensor()], "outputs": [{"name": "logits", "parameters": {"classification": "3"}}]},
+        "classes",
+    ),
 }
 
 
@@ -121,7 +131,9 @@ def test_header_length_that_cannot_be_is_refused(header: str) -> None:
         kserve.parse_request(b"{}", header, SPEC)
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b"\xff\xfe", b"{" * 100_000, b"[" * 100_000, b'{"inputs": ' + b"9" * 5000 + b"}", b"null"])
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"\xff\xfe", b"{" * 100_000, b"[" * 100_000, b'{"inputs": ' + b"9" * 5000 + b"}", b"null"]
+)
 def test_body_that_is_not_a_json_object_is_refused(body: bytes) -> None:
     with pytest.raises(InputError):
         kserve.parse_request(body, None, SPEC)
@@ -133,8 +145,16 @@ def test_json_that_is_too_long_is_refused_before_it_is_read() -> None:
 
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["images", "FP32", "logits", 96, 24]),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["name", "shape", "parameters", "binary_data_size", "x"]), inner),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["images", "FP32", "logits", 96, 24]),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(["name", "shape", "parameters", "binary_data_size", "x"]), inner)
+    ),
     max_leaves=12,
 )
 
@@ -181,7 +201,11 @@ def test_answer_as_json_holds_every_bit() -> None:
 
 
 def test_answer_in_binary_is_what_was_asked_for_output_by_output() -> None:
-    spec = ModelSpec(SPEC.input, (TensorSpec("scores", "float32", ("n", 2), "NK"), TensorSpec("classes", "int64", ("n", 2), "NK")), "top5")
+    spec = ModelSpec(
+        SPEC.input,
+        (TensorSpec("scores", "float32", ("n", 2), "NK"), TensorSpec("classes", "int64", ("n", 2), "NK")),
+        "top5",
+    )
     result = TopK(RESULT[:, :2], np.array([[1, 2], [3, 4]], np.int64))
     request = as_json(spec=spec, outputs=[{"name": "classes", "parameters": {"binary_data": True}}, {"name": "scores"}])
     head, tail = read_answer(request, result, spec)

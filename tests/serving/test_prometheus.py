@@ -15,7 +15,9 @@ from tests.runtime.make_model import ModelOptions, make_onnx, random_batch
 
 
 def test_numbers_are_the_engines_and_are_asked_for_at_each_scrape_only(tmp_path) -> None:
-    client = pytest.importorskip("prometheus_client", reason="prometheus-client, of the extra service, is not installed")
+    client = pytest.importorskip(
+        "prometheus_client", reason="prometheus-client, of the extra service, is not installed"
+    )
     asked = 0
     registry = client.CollectorRegistry()
     with Engine(make_onnx(tmp_path / "tiny.onnx")) as engine:
@@ -33,7 +35,11 @@ def test_numbers_are_the_engines_and_are_asked_for_at_each_scrape_only(tmp_path)
         assert registry.get_sample_value("x_images_total") == 4
         assert registry.get_sample_value("x_batch_images_bucket", {"le": "2"}) == 1
         assert registry.get_sample_value("x_batch_images_sum") == 4
-        assert registry.get_sample_value("x_run_seconds_count") == registry.get_sample_value("x_run_seconds_bucket", {"le": "+Inf"}) == 2
+        assert (
+            registry.get_sample_value("x_run_seconds_count")
+            == registry.get_sample_value("x_run_seconds_bucket", {"le": "+Inf"})
+            == 2
+        )
         total = registry.get_sample_value("x_run_seconds_sum")
         assert total is not None and np.isclose(total, engine.statistics().run_ms.total_ms / 1e3)
         assert asked > 0

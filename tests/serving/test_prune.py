@@ -25,7 +25,9 @@ def repository(tmp_path: Path) -> Path:
 
 def write(repository: Path, name: str, *, written_by: str | None = MINE, seed: int = 0, ensemble: bool = False) -> None:
     onnx = make_onnx(repository.parent / "net.onnx", ModelOptions(), seed=seed)
-    write_triton([onnx], repository, RepositoryOptions(name=name, written_by=written_by, ensemble="jpeg" if ensemble else None))
+    write_triton(
+        [onnx], repository, RepositoryOptions(name=name, written_by=written_by, ensemble="jpeg" if ensemble else None)
+    )
 
 
 def names(repository: Path) -> list[str]:
@@ -42,7 +44,10 @@ def test_what_is_not_wanted_goes_and_the_rest_is_as_it_was(repository: Path) -> 
     remove_models(repository, stale.removable)
     assert names(repository) == ["new"]
     assert files_below(repository / "new") == before
-    assert sorted(entry.name for entry in repository.parent.iterdir()) == ["models", "net.onnx"]  # nothing is left beside it
+    assert sorted(entry.name for entry in repository.parent.iterdir()) == [
+        "models",
+        "net.onnx",
+    ]  # nothing is left beside it
 
 
 def test_models_of_others_stay(repository: Path) -> None:

@@ -60,7 +60,9 @@ def gate(folder: Path) -> TritonGate:
 @pytest.fixture(scope="module")
 def server(folder: Path, onnx: Path, gate: TritonGate) -> Iterator[RealServer]:
     """A server with the model behind its ensemble, for tests that change nothing."""
-    write_triton([onnx], folder / "repo", RepositoryOptions(ensemble="jpeg", max_queue_delay_us=50_000, queue_timeout_us=0))
+    write_triton(
+        [onnx], folder / "repo", RepositoryOptions(ensemble="jpeg", max_queue_delay_us=50_000, queue_timeout_us=0)
+    )
     put_behind(gate, folder / "repo/tiny")
     with start(folder / "repo", ["tiny", "tiny_decode", "tiny_jpeg"]) as running:
         yield running
@@ -68,7 +70,9 @@ def server(folder: Path, onnx: Path, gate: TritonGate) -> Iterator[RealServer]:
 
 def write(repository: Path, *, seed: int = 0, **options: Any) -> TritonGate:
     """A model `tiny`, and what holds it up."""
-    settings = RepositoryOptions(**{"name": "tiny", "queue_timeout_us": 0, **options})  # 0: on however busy a machine, nothing is refused for its age
+    settings = RepositoryOptions(
+        **{"name": "tiny", "queue_timeout_us": 0, **options}
+    )  # 0: on however busy a machine, nothing is refused for its age
     write_triton([make_onnx(repository.parent / "source.onnx", seed=seed)], repository, settings, force=True)
     gate = TritonGate(repository.parent / "gate")
     put_behind(gate, repository / "tiny")
@@ -89,12 +93,18 @@ def logits_of(seed: int, folder: Path) -> np.ndarray[Any, Any]:
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 @pytest.mark.parametrize("count", [1, 5, 32])
-def test_answers_to_the_real_client_are_the_engines(protocol: str, count: int, server: RealServer, onnx: Path, tmp_path: Path) -> None:
+def test_answers_to_the_real_client_are_the_engines(
+    protocol: str, count: int, server: RealServer, onnx: Path, tmp_path: Path
+) -> None:
     batch = random_batch(ModelOptions(), count, seed=count)
     np.savez(tmp_path / "in.npz", batch=batch)
     address = f"127.0.0.1:{server.port + (protocol == 'grpc')}"
     program = [str(FOLDER / "venv/bin/python"), str(Path(__file__).with_name("triton_client.py.txt"))]
-    subprocess.run([*program, protocol, address, "tiny", str(tmp_path / "in.npz"), str(tmp_path / "out.npz")], check=True, timeout=PATIENCE_SECONDS)
+    subprocess.run(
+        [*program, protocol, address, "tiny", str(tmp_path / "in.npz"), str(tmp_path / "out.npz")],
+        check=True,
+        timeout=PATIENCE_SECONDS,
+    )
     with Engine(onnx) as engine, np.load(tmp_path / "out.npz") as out:
         np.testing.assert_allclose(out["logits"], engine.infer(batch), **TOLERANCE)
 
@@ -132,9 +142,13 @@ def test_jpeg_files_are_answered_as_the_engine_answers_them(server: RealServer, 
     assert status == 200, body
     with Engine(onnx) as engine:
         np.testing.assert_allclose(
-            np.reshape(json.loads(body)["outputs"][0]["data"], (1, 7)), engine.infer_images([tmp_path / "photo.jpg"]), **TOLERANCE
+            np.reshape(json.loads(body)["outputs"][0]["data"], (1, 7)),
+            engine.infer_images([tmp_path / "photo.jpg"]),
+            **TOLERANCE,
         )
-    status, body = request("POST", server.port, "/v2/models/tiny_jpeg/infer", head + length[:4] + bytes(len(data)), headers)
+    status, body = request(
+        "POST", server.port, "/v2/models/tiny_jpeg/infer", head + length[:4] + bytes(len(data)), headers
+    )
     assert (status, b"not a usable JPEG" in body) == (500, True)
 
 
@@ -156,12 +170,16 @@ def test_single_requests_are_really_put_together(server: RealServer, onnx: Path,
     wait_until(lambda: server.metric("nv_inference_count", "tiny") == before[0] + 32, "the metrics")
     assert 1 <= server.metric("nv_inference_exec_count", "tiny") - before[1] <= 16
     with Engine(onnx) as engine:  # each got its own row
-        np.testing.assert_allclose(np.concatenate([rows for _, rows in answers]), engine.infer(np.concatenate(images)), **TOLERANCE)
+        np.testing.assert_allclose(
+            np.concatenate([rows for _, rows in answers]), engine.infer(np.concatenate(images)), **TOLERANCE
+        )
 
 
 @pytest.mark.parametrize("kind", ["probabilities", "top5", "features", "module"])
 @pytest.mark.parametrize("batch", ["batch", 2])
-def test_every_kind_of_model_is_loaded_as_written(kind: str, batch: str | int, server: RealServer, folder: Path) -> None:
+def test_every_kind_of_model_is_loaded_as_written(
+    kind: str, batch: str | int, server: RealServer, folder: Path
+) -> None:
     name = f"{kind}-{batch}"
     write_triton([make_onnx(folder / f"{name}.onnx", ModelOptions(kind=kind, batch=batch))], folder / "repo")
     assert server.load(name)[0] == 200, server.log.read_text()[-2000:]
@@ -173,7 +191,8 @@ def test_every_kind_of_model_is_loaded_as_written(kind: str, batch: str | int, s
 STRICT = "--disable-auto-complete-config"  # make up nothing that a configuration lacks
 
 
-# Not shown to the server: where a warm-up fails while it runs, Triton 2.51 answers 400 in some runs and does not answer in others.
+# Not shown to the server: where a warm-up fails while it runs, Triton 2.51 answers 400 in some runs and does not answer
+# in others.
 REFUSED = [case for case in BROKEN if case.name not in ("warm-up above largest", "no input")]
 
 
@@ -225,7 +244,10 @@ def test_corrupt_new_version_leaves_the_old_one_serving(tmp_path: Path) -> None:
         (tmp_path / "repo/tiny/2").mkdir()
         model = (tmp_path / "repo/tiny/1/model.onnx").read_bytes()
         (tmp_path / "repo/tiny/2/model.onnx").write_bytes(model[: len(model) // 2])
-        assert any(finding.severity == "error" and "version 2" in finding.message for finding in validate_repository(tmp_path / "repo")[1])
+        assert any(
+            finding.severity == "error" and "version 2" in finding.message
+            for finding in validate_repository(tmp_path / "repo")[1]
+        )
         status, answer = server.load("tiny")
         assert status == 400, answer
         load.wait_for(20)
@@ -238,7 +260,8 @@ def test_full_queue_answers_503(tmp_path: Path) -> None:
     gate = write(tmp_path / "repo", max_batch=1, max_queue=2, queue_timeout_us=0)
     with start(tmp_path / "repo", ["tiny"]) as server:
         with gate.hold(server.port, [IMAGE] * 16) as sent:
-            # Two wait, one runs, and one more may be on its way from the queue: the others must not have to wait for them.
+            # Two wait, one runs, and one more may be on its way from the queue: the others must not have to wait for
+            # them.
             wait_until(lambda: sum(one.done() for one in sent) >= 12, "the refusals")
         answers = [one.result() for one in sent]
         statuses = [status for status, _ in answers]
@@ -263,11 +286,14 @@ def test_sigterm_answers_what_is_under_way(tmp_path: Path) -> None:
     gate = write(tmp_path / "repo", max_batch=1, max_queue=64)
     expected = logits_of(0, tmp_path)
     with start(tmp_path / "repo", ["tiny"]) as server, gate.hold(server.port, [IMAGE] * 16) as sent:
-        # What waits in the kernel's queue of connections is under way for the client only, and is reset: so wait until Triton has all of them.
+        # What waits in the kernel's queue of connections is under way for the client only, and is reset: so wait until
+        # Triton has all of them.
         gate.wait_for_batch()
         server.wait_for_queue("tiny", 15)
         server.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: "Found 16 HTTP service connections" in server.log.read_text(errors="replace"), "the drain to begin")
+        wait_until(
+            lambda: "Found 16 HTTP service connections" in server.log.read_text(errors="replace"), "the drain to begin"
+        )
         assert not any(one.done() for one in sent)
         gate.open()
         assert server.process.wait(PATIENCE_SECONDS) == 0
@@ -276,10 +302,11 @@ def test_sigterm_answers_what_is_under_way(tmp_path: Path) -> None:
     assert all(np.allclose(rows, expected, **TOLERANCE) for _, rows in answers)
 
 
-# From SIGTERM on, Triton closes new connections without an answer, until the balancer's check finds it out: whoever sends it requests then loses
-# some, and retries do not mend all of it. So a server is taken out of the balancer first, and stopped when nothing is under way there.
-# Kept connections would hold up its drain until --exit-timeout-secs, hence http-server-close. A check that a busy machine answers late must not
-# take the other server out, too, hence so much patience; in production a check fails sooner.
+# From SIGTERM on, Triton closes new connections without an answer, until the balancer's check finds it out: whoever
+# sends it requests then loses some, and retries do not mend all of it. So a server is taken out of the balancer first,
+# and stopped when nothing is under way there. Kept connections would hold up its drain until --exit-timeout-secs, hence
+# http-server-close. A check that a busy machine answers late must not take the other server out, too, hence so much
+# patience; in production a check fails sooner.
 HAPROXY = """
 global
   stats socket {socket} level admin
@@ -310,9 +337,13 @@ def test_one_of_two_servers_is_stopped_behind_haproxy_and_nothing_is_lost(tmp_pa
     write(tmp_path / "repo")
     port, control = free_ports(1), tmp_path / "control"
     with start(tmp_path / "repo", ["tiny"]) as first, start(tmp_path / "repo", ["tiny"]) as second:
-        (tmp_path / "haproxy.cfg").write_text(HAPROXY.format(socket=control, port=port, a=first.port, b=second.port, patience=PATIENCE_SECONDS))
+        (tmp_path / "haproxy.cfg").write_text(
+            HAPROXY.format(socket=control, port=port, a=first.port, b=second.port, patience=PATIENCE_SECONDS)
+        )
         program, variables = found
-        balancer = subprocess.Popen([program, "-db", "-f", str(tmp_path / "haproxy.cfg")], env=variables, stderr=subprocess.DEVNULL)
+        balancer = subprocess.Popen(
+            [program, "-db", "-f", str(tmp_path / "haproxy.cfg")], env=variables, stderr=subprocess.DEVNULL
+        )
         try:
             wait_until(lambda: _answers(port), "HAProxy")
             warmed = [server.metric("nv_inference_request_success", "tiny") for server in (first, second)]
@@ -341,7 +372,11 @@ def tell(control: Path, command: str) -> str:
 def sessions(control: Path, server: str) -> int:
     """How many requests are under way at a server."""
     header, *rows = csv.reader(tell(control, "show stat").removeprefix("# ").splitlines())
-    return next(int(row["scur"]) for row in (dict(zip(header, row, strict=False)) for row in rows if row) if row["svname"] == server)
+    return next(
+        int(row["scur"])
+        for row in (dict(zip(header, row, strict=False)) for row in rows if row)
+        if row["svname"] == server
+    )
 
 
 def _answers(port: int) -> bool:

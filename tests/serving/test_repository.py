@@ -43,9 +43,16 @@ def write(model: Path | list[Path], tmp_path: Path, **options: Any) -> Any:
 
 def test_onnx_is_served_as_its_metadata_says(onnx: Path, tmp_path: Path) -> None:
     config = write(onnx, tmp_path)
-    assert (config.name, config.platform, config.max_batch_size, config.default_model_filename) == ("tiny", "onnxruntime_onnx", 32, "model.onnx")
+    assert (config.name, config.platform, config.max_batch_size, config.default_model_filename) == (
+        "tiny",
+        "onnxruntime_onnx",
+        32,
+        "model.onnx",
+    )
     assert [(t.name, type_name(t), list(t.dims)) for t in config.input] == [("images", "TYPE_FP32", [3, 16, 16])]
-    assert [(t.name, type_name(t), list(t.dims), t.label_filename) for t in config.output] == [("logits", "TYPE_FP32", [7], "labels.txt")]
+    assert [(t.name, type_name(t), list(t.dims), t.label_filename) for t in config.output] == [
+        ("logits", "TYPE_FP32", [7], "labels.txt")
+    ]
     assert kind_name(config) == "KIND_AUTO"
     assert config.version_policy.latest.num_versions == 2
     assert (tmp_path / "repo/tiny/1/model.onnx").read_bytes() == onnx.read_bytes()
@@ -65,11 +72,22 @@ def test_onnx_says_where_it_came_from(onnx: Path, tmp_path: Path) -> None:
 
 
 def test_batching_has_a_queue_that_refuses(onnx: Path, tmp_path: Path) -> None:
-    options = {"max_queue_delay_us": 500, "preferred_batch": (8, 4, 8), "max_batch": 16, "max_queue": 9, "queue_timeout_us": 70, "instances": 3}
+    options = {
+        "max_queue_delay_us": 500,
+        "preferred_batch": (8, 4, 8),
+        "max_batch": 16,
+        "max_queue": 9,
+        "queue_timeout_us": 70,
+        "instances": 3,
+    }
     config = write(onnx, tmp_path, **options)
     batching, policy = config.dynamic_batching, config.dynamic_batching.default_queue_policy
     assert (list(batching.preferred_batch_size), batching.max_queue_delay_microseconds) == ([4, 8], 500)
-    assert (policy.max_queue_size, policy.default_timeout_microseconds, policy.timeout_action) == (9, 70, type(policy).REJECT)
+    assert (policy.max_queue_size, policy.default_timeout_microseconds, policy.timeout_action) == (
+        9,
+        70,
+        type(policy).REJECT,
+    )
     assert (config.max_batch_size, config.instance_group[0].count) == (16, 3)
 
 
@@ -79,7 +97,9 @@ def test_queue_is_eight_of_the_largest_batches_by_itself(onnx: Path, tmp_path: P
 
 def test_warm_up_runs_one_image_and_the_largest_batch(onnx: Path, tmp_path: Path) -> None:
     config = write(onnx, tmp_path)
-    assert [(w.batch_size, list(w.inputs["images"].dims), type_name(w.inputs["images"])) for w in config.model_warmup] == [
+    assert [
+        (w.batch_size, list(w.inputs["images"].dims), type_name(w.inputs["images"])) for w in config.model_warmup
+    ] == [
         (1, [3, 16, 16], "TYPE_FP32"),
         (32, [3, 16, 16], "TYPE_FP32"),
     ]
@@ -94,7 +114,11 @@ def test_uint8_model_of_any_size_keeps_its_type_and_warms_up_at_its_own_size(tmp
 def test_fixed_batch_is_served_without_batching(tmp_path: Path) -> None:
     fixed = make_onnx(tmp_path / "fixed.onnx", ModelOptions(batch=4))
     config = write(fixed, tmp_path)
-    assert (config.max_batch_size, list(config.input[0].dims), list(config.output[0].dims)) == (0, [4, 3, 16, 16], [4, 7])
+    assert (config.max_batch_size, list(config.input[0].dims), list(config.output[0].dims)) == (
+        0,
+        [4, 3, 16, 16],
+        [4, 7],
+    )
     assert not config.HasField("dynamic_batching")
     assert [(w.batch_size, list(w.inputs["images"].dims)) for w in config.model_warmup] == [(1, [4, 3, 16, 16])]
     for wrong in ({"max_batch": 4}, {"preferred_batch": (4,)}):
@@ -108,7 +132,9 @@ def test_output_without_a_row_per_image_is_served_without_batching(tmp_path: Pat
     assert [list(output.dims) for output in config.output] == [[-1, 7], [1, 8]]
 
 
-@pytest.mark.parametrize(("kind", "labelled"), [("logits", True), ("probabilities", True), ("top5", False), ("features", False)])
+@pytest.mark.parametrize(
+    ("kind", "labelled"), [("logits", True), ("probabilities", True), ("top5", False), ("features", False)]
+)
 def test_labels_are_given_where_an_output_has_a_score_a_class(kind: str, labelled: bool, tmp_path: Path) -> None:
     config = write(make_onnx(tmp_path / "m.onnx", ModelOptions(kind=kind)), tmp_path)
     assert [bool(output.label_filename) for output in config.output] == [labelled] * len(config.output)
@@ -123,7 +149,11 @@ def test_plan_is_served_as_its_passport_says(tmp_path: Path) -> None:
     result = write_triton([plan], tmp_path / "repo")
     config = read_config(tmp_path / "repo/b2")
     profile = result.servable
-    assert (config.platform, config.max_batch_size, config.default_model_filename) == ("tensorrt_plan", profile.max_batch, "model.plan")
+    assert (config.platform, config.max_batch_size, config.default_model_filename) == (
+        "tensorrt_plan",
+        profile.max_batch,
+        "model.plan",
+    )
     assert kind_name(config) == "KIND_GPU"
     assert list(config.instance_group[0].profile) == ["0"]
     assert list(config.dynamic_batching.preferred_batch_size) == [profile.opt_batch, profile.max_batch]
@@ -227,7 +257,12 @@ def test_another_file_becomes_the_next_version_and_says_so(onnx: Path, tmp_path:
     make_onnx(onnx, seed=1)
     second = write(onnx, tmp_path).parameters["repvgg_deploy.source_sha256"].string_value
     assert first != second
-    assert sorted(entry.name for entry in (tmp_path / "repo/tiny").iterdir()) == ["1", "2", "config.pbtxt", "labels.txt"]
+    assert sorted(entry.name for entry in (tmp_path / "repo/tiny").iterdir()) == [
+        "1",
+        "2",
+        "config.pbtxt",
+        "labels.txt",
+    ]
 
 
 def test_other_options_are_not_slipped_under_a_served_model(onnx: Path, tmp_path: Path) -> None:
@@ -263,7 +298,10 @@ def test_name_that_is_no_folder_or_url_is_refused(name: str) -> None:
         RepositoryOptions(name=name)
 
 
-@pytest.mark.parametrize("wrong", [{"version": 0}, {"instances": 0}, {"max_batch": -1}, {"max_queue_delay_us": -1}, {"preferred_batch": (8, 0)}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"version": 0}, {"instances": 0}, {"max_batch": -1}, {"max_queue_delay_us": -1}, {"preferred_batch": (8, 0)}],
+)
 def test_counts_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(wrong))):
         RepositoryOptions(**wrong)
@@ -298,7 +336,9 @@ def test_load_schema_does_not_import_grpc() -> None:
     import sys
 
     code = "import sys; from repvgg_deploy.serving.config import load_schema; load_schema(); print(*sys.modules)"
-    result = subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=300, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], check=True, timeout=300, capture_output=True, text=True
+    )
     assert not {"grpc", "numpy"} & set(result.stdout.split())
 
 

@@ -56,7 +56,9 @@ def test_every_kind_of_model_is_found_good_as_written(kind: str, batch: str | in
     assert findings(tmp_path / "repo") == []
 
 
-@pytest.mark.parametrize(("edit", "message"), [(case.edit, case.message) for case in BROKEN], ids=[case.name for case in BROKEN])
+@pytest.mark.parametrize(
+    ("edit", "message"), [(case.edit, case.message) for case in BROKEN], ids=[case.name for case in BROKEN]
+)
 def test_configuration_that_triton_refuses_is_found(edit: Callable[[Any], None], message: str, tmp_path: Path) -> None:
     write_triton([make_onnx(tmp_path / "tiny.onnx")], tmp_path / "repo")
     edit_config(tmp_path / "repo/tiny", edit)
@@ -68,7 +70,9 @@ def test_configuration_that_is_hardly_meant_is_warned_of(tmp_path: Path) -> None
     write_triton([make_onnx(tmp_path / "fixed.onnx", ModelOptions(batch=2))], tmp_path / "repo")
     edit_config(tmp_path / "repo/fixed", lambda config: config.dynamic_batching.SetInParent())
     assert "nothing that could be put together" in only(tmp_path / "repo", "warning")
-    edit_config(tmp_path / "repo/fixed", lambda config: [config.ClearField(name) for name in ("dynamic_batching", "output")])
+    edit_config(
+        tmp_path / "repo/fixed", lambda config: [config.ClearField(name) for name in ("dynamic_batching", "output")]
+    )
     assert "has no output" in only(tmp_path / "repo", "warning")
 
 
@@ -220,7 +224,11 @@ def test_folders_that_are_no_model_are_found(repository: Path) -> None:
 
 
 def test_what_is_no_repository_is_refused(repository: Path, tmp_path: Path) -> None:
-    cases = ((tmp_path / "nowhere", "is no folder"), (tmp_path / "repo/tiny/1", "holds no model"), (tmp_path / "repo/tiny", "is one model"))
+    cases = (
+        (tmp_path / "nowhere", "is no folder"),
+        (tmp_path / "repo/tiny/1", "holds no model"),
+        (tmp_path / "repo/tiny", "is one model"),
+    )
     for folder, message in cases:
         with pytest.raises(InputError, match=message):
             validate_repository(folder)

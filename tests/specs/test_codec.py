@@ -65,7 +65,15 @@ class Outer:
     anything: object = None
 
 
-GOOD: dict[str, Any] = {"version": 1, "kind": "a", "count": 2, "flag": True, "shape": ["batch", 3], "pair": [1, 2.5], "inner": {"size": 3}}
+GOOD: dict[str, Any] = {
+    "version": 1,
+    "kind": "a",
+    "count": 2,
+    "flag": True,
+    "shape": ["batch", 3],
+    "pair": [1, 2.5],
+    "inner": {"size": 3},
+}
 
 
 def example(name: str) -> Any:
@@ -101,7 +109,11 @@ def at(data: Any, path: tuple[str | int, ...]) -> Any:
     return data
 
 
-PLACES = [pytest.param(name, path, id=".".join(map(str, (name, *path)))) for name in EXAMPLES for path in objects(example(name))]
+PLACES = [
+    pytest.param(name, path, id=".".join(map(str, (name, *path))))
+    for name in EXAMPLES
+    for path in objects(example(name))
+]
 
 
 @pytest.mark.parametrize(("name", "path"), PLACES)
@@ -147,7 +159,9 @@ def test_example_without_a_required_field_or_of_another_schema_is_refused(name: 
 
 def test_decode_of_a_full_value_gives_typed_fields() -> None:
     value = codec.decode(Outer, {**GOOD, "table": {"x": {"size": 1, "name": "n"}}, "anything": [1, {"k": None}]})
-    assert value == Outer(1, "a", 2, True, ("batch", 3), (1.0, 2.5), Inner(3.0), {"x": Inner(1.0, "n")}, [1, {"k": None}])
+    assert value == Outer(
+        1, "a", 2, True, ("batch", 3), (1.0, 2.5), Inner(3.0), {"x": Inner(1.0, "n")}, [1, {"k": None}]
+    )
     assert isinstance(value.pair[0], float)
 
 
@@ -191,7 +205,17 @@ def test_decode_of_something_else_than_an_object_is_refused(data: object) -> Non
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "nothing", "[" * 100_000, '{"size": NaN}', '{"size": Infinity}', '{"size": 1e999}', '{"size": ' + "9" * 5000 + "}"]
+    "text",
+    [
+        "",
+        "{",
+        "nothing",
+        "[" * 100_000,
+        '{"size": NaN}',
+        '{"size": Infinity}',
+        '{"size": 1e999}',
+        '{"size": ' + "9" * 5000 + "}",
+    ],
 )
 def test_loads_of_text_that_is_not_our_json_is_refused(text: str) -> None:
     with pytest.raises(InputError):

@@ -10,7 +10,16 @@ import pytest
 
 from repvgg_deploy.errors import InputError
 from repvgg_deploy.specs.codec import load_build_config
-from repvgg_deploy.specs.values import BuildConfig, Certificate, Check, ModelSpec, Preprocessing, ShapeProfile, TensorSpec, VariantSpec
+from repvgg_deploy.specs.values import (
+    BuildConfig,
+    Certificate,
+    Check,
+    ModelSpec,
+    Preprocessing,
+    ShapeProfile,
+    TensorSpec,
+    VariantSpec,
+)
 
 CONFIGS = Path(__file__).resolve().parents[2] / "engines" / "configs"
 VARIANT = VariantSpec("small", (1, 2, 1, 1), (16, 16, 32, 64, 128), (1, 1, 2, 1, 1, 1), num_classes=10)
@@ -68,7 +77,11 @@ def test_specs_cannot_be_changed() -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"std": (58.0, 0.0, 57.0)}, "standard deviation"), ({"crop": (0, 224)}, "image size"), ({"resize_short": 0}, "image size")],
+    [
+        ({"std": (58.0, 0.0, 57.0)}, "standard deviation"),
+        ({"crop": (0, 224)}, "image size"),
+        ({"resize_short": 0}, "image size"),
+    ],
 )
 def test_preprocessing_with_an_impossible_field_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
@@ -77,11 +90,17 @@ def test_preprocessing_with_an_impossible_field_is_refused(change: dict[str, Any
 
 @pytest.mark.parametrize(("size", "batch"), [("batch", None), (4, 4)])
 def test_model_batch_is_the_fixed_size_or_none(size: int | str, batch: int | None) -> None:
-    spec = ModelSpec(TensorSpec("input", "float32", (size, 3, 8, 8), "NCHW"), (TensorSpec("logits", "float32", (size, 2), "NC"),), "logits")
+    spec = ModelSpec(
+        TensorSpec("input", "float32", (size, 3, 8, 8), "NCHW"),
+        (TensorSpec("logits", "float32", (size, 2), "NC"),),
+        "logits",
+    )
     assert spec.batch == batch
 
 
-@pytest.mark.parametrize(("error", "passed"), [(0.5, True), (1.0, True), (1.5, False), (float("nan"), False), (float("inf"), False)])
+@pytest.mark.parametrize(
+    ("error", "passed"), [(0.5, True), (1.0, True), (1.5, False), (float("nan"), False), (float("inf"), False)]
+)
 def test_check_passes_within_its_tolerance_and_never_for_nan(error: float, passed: bool) -> None:
     assert Check("x", error, 1.0, 1.0).passed is passed
 
@@ -101,7 +120,11 @@ def test_profile_out_of_order_is_refused(sizes: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"workspace_bytes": 0}, "workspace_bytes"), ({"optimization_level": 6}, "0 to 5"), ({"optimization_level": -1}, "0 to 5")],
+    [
+        ({"workspace_bytes": 0}, "workspace_bytes"),
+        ({"optimization_level": 6}, "0 to 5"),
+        ({"optimization_level": -1}, "0 to 5"),
+    ],
 )
 def test_build_config_with_an_impossible_field_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):

@@ -11,10 +11,19 @@ from hypothesis import strategies as st
 
 from repvgg_deploy.errors import InputError
 from repvgg_deploy.specs.values import VariantSpec
-from repvgg_deploy.specs.variants import PUBLISHED, architecture_of, count_macs, count_parameters, get_variant, load_variant, name_variant
+from repvgg_deploy.specs.variants import (
+    PUBLISHED,
+    architecture_of,
+    count_macs,
+    count_parameters,
+    get_variant,
+    load_variant,
+    name_variant,
+)
 
-# Layers, millions of parameters in training and in deploy form, 10⁹ multiply-accumulates and the image size that they hold for.
-# Source: the model table of https://github.com/DingXiaoH/RepVGG and the paper's tables 2 to 4, https://arxiv.org/abs/2101.03697.
+# Layers, millions of parameters in training and in deploy form, 10⁹ multiply-accumulates and the image size that they
+# hold for. Source: the model table of https://github.com/DingXiaoH/RepVGG and the paper's tables 2 to 4,
+# https://arxiv.org/abs/2101.03697.
 PUBLISHED_NUMBERS = {
     "A0": (22, 9.11, 8.31, 1.36, 224),
     "A1": (22, 14.09, 12.79, 2.36, 224),
@@ -118,7 +127,8 @@ def test_variant_file_with_all_fields_given_as_lists_gives_them(tmp_path: Path) 
     path = tmp_path / "mine.TOML"
     fields = dataclasses.asdict(dataclasses.replace(PUBLISHED["D2se"], strides=(1, 2, 2, 2, 2), num_classes=5))
     lines = [
-        f"{key} = {str(value).lower() if isinstance(value, bool) else list(value) if isinstance(value, tuple) else repr(value)}"
+        f"{key} = "
+        f"{str(value).lower() if isinstance(value, bool) else list(value) if isinstance(value, tuple) else repr(value)}"
         for key, value in fields.items()
     ]
     path.write_text("\n".join(lines), encoding="utf-8")
@@ -171,6 +181,8 @@ def test_sample_variant_file_loads(sample_dir: Path) -> None:
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(8, 64), st.integers(1, 3))
-def test_deploy_form_never_has_more_parameters_than_training_form(first: int, second: int, width: int, classes: int) -> None:
+def test_deploy_form_never_has_more_parameters_than_training_form(
+    first: int, second: int, width: int, classes: int
+) -> None:
     spec = VariantSpec("any", (first, second, 1, 1), (width,) * 5, (1,) * (3 + first + second), num_classes=classes)
     assert count_parameters(spec, "deploy") < count_parameters(spec, "training")

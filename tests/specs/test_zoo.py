@@ -78,7 +78,10 @@ def test_find_card_of_an_unknown_hash_or_name_is_none() -> None:
 def test_card_summary_names_file_variant_and_accuracy() -> None:
     card = find_card_by_name("RepVGG-D2se-200epochs-train.pth")
     assert card is not None
-    assert card.summary() == "RepVGG-D2se-200epochs-train.pth (D2se, 1000 classes; published top-1 81.82 % at 224 px, 83.55 % at 320 px)"
+    assert (
+        card.summary()
+        == "RepVGG-D2se-200epochs-train.pth (D2se, 1000 classes; published top-1 81.82 % at 224 px, 83.55 % at 320 px)"
+    )
 
 
 def test_card_of_the_sample_is_that_of_the_committed_file(sample_dir: Path) -> None:

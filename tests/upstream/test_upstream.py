@@ -19,11 +19,18 @@ from repvgg_deploy.model.block import DeployBlock, TrainingBlock
 from repvgg_deploy.model.checkpoint.load import build_model, load_checkpoint, save_deploy
 from repvgg_deploy.model.network import RepVGG
 from repvgg_deploy.specs.variants import PUBLISHED
-from repvgg_deploy.upstream import create_RepVGG_A0, create_RepVGG_D2se, create_RepVGGplus_L2pse, get_RepVGG_func_by_name, repvgg_model_convert
+from repvgg_deploy.upstream import (
+    create_RepVGG_A0,
+    create_RepVGG_D2se,
+    create_RepVGGplus_L2pse,
+    get_RepVGG_func_by_name,
+    repvgg_model_convert,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = [name if name.startswith("RepVGG") else f"RepVGG-{name}" for name in PUBLISHED]
-# Float32, another order of summation over up to 48 layers; the largest seen is 8e-7 of the largest output (A0, D2se, RepVGGplus).
+# Float32, another order of summation over up to 48 layers; the largest seen is 8e-7 of the largest output (A0, D2se,
+# RepVGGplus).
 FLOAT32_TOLERANCE = 1e-5
 
 
@@ -97,7 +104,9 @@ def conv_bn(conv: nn.Conv2d) -> nn.Sequential:
 
 def original(name: str) -> nn.Module:
     """The original's network of that name, by its documented depths, multipliers and key names."""
-    depths, multipliers = {"A": ((2, 4, 14, 1), (0.75, 0.75, 0.75, 2.5)), "D": ((8, 14, 24, 1), (2.5, 2.5, 2.5, 5.0))}[name[0]]
+    depths, multipliers = {"A": ((2, 4, 14, 1), (0.75, 0.75, 0.75, 2.5)), "D": ((8, 14, 24, 1), (2.5, 2.5, 2.5, 5.0))}[
+        name[0]
+    ]
     widths = [int(base * m) for base, m in zip((64, 128, 256, 512), multipliers, strict=True)]
     model, before = nn.Sequential(), min(64, widths[0])
     se = {"D2se": lambda c: c // 16}.get(name, lambda c: 0)
@@ -135,7 +144,13 @@ def small_net() -> nn.Sequential:
     """A model of someone's own around two of the original's blocks and two of ours."""
     torch.manual_seed(1)
     ours = [m for m in create_small().modules() if isinstance(m, TrainingBlock)][:2]
-    model = nn.Sequential(OriginalBlock((3, 8), 2), OriginalBlock((8, 8), 1, groups=2, post_se=2), nn.Dropout(0.5), nn.Conv2d(8, 3, 1), *ours)
+    model = nn.Sequential(
+        OriginalBlock((3, 8), 2),
+        OriginalBlock((8, 8), 1, groups=2, post_se=2),
+        nn.Dropout(0.5),
+        nn.Conv2d(8, 3, 1),
+        *ours,
+    )
     randomise(model)
     return model
 
@@ -165,7 +180,9 @@ def test_get_func_by_name_with_unknown_name_names_the_known_ones() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "create"), [("A0", create_RepVGG_A0), pytest.param("D2se", create_RepVGG_D2se, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "create"), [("A0", create_RepVGG_A0), pytest.param("D2se", create_RepVGG_D2se, marks=pytest.mark.slow)]
+)
 def test_factory_with_upstreams_weights_gives_upstreams_output(name: str, create: upstream.Factory) -> None:
     theirs, ours = original(name), create()
     randomise(theirs)
@@ -290,10 +307,13 @@ def test_convert_with_save_path_on_a_full_disk_leaves_the_older_file(tmp_path: P
     path.write_bytes(b"older")
     code = (
         "import resource, signal, sys\nfrom tests.upstream.test_upstream import repvgg_model_convert, small_net\n"
-        "model = small_net(); signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "model = small_net(); signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "repvgg_model_convert(model, sys.argv[1])"
     )
-    result = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False, timeout=300, cwd=ROOT)
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False, timeout=300, cwd=ROOT
+    )
     assert result.returncode == 1
     assert "ArtifactError" in result.stderr
     assert path.read_bytes() == b"older"
@@ -306,7 +326,11 @@ class TinyPlus(upstream.RepVGGplus):
     def __init__(self) -> None:
         from repvgg_deploy.specs.values import VariantSpec
 
-        super().__init__(VariantSpec("tiny", (1, 2, 4, 1), (8, 8, 8, 12, 16), (1,) * 9, "after_relu", 4, num_classes=6, auxiliary_heads=True))
+        super().__init__(
+            VariantSpec(
+                "tiny", (1, 2, 4, 1), (8, 8, 8, 12, 16), (1,) * 9, "after_relu", 4, num_classes=6, auxiliary_heads=True
+            )
+        )
         randomise(self)
 
 
@@ -337,7 +361,9 @@ def test_repvggplus_state_dict_loads_again_strictly_also_as_a_part(prefix: str) 
     assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
     del state[prefix + "stage3_first.blocks.0.rbr_dense.conv.weight"]
     state[prefix + "stage9.weight"] = torch.zeros(1)
-    with pytest.raises(RuntimeError, match=r"(?s)Missing key.*stage3\.0\.rbr_dense\.conv\.weight.*Unexpected key.*stage9"):
+    with pytest.raises(
+        RuntimeError, match=r"(?s)Missing key.*stage3\.0\.rbr_dense\.conv\.weight.*Unexpected key.*stage9"
+    ):
         holders[1].load_state_dict(state)
 
 

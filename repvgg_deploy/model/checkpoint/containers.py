@@ -1,9 +1,11 @@
 """Any file → what it holds, as data; or one clear sentence about what it is instead.
 
-The content decides, never the suffix: a `.pth.tar` is usually a torch zip, and a download that failed is usually an HTML page.
+The content decides, never the suffix: a `.pth.tar` is usually a torch zip, and a download that failed is usually an
+HTML page.
 Source: https://github.com/safetensors/safetensors for that format; `paddle.save` writes a pickled dict of NumPy arrays.
 
-The directory of a zip file over its memory map: stored entries are views, deflated ones are bounded, checksums are compared.
+The directory of a zip file over its memory map: stored entries are views, deflated ones are bounded, checksums are
+compared.
 
 Files written by `torch.save`: the zip container of torch 1.6 and later, and the legacy stream before it.
 
@@ -34,7 +36,17 @@ _LOCAL_HEADER_BYTES = 30
 _MAX_ENTRIES = 200_000
 _INFLATED_FLOOR = 64 << 20
 _INFLATED_RATIO = 20
-_ZIP_ERRORS = (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, OverflowError, EOFError, RuntimeError, IndexError, OSError)
+_ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    struct.error,
+    ValueError,
+    NotImplementedError,
+    OverflowError,
+    EOFError,
+    RuntimeError,
+    IndexError,
+    OSError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +97,17 @@ class ZipArchive:
 
     def _locate(self, info: zipfile.ZipInfo) -> Entry:
         header = info.header_offset
-        if not 0 <= header <= len(self.buffer) - _LOCAL_HEADER_BYTES or self.buffer[header : header + 4] != b"PK\x03\x04":
+        if (
+            not 0 <= header <= len(self.buffer) - _LOCAL_HEADER_BYTES
+            or self.buffer[header : header + 4] != b"PK\x03\x04"
+        ):
             raise MalformedError(f"the zip entry {printable(info.filename)} does not stand where the directory says")
         name_bytes, extra_bytes = struct.unpack_from("<HH", self.buffer, header + 26)
         start = header + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
-            raise MalformedError(f"the zip entry {printable(info.filename)} is encrypted or compressed in an unusual way")
+            raise MalformedError(
+                f"the zip entry {printable(info.filename)} is encrypted or compressed in an unusual way"
+            )
         deflated = info.compress_type == zipfile.ZIP_DEFLATED
         if start + info.compress_size > len(self.buffer) or (not deflated and info.compress_size != info.file_size):
             raise MalformedError(f"the zip entry {printable(info.filename)} reaches past the end of the file")
@@ -112,7 +129,9 @@ class ZipArchive:
         """
         decoder = zlib.decompressobj(-zlib.MAX_WBITS)
         try:
-            data = decoder.decompress(memoryview(self.buffer)[entry.start : entry.start + entry.stored_bytes], entry.nbytes + 1)
+            data = decoder.decompress(
+                memoryview(self.buffer)[entry.start : entry.start + entry.stored_bytes], entry.nbytes + 1
+            )
         except zlib.error as error:
             raise MalformedError(f"the zip entry {printable(entry.name)} is damaged ({error})") from error
         if len(data) != entry.nbytes:
@@ -137,7 +156,9 @@ class ZipArchive:
         view = memoryview(data if data is not None else self.buffer)[start : start + entry.nbytes]
         # torch can be told to write no checksums (`set_crc32_options(False)`): the field is then not one.
         if entry.crc and zlib.crc32(view) != entry.crc:
-            raise MalformedError(f"the checksum of {printable(entry.name)} is wrong: the file was damaged after it was written")
+            raise MalformedError(
+                f"the checksum of {printable(entry.name)} is wrong: the file was damaged after it was written"
+            )
         return read_bytes(self.buffer if data is None else data, start, entry.nbytes, alignment=alignment)
 
 
@@ -179,7 +200,9 @@ def read_torch_zip(archive: ZipArchive, prefix: str) -> Content:
         if entry is None:
             raise MalformedError(f"the storage {printable(key)} is missing from the archive")
         if count * dtype.itemsize > entry.nbytes:
-            raise MalformedError(f"the storage {printable(key)} has {entry.nbytes} bytes, expected {count * dtype.itemsize}")
+            raise MalformedError(
+                f"the storage {printable(key)} has {entry.nbytes} bytes, expected {count * dtype.itemsize}"
+            )
         read = partial(_read_entry, archive, entry, dtype=dtype, swap=swap)
         return storages.setdefault((key, dtype), Storage(dtype, entry.nbytes // dtype.itemsize * dtype.itemsize, read))
 
@@ -201,7 +224,13 @@ def _swap_bytes(data: torch.Tensor, itemsize: int) -> torch.Tensor:
 
 def _parse_persistent_id(pid: object) -> tuple[torch.dtype, str, int]:
     """(dtype, storage key, elements) of `('storage', class, key, location, elements[, view])`."""
-    if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[1], Global) or not isinstance(pid[2], str):
+    if (
+        not isinstance(pid, tuple)
+        or len(pid) < 5
+        or pid[0] != "storage"
+        or not isinstance(pid[1], Global)
+        or not isinstance(pid[2], str)
+    ):
         raise MalformedError("the pickle refers to something that is not a storage")
     dtype = DTYPES.get(pid[1].name)
     if dtype is None or not pid[1].module.startswith("torch"):
@@ -283,8 +312,16 @@ class _LegacyStorages:
 _MAX_SAFETENSORS_HEADER = 100_000_000
 _DOWNLOAD = "download it again and compare its size and sha256 with the publisher's"
 _SIGNATURES = (
-    (b"version https://git-lfs.github.com/spec/", "a Git LFS pointer, not the file itself", "fetch the file itself: git lfs pull"),
-    (b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras)", "export its weights as safetensors with the names of a known RepVGG family"),
+    (
+        b"version https://git-lfs.github.com/spec/",
+        "a Git LFS pointer, not the file itself",
+        "fetch the file itself: git lfs pull",
+    ),
+    (
+        b"\x89HDF\r\n\x1a\n",
+        "an HDF5 file (Keras)",
+        "export its weights as safetensors with the names of a known RepVGG family",
+    ),
     (b"\x93NUMPY", "one NumPy array", "give the checkpoint that torch.save wrote"),
     (b"\x1f\x8b", "a gzip archive", "unpack it first: gunzip or tar -xzf"),
     (b"BZh", "a bzip2 archive", "unpack it first: bunzip2"),
@@ -325,9 +362,15 @@ def check_file(path: Path) -> None:
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file", remedy="check the path given as --ckpt")
     if path.is_dir():
-        raise CheckpointError(f"{path}: is a folder, expected a checkpoint file", remedy=f"give a file in it, such as {path / 'model.pth'}")
+        raise CheckpointError(
+            f"{path}: is a folder, expected a checkpoint file",
+            remedy=f"give a file in it, such as {path / 'model.pth'}",
+        )
     if not path.is_file():
-        raise CheckpointError(f"{path}: is a device or pipe, expected a file", remedy="write it to a file first: a checkpoint is read out of order")
+        raise CheckpointError(
+            f"{path}: is a device or pipe, expected a file",
+            remedy="write it to a file first: a checkpoint is read out of order",
+        )
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path}: is empty (0 bytes)", remedy=_DOWNLOAD)
 
@@ -341,7 +384,9 @@ def open_binary(path: Path) -> BinaryIO:
     try:
         return path.open("rb")
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be opened: {error.strerror}", remedy=f"make it readable, for example chmod u+r {path}") from error
+        raise CheckpointError(
+            f"{path}: cannot be opened: {error.strerror}", remedy=f"make it readable, for example chmod u+r {path}"
+        ) from error
 
 
 def _read(path: Path, buffer: mmap.mmap, file: BinaryIO) -> Content:
@@ -365,7 +410,10 @@ def _read_zip(path: Path, archive: ZipArchive) -> Content:
                 remedy="save the state dict of the model that was scripted: torch.save(model.state_dict(), 'model.pth')",
             )
         return read_torch_zip(archive, prefix)
-    raise CheckpointError(f"{path}: is {_name_zip(list(names))}, not a torch checkpoint (no data.pkl in it)", remedy=_zip_remedy(list(names)))
+    raise CheckpointError(
+        f"{path}: is {_name_zip(list(names))}, not a torch checkpoint (no data.pkl in it)",
+        remedy=_zip_remedy(list(names)),
+    )
 
 
 def _name_zip(names: list[str]) -> str:
@@ -381,7 +429,11 @@ def _name_zip(names: list[str]) -> str:
 
 
 def _zip_remedy(names: list[str]) -> str:
-    inside = [name for name in names if name.lower().endswith((".pth", ".pt", ".tar", ".safetensors", ".pdparams", ".bin", ".ckpt"))]
+    inside = [
+        name
+        for name in names
+        if name.lower().endswith((".pth", ".pt", ".tar", ".safetensors", ".pdparams", ".bin", ".ckpt"))
+    ]
     if inside:
         return f"unpack it and give the file inside: {printable(inside[0])}"
     return "give the file that torch.save wrote, a .safetensors or a .pdparams"
@@ -397,7 +449,8 @@ def _read_safetensors(path: Path) -> Content:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
         raise MissingDependencyError(
-            "reading .safetensors needs the package safetensors", remedy="pip install 'repvgg-deploy[export]', or pip install safetensors"
+            "reading .safetensors needs the package safetensors",
+            remedy="pip install 'repvgg-deploy[export]', or pip install safetensors",
         ) from error
     try:
         file: Any = safe_open(str(path), framework="pt")
@@ -412,7 +465,9 @@ def _safetensor(file: Any, name: str) -> LazyTensor:
     shape = tuple(described.get_shape())
     dtype = _TENSOR_DTYPES.get(described.get_dtype())
     if dtype is None:
-        raise MalformedError(f"the tensor {printable(name)} has the dtype {printable(described.get_dtype())}, which no RepVGG has")
+        raise MalformedError(
+            f"the tensor {printable(name)} has the dtype {printable(described.get_dtype())}, which no RepVGG has"
+        )
     # The format itself forbids overlap, so each tensor is its own backing.
     backing = object()
     return LazyTensor(dtype, shape, backing, math.prod(shape) * dtype.itemsize, partial(file.get_tensor, name))
@@ -424,14 +479,21 @@ def _refuse_known(path: Path, head: bytes) -> None:
             raise CheckpointError(f"{path}: is {what}, not a checkpoint", remedy=remedy)
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")):
-        raise CheckpointError(f"{path}: is an HTML or XML page, not a checkpoint: a download that met an error or login page", remedy=_DOWNLOAD)
+        raise CheckpointError(
+            f"{path}: is an HTML or XML page, not a checkpoint: a download that met an error or login page",
+            remedy=_DOWNLOAD,
+        )
     if head[257:262] == b"ustar":
         raise CheckpointError(
-            f"{path}: is a tar archive, not a checkpoint (a .pth.tar of torch is none either; torch before 0.1.10 wrote real ones)",
+            f"{path}: is a tar archive, not a checkpoint (a .pth.tar of torch is none either; torch before "
+            f"0.1.10 wrote real ones)",
             remedy="unpack it and give the checkpoint inside: tar -xf; or load and save it again with torch.save",
         )
     if _looks_like_onnx(head):
-        raise CheckpointError(f"{path}: is an ONNX model, not a checkpoint", remedy=f"run it as it is: repvgg-trt inspect {shlex.quote(str(path))}")
+        raise CheckpointError(
+            f"{path}: is an ONNX model, not a checkpoint",
+            remedy=f"run it as it is: repvgg-trt inspect {shlex.quote(str(path))}",
+        )
 
 
 def _looks_like_onnx(head: bytes) -> bool:
@@ -447,7 +509,8 @@ def _read_plain_pickle(path: Path, buffer: mmap.mmap) -> Content:
         if buffer[:1] == b"\x80":
             raise
         raise CheckpointError(
-            f"{path}: is not a checkpoint: neither torch zip, nor safetensors, nor pickle, but {_name_bytes(buffer[:32])}",
+            f"{path}: is not a checkpoint: neither torch zip, nor safetensors, nor pickle, but "
+            f"{_name_bytes(buffer[:32])}",
             remedy="give the file that torch.save wrote, a .safetensors or a .pdparams",
         ) from error
     return Content("pickle", root, suspicious=suspicious, numpy=True)

@@ -135,13 +135,16 @@ def read_bytes(buffer: Buffer, start: int, nbytes: int, *, alignment: int = 1) -
         return view
     copy = view.clone()
     if isinstance(buffer, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        # The pages just read would else stay resident beside the copy; they are unchanged, so that they can be read again.
+        # The pages just read would else stay resident beside the copy; they are unchanged, so that they can be read
+        # again.
         first = start // mmap.PAGESIZE * mmap.PAGESIZE
         buffer.madvise(mmap.MADV_DONTNEED, first, start + nbytes - first)
     return copy
 
 
-def array_tensor(data: Elements, dtype: np.dtype[np.generic], *, shape: tuple[int, ...], fortran: bool) -> LazyTensor | None:
+def array_tensor(
+    data: Elements, dtype: np.dtype[np.generic], *, shape: tuple[int, ...], fortran: bool
+) -> LazyTensor | None:
     """A NumPy array as a lazy tensor; None for a dtype that torch does not have.
 
     Args:

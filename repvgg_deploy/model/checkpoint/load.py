@@ -35,7 +35,9 @@ _COUNTER = ".num_batches_tracked"
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def load_weights(tensors: Mapping[str, LazyTensor], expected: Shapes, *, transpose_classifier: bool) -> tuple[dict[str, torch.Tensor], list[str]]:
+def load_weights(
+    tensors: Mapping[str, LazyTensor], expected: Shapes, *, transpose_classifier: bool
+) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Loads what `expected` names, in its order.
 
     Args:
@@ -44,7 +46,8 @@ def load_weights(tensors: Mapping[str, LazyTensor], expected: Shapes, *, transpo
         transpose_classifier: `linear.weight` is stored as (features, classes), as PaddlePaddle does.
 
     Returns:
-        float32 tensors (counters int64) that are views of the mapped file where the file holds float32, and notes on what was converted.
+        float32 tensors (counters int64) that are views of the mapped file where the file holds float32, and notes on
+        what was converted.
 
     Raises:
         CheckpointError: A weight is no real number, or NaN or infinite, or tensors share memory.
@@ -59,14 +62,16 @@ def load_weights(tensors: Mapping[str, LazyTensor], expected: Shapes, *, transpo
             continue
         lazy = chosen[name]
         if lazy.dtype not in _FLOATS:
-            raise CheckpointError(f"{name} has the dtype {_dtype_name(lazy.dtype)}, expected float32 (or float16, bfloat16, float64)",
+            raise CheckpointError(f"{name} has the dtype {_dtype_name(lazy.dtype)}, expected float32 (or float16, " f"bfloat16, float64)",
                                   remedy="give the checkpoint before quantization, with floating-point weights")  # fmt: skip
         if lazy.dtype != torch.float32:
             converted[lazy.dtype] = converted.get(lazy.dtype, 0) + 1
         tensor = _load(name, lazy).to(torch.float32)
         state[name] = _plain_strides(tensor.t() if transpose_classifier and name == "linear.weight" else tensor)
         _check_numbers(name, state[name])
-    return state, [f"{count} tensors were converted from {_dtype_name(dtype)} to float32" for dtype, count in converted.items()]
+    return state, [
+        f"{count} tensors were converted from {_dtype_name(dtype)} to float32" for dtype, count in converted.items()
+    ]
 
 
 def _plain_strides(tensor: torch.Tensor) -> torch.Tensor:
@@ -78,7 +83,9 @@ def _load(name: str, lazy: LazyTensor) -> torch.Tensor:
     try:
         return lazy.load()
     except MalformedError as error:
-        raise CheckpointError(f"{name} cannot be read: {error}", remedy="download the checkpoint again and compare its sha256") from error
+        raise CheckpointError(
+            f"{name} cannot be read: {error}", remedy="download the checkpoint again and compare its sha256"
+        ) from error
 
 
 def _load_counter(name: str, lazy: LazyTensor | None) -> torch.Tensor:
@@ -94,7 +101,7 @@ def _check_overlap(tensors: Mapping[str, LazyTensor]) -> None:
     held = sum({id(tensor.backing): tensor.backing_bytes for tensor in tensors.values()}.values())
     if needed > held:
         raise CheckpointError(f"its tensors share memory: they need {needed:,} bytes, the file holds {held:,} for them",
-                              remedy="save it again with tensors of their own: {name: tensor.clone() for name, tensor in state.items()}")  # fmt: skip
+                              remedy="save it again with tensors of their own: {name: tensor.clone() for name, tensor " "in state.items()}")  # fmt: skip
 
 
 def _check_numbers(name: str, tensor: torch.Tensor) -> None:
@@ -102,11 +109,17 @@ def _check_numbers(name: str, tensor: torch.Tensor) -> None:
     low, high = (float(value) for value in torch.aminmax(tensor))
     if not (math.isfinite(low) and math.isfinite(high)):
         flat = tensor.flatten()
-        wrong = sum(int((~torch.isfinite(flat[start : start + _CHUNK])).sum().item()) for start in range(0, flat.numel(), _CHUNK))
+        wrong = sum(
+            int((~torch.isfinite(flat[start : start + _CHUNK])).sum().item())
+            for start in range(0, flat.numel(), _CHUNK)
+        )
         raise CheckpointError(f"{name} has {wrong} values of {tensor.numel()} that are NaN or infinite",
                               remedy="the training diverged, or float16 overflowed: give an earlier checkpoint")  # fmt: skip
     if name.endswith(".running_var") and low < 0:
-        raise CheckpointError(f"{name} has a negative variance ({low:g})", remedy="give an undamaged checkpoint: a variance is never negative")
+        raise CheckpointError(
+            f"{name} has a negative variance ({low:g})",
+            remedy="give an undamaged checkpoint: a variance is never negative",
+        )
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -172,7 +185,14 @@ def describe_checkpoint(path: Path | str) -> Description:
         loaded = load_file(target)
     except CheckpointError as error:
         problem = error.message.removeprefix(f"{target}: ")
-        return Description(str(path), target.stat().st_size, sha256_file(target), _container(target), problem=problem, remedy=error.remedy)
+        return Description(
+            str(path),
+            target.stat().st_size,
+            sha256_file(target),
+            _container(target),
+            problem=problem,
+            remedy=error.remedy,
+        )
     checkpoint = loaded.checkpoint
     spec = checkpoint.spec
     return Description(
@@ -212,12 +232,14 @@ class Checkpoint:
     Attributes:
         path: The file.
         sha256: Of its bytes.
-        family: Which implementation's names it has: `official`, `repvggplus`, `timm`, `mmpretrain`, `paddleclas`, `qarepvgg_v1`,
-            `qarepvgg_v2` or `repopt`. A deploy form under official names is `official`, whatever it was trained as.
+        family: Which implementation's names it has: `official`, `repvggplus`, `timm`, `mmpretrain`, `paddleclas`,
+            `qarepvgg_v1`, `qarepvgg_v2` or `repopt`. A deploy form under official names is `official`, whatever it was
+            trained as.
         form: Training or deploy.
         spec: The architecture; named as published, or `custom`.
-        state: Tensors by the names of `RepVGG(spec, form).state_dict()`, complete and in its order; float32, step counters int64. Views of the
-            mapped file where it holds float32: do not change or truncate the file while they are in use.
+        state: Tensors by the names of `RepVGG(spec, form).state_dict()`, complete and in its order; float32, step
+            counters int64. Views of the mapped file where it holds float32: do not change or truncate the file while
+            they are in use.
         labels: Names of the classes, where the file has them.
         preprocessing: How images were prepared, where the file has it.
         notes: What was found, chosen or assumed, in sentences.
@@ -254,10 +276,12 @@ def load_checkpoint(path: Path | str, *, arch: VariantSpec | None = None) -> Che
 
     Args:
         path: `.pth`, `.pt`, `.pth.tar`, `.safetensors` or `.pdparams`; the content decides, not the suffix.
-        arch: What it should be of (class count and block kind aside); None takes what the tensors say. Custom strides come from here.
+        arch: What it should be of (class count and block kind aside); None takes what the tensors say. Custom strides
+            come from here.
 
     Raises:
-        CheckpointError: The file cannot be read, is no RepVGG, incomplete, of another architecture, or has NaN or infinite weights.
+        CheckpointError: The file cannot be read, is no RepVGG, incomplete, of another architecture, or has NaN or
+            infinite weights.
     """
     return load_file(Path(path), arch=arch).checkpoint
 
@@ -273,19 +297,28 @@ def load_file(path: Path, *, arch: VariantSpec | None = None) -> LoadedFile:
         resolved = resolve(content, arch)
         with ThreadPoolExecutor(max_workers=1) as pool:
             digest = pool.submit(sha256_file, path)
-            state, converted = load_weights(resolved.tensors, resolved.expected, transpose_classifier=resolved.transposed)
+            state, converted = load_weights(
+                resolved.tensors, resolved.expected, transpose_classifier=resolved.transposed
+            )
             checkpoint = _assemble(path, digest.result(), resolved, state=state, converted=converted)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error.message}", remedy=error.remedy) from error
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}", remedy="check the disk and the file's permissions") from error
+        raise CheckpointError(
+            f"{path}: cannot be read: {error.strerror}", remedy="check the disk and the file's permissions"
+        ) from error
     return LoadedFile(checkpoint, content.container, resolved.wrapper)
 
 
-def _assemble(path: Path, sha256: str, resolved: Resolved, *, state: dict[str, torch.Tensor], converted: list[str]) -> Checkpoint:
+def _assemble(
+    path: Path, sha256: str, resolved: Resolved, *, state: dict[str, torch.Tensor], converted: list[str]
+) -> Checkpoint:
     notes = [*resolved.notes, *converted]
     if resolved.form == "deploy" and "train" in path.name.lower():
-        notes.append("the file is called a training checkpoint, but holds the deploy form (rbr_reparam): it is already reparameterized")
+        notes.append(
+            "the file is called a training checkpoint, but holds the deploy form (rbr_reparam): it is already "
+            "reparameterized"
+        )
     return Checkpoint(
         path=path,
         sha256=sha256,
@@ -315,7 +348,8 @@ def build_model(checkpoint: Checkpoint, *, output_stride: int = 32) -> RepVGG:
 def save_deploy(model: RepVGG, path: Path, *, force: bool = False) -> PendingOutput:
     """Writes the deploy checkpoint under the official key names: a plain dict of tensors, as the original `convert.py` does.
 
-    Tensors do not tell strides. Where a variant has others than the published ones, that dict stands under `state_dict`, beside the architecture.
+    Tensors do not tell strides. Where a variant has others than the published ones, that dict stands under
+    `state_dict`, beside the architecture.
 
     Args:
         model: In deploy form.
@@ -342,8 +376,13 @@ def write_deploy(model: RepVGG, partial: Path) -> None:
         OSError: The file cannot be written.
     """
     if model.form != "deploy":
-        raise InputError("the model is in training form, expected deploy form", remedy="call reparameterize(model) and save its result")
-    state: dict[str, object] = {_official_name(name, model.spec): _own_storage(tensor) for name, tensor in model.state_dict().items()}
+        raise InputError(
+            "the model is in training form, expected deploy form",
+            remedy="call reparameterize(model) and save its result",
+        )
+    state: dict[str, object] = {
+        _official_name(name, model.spec): _own_storage(tensor) for name, tensor in model.state_dict().items()
+    }
     if set(model.spec.strides) != {2}:
         state = {"state_dict": state, METADATA_KEY: {"variant": codec.encode(model.spec)}}
     with partial.open("wb") as file:

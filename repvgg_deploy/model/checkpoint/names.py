@@ -4,13 +4,15 @@ A name that no rule translates is an extra tensor: refused later or, where it is
 
 The key names of each public implementation of RepVGG → the official ones, which are also ours.
 
-Source: DingXiaoH/RepVGG (repvgg.py, repvggplus.py), huggingface/pytorch-image-models (byobnet.py), open-mmlab/mmpretrain (repvgg.py),
-PaddlePaddle/PaddleClas (repvgg.py), cxxgtxy/QARepVGG (repvgg.py), DingXiaoH/RepOptimizers (repoptvgg_model.py), all on https://github.com.
+Source: DingXiaoH/RepVGG (repvgg.py, repvggplus.py), huggingface/pytorch-image-models (byobnet.py),
+open-mmlab/mmpretrain (repvgg.py), PaddlePaddle/PaddleClas (repvgg.py), cxxgtxy/QARepVGG (repvgg.py),
+DingXiaoH/RepOptimizers (repoptvgg_model.py), all on https://github.com.
 
 What a file holds → candidate state dicts: wrappers are opened, modules walked, averaged weights put first.
 
-Source: `main.py` of https://github.com/DingXiaoH/RepVGG (`model`, `ema`), timm (`state_dict_ema`), mmengine (`state_dict`; its `ema_state_dict`
-holds the weights that are *not* averaged, because mmengine swaps the two on saving), `torch.nn.Module` for pickled modules.
+Source: `main.py` of https://github.com/DingXiaoH/RepVGG (`model`, `ema`), timm (`state_dict_ema`), mmengine
+(`state_dict`; its `ema_state_dict` holds the weights that are *not* averaged, because mmengine swaps the two on
+saving), `torch.nn.Module` for pickled modules.
 """
 
 from __future__ import annotations
@@ -88,7 +90,9 @@ MMPRETRAIN = Naming(
     },
     "head.fc",
 )
-REPOPT_TARGET = Naming("repopt", "stage0.", _OFFICIAL_STAGE, {"conv.": "rbr_dense.conv.", "bn.": "rbr_dense.bn.", **_POST_SE})
+REPOPT_TARGET = Naming(
+    "repopt", "stage0.", _OFFICIAL_STAGE, {"conv.": "rbr_dense.conv.", "bn.": "rbr_dense.bn.", **_POST_SE}
+)
 REPOPT_DEPLOY = Naming("repopt", "stage0.", _OFFICIAL_STAGE, {"conv.": "rbr_reparam.", **_POST_SE})
 REPOPT_REPVGG = Naming(
     "repopt",
@@ -119,7 +123,9 @@ ANCHORS = tuple((naming, re.compile(rf"(?P<prefix>(?:[^.]+\.)*?){pattern}")) for
 """Names that give a family away, the most telling first; group `prefix` is what stands before the model."""
 _MAX_MODELS = 16
 _EMA_PREFIX = re.compile(r"(^|\.)(ema|model_ema|ema_model|averaged_model|teacher)\.")
-_IGNORED = re.compile(r"(^|\.)(n_averaged|total_ops|total_params|StructuredToParameterName@@)$|(^|\.)(data_preprocessor|normalize)\.(mean|std)$")
+_IGNORED = re.compile(
+    r"(^|\.)(n_averaged|total_ops|total_params|StructuredToParameterName@@)$|(^|\.)(data_preprocessor|normalize)\.(mean|std)$"
+)
 _LEAVES = {"_mean": "running_mean", "_variance": "running_var"}
 _OTHER_NETWORKS = (
     (r"rbr_dense|rbr_reparam|conv_kxk|branch_3x3", "a bigger network with RepVGG blocks, or a MobileOne"),
@@ -168,8 +174,18 @@ def translate(names: Iterable[str], *, numpy: bool = False) -> list[Translation]
     if not models:
         raise _unknown_network(every)
     if len(models) > _MAX_MODELS:
-        raise CheckpointError(f"holds {len(models)} models, expected one or two", remedy="save the state dict of one model in a file of its own")
-    order = sorted(models, key=lambda prefix: (_EMA_PREFIX.search(prefix) is None, -sum(name.startswith(prefix) for name in every), prefix))
+        raise CheckpointError(
+            f"holds {len(models)} models, expected one or two",
+            remedy="save the state dict of one model in a file of its own",
+        )
+    order = sorted(
+        models,
+        key=lambda prefix: (
+            _EMA_PREFIX.search(prefix) is None,
+            -sum(name.startswith(prefix) for name in every),
+            prefix,
+        ),
+    )
     return [_translate(every, prefix, models[prefix], others=set(models) - {prefix}, numpy=numpy) for prefix in order]
 
 
@@ -189,7 +205,8 @@ def _find_models(names: list[str]) -> dict[str, Naming]:
 def _translate(names: list[str], prefix: str, naming: Naming, *, others: set[str], numpy: bool) -> Translation:
     if naming is REPOPT_ADDED:
         raise CheckpointError(
-            "is a RepOpt-VGG in its csla or hyper-search mode: scaled convolutions are added, which only serves to find the optimizer's scales",
+            "is a RepOpt-VGG in its csla or hyper-search mode: scaled convolutions are added, which only serves "
+            "to find the optimizer's scales",
             remedy="give the checkpoint of the target model (mode 'target'), trained with RepOptimizer",
         )
     split = _count_first_half(names, prefix) if naming is PLUS else 0
@@ -208,7 +225,9 @@ def _translate(names: list[str], prefix: str, naming: Naming, *, others: set[str
     notes = [f"the prefix {printable(prefix)!r} was removed from every name"] if prefix else []
     notes += [f"beside the model, not used: {listing(dropped)}"] if dropped else []
     notes += _drop_cached_kernels(found) if family == "paddleclas" else []
-    return Translation(family, found, tuple(extra), split, tuple(notes), averaged=_EMA_PREFIX.search(prefix) is not None)
+    return Translation(
+        family, found, tuple(extra), split, tuple(notes), averaged=_EMA_PREFIX.search(prefix) is not None
+    )
 
 
 def _count_first_half(names: list[str], prefix: str) -> int:
@@ -221,7 +240,8 @@ def _official_name(name: str, prefix: str, naming: Naming, *, split: int) -> str
     if not name.startswith(prefix):
         return None
     rest = name[len(prefix) :]
-    # Under official names, too: a RepVGGplus that was trained with this project's own network has them, its third stage being whole.
+    # Under official names, too: a RepVGGplus that was trained with this project's own network has them, its third stage
+    # being whole.
     if naming in (PLUS, OFFICIAL) and re.match(r"(stage1|stage2|stage3_first)_aux\.[03]\.", rest):
         return rest
     if rest.startswith(naming.stem):
@@ -270,19 +290,29 @@ def _refine(naming: Naming, found: Mapping[str, str], *, numpy: bool) -> str:
 
 def _drop_cached_kernels(found: dict[str, str]) -> list[str]:
     """PaddleClas keeps the folded kernel of its last evaluation beside the branches; the branches are what was trained."""
-    cached = [name for name in found if ".rbr_reparam." in name and f"{name.split('.rbr_reparam.')[0]}.rbr_dense.conv.weight" in found]
+    cached = [
+        name
+        for name in found
+        if ".rbr_reparam." in name and f"{name.split('.rbr_reparam.')[0]}.rbr_dense.conv.weight" in found
+    ]
     for name in cached:
         del found[name]
     return [f"{len(cached)} folded tensors that PaddleClas keeps beside the branches were not used"] if cached else []
 
 
 def _unknown_network(names: list[str]) -> CheckpointError:
-    looks = next((what for pattern, what in _OTHER_NETWORKS if any(re.search(pattern, name) for name in names)), "another network")
+    looks = next(
+        (what for pattern, what in _OTHER_NETWORKS if any(re.search(pattern, name) for name in names)),
+        "another network",
+    )
     return CheckpointError(
-        f"is no RepVGG but {looks}: expected names such as stage0.rbr_dense.conv.weight (official, RepVGGplus, PaddleClas, QARepVGG), "
-        f"stem.conv_kxk.conv.weight (timm), backbone.stem.branch_3x3.conv.weight (mmpretrain) or stage0.conv.weight (RepOpt-VGG); "
+        f"is no RepVGG but {looks}: expected names such as stage0.rbr_dense.conv.weight (official, RepVGGplus, "
+        f"PaddleClas, QARepVGG), "
+        f"stem.conv_kxk.conv.weight (timm), backbone.stem.branch_3x3.conv.weight (mmpretrain) or "
+        f"stage0.conv.weight (RepOpt-VGG); "
         f"found {len(names)} tensors: {listing(names)}",
-        remedy="give the checkpoint of a RepVGG classifier; load a bigger network with its own code, then reparameterize(model) and "
+        remedy="give the checkpoint of a RepVGG classifier; load a bigger network with its own code, then "
+        "reparameterize(model) and "
         "export_module(model, example_inputs)",
     )
 
@@ -391,7 +421,11 @@ def _module_parts(node: ForeignObject) -> tuple[dict[object, object], ...] | Non
     """(parameters, buffers, modules) of a pickled `torch.nn.Module`, or None."""
     attributes = _attributes(node)
     parts = tuple(attributes.get(name) for name in ("_parameters", "_buffers", "_modules"))
-    return tuple(part for part in parts if isinstance(part, dict)) if all(isinstance(part, dict) for part in parts) else None
+    return (
+        tuple(part for part in parts if isinstance(part, dict))
+        if all(isinstance(part, dict) for part in parts)
+        else None
+    )
 
 
 def _walk_module(root: ForeignObject, budget: _Budget) -> dict[str, LazyTensor]:
@@ -406,7 +440,12 @@ def _walk_module(root: ForeignObject, budget: _Budget) -> dict[str, LazyTensor]:
         skipped = {name for name in transient if isinstance(name, str)} if isinstance(transient, list) else set()
         for name, value in (*parameters.items(), *buffers.items()):
             tensor = tensor_of(value)
-            if tensor is not None and isinstance(name, str) and name not in skipped and len(prefix) + len(name) <= _MAX_NAME:
+            if (
+                tensor is not None
+                and isinstance(name, str)
+                and name not in skipped
+                and len(prefix) + len(name) <= _MAX_NAME
+            ):
                 tensors[prefix + name] = tensor
         for name, child in reversed(modules.items()):
             # A cycle ends where the prefix becomes too long.

@@ -1,16 +1,18 @@
 """What a pickle may become here: plain data, tensors, and inert objects for everything else.
 
-A short list of callables is evaluated by our own arithmetic, because torch and NumPy write tensors as calls of them. Every other callable,
-however harmless it looks, becomes a `ForeignObject` that only remembers its name and arguments. Nothing is imported.
-Source: torch/_utils.py and torch/storage.py (https://github.com/pytorch/pytorch), numpy/_core/src/multiarray/methods.c (`__reduce__`).
+A short list of callables is evaluated by our own arithmetic, because torch and NumPy write tensors as calls of them.
+Every other callable, however harmless it looks, becomes a `ForeignObject` that only remembers its name and arguments.
+Nothing is imported.
+Source: torch/_utils.py and torch/storage.py (https://github.com/pytorch/pytorch), numpy/_core/src/multiarray/methods.c
+(`__reduce__`).
 
 A part of a mapped file as the stream that `pickletools.genops` reads, without copying what is large.
 
 A pickle read as data: an interpreter of the opcodes that calls nothing and imports nothing.
 
-`pickle.Unpickler` runs what the file says. Here the opcodes move plain data on a stack; a class or function is only a name (`Global`), and
-a call of it only a record (`ForeignObject`), but for the few that torch and NumPy write tensors with, which `pickle_values` evaluates by its own
-arithmetic. Work and memory are bounded by the size of the file.
+`pickle.Unpickler` runs what the file says. Here the opcodes move plain data on a stack; a class or function is only a
+name (`Global`), and a call of it only a record (`ForeignObject`), but for the few that torch and NumPy write tensors
+with, which `pickle_values` evaluates by its own arithmetic. Work and memory are bounded by the size of the file.
 Source: the opcode table of `pickletools`, and `pickle.py` for what each opcode does to stack and memo.
 """
 
@@ -127,7 +129,9 @@ def build(target: object, state: object) -> None:
     elif isinstance(target, ArrayDtype) and isinstance(state, tuple) and len(state) >= 2 and isinstance(state[1], str):
         target.order = state[1]
     elif isinstance(target, ArrayObject) and isinstance(state, tuple) and len(state) == 5:
-        target.tensor = _array(state[4], state[2], shape=state[1], fortran=bool(state[3]) if isinstance(state[3], (bool, int)) else False)
+        target.tensor = _array(
+            state[4], state[2], shape=state[1], fortran=bool(state[3]) if isinstance(state[3], (bool, int)) else False
+        )
 
 
 def evaluate(target: object, args: object) -> object:
@@ -148,7 +152,9 @@ def evaluate(target: object, args: object) -> object:
 def _rebuild_tensor(args: tuple[object, ...]) -> object:
     storage, offset, shape, strides = args[:4]
     if isinstance(storage, ForeignObject) and storage.name == "torch.storage._load_from_bytes":
-        raise MalformedError("its tensors were written by pickle.dump, each with a file inside it; write them with torch.save")
+        raise MalformedError(
+            "its tensors were written by pickle.dump, each with a file inside it; write them with torch.save"
+        )
     if not isinstance(storage, Storage):
         raise MalformedError("a tensor has no storage")
     sizes, steps = as_shape(shape), _as_strides(strides)
@@ -301,7 +307,9 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _IGNORED = frozenset(["PROTO", "FRAME", "STOP", "READONLY_BUFFER"])
 
 
-def read_pickle(stream: PickleStream, persistent: Callable[[object], object] | None = None) -> tuple[object, frozenset[str]]:
+def read_pickle(
+    stream: PickleStream, persistent: Callable[[object], object] | None = None
+) -> tuple[object, frozenset[str]]:
     """Reads one pickle.
 
     Args:
@@ -309,7 +317,8 @@ def read_pickle(stream: PickleStream, persistent: Callable[[object], object] | N
         persistent: Gives the object of a persistent id; None refuses them.
 
     Returns:
-        The object, and the dotted names of suspicious callables that ordinary unpickling would have imported, and perhaps called.
+        The object, and the dotted names of suspicious callables that ordinary unpickling would have imported, and
+        perhaps called.
 
     Raises:
         MalformedError: The bytes are not a pickle, are truncated, or would need absurd work.

@@ -14,7 +14,16 @@ from .containers import Content
 from .lazy import LazyTensor, MalformedError, listing, printable
 from .names import METADATA_KEY, Candidate, Translation, find_candidates, translate
 from .pickle import ForeignObject
-from .structure import AUXILIARY, STRIDES_ASSUMED, Shape, Structure, check_complete, expected_shapes, infer_structure, match_architecture
+from .structure import (
+    AUXILIARY,
+    STRIDES_ASSUMED,
+    Shape,
+    Structure,
+    check_complete,
+    expected_shapes,
+    infer_structure,
+    match_architecture,
+)
 
 _MAX_PLAIN_DEPTH = 8
 _MAX_PLAIN_ITEMS = 200_000
@@ -73,7 +82,9 @@ def resolve(content: Content, arch: VariantSpec | None) -> Resolved:
     try:
         candidates = find_candidates(content.root)
     except MalformedError as error:
-        raise CheckpointError(f"cannot be read: {error}", remedy="save the state dict alone: torch.save(model.state_dict(), …)") from error
+        raise CheckpointError(
+            f"cannot be read: {error}", remedy="save the state dict alone: torch.save(model.state_dict(), …)"
+        ) from error
     if not candidates:
         raise _no_tensors(content)
     try:
@@ -81,8 +92,12 @@ def resolve(content: Content, arch: VariantSpec | None) -> Resolved:
     except CheckpointError as error:
         if not content.suspicious:
             raise
-        # Whoever is told only that a tensor is missing may go on to open the file with a program that runs what is in it.
-        remedy = f"do not open it elsewhere: it may be made to run code on your machine; where you trust its source, {error.remedy}"
+        # Whoever is told only that a tensor is missing may go on to open the file with a program that runs what is in
+        # it.
+        remedy = (
+            f"do not open it elsewhere: it may be made to run code on your machine; where you trust its source, "
+            f"{error.remedy}"
+        )
         raise CheckpointError(f"{error.message}; {_security_notes(content)[0]}", remedy=remedy) from error
 
 
@@ -114,13 +129,23 @@ def _find_attempts(candidates: list[Candidate], *, numpy: bool) -> list[tuple[Ca
     return attempts
 
 
-def _identify(candidate: Candidate, translation: Translation, arch: VariantSpec | None, *, embedded: _Embedded, notes: tuple[str, ...]) -> Resolved:
+def _identify(
+    candidate: Candidate,
+    translation: Translation,
+    arch: VariantSpec | None,
+    *,
+    embedded: _Embedded,
+    notes: tuple[str, ...],
+) -> Resolved:
     tensors = {official: candidate.tensors[name] for official, name in translation.names.items()}
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     transposed = translation.family == "paddleclas" and _transpose_classifier(shapes)
     found = infer_structure(shapes, split=translation.split)
     stated = arch is not None or embedded.variant is not None
-    more = [*_source_notes(candidate, translation), *(note for note in found.notes if not (stated and note == STRIDES_ASSUMED))]
+    more = [
+        *_source_notes(candidate, translation),
+        *(note for note in found.notes if not (stated and note == STRIDES_ASSUMED)),
+    ]
     if found.form == "deploy" and any(AUXILIARY.match(name) for name in shapes):
         shapes = {name: shape for name, shape in shapes.items() if not AUXILIARY.match(name)}
         more.append("the auxiliary heads were dropped: the deploy form has none")
@@ -128,7 +153,9 @@ def _identify(candidate: Candidate, translation: Translation, arch: VariantSpec 
     expected = expected_shapes(spec, found.form)
     check_complete(shapes, expected, translation.extra)
     if embedded.labels is not None and len(embedded.labels) != spec.num_classes:
-        raise CheckpointError(f"names {len(embedded.labels)} classes, its classifier has {spec.num_classes}", remedy=_RESAVE)
+        raise CheckpointError(
+            f"names {len(embedded.labels)} classes, its classifier has {spec.num_classes}", remedy=_RESAVE
+        )
     return Resolved(
         family=translation.family,
         form=found.form,
@@ -146,10 +173,15 @@ def _identify(candidate: Candidate, translation: Translation, arch: VariantSpec 
 def _transpose_classifier(shapes: dict[str, Shape]) -> bool:
     """Turns the shape of PaddlePaddle's `linear.weight` (features, classes) around; whether it did.
 
-    A square one is turned too, because the family says so. Only where the other way alone fits the last layer, the file is not Paddle's.
+    A square one is turned too, because the family says so. Only where the other way alone fits the last layer, the file
+    is not Paddle's.
     """
     shape = shapes.get("linear.weight", ())
-    last = [name for name in shapes if name.startswith("stage4.") and name.endswith(("rbr_dense.conv.weight", "rbr_reparam.weight"))]
+    last = [
+        name
+        for name in shapes
+        if name.startswith("stage4.") and name.endswith(("rbr_dense.conv.weight", "rbr_reparam.weight"))
+    ]
     width = shapes[last[0]][:1] if last else ()
     if len(shape) != 2 or (shape[:1] != width and shape[1:] == width):
         return False
@@ -157,7 +189,9 @@ def _transpose_classifier(shapes: dict[str, Shape]) -> bool:
     return True
 
 
-def _choose_spec(shapes: Mapping[str, Shape], found: Structure, arch: VariantSpec | None, *, embedded: _Embedded) -> VariantSpec:
+def _choose_spec(
+    shapes: Mapping[str, Shape], found: Structure, arch: VariantSpec | None, *, embedded: _Embedded
+) -> VariantSpec:
     spec = found.spec if arch is None else match_architecture(shapes, found, arch)
     own = embedded.variant
     if own is None:
@@ -165,19 +199,28 @@ def _choose_spec(shapes: Mapping[str, Shape], found: Structure, arch: VariantSpe
     try:
         stated = match_architecture(shapes, found, own)
     except CheckpointError as error:
-        raise CheckpointError(f"states an architecture that its tensors contradict: it {error.message}", remedy=_RESAVE) from error
+        raise CheckpointError(
+            f"states an architecture that its tensors contradict: it {error.message}", remedy=_RESAVE
+        ) from error
     if own.num_classes != found.spec.num_classes or (found.form == "training" and own.block != found.spec.block):
         raise CheckpointError(
-            f"states {own.num_classes} classes and blocks of kind {own.block}, found {found.spec.num_classes} and {found.spec.block}", remedy=_RESAVE
+            f"states {own.num_classes} classes and blocks of kind {own.block}, found {found.spec.num_classes} "
+            f"and {found.spec.block}",
+            remedy=_RESAVE,
         )
     if arch is not None and architecture_of(arch) != architecture_of(stated):
-        raise CheckpointError(f"states the strides {list(stated.strides)}, --arch {arch.name} has {list(arch.strides)}", remedy="leave --arch out")
+        raise CheckpointError(
+            f"states the strides {list(stated.strides)}, --arch {arch.name} has {list(arch.strides)}",
+            remedy="leave --arch out",
+        )
     return stated
 
 
 def _source_notes(candidate: Candidate, translation: Translation) -> list[str]:
     notes = [f"the state dict was found under {candidate.where!r}"] if candidate.where else []
-    notes += ["the file holds a pickled module; its tensors were read, its class was not needed"] if candidate.module else []
+    notes += (
+        ["the file holds a pickled module; its tensors were read, its class was not needed"] if candidate.module else []
+    )
     averaged = candidate.averaged or translation.averaged
     notes += ["these are the averaged weights (EMA); the others in the file were not used"] if averaged else []
     return [*notes, *translation.notes]
@@ -186,19 +229,25 @@ def _source_notes(candidate: Candidate, translation: Translation) -> list[str]:
 def _security_notes(content: Content) -> tuple[str, ...]:
     if not content.suspicious:
         return ()
-    return (f"WARNING: ordinary unpickling of this file would reach for {listing(sorted(content.suspicious))}; nothing was called here",)
+    return (
+        f"WARNING: ordinary unpickling of this file would reach for {listing(sorted(content.suspicious))}; "
+        f"nothing was called here",
+    )
 
 
 def _no_tensors(content: Content) -> CheckpointError:
     if content.suspicious:
         return CheckpointError(
-            f"is a pickle without tensors that would reach for {listing(sorted(content.suspicious))} when it is unpickled; nothing was called",
+            f"is a pickle without tensors that would reach for {listing(sorted(content.suspicious))} when it is "
+            f"unpickled; nothing was called",
             remedy="delete it: it is made to run code on your machine, or it is no checkpoint",
         )
     root = content.root
     what = f"an object of {printable(root.name)}" if isinstance(root, ForeignObject) else f"a {type(root).__name__}"
     what += f" with {listing(root)}" if isinstance(root, dict) and root else ""
-    return CheckpointError(f"holds no tensors: it is {what}", remedy="save the state dict: torch.save(model.state_dict(), 'model.pth')")
+    return CheckpointError(
+        f"holds no tensors: it is {what}", remedy="save the state dict: torch.save(model.state_dict(), 'model.pth')"
+    )
 
 
 def _read_embedded(content: Content) -> _Embedded:

@@ -1,7 +1,7 @@
 """Official names and shapes → the architecture they are of. What does not add up is refused, naming the tensor.
 
-Source: the shapes of https://github.com/DingXiaoH/RepVGG; groups follow from a kernel's second dimension, because the input channels are the
-output channels of the layer before.
+Source: the shapes of https://github.com/DingXiaoH/RepVGG; groups follow from a kernel's second dimension, because the
+input channels are the output channels of the layer before.
 
 Every tensor that the model has, and no other: a load is complete or refused.
 """
@@ -27,7 +27,8 @@ AUXILIARY = re.compile(r"(stage[123]\w*_aux)\.")
 INCOMPLETE = "give the complete checkpoint: download it again, or save it again with torch.save(model.state_dict(), …)"
 _BLOCK = re.compile(r"(stage0|stage[1-4]\.\d+)\.")
 STRIDES_ASSUMED = (
-    "the architecture is none of the published ones; tensors do not tell strides: 2 was assumed for each stage without an identity branch"
+    "the architecture is none of the published ones; tensors do not tell strides: 2 was assumed for each stage "
+    "without an identity branch"
 )
 _KERNEL = {"training": "rbr_dense.conv.weight", "deploy": "rbr_reparam.weight"}
 
@@ -60,13 +61,17 @@ def infer_structure(shapes: Shapes, *, split: int = 0) -> Structure:
     blocks = _group_by_block(shapes)
     form = _find_form(blocks)
     depths = _find_depths(blocks)
-    names = ["stage0", *(f"stage{stage}.{index}" for stage, depth in enumerate(depths, start=1) for index in range(depth))]
+    names = [
+        "stage0",
+        *(f"stage{stage}.{index}" for stage, depth in enumerate(depths, start=1) for index in range(depth)),
+    ]
     kernels = _find_kernels(shapes, names, form)
     kind = _find_kind(shapes, form)
     se, reduction = _find_se(shapes, names, kernels)
     if se != "none" and (kind.startswith("qarepvgg") or _leftover_bn(blocks)):
         raise CheckpointError(
-            "is a QARepVGG with SE blocks: its last BatchNorm follows the SE block, so that no convolution can absorb it",
+            "is a QARepVGG with SE blocks: its last BatchNorm follows the SE block, so that no convolution can "
+            "absorb it",
             remedy="train with blocks of kind 'repvgg', or QARepVGG without SE",
         )
     firsts = [name for name in names if name == "stage0" or name.endswith(".0")]
@@ -88,7 +93,11 @@ def infer_structure(shapes: Shapes, *, split: int = 0) -> Structure:
     except InputError as error:
         raise CheckpointError(f"the tensors do not form a RepVGG: {error.message}", remedy=INCOMPLETE) from error
     published = name_variant(spec)
-    notes = ["the auxiliary heads of RepVGGplus are absent; only training uses them"] if split and form == "training" and not auxiliary else []
+    notes = (
+        ["the auxiliary heads of RepVGGplus are absent; only training uses them"]
+        if split and form == "training" and not auxiliary
+        else []
+    )
     notes += [] if published else [STRIDES_ASSUMED]
     return Structure(dataclasses.replace(spec, name=published or "custom"), form, tuple(notes))
 
@@ -111,16 +120,24 @@ def _group_by_block(shapes: Shapes) -> dict[str, list[str]]:
 
 def _find_form(blocks: Mapping[str, list[str]]) -> Form:
     deploy = [name for name, parts in blocks.items() if any(part.startswith("rbr_reparam.") for part in parts)]
-    training = [name for name, parts in blocks.items() if any(part.startswith(("rbr_dense.", "rbr_1x1", "rbr_identity.")) for part in parts)]
+    training = [
+        name
+        for name, parts in blocks.items()
+        if any(part.startswith(("rbr_dense.", "rbr_1x1", "rbr_identity.")) for part in parts)
+    ]
     if deploy and training:
         raise CheckpointError(
-            f"is half converted: {listing(deploy)} in deploy form (rbr_reparam), {listing(training)} in training form (rbr_dense)",
-            remedy="convert the training-form checkpoint again, all of it: repvgg-export --ckpt train.pth --save-deploy deploy.pth --out model.onnx",
+            f"is half converted: {listing(deploy)} in deploy form (rbr_reparam), {listing(training)} in training "
+            f"form (rbr_dense)",
+            remedy="convert the training-form checkpoint again, all of it: repvgg-export --ckpt train.pth "
+            "--save-deploy "
+            "deploy.pth --out model.onnx",
         )
     leftover = [] if _has_se(blocks) else _leftover_bn(blocks)
     if deploy and leftover:
         raise CheckpointError(
-            f"is half converted: {listing(leftover)} in deploy form (rbr_reparam), but with the last BatchNorm of a QARepVGG beside it",
+            f"is half converted: {listing(leftover)} in deploy form (rbr_reparam), but with the last BatchNorm "
+            f"of a QARepVGG beside it",
             remedy="give the training-form checkpoint",
         )
     return "deploy" if deploy else "training"
@@ -151,7 +168,10 @@ def _find_kernels(shapes: Shapes, names: list[str], form: Form) -> dict[str, _Ke
     wanted = [f"{name}.{_KERNEL[form]}" for name in names]
     missing = [name for name in wanted if name not in shapes]
     if missing:
-        raise CheckpointError(f"is incomplete: {len(missing)} of {len(names)} 3×3 kernels are missing, first {missing[0]}", remedy=INCOMPLETE)
+        raise CheckpointError(
+            f"is incomplete: {len(missing)} of {len(names)} 3×3 kernels are missing, first {missing[0]}",
+            remedy=INCOMPLETE,
+        )
     kernels: dict[str, _Kernel] = {}
     channels = 3
     for name, key in zip(names, wanted, strict=True):
@@ -161,7 +181,8 @@ def _find_kernels(shapes: Shapes, names: list[str], form: Form) -> dict[str, _Ke
             raise _other_channels(key, shape)
         if shape[2:] != (3, 3) or width < 1 or per_group < 1 or channels % per_group:
             raise CheckpointError(
-                f"{key} has the shape {list(shape)}, expected [C, I, 3, 3] with I a divisor of the {channels} channels before it",
+                f"{key} has the shape {list(shape)}, expected [C, I, 3, 3] with I a divisor of the {channels} "
+                f"channels before it",
                 remedy="give the checkpoint of a RepVGG whose layers are 3×3 convolutions of one path",
             )
         kernels[name] = _Kernel(channels, width, channels // per_group)
@@ -173,8 +194,10 @@ def _other_channels(key: str, shape: Shape) -> CheckpointError:
     # One channel would divide three, too: a grayscale stem must not pass for three groups, which no RepVGG has there.
     what = "grayscale, " if shape[1] == 1 else ""
     return CheckpointError(
-        f"{key} has the shape {list(shape)}: it reads {shape[1]} input channel{'s' * (shape[1] != 1)} ({what}not RGB), expected 3",
-        remedy="load it with its own code, then reparameterize(model) and export_module(model, example_inputs); images are then prepared by you",
+        f"{key} has the shape {list(shape)}: it reads {shape[1]} input channel{'s' * (shape[1] != 1)} ({what}not "
+        f"RGB), expected 3",
+        remedy="load it with its own code, then reparameterize(model) and export_module(model, example_inputs); images "
+        "are then prepared by you",
     )
 
 
@@ -184,7 +207,9 @@ def _require(shapes: Shapes, name: str, dimensions: int) -> Shape:
         hint = " (a backbone without its classifier, or a bigger network)" if name.startswith("linear.") else ""
         raise CheckpointError(f"is incomplete: {name} is missing{hint}", remedy=INCOMPLETE)
     if len(shape) != dimensions or min(shape) < 1:
-        raise CheckpointError(f"{name} has the shape {list(shape)}, expected {dimensions} dimensions", remedy=INCOMPLETE)
+        raise CheckpointError(
+            f"{name} has the shape {list(shape)}, expected {dimensions} dimensions", remedy=INCOMPLETE
+        )
     return shape
 
 
@@ -211,7 +236,8 @@ def _find_se(shapes: Shapes, names: list[str], kernels: Mapping[str, _Kernel]) -
         if low <= high:
             return position, next((reduction for reduction in (16, 4) if low <= reduction <= high), high)
         raise CheckpointError(
-            f"the SE block of {widest} has {hidden[widest]} hidden channels of {kernels[widest].width}, others another reduction",
+            f"the SE block of {widest} has {hidden[widest]} hidden channels of {kernels[widest].width}, others "
+            f"another reduction",
             remedy="give a RepVGG whose SE blocks share one reduction",
         )
     return "none", 16
@@ -228,10 +254,13 @@ def _find_auxiliary(shapes: Shapes, depths: tuple[int, ...], *, split: int) -> b
     present = {match[1] for name in shapes if (match := AUXILIARY.match(name))}
     expected = {"stage1_aux", "stage2_aux", "stage3_first_aux"}
     if present and present != expected:
-        raise CheckpointError(f"is incomplete: the auxiliary heads {listing(sorted(expected - present))} are missing", remedy=INCOMPLETE)
+        raise CheckpointError(
+            f"is incomplete: the auxiliary heads {listing(sorted(expected - present))} are missing", remedy=INCOMPLETE
+        )
     if present and split not in (0, depths[2] // 2):
         raise CheckpointError(
-            f"its third stage is split after {split} of {depths[2]} blocks, expected the middle, where its auxiliary head stands",
+            f"its third stage is split after {split} of {depths[2]} blocks, expected the middle, where its "
+            f"auxiliary head stands",
             remedy="remove the tensors of the auxiliary heads (stage…_aux): inference does not need them",
         )
     return bool(present)
@@ -264,16 +293,22 @@ def check_complete(shapes: Shapes, expected: Shapes, extra: tuple[str, ...] = ()
     """
     missing = [name for name in expected if name not in shapes and not name.endswith(".num_batches_tracked")]
     if missing:
-        raise CheckpointError(f"is incomplete: {len(missing)} of {len(expected)} tensors are missing, first {missing[0]}", remedy=INCOMPLETE)
+        raise CheckpointError(
+            f"is incomplete: {len(missing)} of {len(expected)} tensors are missing, first {missing[0]}",
+            remedy=INCOMPLETE,
+        )
     surplus = [*extra, *(name for name in shapes if name not in expected)]
     if surplus:
         raise CheckpointError(
             f"has {len(surplus)} tensors that a RepVGG of this form does not have: {listing(surplus)}",
-            remedy="a bigger network: load it with its own code, then reparameterize(model); otherwise remove these tensors and save it again",
+            remedy="a bigger network: load it with its own code, then reparameterize(model); otherwise remove these "
+            "tensors and save it again",
         )
     for name, shape in expected.items():
         if name in shapes and shapes[name] != shape and not name.endswith(".num_batches_tracked"):
-            raise CheckpointError(f"{name} has the shape {list(shapes[name])}, expected {list(shape)}", remedy=INCOMPLETE)
+            raise CheckpointError(
+                f"{name} has the shape {list(shapes[name])}, expected {list(shape)}", remedy=INCOMPLETE
+            )
 
 
 def match_architecture(shapes: Shapes, found: Structure, arch: VariantSpec) -> VariantSpec:
@@ -292,16 +327,23 @@ def match_architecture(shapes: Shapes, found: Structure, arch: VariantSpec) -> V
     wanted = dataclasses.replace(arch, num_classes=spec.num_classes, block=block, auxiliary_heads=spec.auxiliary_heads)
     if block.startswith("qarepvgg") and wanted.se != "none":
         raise CheckpointError(
-            f"is asked for as {arch.name}, a QARepVGG with SE blocks: its last BatchNorm follows the SE block and cannot be folded",
+            f"is asked for as {arch.name}, a QARepVGG with SE blocks: its last BatchNorm follows the SE block "
+            f"and cannot be folded",
             remedy="train with blocks of kind 'repvgg', or QARepVGG without SE",
         )
     difference = _first_difference(shapes, expected_shapes(wanted, form))
     if difference is None:
         return wanted
     published = spec.name != "custom"
-    remedy = f"give --arch {spec.name}, or leave --arch out" if published else "leave --arch out, or give a TOML file that defines this variant"
+    remedy = (
+        f"give --arch {spec.name}, or leave --arch out"
+        if published
+        else "leave --arch out, or give a TOML file that defines this variant"
+    )
     fitting = spec.name if published else describe_custom(spec)
-    raise CheckpointError(f"is not of the architecture {arch.name}: {difference}; the tensors fit {fitting}", remedy=remedy)
+    raise CheckpointError(
+        f"is not of the architecture {arch.name}: {difference}; the tensors fit {fitting}", remedy=remedy
+    )
 
 
 def describe_custom(spec: VariantSpec) -> str:

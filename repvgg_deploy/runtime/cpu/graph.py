@@ -1,6 +1,7 @@
 """An ONNX graph in memory whose nodes and small tensors can be changed, without the package onnx.
 
-Stored tensors stay views of the file until they are replaced, so that a large model is copied once, when it is serialized.
+Stored tensors stay views of the file until they are replaced, so that a large model is copied once, when it is
+serialized.
 Source: field numbers of onnx.proto (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto).
 """
 
@@ -106,7 +107,11 @@ class Graph:
     def store(self, name: str, array: NDArray[Any]) -> str:
         """Adds a tensor, or puts another in its place; gives its name back."""
         kind = next(kind for kind, dtype in _DTYPES.items() if array.dtype == dtype)
-        head = b"".join(wire.varint(1 << 3) + wire.varint(size) for size in array.shape) + wire.varint(2 << 3) + wire.varint(kind)
+        head = (
+            b"".join(wire.varint(1 << 3) + wire.varint(size) for size in array.shape)
+            + wire.varint(2 << 3)
+            + wire.varint(kind)
+        )
         self._tensors[name] = head + wire.bytes_field(8, name.encode()) + wire.bytes_field(9, array.tobytes())
         self.kinds[name] = kind
         return name
@@ -129,7 +134,8 @@ def parse(buffer: memoryview) -> Graph:
     """Reads the bytes of an ONNX file; the graph keeps views of them.
 
     Raises:
-        GraphError: It is damaged, or has what is not edited here: graphs inside nodes, tensors in other files, sparse tensors.
+        GraphError: It is damaged, or has what is not edited here: graphs inside nodes, tensors in other files, sparse
+            tensors.
     """
     try:
         return _parse(buffer)
@@ -164,7 +170,9 @@ def _node(part: memoryview) -> Node:
     for item in wire.walk(part):
         if item.number in texts:
             texts[item.number].append(bytes(part[item.payload : item.end]).decode())
-        if item.number == 5 and any(inner.number in _GRAPH_ATTRIBUTES for inner in wire.walk(part, item.payload, item.end)):
+        if item.number == 5 and any(
+            inner.number in _GRAPH_ATTRIBUTES for inner in wire.walk(part, item.payload, item.end)
+        ):
             raise GraphError("a node holds a graph of its own")
         if item.number not in (1, 2, 4):
             rest.append(bytes(part[item.start : item.end]))
@@ -193,7 +201,9 @@ def _value(part: memoryview) -> tuple[str, int]:
         elif item.number == 2:
             for inner in wire.walk(part, item.payload, item.end):
                 if inner.number == 1:
-                    kind = next((leaf.value for leaf in wire.walk(part, inner.payload, inner.end) if leaf.number == 1), 0)
+                    kind = next(
+                        (leaf.value for leaf in wire.walk(part, inner.payload, inner.end) if leaf.number == 1), 0
+                    )
     return name, kind
 
 

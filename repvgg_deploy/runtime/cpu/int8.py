@@ -1,20 +1,24 @@
 """A typed INT8 graph as TensorRT wants it → the same function as a CPU computes it fast. Every quantized activation keeps scale and integers.
 
-TensorRT wants signed activations, zero point 0. ONNX Runtime makes one integer operation of a convolution, its ReLU and its Q/DQ pairs only where
-activations are unsigned: with signed ones it computes in FP32 and is slower than the FP32 model. OpenVINO is faster with unsigned ones, too.
+TensorRT wants signed activations, zero point 0. ONNX Runtime makes one integer operation of a convolution, its ReLU and
+its Q/DQ pairs only where activations are unsigned: with signed ones it computes in FP32 and is slower than the FP32
+model. OpenVINO is faster with unsigned ones, too.
 
-- What cannot be negative (behind a ReLU) gets zero point 0. An int8 stops at 127 and a uint8 at 255, and good calibration clips. So for ONNX
-  Runtime the uint8 is clipped to 127 between the pair, as an integer, where it does not stand in the way of the fusion; for OpenVINO, which fuses
-  either, the ReLU becomes a clip to what 127 stands for.
+- What cannot be negative (behind a ReLU) gets zero point 0. An int8 stops at 127 and a uint8 at 255, and good
+  calibration clips. So for ONNX Runtime the uint8 is clipped to 127 between the pair, as an integer, where it does not
+  stand in the way of the fusion; for OpenVINO, which fuses either, the ReLU becomes a clip to what 127 stands for.
 - All else (the image) gets zero point 128 in ONNX Runtime: the same integers, moved.
-- FP16 between the pairs becomes FP32, which is what a CPU computes in anyhow: it saves the casts, and the faults of old versions, which truncate
-  where they should round to FP16's scales (https://github.com/microsoft/onnxruntime/pull/32452). The image is still rounded to FP16 first.
-- For ONNX Runtime, biases of fused convolutions become INT32 at the scale of the products, as the integer operation needs them (half a step of the
-  products at most), and weights of layers whose output nothing quantizes are stored as FP32, in place of being dequantized at each run.
+- FP16 between the pairs becomes FP32, which is what a CPU computes in anyhow: it saves the casts, and the faults of old
+  versions, which truncate where they should round to FP16's scales
+  (https://github.com/microsoft/onnxruntime/pull/32452). The image is still rounded to FP16 first.
+- For ONNX Runtime, biases of fused convolutions become INT32 at the scale of the products, as the integer operation
+  needs them (half a step of the products at most), and weights of layers whose output nothing quantizes are stored as
+  FP32, in place of being dequantized at each run.
 
 What the CPU can do that decides how an INT8 graph may be computed.
 
-What a CPU backend is given of a file with Q/DQ pairs: the same function in a form that it computes fast, or the file as it stands.
+What a CPU backend is given of a file with Q/DQ pairs: the same function in a form that it computes fast, or the file as
+it stands.
 """
 
 from __future__ import annotations
@@ -40,9 +44,10 @@ _CPUINFO = Path("/proc/cpuinfo")
 def explain_inexact_products() -> str | None:
     """Why ONNX Runtime might not multiply uint8 by int8 exactly on this CPU; None where it does.
 
-    On x86 without VNNI it uses VPMADDUBSW, which adds two products in 16 bits and saturates: 2 · 255 · 127 is twice what fits. VNNI adds them in 32
-    bits, and so does ARM.
-    Source: https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html ("When and why do I need to try U8U8?").
+    On x86 without VNNI it uses VPMADDUBSW, which adds two products in 16 bits and saturates: 2 · 255 · 127 is twice
+    what fits. VNNI adds them in 32 bits, and so does ARM.
+    Source: https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html ("When and why do I need to
+    try U8U8?").
     """
     machine = platform.machine().lower()
     if machine not in _X86:
@@ -52,7 +57,9 @@ def explain_inexact_products() -> str | None:
     except OSError:
         return f"whether this {machine} CPU has VNNI is not known, and without it products saturate at 16 bits"
     flags = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
-    return None if _EXACT & set(flags) else f"this {machine} CPU has no VNNI, and without it products saturate at 16 bits"
+    return (
+        None if _EXACT & set(flags) else f"this {machine} CPU has no VNNI, and without it products saturate at 16 bits"
+    )
 
 
 logger = logging.getLogger(__name__)
@@ -75,8 +82,12 @@ def prepare(path: Path, target: Literal["onnxruntime", "openvino"]) -> bytes | s
         logger.warning("%s: run as it stands, which is slow on a CPU: %s", path, error)
         return str(path)
     except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}", remedy="check that it is a file that you may read") from error
-    logger.info("%s: activations are %s", path, "unsigned for speed" if inexact is None else f"signed, and slow: {inexact}")
+        raise ModelError(
+            f"{path}: cannot be read: {error.strerror}", remedy="check that it is a file that you may read"
+        ) from error
+    logger.info(
+        "%s: activations are %s", path, "unsigned for speed" if inexact is None else f"signed, and slow: {inexact}"
+    )
     return graph
 
 
@@ -86,12 +97,27 @@ def _rewrite(path: Path, options: Options) -> bytes:
     return rewrite(memoryview(mapped), options)  # unmapped with the last view of it
 
 
-_KEEPS_SIGN = frozenset({"AveragePool", "Cast", "Flatten", "GlobalAveragePool", "Identity", "MaxPool", "ReduceMean", "Reshape", "Transpose"})
+_KEEPS_SIGN = frozenset(
+    {"AveragePool", "Cast", "Flatten", "GlobalAveragePool", "Identity", "MaxPool", "ReduceMean", "Reshape", "Transpose"}
+)
 _NEVER_NEGATIVE = frozenset({"Relu", "Sigmoid", "HardSigmoid", "Softmax"})
 _WIDENED = (
     _KEEPS_SIGN
     | _NEVER_NEGATIVE
-    | {"Add", "Clip", "Concat", "Conv", "DequantizeLinear", "Div", "Gemm", "MatMul", "Mul", "QuantizeLinear", "Sub", "TopK"}
+    | {
+        "Add",
+        "Clip",
+        "Concat",
+        "Conv",
+        "DequantizeLinear",
+        "Div",
+        "Gemm",
+        "MatMul",
+        "Mul",
+        "QuantizeLinear",
+        "Sub",
+        "TopK",
+    }
 )
 _OWN = "repvgg_deploy.cpu."
 _DEAD_BIAS = 2.0**20
@@ -105,7 +131,8 @@ class Options:
     Attributes:
         target: Whose way of computing the graph is made for.
         unsigned: Whether activations become unsigned, and convolutions integer operations.
-        integer_biases: Whether the biases of those become INT32. Without, the graph computes the very same integers, and ONNX Runtime fuses nothing.
+        integer_biases: Whether the biases of those become INT32. Without, the graph computes the very same integers,
+            and ONNX Runtime fuses nothing.
     """
 
     target: Literal["onnxruntime", "openvino"] = "onnxruntime"
@@ -170,7 +197,13 @@ def _cast(source: str, target: str, kind: int) -> Node:
 
 
 def _integer_attribute(name: str, value: int) -> bytes:
-    text = wire.bytes_field(1, name.encode()) + wire.varint(3 << 3) + wire.varint(value) + wire.varint(20 << 3) + wire.varint(2)
+    text = (
+        wire.bytes_field(1, name.encode())
+        + wire.varint(3 << 3)
+        + wire.varint(value)
+        + wire.varint(20 << 3)
+        + wire.varint(2)
+    )
     return wire.bytes_field(5, text)
 
 
@@ -202,12 +235,20 @@ def _clip_relus(graph: Graph) -> None:
         if node.op_type != "QuantizeLinear" or not _is_signed_pair(graph, node, reading):
             continue
         relu, scale = making.get(node.inputs[0]), graph.read(node.inputs[1])
-        if relu is None or relu.op_type != "Relu" or relu.outputs[0] in graph.outputs or len(reading[relu.outputs[0]]) > 1:
+        if (
+            relu is None
+            or relu.op_type != "Relu"
+            or relu.outputs[0] in graph.outputs
+            or len(reading[relu.outputs[0]]) > 1
+        ):
             continue
         for one in (node, *reading[node.outputs[0]]):
             one.inputs = [*one.inputs[:2], zero]
         relu.op_type = "Clip"
-        relu.inputs += [lowest, graph.store(f"{_OWN}{relu.outputs[0]}.largest", (127 * scale).reshape(()).astype(np.float32))]
+        relu.inputs += [
+            lowest,
+            graph.store(f"{_OWN}{relu.outputs[0]}.largest", (127 * scale).reshape(()).astype(np.float32)),
+        ]
 
 
 def _is_signed_pair(graph: Graph, node: Node, reading: dict[str, list[Node]]) -> bool:
@@ -244,7 +285,11 @@ def _make_biases_integer(graph: Graph) -> None:
     nodes: list[Node] = []
     for node in graph.nodes:
         pairs = [making.get(name) for name in node.inputs[:2]]
-        if len(node.inputs) == 3 and _is_fused(graph, node, reading) and all(pair and pair.op_type == "DequantizeLinear" for pair in pairs):
+        if (
+            len(node.inputs) == 3
+            and _is_fused(graph, node, reading)
+            and all(pair and pair.op_type == "DequantizeLinear" for pair in pairs)
+        ):
             nodes += _make_bias_integer(graph, node, making)
         nodes.append(node)
     graph.nodes = nodes
@@ -268,7 +313,9 @@ def _make_bias_integer(graph: Graph, node: Node, making: dict[str, Node]) -> lis
     bias = graph.read(node.inputs[2])
     weight_scale = np.broadcast_to(graph.read(weight.inputs[1]), bias.shape)
     dead = ~graph.read(weight.inputs[0]).reshape(len(bias), -1).any(axis=1)
-    if dead.any():  # a channel without weights has any scale: that of its bias, which could be too large for the one it has
+    if (
+        dead.any()
+    ):  # a channel without weights has any scale: that of its bias, which could be too large for the one it has
         enough = np.abs(bias) / (graph.read(source.inputs[1]) * _DEAD_BIAS)
         weight_scale = np.where(dead, np.maximum(weight_scale, enough), weight_scale).astype(np.float32)
     scale = (graph.read(source.inputs[1]) * weight_scale).astype(np.float32)
@@ -288,7 +335,12 @@ def _store_floating_weights(graph: Graph, *, fused: bool) -> None:
     done: set[str] = set()
     for node in graph.nodes:
         maker = making.get(node.inputs[1]) if node.op_type in ("Conv", "Gemm") and len(node.inputs) > 1 else None
-        if maker is None or maker.op_type != "DequantizeLinear" or not all(map(graph.holds, maker.inputs)) or len(reading[node.inputs[1]]) != 1:
+        if (
+            maker is None
+            or maker.op_type != "DequantizeLinear"
+            or not all(map(graph.holds, maker.inputs))
+            or len(reading[node.inputs[1]]) != 1
+        ):
             continue
         if fused and _is_fused(graph, node, reading):
             continue

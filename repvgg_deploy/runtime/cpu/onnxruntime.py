@@ -23,7 +23,13 @@ _INSTALL = {
     "cpu": "pip install 'repvgg-deploy[cpu]', or 'repvgg-deploy[gpu]' on a machine with an NVIDIA GPU; never both",
     "cuda": "pip uninstall onnxruntime, then pip install 'repvgg-deploy[gpu]': the two share one folder",
 }
-_DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8", "tensor(int64)": "int64", "tensor(int32)": "int32"}
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(uint8)": "uint8",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+}
 _WRONG_WITH_PAIRS = ("WeightBiasQuantization",)
 """Optimizers that change what a Q/DQ graph computes. This one quantizes the biases of an INT8 graph with FP16 between its pairs, wrongly: in 1.32 its
 logits have cosine 0.47 with those of the graph as it stands, and 0.9999 without it."""
@@ -47,9 +53,14 @@ class OnnxRuntimeBackend:
 
     def __init__(self, path: Path, spec: ModelSpec, device: Device, options: EngineOptions) -> None:
         runtime = _import_onnxruntime(device)
-        self._session: Any = _open_cuda(runtime, path, spec, options) if device == "cuda" else _open_cpu(runtime, path, options)
+        self._session: Any = (
+            _open_cuda(runtime, path, spec, options) if device == "cuda" else _open_cpu(runtime, path, options)
+        )
         check_interface(
-            path, spec, [_describe(node) for node in self._session.get_inputs()], [_describe(node) for node in self._session.get_outputs()]
+            path,
+            spec,
+            [_describe(node) for node in self._session.get_inputs()],
+            [_describe(node) for node in self._session.get_outputs()],
         )
         self._device = device
         self._input_name = spec.input.name
@@ -88,16 +99,25 @@ def _import_onnxruntime(device: Device) -> Any:
     try:
         return importlib.import_module("onnxruntime")
     except ImportError as error:
-        reason = "is not installed" if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime" else f"cannot be loaded: {error}"
-        raise MissingDependencyError(f"running an ONNX model needs ONNX Runtime, which {reason}", remedy=_INSTALL[device]) from error
+        reason = (
+            "is not installed"
+            if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime"
+            else f"cannot be loaded: {error}"
+        )
+        raise MissingDependencyError(
+            f"running an ONNX model needs ONNX Runtime, which {reason}", remedy=_INSTALL[device]
+        ) from error
 
 
 def _open_cpu(runtime: Any, path: Path, options: EngineOptions) -> Any:
     quantized = is_quantized(path)
     source = prepare(path, "onnxruntime") if quantized else str(path)
-    # The provider is named even so: a GPU build would otherwise choose for itself, and installing a package must not change answers.
+    # The provider is named even so: a GPU build would otherwise choose for itself, and installing a package must not
+    # change answers.
     try:
-        return runtime.InferenceSession(source, sess_options=_session_options(runtime, options), providers=[_CPU], **_without_optimizers(quantized))
+        return runtime.InferenceSession(
+            source, sess_options=_session_options(runtime, options), providers=[_CPU], **_without_optimizers(quantized)
+        )
     except Exception as error:
         raise ModelError(
             f"{path}: ONNX Runtime {runtime.__version__} refuses it: {one_line(error)}",
@@ -109,16 +129,21 @@ def _open_cuda(runtime: Any, path: Path, spec: ModelSpec, options: EngineOptions
     available = runtime.get_available_providers()
     if _CUDA not in available:
         raise CudaError(
-            f'{path}: device="cuda" was asked for, but this ONNX Runtime {runtime.__version__} offers only {", ".join(available)}',
+            f'{path}: device="cuda" was asked for, but this ONNX Runtime {runtime.__version__} offers only '
+            f"{', '.join(available)}",
             remedy=_INSTALL["cuda"],
         )
     # TF32 is on by default in this provider; FP32 means FP32 here unless the user says otherwise.
     settings = {"device_id": str(options.device_id), "use_tf32": str(int(options.tf32))}
     session_options, extras = _session_options(runtime, options), _without_optimizers(is_quantized(path))
-    if spec.kind != "module":  # a module of the user's own may hold shape arithmetic, which belongs on the CPU; ours never does
+    if (
+        spec.kind != "module"
+    ):  # a module of the user's own may hold shape arithmetic, which belongs on the CPU; ours never does
         session_options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
-        session = runtime.InferenceSession(str(path), sess_options=session_options, providers=[(_CUDA, settings)], enable_fallback=False, **extras)
+        session = runtime.InferenceSession(
+            str(path), sess_options=session_options, providers=[(_CUDA, settings)], enable_fallback=False, **extras
+        )
     except Exception as error:
         raise CudaError(
             f"{path}: cannot be opened on GPU {options.device_id}: {one_line(error)}",
@@ -129,7 +154,8 @@ def _open_cuda(runtime: Any, path: Path, spec: ModelSpec, options: EngineOptions
     if not providers or providers[0] != _CUDA:
         raise CudaError(
             f'{path}: device="cuda" was asked for, but ONNX Runtime fell back to {", ".join(providers) or "nothing"}',
-            remedy='check nvidia-smi, and that CUDA and cuDNN are those this onnxruntime-gpu was built for; or ask for device="cpu"',
+            remedy="check nvidia-smi, and that CUDA and cuDNN are those this onnxruntime-gpu was built for; or ask for "
+            'device="cpu"',
         )
     return session
 

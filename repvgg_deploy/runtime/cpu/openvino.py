@@ -27,7 +27,8 @@ _DTYPES = {"f32": "float32", "f16": "float16", "u8": "uint8", "i64": "int64", "i
 class OpenVinoBackend:
     """A compiled OpenVINO model on the CPU.
 
-    Many threads may call `run` at once: each call takes an infer request from a pool that grows to as many as are ever in use together.
+    Many threads may call `run` at once: each call takes an infer request from a pool that grows to as many as are ever
+    in use together.
 
     Args:
         path: An ONNX whose metadata was checked.
@@ -50,7 +51,9 @@ class OpenVinoBackend:
                 f"{path}: OpenVINO {_version(library)} refuses it: {one_line(error)}",
                 remedy='upgrade openvino, or open it with backend="onnxruntime"',
             ) from error
-        check_interface(path, spec, [_describe(port) for port in model.inputs], [_describe(port) for port in model.outputs])
+        check_interface(
+            path, spec, [_describe(port) for port in model.inputs], [_describe(port) for port in model.outputs]
+        )
         self._count = len(spec.outputs)
         self._process = os.getpid()
         self._idle: deque[Any] = deque([self._compiled.create_infer_request()])
@@ -70,7 +73,10 @@ class OpenVinoBackend:
             ModelError: OpenVINO failed.
         """
         if self._process != os.getpid():  # it would wait for its threads for ever
-            raise InputError("this Engine was opened before a fork, and threads do not follow", remedy="open the Engine in each worker process")
+            raise InputError(
+                "this Engine was opened before a fork, and threads do not follow",
+                remedy="open the Engine in each worker process",
+            )
         try:
             request = self._idle.pop()
         except IndexError:
@@ -97,7 +103,11 @@ def _import_openvino() -> Any:
     try:
         return importlib.import_module("openvino")
     except ImportError as error:
-        reason = "is not installed" if isinstance(error, ModuleNotFoundError) and error.name == "openvino" else f"cannot be loaded: {error}"
+        reason = (
+            "is not installed"
+            if isinstance(error, ModuleNotFoundError) and error.name == "openvino"
+            else f"cannot be loaded: {error}"
+        )
         remedy = "pip install 'repvgg-deploy[openvino]', or leave backend out to run on ONNX Runtime"
         raise MissingDependencyError(f'backend="openvino" needs OpenVINO, which {reason}', remedy=remedy) from error
 
@@ -105,7 +115,8 @@ def _import_openvino() -> Any:
 def _settings(options: EngineOptions) -> dict[str, object]:
     """FP32 means FP32: by default OpenVINO computes it in bfloat16 where the CPU can, with an error of 4e-3.
 
-    Threads are those that share one batch, as with ONNX Runtime: where that is fewer than there are cores, several batches run side by side.
+    Threads are those that share one batch, as with ONNX Runtime: where that is fewer than there are cores, several
+    batches run side by side.
     """
     threads, cores = options.intra_op_threads, os.cpu_count() or 1
     settings: dict[str, object] = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}

@@ -1,6 +1,7 @@
 """Arrays that are on the GPU already, as torch, CuPy, pycuda, Numba and others hand them over; and results that stay there.
 
-DLPack capsules read and made with ctypes, so that arrays pass between libraries without torch or CuPy being imported here.
+DLPack capsules read and made with ctypes, so that arrays pass between libraries without torch or CuPy being imported
+here.
 
 Source: https://dmlc.github.io/dlpack/latest/c_api.html (DLManagedTensor) and .../python_spec.html.
 
@@ -25,7 +26,15 @@ from .port import CAPTURE_LOCK, CudaPort
 
 CUDA, CUDA_HOST, CUDA_MANAGED = 2, 3, 13
 _NAME = b"dltensor"
-_CODES = {(0, 8): "int8", (0, 32): "int32", (0, 64): "int64", (1, 8): "uint8", (2, 16): "float16", (2, 32): "float32", (2, 64): "float64"}
+_CODES = {
+    (0, 8): "int8",
+    (0, 32): "int32",
+    (0, 64): "int64",
+    (1, 8): "uint8",
+    (2, 16): "float16",
+    (2, 32): "float32",
+    (2, 64): "float64",
+}
 _CODE_OF = {name: code for code, name in _CODES.items()}
 
 
@@ -87,7 +96,9 @@ def read_capsule(capsule: object) -> Content:
 class _Holder:
     """Keeps the structure, its arrays and the array's owner alive until the consumer calls the deleter."""
 
-    def __init__(self, owner: object, address: int, shape: tuple[int, ...], *, dtype: np.dtype[Any], device_id: int) -> None:
+    def __init__(
+        self, owner: object, address: int, shape: tuple[int, ...], *, dtype: np.dtype[Any], device_id: int
+    ) -> None:
         self.owner = owner
         self.shape = (ctypes.c_int64 * len(shape))(*shape)
         code, bits = _CODE_OF[dtype.name]
@@ -100,7 +111,9 @@ class _Holder:
         self.managed.deleter = ctypes.cast(_delete, ctypes.c_void_p)
 
 
-def make_capsule(owner: object, address: int, shape: tuple[int, ...], *, dtype: np.dtype[Any], device_id: int) -> object:
+def make_capsule(
+    owner: object, address: int, shape: tuple[int, ...], *, dtype: np.dtype[Any], device_id: int
+) -> object:
     """A capsule of C-contiguous device memory; `owner` lives until the consumer is done with it."""
     holder = _Holder(owner, address, shape, dtype=dtype, device_id=device_id)
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(holder))  # given back by the deleter
@@ -117,8 +130,12 @@ def _release(pointer: int) -> None:
 
 def _discard(capsule: int) -> None:
     """Called when a capsule goes: if nobody has consumed it, its name is still the first one, and the memory is still ours to release."""
-    is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)(("PyCapsule_IsValid", ctypes.pythonapi))
-    get = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)(("PyCapsule_GetPointer", ctypes.pythonapi))
+    is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)(
+        ("PyCapsule_IsValid", ctypes.pythonapi)
+    )
+    get = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)(
+        ("PyCapsule_GetPointer", ctypes.pythonapi)
+    )
     if is_valid(capsule, _NAME):
         _release(get(capsule, _NAME))
 
@@ -203,7 +220,8 @@ def _export(batch: Any, stream: int) -> object:
         return batch.__dlpack__(stream=stream)
     except (RuntimeError, BufferError, TypeError, ValueError) as error:
         raise InputError(
-            f"batch: {type(batch).__name__} does not hand over its memory: {' '.join(str(error).split())}", remedy="give batch.detach()"
+            f"batch: {type(batch).__name__} does not hand over its memory: {' '.join(str(error).split())}",
+            remedy="give batch.detach()",
         ) from error
 
 
@@ -236,7 +254,8 @@ def as_stream_handle(stream: Any) -> int:
     if isinstance(stream, int) and not isinstance(stream, bool) and stream >= 0:
         return stream
     raise InputError(
-        f"stream: expected a stream of torch, CuPy or pycuda or its handle, found {stream!r}", remedy="give torch.cuda.current_stream(), say"
+        f"stream: expected a stream of torch, CuPy or pycuda or its handle, found {stream!r}",
+        remedy="give torch.cuda.current_stream(), say",
     )
 
 
@@ -248,7 +267,9 @@ class DeviceArray:
         dtype: As the plan has it: float16 stays float16, and the class numbers of TensorRT 8.5 int32.
     """
 
-    def __init__(self, pool: DevicePool, block: Block, shape: tuple[int, ...], dtype: np.dtype[Any], *, stream: int | None) -> None:
+    def __init__(
+        self, pool: DevicePool, block: Block, shape: tuple[int, ...], dtype: np.dtype[Any], *, stream: int | None
+    ) -> None:
         self.shape, self.dtype = shape, dtype
         self._pool, self._block, self._stream = pool, block, stream
         release = weakref.finalize(self, pool.give_back, block)
@@ -275,7 +296,14 @@ class DeviceArray:
         self._block.streams.add(UNKNOWN_STREAM)  # this protocol does not say where the reader works
         stream = None if self._stream is None else self._stream or _LEGACY
         data = (self._block.address, False)
-        return {"shape": self.shape, "typestr": self.dtype.str, "data": data, "strides": None, "stream": stream, "version": 3}
+        return {
+            "shape": self.shape,
+            "typestr": self.dtype.str,
+            "data": data,
+            "strides": None,
+            "stream": stream,
+            "version": 3,
+        }
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return CUDA, self._pool.device_id
@@ -351,7 +379,9 @@ class DevicePool:
         self._port = port
         self.device_id = device_id
         self._lock = threading.RLock()
-        self._returned: deque[Block] = deque()  # the garbage collector puts blocks here, in any thread and at any moment: it takes no lock
+        self._returned: deque[Block] = (
+            deque()
+        )  # the garbage collector puts blocks here, in any thread and at any moment: it takes no lock
         self._idle: list[Block] = []
         self._closed = False
 
@@ -364,8 +394,12 @@ class DevicePool:
         wanted = -(-max(size_bytes, 1) // _ALIGNMENT) * _ALIGNMENT
         with self._lock:
             self._idle.extend(self._drain())
-            # Another stream may be gone by now, and its handle must not be touched: what it used waits until the whole device was waited for.
-            fitting = next((block for block in reversed(self._idle) if block.size_bytes == wanted and block.streams <= {stream}), None)
+            # Another stream may be gone by now, and its handle must not be touched: what it used waits until the whole
+            # device was waited for.
+            fitting = next(
+                (block for block in reversed(self._idle) if block.size_bytes == wanted and block.streams <= {stream}),
+                None,
+            )
             if fitting is not None:
                 self._idle.remove(fitting)
                 fitting.streams = {stream}
@@ -399,7 +433,8 @@ class DevicePool:
 
     def _free_returned(self) -> None:
         try:
-            # In this order: the garbage collector may bring a thread here that holds the first, in the midst of a capture.
+            # In this order: the garbage collector may bring a thread here that holds the first, in the midst of a
+            # capture.
             with self._port.on_device(self.device_id), CAPTURE_LOCK, self._lock:
                 self._idle.extend(self._drain())
                 self._free_idle()

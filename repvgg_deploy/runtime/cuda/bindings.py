@@ -6,7 +6,16 @@ from importlib import metadata
 from types import TracebackType
 from typing import Any
 
-from .port import CAPTURE_LOCK, ContextTable, DeviceInfo, driver_too_old, make_error, no_driver, no_such_device, read_driver_version
+from .port import (
+    CAPTURE_LOCK,
+    ContextTable,
+    DeviceInfo,
+    driver_too_old,
+    make_error,
+    no_driver,
+    no_such_device,
+    read_driver_version,
+)
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 _TIMING = 0  # CU_EVENT_DEFAULT
@@ -29,7 +38,9 @@ class BindingsPort:
     def __init__(self, driver: Any) -> None:
         self._driver = driver
         self._success = driver.CUresult.CUDA_SUCCESS
-        self._contexts = ContextTable(lambda index: _Activation(self, self._ask("cuDevicePrimaryCtxRetain", self._find(index))))
+        self._contexts = ContextTable(
+            lambda index: _Activation(self, self._ask("cuDevicePrimaryCtxRetain", self._find(index)))
+        )
         version = _version_of("cuda-bindings")
         self.provider = f"cuda-bindings {version}".strip()
         try:
@@ -154,7 +165,9 @@ class BindingsPort:
 
     def is_reachable(self, address: int) -> bool:
         """See CudaPort. Memory of a pool belongs to no context."""
-        status, owner = self._driver.cuPointerGetAttribute(self._driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_CONTEXT, address)
+        status, owner = self._driver.cuPointerGetAttribute(
+            self._driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_CONTEXT, address
+        )
         return status != self._success or int(owner) in (0, int(self._ask("cuCtxGetCurrent")))
 
     def synchronize(self) -> None:
@@ -194,7 +207,9 @@ class _Activation:
     def __enter__(self) -> None:
         self._port._ask("cuCtxPushCurrent", self._context)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._port._ask("cuCtxPopCurrent")
 
 

@@ -10,8 +10,16 @@ from ...errors import InputError, MissingDependencyError
 from .port import CudaPort, Provider
 
 _PROVIDERS: dict[Provider, tuple[str, str, str]] = {
-    "bindings": ("cuda.bindings.driver", "cuda-bindings", "pip install 'repvgg-deploy[tensorrt]', which brings cuda-bindings"),
-    "pycuda": ("pycuda.driver", "pycuda", "pip install 'repvgg-deploy[pycuda]' on a machine with the CUDA toolkit, or use cuda-bindings"),
+    "bindings": (
+        "cuda.bindings.driver",
+        "cuda-bindings",
+        "pip install 'repvgg-deploy[tensorrt]', which brings cuda-bindings",
+    ),
+    "pycuda": (
+        "pycuda.driver",
+        "pycuda",
+        "pip install 'repvgg-deploy[pycuda]' on a machine with the CUDA toolkit, or use cuda-bindings",
+    ),
 }
 
 
@@ -27,7 +35,9 @@ def open_cuda(provider: Provider | None = None) -> CudaPort:
         CudaError: There is no driver, it is too old, or it finds no GPU.
     """
     if provider is not None and provider not in _PROVIDERS:
-        raise InputError(f"cuda: expected bindings, pycuda or None, found {provider!r}", remedy='give EngineOptions(cuda="bindings")')
+        raise InputError(
+            f"cuda: expected bindings, pycuda or None, found {provider!r}", remedy='give EngineOptions(cuda="bindings")'
+        )
     chosen = provider or _choose()
     if chosen == "bindings":
         from .bindings import BindingsPort
@@ -57,7 +67,9 @@ def _import(provider: Provider) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise MissingDependencyError(f"running on a GPU needs {package}, which is not installed ({error})", remedy=remedy) from error
+        raise MissingDependencyError(
+            f"running on a GPU needs {package}, which is not installed ({error})", remedy=remedy
+        ) from error
     except (ImportError, OSError, RuntimeError) as error:
         text = " ".join(str(error).split())
         # pycuda is linked with the driver, so without one its import fails.

@@ -1,7 +1,8 @@
 """The calls that an Engine makes to CUDA. Standard library only; a provider is imported by `open_cuda`.
 
-There is never a second context: every provider works in the primary context of a device, which torch, CuPy, TensorRT and every other user of
-the CUDA runtime in the process share. Source: CUDA driver API, sections 6.7 (primary context) and 6.8 (context stack).
+There is never a second context: every provider works in the primary context of a device, which torch, CuPy, TensorRT
+and every other user of the CUDA runtime in the process share. Source: CUDA driver API, sections 6.7 (primary context)
+and 6.8 (context stack).
 
 What a status of CUDA means: one function through which each passes. Standard library only.
 
@@ -20,18 +21,26 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from ...errors import CudaContextError, CudaError, CudaMemoryError
 
-_NO_DRIVER = "install the NVIDIA driver (in a container: start it with --gpus all and the NVIDIA container toolkit), then check nvidia-smi"
+_NO_DRIVER = (
+    "install the NVIDIA driver (in a container: start it with --gpus all and the NVIDIA container toolkit), then "
+    "check nvidia-smi"
+)
 _REMEDIES = {
     "CUDA_ERROR_NO_DEVICE": "check nvidia-smi and CUDA_VISIBLE_DEVICES: the driver shows this process no GPU",
     "CUDA_ERROR_INVALID_DEVICE": "give the index of a GPU that nvidia-smi lists, counted within CUDA_VISIBLE_DEVICES",
-    "CUDA_ERROR_STUB_LIBRARY": "remove the CUDA toolkit's lib64/stubs from LD_LIBRARY_PATH: that libcuda is for linking only",
-    "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "restart the machine or reload the kernel module: driver and kernel module are of different versions",
+    "CUDA_ERROR_STUB_LIBRARY": "remove the CUDA toolkit's lib64/stubs from LD_LIBRARY_PATH: that libcuda is for "
+    "linking only",
+    "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "restart the machine or reload the kernel module: driver and kernel module "
+    "are of different versions",
     "CUDA_ERROR_SYSTEM_NOT_READY": "start the GPU's system services (nvidia-fabricmanager on machines with NVSwitch)",
-    "CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE": "remove the cuda-compat package from LD_LIBRARY_PATH, or update the driver",
+    "CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE": "remove the cuda-compat package from LD_LIBRARY_PATH, or update "
+    "the driver",
     "CUDA_ERROR_DEVICE_UNAVAILABLE": "another process holds the GPU alone: end it, or set nvidia-smi -c DEFAULT",
-    "CUDA_ERROR_NOT_INITIALIZED": "open the Engine in the process that uses it: CUDA does not survive a fork; start workers with spawn",
+    "CUDA_ERROR_NOT_INITIALIZED": "open the Engine in the process that uses it: CUDA does not survive a fork; start "
+    "workers with spawn",
     "CUDA_ERROR_UNSUPPORTED_LIMIT": "update the NVIDIA driver",
-    "CUDA_ERROR_OUT_OF_MEMORY": "free GPU memory (nvidia-smi shows who has it), build the plan with a smaller --max-batch, or lower "
+    "CUDA_ERROR_OUT_OF_MEMORY": "free GPU memory (nvidia-smi shows who has it), build the plan with a smaller "
+    "--max-batch, or lower "
     "EngineOptions(contexts=…)",
 }
 _LOST = frozenset(
@@ -59,9 +68,15 @@ def make_error(call: str, name: str, text: str) -> CudaError:
     if name in _LOST:
         return CudaContextError(
             message,
-            remedy="restart the process: after this error CUDA refuses every further call in it; if it comes again, look for Xid lines in dmesg",
+            remedy="restart the process: after this error CUDA refuses every further call in it; if it comes again, "
+            "look for Xid lines in dmesg",
         )
-    return CudaError(message, remedy=_REMEDIES.get(name, "check nvidia-smi and the driver's version; set CUDA_LAUNCH_BLOCKING=1 to find the cause"))
+    return CudaError(
+        message,
+        remedy=_REMEDIES.get(
+            name, "check nvidia-smi and the driver's version; set CUDA_LAUNCH_BLOCKING=1 to find the cause"
+        ),
+    )
 
 
 def no_driver(reason: str) -> CudaError:
@@ -72,15 +87,20 @@ def no_driver(reason: str) -> CudaError:
 def driver_too_old(package: str, needed: int, found: str) -> CudaError:
     """The error where the driver knows an older CUDA than the package was made for."""
     return CudaError(
-        f"the NVIDIA driver is too old: {package} needs one for CUDA {needed}, found one for CUDA {found} (cudaErrorInsufficientDriver)",
-        remedy=f"update the driver, or install a {package} (and a TensorRT) made for CUDA {found.split('.', maxsplit=1)[0]}",
+        f"the NVIDIA driver is too old: {package} needs one for CUDA {needed}, found one for CUDA {found} "
+        f"(cudaErrorInsufficientDriver)",
+        remedy=f"update the driver, or install a {package} (and a TensorRT) made for CUDA "
+        f"{found.split('.', maxsplit=1)[0]}",
     )
 
 
 def no_such_device(index: int, count: int) -> CudaError:
     """The error where a GPU was asked for that is not there."""
     known = "no GPU is" if count == 0 else "only GPU 0 is" if count == 1 else f"GPUs 0 to {count - 1} are"
-    return CudaError(f"GPU {index} was asked for (CUDA_ERROR_INVALID_DEVICE), and {known} there", remedy=_REMEDIES["CUDA_ERROR_INVALID_DEVICE"])
+    return CudaError(
+        f"GPU {index} was asked for (CUDA_ERROR_INVALID_DEVICE), and {known} there",
+        remedy=_REMEDIES["CUDA_ERROR_INVALID_DEVICE"],
+    )
 
 
 Provider = Literal["bindings", "pycuda"]
@@ -115,7 +135,8 @@ class DeviceInfo:
 class CudaPort(Protocol):
     """One process's way to its GPUs. Every call may be made from any thread, inside `on_device`; every one may raise CudaError.
 
-    Addresses are numbers; streams, events and graphs are whatever the provider gives. A stream of somebody else is the number of its handle.
+    Addresses are numbers; streams, events and graphs are whatever the provider gives. A stream of somebody else is the
+    number of its handle.
     """
 
     @property
@@ -208,7 +229,8 @@ class CudaPort(Protocol):
 class ContextTable(Generic[_C]):
     """The primary context of each GPU, made current by `make`'s result; retained once, by whichever thread comes first.
 
-    Never released: the CUDA runtimes of TensorRT and torch use these contexts, and the last release would destroy one under them.
+    Never released: the CUDA runtimes of TensorRT and torch use these contexts, and the last release would destroy one
+    under them.
 
     Args:
         make: From the index of a GPU.

@@ -1,7 +1,7 @@
 """The CUDA port over pycuda: its primary contexts only, never `pycuda.autoinit` or `make_context`.
 
-pycuda frees what its objects own when they go, and captures no graphs; streams of others are known to it by number only, which it cannot use, so
-that with them the whole device is waited for.
+pycuda frees what its objects own when they go, and captures no graphs; streams of others are known to it by number
+only, which it cannot use, so that with them the whole device is waited for.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ class PycudaPort:
         """See CudaPort."""
         device = self._find(index)
         major, minor = device.compute_capability()
-        return DeviceInfo(device.name(), f"{major}.{minor}", read_driver_version(), self._cuda_version, int(device.total_memory()))
+        return DeviceInfo(
+            device.name(), f"{major}.{minor}", read_driver_version(), self._cuda_version, int(device.total_memory())
+        )
 
     def on_device(self, index: int) -> _Activation:
         """See CudaPort."""
@@ -84,7 +86,10 @@ class PycudaPort:
     def allocate_host(self, size_bytes: int) -> int:
         """See CudaPort."""
         flags = self._driver.host_alloc_flags.PORTABLE
-        array = self._ask(f"cuMemHostAlloc({size_bytes} bytes)", lambda: self._driver.pagelocked_empty(size_bytes, "uint8", mem_flags=flags))
+        array = self._ask(
+            f"cuMemHostAlloc({size_bytes} bytes)",
+            lambda: self._driver.pagelocked_empty(size_bytes, "uint8", mem_flags=flags),
+        )
         address = int(array.ctypes.data)
         self._host_blocks[address] = array
         return address
@@ -163,7 +168,9 @@ class PycudaPort:
 
     def begin_capture(self, stream: Any) -> None:
         """See CudaPort: pycuda cannot."""
-        raise CudaError("pycuda captures no CUDA graphs", remedy='use EngineOptions(cuda="bindings"), or cuda_graphs=False')
+        raise CudaError(
+            "pycuda captures no CUDA graphs", remedy='use EngineOptions(cuda="bindings"), or cuda_graphs=False'
+        )
 
     def end_capture(self, stream: Any) -> Any:
         """See CudaPort: pycuda cannot."""
@@ -223,7 +230,9 @@ class _Activation:
     def __enter__(self) -> None:
         self._port._ask("cuCtxPushCurrent", self._context.push)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._port._ask("cuCtxPopCurrent", self._context.pop)
 
 

@@ -76,11 +76,15 @@ def _run_pieces(slot: Slot, memory: DevicePool, view: DeviceView, *, order: Any)
     return results
 
 
-def _make_results(slot: Slot, memory: DevicePool, output_shapes: tuple[Shape, ...], *, count: int, stream: int) -> list[DeviceArray]:
+def _make_results(
+    slot: Slot, memory: DevicePool, output_shapes: tuple[Shape, ...], *, count: int, stream: int
+) -> list[DeviceArray]:
     results = []
     for tensor, found in zip(slot.plan.interface.outputs, output_shapes, strict=True):
         whole = (count, *found[1:]) if tensor.shape[0] == slot.plan.interface.source.shape[0] else found
-        results.append(DeviceArray(memory, memory.take(tensor.count_bytes(whole), stream), whole, tensor.dtype, stream=stream))
+        results.append(
+            DeviceArray(memory, memory.take(tensor.count_bytes(whole), stream), whole, tensor.dtype, stream=stream)
+        )
     return results
 
 
@@ -92,7 +96,9 @@ def _run_padded(slot: Slot, source: tuple[int, int], targets: list[int], *, size
     slot.reserve([slot.stage], shape, output_shapes)
     port.copy(slot.stage.source.device, source[0], source[1], order)
     lane.enqueue(slot.stage.addresses, port.stream_handle(order))
-    for target, buffer, tensor, found in zip(targets, slot.stage.outputs, interface.outputs, output_shapes, strict=True):
+    for target, buffer, tensor, found in zip(
+        targets, slot.stage.outputs, interface.outputs, output_shapes, strict=True
+    ):
         port.copy(target, buffer.device, tensor.count_bytes(found) // shape[0] * size, order)
 
 
@@ -112,7 +118,10 @@ def time_phases(slot: Slot, batch: NDArray[Any], calls: int) -> tuple[PhaseTimes
     assert lane is not None
     if len(batch) > interface.largest[0]:
         remedy = "give a smaller batch, or build the plan with a larger --max-batch"
-        raise InputError(f"batch: the parts of {len(batch)} images cannot be timed: the plan takes {interface.largest[0]} at a time", remedy=remedy)
+        raise InputError(
+            f"batch: the parts of {len(batch)} images cannot be timed: the plan takes {interface.largest[0]} at a time",
+            remedy=remedy,
+        )
     shape = (max(len(batch), interface.smallest[0]), *batch.shape[1:])
     slot.wait_for_others(slot.stream)
     output_shapes = slot.bind(lane, shape)
@@ -171,7 +180,11 @@ class TensorRtBackend:
         with self._port.on_device(device_id):
             self._plan = open_plan(path, info, backend=backend, require_passport=options.require_passport)
             self._switch = make_switch(self._plan, self._port, options.cuda_graphs)
-            self._pool = SlotPool(lambda: Slot(self._port, self._plan, self._switch), options.contexts, stops=(CudaMemoryError, NoMoreContextsError))
+            self._pool = SlotPool(
+                lambda: Slot(self._port, self._plan, self._switch),
+                options.contexts,
+                stops=(CudaMemoryError, NoMoreContextsError),
+            )
             self._memory = DevicePool(self._port, device_id)
             try:
                 self._pool.release(self._pool.acquire())  # what cannot work fails here and not at the first request
@@ -304,11 +317,15 @@ class TensorRtBackend:
         elif view.device_id is None and not self._port.is_reachable(view.address):
             # A kernel that read it would end the GPU's state in this process, for everybody.
             raise InputError(
-                "batch: lies in a CUDA context of its own, and not in the primary one, which the Engine shares with torch and CuPy",
+                "batch: lies in a CUDA context of its own, and not in the primary one, which the Engine shares "
+                "with torch and CuPy",
                 remedy="import pycuda.autoprimaryctx in place of pycuda.autoinit or make_context",
             )
         if problems:
-            raise InputError(f"batch: {'; '.join(problems)}", remedy="convert it on the GPU, say with batch.to(device, dtype).contiguous()")
+            raise InputError(
+                f"batch: {'; '.join(problems)}",
+                remedy="convert it on the GPU, say with batch.to(device, dtype).contiguous()",
+            )
         require_size(view.shape, self._plan.interface)
         if view.producer is not None and view.producer != handle:
             self._memory.order(handle, after=view.producer)

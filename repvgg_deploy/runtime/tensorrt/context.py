@@ -25,10 +25,14 @@ def changes_kernels(plan: OpenPlan) -> bool:
     TensorRT-RTX compiles the kernels for a new shape in the background, and runs slower ones until they are there.
     Source: https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/inference-library/work-with-cuda-graphs.html
     """
-    return hasattr(plan.library.trt, "DynamicShapesKernelSpecializationStrategy") and min(plan.interface.source.shape) < 0
+    return (
+        hasattr(plan.library.trt, "DynamicShapesKernelSpecializationStrategy") and min(plan.interface.source.shape) < 0
+    )
 
 
-def make_context(plan: OpenPlan, scratch: tuple[int, int], *, stream_handle: int, one_shape: bool = False) -> Any | None:
+def make_context(
+    plan: OpenPlan, scratch: tuple[int, int], *, stream_handle: int, one_shape: bool = False
+) -> Any | None:
     """A context that works in the given memory, or None where TensorRT makes no more of them.
 
     TensorRT 8 lets one context at a time use a profile; from 10 on any number may.
@@ -37,7 +41,8 @@ def make_context(plan: OpenPlan, scratch: tuple[int, int], *, stream_handle: int
         plan: The deserialized plan, and the profile that is used.
         scratch: Address and size of device memory; contexts that share it must not run at once.
         stream_handle: Where the change of the profile is put; wait for it before another stream runs the context.
-        one_shape: Whether it will run one shape, again and again: then the first run waits for the kernels of that shape.
+        one_shape: Whether it will run one shape, again and again: then the first run waits for the kernels of that
+            shape.
     """
     profile, context = plan.interface.profile, _create(plan, wait_for_kernels=one_shape and changes_kernels(plan))
     if context is None:
@@ -46,7 +51,9 @@ def make_context(plan: OpenPlan, scratch: tuple[int, int], *, stream_handle: int
         context.set_device_memory(*scratch)
     else:
         context.device_memory = scratch[0]
-    if context.active_optimization_profile != profile and not context.set_optimization_profile_async(profile, stream_handle):
+    if context.active_optimization_profile != profile and not context.set_optimization_profile_async(
+        profile, stream_handle
+    ):
         return None
     return context
 
@@ -98,13 +105,23 @@ class Lane:
         """
         if shape == self._shape:
             return self._output_shapes
-        # The context is in no local variable: an exception that somebody keeps would keep it, and TensorRT 8 makes no other one meanwhile.
+        # The context is in no local variable: an exception that somebody keeps would keep it, and TensorRT 8 makes no
+        # other one meanwhile.
         self._shape, self.runs = None, 0
         if not self._context.set_input_shape(self._interface.source.name, shape):
-            raise InputError(f"batch: TensorRT refuses the shape {shape}:{quote(self._log.take())}", remedy=f"give {_show_range(self._interface)}")
-        shapes = tuple(tuple(int(size) for size in self._context.get_tensor_shape(output.name)) for output in self._interface.outputs)
+            raise InputError(
+                f"batch: TensorRT refuses the shape {shape}:{quote(self._log.take())}",
+                remedy=f"give {_show_range(self._interface)}",
+            )
+        shapes = tuple(
+            tuple(int(size) for size in self._context.get_tensor_shape(output.name))
+            for output in self._interface.outputs
+        )
         if any(size < 0 for found in shapes for size in found):
-            raise CudaError(f"the plan's outputs {shapes} are of a size that depends on the image", remedy="build a plan without such outputs")
+            raise CudaError(
+                f"the plan's outputs {shapes} are of a size that depends on the image",
+                remedy="build a plan without such outputs",
+            )
         self._shape, self._output_shapes = shape, shapes
         return shapes
 
@@ -142,8 +159,12 @@ class Lane:
         lines = self._log.take()
         message = f"TensorRT refused {what}:{quote(lines)}"
         if any("out of memory" in line.lower() or "outofmemory" in line.lower() for line in lines):
-            return CudaMemoryError(message, remedy="free GPU memory, lower EngineOptions(contexts=…), or give smaller batches")
-        return CudaError(message, remedy="try again; if it comes again, build the plan anew on this machine with repvgg-trt build")
+            return CudaMemoryError(
+                message, remedy="free GPU memory, lower EngineOptions(contexts=…), or give smaller batches"
+            )
+        return CudaError(
+            message, remedy="try again; if it comes again, build the plan anew on this machine with repvgg-trt build"
+        )
 
 
 def choose_buckets(interface: Interface) -> frozenset[int]:

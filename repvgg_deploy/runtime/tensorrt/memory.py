@@ -108,7 +108,8 @@ class Stage:
     def reserve(self, shape: Shape, output_shapes: tuple[Shape, ...]) -> None:
         """Makes room for a batch of a shape. No work on the buffers may be under way."""
         needed = self._count(shape, output_shapes)
-        # As much as the largest batch of these images needs, so that it grows once for each image size and not for each batch size.
+        # As much as the largest batch of these images needs, so that it grows once for each image size and not for each
+        # batch size.
         rows, most = shape[0], self._interface.largest[0]
         needed = [size if size % rows else size // rows * most for size in needed]
         while self._buffers:
@@ -119,7 +120,9 @@ class Stage:
     def fits(self, shape: Shape, output_shapes: tuple[Shape, ...]) -> bool:
         """Whether there is room for a batch of a shape already."""
         needed = self._count(shape, output_shapes)
-        return len(self._buffers) == len(needed) and all(map(lambda size, buffer: size <= buffer.size_bytes, needed, self._buffers))
+        return len(self._buffers) == len(needed) and all(
+            map(lambda size, buffer: size <= buffer.size_bytes, needed, self._buffers)
+        )
 
     def _count(self, shape: Shape, output_shapes: tuple[Shape, ...]) -> list[int]:
         tensors = (self._interface.source, *self._interface.outputs)
@@ -168,7 +171,9 @@ class SlotPool(Generic[_S]):
         stops: Errors of `make` that mean so.
     """
 
-    def __init__(self, make: Callable[[], _S], limit: int, stops: tuple[type[CudaError], ...] = (CudaMemoryError,)) -> None:
+    def __init__(
+        self, make: Callable[[], _S], limit: int, stops: tuple[type[CudaError], ...] = (CudaMemoryError,)
+    ) -> None:
         self._make, self._limit, self._stops = make, limit, stops
         self._changed = threading.Condition()
         self._making = threading.Lock()
@@ -212,7 +217,9 @@ class SlotPool(Generic[_S]):
     def discard(self, slot: _S, error: BaseException) -> None:
         """Gives back a slot in which something failed: it is freed, and the next request gets a new one."""
         problem = slot.close()
-        lost = error if isinstance(error, CudaContextError) else problem if isinstance(problem, CudaContextError) else None
+        lost = (
+            error if isinstance(error, CudaContextError) else problem if isinstance(problem, CudaContextError) else None
+        )
         if problem is not None and lost is None:
             logger.warning("a slot could not be freed wholly: %s", problem.message)
         with self._changed:

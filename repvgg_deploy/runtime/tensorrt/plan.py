@@ -89,11 +89,15 @@ def read_interface(trt: Any, engine: Any, path: Path) -> Interface:
     inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
     if len(inputs) != 1 or len(names) < 2:
         raise PlanError(
-            f"{path}: expected one input and at least one output, found {len(inputs)} of {names}", remedy="build a plan of one image input"
+            f"{path}: expected one input and at least one output, found {len(inputs)} of {names}",
+            remedy="build a plan of one image input",
         )
     source = _read_tensor(engine, inputs[0], path)
     if not source.shape:
-        raise PlanError(f"{path}: the input {source.name} has no dimension that counts images", remedy="build a plan whose input has a batch")
+        raise PlanError(
+            f"{path}: the input {source.name} has no dimension that counts images",
+            remedy="build a plan whose input has a batch",
+        )
     outputs = tuple(_read_tensor(engine, name, path) for name in names if name != inputs[0])
     if min(source.shape) > 0:
         return Interface(source, outputs, 0, source.shape, source.shape, source.shape)
@@ -103,7 +107,9 @@ def read_interface(trt: Any, engine: Any, path: Path) -> Interface:
 
 
 def _read_profile(engine: Any, name: str, index: int) -> tuple[Shape, Shape, Shape]:
-    smallest, usual, largest = (tuple(int(size) for size in shape) for shape in engine.get_tensor_profile_shape(name, index))
+    smallest, usual, largest = (
+        tuple(int(size) for size in shape) for shape in engine.get_tensor_profile_shape(name, index)
+    )
     return smallest, usual, largest
 
 
@@ -128,7 +134,10 @@ def describe_interface(interface: Interface) -> ModelSpec:
 
 
 def _describe(tensor: PlanTensor, layout: str) -> TensorSpec:
-    shape = tuple(size if size >= 0 else "batch" if axis == 0 else f"{tensor.name}_{axis}" for axis, size in enumerate(tensor.shape))
+    shape = tuple(
+        size if size >= 0 else "batch" if axis == 0 else f"{tensor.name}_{axis}"
+        for axis, size in enumerate(tensor.shape)
+    )
     return TensorSpec(
         tensor.name,
         cast('Literal["float32", "float16", "uint8", "int64", "int32"]', tensor.dtype.name),
@@ -159,19 +168,28 @@ def order_interface(interface: Interface, spec: ModelSpec, path: Path) -> Interf
                 remedy="build the plan again with repvgg-trt build",
             )
     outputs = tuple(by_name[output.name] for output in spec.outputs)
-    return Interface(interface.source, outputs, interface.profile, interface.smallest, interface.usual, interface.largest)
+    return Interface(
+        interface.source, outputs, interface.profile, interface.smallest, interface.usual, interface.largest
+    )
 
 
 def _agree(expected: TensorSpec, found: PlanTensor) -> bool:
     """Same dtype (TensorRT 8.5 gives int32 for the int64 of class numbers) and rank, and no dimension of two sizes."""
     same_dtype = expected.dtype == found.dtype.name or (expected.dtype, found.dtype.name) == ("int64", "int32")
-    sizes = (not isinstance(want, int) or have < 0 or want == have for want, have in zip(expected.shape, found.shape, strict=False))
+    sizes = (
+        not isinstance(want, int) or have < 0 or want == have
+        for want, have in zip(expected.shape, found.shape, strict=False)
+    )
     return same_dtype and len(expected.shape) == len(found.shape) and all(sizes)
 
 
 logger = logging.getLogger(__name__)
 _MODULES: dict[Flavour, tuple[str, ...]] = {"tensorrt": ("tensorrt", LEAN), "tensorrt_rtx": ("tensorrt_rtx",)}
-_LEVELS = {"ERROR": logging.WARNING, "WARNING": logging.WARNING, "INFO": logging.DEBUG}  # an error of TensorRT is one of ours, or was none
+_LEVELS = {
+    "ERROR": logging.WARNING,
+    "WARNING": logging.WARNING,
+    "INFO": logging.DEBUG,
+}  # an error of TensorRT is one of ours, or was none
 _KEPT = 50
 
 
@@ -262,7 +280,8 @@ def find_library(flavours: tuple[Flavour, ...]) -> InstalledLibrary:
                 return _check_version(InstalledLibrary(flavour, trt, str(trt.__version__)))
     wanted = " or ".join(FLAVOURS[flavour] for flavour in flavours)
     raise MissingDependencyError(
-        f"running a plan needs {wanted}, which is not installed", remedy=", or ".join(INSTALL[flavour] for flavour in flavours)
+        f"running a plan needs {wanted}, which is not installed",
+        remedy=", or ".join(INSTALL[flavour] for flavour in flavours),
     )
 
 
@@ -274,7 +293,9 @@ def _check_version(library: InstalledLibrary) -> InstalledLibrary:
     number = parse_version(library.version)[:2]
     if library.flavour == "tensorrt" and (number < (8, 5) or number == BROKEN_VERSION):
         problem = "is known to be broken" if number == BROKEN_VERSION else "is too old: expected 8.5 or later"
-        raise PlanError(f"{library.name} {problem}", remedy="install TensorRT 10.3 or later, and build the plan with it")
+        raise PlanError(
+            f"{library.name} {problem}", remedy="install TensorRT 10.3 or later, and build the plan with it"
+        )
     return library
 
 
@@ -342,20 +363,35 @@ def open_plan(path: Path, device: DeviceInfo, *, backend: str | None, require_pa
     passport = read_passport(path)
     if passport is None:
         _miss_passport(path, require_passport)
-    wanted: tuple[Flavour, ...] = (passport.flavour,) if passport is not None and backend is None else _FLAVOURS[backend]
+    wanted: tuple[Flavour, ...] = (
+        (passport.flavour,) if passport is not None and backend is None else _FLAVOURS[backend]
+    )
     if passport is not None:
-        _judge(path, passport, Environment(wanted[0], None, device.name, device.compute_capability, device.driver_version or None, platform_here()))
+        _judge(
+            path,
+            passport,
+            Environment(
+                wanted[0], None, device.name, device.compute_capability, device.driver_version or None, platform_here()
+            ),
+        )
     library = open_library(wanted)
     if passport is not None:
         here = Environment(
-            library.flavour, library.version, device.name, device.compute_capability, device.driver_version or None, lean=library.is_lean
+            library.flavour,
+            library.version,
+            device.name,
+            device.compute_capability,
+            device.driver_version or None,
+            lean=library.is_lean,
         )
         _judge(path, passport, here)
     content = _read(path)
     if passport is not None:
         require_unchanged(path, hashlib.sha256(content).hexdigest(), passport)
     # A version-compatible plan carries the code that reads it; it is run only where a passport vouches for its bytes.
-    runtime, engine = _deserialize(library, content, path, carries_code=passport is not None and passport.config.version_compatible)
+    runtime, engine = _deserialize(
+        library, content, path, carries_code=passport is not None and passport.config.version_compatible
+    )
     interface = read_interface(library.trt, engine, path)
     if passport is None:
         return OpenPlan(library, runtime, engine, interface, describe_interface(interface), None)
@@ -365,8 +401,13 @@ def open_plan(path: Path, device: DeviceInfo, *, backend: str | None, require_pa
 def _miss_passport(path: Path, required: bool) -> None:
     name = passport_path(path).name
     if required:
-        raise PlanError(f"{path}: has no passport {name}, and one is required", remedy="copy it beside the plan, or leave out require_passport")
-    logger.warning("%s: no passport %s beside it: shapes come from the plan, and how images are prepared is not known", path, name)
+        raise PlanError(
+            f"{path}: has no passport {name}, and one is required",
+            remedy="copy it beside the plan, or leave out require_passport",
+        )
+    logger.warning(
+        "%s: no passport %s beside it: shapes come from the plan, and how images are prepared is not known", path, name
+    )
 
 
 def _judge(path: Path, passport: PlanPassport, environment: Environment) -> None:
@@ -382,7 +423,9 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}", remedy="check that it is a file that you may read") from error
+        raise ModelError(
+            f"{path}: cannot be read: {error.strerror}", remedy="check that it is a file that you may read"
+        ) from error
 
 
 def _deserialize(library: Library, content: bytes, path: Path, *, carries_code: bool) -> tuple[Any, Any]:
@@ -390,9 +433,12 @@ def _deserialize(library: Library, content: bytes, path: Path, *, carries_code: 
     log.take()
     runtime = trt.Runtime(library.trt_logger)
     lines = log.take()
-    if runtime is None or any("CUDA initialization failure" in line for line in lines):  # to use such a runtime ends the process
+    if runtime is None or any(
+        "CUDA initialization failure" in line for line in lines
+    ):  # to use such a runtime ends the process
         raise CudaError(
-            f"{library.name} cannot use the GPU:{quote(lines)}", remedy="update the NVIDIA driver, or install a TensorRT made for its CUDA version"
+            f"{library.name} cannot use the GPU:{quote(lines)}",
+            remedy="update the NVIDIA driver, or install a TensorRT made for its CUDA version",
         )
     if carries_code and library.flavour == "tensorrt":
         runtime.engine_host_code_allowed = True
@@ -402,9 +448,14 @@ def _deserialize(library: Library, content: bytes, path: Path, *, carries_code: 
     if engine is None:
         lines = log.take()
         if any("out of memory" in line.lower() for line in lines):
-            raise CudaMemoryError(f"{path}: no GPU memory for it:{quote(lines)}", remedy="free GPU memory: nvidia-smi shows who has it")
+            raise CudaMemoryError(
+                f"{path}: no GPU memory for it:{quote(lines)}", remedy="free GPU memory: nvidia-smi shows who has it"
+            )
         remedy = "build it again on this machine with repvgg-trt build: it is truncated, or of another TensorRT or GPU"
         if library.is_lean:
-            remedy = "build it with --version-compatible, for a lean runtime runs no other plans; or install the whole TensorRT that built it"
+            remedy = (
+                "build it with --version-compatible, for a lean runtime runs no other plans; or install the whole "
+                "TensorRT that built it"
+            )
         raise PlanError(f"{path}: {library.name} refuses it:{quote(lines)}", remedy=remedy)
     return runtime, engine

@@ -31,8 +31,9 @@ _MOST_FAILURES = 3
 class GraphSwitch:
     """Whether CUDA graphs are used by an engine.
 
-    A capture can fail because another thread of the process waited for the whole device just then (torch.cuda.synchronize() does), which is no
-    reason to do without for good: the third failure turns them off, and is logged.
+    A capture can fail because another thread of the process waited for the whole device just then
+    (torch.cuda.synchronize() does), which is no reason to do without for good: the third failure turns them off, and is
+    logged.
     """
 
     on: bool
@@ -111,7 +112,9 @@ class Slot:
             self.owned.add(self._freed, lambda: port.destroy_event(self._freed))
             self.main = self._make_lane()
             if self.main is None:
-                raise NoMoreContextsError("TensorRT makes no further execution context of this plan", remedy="lower EngineOptions(contexts=…)")
+                raise NoMoreContextsError(
+                    "TensorRT makes no further execution context of this plan", remedy="lower EngineOptions(contexts=…)"
+                )
             self.stage = Stage(port, self.owned, plan.interface)
         except BaseException:
             self.close()
@@ -190,7 +193,9 @@ class Slot:
 
     def close(self) -> CudaError | None:
         """Frees everything, also after a failure; the first error on the way."""
-        waits: list[Callable[[], None]] = [] if self.main is None else [functools.partial(self.port.synchronize_event, self._freed)]
+        waits: list[Callable[[], None]] = (
+            [] if self.main is None else [functools.partial(self.port.synchronize_event, self._freed)]
+        )
         # All of them: after a failure in the midst of a split batch, copies of other pieces may still be under way.
         waits += [functools.partial(self.port.synchronize_stream, stream) for stream in self._streams]
         first: CudaError | None = None
@@ -240,7 +245,12 @@ class Slot:
     def _capture(self, lane: Lane, shape: Shape) -> bool:
         """Captures and runs a graph where it is time to; False: run without."""
         # TensorRT sets itself up in the first run of a shape, which must not be captured.
-        if not self._graphs.on or shape[0] not in self._graphs.buckets or lane.runs == 0 or not lane.can_capture(self.handle):
+        if (
+            not self._graphs.on
+            or shape[0] not in self._graphs.buckets
+            or lane.runs == 0
+            or not lane.can_capture(self.handle)
+        ):
             return False
         port = self.port
         try:
@@ -263,7 +273,10 @@ def fill(stage: Stage, interface: Interface, batch: NDArray[Any], shape: Shape) 
 
 def views(stage: Stage, interface: Interface, output_shapes: tuple[Shape, ...]) -> Arrays:
     """The page-locked sides of the outputs, which the next batch overwrites."""
-    return [buffer.view(tensor.dtype, found) for tensor, buffer, found in zip(interface.outputs, stage.outputs, output_shapes, strict=True)]
+    return [
+        buffer.view(tensor.dtype, found)
+        for tensor, buffer, found in zip(interface.outputs, stage.outputs, output_shapes, strict=True)
+    ]
 
 
 def split(count: int, interface: Interface) -> Iterator[tuple[int, int, int]]:
@@ -283,7 +296,8 @@ def require_size(shape: Shape, interface: Interface) -> None:
     sizes, least, most = shape[1:], interface.smallest[1:], interface.largest[1:]
     if not all(low <= size <= high for low, size, high in zip(least, sizes, most, strict=True)):
         raise InputError(
-            f"batch: the plan takes images from {least} to {most}, found {sizes}", remedy="resize the images, or build the plan with another profile"
+            f"batch: the plan takes images from {least} to {most}, found {sizes}",
+            remedy="resize the images, or build the plan with another profile",
         )
 
 
@@ -314,7 +328,10 @@ class Pipeline:
             shape = (rows, *batch.shape[1:])
             output_shapes = slot.bind(slot.main, shape)
             if not results:
-                results = [np.empty((len(batch), *found[1:]), tensor.dtype) for tensor, found in zip(interface.outputs, output_shapes, strict=True)]
+                results = [
+                    np.empty((len(batch), *found[1:]), tensor.dtype)
+                    for tensor, found in zip(interface.outputs, output_shapes, strict=True)
+                ]
                 # Before the first piece, so that nothing is under way when addresses change; the first is the largest.
                 slot.reserve(self._stages, shape, output_shapes)
             if len(pending) == _STAGES:

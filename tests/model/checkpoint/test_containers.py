@@ -55,7 +55,11 @@ def test_torch_file_of_any_protocol_is_read(modern, protocol, tmp_path):
 def test_safetensors_file_is_read(tmp_path):
     from safetensors.torch import save_file
 
-    save_file({name: tensor.contiguous() for name, tensor in STATE.items()}, str(tmp_path / "m.safetensors"), metadata={"note": "x"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in STATE.items()},
+        str(tmp_path / "m.safetensors"),
+        metadata={"note": "x"},
+    )
     content = read_file(tmp_path / "m.safetensors")
     assert content.container == "safetensors"
     assert content.metadata == {"note": "x"}
@@ -64,7 +68,10 @@ def test_safetensors_file_is_read(tmp_path):
 
 def test_deflated_torch_zip_is_read(tmp_path):
     torch.save(STATE, tmp_path / "m.pth")
-    with zipfile.ZipFile(tmp_path / "m.pth") as source, zipfile.ZipFile(tmp_path / "z.pth", "w", zipfile.ZIP_DEFLATED) as target:
+    with (
+        zipfile.ZipFile(tmp_path / "m.pth") as source,
+        zipfile.ZipFile(tmp_path / "z.pth", "w", zipfile.ZIP_DEFLATED) as target,
+    ):
         for name in source.namelist():
             target.writestr(name, source.read(name))
     assert_same_tensors(read_file(tmp_path / "z.pth").root)
@@ -117,7 +124,13 @@ def test_foreign_objects_beside_the_tensors_stay_inert(modern, tmp_path):
     import argparse
 
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1, momentum=0.9)
-    saved = {"model": STATE, "config": _Config(LR=0.1), "args": argparse.Namespace(arch="A0"), "optimizer": optimizer, "best": np.float64(80.5)}
+    saved = {
+        "model": STATE,
+        "config": _Config(LR=0.1),
+        "args": argparse.Namespace(arch="A0"),
+        "optimizer": optimizer,
+        "best": np.float64(80.5),
+    }
     torch.save(saved, tmp_path / "m.pth", _use_new_zipfile_serialization=modern)
     content = read_file(tmp_path / "m.pth")
     assert_same_tensors(content.root["model"])  # type: ignore[index]
@@ -182,7 +195,10 @@ def _zip_bytes(**entries: bytes) -> bytes:
         (_zip_bytes(), "an empty zip archive"),
         (_zip_bytes(a_dot_npy=b"x"), "an .npz of NumPy arrays"),
         (_zip_bytes(folder__model_dot_pth=b"x"), "a zip archive of folder/model.pth"),
-        (_zip_bytes(archive__data_dot_pkl=b"}.", archive__constants_dot_pkl=b").", archive__code__x=b""), "a TorchScript archive"),
+        (
+            _zip_bytes(archive__data_dot_pkl=b"}.", archive__constants_dot_pkl=b").", archive__code__x=b""),
+            "a TorchScript archive",
+        ),
         (_tar_bytes(), "a tar archive"),
         (_onnx_bytes(), "an ONNX model"),
     ],
@@ -279,7 +295,10 @@ def test_zip_without_checksums_is_read(tmp_path):
 
 def test_zip_bomb_is_refused(tmp_path):
     torch.save({"a": torch.zeros(4)}, tmp_path / "m.pth")
-    with zipfile.ZipFile(tmp_path / "m.pth") as source, zipfile.ZipFile(tmp_path / "z.pth", "w", zipfile.ZIP_DEFLATED) as target:
+    with (
+        zipfile.ZipFile(tmp_path / "m.pth") as source,
+        zipfile.ZipFile(tmp_path / "z.pth", "w", zipfile.ZIP_DEFLATED) as target,
+    ):
         for name in source.namelist():
             target.writestr(name, b"\x00" * (100 << 20) if name.endswith("data/0") else source.read(name))
     with pytest.raises(CheckpointError, match="inflate"):

@@ -21,20 +21,35 @@ def test_description_of_a_published_variant_is_complete(tmp_path):
     torch.save({"state_dict": random_model(spec).state_dict(), "epoch": 3}, path)
     found = describe_checkpoint(path)
     assert found.loadable
-    assert (found.variant, found.family, found.form, found.classes, found.wrapper) == ("A0", "official", "training", 10, "state_dict")
+    assert (found.variant, found.family, found.form, found.classes, found.wrapper) == (
+        "A0",
+        "official",
+        "training",
+        10,
+        "state_dict",
+    )
     assert (found.container, found.bytes) == ("torch zip", path.stat().st_size)
     assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert found.parameters == count_parameters(spec, "training")
     assert found.spec == spec
     assert found.problem is None
     assert found.command is not None
-    assert shlex.split(found.command) == ["repvgg-export", "--ckpt", str(path), "--out", str(tmp_path / "best model.onnx")]
+    assert shlex.split(found.command) == [
+        "repvgg-export",
+        "--ckpt",
+        str(path),
+        "--out",
+        str(tmp_path / "best model.onnx"),
+    ]
 
 
 def test_description_of_a_custom_variant_says_its_shape(tmp_path):
     spec = replace(SMALL, se="after_relu", se_reduction=4)
     found = describe_checkpoint(write_case(Case("repvggplus", spec, "deploy"), random_model(spec, "deploy"), tmp_path))
-    assert found.variant == "a custom variant (depths [1, 2, 3, 1], widths [8, 8, 16, 24, 32], groups up to 2, SE after relu 1/4)"
+    assert (
+        found.variant
+        == "a custom variant (depths [1, 2, 3, 1], widths [8, 8, 16, 24, 32], groups up to 2, SE after relu 1/4)"
+    )
     assert found.form == "deploy"
     assert any("strides" in note for note in found.notes)
 
@@ -43,7 +58,11 @@ def test_description_of_a_custom_variant_says_its_shape(tmp_path):
     ("content", "container", "problem"),
     [
         (b"<!doctype html><html></html>", None, "is an HTML or XML page"),
-        ({"fc.weight": torch.ones(3, 3), "layer1.0.conv1.weight": torch.ones(3, 3, 3, 3)}, "torch zip", "is no RepVGG but a ResNet"),
+        (
+            {"fc.weight": torch.ones(3, 3), "layer1.0.conv1.weight": torch.ones(3, 3, 3, 3)},
+            "torch zip",
+            "is no RepVGG but a ResNet",
+        ),
         ({"stage0.rbr_dense.conv.weight": torch.ones(8, 3, 3, 3)}, "torch zip", "is incomplete"),
         ({"epoch": 3}, "torch zip", "holds no tensors"),
     ],

@@ -22,7 +22,17 @@ from repvgg_deploy.model.network import RepVGG
 from repvgg_deploy.specs import codec
 from repvgg_deploy.specs.values import Preprocessing
 from repvgg_deploy.specs.variants import get_variant
-from tests.model.generated import SMALL, SMALL_PLUS, Case, family_state, images, outputs, random_model, rename, write_case
+from tests.model.generated import (
+    SMALL,
+    SMALL_PLUS,
+    Case,
+    family_state,
+    images,
+    outputs,
+    random_model,
+    rename,
+    write_case,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -57,16 +67,38 @@ def _optimizer() -> object:
     [
         (lambda raw, ema: raw, False),
         (lambda raw, ema: {"state_dict": raw, "epoch": 3, "best_acc1": torch.tensor(71.5)}, False),
-        (lambda raw, ema: {"model": raw, "optimizer": _optimizer(), "config": _Node(LR=0.1), "args": argparse.Namespace(arch="A0")}, False),
+        (
+            lambda raw, ema: {
+                "model": raw,
+                "optimizer": _optimizer(),
+                "config": _Node(LR=0.1),
+                "args": argparse.Namespace(arch="A0"),
+            },
+            False,
+        ),
         (lambda raw, ema: {"model": raw, "ema": ema, "config": _Node(LR=0.1)}, True),
         (lambda raw, ema: {"state_dict": raw, "state_dict_ema": ema}, True),
-        (lambda raw, ema: {"model": raw, "model_ema": {f"module.{name}": tensor for name, tensor in ema.items()}}, True),
+        (
+            lambda raw, ema: {"model": raw, "model_ema": {f"module.{name}": tensor for name, tensor in ema.items()}},
+            True,
+        ),
         (lambda raw, ema: {"model_ema": {"module": ema}, "model": {"state_dict": raw}}, True),
         (lambda raw, ema: {"model": {"module": {"state_dict": raw}}}, False),
         (lambda raw, ema: {"network_weights": raw, "epoch": 1}, False),
         (lambda raw, ema: {"state_dict": raw, "ema_state_dict": ema, "meta": {}}, False),
     ],
-    ids=["bare", "state_dict", "main.py", "main.py ema", "timm", "ema prefix", "ema nested", "nested", "unknown key", "mmengine"],
+    ids=[
+        "bare",
+        "state_dict",
+        "main.py",
+        "main.py ema",
+        "timm",
+        "ema prefix",
+        "ema nested",
+        "nested",
+        "unknown key",
+        "mmengine",
+    ],
 )
 @pytest.mark.parametrize("modern", [True, False], ids=["zip", "legacy"])
 def test_wrapper_is_opened_and_averaged_weights_are_preferred(wrap, expects_averaged, modern, tmp_path):
@@ -96,7 +128,9 @@ def test_checkpoint_says_where_it_comes_from(tmp_path):
     assert checkpoint.path == path
     assert checkpoint.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert list(checkpoint.state) == list(_RAW.state_dict())
-    assert {tensor.dtype for name, tensor in checkpoint.state.items() if not name.endswith("tracked")} == {torch.float32}
+    assert {tensor.dtype for name, tensor in checkpoint.state.items() if not name.endswith("tracked")} == {
+        torch.float32
+    }
 
 
 def test_model_holds_the_checkpoint_tensors_and_no_copies(tmp_path):
@@ -119,14 +153,23 @@ def test_missing_step_counters_are_filled(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precision_becomes_float32_with_a_note(dtype, tmp_path):
-    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state_of(_RAW).items()}
+    state = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state_of(_RAW).items()
+    }
     checkpoint = load_checkpoint(save(state, tmp_path))
     assert any(str(dtype).removeprefix("torch.") in note for note in checkpoint.notes)
-    assert all(torch.equal(checkpoint.state[name], tensor.to(torch.float32)) for name, tensor in state.items() if tensor.is_floating_point())
+    assert all(
+        torch.equal(checkpoint.state[name], tensor.to(torch.float32))
+        for name, tensor in state.items()
+        if tensor.is_floating_point()
+    )
 
 
 def test_channels_last_weights_are_read(tmp_path):
-    state = {name: tensor.to(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor for name, tensor in state_of(_RAW).items()}
+    state = {
+        name: tensor.to(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+        for name, tensor in state_of(_RAW).items()
+    }
     checkpoint = load_checkpoint(save(state, tmp_path))
     assert all(tensor.is_contiguous() for tensor in checkpoint.state.values())
     assert torch.equal(outputs(build_model(checkpoint)), outputs(_RAW))
@@ -161,24 +204,48 @@ _KERNEL = "stage2.1.rbr_dense.conv.weight"
 @pytest.mark.parametrize(
     ("state", "expected"),
     [
-        (_spoiled(**{"stage3.1.rbr_1x1.bn.bias": None}), r"1 of \d+ tensors are missing, first stage3\.1\.rbr_1x1\.bn\.bias"),
+        (
+            _spoiled(**{"stage3.1.rbr_1x1.bn.bias": None}),
+            r"1 of \d+ tensors are missing, first stage3\.1\.rbr_1x1\.bn\.bias",
+        ),
         (_spoiled(**{_KERNEL: None}), rf"1 of 8 3×3 kernels are missing, first {_KERNEL}"),
         (_spoiled(**{"stage3.2.rbr_identity.weight": None}), r"missing, first stage3\.2\.rbr_identity\.weight"),
-        ({name: tensor for name, tensor in state_of(_RAW).items() if not name.startswith("stage3.1.")}, r"no tensor of block stage3\.1"),
-        ({name: tensor for name, tensor in state_of(_RAW).items() if not name.startswith("stage4.")}, r"no tensor of block stage4\.0"),
-        ({name: tensor for name, tensor in state_of(_RAW).items() if not name.startswith("stage0.")}, r"kernels are missing, first stage0\."),
+        (
+            {name: tensor for name, tensor in state_of(_RAW).items() if not name.startswith("stage3.1.")},
+            r"no tensor of block stage3\.1",
+        ),
+        (
+            {name: tensor for name, tensor in state_of(_RAW).items() if not name.startswith("stage4.")},
+            r"no tensor of block stage4\.0",
+        ),
+        (
+            {name: tensor for name, tensor in state_of(_RAW).items() if not name.startswith("stage0.")},
+            r"kernels are missing, first stage0\.",
+        ),
         (_spoiled(linear__weight=None), r"linear\.weight is missing"),
         (_spoiled(linear__bias=None), r"missing, first linear\.bias"),
-        (_spoiled(decoder__weight=torch.ones(3)), r"1 tensors that a RepVGG of this form does not have: decoder\.weight"),
+        (
+            _spoiled(decoder__weight=torch.ones(3)),
+            r"1 tensors that a RepVGG of this form does not have: decoder\.weight",
+        ),
         (_spoiled(**{"stage2.0.attention.weight": torch.ones(3)}), r"does not have: stage2\.0\.attention\.weight"),
-        (_spoiled(**{"stage3.0.rbr_1x1.bn.weight": torch.ones(23)}), r"stage3\.0\.rbr_1x1\.bn\.weight has the shape \[23\], expected \[24\]"),
+        (
+            _spoiled(**{"stage3.0.rbr_1x1.bn.weight": torch.ones(23)}),
+            r"stage3\.0\.rbr_1x1\.bn\.weight has the shape \[23\], expected \[24\]",
+        ),
         (_spoiled(**{_KERNEL: torch.ones(16, 5, 3, 3)}), r"\[16, 5, 3, 3\], expected .* a divisor of the 16 channels"),
         (_spoiled(**{_KERNEL: torch.ones(16, 16, 5, 5)}), r"\[16, 16, 5, 5\], expected"),
         (_spoiled(linear__weight=torch.ones(7)), r"linear\.weight has the shape \[7\], expected 2 dimensions"),
         (_spoiled(linear__weight=torch.ones(7, 33)), r"linear\.weight has the shape \[7, 33\], expected \[7, 32\]"),
-        (_spoiled(**{_KERNEL: _with(_KERNEL, float("nan"))}), rf"{_KERNEL} has 2 values of \d+ that are NaN or infinite"),
+        (
+            _spoiled(**{_KERNEL: _with(_KERNEL, float("nan"))}),
+            rf"{_KERNEL} has 2 values of \d+ that are NaN or infinite",
+        ),
         (_spoiled(linear__bias=_with("linear.bias", float("-inf"))), r"linear\.bias has 2 values of 7 that are NaN"),
-        (_spoiled(**{"stage1.0.rbr_dense.bn.running_var": _with("stage1.0.rbr_dense.bn.running_var", -0.5)}), r"negative variance \(-0\.5\)"),
+        (
+            _spoiled(**{"stage1.0.rbr_dense.bn.running_var": _with("stage1.0.rbr_dense.bn.running_var", -0.5)}),
+            r"negative variance \(-0\.5\)",
+        ),
         (_spoiled(**{_KERNEL: torch.ones(16, 16, 3, 3, dtype=torch.int8)}), r"dtype int8, expected float32"),
         (_spoiled(**{_KERNEL: torch.ones(16, 16, 3, 3, dtype=torch.complex64)}), r"dtype complex64, expected float32"),
         (_spoiled(**{_KERNEL: torch.ones(1, 1, 1, 1).expand(16, 16, 3, 3)}), r"share memory"),
@@ -199,7 +266,9 @@ def test_half_converted_checkpoint_is_refused_naming_blocks_of_each_form(tmp_pat
     state, deploy = state_of(_RAW), state_of(random_model(SMALL, "deploy"))
     state = OrderedDict((name, tensor) for name, tensor in state.items() if not name.startswith("stage2.1."))
     state.update({name: tensor for name, tensor in deploy.items() if name.startswith("stage2.1.")})
-    with pytest.raises(CheckpointError, match=r"half converted: stage2\.1 in deploy form.*stage0, stage1\.0.*in training form"):
+    with pytest.raises(
+        CheckpointError, match=r"half converted: stage2\.1 in deploy form.*stage0, stage1\.0.*in training form"
+    ):
         load_checkpoint(save(state, tmp_path))
 
 
@@ -248,19 +317,24 @@ def test_wrong_arch_names_the_first_tensor_and_the_variant_that_fits(arch, tenso
 @pytest.mark.parametrize("arch", [None, SMALL])
 @pytest.mark.parametrize("channels", [1, 4])
 def test_stem_that_does_not_read_rgb_is_refused(channels, arch, tmp_path):
-    # 3 is divisible by 1: as three groups of one channel a grayscale network would be exported for RGB, and every gate would pass.
+    # 3 is divisible by 1: as three groups of one channel a grayscale network would be exported for RGB, and every gate
+    # would pass.
     state = dict(state_of(random_model(SMALL)))
     for name in [name for name in state if name.startswith("stage0.") and name.endswith("conv.weight")]:
         state[name] = state[name][:, [0] * channels].clone()
     with pytest.raises(
-        CheckpointError, match=rf"stage0\.rbr_dense\.conv\.weight has the shape \[8, {channels}, 3, 3\]: it reads {channels}"
+        CheckpointError,
+        match=rf"stage0\.rbr_dense\.conv\.weight has the shape \[8, {channels}, 3, 3\]: it reads {channels}",
     ) as caught:
         load_checkpoint(save(state, tmp_path), arch=arch)
     assert "export_module" in caught.value.remedy
 
 
 def test_wrong_arch_of_a_custom_variant_describes_it(tmp_path):
-    with pytest.raises(CheckpointError, match=r"a custom variant \(depths \[1, 2, 3, 1\], widths \[8, 8, 16, 24, 32\], groups up to 2\)"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"a custom variant \(depths \[1, 2, 3, 1\], widths \[8, 8, 16, 24, 32\], groups up to 2\)",
+    ):
         load_checkpoint(save(state_of(_RAW), tmp_path), arch=get_variant("A0"))
 
 
@@ -269,7 +343,11 @@ _PREPROCESSING = Preprocessing((123.675, 116.28, 103.53), (58.395, 57.12, 57.375
 
 def _embedded(**changes: object) -> dict[str, object]:
     spec = replace(SMALL, name="sample", strides=(1, 2, 2, 1, 2), bn_eps=1e-3)
-    own = {"variant": codec.encode(spec), "labels": [f"class {i}" for i in range(7)], "preprocessing": codec.encode(_PREPROCESSING)} | changes
+    own = {
+        "variant": codec.encode(spec),
+        "labels": [f"class {i}" for i in range(7)],
+        "preprocessing": codec.encode(_PREPROCESSING),
+    } | changes
     return {"state_dict": state_of(random_model(spec)), "repvgg_deploy": own}
 
 
@@ -306,7 +384,10 @@ def _laughs() -> object:
         ({"labels": ["one"]}, r"names 1 classes, its classifier has 7"),
         ({"labels": 5}, r"wrong: _Embedded\.labels"),
         ({"surprise": 1}, r"wrong: _Embedded\.surprise"),
-        ({"preprocessing": {"mean": [0, 0, 0], "std": [0, 1, 1], "resize_short": 1, "crop": [1, 1]}}, r"standard deviation must be positive"),
+        (
+            {"preprocessing": {"mean": [0, 0, 0], "std": [0, 1, 1], "resize_short": 1, "crop": [1, 1]}},
+            r"standard deviation must be positive",
+        ),
         ({"labels": _deep()}, r"nested or shared beyond reason"),
         ({"labels": _laughs()}, r"nested or shared beyond reason"),
     ],
@@ -450,9 +531,12 @@ print(read_peak() - before)
 def test_loading_holds_the_weights_once(tmp_path):
     spec = replace(get_variant("A1"), num_classes=10)
     path = write_case(Case("official", spec, "training"), random_model(spec), tmp_path)
-    done = subprocess.run([sys.executable, "-c", _MEASURE, str(path)], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURE, str(path)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     grown = int(done.stdout) * 1024
-    # Once the file's pages, and 24 MB for the interpreter and the modules that load late; a second copy would be another 52 MB.
+    # Once the file's pages, and 24 MB for the interpreter and the modules that load late; a second copy would be
+    # another 52 MB.
     assert grown < path.stat().st_size + (24 << 20)
 
 

@@ -111,7 +111,11 @@ def test_paddle_folded_kernels_beside_the_branches_are_set_aside(tmp_path):
 
 def test_repvggplus_without_auxiliary_heads_loads_with_a_note(tmp_path):
     model = random_model(SMALL_PLUS)
-    state = {name: tensor for name, tensor in family_state(Case("repvggplus", SMALL_PLUS, "training"), model).items() if "_aux" not in name}
+    state = {
+        name: tensor
+        for name, tensor in family_state(Case("repvggplus", SMALL_PLUS, "training"), model).items()
+        if "_aux" not in name
+    }
     torch.save(state, tmp_path / "m.pth")
     checkpoint = load_checkpoint(tmp_path / "m.pth")
     assert not checkpoint.spec.auxiliary_heads
@@ -131,7 +135,9 @@ def test_repvggplus_with_auxiliary_heads_keeps_them(tmp_path):
 
 def test_repvggplus_with_some_auxiliary_heads_is_refused(tmp_path):
     state = family_state(Case("repvggplus", SMALL_PLUS, "training"), random_model(SMALL_PLUS))
-    torch.save({name: tensor for name, tensor in state.items() if not name.startswith("stage2_aux")}, tmp_path / "m.pth")
+    torch.save(
+        {name: tensor for name, tensor in state.items() if not name.startswith("stage2_aux")}, tmp_path / "m.pth"
+    )
     with pytest.raises(CheckpointError, match="auxiliary heads stage2_aux are missing"):
         load_checkpoint(tmp_path / "m.pth")
 
@@ -207,20 +213,28 @@ def test_another_network_is_named(names, expected):
     assert "stage0.rbr_dense.conv.weight" in caught.value.message
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module.model.", "model._orig_mod.module.", "net.encoder."])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "model.", "module.model.", "model._orig_mod.module.", "net.encoder."]
+)
 @pytest.mark.parametrize("family", ["official", "timm"])
 def test_prefix_on_every_name_is_removed(prefix, family, tmp_path):
     model = random_model(SMALL)
-    torch.save({prefix + name: tensor for name, tensor in rename(model.state_dict(), family).items()}, tmp_path / "m.pth")
+    torch.save(
+        {prefix + name: tensor for name, tensor in rename(model.state_dict(), family).items()}, tmp_path / "m.pth"
+    )
     checkpoint = load_checkpoint(tmp_path / "m.pth")
     assert any(repr(prefix) in note for note in checkpoint.notes)
     assert torch.equal(outputs(build_model(checkpoint)), outputs(model))
 
 
-@pytest.mark.parametrize(("backbone", "head"), [("module.backbone.", "module."), ("encoder.", ""), ("a.b.backbone.", "a.")])
+@pytest.mark.parametrize(
+    ("backbone", "head"), [("module.backbone.", "module."), ("encoder.", ""), ("a.b.backbone.", "a.")]
+)
 def test_classifier_beside_its_backbone_is_found(backbone, head, tmp_path):
     model = random_model(SMALL)
-    state = {(head if name.startswith("linear") else backbone) + name: tensor for name, tensor in model.state_dict().items()}
+    state = {
+        (head if name.startswith("linear") else backbone) + name: tensor for name, tensor in model.state_dict().items()
+    }
     torch.save(state, tmp_path / "m.pth")
     assert torch.equal(outputs(build_model(load_checkpoint(tmp_path / "m.pth"))), outputs(model))
 
@@ -228,7 +242,9 @@ def test_classifier_beside_its_backbone_is_found(backbone, head, tmp_path):
 def test_averaged_copy_under_a_prefix_is_preferred(tmp_path):
     raw, averaged = random_model(SMALL), random_model(SMALL, seed=1)
     state = {f"model.{name}": tensor for name, tensor in raw.state_dict().items()}
-    state |= {f"model_ema.module.{name}": tensor for name, tensor in averaged.state_dict().items()} | {"model_ema.n_averaged": torch.tensor(3)}
+    state |= {f"model_ema.module.{name}": tensor for name, tensor in averaged.state_dict().items()} | {
+        "model_ema.n_averaged": torch.tensor(3)
+    }
     torch.save(state, tmp_path / "m.pth")
     checkpoint = load_checkpoint(tmp_path / "m.pth")
     assert any("EMA" in note for note in checkpoint.notes)
@@ -249,7 +265,9 @@ def test_saved_deploy_checkpoint_has_the_official_names_and_loads_again(spec, tm
     output = save_deploy(model, tmp_path / "deploy.pth")
     assert output.status == "written"
     family = "repvggplus" if spec is SMALL_PLUS else "official"
-    assert list(torch.load(tmp_path / "deploy.pth")) == list(rename(model.state_dict(), family, half=spec.depths[2] // 2))
+    assert list(torch.load(tmp_path / "deploy.pth")) == list(
+        rename(model.state_dict(), family, half=spec.depths[2] // 2)
+    )
     checkpoint = load_checkpoint(tmp_path / "deploy.pth")
     assert checkpoint.family == family
     assert torch.equal(outputs(build_model(checkpoint)), outputs(model))

@@ -105,7 +105,9 @@ def hostile(tmp_path, monkeypatch):
     """(marker, pickles): the marker exists as soon as anything of them was run or imported."""
     marker = tmp_path / "ran"
     body = f"open({str(marker)!r}, 'w').close()"
-    (tmp_path / "hostile_module.py").write_text(f"{body}\nclass Hostile:\n    def __setstate__(self, state):\n        {body}\n")
+    (tmp_path / "hostile_module.py").write_text(
+        f"{body}\nclass Hostile:\n    def __setstate__(self, state):\n        {body}\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     copyreg.add_extension("hostile_module", "Hostile", 0xF0)
     yield marker, _hostile_pickles(marker)
@@ -216,7 +218,11 @@ def test_too_many_opcodes_are_refused(monkeypatch):
 
 
 def test_shared_lists_stay_shared():
-    data = b"]q\x00" + b"".join(b"](h" + bytes([i]) + b"h" + bytes([i]) + b"eq" + bytes([i + 1]) for i in range(100)) + b"."
+    data = (
+        b"]q\x00"
+        + b"".join(b"](h" + bytes([i]) + b"h" + bytes([i]) + b"eq" + bytes([i + 1]) for i in range(100))
+        + b"."
+    )
     value, depth = read(data), 0
     while value:
         assert value[0] is value[1]  # 2^100 elements if they were copied
@@ -236,7 +242,11 @@ def _tensor_pickle(shape: object, strides: object, offset: object) -> object:
             return "storage" if obj is storage else None
 
         def reducer_override(self, obj):
-            return (torch._utils._rebuild_tensor_v2, (storage, offset, shape, strides, False, OrderedDict())) if obj is tensor else NotImplemented
+            return (
+                (torch._utils._rebuild_tensor_v2, (storage, offset, shape, strides, False, OrderedDict()))
+                if obj is tensor
+                else NotImplemented
+            )
 
     class Placeholder: ...
 

@@ -23,12 +23,15 @@ MAKE: dict[str, Any] = {
     "INT8+FP16": quantize_mixed,
     "FP16 io": lambda model, batches: quantize_mixed(model, batches, io="fp16"),
 }
-# Values on the edge of a rounding, which biases rounded to the step of the products move (34 dB in graphs whose channels differ by six octaves), and
-# FP16 that the graph is not computed in any more; INT8 itself costs these graphs 10 to 15 dB.
+# Values on the edge of a rounding, which biases rounded to the step of the products move (34 dB in graphs whose
+# channels differ by six octaves), and FP16 that the graph is not computed in any more; INT8 itself costs these graphs
+# 10 to 15 dB.
 TOLERANCE_DB = {"INT8": 30.0, "INT8+FP16": 24.0, "FP16 io": 24.0}
 
 
-def pretend_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, machine: str = "x86_64", flags: str | None = None) -> None:
+def pretend_cpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, machine: str = "x86_64", flags: str | None = None
+) -> None:
     monkeypatch.setattr(platform, "machine", lambda: machine)
     path = tmp_path / "cpuinfo"
     if flags is not None:
@@ -74,7 +77,9 @@ def test_graph_has_unsigned_activations_where_products_are_exact_and_says_so(
         caplog.clear()
 
 
-def test_graph_that_cannot_be_rewritten_is_run_as_it_stands_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_graph_that_cannot_be_rewritten_is_run_as_it_stands_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = quantize_mixed(make_model(), make_batches(count=4))
     model.graph.node[-1].name = "last"
     model.graph.node.insert(1, onnx.helper.make_node("Erf", [model.graph.node[0].output[0]], ["nobody reads this"]))
@@ -87,7 +92,9 @@ def test_graph_that_cannot_be_rewritten_is_run_as_it_stands_with_a_warning(tmp_p
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("typing", MAKE)
 @pytest.mark.parametrize("kind", KINDS)
-def test_engine_answers_as_the_graph_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, typing: str, backend: Any, vnni: bool) -> None:
+def test_engine_answers_as_the_graph_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, typing: str, backend: Any, vnni: bool
+) -> None:
     if backend == "openvino":
         pytest.importorskip("openvino")
     batches = make_batches(KINDS[kind], 16)

@@ -26,9 +26,10 @@ MAKE: dict[str, Any] = {
     "kept": lambda model, batches: quantize_mixed(model, batches, kept=("stage1.conv",)),
 }
 ALL, EXACT = Options(), Options(integer_biases=False)
-# A bias rounded to the step of the products moves a value over the edge of a rounding now and then, by one; what reads it follows, and these
-# graphs amplify: their channels differ by up to six octaves. Measured over all kinds here: 0.05 % of the first layer's integers, 0.9 % of all. Where
-# the signed graph rounds each layer's output to FP16, 2.2 % of all are another: 11 bits hold a value of 127 steps to 1/16 of a step.
+# A bias rounded to the step of the products moves a value over the edge of a rounding now and then, by one; what reads
+# it follows, and these graphs amplify: their channels differ by up to six octaves. Measured over all kinds here: 0.05 %
+# of the first layer's integers, 0.9 % of all. Where the signed graph rounds each layer's output to FP16, 2.2 % of all
+# are another: 11 bits hold a value of 127 steps to 1/16 of a step.
 MOVED_FIRST, MOVED, MOVED_BY_HALVES = 0.001, 0.02, 0.05
 
 
@@ -37,7 +38,11 @@ def clipping(graph: onnx.ModelProto) -> onnx.ModelProto:
     pairs = {node.input[1] for node in graph.graph.node if node.op_type == "QuantizeLinear"}
     for tensor in graph.graph.initializer:
         if tensor.name in pairs:
-            tensor.CopyFrom(numpy_helper.from_array((numpy_helper.to_array(tensor) / 2).astype(numpy_helper.to_array(tensor).dtype), tensor.name))
+            tensor.CopyFrom(
+                numpy_helper.from_array(
+                    (numpy_helper.to_array(tensor) / 2).astype(numpy_helper.to_array(tensor).dtype), tensor.name
+                )
+            )
     return graph
 
 
@@ -69,7 +74,9 @@ def integers(graph: onnx.ModelProto, batches: list[np.ndarray], *, optimized: bo
             kind = TensorProto.UINT8 if point.dtype == np.uint8 else TensorProto.INT8
             model.graph.output.append(helper.make_tensor_value_info(name, kind, None))
     answers = run(model, batches, [name for name, _ in zero.values()], optimized=optimized)
-    return {tensor: answer.astype(int) - point for (tensor, (_, point)), answer in zip(zero.items(), answers, strict=True)}
+    return {
+        tensor: answer.astype(int) - point for (tensor, (_, point)), answer in zip(zero.items(), answers, strict=True)
+    }
 
 
 def run(model: onnx.ModelProto, batches: list[np.ndarray], names: list[str], *, optimized: bool) -> list[np.ndarray]:
@@ -78,7 +85,10 @@ def run(model: onnx.ModelProto, batches: list[np.ndarray], names: list[str], *, 
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=["WeightBiasQuantization"]
+        model.SerializeToString(),
+        options,
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=["WeightBiasQuantization"],
     )
     found = [session.run(names, {session.get_inputs()[0].name: batch}) for batch in batches]
     return [np.concatenate(parts) for parts in zip(*found, strict=True)]
@@ -109,7 +119,10 @@ def test_unsigned_activations_are_the_same_integers_under_saturation(kind: str) 
 @pytest.mark.parametrize("kind", KINDS)
 def test_unsigned_activations_of_a_mixed_graph_are_those_of_the_signed_one_in_fp32(kind: str, typing: str) -> None:
     graph, batches = made(kind, typing)
-    truth, found = integers(rewritten(graph, Options(unsigned=False)), batches), integers(rewritten(graph, EXACT), batches)
+    truth, found = (
+        integers(rewritten(graph, Options(unsigned=False)), batches),
+        integers(rewritten(graph, EXACT), batches),
+    )
     assert moved(found, truth) == (0.0, 0)
     assert clipped_share(truth) > 0.01
 
@@ -122,7 +135,9 @@ def test_widened_graph_gives_the_integers_of_the_fp16_graph_but_for_its_rounding
     truth, found = integers(graph, batches), integers(rewritten(graph), batches)
     first = next(iter(truth))
     if kind != "uint8_top5":  # normalised in the graph
-        np.testing.assert_array_equal(found[first], truth[first])  # the image is rounded to FP16 before it is quantized, here as there
+        np.testing.assert_array_equal(
+            found[first], truth[first]
+        )  # the image is rounded to FP16 before it is quantized, here as there
     share, _ = moved(found, truth)
     assert share < MOVED_BY_HALVES
 
@@ -146,7 +161,10 @@ def optimized_operators(graph: onnx.ModelProto, folder: Path) -> Counter[str]:
     options.log_severity_level = 3
     options.optimized_model_filepath = str(folder / "optimized.onnx")
     onnxruntime.InferenceSession(
-        graph.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=["WeightBiasQuantization"]
+        graph.SerializeToString(),
+        options,
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=["WeightBiasQuantization"],
     )
     return Counter(node.op_type for node in onnx.load(folder / "optimized.onnx").graph.node)
 
@@ -244,7 +262,12 @@ def _typed_field(model: onnx.ModelProto) -> None:
 
 @pytest.mark.parametrize(
     ("spoil", "reason"),
-    [(_foreign, "FP16, with Erf"), (_nested, "graph of its own"), (_elsewhere, "another file"), (_typed_field, "not stored as raw bytes")],
+    [
+        (_foreign, "FP16, with Erf"),
+        (_nested, "graph of its own"),
+        (_elsewhere, "another file"),
+        (_typed_field, "not stored as raw bytes"),
+    ],
 )
 def test_graph_that_holds_something_unknown_is_refused_by_name(spoil: Any, reason: str) -> None:
     graph, _ = made("plain", "INT8+FP16")

@@ -90,7 +90,9 @@ def test_cuda_that_fell_back_is_refused(monkeypatch: pytest.MonkeyPatch, model: 
 
 
 @pytest.mark.parametrize("tf32", [False, True])
-def test_cuda_session_cannot_fall_back_and_has_tf32_off_unless_asked(monkeypatch: pytest.MonkeyPatch, model: Path, tf32: bool) -> None:
+def test_cuda_session_cannot_fall_back_and_has_tf32_off_unless_asked(
+    monkeypatch: pytest.MonkeyPatch, model: Path, tf32: bool
+) -> None:
     runtime = install(monkeypatch, FakeRuntime([CUDA, CPU], [CUDA, CPU]))
     with Engine(model, device="cuda", options=EngineOptions(device_id=2, tf32=tf32)) as engine:
         assert engine.infer(random_batch(ModelOptions(), 3)).shape == (3, 7)  # type: ignore[union-attr]
@@ -115,7 +117,10 @@ def test_cuda_that_does_not_open_is_refused(monkeypatch: pytest.MonkeyPatch, mod
 def test_run_that_fails_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     batch = random_batch(ModelOptions(), 3)
     install(monkeypatch, FakeRuntime([CUDA, CPU], [CUDA, CPU], error=RuntimeError("out of memory")))
-    with Engine(model, device="cuda") as engine, pytest.raises(CudaError, match=r"float32 \(3, 3, 16, 16\): out of memory"):
+    with (
+        Engine(model, device="cuda") as engine,
+        pytest.raises(CudaError, match=r"float32 \(3, 3, 16, 16\): out of memory"),
+    ):
         engine.infer(batch)
     with Engine(model) as engine, pytest.raises(ModelError, match="out of memory") as caught:
         engine.infer(batch)
@@ -182,7 +187,11 @@ print(",".join(heavy))
         ("import repvgg_deploy.runtime.opening", ""),
         ("from repvgg_deploy import Engine; Engine({model!r}).close()", "numpy,onnxruntime"),
         ("from repvgg_deploy import Engine; Engine({quantized!r}).close()", "numpy,onnxruntime"),
-        ("import numpy; from repvgg_deploy import Engine; Engine({model!r}).infer(numpy.zeros((2, 3, 16, 16), 'f4'))", "numpy,onnxruntime"),
+        (
+            "import numpy; from repvgg_deploy import Engine; Engine({model!r}).infer(numpy.zeros((2, 3, 16, 16), "
+            "'f4'))",
+            "numpy,onnxruntime",
+        ),
     ],
 )
 def test_runtime_imports_only_what_it_runs_with(model: Path, tmp_path: Path, statement: str, allowed: str) -> None:
@@ -191,5 +200,7 @@ def test_runtime_imports_only_what_it_runs_with(model: Path, tmp_path: Path, sta
 
     quantized = save(tmp_path / "int8.onnx", quantize_mixed(make_model(), make_batches(count=4)))
     script = IMPORTS.format(statement=statement.format(model=str(model), quantized=str(quantized)))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3])
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3]
+    )
     assert done.stdout.strip() == allowed

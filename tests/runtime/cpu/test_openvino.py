@@ -77,7 +77,9 @@ def test_openvino_takes_arrays_that_are_read_only(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("threads", [None, 1, 2])
 def test_openvino_from_many_threads_answers_each_with_its_own(tmp_path: Path, threads: int | None) -> None:
-    with Engine(make_onnx(tmp_path / "m.onnx"), backend="openvino", options=EngineOptions(intra_op_threads=threads)) as engine:
+    with Engine(
+        make_onnx(tmp_path / "m.onnx"), backend="openvino", options=EngineOptions(intra_op_threads=threads)
+    ) as engine:
         batches = [random_batch(ModelOptions(), 1 + seed % 4, seed=seed) for seed in range(64)]
         expected = [engine.infer(batch) for batch in batches]
         with ThreadPoolExecutor(16) as pool:
@@ -163,5 +165,7 @@ with Engine(sys.argv[1], backend="openvino", options=EngineOptions(intra_op_thre
 
 def test_child_of_fork_does_not_wait_for_threads_that_are_not_there(tmp_path: Path) -> None:
     path = make_onnx(tmp_path / "m.onnx")
-    found = subprocess.run([sys.executable, "-c", _PROGRAM, str(path)], capture_output=True, text=True, timeout=120, check=False)
+    found = subprocess.run(
+        [sys.executable, "-c", _PROGRAM, str(path)], capture_output=True, text=True, timeout=120, check=False
+    )
     assert found.returncode == 0, found.stderr

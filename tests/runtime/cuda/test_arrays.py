@@ -17,7 +17,13 @@ import pytest
 from repvgg_deploy import Engine
 from repvgg_deploy.errors import CudaError, InputError
 from repvgg_deploy.runtime.cuda import arrays
-from repvgg_deploy.runtime.cuda.arrays import UNKNOWN_STREAM, DevicePool, as_stream_handle, is_device_array, view_device_array
+from repvgg_deploy.runtime.cuda.arrays import (
+    UNKNOWN_STREAM,
+    DevicePool,
+    as_stream_handle,
+    is_device_array,
+    view_device_array,
+)
 from repvgg_deploy.runtime.cuda.port import CAPTURE_LOCK
 from tests.fakes.cuda import FakeCuda, Stream
 from tests.runtime.gpu_world import Setting, World, make_world
@@ -34,10 +40,19 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
 class Interface:
     """An array on the fake GPU that speaks `__cuda_array_interface__`, as CuPy's, Numba's and pycuda's do."""
 
-    def __init__(self, world: World, array: np.ndarray, *, device: int = 0, stream: int | None = None, **changes: Any) -> None:
+    def __init__(
+        self, world: World, array: np.ndarray, *, device: int = 0, stream: int | None = None, **changes: Any
+    ) -> None:
         self.address = world.cuda.upload(array, device)
         self.shape, self.ndim = array.shape, array.ndim
-        text = {"shape": array.shape, "typestr": array.dtype.str, "data": (self.address, False), "strides": None, "stream": stream, "version": 3}
+        text = {
+            "shape": array.shape,
+            "typestr": array.dtype.str,
+            "data": (self.address, False),
+            "strides": None,
+            "stream": stream,
+            "version": 3,
+        }
         self.__cuda_array_interface__ = {**text, **changes}
 
 
@@ -45,7 +60,12 @@ class Dlpack:
     """An array on the fake GPU that speaks DLPack, as torch's do."""
 
     def __init__(self, world: World, array: np.ndarray, *, device: int = 0) -> None:
-        self.address, self.shape, self.dtype, self.device = world.cuda.upload(array, device), array.shape, array.dtype, device
+        self.address, self.shape, self.dtype, self.device = (
+            world.cuda.upload(array, device),
+            array.shape,
+            array.dtype,
+            device,
+        )
         self.asked: list[int | None] = []
 
     def __dlpack_device__(self) -> tuple[int, int]:
@@ -195,7 +215,11 @@ def test_gaps_and_other_gpus_are_refused(tmp_path, monkeypatch) -> None:
     world = make_world(tmp_path, monkeypatch, Setting(devices=2))
     batch = random_batch(PLAIN, 3)
     strides = (batch.strides[0], batch.strides[1], batch.strides[3], batch.strides[2])
-    turned, far, far_too = Interface(world, batch, strides=strides), Interface(world, batch, device=1), Dlpack(world, batch, device=1)
+    turned, far, far_too = (
+        Interface(world, batch, strides=strides),
+        Interface(world, batch, device=1),
+        Dlpack(world, batch, device=1),
+    )
     with world.open() as engine:
         with pytest.raises(InputError, match="found gaps or another order"):
             engine.infer(turned)
@@ -302,7 +326,9 @@ def test_results_memory_is_used_again(world: World) -> None:
     assert world.cuda.leaks() == {}
 
 
-@pytest.mark.parametrize("call", ["allocate", "record_event", "synchronize_stream", "create_event", "find_device", "is_reachable"])
+@pytest.mark.parametrize(
+    "call", ["allocate", "record_event", "synchronize_stream", "create_event", "find_device", "is_reachable"]
+)
 def test_failures_leave_no_memory_behind(world: World, call: str) -> None:
     batch = random_batch(PLAIN, 20)
     array = Interface(world, batch)
@@ -337,7 +363,11 @@ def test_many_threads_with_device_batches(world: World) -> None:
 
 
 def test_capsules_of_numpy_are_read_right() -> None:
-    for array in (np.arange(24, dtype=np.float32).reshape(2, 3, 4), np.arange(24, dtype=np.uint8).reshape(4, 6)[:, ::2], np.ones(3, np.float16)):
+    for array in (
+        np.arange(24, dtype=np.float32).reshape(2, 3, 4),
+        np.arange(24, dtype=np.uint8).reshape(4, 6)[:, ::2],
+        np.ones(3, np.float16),
+    ):
         found = arrays.read_capsule(array.__dlpack__())
         assert (found.address, found.shape, found.dtype) == (array.ctypes.data, array.shape, array.dtype.name)
         assert found.strides_bytes in (None, array.strides)
@@ -352,7 +382,14 @@ def test_capsule_keeps_its_owner_alive_and_lets_it_go() -> None:
     reference, before = weakref.ref(owner), sys.getrefcount(owner)
     capsule = arrays.make_capsule(owner, 4096, (2, 5), dtype=np.dtype(np.float16), device_id=3)
     found = arrays.read_capsule(capsule)
-    assert (found.address, found.shape, found.dtype, found.strides_bytes, found.device_type, found.device_id) == (4096, (2, 5), "float16", None, 2, 3)
+    assert (found.address, found.shape, found.dtype, found.strides_bytes, found.device_type, found.device_id) == (
+        4096,
+        (2, 5),
+        "float16",
+        None,
+        2,
+        3,
+    )
     assert sys.getrefcount(owner) > before
     del owner
     gc.collect()

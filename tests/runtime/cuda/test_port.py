@@ -45,7 +45,9 @@ class Driver(types.ModuleType):
             CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR="major", CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR="minor"
         )
         self.CUpointer_attribute = types.SimpleNamespace(
-            CU_POINTER_ATTRIBUTE_MEMORY_TYPE="type", CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL="ordinal", CU_POINTER_ATTRIBUTE_CONTEXT="context"
+            CU_POINTER_ATTRIBUTE_MEMORY_TYPE="type",
+            CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL="ordinal",
+            CU_POINTER_ATTRIBUTE_CONTEXT="context",
         )
         self.CUmemorytype = types.SimpleNamespace(CU_MEMORYTYPE_DEVICE=2)
         self.CUstreamCaptureMode = types.SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL="thread")
@@ -113,7 +115,12 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
 def test_device_is_described_without_a_context(driver: Driver) -> None:
     cuda = BindingsPort(driver)
     found = cuda.describe_device(1)
-    assert (found.name, found.compute_capability, found.cuda_version, found.memory_bytes) == ("Fake A10", "8.6", "13.0", 24 << 30)
+    assert (found.name, found.compute_capability, found.cuda_version, found.memory_bytes) == (
+        "Fake A10",
+        "8.6",
+        "13.0",
+        24 << 30,
+    )
     assert not any(call[0] == "cuDevicePrimaryCtxRetain" for call in driver.made)
     for index in (-1, 2):
         with pytest.raises(CudaError, match="GPUs 0 to 1 are there"):
@@ -180,7 +187,9 @@ def test_every_call_passes_its_status_through_one_function(driver: Driver) -> No
         (Status.CUDA_ERROR_UNKNOWN, CudaError),
     ],
 )
-def test_statuses_become_errors_that_callers_can_tell_apart(driver: Driver, status: Status, kind: type[CudaError]) -> None:
+def test_statuses_become_errors_that_callers_can_tell_apart(
+    driver: Driver, status: Status, kind: type[CudaError]
+) -> None:
     cuda = BindingsPort(driver)
     driver.status["cuMemAlloc"] = status
     with pytest.raises(CudaError, match=r"cuMemAlloc\(4096 bytes\)") as caught:
@@ -198,7 +207,10 @@ def test_address_of_the_host_or_of_nobody_lies_on_no_gpu(driver: Driver) -> None
 @pytest.mark.parametrize(("owner", "reachable"), [(7, True), (8, False), (0, True), (None, True)])
 def test_memory_of_another_context_is_told_apart(driver: Driver, owner: int | None, reachable: bool) -> None:
     """0: memory of a pool; None: CUDA does not know."""
-    driver.cuPointerGetAttribute = lambda kind, address: (Status.CUDA_ERROR_UNKNOWN if owner is None else Status.CUDA_SUCCESS, owner)
+    driver.cuPointerGetAttribute = lambda kind, address: (
+        Status.CUDA_ERROR_UNKNOWN if owner is None else Status.CUDA_SUCCESS,
+        owner,
+    )
     driver.cuCtxGetCurrent = lambda: (Status.CUDA_SUCCESS, 7)
     assert BindingsPort(driver).is_reachable(4096) is reachable
 
@@ -227,7 +239,9 @@ def test_missing_driver_and_old_driver_and_no_gpu_are_said(driver: Driver, monke
 def test_provider_is_chosen_by_what_is_installed(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> None:
     installed: set[str] = set()
     monkeypatch.setattr(opening, "_is_installed", lambda module: module in installed)
-    monkeypatch.setattr(port.importlib, "import_module", lambda module: driver if "bindings" in module else PycudaDriver())
+    monkeypatch.setattr(
+        port.importlib, "import_module", lambda module: driver if "bindings" in module else PycudaDriver()
+    )
     installed.add("pycuda.driver")
     assert isinstance(open_cuda(), PycudaPort)
     installed.add("cuda.bindings.driver")
@@ -253,7 +267,10 @@ class PycudaDriver(types.ModuleType):
 
     def __init__(self, *, devices: int = 1) -> None:
         super().__init__("pycuda.driver")
-        self.host_alloc_flags, self.event_flags = types.SimpleNamespace(PORTABLE=1), types.SimpleNamespace(DISABLE_TIMING=2)
+        self.host_alloc_flags, self.event_flags = (
+            types.SimpleNamespace(PORTABLE=1),
+            types.SimpleNamespace(DISABLE_TIMING=2),
+        )
         self.stack: list[Any] = []
         self.retained = 0
         self.freed: list[object] = []
@@ -317,7 +334,10 @@ class PycudaDriver(types.ModuleType):
         view = array.view(Host)
         driver = self
         result = types.SimpleNamespace(
-            ctypes=view.ctypes, nbytes=size, base=types.SimpleNamespace(free=lambda: driver.freed.append(array)), keep=array
+            ctypes=view.ctypes,
+            nbytes=size,
+            base=types.SimpleNamespace(free=lambda: driver.freed.append(array)),
+            keep=array,
         )
         return result
 
@@ -393,7 +413,9 @@ def test_pycuda_copies_between_host_and_device_in_the_primary_context() -> None:
 
     driver = PycudaDriver()
     cuda = PycudaPort(driver)
-    assert cuda.describe_device(0).compute_capability == "7.5" and "pycuda 2026.1" in cuda.provider and not cuda.has_graphs
+    assert (
+        cuda.describe_device(0).compute_capability == "7.5" and "pycuda 2026.1" in cuda.provider and not cuda.has_graphs
+    )
     with cuda.on_device(0), cuda.on_device(0):
         assert driver.stack == [0, 0] and driver.retained == 1
         stream, host, device, other = cuda.create_stream(), cuda.allocate_host(16), cuda.allocate(16), cuda.allocate(16)
@@ -420,12 +442,20 @@ def test_pycuda_copies_between_host_and_device_in_the_primary_context() -> None:
 
 
 def test_status_names_have_remedies_of_their_own() -> None:
-    for name in ("CUDA_ERROR_NO_DEVICE", "CUDA_ERROR_STUB_LIBRARY", "CUDA_ERROR_NOT_INITIALIZED", "CUDA_ERROR_SYSTEM_NOT_READY"):
+    for name in (
+        "CUDA_ERROR_NO_DEVICE",
+        "CUDA_ERROR_STUB_LIBRARY",
+        "CUDA_ERROR_NOT_INITIALIZED",
+        "CUDA_ERROR_SYSTEM_NOT_READY",
+    ):
         assert make_error("cuInit", name, "text").remedy != make_error("cuInit", "CUDA_ERROR_UNKNOWN", "text").remedy
 
 
 def test_driver_version_is_read_from_proc(tmp_path: Path) -> None:
     path = tmp_path / "version"
-    path.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build\nGCC version: 12.2.0\n", encoding="utf-8")
+    path.write_text(
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build\nGCC version: 12.2.0\n",
+        encoding="utf-8",
+    )
     assert read_driver_version(path) == "580.95.05"
     assert read_driver_version(tmp_path / "none") == ""

@@ -28,7 +28,9 @@ def test_warm_up_does_not_wait_for_a_second_context_that_tensorrt_8_never_makes(
 
 @pytest.mark.parametrize("eager", [False, True], ids=["lazy", "eager"])
 @pytest.mark.parametrize("setting", MACHINES, ids=lambda setting: setting.version)
-def test_parts_are_timed_and_the_engine_answers_as_before(tmp_path: Path, monkeypatch, setting: Setting, eager: bool) -> None:
+def test_parts_are_timed_and_the_engine_answers_as_before(
+    tmp_path: Path, monkeypatch, setting: Setting, eager: bool
+) -> None:
     world = make_world(tmp_path, monkeypatch, replace(setting, eager=eager, profile=(2, 4, 8)))
     with world.open() as engine:
         engine.warm_up((4, 3, 16, 16))  # a CUDA graph of another size is there

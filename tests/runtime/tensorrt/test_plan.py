@@ -56,13 +56,18 @@ def batch_of(count: int, options: ModelOptions = PLAIN, seed: int = 0) -> np.nda
 
 @pytest.mark.parametrize("eager", [False, True], ids=["lazy", "eager"])
 @pytest.mark.parametrize("setting", MACHINES, ids=name_of)
-def test_any_number_of_images_is_answered_and_everything_is_given_back(tmp_path, monkeypatch, setting: Setting, eager: bool) -> None:
+def test_any_number_of_images_is_answered_and_everything_is_given_back(
+    tmp_path, monkeypatch, setting: Setting, eager: bool
+) -> None:
     world = make_world(tmp_path, monkeypatch, replace(setting, profile=(2, 4, 8), eager=eager))
     with world.open() as engine:
         for count in (1, 2, 3, 8, 9, 16, 17, 24, 25, 40, 1):
             for _ in range(3):  # as it is, captured, replayed
                 assert_answers(world, engine, batch_of(count, seed=count))
-        assert min(shape[0] for shape in world.trt.seen.shapes) == 2 and max(shape[0] for shape in world.trt.seen.shapes) == 8
+        assert (
+            min(shape[0] for shape in world.trt.seen.shapes) == 2
+            and max(shape[0] for shape in world.trt.seen.shapes) == 8
+        )
         assert name_of(setting).split("-")[1] in engine.backend_name and "Fake GPU 0" in engine.backend_name
         assert engine.device == "cuda"
     assert world.cuda.leaks() == {}
@@ -92,7 +97,9 @@ def test_every_kind_of_model_answers_as_its_onnx_does(tmp_path, monkeypatch, opt
             expected = _expect(world, batch, size)
             assert len(parts) == len(expected)
             for part, wanted in zip(parts, expected, strict=True):
-                np.testing.assert_allclose(part, wanted, rtol=1e-3 if options.half else 1e-5, atol=1e-3 if options.half else 1e-5)
+                np.testing.assert_allclose(
+                    part, wanted, rtol=1e-3 if options.half else 1e-5, atol=1e-3 if options.half else 1e-5
+                )
     assert world.cuda.leaks() == {}
 
 
@@ -112,7 +119,9 @@ def _expect(world: World, batch: np.ndarray, size: int | None) -> list[np.ndarra
 
 def test_class_numbers_of_tensorrt_8_become_int64(tmp_path, monkeypatch) -> None:
     options = ModelOptions(kind="top5")
-    world = make_world(tmp_path, monkeypatch, Setting(model=options, version="8.5.3.1", header=(("dtypes", {"classes": "INT32"}),)))
+    world = make_world(
+        tmp_path, monkeypatch, Setting(model=options, version="8.5.3.1", header=(("dtypes", {"classes": "INT32"}),))
+    )
     with world.open() as engine:
         batch = batch_of(3, options)
         found = engine.infer(batch)
@@ -172,7 +181,9 @@ def test_failed_capture_falls_back_and_is_logged_once(tmp_path, monkeypatch, cap
     assert len([record for record in caplog.records if "CUDA graphs are left out" in record.message]) == 1
 
 
-def test_capture_that_somebody_elses_wait_for_the_device_broke_is_tried_again(world: World, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+def test_capture_that_somebody_elses_wait_for_the_device_broke_is_tried_again(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
     """torch.cuda.synchronize() in another thread, in the midst of a capture."""
     begin = world.cuda.begin_capture
     waits: list[bool] = []
@@ -226,7 +237,10 @@ def test_graphs_of_tensorrt_rtx_hold_the_kernels_of_their_shape(tmp_path, monkey
             assert_answers(world, engine, batch_of(4))
         assert world.cuda.launches == 2
         slot = engine._backend._pool.acquire_idle()
-        slot._has_contexts, slot._lanes = False, {}  # where there is no further context, the one for all shapes is not captured
+        slot._has_contexts, slot._lanes = (
+            False,
+            {},
+        )  # where there is no further context, the one for all shapes is not captured
         engine._backend._pool.release(slot)
         for _ in range(3):
             assert_answers(world, engine, batch_of(4))
@@ -286,7 +300,9 @@ def test_changed_plan_is_refused_before_tensorrt_sees_it(world: World) -> None:
         ({"flavour": "tensorrt_rtx"}, "RTX"),
     ],
 )
-def test_plan_of_another_gpu_or_tensorrt_is_refused_before_it_is_loaded(world: World, changes: dict[str, object], match: str) -> None:
+def test_plan_of_another_gpu_or_tensorrt_is_refused_before_it_is_loaded(
+    world: World, changes: dict[str, object], match: str
+) -> None:
     write_passport(world.plan, world.onnx, **{"flavour": "tensorrt", "tensorrt_version": "10.16.1.11", **changes})
     with pytest.raises((PlanIncompatibleError, MissingDependencyError), match=match):
         world.open()
@@ -301,7 +317,9 @@ def put_lean(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt_lean", world.trt)
 
 
-def test_lean_runtime_gets_version_compatible_plans_and_no_others(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lean_runtime_gets_version_compatible_plans_and_no_others(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put_lean(world, monkeypatch)
     with pytest.raises(PlanIncompatibleError, match=r"only the lean runtime of TensorRT 10\.16\.1\.11") as caught:
         world.open()
@@ -331,7 +349,9 @@ def test_truncated_plan_without_passport_quotes_tensorrt(tmp_path, monkeypatch) 
 
 
 def test_runtime_that_finds_no_gpu_is_never_used(tmp_path, monkeypatch) -> None:
-    world = make_world(tmp_path, monkeypatch, Setting(faults=Faults(runtime_error="CUDA initialization failure with error: 35")))
+    world = make_world(
+        tmp_path, monkeypatch, Setting(faults=Faults(runtime_error="CUDA initialization failure with error: 35"))
+    )
     with pytest.raises(CudaError, match="CUDA initialization failure with error: 35"):
         world.open()
     assert world.trt.seen.deserialized == 0
@@ -352,9 +372,17 @@ def make_onnx_with(world: World, *, classes: int) -> Path:
 
 @pytest.mark.parametrize(
     ("device", "backend", "error"),
-    [("cpu", None, InputError), ("cuda:1", None, CudaError), (3, None, CudaError), (None, "openvino", InputError), ("tpu", None, InputError)],
+    [
+        ("cpu", None, InputError),
+        ("cuda:1", None, CudaError),
+        (3, None, CudaError),
+        (None, "openvino", InputError),
+        ("tpu", None, InputError),
+    ],
 )
-def test_places_where_a_plan_cannot_run_are_refused(world: World, device: object, backend: object, error: type[Exception]) -> None:
+def test_places_where_a_plan_cannot_run_are_refused(
+    world: World, device: object, backend: object, error: type[Exception]
+) -> None:
     with pytest.raises(error):
         world.open(device, backend)
     assert world.cuda.leaks() == {}
@@ -388,9 +416,13 @@ def test_two_gpus_and_two_engines_in_one_process(tmp_path, monkeypatch) -> None:
         assert (first.device, second.device) == ("cuda:0", "cuda:1")
         used = world.cuda.used_bytes(1)
         assert used > 0
-        futures = [pool.submit(engine.infer, batch_of(5, seed=index)) for index in range(40) for engine in (first, second)]
+        futures = [
+            pool.submit(engine.infer, batch_of(5, seed=index)) for index in range(40) for engine in (first, second)
+        ]
         for index, future in enumerate(futures):
-            np.testing.assert_allclose(future.result(PATIENCE), world.expect(batch_of(5, seed=index // 2))[0], rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(
+                future.result(PATIENCE), world.expect(batch_of(5, seed=index // 2))[0], rtol=1e-5, atol=1e-5
+            )
     assert world.cuda.leaks() == {}
 
 
@@ -402,7 +434,11 @@ def test_fewer_contexts_than_wanted_are_enough(tmp_path, monkeypatch, caplog) ->
     assert world.cuda.leaks() == {}
 
 
-@pytest.mark.parametrize("setting", [Setting(faults=Faults(context={3, 4, 5, 6, 7, 8, 9})), Setting(version="8.5.3.1")], ids=["faults", "TensorRT 8"])
+@pytest.mark.parametrize(
+    "setting",
+    [Setting(faults=Faults(context={3, 4, 5, 6, 7, 8, 9})), Setting(version="8.5.3.1")],
+    ids=["faults", "TensorRT 8"],
+)
 def test_warm_up_ends_where_there_are_fewer_contexts_than_wanted(tmp_path, monkeypatch, setting: Setting) -> None:
     """It holds all that there are, so that waiting for another would never end."""
     world = make_world(tmp_path, monkeypatch, setting)
@@ -526,14 +562,21 @@ def test_batcher_and_submit_run_on_plans(world: World) -> None:
         batches = [batch_of(1, seed=index) for index in range(64)]
         for batch, found in zip(batches, pool.map(batcher.infer, batches), strict=True):
             np.testing.assert_allclose(found, world.expect(batch)[0], rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(engine.submit(batches[0]).result(PATIENCE), world.expect(batches[0])[0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            engine.submit(batches[0]).result(PATIENCE), world.expect(batches[0])[0], rtol=1e-5, atol=1e-5
+        )
     assert world.cuda.leaks() == {}
 
 
 def test_batcher_of_a_plan_with_one_context_runs_a_batch_at_a_time(world: World) -> None:
     from repvgg_deploy import Engine
 
-    with world.open(contexts=1) as engine, engine.batcher() as batcher, Engine(world.onnx) as on_cpu, on_cpu.batcher() as other:
+    with (
+        world.open(contexts=1) as engine,
+        engine.batcher() as batcher,
+        Engine(world.onnx) as on_cpu,
+        on_cpu.batcher() as other,
+    ):
         assert batcher.options.concurrency == other.options.concurrency == 1
         with engine.batcher(concurrency=3) as asked:
             assert asked.options.concurrency == 3
@@ -541,13 +584,17 @@ def test_batcher_of_a_plan_with_one_context_runs_a_batch_at_a_time(world: World)
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
-    requests=st.lists(st.tuples(st.integers(1, 30), st.sampled_from(["ok", "enqueue", "copy", "allocate"])), min_size=1, max_size=12),
+    requests=st.lists(
+        st.tuples(st.integers(1, 30), st.sampled_from(["ok", "enqueue", "copy", "allocate"])), min_size=1, max_size=12
+    ),
     contexts=st.integers(1, 3),
     graphs=st.booleans(),
     eager=st.booleans(),
     setting=st.sampled_from(MACHINES),
 )
-def test_any_sequence_of_requests_and_failures(tmp_path, monkeypatch, requests, contexts, graphs, eager, setting) -> None:
+def test_any_sequence_of_requests_and_failures(
+    tmp_path, monkeypatch, requests, contexts, graphs, eager, setting
+) -> None:
     world = make_world(tmp_path, monkeypatch, replace(setting, profile=(2, 4, 8), eager=eager))
     with world.open(contexts=contexts, cuda_graphs=graphs) as engine:
         for count, fate in requests:
@@ -574,12 +621,16 @@ def soak(world: World, count: int) -> None:
             np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
         for size in range(1, 12):  # every context meets every size, which threads alone would leave to chance
             engine.warm_up((size, *engine.spec.input.shape[1:]))
-        taken = {name: world.cuda.calls[name] for name in ("allocate", "allocate_host", "create_stream", "create_event")}
+        taken = {
+            name: world.cuda.calls[name] for name in ("allocate", "allocate_host", "create_stream", "create_event")
+        }
         held = world.cuda.leaks()
         for index, found in enumerate(pool.map(engine.infer, (batches[index % 33] for index in range(count)))):
             assert found.shape == expected[index % 33].shape
         assert {name: world.cuda.calls[name] for name in taken} == taken, "memory is taken anew in the steady state"
-        assert {name: number for name, number in world.cuda.leaks().items() if name != "graphs"} == {n: v for n, v in held.items() if n != "graphs"}
+        assert {name: number for name, number in world.cuda.leaks().items() if name != "graphs"} == {
+            n: v for n, v in held.items() if n != "graphs"
+        }
     assert world.cuda.leaks() == {}
 
 

@@ -16,7 +16,7 @@ from ..measure.roofline import Ceiling
 from .common import Output, format_pairs, format_table
 
 if TYPE_CHECKING:
-    from ..measure.advise import Advice, Assumptions, Choice, Measured, Nearest, Wish
+    from ..measure.advice import Advice, Assumptions, Choice, Measured, Nearest, Wish
 
 _NOTE_COLUMNS = 68  # beside the names of the notes, within 80
 _GROUPED = """variants with groups (…g2, …g4) lose at batch 1, although they have fewer multiply-accumulates: each group is a small
@@ -40,7 +40,7 @@ def execute(args: argparse.Namespace) -> Output:
     Raises:
         RepVGGDeployError: A file cannot be read, the GPU is not known, or there is nothing to choose from.
     """
-    from ..measure.advise import EFFICIENCY, Assumptions, Nearest, Wish, advise, find_nearest
+    from ..measure.advice import EFFICIENCY, Assumptions, Nearest, Wish, advise, find_nearest
 
     wish = Wish(args.slo_ms, args.min_top1, args.batch, args.precision, args.int8_drop)
     assumptions = Assumptions({name: args.efficiency or value for name, value in EFFICIENCY.items()}, args.overhead_us)
@@ -74,7 +74,7 @@ def execute(args: argparse.Namespace) -> Output:
 
 
 def _find_ground(args: argparse.Namespace) -> _Ground:
-    from ..measure.advise import Measured, choose_files, unused_models
+    from ..measure.advice import Measured, choose_files, unused_models
     from ..measure.peaks import find_gpu_peaks, look_up_gpu
     from ..measure.records import read_benchmark
 
@@ -185,7 +185,7 @@ The FP32 constants were fitted to TensorRT 8.0 on a V100, the others are assumed
 
 
 def _grouped() -> str:
-    from ..measure.advise import PUBLISHED_V100_MS
+    from ..measure.advice import PUBLISHED_V100_MS
 
     return _GROUPED.format(
         PUBLISHED_V100_MS["B1g4"][0],

@@ -273,7 +273,7 @@ def execute(args: argparse.Namespace) -> Output:
 
 def _next(out: Path, result: Benchmark) -> str | None:
     """Advice that begins with what was measured here; None where no accuracy is published of it, as at another image size."""
-    from ..measure.advise import published_accuracy
+    from ..measure.advice import published_accuracy
 
     known = {(variant.name, (size, size)) for variant, size, _ in published_accuracy()}
     usable = [model for model in result.models if model.published and (model.variant, model.image_size) in known]

@@ -1,1 +1,32 @@
-"""Checkpoint or module → verified ONNX. The entries are `export.export_checkpoint` and `module.export_module`. Needs torch, onnx and onnxsim."""
+"""Checkpoint or module → verified ONNX. The entries are `export_checkpoint` and `export_module`.
+
+Needs torch, onnx and onnxsim.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .. import find_lazily
+
+if TYPE_CHECKING:
+    from .calibrate import CalibrationResult as CalibrationResult
+    from .calibrate import write_calibration as write_calibration
+    from .export import ExportOptions as ExportOptions
+    from .export import ExportResult as ExportResult
+    from .export import export_checkpoint as export_checkpoint
+    from .module import ModuleOptions as ModuleOptions
+    from .module import export_module as export_module
+    from .options import GraphOptions as GraphOptions
+    from .synthesize import SynthesisOptions as SynthesisOptions
+
+__getattr__ = find_lazily(
+    __name__,
+    {
+        "calibrate": ("CalibrationResult", "write_calibration"),
+        "export": ("ExportOptions", "ExportResult", "export_checkpoint"),
+        "module": ("ModuleOptions", "export_module"),
+        "options": ("GraphOptions",),
+        "synthesize": ("SynthesisOptions",),
+    },
+)

@@ -1,1 +1,27 @@
 """Image files → batches as a model takes them; the only place that normalises."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .. import find_lazily
+
+if TYPE_CHECKING:
+    from .decode import decode_image as decode_image
+    from .decode import default_preprocessing as default_preprocessing
+    from .decode import list_images as list_images
+    from .decode import load_batch as load_batch
+    from .decode import load_image as load_image
+    from .decode import normalize as normalize
+    from .sets import ImageBatch as ImageBatch
+    from .sets import ImageSet as ImageSet
+    from .sets import SetOptions as SetOptions
+    from .sets import open_images as open_images
+
+__getattr__ = find_lazily(
+    __name__,
+    {
+        "decode": ("decode_image", "default_preprocessing", "list_images", "load_batch", "load_image", "normalize"),
+        "sets": ("ImageBatch", "ImageSet", "SetOptions", "open_images"),
+    },
+)

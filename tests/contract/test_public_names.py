@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -26,8 +28,50 @@ def test_public_name_resolves_and_is_documented(name: str) -> None:
     assert name in dir(repvgg_deploy)
 
 
-def test_public_names_and_their_homes_agree() -> None:
-    assert sorted(repvgg_deploy._HOMES) == sorted(repvgg_deploy.__all__)
+def faces() -> list[Module]:
+    """The package's `__init__` and those of the rooms that hand names on."""
+    return [
+        module for module in modules() if module.path.name == "__init__.py" and "find_lazily" in ast.dump(module.tree)
+    ]
+
+
+@pytest.mark.parametrize("module", faces(), ids=lambda m: m.name or "repvgg_deploy")
+def test_names_of_a_face_are_typed_and_loaded_from_one_home(module: Module) -> None:
+    """What a type checker reads, under TYPE_CHECKING, is what a program gets."""
+    package = importlib.import_module(f"repvgg_deploy.{module.name}".rstrip("."))
+    typed = {
+        f"{node.module}.{alias.asname}"
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.ImportFrom) and node.level == 1
+        for alias in node.names
+        if alias.asname
+    }
+    (call,) = [
+        node
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "find_lazily"
+    ]
+    homes = ast.literal_eval(call.args[1])
+    assert typed == {f"{home}.{name}" for home, names in homes.items() for name in names}
+    pytest.importorskip("torch")
+    for home, names in homes.items():
+        for name in names:
+            value = getattr(package, name)
+            assert value is getattr(importlib.import_module(f"{package.__name__}.{home}"), name)
+            assert getattr(value, "__module__", "").startswith("repvgg_deploy") or not callable(value)
+
+
+def test_what_the_documentation_names_as_api_is_reachable_from_a_room() -> None:
+    named = {
+        name
+        for path in (ROOT / "docs" / "api").glob("*.md")
+        for name in re.findall(r"^::: (\S+)", path.read_text("utf-8"), re.M)
+    }
+    known = {f"{'.'.join(filter(None, ('repvgg_deploy', face.name)))}" for face in faces()} | {"repvgg_deploy.errors"}
+    assert len(named) > 100
+    assert {name for name in named if name not in known and name.rpartition(".")[0] not in known} <= {
+        "repvgg_deploy.evaluate.plots",  # a page of one module: it draws
+    }
 
 
 def test_unknown_name_raises_attribute_error() -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from repvgg_deploy.errors import InputError
-from repvgg_deploy.measure.advise import (
+from repvgg_deploy.measure.advice import (
     FITTED,
     PUBLISHED_V100_MS,
     Assumptions,

@@ -65,6 +65,60 @@ def import_tensorrt(module: str, name: str, *, remedy: str) -> Any:
         ) from error
 
 
+@dataclass(frozen=True, slots=True)
+class Library:
+    """An imported TensorRT or TensorRT-RTX.
+
+    Attributes:
+        flavour: Which of the two.
+        trt: The module.
+        version: Such as `10.9.0.34`.
+        is_lean: Whether it is TensorRT's lean runtime, which builds no plans and runs version-compatible ones only.
+    """
+
+    flavour: Flavour
+    trt: Any
+    version: str
+    is_lean: bool = False
+
+    @property
+    def name(self) -> str:
+        """For people: `TensorRT 10.9.0.34`."""
+        return f"{name_library(self.flavour, self.is_lean)} {self.version}"
+
+    @property
+    def is_rtx(self) -> bool:
+        """Whether it is TensorRT-RTX."""
+        return self.flavour == "tensorrt_rtx"
+
+    @property
+    def number(self) -> tuple[int, int]:
+        """Major and minor version."""
+        major, minor, *_ = (*parse_version(self.version), 0, 0)
+        return major, minor
+
+
+def name_library(flavour: Flavour, is_lean: bool = False) -> str:
+    """What people call it, without its version."""
+    return f"{FLAVOURS[flavour]} (lean runtime)" if is_lean else FLAVOURS[flavour]
+
+
+def judge_library(library: Library) -> Incompatible | None:
+    """Why plans are neither built nor run with this version; None where they are."""
+    number = library.number
+    if library.is_rtx:
+        if number >= (1, 0):
+            return None
+        return Incompatible(f"{library.name} is not supported: expected TensorRT-RTX 1.x", INSTALL["tensorrt_rtx"])
+    if number < (8, 5) or number[0] == 9:
+        reason = f"{library.name} is not supported: expected 8.5, 8.6, 10.x or 11.x"
+    elif number == BROKEN_VERSION:
+        reason = f"{library.name} is known to be broken"
+    else:
+        return None
+    return Incompatible(reason, "install TensorRT 10.3 or later")
+
+
 def is_installed(module: str) -> bool:
     """Whether a module is installed, without importing it."""
     return sys.modules[module] is not None if module in sys.modules else importlib.util.find_spec(module) is not None
@@ -161,11 +215,6 @@ def find_gpu(text: str) -> tuple[str | None, str]:
 def known_capabilities() -> frozenset[str]:
     """Every compute capability in the table, and 8.8 of boards without a name here."""
     return frozenset({*_NAMES, "8.8"})
-
-
-def gpu_names() -> dict[str, str]:
-    """Compute capability by name."""
-    return dict(_BY_NAME.values())
 
 
 _LATER_MAJOR = {

@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 
 from repvgg_deploy.errors import InputError
-from repvgg_deploy.files.plan_place import gpu_names
+from repvgg_deploy.files.plan_place import _NAMES
 from repvgg_deploy.measure import peaks
 from repvgg_deploy.measure.peaks import (
     GpuPeaks,
@@ -33,7 +33,9 @@ def test_every_gpu_has_a_source_and_dense_numbers(gpu: GpuPeaks) -> None:
     assert "NVIDIA" in gpu.source
     assert any(word in gpu.source for word in ("data sheet", "whitepaper", "technical brief"))
     base = gpu.names[0] if gpu.names[0].startswith("RTX") else gpu.names[0].split()[0]
-    assert any(base in known for known in gpu_names()), "a GPU that runtime.gpus does not know"
+    assert any(base in known for names in _NAMES.values() for known in names), (
+        "a GPU that files.plan_place does not know"
+    )
     # Tensor cores: INT8 is twice FP16; on GeForce, where FP16 with float32 sums is halved, four times.
     if gpu.int8 is not None and gpu.fp16 is not None:
         assert gpu.int8 / gpu.fp16 == pytest.approx(4 if gpu.names[0].startswith("RTX") else 2, rel=0.03)

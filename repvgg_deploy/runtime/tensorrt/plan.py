@@ -11,7 +11,7 @@ import hashlib
 import logging
 import threading
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,17 +20,18 @@ import numpy as np
 from ...errors import CudaError, CudaMemoryError, MissingDependencyError, ModelError, PlanError, PlanIncompatibleError
 from ...files.passport import passport_path, read_passport, require_unchanged
 from ...files.plan_place import (
-    BROKEN_VERSION,
     FLAVOURS,
     INSTALL,
     LEAN,
     Environment,
     Flavour,
     Incompatible,
+    Library,
     import_tensorrt,
+    judge_library,
     judge_plan,
     make_trt_logger,
-    parse_version,
+    name_library,
     platform_here,
     quote,
 )
@@ -216,44 +217,14 @@ class TrtLog:
 
 
 @dataclass(frozen=True, slots=True)
-class InstalledLibrary:
-    """A TensorRT that was imported and not yet touched.
+class LoggedLibrary(Library):
+    """A TensorRT that plans are run with, and what it says."""
 
-    Attributes:
-        flavour: `tensorrt` or `tensorrt_rtx`.
-        trt: The module.
-        version: Such as `10.9.0.34`.
-    """
-
-    flavour: Flavour
-    trt: Any
-    version: str
-
-    @property
-    def name(self) -> str:
-        """For people: `TensorRT 10.9.0.34`."""
-        return f"{_name_of(self.trt.__name__, self.flavour)} {self.version}"
-
-    @property
-    def is_lean(self) -> bool:
-        """Whether it is TensorRT's lean runtime, which runs version-compatible plans only."""
-        return bool(self.trt.__name__ == LEAN)
+    log: TrtLog = field(kw_only=True)
+    trt_logger: Any = field(kw_only=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Library(InstalledLibrary):
-    """An imported TensorRT that can be used.
-
-    Attributes:
-        log: What it says.
-        trt_logger: The object through which it says it.
-    """
-
-    log: TrtLog
-    trt_logger: Any
-
-
-def open_library(flavours: tuple[Flavour, ...]) -> Library:
+def open_library(flavours: tuple[Flavour, ...]) -> LoggedLibrary:
     """The first of the given flavours that is installed, with its log.
 
     The caller has made sure that there is a driver: without one the lean runtime ends the process.
@@ -263,40 +234,34 @@ def open_library(flavours: tuple[Flavour, ...]) -> Library:
         PlanError: As `find_library`.
     """
     found, log = find_library(flavours), TrtLog()
-    return Library(found.flavour, found.trt, found.version, log, make_trt_logger(found.trt, log.hear))
+    logger = make_trt_logger(found.trt, log.hear)
+    return LoggedLibrary(found.flavour, found.trt, found.version, found.is_lean, log=log, trt_logger=logger)
 
 
-def find_library(flavours: tuple[Flavour, ...]) -> InstalledLibrary:
+def find_library(flavours: tuple[Flavour, ...]) -> Library:
     """Imports the first of the given flavours that is installed, which needs no driver; the whole TensorRT comes before its lean runtime.
 
     Raises:
         MissingDependencyError: None is installed, or one does not load.
-        PlanError: It is too old, or a version that is known to be broken.
+        PlanError: It is of a version that plans are not run with.
     """
     for flavour in flavours:
         for module in _MODULES[flavour]:
-            trt = import_tensorrt(module, _name_of(module, flavour), remedy=f"install it again: {INSTALL[flavour]}")
-            if trt is not None:
-                return _check_version(InstalledLibrary(flavour, trt, str(trt.__version__)))
+            is_lean = module == LEAN
+            remedy = f"install it again: {INSTALL[flavour]}"
+            trt = import_tensorrt(module, name_library(flavour, is_lean), remedy=remedy)
+            if trt is None:
+                continue
+            library = Library(flavour, trt, str(trt.__version__), is_lean)
+            problem = judge_library(library)
+            if problem is not None:
+                raise PlanError(problem.reason, remedy=f"{problem.remedy}, and build the plan with it")
+            return library
     wanted = " or ".join(FLAVOURS[flavour] for flavour in flavours)
     raise MissingDependencyError(
         f"running a plan needs {wanted}, which is not installed",
         remedy=", or ".join(INSTALL[flavour] for flavour in flavours),
     )
-
-
-def _name_of(module: str, flavour: Flavour) -> str:
-    return f"{FLAVOURS[flavour]} (lean runtime)" if module == LEAN else FLAVOURS[flavour]
-
-
-def _check_version(library: InstalledLibrary) -> InstalledLibrary:
-    number = parse_version(library.version)[:2]
-    if library.flavour == "tensorrt" and (number < (8, 5) or number == BROKEN_VERSION):
-        problem = "is known to be broken" if number == BROKEN_VERSION else "is too old: expected 8.5 or later"
-        raise PlanError(
-            f"{library.name} {problem}", remedy="install TensorRT 10.3 or later, and build the plan with it"
-        )
-    return library
 
 
 _FLAVOURS: dict[str | None, tuple[Flavour, ...]] = {
@@ -319,7 +284,7 @@ class OpenPlan:
         passport: None where there is none.
     """
 
-    library: Library
+    library: LoggedLibrary
     runtime: Any
     engine: Any
     interface: Interface
@@ -428,7 +393,7 @@ def _read(path: Path) -> bytes:
         ) from error
 
 
-def _deserialize(library: Library, content: bytes, path: Path, *, carries_code: bool) -> tuple[Any, Any]:
+def _deserialize(library: LoggedLibrary, content: bytes, path: Path, *, carries_code: bool) -> tuple[Any, Any]:
     trt, log = library.trt, library.log
     log.take()
     runtime = trt.Runtime(library.trt_logger)

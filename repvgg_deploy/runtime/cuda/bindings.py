@@ -1,20 +1,22 @@
-"""The CUDA port over cuda-bindings: the driver API, in the primary context of each device."""
+"""The CUDA port over cuda-bindings, which is the driver API itself. `CudaPort` says what each call does."""
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import metadata
-from types import TracebackType
 from typing import Any
 
+from ...errors import CudaError
 from .port import (
     CAPTURE_LOCK,
-    ContextTable,
+    Activation,
     DeviceInfo,
-    driver_too_old,
+    PrimaryContexts,
     make_error,
     no_driver,
     no_such_device,
     read_driver_version,
+    show_cuda_version,
 )
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
@@ -24,10 +26,7 @@ _PORTABLE = 1  # CU_MEMHOSTALLOC_PORTABLE: page-locked for every device
 
 
 class BindingsPort:
-    """See CudaPort.
-
-    Args:
-        driver: The module cuda.bindings.driver.
+    """Calls through the module `cuda.bindings.driver`.
 
     Raises:
         CudaError: No driver, one too old, or no GPU.
@@ -38,9 +37,7 @@ class BindingsPort:
     def __init__(self, driver: Any) -> None:
         self._driver = driver
         self._success = driver.CUresult.CUDA_SUCCESS
-        self._contexts = ContextTable(
-            lambda index: _Activation(self, self._ask("cuDevicePrimaryCtxRetain", self._find(index)))
-        )
+        self._contexts = PrimaryContexts(self._retain)
         version = _version_of("cuda-bindings")
         self.provider = f"cuda-bindings {version}".strip()
         try:
@@ -48,17 +45,21 @@ class BindingsPort:
         except RuntimeError as error:  # libcuda is not there
             raise no_driver(" ".join(str(error).split())) from error
         self._check("cuInit", status)
-        self._cuda_version = _as_version(int(self._ask("cuDriverGetVersion")))
+        self._cuda_version = show_cuda_version(int(self._ask("cuDriverGetVersion")))
         major = version.partition(".")[0]
         if major.isdecimal() and int(self._cuda_version.partition(".")[0]) < int(major):
-            raise driver_too_old("cuda-bindings", int(major), self._cuda_version)
+            found = self._cuda_version
+            raise CudaError(
+                f"the NVIDIA driver is too old: cuda-bindings needs one for CUDA {major}, found one for CUDA {found} "
+                f"(cudaErrorInsufficientDriver)",
+                remedy="update the driver, or install a cuda-bindings (and a TensorRT) made for CUDA "
+                f"{found.partition('.')[0]}",
+            )
 
     def count_devices(self) -> int:
-        """See CudaPort."""
         return int(self._ask("cuDeviceGetCount"))
 
     def describe_device(self, index: int) -> DeviceInfo:
-        """See CudaPort."""
         device = self._find(index)
         kinds = self._driver.CUdevice_attribute
         major = self._ask("cuDeviceGetAttribute", kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
@@ -67,80 +68,62 @@ class BindingsPort:
         size = int(self._ask("cuDeviceTotalMem", device))
         return DeviceInfo(name, f"{major}.{minor}", read_driver_version(), self._cuda_version, size)
 
-    def on_device(self, index: int) -> _Activation:
-        """See CudaPort."""
+    def on_device(self, index: int) -> Activation:
         return self._contexts.get(index)
 
     def allocate(self, size_bytes: int) -> int:
-        """See CudaPort."""
         return int(self._ask("cuMemAlloc", size_bytes))
 
     def free(self, address: int) -> None:
-        """See CudaPort."""
         self._ask("cuMemFree", address)
 
     def allocate_host(self, size_bytes: int) -> int:
-        """See CudaPort."""
         return int(self._ask("cuMemHostAlloc", size_bytes, _PORTABLE))
 
     def free_host(self, address: int) -> None:
-        """See CudaPort."""
         self._ask("cuMemFreeHost", address)
 
     def copy(self, target: int, source: int, size_bytes: int, stream: Any) -> None:
-        """See CudaPort."""
         self._ask("cuMemcpyAsync", target, source, size_bytes, stream)
 
     def create_stream(self) -> Any:
-        """See CudaPort."""
         return self._ask("cuStreamCreate", _NON_BLOCKING)
 
     def destroy_stream(self, stream: Any) -> None:
-        """See CudaPort."""
         self._ask("cuStreamDestroy", stream)
 
     def stream_handle(self, stream: Any) -> int:
-        """See CudaPort."""
         return int(stream)
 
     def synchronize_stream(self, stream: Any) -> None:
-        """See CudaPort."""
         self._ask("cuStreamSynchronize", stream)
 
     def create_event(self) -> Any:
-        """See CudaPort."""
         return self._ask("cuEventCreate", _NO_TIMING)
 
     def create_timer(self) -> Any:
-        """See CudaPort."""
         return self._ask("cuEventCreate", _TIMING)
 
     def elapsed_ms(self, first: Any, second: Any) -> float:
-        """See CudaPort."""
         return float(self._ask("cuEventElapsedTime", first, second))
 
     def destroy_event(self, event: Any) -> None:
-        """See CudaPort."""
         self._ask("cuEventDestroy", event)
 
     def record_event(self, event: Any, stream: Any) -> None:
-        """See CudaPort."""
         self._ask("cuEventRecord", event, stream)
 
     def wait_event(self, stream: Any, event: Any) -> None:
-        """See CudaPort."""
         self._ask("cuStreamWaitEvent", stream, event, 0)
 
     def synchronize_event(self, event: Any) -> None:
-        """See CudaPort."""
         self._ask("cuEventSynchronize", event)
 
     def begin_capture(self, stream: Any) -> None:
-        """See CudaPort. Only what this thread does is captured and forbidden: other threads go on with theirs."""
+        # Only what this thread does is captured and forbidden: other threads go on with theirs.
         self._ask("cuStreamBeginCapture", stream, self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
 
     def end_capture(self, stream: Any) -> Any:
-        """See CudaPort."""
         graph = self._ask("cuStreamEndCapture", stream)
         try:
             return self._ask("cuGraphInstantiate", graph, 0)
@@ -148,15 +131,12 @@ class BindingsPort:
             self._ask("cuGraphDestroy", graph)
 
     def launch_graph(self, graph: Any, stream: Any) -> None:
-        """See CudaPort."""
         self._ask("cuGraphLaunch", graph, stream)
 
     def destroy_graph(self, graph: Any) -> None:
-        """See CudaPort."""
         self._ask("cuGraphExecDestroy", graph)
 
     def find_device(self, address: int) -> int | None:
-        """See CudaPort."""
         kinds = self._driver.CUpointer_attribute
         status, memory = self._driver.cuPointerGetAttribute(kinds.CU_POINTER_ATTRIBUTE_MEMORY_TYPE, address)
         if status != self._success or int(memory) != int(self._driver.CUmemorytype.CU_MEMORYTYPE_DEVICE):
@@ -164,16 +144,19 @@ class BindingsPort:
         return int(self._ask("cuPointerGetAttribute", kinds.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, address))
 
     def is_reachable(self, address: int) -> bool:
-        """See CudaPort. Memory of a pool belongs to no context."""
         status, owner = self._driver.cuPointerGetAttribute(
             self._driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_CONTEXT, address
         )
+        # 0: memory of a pool, which belongs to no context
         return status != self._success or int(owner) in (0, int(self._ask("cuCtxGetCurrent")))
 
     def synchronize(self) -> None:
-        """See CudaPort."""
         with CAPTURE_LOCK:
             self._ask("cuCtxSynchronize")
+
+    def _retain(self, index: int) -> Activation:
+        context = self._ask("cuDevicePrimaryCtxRetain", self._find(index))
+        return Activation(partial(self._ask, "cuCtxPushCurrent", context), partial(self._ask, "cuCtxPopCurrent"))
 
     def _find(self, index: int) -> Any:
         count = self.count_devices()
@@ -197,31 +180,11 @@ class BindingsPort:
         raise make_error(shown, _decode(name) or str(status), _decode(text) or "no description")
 
 
-class _Activation:
-    """Pushes a context on the thread's stack and pops it; without state of its own, so that all threads share it."""
-
-    def __init__(self, port: BindingsPort, context: Any) -> None:
-        self._port = port
-        self._context = context
-
-    def __enter__(self) -> None:
-        self._port._ask("cuCtxPushCurrent", self._context)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._port._ask("cuCtxPopCurrent")
-
-
 def _version_of(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return ""
-
-
-def _as_version(number: int) -> str:
-    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def _decode(text: object) -> str:

@@ -1,14 +1,18 @@
-"""A provider of CUDA calls, chosen, imported and asked whether it works."""
+"""A provider of CUDA calls: chosen, imported and asked whether it works. Here a plan's way through the runtime begins.
+
+The module is not called `open`: imported under that name it would hide the builtin.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from typing import Any
+from typing import Any, Literal
 
 from ...errors import InputError, MissingDependencyError
-from .port import CudaPort, Provider
+from .port import CudaPort
 
+Provider = Literal["bindings", "pycuda"]
 _PROVIDERS: dict[Provider, tuple[str, str, str]] = {
     "bindings": (
         "cuda.bindings.driver",
@@ -24,7 +28,7 @@ _PROVIDERS: dict[Provider, tuple[str, str, str]] = {
 
 
 def open_cuda(provider: Provider | None = None) -> CudaPort:
-    """Imports a provider and asks the driver whether it can be used.
+    """The port of a provider whose driver can be used.
 
     Args:
         provider: None takes cuda-bindings, or pycuda where it is the only one.
@@ -38,21 +42,15 @@ def open_cuda(provider: Provider | None = None) -> CudaPort:
         raise InputError(
             f"cuda: expected bindings, pycuda or None, found {provider!r}", remedy='give EngineOptions(cuda="bindings")'
         )
-    chosen = provider or _choose()
+    chosen: Provider = provider or next((name for name in _PROVIDERS if _is_installed(_PROVIDERS[name][0])), "bindings")
+    driver = _import(chosen)
     if chosen == "bindings":
         from .bindings import BindingsPort
 
-        return BindingsPort(_import(chosen))
+        return BindingsPort(driver)
     from .pycuda import PycudaPort
 
-    return PycudaPort(_import(chosen))
-
-
-def _choose() -> Provider:
-    for name, (module, _, _) in _PROVIDERS.items():
-        if _is_installed(module):
-            return name
-    return "bindings"
+    return PycudaPort(driver)
 
 
 def _is_installed(module: str) -> bool:
@@ -73,5 +71,7 @@ def _import(provider: Provider) -> Any:
     except (ImportError, OSError, RuntimeError) as error:
         text = " ".join(str(error).split())
         # pycuda is linked with the driver, so without one its import fails.
-        hint = "install the NVIDIA driver" if "libcuda" in text else remedy
-        raise MissingDependencyError(f"{package} is installed but cannot be imported: {text}", remedy=hint) from error
+        raise MissingDependencyError(
+            f"{package} is installed but cannot be imported: {text}",
+            remedy="install the NVIDIA driver" if "libcuda" in text else remedy,
+        ) from error

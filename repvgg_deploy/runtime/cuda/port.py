@@ -1,12 +1,10 @@
-"""The calls that an Engine makes to CUDA. Standard library only; a provider is imported by `open_cuda`.
+"""CUDA as the runtime uses it: one port of calls (`CudaPort`), which two providers answer (`bindings` and `pycuda`).
 
-There is never a second context: every provider works in the primary context of a device, which torch, CuPy, TensorRT
-and every other user of the CUDA runtime in the process share. Source: CUDA driver API, sections 6.7 (primary context)
-and 6.8 (context stack).
+Every provider works in the primary context of a device, which torch, CuPy, TensorRT and every other user of the CUDA
+runtime in the process share; there is never a second context. What a failed call means is decided here, once for both.
 
-What a status of CUDA means: one function through which each passes. Standard library only.
-
-Source: CUDA driver API, CUresult (https://docs.nvidia.com/cuda/cuda-driver-api).
+Source: CUDA driver API, sections 6.7 (primary context) and 6.8 (context stack), and CUresult
+(https://docs.nvidia.com/cuda/cuda-driver-api).
 """
 
 from __future__ import annotations
@@ -17,100 +15,17 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from types import TracebackType
+from typing import Any, Protocol
 
 from ...errors import CudaContextError, CudaError, CudaMemoryError
 
-_NO_DRIVER = (
-    "install the NVIDIA driver (in a container: start it with --gpus all and the NVIDIA container toolkit), then "
-    "check nvidia-smi"
-)
-_REMEDIES = {
-    "CUDA_ERROR_NO_DEVICE": "check nvidia-smi and CUDA_VISIBLE_DEVICES: the driver shows this process no GPU",
-    "CUDA_ERROR_INVALID_DEVICE": "give the index of a GPU that nvidia-smi lists, counted within CUDA_VISIBLE_DEVICES",
-    "CUDA_ERROR_STUB_LIBRARY": "remove the CUDA toolkit's lib64/stubs from LD_LIBRARY_PATH: that libcuda is for "
-    "linking only",
-    "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "restart the machine or reload the kernel module: driver and kernel module "
-    "are of different versions",
-    "CUDA_ERROR_SYSTEM_NOT_READY": "start the GPU's system services (nvidia-fabricmanager on machines with NVSwitch)",
-    "CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE": "remove the cuda-compat package from LD_LIBRARY_PATH, or update "
-    "the driver",
-    "CUDA_ERROR_DEVICE_UNAVAILABLE": "another process holds the GPU alone: end it, or set nvidia-smi -c DEFAULT",
-    "CUDA_ERROR_NOT_INITIALIZED": "open the Engine in the process that uses it: CUDA does not survive a fork; start "
-    "workers with spawn",
-    "CUDA_ERROR_UNSUPPORTED_LIMIT": "update the NVIDIA driver",
-    "CUDA_ERROR_OUT_OF_MEMORY": "free GPU memory (nvidia-smi shows who has it), build the plan with a smaller "
-    "--max-batch, or lower "
-    "EngineOptions(contexts=…)",
-}
-_LOST = frozenset(
-    f"CUDA_ERROR_{name}"
-    for name in (
-        "ILLEGAL_ADDRESS", "LAUNCH_FAILED", "HARDWARE_STACK_ERROR", "ILLEGAL_INSTRUCTION", "MISALIGNED_ADDRESS", "INVALID_ADDRESS_SPACE",
-        "INVALID_PC", "ASSERT", "LAUNCH_TIMEOUT", "ECC_UNCORRECTABLE", "NVLINK_UNCORRECTABLE", "CONTEXT_IS_DESTROYED", "TENSOR_MEMORY_LEAK",
-        "MPS_CLIENT_TERMINATED", "CONTAINED",
-    )
-)  # fmt: skip
-"""After one of these every call in the process fails with the same status."""
-
-
-def make_error(call: str, name: str, text: str) -> CudaError:
-    """The error of a call that did not succeed.
-
-    Args:
-        call: Such as `cuMemAlloc(4096 bytes)`.
-        name: CUDA's own name of the status, such as `CUDA_ERROR_OUT_OF_MEMORY`.
-        text: CUDA's own words for it.
-    """
-    message = f"{call} failed: {name}: {text}"
-    if name == "CUDA_ERROR_OUT_OF_MEMORY":
-        return CudaMemoryError(message, remedy=_REMEDIES[name])
-    if name in _LOST:
-        return CudaContextError(
-            message,
-            remedy="restart the process: after this error CUDA refuses every further call in it; if it comes again, "
-            "look for Xid lines in dmesg",
-        )
-    return CudaError(
-        message,
-        remedy=_REMEDIES.get(
-            name, "check nvidia-smi and the driver's version; set CUDA_LAUNCH_BLOCKING=1 to find the cause"
-        ),
-    )
-
-
-def no_driver(reason: str) -> CudaError:
-    """The error where libcuda is not there."""
-    return CudaError(f"no NVIDIA driver was found: {reason}", remedy=_NO_DRIVER)
-
-
-def driver_too_old(package: str, needed: int, found: str) -> CudaError:
-    """The error where the driver knows an older CUDA than the package was made for."""
-    return CudaError(
-        f"the NVIDIA driver is too old: {package} needs one for CUDA {needed}, found one for CUDA {found} "
-        f"(cudaErrorInsufficientDriver)",
-        remedy=f"update the driver, or install a {package} (and a TensorRT) made for CUDA "
-        f"{found.split('.', maxsplit=1)[0]}",
-    )
-
-
-def no_such_device(index: int, count: int) -> CudaError:
-    """The error where a GPU was asked for that is not there."""
-    known = "no GPU is" if count == 0 else "only GPU 0 is" if count == 1 else f"GPUs 0 to {count - 1} are"
-    return CudaError(
-        f"GPU {index} was asked for (CUDA_ERROR_INVALID_DEVICE), and {known} there",
-        remedy=_REMEDIES["CUDA_ERROR_INVALID_DEVICE"],
-    )
-
-
-Provider = Literal["bindings", "pycuda"]
 CAPTURE_LOCK = threading.RLock()
-"""Held while a graph is captured, and while the whole device is waited for: CUDA refuses the wait where any stream captures, and ends that capture.
+"""Held while a graph is captured and while the whole device is waited for, by all Engines of the process.
 
-Of the process, as the rule is: Engines that know nothing of one another share the device.
+CUDA refuses to wait for a device on which any stream captures, and ends that capture.
 Source: CUDA driver API, cuStreamBeginCapture and cuCtxSynchronize.
 """
-_C = TypeVar("_C")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +37,7 @@ class DeviceInfo:
         compute_capability: Such as `8.6`.
         driver_version: Such as `580.95.05`; empty where the system does not say.
         cuda_version: The newest CUDA that the driver knows, such as `13.0`.
-        memory_bytes: Of the whole GPU.
+        memory_bytes: All memory of the GPU.
     """
 
     name: str
@@ -133,15 +48,15 @@ class DeviceInfo:
 
 
 class CudaPort(Protocol):
-    """One process's way to its GPUs. Every call may be made from any thread, inside `on_device`; every one may raise CudaError.
+    """The calls to CUDA. Each may be made from any thread, inside `on_device`, and may raise CudaError.
 
-    Addresses are numbers; streams, events and graphs are whatever the provider gives. A stream of somebody else is the
-    number of its handle.
+    Addresses are numbers. Streams, events and graphs are whatever the provider gives; wherever a stream is taken, the
+    number of a caller's own stream is taken, too.
     """
 
     @property
     def provider(self) -> str:
-        """For people: the package and its version."""
+        """The package and its version, for people."""
 
     def count_devices(self) -> int:
         """How many GPUs the driver shows to this process."""
@@ -180,7 +95,7 @@ class CudaPort(Protocol):
         """Waits until all work of a stream is done."""
 
     def create_event(self) -> Any:
-        """An event without a clock."""
+        """An event without a clock. One that was never recorded counts as happened."""
 
     def create_timer(self) -> Any:
         """An event with a clock; in all else an event."""
@@ -220,40 +135,59 @@ class CudaPort(Protocol):
         """Which GPU an address lies on; None where it lies on none, or the provider cannot say."""
 
     def is_reachable(self, address: int) -> bool:
-        """False where device memory belongs to another context than the current one, which must not read it; True, too, if nobody can say."""
+        """False where another context owns device memory, which must not be read then; True where nobody can say."""
 
     def synchronize(self) -> None:
-        """Waits for all work on the current device, of everybody; holds CAPTURE_LOCK."""
+        """Waits for all work on the current device, whoever gave it; holds CAPTURE_LOCK."""
 
 
-class ContextTable(Generic[_C]):
-    """The primary context of each GPU, made current by `make`'s result; retained once, by whichever thread comes first.
+class PrimaryContexts:
+    """The primary contexts of a process, each retained once, by whichever thread comes first.
 
-    Never released: the CUDA runtimes of TensorRT and torch use these contexts, and the last release would destroy one
-    under them.
+    They are never released: the CUDA runtimes of TensorRT and torch use them, and the last release would destroy them.
 
     Args:
-        make: From the index of a GPU.
+        retain: Gives the activation of one GPU's context.
     """
 
-    def __init__(self, make: Callable[[int], _C]) -> None:
-        self._make = make
+    def __init__(self, retain: Callable[[int], Activation]) -> None:
+        self._retain = retain
         self._lock = threading.Lock()
-        self._known: dict[int, _C] = {}
+        self._known: dict[int, Activation] = {}
 
-    def get(self, index: int) -> _C:
-        """Of one GPU; without the lock once it is known."""
+    def get(self, index: int) -> Activation:
+        """Makes a GPU's context current inside a `with` block; takes no lock once the context is known."""
         found = self._known.get(index)
         if found is not None:
             return found
         with self._lock:
             if index not in self._known:
-                self._known[index] = self._make(index)
+                self._known[index] = self._retain(index)
             return self._known[index]
 
 
+class Activation:
+    """Pushes a context on the thread's stack and pops it; without state of its own, so that all threads share it."""
+
+    def __init__(self, push: Callable[[], object], pop: Callable[[], object]) -> None:
+        self._push, self._pop = push, pop
+
+    def __enter__(self) -> None:
+        self._push()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pop()
+
+
+def show_cuda_version(number: int) -> str:
+    """The driver's number of a version as people write it: 13000 is `13.0`."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
 def read_driver_version(path: Path = Path("/proc/driver/nvidia/version")) -> str:
-    """The version of the kernel driver on Linux, or an empty text.
+    """The version of the kernel driver on Linux; empty where the system does not say.
 
     Source: https://download.nvidia.com/XFree86/Linux-x86_64/580.95.05/README/procinterface.html
     """
@@ -263,3 +197,74 @@ def read_driver_version(path: Path = Path("/proc/driver/nvidia/version")) -> str
         return ""
     found = re.search(r"\b(\d{3,}\.\d+(?:\.\d+)?)\b", text)
     return found[1] if found else ""
+
+
+_REMEDIES = {
+    "CUDA_ERROR_NO_DEVICE": "check nvidia-smi and CUDA_VISIBLE_DEVICES: the driver shows this process no GPU",
+    "CUDA_ERROR_INVALID_DEVICE": "give the index of a GPU that nvidia-smi lists, counted within CUDA_VISIBLE_DEVICES",
+    "CUDA_ERROR_STUB_LIBRARY": "remove the CUDA toolkit's lib64/stubs from LD_LIBRARY_PATH: that libcuda is for "
+    "linking only",
+    "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "restart the machine or reload the kernel module: driver and kernel module "
+    "are of different versions",
+    "CUDA_ERROR_SYSTEM_NOT_READY": "start the GPU's system services (nvidia-fabricmanager on machines with NVSwitch)",
+    "CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE": "remove the cuda-compat package from LD_LIBRARY_PATH, or update "
+    "the driver",
+    "CUDA_ERROR_DEVICE_UNAVAILABLE": "another process holds the GPU alone: end it, or set nvidia-smi -c DEFAULT",
+    "CUDA_ERROR_NOT_INITIALIZED": "open the Engine in the process that uses it: CUDA does not survive a fork; start "
+    "workers with spawn",
+    "CUDA_ERROR_UNSUPPORTED_LIMIT": "update the NVIDIA driver",
+    "CUDA_ERROR_OUT_OF_MEMORY": "free GPU memory (nvidia-smi shows who has it), build the plan with a smaller "
+    "--max-batch, or lower EngineOptions(contexts=…)",
+}
+_LOST = frozenset(
+    f"CUDA_ERROR_{name}"
+    for name in (
+        "ILLEGAL_ADDRESS", "LAUNCH_FAILED", "HARDWARE_STACK_ERROR", "ILLEGAL_INSTRUCTION", "MISALIGNED_ADDRESS",
+        "INVALID_ADDRESS_SPACE", "INVALID_PC", "ASSERT", "LAUNCH_TIMEOUT", "ECC_UNCORRECTABLE", "NVLINK_UNCORRECTABLE",
+        "CONTEXT_IS_DESTROYED", "TENSOR_MEMORY_LEAK", "MPS_CLIENT_TERMINATED", "CONTAINED",
+    )
+)  # fmt: skip
+"""After one of these every call in the process fails with the same status."""
+
+
+def make_error(call: str, name: str, text: str) -> CudaError:
+    """The error of a call that did not succeed.
+
+    Args:
+        call: Such as `cuMemAlloc(4096 bytes)`.
+        name: CUDA's own name of the status, such as `CUDA_ERROR_OUT_OF_MEMORY`.
+        text: CUDA's own words for it.
+    """
+    message = f"{call} failed: {name}: {text}"
+    if name == "CUDA_ERROR_OUT_OF_MEMORY":
+        return CudaMemoryError(message, remedy=_REMEDIES[name])
+    if name in _LOST:
+        return CudaContextError(
+            message,
+            remedy="restart the process: after this error CUDA refuses every further call in it; if it comes again, "
+            "look for Xid lines in dmesg",
+        )
+    return CudaError(
+        message,
+        remedy=_REMEDIES.get(
+            name, "check nvidia-smi and the driver's version; set CUDA_LAUNCH_BLOCKING=1 to find the cause"
+        ),
+    )
+
+
+def no_driver(reason: str) -> CudaError:
+    """The error where libcuda is not there."""
+    return CudaError(
+        f"no NVIDIA driver was found: {reason}",
+        remedy="install the NVIDIA driver (in a container: start it with --gpus all and the NVIDIA container toolkit), "
+        "then check nvidia-smi",
+    )
+
+
+def no_such_device(index: int, count: int) -> CudaError:
+    """The error where a GPU was asked for that is not there."""
+    known = "no GPU is" if count == 0 else "only GPU 0 is" if count == 1 else f"GPUs 0 to {count - 1} are"
+    return CudaError(
+        f"GPU {index} was asked for (CUDA_ERROR_INVALID_DEVICE), and {known} there",
+        remedy=_REMEDIES["CUDA_ERROR_INVALID_DEVICE"],
+    )

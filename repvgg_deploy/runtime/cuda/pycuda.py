@@ -1,18 +1,29 @@
-"""The CUDA port over pycuda: its primary contexts only, never `pycuda.autoinit` or `make_context`.
+"""The CUDA port over pycuda. `CudaPort` says what each call does.
 
-pycuda frees what its objects own when they go, and captures no graphs; streams of others are known to it by number
-only, which it cannot use, so that with them the whole device is waited for.
+Of pycuda's ways to a context only the primary ones are used, never `pycuda.autoinit` or `make_context`. pycuda frees
+what its objects own when they go. It captures no graphs. Of a caller's stream it has the number, which it cannot use:
+there the whole device is waited for.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from types import TracebackType
+from functools import partial
 from typing import Any, TypeVar
 
 from ...errors import CudaError
-from .port import CAPTURE_LOCK, ContextTable, DeviceInfo, make_error, no_driver, no_such_device, read_driver_version
+from .port import (
+    CAPTURE_LOCK,
+    Activation,
+    DeviceInfo,
+    PrimaryContexts,
+    make_error,
+    no_driver,
+    no_such_device,
+    read_driver_version,
+    show_cuda_version,
+)
 
 _T = TypeVar("_T")
 _NON_BLOCKING = 1
@@ -32,10 +43,7 @@ _NAMES = (
 
 
 class PycudaPort:
-    """See CudaPort.
-
-    Args:
-        driver: The module pycuda.driver.
+    """Calls through the module `pycuda.driver`.
 
     Raises:
         CudaError: No driver, or no GPU.
@@ -45,7 +53,7 @@ class PycudaPort:
 
     def __init__(self, driver: Any) -> None:
         self._driver = driver
-        self._contexts = ContextTable(self._retain)
+        self._contexts = PrimaryContexts(self._retain)
         self._device_blocks: dict[int, Any] = {}
         self._host_blocks: dict[int, Any] = {}
         self.provider = f"pycuda {'.'.join(map(str, getattr(driver, 'get_version', tuple)()))}".strip()
@@ -54,37 +62,30 @@ class PycudaPort:
         except driver.Error as error:
             text = str(error)
             raise (no_driver(text) if "stub" in text else self._translate("cuInit", error)) from error
-        number = int(driver.get_driver_version())
-        self._cuda_version = f"{number // 1000}.{number % 1000 // 10}"
+        self._cuda_version = show_cuda_version(int(driver.get_driver_version()))
 
     def count_devices(self) -> int:
-        """See CudaPort."""
         return int(self._ask("cuDeviceGetCount", self._driver.Device.count))
 
     def describe_device(self, index: int) -> DeviceInfo:
-        """See CudaPort."""
         device = self._find(index)
         major, minor = device.compute_capability()
         return DeviceInfo(
             device.name(), f"{major}.{minor}", read_driver_version(), self._cuda_version, int(device.total_memory())
         )
 
-    def on_device(self, index: int) -> _Activation:
-        """See CudaPort."""
+    def on_device(self, index: int) -> Activation:
         return self._contexts.get(index)
 
     def allocate(self, size_bytes: int) -> int:
-        """See CudaPort."""
         block = self._ask(f"cuMemAlloc({size_bytes} bytes)", lambda: self._driver.mem_alloc(size_bytes))
         self._device_blocks[int(block)] = block
         return int(block)
 
     def free(self, address: int) -> None:
-        """See CudaPort."""
         self._ask("cuMemFree", self._device_blocks.pop(address).free)
 
     def allocate_host(self, size_bytes: int) -> int:
-        """See CudaPort."""
         flags = self._driver.host_alloc_flags.PORTABLE
         array = self._ask(
             f"cuMemHostAlloc({size_bytes} bytes)",
@@ -95,11 +96,9 @@ class PycudaPort:
         return address
 
     def free_host(self, address: int) -> None:
-        """See CudaPort."""
         self._ask("cuMemFreeHost", self._host_blocks.pop(address).base.free)
 
     def copy(self, target: int, source: int, size_bytes: int, stream: Any) -> None:
-        """See CudaPort."""
         if isinstance(stream, int):  # of somebody else: after everything on the device, and waited for
             self.synchronize()
             own = self.create_stream()
@@ -116,88 +115,77 @@ class PycudaPort:
             self._ask("cuMemcpyDtoDAsync", lambda: self._driver.memcpy_dtod_async(target, source, size_bytes, stream))
 
     def create_stream(self) -> Any:
-        """See CudaPort."""
         return self._ask("cuStreamCreate", lambda: self._driver.Stream(_NON_BLOCKING))
 
     def destroy_stream(self, stream: Any) -> None:
-        """See CudaPort: pycuda frees it when the last reference to it goes."""
+        """Does nothing: pycuda frees it when the last reference to it goes."""
 
     def stream_handle(self, stream: Any) -> int:
-        """See CudaPort."""
         return stream if isinstance(stream, int) else int(stream.handle)
 
     def synchronize_stream(self, stream: Any) -> None:
-        """See CudaPort."""
         if isinstance(stream, int):
             self.synchronize()
         else:
             self._ask("cuStreamSynchronize", stream.synchronize)
 
     def create_event(self) -> Any:
-        """See CudaPort."""
         return self._ask("cuEventCreate", lambda: self._driver.Event(self._driver.event_flags.DISABLE_TIMING))
 
     def create_timer(self) -> Any:
-        """See CudaPort."""
         return self._ask("cuEventCreate", self._driver.Event)
 
     def elapsed_ms(self, first: Any, second: Any) -> float:
-        """See CudaPort."""
         return float(self._ask("cuEventElapsedTime", lambda: first.time_till(second)))
 
     def destroy_event(self, event: Any) -> None:
-        """See CudaPort: pycuda frees it when the last reference to it goes."""
+        """Does nothing: pycuda frees it when the last reference to it goes."""
 
     def record_event(self, event: Any, stream: Any) -> None:
-        """See CudaPort. An event that was never recorded counts as happened, so that with a stream of somebody else waiting now is enough."""
-        if isinstance(stream, int):
+        if isinstance(stream, int):  # waiting now is enough: an event that was never recorded counts as happened
             self.synchronize()
         else:
             self._ask("cuEventRecord", lambda: event.record(stream))
 
     def wait_event(self, stream: Any, event: Any) -> None:
-        """See CudaPort."""
         if isinstance(stream, int):
             self.synchronize_event(event)
         else:
             self._ask("cuStreamWaitEvent", lambda: stream.wait_for_event(event))
 
     def synchronize_event(self, event: Any) -> None:
-        """See CudaPort."""
         self._ask("cuEventSynchronize", event.synchronize)
 
     def begin_capture(self, stream: Any) -> None:
-        """See CudaPort: pycuda cannot."""
+        """Fails: pycuda cannot."""
         raise CudaError(
             "pycuda captures no CUDA graphs", remedy='use EngineOptions(cuda="bindings"), or cuda_graphs=False'
         )
 
     def end_capture(self, stream: Any) -> Any:
-        """See CudaPort: pycuda cannot."""
         return self.begin_capture(stream)
 
     def launch_graph(self, graph: Any, stream: Any) -> None:
-        """See CudaPort: pycuda cannot."""
         self.begin_capture(stream)
 
     def destroy_graph(self, graph: Any) -> None:
-        """See CudaPort: there are none."""
+        """Does nothing: there are none."""
 
     def find_device(self, address: int) -> int | None:
-        """See CudaPort: pycuda cannot say."""
-        return None
+        return None  # pycuda cannot say
 
     def is_reachable(self, address: int) -> bool:
-        """See CudaPort: pycuda cannot say."""
-        return True
+        return True  # pycuda cannot say
 
     def synchronize(self) -> None:
-        """See CudaPort."""
         with CAPTURE_LOCK:  # pycuda captures nothing, but another Engine of the process may
             self._ask("cuCtxSynchronize", self._driver.Context.synchronize)
 
-    def _retain(self, index: int) -> _Activation:
-        return _Activation(self, self._ask("cuDevicePrimaryCtxRetain", self._find(index).retain_primary_context))
+    def _retain(self, index: int) -> Activation:
+        context = self._ask("cuDevicePrimaryCtxRetain", self._find(index).retain_primary_context)
+        return Activation(
+            partial(self._ask, "cuCtxPushCurrent", context.push), partial(self._ask, "cuCtxPopCurrent", context.pop)
+        )
 
     def _find(self, index: int) -> Any:
         count = self.count_devices()
@@ -218,22 +206,6 @@ class PycudaPort:
         text = str(error).rpartition("failed: ")[2]
         name = next((name for words, name in _NAMES if words in text), type(error).__name__)
         return make_error(call, name, text)
-
-
-class _Activation:
-    """Pushes a context on the thread's stack and pops it."""
-
-    def __init__(self, port: PycudaPort, context: Any) -> None:
-        self._port = port
-        self._context = context
-
-    def __enter__(self) -> None:
-        self._port._ask("cuCtxPushCurrent", self._context.push)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._port._ask("cuCtxPopCurrent", self._context.pop)
 
 
 def _view(address: int, size_bytes: int) -> Any:

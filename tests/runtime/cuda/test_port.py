@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from repvgg_deploy.errors import CudaContextError, CudaError, CudaMemoryError, InputError, MissingDependencyError
-from repvgg_deploy.runtime.cuda import bindings, opening, port
+from repvgg_deploy.runtime.cuda import bindings, opening
 from repvgg_deploy.runtime.cuda.bindings import BindingsPort
 from repvgg_deploy.runtime.cuda.opening import open_cuda
 from repvgg_deploy.runtime.cuda.port import make_error, read_driver_version
@@ -240,7 +240,7 @@ def test_provider_is_chosen_by_what_is_installed(monkeypatch: pytest.MonkeyPatch
     installed: set[str] = set()
     monkeypatch.setattr(opening, "_is_installed", lambda module: module in installed)
     monkeypatch.setattr(
-        port.importlib, "import_module", lambda module: driver if "bindings" in module else PycudaDriver()
+        opening.importlib, "import_module", lambda module: driver if "bindings" in module else PycudaDriver()
     )
     installed.add("pycuda.driver")
     assert isinstance(open_cuda(), PycudaPort)

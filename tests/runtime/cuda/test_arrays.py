@@ -370,8 +370,7 @@ def test_capsules_of_numpy_are_read_right() -> None:
     ):
         found = arrays.read_capsule(array.__dlpack__())
         assert (found.address, found.shape, found.dtype) == (array.ctypes.data, array.shape, array.dtype.name)
-        assert found.strides_bytes in (None, array.strides)
-        assert found.device_type == 1
+        assert found.is_contiguous == array.flags.c_contiguous
 
 
 def test_capsule_keeps_its_owner_alive_and_lets_it_go() -> None:
@@ -382,19 +381,13 @@ def test_capsule_keeps_its_owner_alive_and_lets_it_go() -> None:
     reference, before = weakref.ref(owner), sys.getrefcount(owner)
     capsule = arrays.make_capsule(owner, 4096, (2, 5), dtype=np.dtype(np.float16), device_id=3)
     found = arrays.read_capsule(capsule)
-    assert (found.address, found.shape, found.dtype, found.strides_bytes, found.device_type, found.device_id) == (
-        4096,
-        (2, 5),
-        "float16",
-        None,
-        2,
-        3,
-    )
+    assert (found.address, found.shape, found.dtype) == (4096, (2, 5), "float16")
+    assert found.is_contiguous and found.device_id == 3
     assert sys.getrefcount(owner) > before
     del owner
     gc.collect()
     assert reference() is not None
-    del capsule
+    del capsule, found  # what was read of it keeps it, too
     gc.collect()
     assert reference() is None
 

@@ -86,10 +86,10 @@ class BareLoop:
         scratch = (self._take(size), size)
         self._context = make_context(plan, scratch, stream_handle=self.handle, one_shape=True)
         if self._context is None:
-            raise RuntimeError(f"TensorRT makes no context for the bare loop: {plan.library.log.take()}")
+            raise RuntimeError(f"TensorRT makes no context for the bare loop: {plan.log.take()}")
         port.synchronize_stream(self.stream)
         if not self._context.set_input_shape(plan.interface.source.name, self._source.shape):
-            raise RuntimeError(f"TensorRT refuses the shape {self._source.shape}: {plan.library.log.take()}")
+            raise RuntimeError(f"TensorRT refuses the shape {self._source.shape}: {plan.log.take()}")
         self._context.set_tensor_address(plan.interface.source.name, self._source.address)
         for output in plan.interface.outputs:
             shape = tuple(int(dimension) for dimension in self._context.get_tensor_shape(output.name))
@@ -114,7 +114,7 @@ class BareLoop:
     def enqueue(self) -> None:
         """One run, put on the stream."""
         if not self._context.execute_async_v3(self.handle):
-            raise RuntimeError(f"execute_async_v3: {self._plan.library.log.take()}")
+            raise RuntimeError(f"execute_async_v3: {self._plan.log.take()}")
 
     def wait(self) -> None:
         """Until everything is done."""

@@ -42,7 +42,8 @@ def open_cuda(provider: Provider | None = None) -> CudaPort:
         raise InputError(
             f"cuda: expected bindings, pycuda or None, found {provider!r}", remedy='give EngineOptions(cuda="bindings")'
         )
-    chosen: Provider = provider or next((name for name in _PROVIDERS if _is_installed(_PROVIDERS[name][0])), "bindings")
+    installed = (name for name, (module, _, _) in _PROVIDERS.items() if _is_installed(module))
+    chosen = provider if provider is not None else next(installed, "bindings")
     driver = _import(chosen)
     if chosen == "bindings":
         from .bindings import BindingsPort

@@ -1,8 +1,7 @@
-"""TensorRT and TensorRT-RTX behind the Backend protocol: many threads at once on one plan, any number of images, arrays of host or device.
+"""TensorRT and TensorRT-RTX behind the Backend protocol: many threads at once on one plan, any number of images.
 
-A batch that is on the GPU already: run where it lies, its results left there.
-
-How long the parts of one run take, by events on the GPU's own clock.
+A batch of host memory is run by a slot. A batch that is on the GPU already is run where it lies, and its results stay
+there. `time_phases` times the parts of one run by events on the GPU's own clock.
 """
 
 from __future__ import annotations
@@ -18,137 +17,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import CudaMemoryError, InputError
-from ...specs.values import ModelMetadata, ModelSpec
-from ..cuda import opening as cuda_port
+from ...errors import InputError
+from ...specs.values import ModelMetadata
+from ..cuda import opening
 from ..cuda.arrays import DeviceArray, DeviceArrays, DevicePool, DeviceView, view_device_array
 from ..options import EngineOptions
 from ..results import PhaseTimes
-from .memory import SlotPool, view_host
+from .memory import view_host
 from .plan import Shape, open_plan
-from .slot import Arrays, NoMoreContextsError, Pipeline, Slot, fill, make_switch, require_size, split
-
-
-def run_on_device(slot: Slot, memory: DevicePool, view: DeviceView, *, stream: int | None) -> DeviceArrays:
-    """Puts all pieces of a batch on one stream, between the caller's array and blocks of its own.
-
-    Args:
-        slot: Lent to this thread.
-        memory: Where the results lie.
-        view: The batch, checked.
-        stream: Handle of the caller's stream, in whose order everything happens; None takes the slot's own and waits.
-    """
-    interface, port = slot.plan.interface, slot.port
-    order: Any = slot.stream if stream is None else stream
-    slot.wait_for_others(order)
-    try:
-        results = _run_pieces(slot, memory, view, order=order)
-    finally:
-        if stream is not None:  # also after a failure: what was put there before it may still run
-            slot.leave_working(order)
-    if stream is None:
-        port.synchronize_stream(slot.stream)
-        for result in results:
-            result.settle()
-    return DeviceArrays(tuple(output.name for output in interface.outputs), tuple(results))
-
-
-def _run_pieces(slot: Slot, memory: DevicePool, view: DeviceView, *, order: Any) -> list[DeviceArray]:
-    interface, handle = slot.plan.interface, slot.port.stream_handle(order)
-    lane, count = slot.main, view.shape[0]
-    assert lane is not None
-    results: list[DeviceArray] = []
-    row_bytes = interface.source.count_bytes(view.shape) // count
-    for start, size, rows in split(count, interface):
-        shape: Shape = (rows, *view.shape[1:])
-        output_shapes = slot.bind(lane, shape)
-        if not results:
-            results = _make_results(slot, memory, output_shapes, count=count, stream=handle)
-        source = view.address + start * row_bytes
-        targets = [
-            result.address + start * (tensor.count_bytes(found) // rows)
-            for result, tensor, found in zip(results, interface.outputs, output_shapes, strict=True)
-        ]
-        if rows == size:
-            lane.enqueue((source, *targets), handle)
-        else:
-            _run_padded(slot, (source, size * row_bytes), targets, size=size, order=order)
-    return results
-
-
-def _make_results(
-    slot: Slot, memory: DevicePool, output_shapes: tuple[Shape, ...], *, count: int, stream: int
-) -> list[DeviceArray]:
-    results = []
-    for tensor, found in zip(slot.plan.interface.outputs, output_shapes, strict=True):
-        whole = (count, *found[1:]) if tensor.shape[0] == slot.plan.interface.source.shape[0] else found
-        results.append(
-            DeviceArray(memory, memory.take(tensor.count_bytes(whole), stream), whole, tensor.dtype, stream=stream)
-        )
-    return results
-
-
-def _run_padded(slot: Slot, source: tuple[int, int], targets: list[int], *, size: int, order: Any) -> None:
-    """Fewer images than the plan takes: through buffers that are large enough; the rows below hold whatever was there."""
-    lane, port, interface = slot.main, slot.port, slot.plan.interface
-    assert lane is not None and lane.shape is not None
-    shape, output_shapes = lane.shape, lane.bind_shape(lane.shape)
-    slot.reserve([slot.stage], shape, output_shapes)
-    port.copy(slot.stage.source.device, source[0], source[1], order)
-    lane.enqueue(slot.stage.addresses, port.stream_handle(order))
-    for target, buffer, tensor, found in zip(
-        targets, slot.stage.outputs, interface.outputs, output_shapes, strict=True
-    ):
-        port.copy(target, buffer.device, tensor.count_bytes(found) // shape[0] * size, order)
-
-
-def time_phases(slot: Slot, batch: NDArray[Any], calls: int) -> tuple[PhaseTimes, ...]:
-    """Runs a batch so many times, each part between two events. Without a CUDA graph, in which the parts could not be told apart.
-
-    Args:
-        slot: Lent to this thread.
-        batch: Of the input's dtype, within the profile.
-        calls: To be timed; one more is made first, in which TensorRT sets itself up.
-
-    Raises:
-        InputError: The batch is larger than the profile.
-        CudaError: CUDA or TensorRT failed.
-    """
-    interface, port, lane, stage = slot.plan.interface, slot.port, slot.main, slot.stage
-    assert lane is not None
-    if len(batch) > interface.largest[0]:
-        remedy = "give a smaller batch, or build the plan with a larger --max-batch"
-        raise InputError(
-            f"batch: the parts of {len(batch)} images cannot be timed: the plan takes {interface.largest[0]} at a time",
-            remedy=remedy,
-        )
-    shape = (max(len(batch), interface.smallest[0]), *batch.shape[1:])
-    slot.wait_for_others(slot.stream)
-    output_shapes = slot.bind(lane, shape)
-    slot.reserve([stage], shape, output_shapes)
-    fill(stage, interface, batch, shape)
-    found = []
-    with contextlib.ExitStack() as stack:
-        events = []
-        for _ in range(4):
-            events.append(port.create_timer())
-            stack.callback(port.destroy_event, events[-1])
-        for _ in range(calls + 1):
-            port.record_event(events[0], slot.stream)
-            port.copy(stage.source.device, stage.source.host, interface.source.count_bytes(shape), slot.stream)
-            port.record_event(events[1], slot.stream)
-            start = time.perf_counter()
-            lane.enqueue(stage.addresses, slot.handle)
-            enqueued = time.perf_counter() - start
-            port.record_event(events[2], slot.stream)
-            for tensor, buffer, output_shape in zip(interface.outputs, stage.outputs, output_shapes, strict=True):
-                port.copy(buffer.host, buffer.device, tensor.count_bytes(output_shape), slot.stream)
-            port.record_event(events[3], slot.stream)
-            port.synchronize_stream(slot.stream)
-            parts = [port.elapsed_ms(first, second) for first, second in itertools.pairwise(events)]
-            found.append(PhaseTimes(parts[0], parts[1], parts[2], 1e3 * enqueued))
-    return tuple(found[1:])
-
+from .pool import SlotPool
+from .slot import GraphSwitch, Slot, choose_buckets, require_size, split
 
 logger = logging.getLogger(__name__)
 _WARM_UP_RUNS = 3  # as it is, captured, replayed
@@ -170,21 +48,15 @@ class TensorRtBackend:
         MissingDependencyError: TensorRT or a CUDA package is not installed.
     """
 
-    splits = True
-
     def __init__(self, path: Path, device_id: int, backend: str | None, options: EngineOptions) -> None:
         # The driver comes first: without one, TensorRT ends the process.
-        self._port = cuda_port.open_cuda(options.cuda)
+        self._port = opening.open_cuda(options.cuda)
         self._device_id = device_id
         info = self._port.describe_device(device_id)
         with self._port.on_device(device_id):
             self._plan = open_plan(path, info, backend=backend, require_passport=options.require_passport)
-            self._switch = make_switch(self._plan, self._port, options.cuda_graphs)
-            self._pool = SlotPool(
-                lambda: Slot(self._port, self._plan, self._switch),
-                options.contexts,
-                stops=(CudaMemoryError, NoMoreContextsError),
-            )
+            graphs = GraphSwitch(options.cuda_graphs and self._port.has_graphs, choose_buckets(self._plan.interface))
+            self._pool = SlotPool(lambda: Slot(self._port, self._plan, graphs), options.contexts)
             self._memory = DevicePool(self._port, device_id)
             try:
                 self._pool.release(self._pool.acquire())  # what cannot work fails here and not at the first request
@@ -199,11 +71,6 @@ class TensorRtBackend:
     def name(self) -> str:
         """TensorRT and its version, the GPU, the provider of CUDA."""
         return self._name
-
-    @property
-    def spec(self) -> ModelSpec:
-        """From the passport, or as far as the plan knows it."""
-        return self._plan.spec
 
     @property
     def metadata(self) -> ModelMetadata:
@@ -231,9 +98,11 @@ class TensorRtBackend:
         """
         require_size(batch.shape, self._plan.interface)
         with self._lend() as slot:
-            outputs = _run_in_slot(slot, batch)
-        names = zip(outputs, self._plan.spec.outputs, strict=True)
-        return [output.astype(wanted.dtype, copy=False) for output, wanted in names]
+            outputs = slot.run(batch)
+        return [
+            output.astype(wanted.dtype, copy=False)
+            for output, wanted in zip(outputs, self._plan.spec.outputs, strict=True)
+        ]
 
     def run_device(self, batch: Any, *, stream: int | None, to_host: bool) -> DeviceArrays | Sequence[NDArray[Any]]:
         """Runs a batch that is on the GPU, in place.
@@ -250,7 +119,7 @@ class TensorRtBackend:
         with self._lend() as slot:
             handle = slot.handle if stream is None else stream
             view = self._view(batch, slot, handle)
-            results = run_on_device(slot, self._memory, view, stream=stream)
+            results = _run_on_device(slot, self._memory, view, stream=stream)
             if to_host:
                 return self._download(slot, results, handle)
             return results
@@ -263,15 +132,15 @@ class TensorRtBackend:
                 slot = self._pool.acquire_idle()
                 if slot is None:
                     break
-                stack.enter_context(self._use(slot))
+                stack.enter_context(self._pool.use(slot))
                 for _ in range(_WARM_UP_RUNS):
-                    _run_in_slot(slot, batch)
+                    slot.run(batch)
 
     def time_phases(self, batch: NDArray[Any], calls: int) -> tuple[PhaseTimes, ...]:
-        """The parts of so many runs of a batch; see `tensorrt_phases`."""
+        """The parts of so many runs of a batch, which the profile must hold as one piece."""
         require_size(batch.shape, self._plan.interface)
         with self._lend() as slot:
-            return time_phases(slot, batch, calls)
+            return _time_phases(slot, batch, calls)
 
     def close(self) -> None:
         """Frees everything; results that somebody still holds are freed when they are let go."""
@@ -282,21 +151,8 @@ class TensorRtBackend:
 
     @contextlib.contextmanager
     def _lend(self) -> Iterator[Slot]:
-        with self._port.on_device(self._device_id), self._use(self._pool.acquire()) as slot:
+        with self._port.on_device(self._device_id), self._pool.use(self._pool.acquire()) as slot:
             yield slot
-
-    @contextlib.contextmanager
-    def _use(self, slot: Slot) -> Iterator[Slot]:
-        try:
-            yield slot
-        except InputError:  # refused before anything was put on a stream
-            self._pool.release(slot)
-            raise
-        except BaseException as error:
-            self._pool.discard(slot, error)
-            raise
-        else:
-            self._pool.release(slot)
 
     def _view(self, batch: Any, slot: Slot, handle: int) -> DeviceView:
         source = self._plan.interface.source
@@ -332,7 +188,7 @@ class TensorRtBackend:
         return view
 
     def _download(self, slot: Slot, results: DeviceArrays, handle: int) -> Sequence[NDArray[Any]]:
-        """NumPy arrays of results on the device."""
+        """NumPy arrays of results on the device, through page-locked memory that is taken for this call."""
         outputs = []
         for result, wanted in zip(results, self._plan.spec.outputs, strict=True):
             size = int(np.prod(result.shape)) * result.dtype.itemsize
@@ -346,13 +202,104 @@ class TensorRtBackend:
         return outputs
 
 
-def _run_in_slot(slot: Slot, batch: NDArray[Any]) -> Arrays:
-    interface = slot.plan.interface
-    count, most = len(batch), interface.largest[0]
-    if count > most:
-        if slot.pipeline is None:
-            slot.pipeline = Pipeline(slot)
-        return slot.pipeline.run(batch)
-    (_, _, rows), *_ = split(count, interface)
-    outputs = slot.run_whole(batch, (rows, *batch.shape[1:]))
-    return outputs if rows == count else [output[:count].copy() for output in outputs]
+# A batch that is on the GPU
+
+
+def _run_on_device(slot: Slot, memory: DevicePool, view: DeviceView, *, stream: int | None) -> DeviceArrays:
+    """Puts all pieces of a batch on one stream, between the caller's array and blocks of its own.
+
+    `stream` is the handle of the caller's stream, in whose order everything happens. None takes the slot's and waits.
+    """
+    interface, port = slot.plan.interface, slot.port
+    order: Any = slot.stream if stream is None else stream
+    slot.wait_for_others(order)
+    try:
+        results = _run_pieces(slot, memory, view, order=order)
+    finally:
+        if stream is not None:  # also after a failure: what was put there before it may still run
+            slot.leave_working(order)
+    if stream is None:
+        port.synchronize_stream(slot.stream)
+        for result in results:
+            result.settle()
+    return DeviceArrays(tuple(output.name for output in interface.outputs), tuple(results))
+
+
+def _run_pieces(slot: Slot, memory: DevicePool, view: DeviceView, *, order: Any) -> list[DeviceArray]:
+    interface, handle = slot.plan.interface, slot.port.stream_handle(order)
+    lane, count = slot.main, view.shape[0]
+    results: list[DeviceArray] = []
+    row_bytes = interface.source.count_bytes(view.shape) // count
+    for start, size, rows in split(count, interface):
+        shape: Shape = (rows, *view.shape[1:])
+        slot.bind(lane, shape)
+        if not results:
+            results = _make_results(slot, memory, count=count, stream=handle)
+        source = view.address + start * row_bytes
+        targets = [
+            result.address + start * (tensor.count_bytes(found) // rows)
+            for result, tensor, found in zip(results, interface.outputs, lane.output_shapes, strict=True)
+        ]
+        if rows == size:
+            lane.enqueue((source, *targets), handle)
+        else:
+            _run_padded(slot, (source, size * row_bytes), targets, size=size, order=order)
+    return results
+
+
+def _make_results(slot: Slot, memory: DevicePool, *, count: int, stream: int) -> list[DeviceArray]:
+    """Room for the results of so many images, of the sizes that the slot's context has now."""
+    interface, results = slot.plan.interface, []
+    for tensor, found in zip(interface.outputs, slot.main.output_shapes, strict=True):
+        whole = (count, *found[1:]) if tensor.shape[0] == interface.source.shape[0] else found
+        block = memory.take(tensor.count_bytes(whole), stream)
+        results.append(DeviceArray(memory, block, whole, tensor.dtype, stream=stream))
+    return results
+
+
+def _run_padded(slot: Slot, source: tuple[int, int], targets: list[int], *, size: int, order: Any) -> None:
+    """Fewer images than the plan takes: through the slot's buffers, in whose further rows is whatever was there."""
+    lane, port, interface = slot.main, slot.port, slot.plan.interface
+    assert lane.shape is not None
+    slot.reserve([slot.stage], lane.shape, lane.output_shapes)
+    inward, *outward = slot.stage.addresses
+    port.copy(inward, source[0], source[1], order)
+    lane.enqueue(slot.stage.addresses, port.stream_handle(order))
+    for target, address, tensor, found in zip(targets, outward, interface.outputs, lane.output_shapes, strict=True):
+        port.copy(target, address, tensor.count_bytes(found) // lane.shape[0] * size, order)
+
+
+def _time_phases(slot: Slot, batch: NDArray[Any], calls: int) -> tuple[PhaseTimes, ...]:
+    """Runs a batch so many times, and once before, in which TensorRT sets itself up; each part between two events.
+
+    Without a CUDA graph, in which the parts could not be told apart.
+    """
+    interface, port, lane, stage = slot.plan.interface, slot.port, slot.main, slot.stage
+    if len(batch) > interface.largest[0]:
+        raise InputError(
+            f"batch: the parts of {len(batch)} images cannot be timed: the plan takes {interface.largest[0]} at a time",
+            remedy="give a smaller batch, or build the plan with a larger --max-batch",
+        )
+    shape = (max(len(batch), interface.smallest[0]), *batch.shape[1:])
+    slot.wait_for_others(slot.stream)
+    slot.load(lane, batch, shape)
+    found = []
+    with contextlib.ExitStack() as stack:
+        events = []
+        for _ in range(4):
+            events.append(port.create_timer())
+            stack.callback(port.destroy_event, events[-1])
+        for _ in range(calls + 1):
+            port.record_event(events[0], slot.stream)
+            stage.copy_in(shape, slot.stream)
+            port.record_event(events[1], slot.stream)
+            start = time.perf_counter()
+            lane.enqueue(stage.addresses, slot.handle)
+            enqueued = time.perf_counter() - start
+            port.record_event(events[2], slot.stream)
+            stage.copy_out(lane.output_shapes, slot.stream)
+            port.record_event(events[3], slot.stream)
+            port.synchronize_stream(slot.stream)
+            parts = [port.elapsed_ms(first, second) for first, second in itertools.pairwise(events)]
+            found.append(PhaseTimes(parts[0], parts[1], parts[2], 1e3 * enqueued))
+    return tuple(found[1:])

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...errors import CudaError, CudaMemoryError, InputError
 from ...files.plan_place import quote
-from .plan import Interface, Shape, TrtLog
-
-if TYPE_CHECKING:
-    from .plan import OpenPlan
+from .plan import OpenPlan, PlanInterface, Shape
 
 
 def count_scratch_bytes(engine: Any) -> int:
@@ -20,14 +16,13 @@ def count_scratch_bytes(engine: Any) -> int:
 
 
 def changes_kernels(plan: OpenPlan) -> bool:
-    """Whether a context may come to run other kernels than at first, which a CUDA graph of the first ones would keep out for good.
+    """Whether a context may come to run other kernels than at first, which a CUDA graph would keep out for good.
 
     TensorRT-RTX compiles the kernels for a new shape in the background, and runs slower ones until they are there.
     Source: https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/inference-library/work-with-cuda-graphs.html
     """
-    return (
-        hasattr(plan.library.trt, "DynamicShapesKernelSpecializationStrategy") and min(plan.interface.source.shape) < 0
-    )
+    trt, shape = plan.library.trt, plan.interface.source.shape
+    return hasattr(trt, "DynamicShapesKernelSpecializationStrategy") and min(shape) < 0
 
 
 def make_context(
@@ -41,8 +36,7 @@ def make_context(
         plan: The deserialized plan, and the profile that is used.
         scratch: Address and size of device memory; contexts that share it must not run at once.
         stream_handle: Where the change of the profile is put; wait for it before another stream runs the context.
-        one_shape: Whether it will run one shape, again and again: then the first run waits for the kernels of that
-            shape.
+        one_shape: Whether it will run one shape only: its first run then waits for the kernels of that shape.
     """
     profile, context = plan.interface.profile, _create(plan, wait_for_kernels=one_shape and changes_kernels(plan))
     if context is None:
@@ -76,38 +70,37 @@ class Lane:
 
     Args:
         context: From `make_context`.
-        interface: Names and types of inputs and outputs.
-        log: To quote TensorRT when it refuses.
+        plan: The plan of the context.
         keeps_kernels: Whether it runs the same kernels each time, so that a graph of them stays as fast as the context.
+
+    Attributes:
+        shape: The input's shape in force; None before the first one and after a refusal.
+        output_shapes: What that makes of the outputs.
+        runs: How many runs there were in this shape.
+        graph: The CUDA graph of a run in this shape, owned by the slot.
     """
 
-    def __init__(self, context: Any, interface: Interface, log: TrtLog, *, keeps_kernels: bool = True) -> None:
+    def __init__(self, context: Any, plan: OpenPlan, *, keeps_kernels: bool) -> None:
         self._context, self._keeps_kernels = context, keeps_kernels
-        self._interface = interface
-        self._log = log
+        self._interface, self._log = plan.interface, plan.log
         self._addresses: dict[str, int] = {}
-        self._shape: Shape | None = None
-        self._output_shapes: tuple[Shape, ...] = ()
+        self.shape: Shape | None = None
+        self.output_shapes: tuple[Shape, ...] = ()
         self.runs = 0
         self.graph: Any | None = None
 
-    @property
-    def shape(self) -> Shape | None:
-        """The input shape in force."""
-        return self._shape
-
-    def bind_shape(self, shape: Shape) -> tuple[Shape, ...]:
-        """Sets the input's shape; the outputs' shapes.
+    def set_shape(self, shape: Shape) -> None:
+        """Sets the input's shape, and with it the outputs'.
 
         Raises:
             InputError: The plan does not take the shape.
             CudaError: An output's shape depends on the input's values.
         """
-        if shape == self._shape:
-            return self._output_shapes
+        if shape == self.shape:
+            return
         # The context is in no local variable: an exception that somebody keeps would keep it, and TensorRT 8 makes no
         # other one meanwhile.
-        self._shape, self.runs = None, 0
+        self.shape, self.runs = None, 0
         if not self._context.set_input_shape(self._interface.source.name, shape):
             raise InputError(
                 f"batch: TensorRT refuses the shape {shape}:{quote(self._log.take())}",
@@ -122,14 +115,13 @@ class Lane:
                 f"the plan's outputs {shapes} are of a size that depends on the image",
                 remedy="build a plan without such outputs",
             )
-        self._shape, self._output_shapes = shape, shapes
-        return shapes
+        self.shape, self.output_shapes = shape, shapes
 
     def enqueue(self, addresses: tuple[int, ...], stream_handle: int) -> None:
         """Puts one run on a stream.
 
         Args:
-            addresses: Of the input and the outputs, on the device.
+            addresses: Input and outputs, on the device.
             stream_handle: The stream.
 
         Raises:
@@ -141,14 +133,15 @@ class Lane:
                     raise self._refusal(f"the address of {tensor.name}")
                 self._addresses[tensor.name] = address
         if not self._context.execute_async_v3(stream_handle):
-            raise self._refusal(f"to run a batch of {self._shape}")
+            raise self._refusal(f"to run a batch of {self.shape}")
         self.runs += 1
 
     def can_capture(self, stream_handle: int) -> bool:
-        """Whether a run may be captured: its kernels stay, and TensorRT-RTX says that it can be."""
-        context = self._context
-        if not self._keeps_kernels:
+        """Whether a run may be captured now."""
+        # TensorRT sets itself up in the first run of a shape, which must not be captured.
+        if self.runs == 0 or not self._keeps_kernels:
             return False
+        context = self._context
         return not hasattr(context, "is_stream_capturable") or bool(context.is_stream_capturable(stream_handle))
 
     def release(self) -> None:
@@ -167,14 +160,7 @@ class Lane:
         )
 
 
-def choose_buckets(interface: Interface) -> frozenset[int]:
-    """Batch sizes that get a CUDA graph each: up to 8, powers of two, and the profile's own."""
-    first, last = interface.smallest[0], interface.largest[0]
-    powers = {1 << power for power in range(int(math.log2(last)) + 1)}
-    return frozenset(size for size in {*range(1, 9), *powers, interface.usual[0], last} if first <= size <= last)
-
-
-def _show_range(interface: Interface) -> str:
+def _show_range(interface: PlanInterface) -> str:
     if interface.smallest == interface.largest:
         return f"{interface.largest}"
     return f"a shape from {interface.smallest} to {interface.largest}, or build the plan with another profile"

@@ -1,8 +1,7 @@
 """A slot: an execution context with its streams, buffers and CUDA graphs, lent to one thread at a time.
 
-CUDA graphs of an engine: what is captured, and when it is given up.
-
-Batches larger than the plan takes: in pieces, where copies to and from the GPU overlap its computing.
+`Slot.run` takes any number of images of host memory. What the plan takes at once is one piece, as a CUDA graph where
+the size is a usual one. More goes through a `Pipeline` of pieces, whose copies overlap the computing.
 """
 
 from __future__ import annotations
@@ -10,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,60 +19,13 @@ from numpy.typing import NDArray
 
 from ...errors import CudaError, InputError
 from ..cuda.port import CAPTURE_LOCK, CudaPort
-from .context import Lane, changes_kernels, choose_buckets, count_scratch_bytes, make_context
+from .context import Lane, changes_kernels, count_scratch_bytes, make_context
 from .memory import Owned, Stage
-from .plan import Interface, OpenPlan, Shape
+from .plan import OpenPlan, PlanInterface, Shape
 
 logger = logging.getLogger(__name__)
 _MOST_FAILURES = 3
-
-
-@dataclass(slots=True)
-class GraphSwitch:
-    """Whether CUDA graphs are used by an engine.
-
-    A capture can fail because another thread of the process waited for the whole device just then
-    (torch.cuda.synchronize() does), which is no reason to do without for good: the third failure turns them off, and is
-    logged.
-    """
-
-    on: bool
-    buckets: frozenset[int] = field(default_factory=frozenset)
-    failures: int = 0
-
-    def note_failure(self, reason: object) -> None:
-        """A capture failed: its batch was run without, and another one is tried later, or none any more."""
-        self.failures += 1
-        text = " ".join(str(reason).split())
-        if self.failures < _MOST_FAILURES:
-            logger.info("a CUDA graph could not be captured, which is tried again: %s", text)
-        elif self.on:
-            self.on = False
-            logger.warning("CUDA graphs are left out from now on, the engine runs without: %s", text)
-
-
-def make_switch(plan: OpenPlan, port: CudaPort, wanted: bool) -> GraphSwitch:
-    """The switch of an engine."""
-    return GraphSwitch(wanted and port.has_graphs, choose_buckets(plan.interface))
-
-
-def capture_graph(port: CudaPort, stream: Any, work: Callable[[], None]) -> Any:
-    """The executable graph of what `work` puts on a stream.
-
-    Raises:
-        CudaError: It cannot be captured; the stream can be used again.
-    """
-    with CAPTURE_LOCK:
-        port.begin_capture(stream)
-        try:
-            work()
-        except BaseException:
-            with contextlib.suppress(CudaError):  # of the two errors, that of the work says more
-                port.destroy_graph(port.end_capture(stream))
-            raise
-        return port.end_capture(stream)
-
-
+_STAGES = 2
 Arrays = list[NDArray[Any]]
 
 
@@ -81,12 +34,18 @@ class NoMoreContextsError(CudaError):
 
 
 class Slot:
-    """See the module. Made and used inside `on_device`.
+    """One context for all shapes, further ones for shapes that have a graph. Made and used inside `on_device`.
 
     Args:
         port: CUDA.
         plan: The deserialized plan.
         graphs: Shared by all slots of an engine.
+
+    Attributes:
+        main: The context for all shapes.
+        stage: Buffers of the one piece that is under way.
+        stream: The slot's own.
+        handle: The number of this stream.
 
     Raises:
         NoMoreContextsError: There are as many contexts as this TensorRT allows.
@@ -100,8 +59,8 @@ class Slot:
         self._lanes: dict[Shape, Lane] = {}
         self._has_contexts = True
         self._busy = False
-        self.main: Lane | None = None
-        self.pipeline: Pipeline | None = None
+        self._main: Lane | None = None
+        self._pipeline: Pipeline | None = None
         try:
             self.stream = self.make_stream()
             self.handle = port.stream_handle(self.stream)
@@ -110,8 +69,8 @@ class Slot:
             self.owned.add(self._scratch, lambda: port.free(self._scratch[0]))
             self._freed = port.create_event()
             self.owned.add(self._freed, lambda: port.destroy_event(self._freed))
-            self.main = self._make_lane()
-            if self.main is None:
+            self._main = self._make_lane()
+            if self._main is None:
                 raise NoMoreContextsError(
                     "TensorRT makes no further execution context of this plan", remedy="lower EngineOptions(contexts=…)"
                 )
@@ -119,6 +78,12 @@ class Slot:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def main(self) -> Lane:
+        """The context for all shapes."""
+        assert self._main is not None
+        return self._main
 
     def make_stream(self) -> Any:
         """A stream that is freed with the slot."""
@@ -133,42 +98,49 @@ class Slot:
         if context is None:
             return None
         self.port.synchronize_stream(self.stream)
-        return Lane(context, plan.interface, plan.library.log, keeps_kernels=one_shape or not changes_kernels(plan))
+        return Lane(context, plan, keeps_kernels=one_shape or not changes_kernels(plan))
 
-    def run_whole(self, batch: NDArray[Any], shape: Shape) -> Arrays:
-        """Runs one batch from host to host.
+    def run(self, batch: NDArray[Any]) -> Arrays:
+        """Runs N images from host to host.
 
         Args:
-            batch: (n, …) of the input's dtype, any memory order; n may be smaller than shape[0].
-            shape: What the plan runs.
+            batch: (N, …) of the input's dtype, any memory order, of a size that the profile holds.
 
         Returns:
-            The outputs in arrays of their own, of the engine's dtypes, with the rows of `shape`.
+            The outputs in arrays of their own, of the engine's dtypes, with N rows.
         """
+        count, interface = len(batch), self.plan.interface
+        if count > interface.largest[0]:
+            if self._pipeline is None:
+                self._pipeline = Pipeline(self)
+            return self._pipeline.run(batch)
+        rows = max(count, interface.smallest[0])
+        outputs = self._run_piece(batch, (rows, *batch.shape[1:]))
+        return outputs if rows == count else [output[:count].copy() for output in outputs]
+
+    def _run_piece(self, batch: NDArray[Any], shape: Shape) -> Arrays:
+        """The outputs with the rows of the shape that the plan runs, which may be more than those of the batch."""
         self.wait_for_others(self.stream)
         lane = self._choose_lane(shape)
-        output_shapes = self.bind(lane, shape)
-        stage = self.stage
-        self.reserve([stage], shape, output_shapes)
-        fill(stage, self.plan.interface, batch, shape)
+        self.load(lane, batch, shape)
         if lane.graph is not None:
             self.port.launch_graph(lane.graph, self.stream)
         elif not self._capture(lane, shape):
             self._enqueue(lane, shape)
         self.port.synchronize_stream(self.stream)
-        return [view.copy() for view in views(stage, self.plan.interface, output_shapes)]
+        return [view.copy() for view in self.stage.view_outputs(lane.output_shapes)]
 
-    def bind(self, lane: Lane, shape: Shape) -> tuple[Shape, ...]:
+    def load(self, lane: Lane, batch: NDArray[Any], shape: Shape) -> None:
+        """Sets a lane's shape and fills the host side of the buffers."""
+        self.bind(lane, shape)
+        self.reserve([self.stage], shape, lane.output_shapes)
+        self.stage.fill(batch, shape)
+
+    def bind(self, lane: Lane, shape: Shape) -> None:
         """Sets a lane's shape; a graph of another shape goes, for it belongs to what the context was."""
         if lane.graph is not None and lane.shape != shape:
             self._drop(lane)
-        return lane.bind_shape(shape)
-
-    def wait_for_others(self, stream: Any) -> None:
-        """What comes next on the stream begins after the work that was left on a caller's stream."""
-        if self._busy:
-            self.port.wait_event(stream, self._freed)
-            self._busy = False
+        lane.set_shape(shape)
 
     def reserve(self, stages: Sequence[Stage], shape: Shape, output_shapes: tuple[Shape, ...]) -> None:
         """Makes room in the buffers; where their addresses change, graphs that hold the old ones go."""
@@ -176,9 +148,55 @@ class Slot:
         if not small:
             return
         self.port.synchronize_event(self._freed)  # an event that was never recorded has happened
-        self.drop_graphs()
+        for lane in (self.main, *self._lanes.values()):
+            self._drop(lane)
         for stage in small:
             stage.reserve(shape, output_shapes)
+
+    def _drop(self, lane: Lane) -> None:
+        graph, lane.graph = lane.graph, None
+        if graph is not None:
+            self.owned.free(graph)
+
+    def _enqueue(self, lane: Lane, shape: Shape) -> None:
+        self.stage.copy_in(shape, self.stream)
+        lane.enqueue(self.stage.addresses, self.handle)
+        self.stage.copy_out(lane.output_shapes, self.stream)
+
+    def _choose_lane(self, shape: Shape) -> Lane:
+        """A context of its own for each batch size that gets a graph, which is true only while its context stays."""
+        if not self._graphs.covers(shape):
+            return self.main
+        found = self._lanes.get(shape)
+        if found is None and self._has_contexts and len(self._lanes) < len(self._graphs.buckets):
+            found = self._make_lane(one_shape=True)
+            if found is None:  # TensorRT 8: the one context holds the graph of the size that it ran last
+                self._has_contexts = False
+                self.plan.log.take()
+            else:
+                self._lanes[shape] = found
+        return found or self.main
+
+    def _capture(self, lane: Lane, shape: Shape) -> bool:
+        """Captures and runs a graph where it is time to; False: run without."""
+        if not self._graphs.covers(shape) or not lane.can_capture(self.handle):
+            return False
+        port = self.port
+        try:
+            graph = _capture_graph(port, self.stream, lambda: self._enqueue(lane, shape))
+        except CudaError as error:
+            self._graphs.note_failure(error)
+            return False
+        self.owned.add(graph, lambda: port.destroy_graph(graph))
+        lane.graph = graph
+        port.launch_graph(graph, self.stream)
+        return True
+
+    def wait_for_others(self, stream: Any) -> None:
+        """What comes next on the stream begins after the work that was left on a caller's stream."""
+        if self._busy:
+            self.port.wait_event(stream, self._freed)
+            self._busy = False
 
     def leave_working(self, stream: Any) -> None:
         """Notes that work of this slot is left on a caller's stream."""
@@ -194,7 +212,7 @@ class Slot:
     def close(self) -> CudaError | None:
         """Frees everything, also after a failure; the first error on the way."""
         waits: list[Callable[[], None]] = (
-            [] if self.main is None else [functools.partial(self.port.synchronize_event, self._freed)]
+            [] if self._main is None else [functools.partial(self.port.synchronize_event, self._freed)]
         )
         # All of them: after a failure in the midst of a split batch, copies of other pieces may still be under way.
         waits += [functools.partial(self.port.synchronize_stream, stream) for stream in self._streams]
@@ -204,82 +222,121 @@ class Slot:
                 wait()
             except CudaError as error:
                 first = first or error
-        for lane in (self.main, *self._lanes.values()):
+        for lane in (self._main, *self._lanes.values()):
             if lane is not None:
                 lane.release()
         return self.owned.free_all() or first
 
-    def drop_graphs(self) -> None:
-        """Frees all graphs."""
-        for lane in (self.main, *self._lanes.values()):
-            if lane is not None:
-                self._drop(lane)
 
-    def _drop(self, lane: Lane) -> None:
-        graph, lane.graph = lane.graph, None
-        if graph is not None:
-            self.owned.free(graph)
+# CUDA graphs: what is captured, and when it is given up
 
-    def _choose_lane(self, shape: Shape) -> Lane:
-        """A context of its own for each batch size that gets a graph, as a graph is true only as long as its context stays as it is."""
-        assert self.main is not None
-        if not self._graphs.on or shape[0] not in self._graphs.buckets:
-            return self.main
-        found = self._lanes.get(shape)
-        if found is None and self._has_contexts and len(self._lanes) < len(self._graphs.buckets):
-            found = self._make_lane(one_shape=True)
-            if found is None:  # TensorRT 8: the one context holds the graph of the size that it ran last
-                self._has_contexts = False
-                self.plan.library.log.take()
-            else:
-                self._lanes[shape] = found
-        return found or self.main
 
-    def _enqueue(self, lane: Lane, shape: Shape) -> None:
-        port, stage, interface = self.port, self.stage, self.plan.interface
-        port.copy(stage.source.device, stage.source.host, interface.source.count_bytes(shape), self.stream)
-        lane.enqueue(stage.addresses, self.handle)
-        for tensor, buffer, found in zip(interface.outputs, stage.outputs, lane.bind_shape(shape), strict=True):
-            port.copy(buffer.host, buffer.device, tensor.count_bytes(found), self.stream)
+@dataclass(slots=True)
+class GraphSwitch:
+    """Whether an engine runs CUDA graphs, and of which batch sizes.
 
-    def _capture(self, lane: Lane, shape: Shape) -> bool:
-        """Captures and runs a graph where it is time to; False: run without."""
-        # TensorRT sets itself up in the first run of a shape, which must not be captured.
-        if (
-            not self._graphs.on
-            or shape[0] not in self._graphs.buckets
-            or lane.runs == 0
-            or not lane.can_capture(self.handle)
-        ):
-            return False
-        port = self.port
+    A capture can fail because another thread of the process waited for the whole device just then
+    (torch.cuda.synchronize() does), which is no reason to do without for good: the third failure turns them off, and is
+    logged.
+    """
+
+    on: bool
+    buckets: frozenset[int]
+    failures: int = 0
+
+    def covers(self, shape: Shape) -> bool:
+        """Whether a batch of this shape is to run as a graph."""
+        return self.on and shape[0] in self.buckets
+
+    def note_failure(self, reason: object) -> None:
+        """A capture failed: its batch was run without, and another one is tried later, or none any more."""
+        self.failures += 1
+        text = " ".join(str(reason).split())
+        if self.failures < _MOST_FAILURES:
+            logger.info("a CUDA graph could not be captured, which is tried again: %s", text)
+        elif self.on:
+            self.on = False
+            logger.warning("CUDA graphs are left out from now on, the engine runs without: %s", text)
+
+
+def choose_buckets(interface: PlanInterface) -> frozenset[int]:
+    """Batch sizes that get a CUDA graph each: up to 8, powers of two, and the profile's own."""
+    first, last = interface.smallest[0], interface.largest[0]
+    powers = {1 << power for power in range(int(math.log2(last)) + 1)}
+    return frozenset(size for size in {*range(1, 9), *powers, interface.usual[0], last} if first <= size <= last)
+
+
+def _capture_graph(port: CudaPort, stream: Any, work: Callable[[], None]) -> Any:
+    """The executable graph of what `work` puts on a stream; after a CudaError the stream can be used again."""
+    with CAPTURE_LOCK:
+        port.begin_capture(stream)
         try:
-            graph = capture_graph(port, self.stream, lambda: self._enqueue(lane, shape))
-        except CudaError as error:
-            self._graphs.note_failure(error)
-            return False
-        self.owned.add(graph, lambda: port.destroy_graph(graph))
-        lane.graph = graph
-        port.launch_graph(graph, self.stream)
-        return True
+            work()
+        except BaseException:
+            with contextlib.suppress(CudaError):  # of the two errors, that of the work says more
+                port.destroy_graph(port.end_capture(stream))
+            raise
+        return port.end_capture(stream)
 
 
-def fill(stage: Stage, interface: Interface, batch: NDArray[Any], shape: Shape) -> None:
-    """Copies a batch to the page-locked side of the input, and zeros below it where the plan wants more rows."""
-    view = stage.source.view(interface.source.dtype, shape)
-    np.copyto(view[: len(batch)], batch)
-    view[len(batch) :] = 0
+# Batches larger than the plan takes
 
 
-def views(stage: Stage, interface: Interface, output_shapes: tuple[Shape, ...]) -> Arrays:
-    """The page-locked sides of the outputs, which the next batch overwrites."""
-    return [
-        buffer.view(tensor.dtype, found)
-        for tensor, buffer, found in zip(interface.outputs, stage.outputs, output_shapes, strict=True)
-    ]
+class Pipeline:
+    """Two stages of buffers, and a stream each for copies in and out beside the slot's own, which computes."""
+
+    def __init__(self, slot: Slot) -> None:
+        self._slot = slot
+        self._stages = (slot.stage, *(Stage(slot.port, slot.owned, slot.plan.interface) for _ in range(_STAGES - 1)))
+        self._inward = slot.make_stream()
+        self._outward = slot.make_stream()
+
+    def run(self, batch: NDArray[Any]) -> Arrays:
+        """As `Slot.run`."""
+        slot, interface, lane = self._slot, self._slot.plan.interface, self._slot.main
+        slot.wait_for_others(slot.stream)
+        results: Arrays = []
+        pending: list[tuple[Stage, int, int, tuple[Shape, ...]]] = []
+        for index, (start, size, rows) in enumerate(split(len(batch), interface)):
+            shape = (rows, *batch.shape[1:])
+            slot.bind(lane, shape)
+            if not results:
+                results = [
+                    np.empty((len(batch), *found[1:]), tensor.dtype)
+                    for tensor, found in zip(interface.outputs, lane.output_shapes, strict=True)
+                ]
+                # Before the first piece, so that nothing is under way when addresses change; the first is the largest.
+                slot.reserve(self._stages, shape, lane.output_shapes)
+            if len(pending) == _STAGES:
+                self._collect(pending.pop(0), results)
+            stage = self._stages[index % _STAGES]
+            stage.fill(batch[start : start + size], shape)
+            self._enqueue(stage, shape)
+            pending.append((stage, start, size, lane.output_shapes))
+        for piece in pending:
+            self._collect(piece, results)
+        return results
+
+    def _enqueue(self, stage: Stage, shape: Shape) -> None:
+        slot, port = self._slot, self._slot.port
+        stage.copy_in(shape, self._inward)
+        port.record_event(stage.arrived, self._inward)
+        port.wait_event(slot.stream, stage.arrived)
+        slot.main.enqueue(stage.addresses, slot.handle)
+        port.record_event(stage.computed, slot.stream)
+        port.wait_event(self._outward, stage.computed)
+        stage.copy_out(slot.main.output_shapes, self._outward)
+        port.record_event(stage.done, self._outward)
+
+    def _collect(self, piece: tuple[Stage, int, int, tuple[Shape, ...]], results: Arrays) -> None:
+        """Waits for a piece; its buffers are free then, on both sides."""
+        stage, start, size, output_shapes = piece
+        self._slot.port.synchronize_event(stage.done)
+        for result, view in zip(results, stage.view_outputs(output_shapes), strict=True):
+            result[start : start + size] = view[:size]
 
 
-def split(count: int, interface: Interface) -> Iterator[tuple[int, int, int]]:
+def split(count: int, interface: PlanInterface) -> Iterator[tuple[int, int, int]]:
     """Pieces of a batch: first image, how many, and how many rows the plan runs for them."""
     least, most = interface.smallest[0], interface.largest[0]
     for start in range(0, count, most):
@@ -287,7 +344,7 @@ def split(count: int, interface: Interface) -> Iterator[tuple[int, int, int]]:
         yield start, size, max(size, least)
 
 
-def require_size(shape: Shape, interface: Interface) -> None:
+def require_size(shape: Shape, interface: PlanInterface) -> None:
     """Refuses images of a size that the profile does not hold.
 
     Raises:
@@ -299,67 +356,3 @@ def require_size(shape: Shape, interface: Interface) -> None:
             f"batch: the plan takes images from {least} to {most}, found {sizes}",
             remedy="resize the images, or build the plan with another profile",
         )
-
-
-_STAGES = 2
-
-
-class Pipeline:
-    """Two sets of buffers and a stream each for copies in and out, beside the slot's own, which computes.
-
-    Args:
-        slot: The slot that it belongs to.
-    """
-
-    def __init__(self, slot: Slot) -> None:
-        self._slot = slot
-        self._stages = (slot.stage, *(Stage(slot.port, slot.owned, slot.plan.interface) for _ in range(_STAGES - 1)))
-        self._inward = slot.make_stream()
-        self._outward = slot.make_stream()
-
-    def run(self, batch: NDArray[Any]) -> Arrays:
-        """Runs N images from host to host; the outputs have N rows each, of the engine's dtypes."""
-        slot, interface = self._slot, self._slot.plan.interface
-        slot.wait_for_others(slot.stream)
-        results: Arrays = []
-        pending: list[tuple[Stage, int, int, tuple[Shape, ...]]] = []
-        assert slot.main is not None
-        for index, (start, size, rows) in enumerate(split(len(batch), interface)):
-            shape = (rows, *batch.shape[1:])
-            output_shapes = slot.bind(slot.main, shape)
-            if not results:
-                results = [
-                    np.empty((len(batch), *found[1:]), tensor.dtype)
-                    for tensor, found in zip(interface.outputs, output_shapes, strict=True)
-                ]
-                # Before the first piece, so that nothing is under way when addresses change; the first is the largest.
-                slot.reserve(self._stages, shape, output_shapes)
-            if len(pending) == _STAGES:
-                self._collect(pending.pop(0), results)
-            stage = self._stages[index % _STAGES]
-            fill(stage, interface, batch[start : start + size], shape)
-            self._enqueue(stage, shape, output_shapes)
-            pending.append((stage, start, size, output_shapes))
-        for piece in pending:
-            self._collect(piece, results)
-        return results
-
-    def _enqueue(self, stage: Stage, shape: Shape, output_shapes: tuple[Shape, ...]) -> None:
-        slot, port, interface = self._slot, self._slot.port, self._slot.plan.interface
-        assert slot.main is not None
-        port.copy(stage.source.device, stage.source.host, interface.source.count_bytes(shape), self._inward)
-        port.record_event(stage.arrived, self._inward)
-        port.wait_event(slot.stream, stage.arrived)
-        slot.main.enqueue(stage.addresses, slot.handle)
-        port.record_event(stage.computed, slot.stream)
-        port.wait_event(self._outward, stage.computed)
-        for tensor, buffer, found in zip(interface.outputs, stage.outputs, output_shapes, strict=True):
-            port.copy(buffer.host, buffer.device, tensor.count_bytes(found), self._outward)
-        port.record_event(stage.done, self._outward)
-
-    def _collect(self, piece: tuple[Stage, int, int, tuple[Shape, ...]], results: Arrays) -> None:
-        """Waits for a piece; its buffers are free then, on both sides."""
-        stage, start, size, output_shapes = piece
-        self._slot.port.synchronize_event(stage.done)
-        for result, view in zip(results, views(stage, self._slot.plan.interface, output_shapes), strict=True):
-            result[start : start + size] = view[:size]

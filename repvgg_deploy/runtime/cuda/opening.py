@@ -42,10 +42,11 @@ def open_cuda(provider: Provider | None = None) -> CudaPort:
         raise InputError(
             f"cuda: expected bindings, pycuda or None, found {provider!r}", remedy='give EngineOptions(cuda="bindings")'
         )
-    installed = (name for name, (module, _, _) in _PROVIDERS.items() if _is_installed(module))
-    chosen = provider if provider is not None else next(installed, "bindings")
-    driver = _import(chosen)
-    if chosen == "bindings":
+    if provider is None:
+        only_pycuda = _is_installed(_PROVIDERS["pycuda"][0]) and not _is_installed(_PROVIDERS["bindings"][0])
+        provider = "pycuda" if only_pycuda else "bindings"
+    driver = _import(provider)
+    if provider == "bindings":
         from .bindings import BindingsPort
 
         return BindingsPort(driver)

@@ -228,13 +228,7 @@ _LOST = frozenset(
 
 
 def make_error(call: str, name: str, text: str) -> CudaError:
-    """The error of a call that did not succeed.
-
-    Args:
-        call: Such as `cuMemAlloc(4096 bytes)`.
-        name: CUDA's own name of the status, such as `CUDA_ERROR_OUT_OF_MEMORY`.
-        text: CUDA's own words for it.
-    """
+    """The error of a call such as `cuMemAlloc(4096 bytes)`, by CUDA's own name of the status and its words for it."""
     message = f"{call} failed: {name}: {text}"
     if name == "CUDA_ERROR_OUT_OF_MEMORY":
         return CudaMemoryError(message, remedy=_REMEDIES[name])

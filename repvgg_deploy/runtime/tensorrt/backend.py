@@ -24,7 +24,7 @@ from ..cuda.arrays import DeviceArray, DeviceArrays, DevicePool, DeviceView, vie
 from ..options import EngineOptions
 from ..results import PhaseTimes
 from .memory import view_host
-from .plan import Shape, open_plan
+from .plan import open_plan
 from .pool import SlotPool
 from .slot import GraphSwitch, Slot, choose_buckets, require_size, split
 
@@ -34,12 +34,6 @@ _WARM_UP_RUNS = 3  # as it is, captured, replayed
 
 class TensorRtBackend:
     """A plan on one GPU.
-
-    Args:
-        path: The plan.
-        device_id: Which GPU.
-        backend: `tensorrt`, `rtx`, or None: what the plan's passport says.
-        options: Contexts, graphs, provider of CUDA.
 
     Raises:
         CudaError: There is no driver, no such GPU, or no memory.
@@ -117,12 +111,22 @@ class TensorRtBackend:
             CudaError: As of `run`.
         """
         with self._lend() as slot:
-            handle = slot.handle if stream is None else stream
-            view = self._view(batch, slot, handle)
-            results = _run_on_device(slot, self._memory, view, stream=stream)
+            order: Any = slot.stream if stream is None else stream
+            handle = self._port.stream_handle(order)
+            view = self._view(batch, handle)
+            slot.wait_for_others(order)
+            try:
+                results = self._run_pieces(slot, view, order)
+            finally:
+                if stream is not None:  # also after a failure: what was put there before it may still run
+                    slot.leave_working(order)
+            if stream is None:
+                self._port.synchronize_stream(order)
+                for result in results:
+                    result.settle()
             if to_host:
-                return self._download(slot, results, handle)
-            return results
+                return self._download(results, handle)
+        return DeviceArrays(tuple(output.name for output in self._plan.interface.outputs), tuple(results))
 
     def warm_up(self, batch: NDArray[Any]) -> None:
         """Makes every context that may be used and runs each until its CUDA graph is there."""
@@ -137,10 +141,42 @@ class TensorRtBackend:
                     slot.run(batch)
 
     def time_phases(self, batch: NDArray[Any], calls: int) -> tuple[PhaseTimes, ...]:
-        """The parts of so many runs of a batch, which the profile must hold as one piece."""
-        require_size(batch.shape, self._plan.interface)
-        with self._lend() as slot:
-            return _time_phases(slot, batch, calls)
+        """The parts of so many runs of a batch, which the profile must hold as one piece.
+
+        Each part is between two events. One more run is made first, in which TensorRT sets itself up. None is a CUDA
+        graph, in which the parts could not be told apart.
+        """
+        interface, port = self._plan.interface, self._port
+        require_size(batch.shape, interface)
+        count, most = len(batch), interface.largest[0]
+        if count > most:
+            raise InputError(
+                f"batch: the parts of {count} images cannot be timed: the plan takes {most} at a time",
+                remedy="give a smaller batch, or build the plan with a larger --max-batch",
+            )
+        with self._lend() as slot, contextlib.ExitStack() as stack:
+            lane, stage, stream = slot.main, slot.stage, slot.stream
+            shape = (max(count, interface.smallest[0]), *batch.shape[1:])
+            slot.wait_for_others(stream)
+            slot.load(lane, batch, shape)
+            found, events = [], []
+            for _ in range(4):
+                events.append(port.create_timer())
+                stack.callback(port.destroy_event, events[-1])
+            for _ in range(calls + 1):
+                port.record_event(events[0], stream)
+                stage.copy_in(shape, stream)
+                port.record_event(events[1], stream)
+                start = time.perf_counter()
+                lane.enqueue(stage.addresses, slot.handle)
+                enqueued = time.perf_counter() - start
+                port.record_event(events[2], stream)
+                stage.copy_out(lane.output_shapes, stream)
+                port.record_event(events[3], stream)
+                port.synchronize_stream(stream)
+                parts = [port.elapsed_ms(first, second) for first, second in itertools.pairwise(events)]
+                found.append(PhaseTimes(parts[0], parts[1], parts[2], 1e3 * enqueued))
+            return tuple(found[1:])
 
     def close(self) -> None:
         """Frees everything; results that somebody still holds are freed when they are let go."""
@@ -154,7 +190,8 @@ class TensorRtBackend:
         with self._port.on_device(self._device_id), self._pool.use(self._pool.acquire()) as slot:
             yield slot
 
-    def _view(self, batch: Any, slot: Slot, handle: int) -> DeviceView:
+    def _view(self, batch: Any, handle: int) -> DeviceView:
+        """A batch that the plan takes as it lies there, in order on the stream of the handle."""
         source = self._plan.interface.source
         view = view_device_array(batch, handle)
         expected = self._plan.spec.input
@@ -187,7 +224,42 @@ class TensorRtBackend:
             self._memory.order(handle, after=view.producer)
         return view
 
-    def _download(self, slot: Slot, results: DeviceArrays, handle: int) -> Sequence[NDArray[Any]]:
+    def _run_pieces(self, slot: Slot, view: DeviceView, order: Any) -> list[DeviceArray]:
+        """Puts all pieces of a batch on one stream, between the caller's array and blocks of the results' pool."""
+        interface, lane, handle = self._plan.interface, slot.main, self._port.stream_handle(order)
+        results: list[DeviceArray] = []
+        count = view.shape[0]
+        row_bytes = interface.source.count_bytes(view.shape) // count
+        for start, size, rows in split(count, interface):
+            slot.bind(lane, (rows, *view.shape[1:]))
+            if not results:
+                for tensor, found in zip(interface.outputs, lane.output_shapes, strict=True):
+                    shape = (count, *found[1:]) if tensor.shape[0] == interface.source.shape[0] else found
+                    block = self._memory.take(tensor.count_bytes(shape), handle)
+                    results.append(DeviceArray(self._memory, block, shape, tensor.dtype, stream=handle))
+            source = view.address + start * row_bytes
+            targets = [
+                result.address + start * (tensor.count_bytes(found) // rows)
+                for result, tensor, found in zip(results, interface.outputs, lane.output_shapes, strict=True)
+            ]
+            if rows == size:
+                lane.enqueue((source, *targets), handle)
+            else:
+                self._run_padded(slot, (source, size * row_bytes), targets, size=size, order=order)
+        return results
+
+    def _run_padded(self, slot: Slot, source: tuple[int, int], targets: list[int], *, size: int, order: Any) -> None:
+        """Fewer images than the plan takes: through the slot's buffers, in whose further rows is whatever was there."""
+        lane, port, interface = slot.main, self._port, self._plan.interface
+        assert lane.shape is not None
+        slot.reserve([slot.stage], lane.shape, lane.output_shapes)
+        inward, *outward = slot.stage.addresses
+        port.copy(inward, source[0], source[1], order)
+        lane.enqueue(slot.stage.addresses, port.stream_handle(order))
+        for target, address, tensor, found in zip(targets, outward, interface.outputs, lane.output_shapes, strict=True):
+            port.copy(target, address, tensor.count_bytes(found) // lane.shape[0] * size, order)
+
+    def _download(self, results: list[DeviceArray], handle: int) -> Sequence[NDArray[Any]]:
         """NumPy arrays of results on the device, through page-locked memory that is taken for this call."""
         outputs = []
         for result, wanted in zip(results, self._plan.spec.outputs, strict=True):
@@ -200,106 +272,3 @@ class TensorRtBackend:
             finally:
                 self._port.free_host(address)
         return outputs
-
-
-# A batch that is on the GPU
-
-
-def _run_on_device(slot: Slot, memory: DevicePool, view: DeviceView, *, stream: int | None) -> DeviceArrays:
-    """Puts all pieces of a batch on one stream, between the caller's array and blocks of its own.
-
-    `stream` is the handle of the caller's stream, in whose order everything happens. None takes the slot's and waits.
-    """
-    interface, port = slot.plan.interface, slot.port
-    order: Any = slot.stream if stream is None else stream
-    slot.wait_for_others(order)
-    try:
-        results = _run_pieces(slot, memory, view, order=order)
-    finally:
-        if stream is not None:  # also after a failure: what was put there before it may still run
-            slot.leave_working(order)
-    if stream is None:
-        port.synchronize_stream(slot.stream)
-        for result in results:
-            result.settle()
-    return DeviceArrays(tuple(output.name for output in interface.outputs), tuple(results))
-
-
-def _run_pieces(slot: Slot, memory: DevicePool, view: DeviceView, *, order: Any) -> list[DeviceArray]:
-    interface, handle = slot.plan.interface, slot.port.stream_handle(order)
-    lane, count = slot.main, view.shape[0]
-    results: list[DeviceArray] = []
-    row_bytes = interface.source.count_bytes(view.shape) // count
-    for start, size, rows in split(count, interface):
-        shape: Shape = (rows, *view.shape[1:])
-        slot.bind(lane, shape)
-        if not results:
-            results = _make_results(slot, memory, count=count, stream=handle)
-        source = view.address + start * row_bytes
-        targets = [
-            result.address + start * (tensor.count_bytes(found) // rows)
-            for result, tensor, found in zip(results, interface.outputs, lane.output_shapes, strict=True)
-        ]
-        if rows == size:
-            lane.enqueue((source, *targets), handle)
-        else:
-            _run_padded(slot, (source, size * row_bytes), targets, size=size, order=order)
-    return results
-
-
-def _make_results(slot: Slot, memory: DevicePool, *, count: int, stream: int) -> list[DeviceArray]:
-    """Room for the results of so many images, of the sizes that the slot's context has now."""
-    interface, results = slot.plan.interface, []
-    for tensor, found in zip(interface.outputs, slot.main.output_shapes, strict=True):
-        whole = (count, *found[1:]) if tensor.shape[0] == interface.source.shape[0] else found
-        block = memory.take(tensor.count_bytes(whole), stream)
-        results.append(DeviceArray(memory, block, whole, tensor.dtype, stream=stream))
-    return results
-
-
-def _run_padded(slot: Slot, source: tuple[int, int], targets: list[int], *, size: int, order: Any) -> None:
-    """Fewer images than the plan takes: through the slot's buffers, in whose further rows is whatever was there."""
-    lane, port, interface = slot.main, slot.port, slot.plan.interface
-    assert lane.shape is not None
-    slot.reserve([slot.stage], lane.shape, lane.output_shapes)
-    inward, *outward = slot.stage.addresses
-    port.copy(inward, source[0], source[1], order)
-    lane.enqueue(slot.stage.addresses, port.stream_handle(order))
-    for target, address, tensor, found in zip(targets, outward, interface.outputs, lane.output_shapes, strict=True):
-        port.copy(target, address, tensor.count_bytes(found) // lane.shape[0] * size, order)
-
-
-def _time_phases(slot: Slot, batch: NDArray[Any], calls: int) -> tuple[PhaseTimes, ...]:
-    """Runs a batch so many times, and once before, in which TensorRT sets itself up; each part between two events.
-
-    Without a CUDA graph, in which the parts could not be told apart.
-    """
-    interface, port, lane, stage = slot.plan.interface, slot.port, slot.main, slot.stage
-    if len(batch) > interface.largest[0]:
-        raise InputError(
-            f"batch: the parts of {len(batch)} images cannot be timed: the plan takes {interface.largest[0]} at a time",
-            remedy="give a smaller batch, or build the plan with a larger --max-batch",
-        )
-    shape = (max(len(batch), interface.smallest[0]), *batch.shape[1:])
-    slot.wait_for_others(slot.stream)
-    slot.load(lane, batch, shape)
-    found = []
-    with contextlib.ExitStack() as stack:
-        events = []
-        for _ in range(4):
-            events.append(port.create_timer())
-            stack.callback(port.destroy_event, events[-1])
-        for _ in range(calls + 1):
-            port.record_event(events[0], slot.stream)
-            stage.copy_in(shape, slot.stream)
-            port.record_event(events[1], slot.stream)
-            start = time.perf_counter()
-            lane.enqueue(stage.addresses, slot.handle)
-            enqueued = time.perf_counter() - start
-            port.record_event(events[2], slot.stream)
-            stage.copy_out(lane.output_shapes, slot.stream)
-            port.record_event(events[3], slot.stream)
-            port.synchronize_stream(slot.stream)
-            parts = [port.elapsed_ms(first, second) for first, second in itertools.pairwise(events)]
-            found.append(PhaseTimes(parts[0], parts[1], parts[2], 1e3 * enqueued))
-    return tuple(found[1:])

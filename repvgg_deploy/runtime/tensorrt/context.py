@@ -6,7 +6,7 @@ from typing import Any
 
 from ...errors import CudaError, CudaMemoryError, InputError
 from ...files.plan_place import quote
-from .plan import OpenPlan, PlanInterface, Shape
+from .plan import OpenPlan, Shape
 
 
 def count_scratch_bytes(engine: Any) -> int:
@@ -75,7 +75,7 @@ class Lane:
 
     Attributes:
         shape: The input's shape in force; None before the first one and after a refusal.
-        output_shapes: What that makes of the outputs.
+        output_shapes: Shapes of the outputs with this input.
         runs: How many runs there were in this shape.
         graph: The CUDA graph of a run in this shape, owned by the slot.
     """
@@ -102,9 +102,11 @@ class Lane:
         # other one meanwhile.
         self.shape, self.runs = None, 0
         if not self._context.set_input_shape(self._interface.source.name, shape):
+            least, most = self._interface.smallest, self._interface.largest
+            remedy = f"give a shape from {least} to {most}, or build the plan with another profile"
             raise InputError(
                 f"batch: TensorRT refuses the shape {shape}:{quote(self._log.take())}",
-                remedy=f"give {_show_range(self._interface)}",
+                remedy=remedy if least != most else f"give {most}",
             )
         shapes = tuple(
             tuple(int(size) for size in self._context.get_tensor_shape(output.name))
@@ -158,9 +160,3 @@ class Lane:
         return CudaError(
             message, remedy="try again; if it comes again, build the plan anew on this machine with repvgg-trt build"
         )
-
-
-def _show_range(interface: PlanInterface) -> str:
-    if interface.smallest == interface.largest:
-        return f"{interface.largest}"
-    return f"a shape from {interface.smallest} to {interface.largest}, or build the plan with another profile"

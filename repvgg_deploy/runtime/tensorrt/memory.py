@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ...errors import CudaError
 from ..cuda.port import CudaPort
-from .plan import PlanInterface, Shape
+from .plan import PlanInterface, PlanTensor, Shape
 
 _ALIGNMENT = 256
 
@@ -25,27 +25,28 @@ class Owned:
     """What was taken from CUDA and must be given back, each once, the newest first."""
 
     def __init__(self) -> None:
-        self._frees: list[tuple[object, Callable[[], None]]] = []
+        self._frees: list[tuple[Any, Callable[[Any], None]]] = []
 
-    def add(self, handle: object, free: Callable[[], None]) -> None:
-        """Notes how a handle is freed."""
+    def add(self, handle: Any, free: Callable[[Any], None]) -> Any:
+        """Notes by which call a handle is freed, and gives it back."""
         self._frees.append((handle, free))
+        return handle
 
     def free(self, handle: object) -> None:
         """Frees one now."""
         for index, (known, free) in enumerate(self._frees):
             if known is handle:
                 del self._frees[index]
-                free()
+                free(known)
                 return
 
     def free_all(self) -> CudaError | None:
         """Frees the rest, whatever fails on the way; the first failure."""
         first: CudaError | None = None
         while self._frees:
-            _, free = self._frees.pop()
+            handle, free = self._frees.pop()
             try:
-                free()
+                free(handle)
             except CudaError as error:
                 first = first or error
         return first
@@ -55,11 +56,6 @@ class Stage:
     """Buffers for one batch on its way through the GPU: host to device, a run, device to host.
 
     Two of them let the copies of one batch overlap the computing of the other. Memory is taken in `reserve` only.
-
-    Args:
-        port: CUDA.
-        owned: Where everything is noted.
-        interface: What goes in and out.
 
     Attributes:
         arrived: Event for a batch that was copied to the device.
@@ -71,12 +67,7 @@ class Stage:
         self._port, self._owned, self._interface = port, owned, interface
         self._tensors = (interface.source, *interface.outputs)
         self._buffers: list[_Buffer] = []
-        self.arrived, self.computed, self.done = (self._make_event() for _ in range(3))
-
-    def _make_event(self) -> Any:
-        event = self._port.create_event()
-        self._owned.add(event, lambda: self._port.destroy_event(event))
-        return event
+        self.arrived, self.computed, self.done = (owned.add(port.create_event(), port.destroy_event) for _ in range(3))
 
     def reserve(self, shape: Shape, output_shapes: tuple[Shape, ...]) -> None:
         """Makes room for a batch of a shape. No work on the buffers may be under way."""
@@ -107,7 +98,7 @@ class Stage:
 
     def fill(self, batch: NDArray[Any], shape: Shape) -> None:
         """Copies a batch to the page-locked side of the input, and zeros below it where the plan wants more rows."""
-        view = self._buffers[0].view(self._interface.source.dtype, shape)
+        view = self._buffers[0].view(self._interface.source, shape)
         np.copyto(view[: len(batch)], batch)
         view[len(batch) :] = 0
 
@@ -124,7 +115,7 @@ class Stage:
     def view_outputs(self, output_shapes: tuple[Shape, ...]) -> list[NDArray[Any]]:
         """The page-locked sides of the outputs, which the next batch overwrites."""
         return [
-            buffer.view(tensor.dtype, found)
+            buffer.view(tensor, found)
             for tensor, buffer, found in zip(self._interface.outputs, self._buffers[1:], output_shapes, strict=True)
         ]
 
@@ -135,24 +126,17 @@ class _Buffer:
     def __init__(self, port: CudaPort, owned: Owned, size_bytes: int) -> None:
         self._owned = owned
         self.size_bytes = -(-max(size_bytes, 1) // _ALIGNMENT) * _ALIGNMENT
-        self.device = port.allocate(self.size_bytes)
-        self._device_key = object()
-        owned.add(self._device_key, lambda: port.free(self.device))
-        self.host = port.allocate_host(self.size_bytes)
-        self._host_key = object()
-        owned.add(self._host_key, lambda: port.free_host(self.host))
+        self.device: int = owned.add(port.allocate(self.size_bytes), port.free)
+        self.host: int = owned.add(port.allocate_host(self.size_bytes), port.free_host)
         self._bytes = view_host(self.host, self.size_bytes)
 
-    def view(self, dtype: np.dtype[Any], shape: Shape) -> NDArray[Any]:
-        """The host side as an array of that kind, from its beginning."""
-        count = dtype.itemsize
-        for size in shape:
-            count *= size
-        array: NDArray[Any] = self._bytes[:count].view(dtype).reshape(shape)
+    def view(self, tensor: PlanTensor, shape: Shape) -> NDArray[Any]:
+        """The host side as an array of the tensor's kind, from its beginning."""
+        array: NDArray[Any] = self._bytes[: tensor.count_bytes(shape)].view(tensor.dtype).reshape(shape)
         return array
 
     def free(self) -> None:
         """Frees both sides."""
         self._bytes = np.empty(0, np.uint8)
-        self._owned.free(self._host_key)
-        self._owned.free(self._device_key)
+        self._owned.free(self.host)
+        self._owned.free(self.device)

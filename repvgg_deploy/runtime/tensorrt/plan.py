@@ -109,7 +109,14 @@ def open_plan(path: Path, device: DeviceInfo, *, backend: str | None, require_pa
     """
     passport = read_passport(path)
     if passport is None:
-        _miss_passport(path, require_passport)
+        name = passport_path(path).name
+        if require_passport:
+            raise PlanError(
+                f"{path}: has no passport {name}, and one is required",
+                remedy="copy it beside the plan, or leave out require_passport",
+            )
+        lacking = "shapes come from the plan, and how images are prepared is not known"
+        logger.warning("%s: no passport %s beside it: %s", path, name, lacking)
         library = find_library(_FLAVOURS[backend])
     else:
         flavours = (passport.flavour,) if backend is None else _FLAVOURS[backend]
@@ -138,18 +145,6 @@ def open_plan(path: Path, device: DeviceInfo, *, backend: str | None, require_pa
     if passport is not None:
         interface = _order_outputs(interface, spec, path)
     return OpenPlan(library, log, runtime, engine, interface, spec, passport)
-
-
-def _miss_passport(path: Path, required: bool) -> None:
-    name = passport_path(path).name
-    if required:
-        raise PlanError(
-            f"{path}: has no passport {name}, and one is required",
-            remedy="copy it beside the plan, or leave out require_passport",
-        )
-    logger.warning(
-        "%s: no passport %s beside it: shapes come from the plan, and how images are prepared is not known", path, name
-    )
 
 
 def _judge(path: Path, passport: PlanPassport, environment: Environment) -> tuple[str, ...]:

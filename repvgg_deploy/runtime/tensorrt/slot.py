@@ -36,13 +36,7 @@ class NoMoreContextsError(CudaError):
 class Slot:
     """One context for all shapes, further ones for shapes that have a graph. Made and used inside `on_device`.
 
-    Args:
-        port: CUDA.
-        plan: The deserialized plan.
-        graphs: Shared by all slots of an engine.
-
     Attributes:
-        main: The context for all shapes.
         stage: Buffers of the one piece that is under way.
         stream: The slot's own.
         handle: The number of this stream.
@@ -65,10 +59,8 @@ class Slot:
             self.stream = self.make_stream()
             self.handle = port.stream_handle(self.stream)
             size = max(count_scratch_bytes(plan.engine), 256)
-            self._scratch = (port.allocate(size), size)
-            self.owned.add(self._scratch, lambda: port.free(self._scratch[0]))
-            self._freed = port.create_event()
-            self.owned.add(self._freed, lambda: port.destroy_event(self._freed))
+            self._scratch = (self.owned.add(port.allocate(size), port.free), size)
+            self._freed = self.owned.add(port.create_event(), port.destroy_event)
             self._main = self._make_lane()
             if self._main is None:
                 raise NoMoreContextsError(
@@ -87,8 +79,7 @@ class Slot:
 
     def make_stream(self) -> Any:
         """A stream that is freed with the slot."""
-        stream = self.port.create_stream()
-        self.owned.add(stream, lambda: self.port.destroy_stream(stream))
+        stream = self.owned.add(self.port.create_stream(), self.port.destroy_stream)
         self._streams.append(stream)
         return stream
 
@@ -187,8 +178,7 @@ class Slot:
         except CudaError as error:
             self._graphs.note_failure(error)
             return False
-        self.owned.add(graph, lambda: port.destroy_graph(graph))
-        lane.graph = graph
+        lane.graph = self.owned.add(graph, port.destroy_graph)
         port.launch_graph(graph, self.stream)
         return True
 

@@ -26,7 +26,6 @@ from .plan import OpenPlan, PlanInterface, Shape
 logger = logging.getLogger(__name__)
 _MOST_FAILURES = 3
 _STAGES = 2
-Arrays = list[NDArray[Any]]
 
 
 class NoMoreContextsError(CudaError):
@@ -91,7 +90,7 @@ class Slot:
         self.port.synchronize_stream(self.stream)
         return Lane(context, plan, keeps_kernels=one_shape or not changes_kernels(plan))
 
-    def run(self, batch: NDArray[Any]) -> Arrays:
+    def run(self, batch: NDArray[Any]) -> list[NDArray[Any]]:
         """Runs N images from host to host.
 
         Args:
@@ -109,7 +108,7 @@ class Slot:
         outputs = self._run_piece(batch, (rows, *batch.shape[1:]))
         return outputs if rows == count else [output[:count].copy() for output in outputs]
 
-    def _run_piece(self, batch: NDArray[Any], shape: Shape) -> Arrays:
+    def _run_piece(self, batch: NDArray[Any], shape: Shape) -> list[NDArray[Any]]:
         """The outputs with the rows of the shape that the plan runs, which may be more than those of the batch."""
         self.wait_for_others(self.stream)
         lane = self._choose_lane(shape)
@@ -281,11 +280,11 @@ class Pipeline:
         self._inward = slot.make_stream()
         self._outward = slot.make_stream()
 
-    def run(self, batch: NDArray[Any]) -> Arrays:
+    def run(self, batch: NDArray[Any]) -> list[NDArray[Any]]:
         """As `Slot.run`."""
         slot, interface, lane = self._slot, self._slot.plan.interface, self._slot.main
         slot.wait_for_others(slot.stream)
-        results: Arrays = []
+        results: list[NDArray[Any]] = []
         pending: list[tuple[Stage, int, int, tuple[Shape, ...]]] = []
         for index, (start, size, rows) in enumerate(split(len(batch), interface)):
             shape = (rows, *batch.shape[1:])
@@ -318,7 +317,7 @@ class Pipeline:
         stage.copy_out(slot.main.output_shapes, self._outward)
         port.record_event(stage.done, self._outward)
 
-    def _collect(self, piece: tuple[Stage, int, int, tuple[Shape, ...]], results: Arrays) -> None:
+    def _collect(self, piece: tuple[Stage, int, int, tuple[Shape, ...]], results: list[NDArray[Any]]) -> None:
         """Waits for a piece; its buffers are free then, on both sides."""
         stage, start, size, output_shapes = piece
         self._slot.port.synchronize_event(stage.done)

@@ -8,6 +8,7 @@ without an address, a call in the wrong device context.
 from __future__ import annotations
 
 import enum
+import functools
 import json
 import threading
 import types
@@ -21,7 +22,6 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from repvgg_deploy.files.onnx import read_metadata
 from tests.fakes.cuda import FakeCuda
 
 _ORT_TYPES = {
@@ -90,6 +90,14 @@ def make_plan(
     magic = b"vtrt" if info.get("rtx") else b"ftrt"
     path.write_bytes(magic + len(text).to_bytes(4, "little") + text + onnx.read_bytes())
     return path
+
+
+@functools.lru_cache(maxsize=32)
+def open_session(onnx: bytes) -> Any:
+    """ONNX Runtime on a model, opened once for all fake machines of a run; `run` may be called from any thread."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1  # the models are tiny
+    return onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
 
 
 def make_module(
@@ -199,7 +207,7 @@ class _Runtime:
             assert content[:4] == magic
             size = int.from_bytes(content[4:8], "little")
             header = json.loads(content[8 : 8 + size])
-            session = onnxruntime.InferenceSession(content[8 + size :], providers=["CPUExecutionProvider"])
+            session = open_session(content[8 + size :])
         except Exception:  # noqa: BLE001 - as the real one: whatever is wrong with the bytes, there is no engine
             self.logger.log(
                 Severity.ERROR,
@@ -447,8 +455,3 @@ class _Step:
         dtype = self._dtype(name)
         data = self._context._world.cuda.find(self._addresses[name], int(np.prod(shape)) * dtype.itemsize)
         return data.view(dtype).reshape(shape)
-
-
-def passport_of(onnx: Path) -> Any:
-    """The specification that a passport of a plan of this ONNX carries."""
-    return read_metadata(onnx).spec

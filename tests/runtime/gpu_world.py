@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
@@ -21,7 +20,7 @@ from repvgg_deploy.runtime.options import EngineOptions
 from repvgg_deploy.specs import codec
 from repvgg_deploy.specs.values import PlanPassport
 from tests.fakes.cuda import FakeCuda
-from tests.fakes.tensorrt import Faults, make_module, make_plan
+from tests.fakes.tensorrt import Faults, make_module, make_plan, open_session
 from tests.files.make_passport import make_passport
 from tests.runtime.make_model import ModelOptions, make_onnx
 
@@ -40,7 +39,7 @@ class World:
 
     def expect(self, batch: NDArray[Any]) -> list[NDArray[Any]]:
         """What ONNX Runtime gives, an image at a time."""
-        session = onnxruntime.InferenceSession(str(self.onnx), providers=["CPUExecutionProvider"])
+        session = open_session(self.onnx.read_bytes())
         source = session.get_inputs()[0]
         return session.run(None, {source.name: batch})
 

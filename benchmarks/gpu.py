@@ -1,4 +1,6 @@
-"""Everything about plans that needs a GPU, in one command: builds, parity, every way to run, speed beside the bare `execute_async_v3` loop.
+"""Everything about plans that needs a GPU, in one command: builds, parity, every way to run, and speed.
+
+Speed is measured beside the bare `execute_async_v3` loop.
 
 Models are A0, B1g4 and B2 with seeded weights at 224 px. Where torch, onnx, onnxscript, onnxsim and onnxruntime are
 installed they are made here; elsewhere (TensorRT 8.5 has a Python of its own, without torch) they are taken from
@@ -17,10 +19,9 @@ Aims are shown as met or not and change no exit code:
 - FP16 B2 at batch 128: at least 60 % of the matrix peak that torch reaches (where torch is not, of what another run
   reached on the same kind of GPU, from the results beside this one); INT8 at least 1.6 × FP16
 
-    python benchmarks/gpu.py --models models                  # makes the models where torch is, then measures with the
-    installed TensorRT python benchmarks/gpu.py --models models --minutes 9      # the same in parts; again until it
-    says that all is done python benchmarks/gpu.py --models models --make-models    # makes the models only; needs no
-    GPU
+    python benchmarks/gpu.py --models models                  # makes the models where torch is, then measures
+    python benchmarks/gpu.py --models models --minutes 9      # the same in parts; again until it says that all is done
+    python benchmarks/gpu.py --models models --make-models    # makes the models only; needs no GPU
 
 `python -m benchmarks.gpu_parts.offline` runs it, and `pytest -m gpu`, on a machine that reaches no package index.
 """
@@ -32,6 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +164,8 @@ class Run:
             answers = {name: stored[name] for name in stored.files}
         for name in names:
             if not self._record.is_done(name) and name not in {*later, *self._left, *self._record.result["failures"]}:
-                self._stage(
-                    name, (lambda: self._bytes(answers)) if name == BYTES else (lambda n=name: self._plan(n, answers))
-                )  # type: ignore[misc]
+                bytes_ = name == BYTES
+                self._stage(name, partial(self._bytes, answers) if bytes_ else partial(self._plan, name, answers))
 
     def _stage(self, name: str, work: Callable[[], object]) -> bool:
         if time.monotonic() > self._end:

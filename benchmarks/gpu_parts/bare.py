@@ -1,4 +1,4 @@
-"""The bare loop that the Engine is measured against: one execution context, buffers that lie on the device for good, `execute_async_v3`."""
+"""The bare loop that the Engine is measured against: one context, buffers that stay, `execute_async_v3`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Whether a plan answers rightly in every way that the Engine offers. Each check is recorded with its error; none ends the run."""
+"""Whether a plan answers rightly in every way that the Engine offers.
+
+Each check is recorded with its error; none ends the run.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,21 @@ from numpy.typing import NDArray
 from repvgg_deploy.runtime.engine import Engine
 from repvgg_deploy.runtime.options import EngineOptions
 from repvgg_deploy.runtime.tensorrt.context import changes_kernels
+from repvgg_deploy.runtime.tensorrt.slot import choose_buckets
 
 from .bare import DeviceBatch
 
 TOLERANCES = {"fp32": 2e-3, "fp16": 3e-2, "int8": None}
-"""Of the logits' largest value. FP32: another order of sums over 28 layers. FP16: 5e-4 an operation, and as many. INT8: see `LEAST_DB`."""
+"""Share of the logits' largest value.
+
+FP32: another order of sums over 28 layers. FP16: 5e-4 an operation, and as many. INT8: see `LEAST_DB`.
+"""
 LEAST_DB = 15.0
-"""SQNR of an INT8 plan against its own graph in ONNX Runtime: what is exactly between two integers goes either way, and layers of an untrained
-network carry that on. How accurate INT8 is, `benchmarks/int8.py` says."""
+"""SQNR of an INT8 plan against its own graph in ONNX Runtime.
+
+What is exactly between two integers goes either way, and layers of an untrained network carry that on. How accurate
+INT8 is, `benchmarks/int8.py` says.
+"""
 LEAST_DIFFERENCES_DB = 6.0
 """SQNR of what differs between the images: an untrained network gives all of them nearly the same logits."""
 SIZES = (1, 2, 3, 7, 8, 9, 31, 32, 33, 64, 100)
@@ -49,7 +59,7 @@ def check_parity(engine: Engine, images: NDArray[Any], logits: NDArray[Any], pre
 
 
 def check_ways(plan: Path, images: NDArray[Any], options: EngineOptions | None = None) -> dict[str, dict[str, Any]]:
-    """Any number of images, threads, graphs, device arrays, submit and micro-batching: all against the same plan, an image at a time."""
+    """Every way to run, against the same plan, an image at a time."""
     results: dict[str, dict[str, Any]] = {}
     options = options if options is not None else EngineOptions()
     with Engine(plan, options=options) as engine:
@@ -102,7 +112,7 @@ def _threads(engine: Engine, images: NDArray[Any], truth: NDArray[Any]) -> float
 
 
 def compare_graphs(plan: Path, images: NDArray[Any], options: EngineOptions, sizes: Sequence[int] = SIZES) -> float:
-    """The largest difference of what a plan gives with and without CUDA graphs; infinity where bits differ that must not.
+    """The largest difference between answers with and without CUDA graphs; infinity where bits differ that must not.
 
     Two batches take turns, so that an answer which was not computed anew is that of the other one. With graphs they run
     as they are, captured, replayed, replayed: the same kernels in the same order. So does the engine without graphs,
@@ -114,9 +124,9 @@ def compare_graphs(plan: Path, images: NDArray[Any], options: EngineOptions, siz
     for on, runs in found.items():
         with Engine(plan, options=replace(options, cuda_graphs=on)) as engine:
             backend: Any = engine._backend
-            lazily = changes_kernels(backend._plan)
+            lazily, buckets = changes_kernels(backend._plan), choose_buckets(backend._plan.interface)
             for count in sizes:
-                exact = not lazily or (on and count in backend._switch.buckets)
+                exact = not lazily or (on and count in buckets)
                 pair = _repeat(images, count), _repeat(images[::-1], count)
                 first, other, *later = (np.asarray(engine.infer(batch)) for batch in pair * 2)
                 runs += [(exact, first, later[0]), (exact, other, later[1])]

@@ -34,10 +34,10 @@ def path_of(folder: Path, variant: str, kind: str) -> Path:
 
 
 def reference_of(folder: Path, variant: str) -> Path:
-    """`images` float32 (N, 3, H, W), and what each graph gives for them in ONNX Runtime, by its kind; the export compared FP32 with PyTorch.
+    """`images` float32 (N, 3, H, W), and what each graph gives for them in ONNX Runtime, by its kind.
 
-    Of the first variant also `bytes`, uint8 (N, H, W, 3), and `bytes-fp32`: what the FP32 graph that takes bytes gives
-    for them.
+    The export compared FP32 with PyTorch. Of the first variant also `bytes`, uint8 (N, H, W, 3), and `bytes-fp32`: what
+    the FP32 graph that takes bytes gives for them.
     """
     return folder / f"{variant.lower()}-reference.npz"
 

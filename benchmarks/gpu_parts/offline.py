@@ -25,9 +25,10 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {
-    "onnxscript": "onnxscript", "onnx_ir": "onnx-ir", "onnxsim": "onnxsim", "onnxruntime": "onnxruntime", "flatbuffers": "flatbuffers",
-    "ml_dtypes": "ml-dtypes", "safetensors": "safetensors", "typing_extensions": "typing-extensions", "packaging": "packaging",
-    "pytest": "pytest", "_pytest": "pytest", "pytest_timeout": "pytest-timeout", "iniconfig": "iniconfig", "pluggy": "pluggy", "pygments": "pygments",
+    "onnxscript": "onnxscript", "onnx_ir": "onnx-ir", "onnxsim": "onnxsim", "onnxruntime": "onnxruntime",
+    "flatbuffers": "flatbuffers", "ml_dtypes": "ml-dtypes", "safetensors": "safetensors",
+    "typing_extensions": "typing-extensions", "packaging": "packaging", "pytest": "pytest", "_pytest": "pytest",
+    "pytest_timeout": "pytest-timeout", "iniconfig": "iniconfig", "pluggy": "pluggy", "pygments": "pygments",
     "exceptiongroup": "exceptiongroup", "tomli": "tomli",
 }  # fmt: skip
 """Modules that the runs need besides torch, onnx, NumPy and CUDA's packages, and the packages that have them."""
@@ -97,7 +98,7 @@ def pack(folder: Path, python: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Tests, then figures in the minutes that are left. 0: both are well; 1: one of them is not, or was ended by a signal."""
+    """Tests, then figures in the minutes that are left. 0: both are well; 1: one is not, or a signal ended it."""
     started = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
     found = subprocess.run(
@@ -121,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
             "-p",
             "no:cacheprovider",
             "-W",
-            "default",  # of the machine's own packages, in versions that nobody here chose: no reason to have no figures
+            "default",  # warnings of the machine's own packages, which nobody here chose, must not cost the figures
             "tests/gpu",
             "--junitxml",
             str(log.with_suffix(".xml").resolve()),
@@ -156,7 +157,10 @@ def count_run(report: Path) -> int:
 
 
 def add_packages(wheels: Path, program: list[str], site: Path) -> dict[str, str]:
-    """Unpacks those that the program's Python lacks, and no other: what the machine has was made for its GPU. The environment that finds them."""
+    """Unpacks the packages that the program's Python lacks, and gives the environment that finds them.
+
+    No others: what the machine has was made for its GPU.
+    """
     environment = dict(os.environ)
     before = environment.get("PYTHONPATH", "")
     environment["PYTHONPATH"] = os.pathsep.join(part for part in (before, str(site.resolve())) if part)

@@ -1,4 +1,4 @@
-"""The results file of `benchmarks/gpu.py`: written after every stage, and gone on with by the next run on the same machine."""
+"""The results file of `benchmarks/gpu.py`, written after every stage; the next run on the machine goes on with it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ class Record:
         self.result["broke_off"] = known.get("broke_off", [])
 
     def begin(self, name: str) -> None:
-        """Writes that a stage has begun: a crash of TensorRT leaves no other trace, and would come again in every run before all that is left."""
+        """Writes that a stage has begun.
+
+        A crash of TensorRT leaves no other trace, and would come again in every run before all that is left.
+        """
         if name not in self.result["broke_off"]:
             self.result["broke_off"].append(name)
         self.save()
@@ -67,7 +70,10 @@ class Record:
 
 
 def find_peak(folder: Path, gpu: str) -> dict[str, Any] | None:
-    """The matrix peak that another run measured on the same kind of GPU: where TensorRT 8.5 runs there may be no torch to measure it with."""
+    """The matrix peak that another run measured on the same kind of GPU.
+
+    Where TensorRT 8.5 runs there may be no torch to measure it with.
+    """
     for path in sorted(folder.glob("gpu-*.json")):
         try:
             known = _read(path)

@@ -20,7 +20,7 @@ CLIENTS = 64
 
 
 def measure(engine: Engine, images: NDArray[Any], count: int, *, seconds: float) -> dict[str, Any]:
-    """One batch size: milliseconds of the bare loop, of device arrays and of NumPy arrays, one call at a time, and throughput without waiting.
+    """One batch size: latency of the bare loop, of device arrays and of NumPy arrays, and throughput without waiting.
 
     Args:
         engine: Of the plan.
@@ -108,7 +108,7 @@ def _infer_many(engine: Engine, source: DeviceBatch, bare: BareLoop, number: int
 
 
 def measure_numpy(engine: Engine, images: NDArray[Any], count: int, *, seconds: float) -> dict[str, Any]:
-    """Large batches of bytes from NumPy, which are split and overlapped, against the bare loop that has its input on the device.
+    """Large batches of bytes from NumPy, which are split and overlapped, against the bare loop.
 
     Args:
         engine: Of a plan that takes uint8.
@@ -181,7 +181,7 @@ def _rate_of_clients(call: Callable[[], object], seconds: float) -> float:
 
 
 def measure_matrix_peak() -> dict[str, Any] | None:
-    """What a large FP16 matrix product reaches in torch, as `fp16_tflops` with its `source`; None where torch has no GPU."""
+    """What a large FP16 matrix product reaches in torch, as `fp16_tflops` with its `source`; None without a GPU."""
     try:
         import torch
     except ModuleNotFoundError:

@@ -84,7 +84,7 @@ def make_plan(
     sizes: tuple[int, int] = (16, 16),
     **header: Any,
 ) -> Path:
-    """Writes a plan as the fake reads it: its profile, and what `header` says besides (dtypes by name, TensorRT's version, image sizes)."""
+    """Writes a plan as the fake reads it; `header` gives dtypes by name, TensorRT's version and image sizes."""
     info = {"profile": profile, "sizes": [sizes, sizes, sizes], "version": "10.16.1.11", "dtypes": {}, **header}
     text = json.dumps(info).encode()
     magic = b"vtrt" if info.get("rtx") else b"ftrt"

@@ -1,4 +1,6 @@
-"""Records `sample_logits.json`: the logits of the sample's training form in float64, rounded to six decimals. Run it when the sample is retrained.
+"""Records `sample_logits.json`: the logits of the sample's training form in float64, rounded to six decimals.
+
+Run it when the sample is retrained.
 
 python tests/golden/record.py
 """

@@ -1,4 +1,6 @@
-"""Records which names the runtime classes of a real TensorRT have: prints JSON of one module. Run with the module's folder on PYTHONPATH.
+"""Records which names the runtime classes of a real TensorRT have: prints JSON of one module.
+
+Run it with the module's folder on PYTHONPATH.
 
     pip install --no-deps --target lean tensorrt-lean-cu13-bindings==11.4.0.106 tensorrt-lean-cu13-libs==11.4.0.106
     PYTHONPATH=lean python tests/golden/record_tensorrt_api.py tensorrt_lean_bindings
@@ -26,8 +28,9 @@ CLASSES = (
 )
 
 BUILDER = (
-    "Builder", "BuilderFlag", "ComputeCapability", "EngineInspector", "HardwareCompatibilityLevel", "IBuilderConfig", "ILayer", "INetworkDefinition",
-    "IOptimizationProfile", "IProgressMonitor", "ITensor", "ITimingCache", "LayerInformationFormat", "LayerType", "MemoryPoolType",
+    "Builder", "BuilderFlag", "ComputeCapability", "EngineInspector", "HardwareCompatibilityLevel", "IBuilderConfig",
+    "ILayer", "INetworkDefinition", "IOptimizationProfile", "IProgressMonitor", "ITensor", "ITimingCache",
+    "LayerInformationFormat", "LayerType", "MemoryPoolType",
     "NetworkDefinitionCreationFlag", "OnnxParser", "ParserError", "ProfilingVerbosity", "TacticSource",
 )  # fmt: skip
 """What a build uses besides; the lean runtime, which cannot build, has some of the enumerations only."""

@@ -1,4 +1,4 @@
-"""Tests that need an NVIDIA GPU, its driver, a CUDA package and a TensorRT: skipped, with the reason, where one of them is missing."""
+"""Tests that need an NVIDIA GPU, its driver, a CUDA package and a TensorRT; skipped, with the reason, without one."""
 
 from __future__ import annotations
 

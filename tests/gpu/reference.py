@@ -12,8 +12,11 @@ from numpy.typing import NDArray
 from benchmarks.gpu_parts.models import SAMPLE, reference_of
 
 TOLERANCES = {"fp32": 2e-3, "fp16": 2e-2, "int8": 0.25}
-"""Of the largest logit. FP32: other orders of sums. FP16: 5e-4 an operation over ten layers. INT8, against FP32: --fast weights; wrong scales and
-layout show at once."""
+"""Share of the largest logit.
+
+FP32: other orders of sums. FP16: 5e-4 an operation over ten layers. INT8, against FP32: --fast weights; wrong scales
+and layout show at once.
+"""
 
 
 @dataclass(frozen=True)

@@ -19,20 +19,31 @@ from benchmarks import gpu
 from benchmarks.gpu_parts import checks, machine, models, report, speed
 from benchmarks.gpu_parts.bare import BareLoop, DeviceBatch
 from benchmarks.gpu_parts.record import Record, find_peak
-from repvgg_deploy.build.library import Library
 from repvgg_deploy.errors import CudaError, InputError
+from repvgg_deploy.files.plan_place import Library
 from tests.fakes.tensorrt import Faults
 from tests.runtime.gpu_world import Setting, World, make_world
 from tests.runtime.make_model import ModelOptions, random_batch
 
 MACHINE: dict[str, Any] = {
-    "gpu": "Fake GPU 0", "driver": "580", "cuda": "13.0", "flavour": "tensorrt", "versions": {"tensorrt": "10.16.1.11"}, "compute_capability": "8.6",
+    "gpu": "Fake GPU 0", "driver": "580", "cuda": "13.0", "flavour": "tensorrt",
+    "versions": {"tensorrt": "10.16.1.11"}, "compute_capability": "8.6",
 }  # fmt: skip
 
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     return make_world(tmp_path, monkeypatch, Setting(profile=(1, 4, 128)))
+
+
+@pytest.fixture
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages that measure nothing, for what is done when and what is recorded."""
+    part = {"overhead_us": 0.0, "images_per_second": {"bare": 1.0}, "device_share": 1.0}
+    monkeypatch.setattr(checks, "check_ways", lambda plan, images: {})
+    monkeypatch.setattr(speed, "measure", lambda engine, images, count, seconds: {"batch": count, **part})
+    monkeypatch.setattr(speed, "measure_clients", lambda *_, **__: {"share": 1.0})
+    monkeypatch.setattr(speed, "measure_matrix_peak", lambda: None)
 
 
 def run_on(
@@ -96,6 +107,7 @@ def test_run_on_tensorrt_8_has_one_context_for_each_plan(tmp_path: Path, monkeyp
     assert world.cuda.leaks() == {}
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_failing_stage_is_recorded_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = make_world(tmp_path, monkeypatch, Setting(profile=(1, 4, 128), faults=Faults(enqueue_all=True)))
     run_on(world, tmp_path, monkeypatch)
@@ -105,6 +117,7 @@ def test_failing_stage_is_recorded_and_the_others_go_on(tmp_path: Path, monkeypa
     assert "WRONG    A0 fp32: " in report.show(result)
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_plan_whose_clients_fail_costs_no_other_plan(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,6 +161,7 @@ def test_bare_loop_that_cannot_be_opened_gives_everything_back(world: World) -> 
     assert world.cuda.leaks() == {}
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_run_without_time_goes_on_in_the_next_one(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +180,7 @@ class Crash(BaseException):
     """Stands for the end of the process."""
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_plan_that_ends_the_process_is_left_for_last(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,6 +216,7 @@ def test_plan_that_ends_the_process_is_left_for_last(
     )
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_plan_that_fails_is_tried_once_a_run(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
@@ -214,6 +230,7 @@ def test_plan_that_fails_is_tried_once_a_run(world: World, tmp_path: Path, monke
     assert len(asked) == 3 and set(read(tmp_path)["failures"]) == {"A0 fp32", "A0 fp16", "A0 int8"}
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_plan_that_broke_off_is_measured_again(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_on(world, tmp_path, monkeypatch)
     result = read(tmp_path)
@@ -270,14 +287,12 @@ def test_nvidia_smi_that_hangs_or_is_missing_ends_no_run(tmp_path: Path, monkeyp
     assert machine.ask_smi() == ""
 
 
-def test_models_are_built_by_a_real_builder(tmp_path: Path) -> None:
+def test_models_are_built_by_a_real_builder(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """The way from the models to plans, with TensorRT-RTX, which builds without a GPU."""
     pytest.importorskip("tensorrt_rtx")
-    for name in ("torch", "onnxsim", "onnxscript"):
-        pytest.importorskip(name)
-    models.make(tmp_path, models.SAMPLE)
+    folder: Path = request.getfixturevalue("models")
     here = {**MACHINE, "flavour": "tensorrt_rtx", "versions": {"tensorrt": "1.7.1.116"}}
-    run = gpu.Run(tmp_path, tmp_path, 0.01, Record(tmp_path / "gpu-fake.json", here), targets=("8.6",))
+    run = gpu.Run(folder, tmp_path, 0.01, Record(tmp_path / "gpu-fake.json", here), targets=("8.6",))
     for kind in ("fp32", "fp16", "int8"):
         plan, row = run._build(models.SAMPLE, kind)
         assert (
@@ -285,13 +300,13 @@ def test_models_are_built_by_a_real_builder(tmp_path: Path) -> None:
             and row["build_seconds"] > 0
             and row["inspected"] == "not_inspected"
         )
-    with np.load(models.reference_of(tmp_path, models.SAMPLE)) as stored:
+    with np.load(models.reference_of(folder, models.SAMPLE)) as stored:
         images, logits = stored["images"], {name: stored[name] for name in ("fp32", "int8", "int8-trt8")}
     assert images.shape[0] == 64 and all(len(found) == 64 for found in logits.values())
     assert checks.decibels(logits["fp32"], logits["int8"]) > 10 and not np.array_equal(logits["fp32"], logits["int8"])
-    written = models.reference_of(tmp_path, models.SAMPLE).stat().st_mtime_ns
-    models.make(tmp_path, models.SAMPLE)
-    assert models.reference_of(tmp_path, models.SAMPLE).stat().st_mtime_ns == written
+    written = models.reference_of(folder, models.SAMPLE).stat().st_mtime_ns
+    models.make(folder, models.SAMPLE)
+    assert models.reference_of(folder, models.SAMPLE).stat().st_mtime_ns == written
 
 
 def test_models_that_cannot_be_made_are_a_recorded_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

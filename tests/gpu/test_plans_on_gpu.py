@@ -67,7 +67,7 @@ def test_any_number_of_images_is_what_onnx_runtime_gives(
 
 
 def test_cuda_graphs_change_no_bit(plan: tuple[str, Path], reference: Reference) -> None:
-    """Where other kernels may run, which TensorRT-RTX does until it has compiled those of a shape, they may round otherwise."""
+    """Other kernels may round otherwise: TensorRT-RTX runs some until it has compiled those of a shape."""
     _, path = plan
     assert compare_graphs(path, reference.draw(20)[0], EngineOptions(), sizes=(1, 4, 8, 20)) <= 2e-2
 

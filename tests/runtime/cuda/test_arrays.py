@@ -429,7 +429,7 @@ def test_tensor_that_does_not_hand_over_its_memory_says_what_to_do() -> None:
 
 
 def test_memory_that_comes_back_in_the_midst_of_a_capture_waits_for_nobody_who_waits_for_the_capture() -> None:
-    """The garbage collector may free an array of a closed Engine in any thread, also in one that captures a graph of another Engine."""
+    """The garbage collector may free an array of a closed Engine in a thread that captures a graph of another one."""
     cuda = FakeCuda()
     pool = DevicePool(cuda, 0)
     with cuda.on_device(0):

@@ -1,4 +1,4 @@
-"""The two providers of the CUDA port, on driver modules that are fakes: statuses, contexts, choice, what is said when there is no GPU."""
+"""The two providers of the CUDA port, on fake driver modules: statuses, contexts, choice, words without a GPU."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from repvgg_deploy.runtime.cuda.port import make_error, read_driver_version
 from repvgg_deploy.runtime.cuda.pycuda import PycudaPort
 
 CALLS = (
-    "cuMemAlloc", "cuMemFree", "cuMemHostAlloc", "cuMemFreeHost", "cuMemcpyAsync", "cuStreamCreate", "cuStreamDestroy", "cuStreamSynchronize",
-    "cuEventCreate", "cuEventDestroy", "cuEventRecord", "cuStreamWaitEvent", "cuEventSynchronize", "cuStreamBeginCapture", "cuStreamEndCapture",
-    "cuGraphInstantiate", "cuGraphDestroy", "cuGraphLaunch", "cuGraphExecDestroy", "cuCtxSynchronize", "cuDeviceGet", "cuPointerGetAttribute",
+    "cuMemAlloc", "cuMemFree", "cuMemHostAlloc", "cuMemFreeHost", "cuMemcpyAsync", "cuStreamCreate", "cuStreamDestroy",
+    "cuStreamSynchronize", "cuEventCreate", "cuEventDestroy", "cuEventRecord", "cuStreamWaitEvent",
+    "cuEventSynchronize", "cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphInstantiate", "cuGraphDestroy",
+    "cuGraphLaunch", "cuGraphExecDestroy", "cuCtxSynchronize", "cuDeviceGet", "cuPointerGetAttribute",
     "cuEventElapsedTime",
 )  # fmt: skip
 

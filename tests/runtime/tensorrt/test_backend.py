@@ -1,5 +1,4 @@
-"""Engine on plans: answers of every kind of model and TensorRT, threads, lost contexts and timed parts, on the fake GPU,
-which computes with ONNX Runtime."""
+"""Engine on plans, on the fake GPU, which computes with ONNX Runtime: answers, threads, failures, timed parts."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def test_capture_that_somebody_elses_wait_for_the_device_broke_is_tried_again(
 
 
 def test_own_wait_for_the_device_breaks_no_capture(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Device memory that unnamed streams used is freed after such a wait, by whichever thread: it has to wait for the capture's end."""
+    """Memory that unnamed streams used is freed after such a wait, in any thread, which is after the capture's end."""
     begin, waited = world.cuda.begin_capture, threading.Event()
 
     def wait_for_device() -> None:
@@ -97,7 +97,10 @@ def test_own_wait_for_the_device_breaks_no_capture(world: World, monkeypatch: py
 
 
 def test_graphs_of_tensorrt_rtx_hold_the_kernels_of_their_shape(tmp_path, monkeypatch) -> None:
-    """It compiles those in the background and runs slower ones meanwhile, which a graph would keep for good; the fake refuses to capture them."""
+    """It compiles them in the background. The slower ones that it runs meanwhile, a graph would keep for good.
+
+    The fake refuses to capture those.
+    """
     world = make_world(tmp_path, monkeypatch, Setting(version="1.7.1.116", rtx=True))
     with world.open(contexts=1) as engine:
         for _ in range(3):
@@ -140,13 +143,15 @@ def test_nothing_is_captured_after_every_size_was_warmed_up(world: World) -> Non
 
 # failures, and what is freed when
 
-CALLS = ("allocate", "allocate_host", "copy", "create_stream", "create_event", "synchronize_stream", "begin_capture", "end_capture", "launch_graph",
-         "record_event", "wait_event", "synchronize_event")  # fmt: skip
+CALLS = (
+    "allocate", "allocate_host", "copy", "create_stream", "create_event", "synchronize_stream", "begin_capture",
+    "end_capture", "launch_graph", "record_event", "wait_event", "synchronize_event",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("call", CALLS)
 def test_any_call_may_fail_at_any_time_and_nothing_leaks(tmp_path, monkeypatch, call: str) -> None:
-    """The nth call fails, for every n until nothing fails any more: a typed error or a right answer, and an engine that goes on."""
+    """The nth call fails, for every n until none does: a typed error or a right answer, and an engine that goes on."""
     reached = 0
     for nth in range(1, 60):
         world = make_world(tmp_path, monkeypatch)

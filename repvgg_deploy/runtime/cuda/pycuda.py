@@ -78,7 +78,7 @@ class PycudaPort:
         return self._contexts.get(index)
 
     def allocate(self, size_bytes: int) -> int:
-        block = self._ask(f"cuMemAlloc({size_bytes} bytes)", lambda: self._driver.mem_alloc(size_bytes))
+        block = self._ask(f"cuMemAlloc({size_bytes} bytes)", self._driver.mem_alloc, size_bytes)
         self._device_blocks[int(block)] = block
         return int(block)
 
@@ -86,11 +86,8 @@ class PycudaPort:
         self._ask("cuMemFree", self._device_blocks.pop(address).free)
 
     def allocate_host(self, size_bytes: int) -> int:
-        flags = self._driver.host_alloc_flags.PORTABLE
-        array = self._ask(
-            f"cuMemHostAlloc({size_bytes} bytes)",
-            lambda: self._driver.pagelocked_empty(size_bytes, "uint8", mem_flags=flags),
-        )
+        make = partial(self._driver.pagelocked_empty, mem_flags=self._driver.host_alloc_flags.PORTABLE)
+        array = self._ask(f"cuMemHostAlloc({size_bytes} bytes)", make, size_bytes, "uint8")
         address = int(array.ctypes.data)
         self._host_blocks[address] = array
         return address
@@ -106,16 +103,14 @@ class PycudaPort:
             self.synchronize_stream(own)
             return
         if self._is_host(source):
-            host = _view(source, size_bytes)
-            self._ask("cuMemcpyHtoDAsync", lambda: self._driver.memcpy_htod_async(target, host, stream))
+            self._ask("cuMemcpyHtoDAsync", self._driver.memcpy_htod_async, target, _view(source, size_bytes), stream)
         elif self._is_host(target):
-            host = _view(target, size_bytes)
-            self._ask("cuMemcpyDtoHAsync", lambda: self._driver.memcpy_dtoh_async(host, source, stream))
+            self._ask("cuMemcpyDtoHAsync", self._driver.memcpy_dtoh_async, _view(target, size_bytes), source, stream)
         else:
-            self._ask("cuMemcpyDtoDAsync", lambda: self._driver.memcpy_dtod_async(target, source, size_bytes, stream))
+            self._ask("cuMemcpyDtoDAsync", self._driver.memcpy_dtod_async, target, source, size_bytes, stream)
 
     def create_stream(self) -> Any:
-        return self._ask("cuStreamCreate", lambda: self._driver.Stream(_NON_BLOCKING))
+        return self._ask("cuStreamCreate", self._driver.Stream, _NON_BLOCKING)
 
     def destroy_stream(self, stream: Any) -> None:
         """Does nothing: pycuda frees it when the last reference to it goes."""
@@ -130,13 +125,13 @@ class PycudaPort:
             self._ask("cuStreamSynchronize", stream.synchronize)
 
     def create_event(self) -> Any:
-        return self._ask("cuEventCreate", lambda: self._driver.Event(self._driver.event_flags.DISABLE_TIMING))
+        return self._ask("cuEventCreate", self._driver.Event, self._driver.event_flags.DISABLE_TIMING)
 
     def create_timer(self) -> Any:
         return self._ask("cuEventCreate", self._driver.Event)
 
     def elapsed_ms(self, first: Any, second: Any) -> float:
-        return float(self._ask("cuEventElapsedTime", lambda: first.time_till(second)))
+        return float(self._ask("cuEventElapsedTime", first.time_till, second))
 
     def destroy_event(self, event: Any) -> None:
         """Does nothing: pycuda frees it when the last reference to it goes."""
@@ -145,13 +140,13 @@ class PycudaPort:
         if isinstance(stream, int):  # waiting now is enough: an event that was never recorded counts as happened
             self.synchronize()
         else:
-            self._ask("cuEventRecord", lambda: event.record(stream))
+            self._ask("cuEventRecord", event.record, stream)
 
     def wait_event(self, stream: Any, event: Any) -> None:
         if isinstance(stream, int):
             self.synchronize_event(event)
         else:
-            self._ask("cuStreamWaitEvent", lambda: stream.wait_for_event(event))
+            self._ask("cuStreamWaitEvent", stream.wait_for_event, event)
 
     def synchronize_event(self, event: Any) -> None:
         self._ask("cuEventSynchronize", event.synchronize)
@@ -196,9 +191,10 @@ class PycudaPort:
     def _is_host(self, address: int) -> bool:
         return any(start <= address < start + array.nbytes for start, array in list(self._host_blocks.items()))
 
-    def _ask(self, call: str, function: Callable[[], _T]) -> _T:
+    def _ask(self, call: str, function: Callable[..., _T], *arguments: Any) -> _T:
+        """Calls pycuda; `call` is the name of CUDA's own call, for an error."""
         try:
-            return function()
+            return function(*arguments)
         except self._driver.Error as error:
             raise self._translate(call, error) from error
 

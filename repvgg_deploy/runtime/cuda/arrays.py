@@ -68,8 +68,6 @@ class DeviceView:
     """An array of somebody else, in most cases on a GPU.
 
     Attributes:
-        address: First element.
-        shape: Images first.
         dtype: NumPy's name, or a description of a type that NumPy does not have.
         is_contiguous: Whether it is C-contiguous.
         device_id: Which GPU; None where the array does not say.
@@ -362,6 +360,14 @@ class _Managed(ctypes.Structure):
 
 
 _NAME = b"dltensor"
+# By the address of a capsule and its name: one that is being destroyed must get no reference.
+_is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)(("PyCapsule_IsValid", ctypes.pythonapi))
+_get_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
+_new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
+    ("PyCapsule_New", ctypes.pythonapi)
+)
 _INT, _UINT, _FLOAT = 0, 1, 2
 _CODES = {
     "int8": (_INT, 8),
@@ -376,9 +382,7 @@ _CODES = {
 
 def read_capsule(capsule: object, owner: object = None) -> DeviceView:
     """What a capsule holds. The capsule stays as it is: the memory lives as long as it does, and it frees it itself."""
-    get = ctypes.pythonapi.PyCapsule_GetPointer
-    get.restype, get.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
-    tensor = ctypes.cast(get(capsule, _NAME), ctypes.POINTER(_Managed)).contents.tensor
+    tensor = ctypes.cast(_get_pointer(id(capsule), _NAME), ctypes.POINTER(_Managed)).contents.tensor
     code, axes = (tensor.code, tensor.bits), range(tensor.ndim)
     dtype = next((name for name, known in _CODES.items() if known == code and tensor.lanes == 1), None)
     dtype = dtype or f"type {tensor.code} of {tensor.bits} bits × {tensor.lanes}"
@@ -402,9 +406,7 @@ def make_capsule(
     kept = (owner, managed, sizes)
     managed.context = id(kept)
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))  # given back in _release
-    new = ctypes.pythonapi.PyCapsule_New
-    new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
-    capsule: object = new(ctypes.addressof(managed), _NAME, ctypes.cast(_destroy, ctypes.c_void_p))
+    capsule: object = _new_capsule(ctypes.addressof(managed), _NAME, ctypes.cast(_destroy, ctypes.c_void_p))
     return capsule
 
 
@@ -416,14 +418,8 @@ def _release(pointer: int) -> None:
 
 def _discard(capsule: int) -> None:
     """A capsule goes. If nobody has consumed it, it has its first name still, and the memory is ours to release."""
-    is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)(
-        ("PyCapsule_IsValid", ctypes.pythonapi)
-    )
-    get = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)(
-        ("PyCapsule_GetPointer", ctypes.pythonapi)
-    )
-    if is_valid(capsule, _NAME):
-        _release(get(capsule, _NAME))
+    if _is_valid(capsule, _NAME):
+        _release(_get_pointer(capsule, _NAME))
 
 
 _Callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)

@@ -59,6 +59,17 @@ def test_plan_of_another_gpu_or_tensorrt_is_refused_before_it_is_loaded(
     assert world.trt.seen.deserialized == 0 and world.cuda.leaks() == {}
 
 
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [("10.2.0.19", "known to be broken"), ("8.4.3.1", "not supported"), ("9.3.0.1", "not supported")],
+)
+def test_version_of_tensorrt_that_does_not_do_is_refused(tmp_path, monkeypatch, version: str, message: str) -> None:
+    world = make_world(tmp_path, monkeypatch, Setting(version=version))
+    with pytest.raises(PlanError, match=f"TensorRT {version} is {message}") as caught:
+        world.open()
+    assert "10.3 or later, and build the plan with it" in caught.value.remedy and world.trt.seen.deserialized == 0
+
+
 def put_lean(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine has TensorRT's lean runtime only, which has no plugins either."""
     world.trt.__name__ = "tensorrt_lean"

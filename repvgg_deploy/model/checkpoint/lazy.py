@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-Buffer = bytes | bytearray | memoryview | mmap.mmap
-Elements = bytes | bytearray | memoryview | str
 _MAX_DIMENSIONS = 8
 _MAX_ELEMENTS = 1 << 40
 _MAX_NAME = 100
@@ -34,16 +32,14 @@ DTYPES = {
 
 
 class MalformedError(ValueError):
-    """The bytes are not what their format demands. Internal: the readers turn it into CheckpointError with path and remedy."""
+    """The bytes are not what their format demands. The readers turn it into a CheckpointError with path and remedy."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LazyTensor:
-    """A tensor of a file.
+    """A tensor of a file: dtype and shape as stored.
 
     Attributes:
-        dtype: As stored.
-        shape: As stored.
         backing: The bytes it is a view of, compared by identity: tensors may share them.
         backing_bytes: How many bytes the file really holds for `backing`.
         load: Gives the tensor: a view of the mapped file where that is possible. Call it once.
@@ -63,13 +59,7 @@ class LazyTensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Storage:
-    """A flat run of numbers of one dtype, which tensors are views of.
-
-    Attributes:
-        dtype: Of the elements.
-        nbytes: Bytes that the file holds for it.
-        read: Gives them: uint8 (nbytes,).
-    """
+    """A flat run of numbers of one dtype, which tensors are views of; `read` gives its bytes, uint8 (nbytes,)."""
 
     dtype: torch.dtype
     nbytes: int
@@ -95,11 +85,7 @@ class Storage:
 
 
 def as_shape(value: object) -> tuple[int, ...]:
-    """A tuple or list of sizes or strides, checked.
-
-    Raises:
-        MalformedError: It is something else, or absurdly large.
-    """
+    """A tuple or list of sizes, checked: a MalformedError if it is something else, or absurdly large."""
     if not isinstance(value, (tuple, list)) or len(value) > _MAX_DIMENSIONS:
         raise MalformedError("the shape of a tensor is not a short list of numbers")
     sizes = tuple(as_count(size) for size in value)
@@ -109,24 +95,16 @@ def as_shape(value: object) -> tuple[int, ...]:
 
 
 def as_count(value: object) -> int:
-    """A number of elements, checked.
-
-    Raises:
-        MalformedError: It is no integer, negative, or absurdly large.
-    """
+    """A number of elements, checked: a MalformedError if it is no integer, negative, or absurdly large."""
     if type(value) is not int or not 0 <= value <= _MAX_ELEMENTS:
         raise MalformedError("a size, stride or offset of a tensor is not a number between 0 and 2^40")
     return value
 
 
-def read_bytes(buffer: Buffer, start: int, nbytes: int, *, alignment: int = 1) -> torch.Tensor:
-    """uint8 (nbytes,) view of a writable buffer; a copy where the offset is not a multiple of `alignment`.
+def read_bytes(buffer: bytearray | mmap.mmap, start: int, nbytes: int, *, alignment: int = 1) -> torch.Tensor:
+    """uint8 (nbytes,) view of a writable buffer, such as a private map of a file, from the byte `start` on.
 
-    Args:
-        buffer: A private (copy-on-write) map of a file, so that a view may be written to without touching the file.
-        start: Offset in bytes.
-        nbytes: Length.
-        alignment: Size of an element of the dtype to come.
+    It is a copy where `start` is not a multiple of `alignment`, the size of an element of the dtype to come.
     """
     if nbytes == 0:
         return torch.empty(0, dtype=torch.uint8)
@@ -143,7 +121,7 @@ def read_bytes(buffer: Buffer, start: int, nbytes: int, *, alignment: int = 1) -
 
 
 def array_tensor(
-    data: Elements, dtype: np.dtype[np.generic], *, shape: tuple[int, ...], fortran: bool
+    data: bytes | bytearray | memoryview | str, dtype: np.dtype[np.generic], *, shape: tuple[int, ...], fortran: bool
 ) -> LazyTensor | None:
     """A NumPy array as a lazy tensor; None for a dtype that torch does not have.
 
@@ -156,8 +134,9 @@ def array_tensor(
     Raises:
         MalformedError: The data does not fill the shape.
     """
-    kinds = {"f2": torch.float16, "f4": torch.float32, "f8": torch.float64, "i1": torch.int8, "i2": torch.int16, "i4": torch.int32,
-             "i8": torch.int64, "u1": torch.uint8, "b1": torch.bool, "c8": torch.complex64, "c16": torch.complex128}  # fmt: skip
+    kinds = {"f2": torch.float16, "f4": torch.float32, "f8": torch.float64, "c8": torch.complex64,
+             "c16": torch.complex128, "i1": torch.int8, "i2": torch.int16, "i4": torch.int32, "i8": torch.int64,
+             "u1": torch.uint8, "b1": torch.bool}  # fmt: skip
     kind = kinds.get(dtype.str[1:])
     if kind is None:
         return None
@@ -166,19 +145,15 @@ def array_tensor(
         raise MalformedError(f"an array of shape {list(shape)} needs {expected} bytes, found {len(data)}")
 
     def load() -> torch.Tensor:
-        raw = _latin1(data) if isinstance(data, str) else data
+        try:
+            raw = bytearray(data, "latin-1") if isinstance(data, str) else data
+        except UnicodeEncodeError as error:
+            raise MalformedError("the elements of an array are text that is not Latin-1") from error
         array = np.frombuffer(raw, dtype=dtype).reshape(shape, order="F" if fortran else "C")
         # One copy at most, and none of a mapped file in native order; torch needs an aligned, writable array.
         return torch.from_numpy(np.require(array, dtype=dtype.newbyteorder("="), requirements=["C", "A", "W"]))
 
     return LazyTensor(kind, shape, data, len(data), load)
-
-
-def _latin1(text: str) -> bytearray:
-    try:
-        return bytearray(text, "latin-1")
-    except UnicodeEncodeError as error:
-        raise MalformedError("the elements of an array are text that is not Latin-1") from error
 
 
 def printable(name: object) -> str:

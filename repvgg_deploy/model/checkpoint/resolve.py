@@ -1,10 +1,17 @@
-"""The content of a file → one model in it: which state dict, family, form and architecture, and what the file says of itself."""
+"""The content of a file → one model in it: its state dict under official names, its architecture, what is said of it.
+
+`resolve` finds the state dicts (wrappers are opened, pickled modules walked), gives each official names (`names`) and
+an architecture (`structure`), and takes the first that is complete, averaged weights before others.
+Source: `main.py` of https://github.com/DingXiaoH/RepVGG (`model`, `ema`), timm (`state_dict_ema`), mmengine
+(`state_dict`; its `ema_state_dict` holds the weights that are *not* averaged, because mmengine swaps the two on
+saving), `torch.nn.Module` for pickled modules.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...errors import CheckpointError, InputError
 from ...specs import codec
@@ -12,12 +19,12 @@ from ...specs.values import Form, Preprocessing, VariantSpec
 from ...specs.variants import architecture_of
 from .containers import Content
 from .lazy import LazyTensor, MalformedError, listing, printable
-from .names import METADATA_KEY, Candidate, Translation, find_candidates, translate
-from .pickle import ForeignObject
+from .names import Translation, translate
+from .pickle import ArrayObject, ForeignObject
 from .structure import (
     AUXILIARY,
     STRIDES_ASSUMED,
-    Shape,
+    Shapes,
     Structure,
     check_complete,
     expected_shapes,
@@ -25,6 +32,25 @@ from .structure import (
     match_architecture,
 )
 
+METADATA_KEY = "repvgg_deploy"
+_EMA_KEYS = ("state_dict_ema", "model_ema", "ema", "ema_model", "model_ema_state_dict")
+_PLAIN_KEYS = (
+    "state_dict",
+    "model_state_dict",
+    "model_state",
+    "model",
+    "module",
+    "net",
+    "network",
+    "weights",
+    "params",
+)
+_SKIPPED_KEYS = frozenset(["optimizer", "optimizers", "optimizer_states", "lr_scheduler", "lr_schedulers", "scheduler",
+                           "scaler", "amp", "callbacks", "loops", "hyper_parameters", "config", "args", "meta",
+                           "message_hub", "ema_state_dict", METADATA_KEY])  # fmt: skip
+_MAX_DEPTH = 6
+_MAX_VISITS = 500_000
+_MAX_NAME = 512
 _MAX_PLAIN_DEPTH = 8
 _MAX_PLAIN_ITEMS = 200_000
 _MAX_PLAIN_TEXT = 10_000
@@ -39,9 +65,7 @@ class Resolved:
         family: Which implementation's names it has.
         form: Training or deploy.
         spec: The architecture.
-        tensors: By official name.
-        expected: Shape by name of every tensor of the model.
-        transposed: `linear.weight` is stored as (features, classes).
+        tensors: By official name, in the model's order; None for a step counter that the file lacks.
         wrapper: Path of keys to the state dict.
         labels: Names of the classes, where the file has them.
         preprocessing: How images were prepared, where the file has it.
@@ -51,13 +75,28 @@ class Resolved:
     family: str
     form: Form
     spec: VariantSpec
-    tensors: Mapping[str, LazyTensor]
-    expected: Mapping[str, Shape]
-    transposed: bool
+    tensors: Mapping[str, LazyTensor | None]
     wrapper: str
     labels: tuple[str, ...] | None
     preprocessing: Preprocessing | None
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One state dict that a file holds.
+
+    Attributes:
+        where: Path of keys to it, such as `state_dict`; empty for the file itself.
+        tensors: By name, as in the file.
+        averaged: Whether it is an exponential moving average.
+        module: Whether it was a pickled module rather than a state dict.
+    """
+
+    where: str
+    tensors: dict[str, LazyTensor]
+    averaged: bool = False
+    module: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +112,7 @@ def resolve(content: Content, arch: VariantSpec | None) -> Resolved:
     """Chooses and identifies the model: averaged weights if they are complete, else the state dict.
 
     Args:
-        content: Of the file.
+        content: As `containers.read_file` gives it.
         arch: What it should be of, or None.
 
     Raises:
@@ -82,29 +121,35 @@ def resolve(content: Content, arch: VariantSpec | None) -> Resolved:
     try:
         candidates = find_candidates(content.root)
     except MalformedError as error:
-        raise CheckpointError(
-            f"cannot be read: {error}", remedy="save the state dict alone: torch.save(model.state_dict(), …)"
-        ) from error
+        remedy = "save the state dict alone: torch.save(model.state_dict(), …)"
+        raise CheckpointError(f"cannot be read: {error}", remedy=remedy) from error
     if not candidates:
         raise _no_tensors(content)
     try:
-        return _resolve(content, candidates, arch)
+        return _take_first_complete(content, candidates, arch)
     except CheckpointError as error:
         if not content.suspicious:
             raise
-        # Whoever is told only that a tensor is missing may go on to open the file with a program that runs what is in
-        # it.
-        remedy = (
-            f"do not open it elsewhere: it may be made to run code on your machine; where you trust its source, "
-            f"{error.remedy}"
-        )
-        raise CheckpointError(f"{error.message}; {_security_notes(content)[0]}", remedy=remedy) from error
+        # Whoever is told only that a tensor is missing may go on to open the file with a program that runs its code.
+        raise CheckpointError(
+            f"{error.message}; {_security_notes(content)[0]}",
+            remedy="do not open it elsewhere: it may be made to run code on your machine; where you trust its source, "
+            f"{error.remedy}",
+        ) from error
 
 
-def _resolve(content: Content, candidates: list[Candidate], arch: VariantSpec | None) -> Resolved:
+def _take_first_complete(content: Content, candidates: list[Candidate], arch: VariantSpec | None) -> Resolved:
     embedded = _read_embedded(content)
+    attempts: list[tuple[Candidate, Translation]] = []
+    first: CheckpointError | None = None
+    for candidate in candidates:
+        try:
+            attempts += [(candidate, found) for found in translate(candidate.tensors, numpy=content.numpy)]
+        except CheckpointError as error:
+            first = first or error
+    if not attempts and first is not None:
+        raise first
     notes = _security_notes(content)
-    attempts = _find_attempts(candidates, numpy=content.numpy)
     for index, (candidate, translation) in enumerate(attempts):
         try:
             return _identify(candidate, translation, arch, embedded=embedded, notes=notes)
@@ -115,20 +160,6 @@ def _resolve(content: Content, candidates: list[Candidate], arch: VariantSpec | 
     raise AssertionError("every attempt returns or raises")
 
 
-def _find_attempts(candidates: list[Candidate], *, numpy: bool) -> list[tuple[Candidate, Translation]]:
-    """Every state dict whose names are those of a RepVGG, in the order in which to try them."""
-    attempts: list[tuple[Candidate, Translation]] = []
-    first: CheckpointError | None = None
-    for candidate in candidates:
-        try:
-            attempts += [(candidate, translation) for translation in translate(candidate.tensors, numpy=numpy)]
-        except CheckpointError as error:
-            first = first or error
-    if not attempts and first is not None:
-        raise first
-    return attempts
-
-
 def _identify(
     candidate: Candidate,
     translation: Translation,
@@ -137,32 +168,29 @@ def _identify(
     embedded: _Embedded,
     notes: tuple[str, ...],
 ) -> Resolved:
+    """One state dict under official names → its architecture; complete, or a CheckpointError."""
     tensors = {official: candidate.tensors[name] for official, name in translation.names.items()}
+    if translation.family == "paddleclas":
+        _turn_classifier(tensors)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    transposed = translation.family == "paddleclas" and _transpose_classifier(shapes)
     found = infer_structure(shapes, split=translation.split)
     stated = arch is not None or embedded.variant is not None
-    more = [
-        *_source_notes(candidate, translation),
-        *(note for note in found.notes if not (stated and note == STRIDES_ASSUMED)),
-    ]
+    more = _source_notes(candidate, translation)
+    more += [note for note in found.notes if not (stated and note == STRIDES_ASSUMED)]
     if found.form == "deploy" and any(AUXILIARY.match(name) for name in shapes):
         shapes = {name: shape for name, shape in shapes.items() if not AUXILIARY.match(name)}
         more.append("the auxiliary heads were dropped: the deploy form has none")
-    spec = _choose_spec(shapes, found, arch, embedded=embedded)
+    spec = _choose_spec(shapes, found, arch, own=embedded.variant)
     expected = expected_shapes(spec, found.form)
     check_complete(shapes, expected, translation.extra)
     if embedded.labels is not None and len(embedded.labels) != spec.num_classes:
-        raise CheckpointError(
-            f"names {len(embedded.labels)} classes, its classifier has {spec.num_classes}", remedy=_RESAVE
-        )
+        message = f"names {len(embedded.labels)} classes, its classifier has {spec.num_classes}"
+        raise CheckpointError(message, remedy=_RESAVE)
     return Resolved(
         family=translation.family,
         form=found.form,
         spec=spec,
-        tensors=tensors,
-        expected=expected,
-        transposed=transposed,
+        tensors={name: tensors.get(name) for name in expected},
         wrapper=candidate.where,
         labels=embedded.labels,
         preprocessing=embedded.preprocessing,
@@ -170,38 +198,33 @@ def _identify(
     )
 
 
-def _transpose_classifier(shapes: dict[str, Shape]) -> bool:
-    """Turns the shape of PaddlePaddle's `linear.weight` (features, classes) around; whether it did.
+def _turn_classifier(tensors: dict[str, LazyTensor]) -> None:
+    """Turns PaddlePaddle's `linear.weight` (features, classes) around, unless that way alone fits the last layer.
 
-    A square one is turned too, because the family says so. Only where the other way alone fits the last layer, the file
-    is not Paddle's.
+    A square one is turned too, because the family says so.
     """
-    shape = shapes.get("linear.weight", ())
-    last = [
-        name
-        for name in shapes
-        if name.startswith("stage4.") and name.endswith(("rbr_dense.conv.weight", "rbr_reparam.weight"))
-    ]
-    width = shapes[last[0]][:1] if last else ()
-    if len(shape) != 2 or (shape[:1] != width and shape[1:] == width):
-        return False
-    shapes["linear.weight"] = shape[::-1]
-    return True
+    ends = ("rbr_dense.conv.weight", "rbr_reparam.weight")
+    last = next(
+        (tensor for name, tensor in tensors.items() if name.startswith("stage4.") and name.endswith(ends)), None
+    )
+    width = last.shape[:1] if last is not None else ()
+    stored = tensors.get("linear.weight")
+    if stored is None or len(stored.shape) != 2 or (stored.shape[:1] != width and stored.shape[1:] == width):
+        return
+    load = stored.load
+    tensors["linear.weight"] = replace(stored, shape=stored.shape[::-1], load=lambda: load().t())
 
 
-def _choose_spec(
-    shapes: Mapping[str, Shape], found: Structure, arch: VariantSpec | None, *, embedded: _Embedded
-) -> VariantSpec:
+def _choose_spec(shapes: Shapes, found: Structure, arch: VariantSpec | None, *, own: VariantSpec | None) -> VariantSpec:
+    """What the caller asks for or the file states, where the tensors fit it; else what the tensors say."""
     spec = found.spec if arch is None else match_architecture(shapes, found, arch)
-    own = embedded.variant
     if own is None:
         return spec
     try:
         stated = match_architecture(shapes, found, own)
     except CheckpointError as error:
-        raise CheckpointError(
-            f"states an architecture that its tensors contradict: it {error.message}", remedy=_RESAVE
-        ) from error
+        message = f"states an architecture that its tensors contradict: it {error.message}"
+        raise CheckpointError(message, remedy=_RESAVE) from error
     if own.num_classes != found.spec.num_classes or (found.form == "training" and own.block != found.spec.block):
         raise CheckpointError(
             f"states {own.num_classes} classes and blocks of kind {own.block}, found {found.spec.num_classes} "
@@ -209,30 +232,25 @@ def _choose_spec(
             remedy=_RESAVE,
         )
     if arch is not None and architecture_of(arch) != architecture_of(stated):
-        raise CheckpointError(
-            f"states the strides {list(stated.strides)}, --arch {arch.name} has {list(arch.strides)}",
-            remedy="leave --arch out",
-        )
+        message = f"states the strides {list(stated.strides)}, --arch {arch.name} has {list(arch.strides)}"
+        raise CheckpointError(message, remedy="leave --arch out")
     return stated
 
 
 def _source_notes(candidate: Candidate, translation: Translation) -> list[str]:
     notes = [f"the state dict was found under {candidate.where!r}"] if candidate.where else []
-    notes += (
-        ["the file holds a pickled module; its tensors were read, its class was not needed"] if candidate.module else []
-    )
-    averaged = candidate.averaged or translation.averaged
-    notes += ["these are the averaged weights (EMA); the others in the file were not used"] if averaged else []
+    if candidate.module:
+        notes.append("the file holds a pickled module; its tensors were read, its class was not needed")
+    if candidate.averaged or translation.averaged:
+        notes.append("these are the averaged weights (EMA); the others in the file were not used")
     return [*notes, *translation.notes]
 
 
 def _security_notes(content: Content) -> tuple[str, ...]:
     if not content.suspicious:
         return ()
-    return (
-        f"WARNING: ordinary unpickling of this file would reach for {listing(sorted(content.suspicious))}; "
-        f"nothing was called here",
-    )
+    named = listing(sorted(content.suspicious))
+    return (f"WARNING: ordinary unpickling of this file would reach for {named}; nothing was called here",)
 
 
 def _no_tensors(content: Content) -> CheckpointError:
@@ -245,9 +263,113 @@ def _no_tensors(content: Content) -> CheckpointError:
     root = content.root
     what = f"an object of {printable(root.name)}" if isinstance(root, ForeignObject) else f"a {type(root).__name__}"
     what += f" with {listing(root)}" if isinstance(root, dict) and root else ""
-    return CheckpointError(
-        f"holds no tensors: it is {what}", remedy="save the state dict: torch.save(model.state_dict(), 'model.pth')"
-    )
+    remedy = "save the state dict: torch.save(model.state_dict(), 'model.pth')"
+    return CheckpointError(f"holds no tensors: it is {what}", remedy=remedy)
+
+
+class _Budget:
+    """Bounds the work on objects that share or contain each other."""
+
+    def __init__(self) -> None:
+        self._left = _MAX_VISITS
+        self.seen: set[int] = set()
+
+    def spend(self, visits: int) -> None:
+        self._left -= visits
+        if self._left < 0:
+            raise MalformedError("the objects in the file are nested or shared beyond reason")
+
+
+def find_candidates(root: object) -> list[Candidate]:
+    """State dicts in the order to try them: averaged weights, known wrappers, the file itself, anything else.
+
+    Raises:
+        MalformedError: The objects are nested or shared beyond reason.
+    """
+    found: list[Candidate] = []
+    _search(root, (), found, budget=_Budget())
+    found.sort(key=lambda candidate: not candidate.averaged)
+    return found
+
+
+def _search(node: object, path: tuple[str, ...], found: list[Candidate], *, budget: _Budget) -> None:
+    if id(node) in budget.seen or len(path) > _MAX_DEPTH:
+        return
+    budget.seen.add(id(node))
+    averaged = any(key in _EMA_KEYS for key in path)
+    if isinstance(node, ForeignObject) and _module_parts(node) is not None:
+        tensors = _walk_module(node, budget)
+        if tensors:
+            found.append(Candidate(".".join(path), tensors, averaged, module=True))
+        return
+    children = _children(node, budget)
+    for key in (*_EMA_KEYS, *_PLAIN_KEYS):
+        if key in children:
+            _search(children[key], (*path, key), found, budget=budget)
+    tensors = {name: tensor for name, value in children.items() if (tensor := _tensor_of(value)) is not None}
+    if tensors:
+        found.append(Candidate(".".join(path), tensors, averaged))
+    for key, child in children.items():
+        if key not in _SKIPPED_KEYS and isinstance(child, (dict, ForeignObject)):
+            _search(child, (*path, printable(key)), found, budget=budget)
+
+
+def _children(node: object, budget: _Budget) -> dict[str, object]:
+    """The named values in a dict, or in a foreign object: its attributes and, where it acts as a dict, its items."""
+    items: list[object] = []
+    if isinstance(node, dict):
+        items = list(node.items())
+    elif isinstance(node, ForeignObject):
+        items = [*_attributes(node).items(), *node.items]
+    budget.spend(1 + len(items))
+    pairs = (item for item in items if isinstance(item, tuple) and len(item) == 2)
+    return {key: value for key, value in pairs if isinstance(key, str) and len(key) <= _MAX_NAME}
+
+
+def _tensor_of(value: object) -> LazyTensor | None:
+    """The tensor that a value of a state dict is, if it is one; PaddlePaddle writes (name, array) pairs too."""
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str):
+        value = value[1]
+    if isinstance(value, ArrayObject):
+        return value.tensor
+    return value if isinstance(value, LazyTensor) else None
+
+
+def _attributes(node: ForeignObject) -> dict[object, object]:
+    """What a pickled object has in its `__dict__`: the place to read a further fact of a module from."""
+    state = node.state[0] if isinstance(node.state, tuple) and node.state else node.state
+    return state if isinstance(state, dict) else {}
+
+
+def _module_parts(node: ForeignObject) -> tuple[dict[object, object], ...] | None:
+    """(parameters, buffers, modules) of a pickled `torch.nn.Module`, or None."""
+    attributes = _attributes(node)
+    parts = [attributes.get(name) for name in ("_parameters", "_buffers", "_modules")]
+    dicts = tuple(part for part in parts if isinstance(part, dict))
+    return dicts if len(dicts) == len(parts) else None
+
+
+def _walk_module(root: ForeignObject, budget: _Budget) -> dict[str, LazyTensor]:
+    """Parameters and persistent buffers of a pickled module and its submodules, named as in its state dict."""
+    tensors: dict[str, LazyTensor] = {}
+    stack = [("", root)]
+    while stack:
+        prefix, module = stack.pop()
+        parameters, buffers, modules = _module_parts(module) or ({}, {}, {})
+        budget.spend(1 + len(parameters) + len(buffers) + len(modules))
+        transient = _attributes(module).get("_non_persistent_buffers_set")
+        skipped = {name for name in transient if isinstance(name, str)} if isinstance(transient, list) else set()
+        for name, value in (*parameters.items(), *buffers.items()):
+            tensor = _tensor_of(value)
+            if tensor is None or not isinstance(name, str) or name in skipped:
+                continue
+            if len(prefix) + len(name) <= _MAX_NAME:
+                tensors[prefix + name] = tensor
+        for name, child in reversed(modules.items()):
+            # A cycle ends where the prefix becomes too long.
+            if isinstance(child, ForeignObject) and isinstance(name, str) and len(prefix) + len(name) < _MAX_NAME:
+                stack.append((f"{prefix}{name}.", child))
+    return tensors
 
 
 def _read_embedded(content: Content) -> _Embedded:

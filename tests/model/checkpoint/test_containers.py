@@ -19,7 +19,7 @@ from torch import nn
 
 from repvgg_deploy.errors import CheckpointError
 from repvgg_deploy.model.checkpoint.containers import read_file
-from repvgg_deploy.model.checkpoint.names import find_candidates
+from repvgg_deploy.model.checkpoint.resolve import find_candidates
 from repvgg_deploy.model.checkpoint.pickle import ForeignObject
 
 STATE = {

@@ -516,7 +516,7 @@ def test_really_trained_custom_checkpoint_is_found_with_its_groups(shared_data):
 
 _MEASURE = """
 import sys
-from repvgg_deploy.reference.checkpoint import build_model, load_checkpoint
+from repvgg_deploy.model.checkpoint.load import build_model, load_checkpoint
 
 def read_peak():  # not ru_maxrss: a child begins with that of the tests' own process, and would never exceed it
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))

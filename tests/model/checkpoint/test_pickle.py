@@ -212,7 +212,7 @@ def test_list_as_key_is_replaced():
 
 
 def test_too_many_opcodes_are_refused(monkeypatch):
-    monkeypatch.setattr(tensor_pickle, "MAX_OPERATIONS", 100)
+    monkeypatch.setattr(tensor_pickle, "_MAX_OPERATIONS", 100)
     with pytest.raises(MalformedError, match="opcodes"):
         read(b"N0" * 60 + b"N.")
 

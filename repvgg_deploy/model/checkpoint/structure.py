@@ -1,17 +1,17 @@
-"""Official names and shapes → the architecture they are of. What does not add up is refused, naming the tensor.
+"""Official names and shapes → the architecture they are of; and whether every tensor of it is there, and no other.
 
-Source: the shapes of https://github.com/DingXiaoH/RepVGG; groups follow from a kernel's second dimension, because the
-input channels are the output channels of the layer before.
-
-Every tensor that the model has, and no other: a load is complete or refused.
+What does not add up is refused, naming the tensor. Groups follow from a kernel's second dimension, because the input
+channels are the output channels of the layer before.
+Source: the shapes of https://github.com/DingXiaoH/RepVGG.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -24,24 +24,18 @@ from .lazy import listing
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 AUXILIARY = re.compile(r"(stage[123]\w*_aux)\.")
-INCOMPLETE = "give the complete checkpoint: download it again, or save it again with torch.save(model.state_dict(), …)"
+_INCOMPLETE = "give the complete checkpoint: download it again, or save it again with torch.save(model.state_dict(), …)"
+_COUNTER = ".num_batches_tracked"
 _BLOCK = re.compile(r"(stage0|stage[1-4]\.\d+)\.")
 STRIDES_ASSUMED = (
     "the architecture is none of the published ones; tensors do not tell strides: 2 was assumed for each stage "
     "without an identity branch"
 )
-_KERNEL = {"training": "rbr_dense.conv.weight", "deploy": "rbr_reparam.weight"}
 
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """What the tensors are of.
-
-    Attributes:
-        spec: The architecture.
-        form: Training or deploy.
-        notes: Assumptions, in sentences.
-    """
+    """What the tensors are of; `notes` are assumptions, in sentences."""
 
     spec: VariantSpec
     form: Form
@@ -61,10 +55,7 @@ def infer_structure(shapes: Shapes, *, split: int = 0) -> Structure:
     blocks = _group_by_block(shapes)
     form = _find_form(blocks)
     depths = _find_depths(blocks)
-    names = [
-        "stage0",
-        *(f"stage{stage}.{index}" for stage, depth in enumerate(depths, start=1) for index in range(depth)),
-    ]
+    names = ["stage0", *(f"stage{stage}.{index}" for stage in range(1, 5) for index in range(depths[stage - 1]))]
     kernels = _find_kernels(shapes, names, form)
     kind = _find_kind(shapes, form)
     se, reduction = _find_se(shapes, names, kernels)
@@ -81,29 +72,25 @@ def infer_structure(shapes: Shapes, *, split: int = 0) -> Structure:
         spec = VariantSpec(
             name="custom",
             depths=depths,
-            widths=_five([kernels[name].width for name in firsts]),
+            widths=_five(kernels[name].width for name in firsts),
             groups=tuple(kernels[name].groups for name in names),
             se=se,
             se_reduction=reduction,
-            strides=_five([_find_stride(shapes, name, kernels[name]) for name in firsts]),
+            strides=_five(_find_stride(shapes, name, kernels[name]) for name in firsts),
             block=kind,
             num_classes=linear[0],
             auxiliary_heads=auxiliary and form == "training",
         )
     except InputError as error:
-        raise CheckpointError(f"the tensors do not form a RepVGG: {error.message}", remedy=INCOMPLETE) from error
+        raise CheckpointError(f"the tensors do not form a RepVGG: {error.message}", remedy=_INCOMPLETE) from error
     published = name_variant(spec)
-    notes = (
-        ["the auxiliary heads of RepVGGplus are absent; only training uses them"]
-        if split and form == "training" and not auxiliary
-        else []
-    )
-    notes += [] if published else [STRIDES_ASSUMED]
+    notes = [] if published else [STRIDES_ASSUMED]
+    if split and form == "training" and not auxiliary:
+        notes.insert(0, "the auxiliary heads of RepVGGplus are absent; only training uses them")
     return Structure(dataclasses.replace(spec, name=published or "custom"), form, tuple(notes))
 
 
-@dataclass(frozen=True, slots=True)
-class _Kernel:
+class _Kernel(NamedTuple):
     in_channels: int
     width: int
     groups: int
@@ -119,32 +106,25 @@ def _group_by_block(shapes: Shapes) -> dict[str, list[str]]:
 
 
 def _find_form(blocks: Mapping[str, list[str]]) -> Form:
+    branches = ("rbr_dense.", "rbr_1x1", "rbr_identity.")
     deploy = [name for name, parts in blocks.items() if any(part.startswith("rbr_reparam.") for part in parts)]
-    training = [
-        name
-        for name, parts in blocks.items()
-        if any(part.startswith(("rbr_dense.", "rbr_1x1", "rbr_identity.")) for part in parts)
-    ]
+    training = [name for name, parts in blocks.items() if any(part.startswith(branches) for part in parts)]
     if deploy and training:
         raise CheckpointError(
             f"is half converted: {listing(deploy)} in deploy form (rbr_reparam), {listing(training)} in training "
             f"form (rbr_dense)",
             remedy="convert the training-form checkpoint again, all of it: repvgg-export --ckpt train.pth "
-            "--save-deploy "
-            "deploy.pth --out model.onnx",
+            "--save-deploy deploy.pth --out model.onnx",
         )
-    leftover = [] if _has_se(blocks) else _leftover_bn(blocks)
-    if deploy and leftover:
+    has_se = any(part.startswith(("se.", "post_se.")) for parts in blocks.values() for part in parts)
+    leftover = [] if has_se else _leftover_bn(blocks)
+    if leftover:
         raise CheckpointError(
             f"is half converted: {listing(leftover)} in deploy form (rbr_reparam), but with the last BatchNorm "
             f"of a QARepVGG beside it",
             remedy="give the training-form checkpoint",
         )
     return "deploy" if deploy else "training"
-
-
-def _has_se(blocks: Mapping[str, list[str]]) -> bool:
-    return any(part.startswith(("se.", "post_se.")) for parts in blocks.values() for part in parts)
 
 
 def _leftover_bn(blocks: Mapping[str, list[str]]) -> list[str]:
@@ -158,27 +138,34 @@ def _find_depths(blocks: Mapping[str, list[str]]) -> tuple[int, int, int, int]:
         indexes = sorted(int(name.split(".")[1]) for name in blocks if name.startswith(f"stage{stage}."))
         gap = next((expected for expected, found in enumerate(indexes) if expected != found), None)
         if not indexes or gap is not None:
-            raise CheckpointError(f"is incomplete: no tensor of block stage{stage}.{gap or 0}", remedy=INCOMPLETE)
+            raise CheckpointError(f"is incomplete: no tensor of block stage{stage}.{gap or 0}", remedy=_INCOMPLETE)
         depths.append(len(indexes))
     first, second, third, fourth = depths
     return first, second, third, fourth
 
 
 def _find_kernels(shapes: Shapes, names: list[str], form: Form) -> dict[str, _Kernel]:
-    wanted = [f"{name}.{_KERNEL[form]}" for name in names]
-    missing = [name for name in wanted if name not in shapes]
+    part = "rbr_dense.conv.weight" if form == "training" else "rbr_reparam.weight"
+    missing = [f"{name}.{part}" for name in names if f"{name}.{part}" not in shapes]
     if missing:
-        raise CheckpointError(
-            f"is incomplete: {len(missing)} of {len(names)} 3×3 kernels are missing, first {missing[0]}",
-            remedy=INCOMPLETE,
-        )
+        message = f"is incomplete: {len(missing)} of {len(names)} 3×3 kernels are missing, first {missing[0]}"
+        raise CheckpointError(message, remedy=_INCOMPLETE)
     kernels: dict[str, _Kernel] = {}
     channels = 3
-    for name, key in zip(names, wanted, strict=True):
+    for name in names:
+        key = f"{name}.{part}"
         shape = _require(shapes, key, 4)
         width, per_group = shape[:2]
         if name == "stage0" and shape[2:] == (3, 3) and per_group != channels:
-            raise _other_channels(key, shape)
+            # One channel would divide three, too: a grayscale stem must not pass for three groups, which no RepVGG has.
+            reads = (
+                "1 input channel (grayscale, not RGB)" if per_group == 1 else f"{per_group} input channels (not RGB)"
+            )
+            raise CheckpointError(
+                f"{key} has the shape {list(shape)}: it reads {reads}, expected 3",
+                remedy="load it with its own code, then reparameterize(model) and export_module(model, "
+                "example_inputs); images are then prepared by you",
+            )
         if shape[2:] != (3, 3) or width < 1 or per_group < 1 or channels % per_group:
             raise CheckpointError(
                 f"{key} has the shape {list(shape)}, expected [C, I, 3, 3] with I a divisor of the {channels} "
@@ -190,26 +177,14 @@ def _find_kernels(shapes: Shapes, names: list[str], form: Form) -> dict[str, _Ke
     return kernels
 
 
-def _other_channels(key: str, shape: Shape) -> CheckpointError:
-    # One channel would divide three, too: a grayscale stem must not pass for three groups, which no RepVGG has there.
-    what = "grayscale, " if shape[1] == 1 else ""
-    return CheckpointError(
-        f"{key} has the shape {list(shape)}: it reads {shape[1]} input channel{'s' * (shape[1] != 1)} ({what}not "
-        f"RGB), expected 3",
-        remedy="load it with its own code, then reparameterize(model) and export_module(model, example_inputs); images "
-        "are then prepared by you",
-    )
-
-
 def _require(shapes: Shapes, name: str, dimensions: int) -> Shape:
     shape = shapes.get(name)
     if shape is None:
         hint = " (a backbone without its classifier, or a bigger network)" if name.startswith("linear.") else ""
-        raise CheckpointError(f"is incomplete: {name} is missing{hint}", remedy=INCOMPLETE)
+        raise CheckpointError(f"is incomplete: {name} is missing{hint}", remedy=_INCOMPLETE)
     if len(shape) != dimensions or min(shape) < 1:
-        raise CheckpointError(
-            f"{name} has the shape {list(shape)}, expected {dimensions} dimensions", remedy=INCOMPLETE
-        )
+        message = f"{name} has the shape {list(shape)}, expected {dimensions} dimensions"
+        raise CheckpointError(message, remedy=_INCOMPLETE)
     return shape
 
 
@@ -254,9 +229,8 @@ def _find_auxiliary(shapes: Shapes, depths: tuple[int, ...], *, split: int) -> b
     present = {match[1] for name in shapes if (match := AUXILIARY.match(name))}
     expected = {"stage1_aux", "stage2_aux", "stage3_first_aux"}
     if present and present != expected:
-        raise CheckpointError(
-            f"is incomplete: the auxiliary heads {listing(sorted(expected - present))} are missing", remedy=INCOMPLETE
-        )
+        missing = listing(sorted(expected - present))
+        raise CheckpointError(f"is incomplete: the auxiliary heads {missing} are missing", remedy=_INCOMPLETE)
     if present and split not in (0, depths[2] // 2):
         raise CheckpointError(
             f"its third stage is split after {split} of {depths[2]} blocks, expected the middle, where its "
@@ -266,7 +240,7 @@ def _find_auxiliary(shapes: Shapes, depths: tuple[int, ...], *, split: int) -> b
     return bool(present)
 
 
-def _five(values: list[int]) -> tuple[int, int, int, int, int]:
+def _five(values: Iterable[int]) -> tuple[int, int, int, int, int]:
     first, second, third, fourth, fifth = values
     return first, second, third, fourth, fifth
 
@@ -286,17 +260,16 @@ def expected_shapes(spec: VariantSpec, form: Form) -> dict[str, Shape]:
 
 
 def check_complete(shapes: Shapes, expected: Shapes, extra: tuple[str, ...] = ()) -> None:
-    """Compares name by name and shape by shape. BatchNorm's step counter may be missing: it has no part in inference.
+    """Compares name by name and shape by shape. BatchNorm's step counter may be missing: inference never looks at it.
 
     Raises:
         CheckpointError: Something is missing, extra, or of another shape.
     """
-    missing = [name for name in expected if name not in shapes and not name.endswith(".num_batches_tracked")]
+    needed = {name: shape for name, shape in expected.items() if not name.endswith(_COUNTER)}
+    missing = [name for name in needed if name not in shapes]
     if missing:
-        raise CheckpointError(
-            f"is incomplete: {len(missing)} of {len(expected)} tensors are missing, first {missing[0]}",
-            remedy=INCOMPLETE,
-        )
+        message = f"is incomplete: {len(missing)} of {len(expected)} tensors are missing, first {missing[0]}"
+        raise CheckpointError(message, remedy=_INCOMPLETE)
     surplus = [*extra, *(name for name in shapes if name not in expected)]
     if surplus:
         raise CheckpointError(
@@ -304,11 +277,10 @@ def check_complete(shapes: Shapes, expected: Shapes, extra: tuple[str, ...] = ()
             remedy="a bigger network: load it with its own code, then reparameterize(model); otherwise remove these "
             "tensors and save it again",
         )
-    for name, shape in expected.items():
-        if name in shapes and shapes[name] != shape and not name.endswith(".num_batches_tracked"):
-            raise CheckpointError(
-                f"{name} has the shape {list(shapes[name])}, expected {list(shape)}", remedy=INCOMPLETE
-            )
+    for name, shape in needed.items():
+        if shapes[name] != shape:
+            message = f"{name} has the shape {list(shapes[name])}, expected {list(shape)}"
+            raise CheckpointError(message, remedy=_INCOMPLETE)
 
 
 def match_architecture(shapes: Shapes, found: Structure, arch: VariantSpec) -> VariantSpec:
@@ -335,14 +307,11 @@ def match_architecture(shapes: Shapes, found: Structure, arch: VariantSpec) -> V
     if difference is None:
         return wanted
     published = spec.name != "custom"
-    remedy = (
-        f"give --arch {spec.name}, or leave --arch out"
-        if published
-        else "leave --arch out, or give a TOML file that defines this variant"
-    )
-    fitting = spec.name if published else describe_custom(spec)
+    remedy = f"give --arch {spec.name}, or leave --arch out"
     raise CheckpointError(
-        f"is not of the architecture {arch.name}: {difference}; the tensors fit {fitting}", remedy=remedy
+        f"is not of the architecture {arch.name}: {difference}; the tensors fit "
+        f"{spec.name if published else describe_custom(spec)}",
+        remedy=remedy if published else "leave --arch out, or give a TOML file that defines this variant",
     )
 
 
@@ -355,7 +324,7 @@ def describe_custom(spec: VariantSpec) -> str:
 
 def _first_difference(shapes: Shapes, expected: Shapes) -> str | None:
     for name, shape in expected.items():
-        if name.endswith(".num_batches_tracked"):
+        if name.endswith(_COUNTER):
             continue
         if name not in shapes:
             return f"{name} is expected with the shape {list(shape)}, found none"

@@ -1,14 +1,13 @@
-"""The arithmetic of reparameterization: pure functions on kernels and biases, differentiable, in the dtype of their arguments.
+"""The arithmetic of reparameterization: pure, differentiable functions on kernels and biases, in their dtype.
 
-With BatchNorm y = γ·(x − µ)/σ + β, σ = √(var + ε), a convolution W·x + b followed by it equals (γ/σ)·W · x + β + (b −
-µ)·γ/σ.
+A convolution W·x + b, then a BatchNorm γ·(x − µ)/σ + β with σ = √(var + ε), equals (γ/σ)·W · x + β + (b − µ)·γ/σ.
 Source: Ding et al. 2021, https://arxiv.org/abs/2101.03697, equations 2 to 4.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,37 +23,13 @@ class KernelBias(NamedTuple):
     bias: Tensor | None
 
 
-class BatchNormLike(Protocol):
-    """What `fuse_bn` reads of a BatchNorm; `nn.BatchNorm2d` has it."""
-
-    @property
-    def weight(self) -> Tensor | None:
-        """Float (C,), γ; None for 1."""
-
-    @property
-    def bias(self) -> Tensor | None:
-        """Float (C,), β; None for 0."""
-
-    @property
-    def running_mean(self) -> Tensor | None:
-        """Float (C,), µ."""
-
-    @property
-    def running_var(self) -> Tensor | None:
-        """Float (C,), σ² without ε."""
-
-    @property
-    def eps(self) -> float:
-        """The ε."""
-
-
 class BatchNormRows(NamedTuple):
-    """Some channels of a BatchNorm."""
+    """Some channels of a BatchNorm, under the names that `nn.BatchNorm2d` has."""
 
-    weight: Tensor | None
-    bias: Tensor | None
+    weight: Tensor | None  # γ; None for 1
+    bias: Tensor | None  # β; None for 0
     running_mean: Tensor | None
-    running_var: Tensor | None
+    running_var: Tensor | None  # σ² without ε
     eps: float
 
 
@@ -66,8 +41,8 @@ class Branch(NamedTuple):
     bn: nn.BatchNorm2d | None = None
 
 
-def fuse_bn(conv: KernelBias, bn: BatchNormLike) -> KernelBias:
-    """The convolution that equals `conv` followed by `bn` in `eval()`. A BatchNorm without affine parameters has γ = 1, β = 0."""
+def fuse_bn(conv: KernelBias, bn: nn.BatchNorm2d | BatchNormRows) -> KernelBias:
+    """The convolution that equals `conv` followed by `bn` in `eval()`; without affine parameters γ = 1 and β = 0."""
     assert bn.running_mean is not None and bn.running_var is not None, (
         "a BatchNorm without running statistics has no eval() form"
     )
@@ -81,9 +56,9 @@ def fuse_bn(conv: KernelBias, bn: BatchNormLike) -> KernelBias:
 
 
 def identity_kernel(channels: int, groups: int, like: Tensor, rows: slice = ALL_ROWS) -> KernelBias:
-    """The output channels `rows` of the 1×1 kernel (channels, channels/groups, 1, 1) that returns its input; dtype and device of `like`.
+    """The output channels `rows` of the 1×1 kernel (channels, channels/groups, 1, 1) that returns its input.
 
-    Within a group, output channel i reads input channel i mod (channels/groups).
+    It has the dtype and the device of `like`. In a group, output channel i reads input channel i mod (channels/groups).
     """
     width = channels // groups
     index = torch.arange(channels, device=like.device)[rows]
@@ -93,18 +68,17 @@ def identity_kernel(channels: int, groups: int, like: Tensor, rows: slice = ALL_
 
 
 def add_at_centre(kernel: Tensor, pointwise: Tensor) -> Tensor:
-    """A 3×3 kernel plus a 1×1 kernel at its centre tap. Where no gradient is recorded, `kernel` itself is changed and returned."""
+    """A 3×3 kernel plus a 1×1 kernel at its centre tap; where no gradient is recorded, `kernel` itself, changed."""
     if torch.is_grad_enabled():
         return kernel + nn.functional.pad(pointwise, [1, 1, 1, 1])
     kernel[:, :, 1, 1] += pointwise[:, :, 0, 0]
     return kernel
 
 
-def select_rows(bn: nn.BatchNorm2d, rows: slice) -> BatchNormRows:
+def _select_rows(bn: nn.BatchNorm2d, rows: slice) -> BatchNormRows:
     """The channels `rows` of a BatchNorm, as views."""
-    weight, bias, mean, var = (
-        None if t is None else t[rows] for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var)
-    )
+    parts = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    weight, bias, mean, var = (None if part is None else part[rows] for part in parts)
     return BatchNormRows(weight, bias, mean, var, bn.eps)
 
 
@@ -116,7 +90,7 @@ def fold_branches(
     rows: slice = ALL_ROWS,
     dtype: torch.dtype,
 ) -> KernelBias:
-    """The output channels `rows` of the one 3×3 convolution that the sum of `branches`, then `post_bn`, equals in `eval()`.
+    """The 3×3 convolution that the sum of `branches`, then `post_bn`, equals in `eval()`; its output channels `rows`.
 
     Args:
         branches: The first has a 3×3 kernel (C', C/groups, 3, 3).
@@ -133,7 +107,7 @@ def fold_branches(
         kernel = add_at_centre(kernel, part.kernel)
         bias = part.bias if bias is None else bias if part.bias is None else bias + part.bias
     total = KernelBias(kernel, bias)
-    return total if post_bn is None else fuse_bn(total, select_rows(post_bn, rows))
+    return total if post_bn is None else fuse_bn(total, _select_rows(post_bn, rows))
 
 
 def _fold_branch(branch: Branch, dense: Tensor, *, groups: int, rows: slice, dtype: torch.dtype) -> KernelBias:
@@ -142,10 +116,8 @@ def _fold_branch(branch: Branch, dense: Tensor, *, groups: int, rows: slice, dty
     else:
         part = KernelBias(branch.kernel[rows].to(dtype), None if branch.bias is None else branch.bias[rows].to(dtype))
     if branch.bn is None:
-        return KernelBias(
-            part.kernel.clone(), part.bias
-        )  # fresh memory, as fuse_bn gives, because add_at_centre may write to it
-    return fuse_bn(part, select_rows(branch.bn, rows))
+        return KernelBias(part.kernel.clone(), part.bias)  # fresh memory, because add_at_centre may write to it
+    return fuse_bn(part, _select_rows(branch.bn, rows))
 
 
 @torch.no_grad()

@@ -50,11 +50,9 @@ class BlockSpec:
 
     def conv(self, kernel_size: int, *, bias: bool) -> nn.Conv2d:
         """A convolution of this block: 3×3 dilated and padded, or 1×1."""
-        dilation = self.dilation if kernel_size == 3 else 1
-        padding = self.dilation if kernel_size == 3 else 0
-        return nn.Conv2d(
-            self.in_channels, self.out_channels, kernel_size, self.stride, padding, dilation, self.groups, bias
-        )
+        dilation, padding = (self.dilation, self.dilation) if kernel_size == 3 else (1, 0)
+        shape = (self.in_channels, self.out_channels, kernel_size)
+        return nn.Conv2d(*shape, self.stride, padding, dilation, self.groups, bias)
 
     def bn(self) -> nn.BatchNorm2d:
         """A BatchNorm over the output channels."""
@@ -97,22 +95,37 @@ class SEBlock(nn.Module):
         return x * torch.sigmoid(self.up(torch.relu(self.down(gate))))
 
 
-def _se_modules(spec: BlockSpec) -> tuple[nn.Module, nn.Module]:
-    before = SEBlock(spec.out_channels, spec.se_channels) if spec.se == "before_relu" else nn.Identity()
-    after = SEBlock(spec.out_channels, spec.se_channels) if spec.se == "after_relu" else nn.Identity()
-    return before, after
-
-
-class TrainingBlock(nn.Module):
-    """Training form: branches are summed, then (QARepVGG) one more BatchNorm, SE, ReLU, SE.
-
-    Attributes:
-        spec: What it is made of.
-    """
+class _Block(nn.Module):
+    """What both forms share: SE, ReLU, SE behind a `linear` of their own. The SE modules come last in a state dict."""
 
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
         self.spec = spec
+
+    def _add_se(self) -> None:
+        spec = self.spec
+        self.se = SEBlock(spec.out_channels, spec.se_channels) if spec.se == "before_relu" else nn.Identity()
+        self.post_se = SEBlock(spec.out_channels, spec.se_channels) if spec.se == "after_relu" else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float (N, C, H, W) → float (N, C', H', W')."""
+        return self.finish(self.linear(x))
+
+    def linear(self, x: Tensor) -> Tensor:
+        """What stands before SE and ReLU: the part that reparameterization folds."""
+        raise NotImplementedError
+
+    def finish(self, x: Tensor) -> Tensor:
+        """SE, ReLU, SE: what follows `linear`."""
+        out: Tensor = self.post_se(torch.relu(self.se(x)))
+        return out
+
+
+class TrainingBlock(_Block):
+    """Training form: branches are summed, then (QARepVGG) one more BatchNorm, SE, ReLU, SE."""
+
+    def __init__(self, spec: BlockSpec) -> None:
+        super().__init__(spec)
         self.rbr_dense = ConvBN(spec.conv(3, bias=False), spec.bn())
         self.rbr_1x1: nn.Module | None = None
         self.rbr_identity: nn.BatchNorm2d | None = None
@@ -122,19 +135,10 @@ class TrainingBlock(nn.Module):
             self.rbr_1x1 = ConvBN(spec.conv(1, bias=False), spec.bn())
             self.rbr_identity = spec.bn() if spec.has_identity else None
         self.bn = spec.bn() if spec.kind.startswith("qarepvgg") else nn.Identity()
-        self.se, self.post_se = _se_modules(spec)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """float (N, C, H, W) → float (N, C', H', W')."""
-        return self.finish(self.linear(x))
-
-    def finish(self, x: Tensor) -> Tensor:
-        """SE, ReLU, SE: what follows `linear`."""
-        out: Tensor = self.post_se(torch.relu(self.se(x)))
-        return out
+        self._add_se()
 
     def linear(self, x: Tensor) -> Tensor:
-        """What stands before SE and ReLU: the part that reparameterization folds.
+        """The sum of the branches, and (QARepVGG) its BatchNorm.
 
         QARepVGG with SE applies its last BatchNorm after the SE block; such a block is never built (see `network`).
         """
@@ -197,29 +201,15 @@ def _bn_scale(bn: nn.BatchNorm2d) -> Tensor:
     return bn.weight / torch.sqrt(bn.running_var + bn.eps)
 
 
-class DeployBlock(nn.Module):
-    """Deploy form: one 3×3 convolution with bias, SE, ReLU, SE.
-
-    Attributes:
-        spec: What it is made of.
-    """
+class DeployBlock(_Block):
+    """Deploy form: one 3×3 convolution with bias, SE, ReLU, SE."""
 
     def __init__(self, spec: BlockSpec) -> None:
-        super().__init__()
-        self.spec = spec
+        super().__init__(spec)
         self.rbr_reparam = spec.conv(3, bias=True)
-        self.se, self.post_se = _se_modules(spec)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """float (N, C, H, W) → float (N, C', H', W')."""
-        return self.finish(self.linear(x))
-
-    def finish(self, x: Tensor) -> Tensor:
-        """SE, ReLU, SE: what follows `linear`."""
-        out: Tensor = self.post_se(torch.relu(self.se(x)))
-        return out
+        self._add_se()
 
     def linear(self, x: Tensor) -> Tensor:
-        """What stands before SE and ReLU."""
+        """The convolution."""
         out: Tensor = self.rbr_reparam(x)
         return out

@@ -1,4 +1,4 @@
-"""Training form → deploy form, for a RepVGG and for any module that contains RepVGG blocks: ours, or others' by their names.
+"""Training form → deploy form, for a RepVGG and for any module that holds RepVGG blocks, ours or another project's.
 
 Folding is computed in float64 and rounded once. The argument is never changed, and the result shares no block with it.
 """
@@ -6,8 +6,7 @@ Folding is computed in float64 and rounded once. The argument is never changed, 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import nn
@@ -21,9 +20,8 @@ from .network import RepVGG
 M = TypeVar("M", bound=nn.Module)
 
 
-@dataclass(frozen=True, slots=True)
-class BlockNames:
-    """What one code base calls the parts of a RepVGG block."""
+class BlockNames(NamedTuple):
+    """What one code base calls the parts of a RepVGG block; facts read from its source."""
 
     dense: str
     pointwise: str
@@ -32,21 +30,19 @@ class BlockNames:
     bn: str
 
 
-FOREIGN_BLOCKS = (
-    BlockNames(
-        "rbr_dense", "rbr_1x1", "rbr_identity", "rbr_reparam", "bn"
-    ),  # the original, RepVGGplus, QARepVGG, YOLOv6
+_OFFICIAL_NAMES = BlockNames("rbr_dense", "rbr_1x1", "rbr_identity", "rbr_reparam", "bn")
+_FOREIGN_BLOCKS = (
+    _OFFICIAL_NAMES,  # the original, RepVGGplus, QARepVGG, YOLOv6
     BlockNames("conv_kxk", "conv_1x1", "identity", "reparam_conv", "bn"),  # timm
     BlockNames("branch_3x3", "branch_1x1", "branch_norm", "branch_reparam", "norm"),  # mmpretrain
 )
-"""Names of parts in other projects; facts read from their sources."""
 
 
 def reparameterize(model: M) -> M:
     """A copy of `model` in which every RepVGG block is one 3×3 convolution, in `eval()`.
 
     Blocks of this project become `DeployBlock`; blocks of other projects, known by the names of their parts
-    (`FOREIGN_BLOCKS`), keep their class and get the folded convolution under their own name, as their own conversion
+    (`_FOREIGN_BLOCKS`), keep their class and get the folded convolution under their own name, as their own conversion
     would have it. Auxiliary heads of a `RepVGG` are dropped: they serve training only. Everything else is copied.
 
     Args:
@@ -67,36 +63,24 @@ def reparameterize(model: M) -> M:
         elif (names := foreign_names(module)) is not None:
             memo[id(module)] = _fold_foreign(module, names, name)
         elif isinstance(module, RepVGG):
-            memo.update(_drop_auxiliary(module))
+            memo.update({id(child): None for name, child in module.named_children() if name.endswith("_aux")})
     if not memo:
         raise CheckpointError(
             f"{type(model).__name__} holds no RepVGG block in training form",
             remedy="give the model as it was trained; a model in deploy form needs no conversion",
         )
     result = copy.deepcopy(model, memo).eval()
-    _mark_deploy(result)
-    return result
-
-
-def _drop_auxiliary(model: RepVGG) -> dict[int, object]:
-    return {id(child): None for name, child in model.named_children() if name.endswith("_aux")}
-
-
-def _mark_deploy(model: nn.Module) -> None:
-    for module in model.modules():
+    for module in result.modules():
         if isinstance(module, RepVGG):
             module.form = "deploy"
             module.gradient_checkpointing = False
             for name in [name for name, child in module._modules.items() if child is None]:
                 delattr(module, name)
+    return result
 
 
 def fold_block(block: TrainingBlock) -> DeployBlock:
-    """One block of ours in deploy form; SE parameters are copied.
-
-    Returns:
-        A `DeployBlock` in the dtype and on the device of the argument.
-    """
+    """One block of ours in deploy form, in its dtype and on its device; SE parameters are copied."""
     dtype = block.rbr_dense.conv.weight.dtype
     folded = fold_in_float64(block.branches(), block.post_bn, block.spec.groups, result=dtype)
     with torch.device("meta"):
@@ -117,7 +101,7 @@ def foreign_names(module: nn.Module) -> BlockNames | None:
     if isinstance(module, (TrainingBlock, DeployBlock)):
         return None
     children = dict(module.named_children())
-    for names in FOREIGN_BLOCKS:
+    for names in _FOREIGN_BLOCKS:
         if names.dense in children and names.pointwise in children and _conv_of(children[names.dense]) is not None:
             return names
     return None
@@ -128,14 +112,28 @@ def _conv_of(branch: nn.Module) -> nn.Conv2d | None:
     return conv if isinstance(conv, nn.Conv2d) else None
 
 
+def _fold_foreign(block: nn.Module, names: BlockNames, where: str) -> nn.Module:
+    """A copy of a block of another project in which one convolution stands for its branches."""
+    children = dict(block.named_children())
+    dense, pointwise = _conv_of(children[names.dense]), _conv_of(children[names.pointwise])
+    present = [name for name in (names.dense, names.pointwise, names.identity) if name in children]
+    branches = [_branch_of(children[name], names, f"{where}.{name}") for name in present]
+    assert dense is not None  # `foreign_names` has seen it
+    _require_foldable(dense, dense if pointwise is None else pointwise, where)
+    folded = fold_in_float64(branches, _post_bn(block, names, where), dense.groups, result=dense.weight.dtype)
+    like = (dense.stride, dense.padding, dense.dilation, dense.groups)
+    conv = nn.Conv2d(dense.in_channels, dense.out_channels, 3, *like, device="meta")  # type: ignore[arg-type]
+    _assign(conv, folded)
+    return _with_folded(block, names, conv)
+
+
 def _branch_of(branch: nn.Module, names: BlockNames, where: str) -> Branch:
     if isinstance(branch, nn.Identity):
         return Branch(None)
     if isinstance(branch, _BatchNorm):
         return Branch(None, bn=_usable_bn(branch, where))
-    conv, bn = _conv_of(branch), getattr(branch, names.bn, None)
-    if isinstance(branch, nn.Conv2d):
-        bn = None
+    conv = _conv_of(branch)
+    bn = None if isinstance(branch, nn.Conv2d) else getattr(branch, names.bn, None)
     if conv is None or not (bn is None or isinstance(bn, _BatchNorm)):
         raise CheckpointError(
             f"{where}: expected a convolution with or without BatchNorm, found {type(branch).__name__}",
@@ -147,25 +145,18 @@ def _branch_of(branch: nn.Module, names: BlockNames, where: str) -> Branch:
 def _usable_bn(bn: _BatchNorm, where: str) -> nn.BatchNorm2d:
     """A BatchNorm with running statistics; SyncBatchNorm is one, too."""
     if bn.running_mean is None or bn.running_var is None:
-        raise CheckpointError(
-            f"{where}: its BatchNorm has no running statistics, so it has no eval() form",
-            remedy="train with track_running_stats=True",
-        )
+        message = f"{where}: its BatchNorm has no running statistics, so it has no eval() form"
+        raise CheckpointError(message, remedy="train with track_running_stats=True")
     return cast(nn.BatchNorm2d, bn)
 
 
-def _require_foldable(dense: nn.Conv2d, pointwise: nn.Conv2d | None, where: str) -> None:
-    """Only a zero-padded 3×3 convolution, with a 1×1 one of the same stride and groups, is one 3×3 convolution.
-
-    Raises:
-        CheckpointError: It is another.
-    """
-    one = dense if pointwise is None else pointwise
+def _require_foldable(dense: nn.Conv2d, one: nn.Conv2d, where: str) -> None:
+    """Only a zero-padded 3×3 convolution, with a 1×1 one of the same stride and groups, is one 3×3 convolution."""
     facts = {
         "kernel": (dense.kernel_size, (3, 3)),
         "padding": (dense.padding, dense.dilation),
         "padding mode": (dense.padding_mode, "zeros"),
-        "1×1 kernel": (one.kernel_size if pointwise is not None else (1, 1), (1, 1)),
+        "1×1 kernel": ((1, 1) if one is dense else one.kernel_size, (1, 1)),
         "1×1 stride": (one.stride, dense.stride),
         "1×1 groups": (one.groups, dense.groups),
     }
@@ -177,35 +168,9 @@ def _require_foldable(dense: nn.Conv2d, pointwise: nn.Conv2d | None, where: str)
             )
 
 
-def _fold_foreign(block: nn.Module, names: BlockNames, where: str) -> nn.Module:
-    branches = [
-        _branch_of(block.get_submodule(name), names, f"{where}.{name}") for name in (names.dense, names.pointwise)
-    ]
-    identity = dict(block.named_children()).get(names.identity)
-    if identity is not None:
-        branches.append(_branch_of(identity, names, f"{where}.{names.identity}"))
-    dense = _conv_of(block.get_submodule(names.dense))
-    assert dense is not None
-    _require_foldable(dense, _conv_of(block.get_submodule(names.pointwise)), where)
-    post_bn = _post_bn(block, names, where)
-    folded = fold_in_float64(branches, post_bn, dense.groups, result=dense.weight.dtype)
-    conv = nn.Conv2d(
-        dense.in_channels,
-        dense.out_channels,
-        3,
-        dense.stride,
-        dense.padding,
-        dense.dilation,
-        dense.groups,
-        device="meta",
-    )  # type: ignore[arg-type]
-    _assign(conv, folded)
-    return _with_folded(block, names, conv)
-
-
 def _post_bn(block: nn.Module, names: BlockNames, where: str) -> nn.BatchNorm2d | None:
-    """The BatchNorm after the sum, which only QARepVGG's blocks have (official naming); with SE before it, it cannot be folded."""
-    bn = dict(block.named_children()).get("bn") if names.dense == "rbr_dense" else None
+    """The BatchNorm after the sum, which QARepVGG's blocks have; with SE before it, it cannot be folded."""
+    bn = dict(block.named_children()).get("bn") if names is _OFFICIAL_NAMES else None
     if not isinstance(bn, _BatchNorm):
         return None
     if not isinstance(getattr(block, "se", nn.Identity()), nn.Identity):
@@ -217,11 +182,14 @@ def _post_bn(block: nn.Module, names: BlockNames, where: str) -> nn.BatchNorm2d 
 
 
 def _with_folded(block: nn.Module, names: BlockNames, conv: nn.Conv2d) -> nn.Module:
-    """A copy of the block without its branches. Its own forward decides on `hasattr(rbr_reparam)`, `deploy` or a None branch: all three are set."""
-    removed = {names.dense, names.pointwise, names.identity, *(("bn",) if names.dense == "rbr_dense" else ())}
+    """A copy of the block without its branches.
+
+    Its own forward decides on `hasattr(rbr_reparam)`, on `deploy` or on a None branch: all three are set.
+    """
+    removed = {names.dense, names.pointwise, names.identity, *(("bn",) if names is _OFFICIAL_NAMES else ())}
     memo: dict[int, object] = {id(child): None for name, child in block.named_children() if name in removed}
     result = copy.deepcopy(block, memo)
-    for name in [name for name in removed if name in result._modules]:
+    for name in removed & result._modules.keys():
         del result._modules[name]
     if "bn" in removed and isinstance(getattr(block, "bn", None), nn.Module):
         result.add_module("bn", nn.Identity())  # some forwards call bn in deploy form, too

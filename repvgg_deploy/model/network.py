@@ -1,7 +1,7 @@
 """The RepVGG network: stem, four stages, global average pooling, classifier; in training form or deploy form.
 
 State dict keys are the official ones (`stage0.…`, `stage1.0.…`, `linear.…`), RepVGGplus's split third stage excepted
-(see `families`).
+(see `checkpoint/names.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from ..errors import InputError
-from ..specs.values import Form, LayerSpec, VariantSpec
+from ..specs.values import Form, VariantSpec
 from .block import BlockSpec, DeployBlock, TrainingBlock
 
 STAGE_NAMES = ("stage1", "stage2", "stage3", "stage4")
@@ -29,20 +29,29 @@ class RepVGG(nn.Module):
             valid.
 
     Attributes:
-        spec: The variant.
-        form: The form it was built in.
         gradient_checkpointing: Recompute block activations in the backward pass instead of keeping them: less memory,
             about a third slower.
     """
 
     def __init__(self, spec: VariantSpec, form: Form = "training", *, output_stride: int = 32) -> None:
         super().__init__()
-        _check(spec, form, output_stride)
+        if output_stride not in (8, 16, 32):
+            raise InputError(
+                f"output_stride must be 8, 16 or 32, found {output_stride}",
+                remedy="choose 32 for classification, 8 or 16 for dense prediction",
+            )
+        if form == "training" and spec.se != "none" and spec.block.startswith("qarepvgg"):
+            raise InputError(
+                f"{spec.name}: QARepVGG with SE applies its last BatchNorm after the SE block, which no convolution "
+                f"can absorb",
+                remedy="train with a block of kind 'repvgg', or without SE",
+            )
         self.spec = spec
         self.form: Form = form
         self.output_stride = output_stride
         self.gradient_checkpointing = False
-        blocks = [_build_block(block, form) for block in _block_specs(spec, output_stride)]
+        kind = TrainingBlock if form == "training" else DeployBlock
+        blocks = [kind(block) for block in _block_specs(spec, output_stride)]
         self.stage0 = blocks[0]
         start = 1
         for name, depth in zip(STAGE_NAMES, spec.depths, strict=True):
@@ -152,20 +161,6 @@ def weight_decay_groups(model: RepVGG, weight_decay: float, *, custom_l2: bool =
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-def _check(spec: VariantSpec, form: Form, output_stride: int) -> None:
-    if output_stride not in (8, 16, 32):
-        raise InputError(
-            f"output_stride must be 8, 16 or 32, found {output_stride}",
-            remedy="choose 32 for classification, 8 or 16 for dense prediction",
-        )
-    if form == "training" and spec.se != "none" and spec.block.startswith("qarepvgg"):
-        raise InputError(
-            f"{spec.name}: QARepVGG with SE applies its last BatchNorm after the SE block, which no convolution "
-            f"can absorb",
-            remedy="train with a block of kind 'repvgg', or without SE",
-        )
-
-
 def _block_specs(spec: VariantSpec, output_stride: int) -> list[BlockSpec]:
     """Blocks in order. Where a stride would exceed `output_stride` it becomes dilation of all layers after it."""
     result, reached, dilation = [], 1, 1
@@ -176,35 +171,24 @@ def _block_specs(spec: VariantSpec, output_stride: int) -> list[BlockSpec]:
         reached *= stride
         # The first layer after a removed stride still sees a dense grid, as in dilated ResNets (Yu et al. 2017): it
         # keeps the old dilation.
-        result.append(_block_spec(spec, layer, stride, inherited if layer.stride == 2 else dilation))
+        block = BlockSpec(
+            in_channels=layer.in_channels,
+            out_channels=layer.out_channels,
+            stride=stride,
+            dilation=inherited if layer.stride == 2 else dilation,
+            groups=layer.groups,
+            has_identity=layer.has_identity,
+            kind=spec.block,
+            se=spec.se,
+            se_channels=layer.out_channels // spec.se_reduction,
+            bn_eps=spec.bn_eps,
+        )
+        result.append(block)
     return result
 
 
-def _block_spec(spec: VariantSpec, layer: LayerSpec, stride: int, dilation: int) -> BlockSpec:
-    return BlockSpec(
-        in_channels=layer.in_channels,
-        out_channels=layer.out_channels,
-        stride=stride,
-        dilation=dilation,
-        groups=layer.groups,
-        has_identity=layer.has_identity,
-        kind=spec.block,
-        se=spec.se,
-        se_channels=layer.out_channels // spec.se_reduction,
-        bn_eps=spec.bn_eps,
-    )
-
-
-def _build_block(spec: BlockSpec, form: Form) -> TrainingBlock | DeployBlock:
-    return TrainingBlock(spec) if form == "training" else DeployBlock(spec)
-
-
 def _add_auxiliary_heads(model: RepVGG, spec: VariantSpec) -> None:
-    for name, width in (
-        ("stage1_aux", spec.widths[1]),
-        ("stage2_aux", spec.widths[2]),
-        ("stage3_first_aux", spec.widths[3]),
-    ):
+    for name, width in zip(("stage1_aux", "stage2_aux", "stage3_first_aux"), spec.widths[1:4], strict=True):
         downsample = nn.Sequential()
         downsample.add_module("conv", nn.Conv2d(width, width, 3, 2, 1, bias=False))
         downsample.add_module("bn", nn.BatchNorm2d(width, eps=spec.bn_eps))

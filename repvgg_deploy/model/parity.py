@@ -22,25 +22,34 @@ from torch import Tensor, nn
 from ..errors import ParityError
 from ..specs.values import Check
 from .arithmetic import fold_in_float64
-from .block import BlockSpec, DeployBlock, TrainingBlock
+from .block import DeployBlock, TrainingBlock
 from .network import RepVGG
 
-FACTOR = 10.0
-"""Two float32 computations of one function differ by rounding alone, but sum in different orders and with folded weights. On two trained networks
-and on A0 and B2 with random BatchNorm, the whole deploy form erred 0.8–3.8 times as much as the training form; ten
-times leaves room for other processors' kernels, and is still some hundred times below what a wrong BatchNorm epsilon
-(1e-3 for 1e-5) does.
-"""
+B = TypeVar("B", TrainingBlock, DeployBlock)
+Outputs = dict[str, NDArray[np.floating]]
+logger = logging.getLogger(__name__)
+
+# Two float32 computations of one function differ by rounding alone, but sum in different orders and with folded
+# weights. On two trained networks and on A0 and B2 with random BatchNorm, the whole deploy form erred 0.8–3.8 times as
+# much as the training form; ten times leaves room for other processors' kernels, and is still some hundred times below
+# what a wrong BatchNorm epsilon (1e-3 for 1e-5) does.
+_FACTOR = 10.0
 FLOAT32_FLOOR = 16 * float(np.finfo(np.float32).eps)
-"""Relative error that is always allowed: a few roundings, where the training-mode model happened to err less than that."""
-BLOCK_FLOOR = 64 * float(np.finfo(np.float32).eps)
-"""The same for a single block on random input. Its training form rounds each branch once, at the branch's own size, and often errs by one epsilon
-only; the folded kernel's centre taps are larger than any branch's, and fast convolution algorithms mix them into all
-others. On the trained networks a block erred by up to 19 epsilons, 20 times its training form.
-"""
+"""Relative error that is always allowed: a few roundings, where the training-mode model happened to err less."""
+# The same for a single block on random input. Its training form rounds each branch once, at the branch's own size, and
+# often errs by one epsilon only; the folded kernel's centre taps are larger than any branch's, and fast convolution
+# algorithms mix them into all others. On the trained networks a block erred by up to 19 epsilons, 20 times its training
+# form.
+_BLOCK_FLOOR = 64 * float(np.finfo(np.float32).eps)
 FLOAT64_FLOOR = 64 * float(np.finfo(np.float64).eps)
-"""The same for float64 comparisons; sums of thousands of products round more often than the handful of values compared can show."""
+"""The same for float64 comparisons: sums of thousands of products round more often than a handful of values shows."""
 _EPS_RATIO = float(np.finfo(np.float64).eps / np.finfo(np.float32).eps)
+_BLOCK_INPUT = (1, 7, 6)  # images, height, width: not square, odd and even, and all borders
+# Some hundred times what trained networks have; ten times as much is still allowed to the deploy form.
+_MAX_TRAINING_ERROR = 1e-4
+_HALF_EPSILON = 0.51 * float(np.finfo(np.float32).eps)
+_SMALLEST = float(np.finfo(np.float32).tiny)  # below it float32 has fewer digits
+_MIN_SPREAD = 10.0  # outputs must move by ten tolerances from image to image, or agreement shows nothing
 
 
 def largest(array: NDArray[np.floating]) -> float:
@@ -49,24 +58,19 @@ def largest(array: NDArray[np.floating]) -> float:
 
 
 def relative_error(result: NDArray[np.floating], reference: NDArray[np.floating]) -> float:
-    """Largest absolute difference in units of the reference's largest absolute value (of 1e-30 where that is smaller)."""
+    """Largest absolute difference, in units of the reference's largest absolute value (at least 1e-30)."""
     scale = max(largest(reference), 1e-30)
     return float(np.max(np.abs(np.subtract(result, reference, dtype=np.float64)), initial=0.0)) / scale
 
 
 def allow_float32(training_error: float) -> float:
     """Tolerance of a float32 comparison, given the training-mode model's own float32 error (relative)."""
-    return max(FACTOR * training_error, FLOAT32_FLOOR)
-
-
-def allow_block_float32(training_error: float) -> float:
-    """Tolerance of a float32 comparison of one block on random input."""
-    return max(FACTOR * training_error, BLOCK_FLOOR)
+    return max(_FACTOR * training_error, FLOAT32_FLOOR)
 
 
 def allow_float64(training_error: float) -> float:
     """Tolerance of a float64 comparison: rounding errors scale with the machine epsilon."""
-    return max(FACTOR * training_error * _EPS_RATIO, FLOAT64_FLOOR)
+    return max(_FACTOR * training_error * _EPS_RATIO, FLOAT64_FLOOR)
 
 
 def compare(name: str, result: NDArray[np.floating], reference: NDArray[np.floating], tolerance: float) -> Check:
@@ -75,18 +79,6 @@ def compare(name: str, result: NDArray[np.floating], reference: NDArray[np.float
     if not np.isfinite(error):
         error = float(np.finfo(np.float64).max)
     return Check(name, error, tolerance, largest(reference))
-
-
-B = TypeVar("B", TrainingBlock, DeployBlock)
-Outputs = dict[str, NDArray[np.floating]]
-logger = logging.getLogger(__name__)
-_BLOCK_INPUT = (1, 7, 6)  # images, height, width: not square, odd and even, and all borders
-_MAX_TRAINING_ERROR = (
-    1e-4  # some hundred times what trained networks have; ten times as much is still allowed to the deploy form
-)
-_HALF_EPSILON = 0.51 * float(np.finfo(np.float32).eps)
-_SMALLEST = float(np.finfo(np.float32).tiny)  # below it float32 has fewer digits
-_MIN_SPREAD = 10.0  # outputs must move by ten tolerances from image to image, or agreement shows nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +96,6 @@ class FormReport:
     checks: tuple[Check, ...]
     references: Mapping[str, Outputs]
     training_error: float
-
-
-@dataclass(slots=True)
-class _Chains:
-    """Activations of the small batches on their way through the network, in float64."""
-
-    training: list[Tensor]
-    deploy: list[Tensor]
 
 
 @torch.no_grad()
@@ -135,23 +119,18 @@ def compare_forms(
     """
     training.eval()
     inputs = {name: torch.from_numpy(array) for name, array in batches.items()}
-    blocks, chains = _compare_blocks(training, deploy, [inputs[name].double() for name in small])
-    truth, exact = (_classify64(training.linear, chain) for chain in (chains.training, chains.deploy))
-    references = {name: _run(training, x) for name, x in inputs.items()}
+    checks, wide, exact = _compare_blocks(training, deploy, [inputs[name].double() for name in small])
+    truth = _classify64(training.linear, wide)
+    references, error = _run_reference(training, inputs, dict(zip(small, truth, strict=True)))
     results = {name: _run(deploy, inputs[name])["logits"] for name in small}
-    _require_finite("training", {name: outputs["logits"] for name, outputs in references.items()})
     _require_finite("deploy", results)
-    references, error = _keep_stable(references, dict(zip(small, truth, strict=True)))
-    checks = list(blocks)
-    for name, t, e in zip(small, truth, exact, strict=True):
+    for name, t, e in zip(small, truth, _classify64(deploy.linear, exact), strict=True):
         checks.append(compare(f"network, float64, {name}", e, t, allow_float64(error)))
     for name in (name for name in small if name in references):
-        checks.append(
-            compare(f"network, float32, {name}", results[name], references[name]["logits"], allow_float32(error))
-        )
+        logits = references[name]["logits"]
+        checks.append(compare(f"network, float32, {name}", results[name], logits, allow_float32(error)))
     same = all(torch.equal(a, b) for a, b in zip(training.linear.parameters(), deploy.linear.parameters(), strict=True))
     checks.append(Check("weights linear", 0.0 if same else 1.0, _HALF_EPSILON, 1.0))
-    _require_spread(references, allow_float32(error))
     return FormReport(tuple(checks), references, error)
 
 
@@ -159,7 +138,7 @@ def compare_forms(
 def reference_of_deploy(
     deploy: RepVGG, batches: Mapping[str, NDArray[np.float32]], *, small: Sequence[str]
 ) -> FormReport:
-    """As `compare_forms` for a checkpoint that holds the deploy form only: its own outputs and float32 error, and no checks.
+    """As `compare_forms` for a checkpoint in deploy form: its own outputs and float32 error, and no checks.
 
     Raises:
         ParityError: It gives NaN or infinity, or its output does not depend on its input.
@@ -171,11 +150,7 @@ def reference_of_deploy(
         wide = _widen(block)
         chain = [wide(x) for x in chain]
     truth = _classify64(deploy.linear, chain)
-    references = {name: _run(deploy, x) for name, x in inputs.items()}
-    _require_finite("deploy", {name: outputs["logits"] for name, outputs in references.items()})
-    references, error = _keep_stable(references, dict(zip(small, truth, strict=True)))
-    _require_spread(references, allow_float32(error))
-    return FormReport((), references, error)
+    return FormReport((), *_run_reference(deploy, inputs, dict(zip(small, truth, strict=True))))
 
 
 def require_passed(checks: Sequence[Check], what: str) -> None:
@@ -195,8 +170,11 @@ def require_passed(checks: Sequence[Check], what: str) -> None:
         )
 
 
-def _compare_blocks(training: RepVGG, deploy: RepVGG, inputs: list[Tensor]) -> tuple[list[Check], _Chains]:
-    chains = _Chains(list(inputs), list(inputs))
+def _compare_blocks(
+    training: RepVGG, deploy: RepVGG, inputs: list[Tensor]
+) -> tuple[list[Check], list[Tensor], list[Tensor]]:
+    """Checks of every block; and what the small batches are behind the last one in float64, in either form."""
+    wide_chain = exact_chain = inputs
     checks: list[Check] = []
     deploy_blocks = deploy.blocks()
     for index, (name, block) in enumerate(training.blocks().items()):
@@ -210,10 +188,10 @@ def _compare_blocks(training: RepVGG, deploy: RepVGG, inputs: list[Tensor]) -> t
         wide, exact = _widen(block), _exact_deploy(block, other)
         checks.append(_compare_kernels(name, block, other, exact))
         checks += _compare_block(name, (block, other), (wide, exact), seed=index)
-        chains.training = [wide(x) for x in chains.training]
-        chains.deploy = [exact(x) for x in chains.deploy]
+        wide_chain = [wide(x) for x in wide_chain]
+        exact_chain = [exact(x) for x in exact_chain]
         del wide, exact  # before the next block is widened
-    return checks, chains
+    return checks, wide_chain, exact_chain
 
 
 def _widen(block: B) -> B:
@@ -237,7 +215,7 @@ def _exact_deploy(block: TrainingBlock, other: DeployBlock) -> DeployBlock:
 
 
 def _compare_kernels(name: str, block: TrainingBlock, other: DeployBlock, exact: DeployBlock) -> Check:
-    """The weights that will be shipped, one by one, against the float64 fold: each output channel in units of its own largest value.
+    """The weights that will be shipped against the float64 fold: each output channel in units of its own largest value.
 
     Half an epsilon is the one rounding to float32. A channel far smaller than the others, or one that no input excites,
     shows here and nowhere else.
@@ -251,19 +229,17 @@ def _compare_kernels(name: str, block: TrainingBlock, other: DeployBlock, exact:
             continue  # rounded once, as it should be: no need of more float64 copies to see it
         size = ours.abs().amax(1, keepdim=True) if part == "weight" else ours.abs()
         worst = max(worst, float(((theirs.double() - ours).abs() / size.clamp_min(_SMALLEST)).max()))
-    same_se = all(torch.equal(a, b) for a, b in zip(block.se.parameters(), other.se.parameters(), strict=True))
-    same_se = same_se and all(
-        torch.equal(a, b) for a, b in zip(block.post_se.parameters(), other.post_se.parameters(), strict=True)
-    )
+    ours_se, theirs_se = ([*each.se.parameters(), *each.post_se.parameters()] for each in (block, other))
+    same_se = all(torch.equal(a, b) for a, b in zip(ours_se, theirs_se, strict=True))
     return Check(f"weights {name}", worst if same_se and np.isfinite(worst) else 1.0, _HALF_EPSILON, 1.0)
 
 
 def _compare_block(
     name: str, narrow: tuple[TrainingBlock, DeployBlock], wide: tuple[TrainingBlock, DeployBlock], *, seed: int
 ) -> list[Check]:
-    spec: BlockSpec = narrow[0].spec
+    """The linear part and the whole block on random input, in both precisions. Pairs: training form, deploy form."""
     count, height, width = _BLOCK_INPUT
-    x = torch.randn((count, spec.in_channels, height, width), generator=torch.Generator().manual_seed(seed))
+    x = torch.randn((count, narrow[0].spec.in_channels, height, width), generator=torch.Generator().manual_seed(seed))
     checks = []
     narrow_outputs, wide_outputs = [block.linear(x) for block in narrow], [block.linear(x.double()) for block in wide]
     for label in ("convolution", "block"):  # the ReLU hides half of all errors; the whole block has the SE
@@ -271,9 +247,9 @@ def _compare_block(
         reference, result = (out.numpy() for out in narrow_outputs)
         error = relative_error(reference, truth)
         checks.append(compare(f"{label} {name}, float64", exact, truth, allow_float64(error)))
-        checks.append(compare(f"{label} {name}, float32", result, truth, allow_block_float32(error)))
-        narrow_outputs = [narrow[0].finish(narrow_outputs[0]), narrow[1].finish(narrow_outputs[1])]
-        wide_outputs = [wide[0].finish(wide_outputs[0]), wide[1].finish(wide_outputs[1])]
+        checks.append(compare(f"{label} {name}, float32", result, truth, max(_FACTOR * error, _BLOCK_FLOOR)))
+        narrow_outputs = [block.finish(out) for block, out in zip(narrow, narrow_outputs, strict=True)]
+        wide_outputs = [block.finish(out) for block, out in zip(wide, wide_outputs, strict=True)]
     return checks
 
 
@@ -281,6 +257,17 @@ def _classify64(linear: nn.Linear | nn.Module, features: list[Tensor]) -> list[N
     assert isinstance(linear, nn.Linear)
     weight, bias = linear.weight.double(), linear.bias.double()
     return [nn.functional.linear(x.mean((2, 3)), weight, bias).numpy() for x in features]
+
+
+def _run_reference(
+    model: RepVGG, inputs: Mapping[str, Tensor], truth: Mapping[str, NDArray[np.floating]]
+) -> tuple[dict[str, Outputs], float]:
+    """Outputs on every batch that can be verified, and its own float32 error against `truth`, its float64 logits."""
+    references = {name: _run(model, x) for name, x in inputs.items()}
+    _require_finite(model.form, {name: outputs["logits"] for name, outputs in references.items()})
+    references, error = _keep_stable(references, truth)
+    _require_spread(references, allow_float32(error))
+    return references, error
 
 
 def _run(model: RepVGG, x: Tensor) -> Outputs:
@@ -314,9 +301,8 @@ def _keep_stable(
     lost = {_kind(name): error for name, error in errors.items() if not error <= _MAX_TRAINING_ERROR}
     if any(kind.startswith("image") for kind in lost):
         raise ParityError(
-            f"the model is numerically unstable: in float32 its own output is {max(lost.values()):.2g} of its "
-            f"size away from float64, "
-            f"and up to {_MAX_TRAINING_ERROR:.0e} can be verified",
+            f"the model is numerically unstable: in float32 its own output is {max(lost.values()):.2g} of its size "
+            f"away from float64, and up to {_MAX_TRAINING_ERROR:.0e} can be verified",
             remedy="look for BatchNorm variances near zero and activations that grow from layer to layer; an untrained "
             "deep network has them, too",
         )
@@ -341,8 +327,7 @@ def _require_spread(references: Mapping[str, Outputs], allowed: float) -> None:
     if not spread > _MIN_SPREAD * allowed:
         raise ParityError(
             f"the training form's output does not depend on its input: it moves by {spread:.2g} of its size from "
-            f"image to image, "
-            f"and at least {_MIN_SPREAD * allowed:.2g} is needed to see an error",
+            f"image to image, and at least {_MIN_SPREAD * allowed:.2g} is needed to see an error",
             remedy="the network is untrained or dead (all ReLUs closed, or a zero classifier): there is nothing to "
             "deploy",
         )

@@ -1,4 +1,8 @@
-"""The PyTorch reference: the network in training form and in deploy form, and reparameterization. Needs torch."""
+"""The PyTorch reference: the network in training form and in deploy form, and reparameterization. Needs torch.
+
+`checkpoint` reads a file, `network` and `block` are the model, `arithmetic` folds branches into one kernel in float64,
+`fold.reparameterize` makes the deploy form, and `parity.compare_forms` compares the two block by block.
+"""
 
 from __future__ import annotations
 

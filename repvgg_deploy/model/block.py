@@ -25,8 +25,6 @@ class BlockSpec:
     """What a block is made of.
 
     Attributes:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
         stride: Of the 3×3 and the 1×1 convolution.
         dilation: Of the 3×3 convolution; its padding is the same number.
         groups: Of both convolutions.
@@ -34,7 +32,6 @@ class BlockSpec:
         kind: Which branches and BatchNorms the training form has.
         se: Where a squeeze-and-excitation block stands.
         se_channels: Its hidden channels.
-        bn_eps: Epsilon of every BatchNorm.
     """
 
     in_channels: int

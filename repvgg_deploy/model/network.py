@@ -74,10 +74,7 @@ class RepVGG(nn.Module):
         return cast(nn.Sequential, self.get_submodule(name))
 
     def stage_outputs(self, x: Tensor) -> dict[str, Tensor]:
-        """The output of each stage.
-
-        Args:
-            x: float (N, 3, H, W), normalised RGB.
+        """The output of each stage for float (N, 3, H, W), normalised RGB.
 
         Returns:
             `stage1` … `stage4`, each float (N, C, H/s, W/s) with s = 4, 8, 16, 32 (less with a smaller output stride).
@@ -102,14 +99,7 @@ class RepVGG(nn.Module):
         return logits
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits.
-
-        Args:
-            x: float (N, 3, H, W), normalised RGB.
-
-        Returns:
-            float (N, classes).
-        """
+        """Logits: float (N, 3, H, W), normalised RGB → float (N, classes)."""
         return self.classify(self.stage_outputs(x)["stage4"])
 
     def forward_with_auxiliary(self, x: Tensor) -> dict[str, Tensor]:
@@ -120,15 +110,17 @@ class RepVGG(nn.Module):
         """
         if not hasattr(self, "stage1_aux"):
             raise InputError(f"{self.spec.name} in {self.form} form has no auxiliary heads", remedy="call forward()")
+        first, second, third, _ = self.spec.depths
+        heads = {
+            f"stage1.{first - 1}": "stage1_aux",
+            f"stage2.{second - 1}": "stage2_aux",
+            f"stage3.{third // 2 - 1}": "stage3_first_aux",
+        }
         outputs: dict[str, Tensor] = {}
-        x = self._run(self.stage0, x)
-        for name in STAGE_NAMES:
-            for index, block in enumerate(self._stage(name)):
-                x = self._run(block, x)
-                if name == "stage3" and index + 1 == self.spec.depths[2] // 2:
-                    outputs["stage3_first_aux"] = self.get_submodule("stage3_first_aux")(x)
-            if name in ("stage1", "stage2"):
-                outputs[f"{name}_aux"] = self.get_submodule(f"{name}_aux")(x)
+        for name, block in self.blocks().items():
+            x = self._run(block, x)
+            if name in heads:
+                outputs[heads[name]] = self.get_submodule(heads[name])(x)
         return {"main": self.classify(x), **outputs}
 
     def custom_l2(self) -> Tensor:

@@ -1,5 +1,6 @@
-"""Mutated checkpoints for the fuzz test, and the program that loads them: `python -m tests.fuzz.checkpoint_mutations CASES FIRST FOLDER`.
+"""Mutated checkpoints for the fuzz test, and the program that loads them.
 
+`python -m tests.fuzz.checkpoint_mutations CASES FIRST FOLDER`.
 Every case follows from its number alone, so that a failure is repeated by its number. The program limits its own
 address space and the time of each case, and prints one JSON object: how many cases ended how, and every one that ended
 in anything but a checkpoint or one of our errors.
@@ -227,7 +228,7 @@ _WORDS = (
 
 
 def _edit_name(data: bytes, chance: random.Random, seeds: list[bytes], marker: Path) -> bytes:
-    """One word of a tensor's name or type becomes another of the same length: a model with another structure in a sound container."""
+    """One word of a tensor's name or type becomes another of the same length: another model in a sound container."""
     word = chance.choice(_WORDS)
     positions = _find_all(data, word)
     if not positions:
@@ -284,6 +285,7 @@ def run_case(data: bytes, path: Path) -> str:
 
 def main(cases: int, first: int, folder: Path) -> dict[str, object]:
     """Runs the cases and says how they ended."""
+    torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
     seeds = make_seeds(folder)
     warnings.simplefilter("error")
     signal.signal(signal.SIGPROF, _interrupt)

@@ -1,6 +1,6 @@
-"""Checkpoints of every public family, written from seeded models with randomised BatchNorm in the names and containers that the family uses.
+"""Checkpoints of every public family, of seeded models with random BatchNorm, in the names and containers it uses.
 
-The renaming stands here a second time, as regular expressions from our names to theirs, so that a mistake in `families`
+The renaming stands here a second time, as regular expressions from our names to theirs, so that a mistake in `names`
 cannot hide in its mirror.
 """
 
@@ -88,7 +88,7 @@ CASES = _cases()
 
 
 def random_model(spec: VariantSpec, form: Form = "training", *, seed: int = 0) -> RepVGG:
-    """A model whose BatchNorm statistics, affine parameters and weights are all away from their defaults, in `eval()`."""
+    """A model in `eval()` whose BatchNorm statistics, affine parameters and weights are not the initial ones."""
     generator = torch.Generator().manual_seed(seed)
     model = RepVGG(spec, form).eval()
     for name, tensor in model.state_dict().items():

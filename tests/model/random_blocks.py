@@ -1,4 +1,4 @@
-"""Random blocks and networks with random BatchNorm statistics and affine parameters: with the initial ones an equality proves nothing."""
+"""Blocks and networks with random BatchNorm statistics and scales: with the initial ones an equality proves nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KINDS: tuple[BlockKind, ...] = ("repvgg", "qarepvgg_v1", "qarepvgg_v2", "plain")
 
 @torch.no_grad()
 def randomise(module: nn.Module, seed: int = 0) -> None:
-    """Random statistics and affine parameters, negative scales too, for every BatchNorm in `module`, and kernels that keep a signal alive."""
+    """Random statistics and scales, negative ones too, for every BatchNorm, and kernels that keep a signal alive."""
     generator = torch.Generator().manual_seed(seed)
     for part in module.modules():
         if isinstance(part, nn.BatchNorm2d):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -94,6 +94,7 @@ def test_add_at_centre_computes_the_sum_of_both_convolutions(recording: bool) ->
 
 
 @pytest.mark.parametrize("recording", [True, False])
+@settings(max_examples=40)
 @given(spec=block_specs())
 def test_fold_never_changes_the_parameters_that_it_reads(spec: BlockSpec, recording: bool) -> None:
     block = build_block(spec)
@@ -103,6 +104,7 @@ def test_fold_never_changes_the_parameters_that_it_reads(spec: BlockSpec, record
     assert all(torch.equal(tensor, before[key]) for key, tensor in block.state_dict().items())
 
 
+@settings(max_examples=50)
 @given(block_specs(), st.data())
 def test_fold_of_some_rows_is_those_rows_of_the_whole(spec: BlockSpec, data: st.DataObject) -> None:
     block = build_block(spec)
@@ -118,6 +120,7 @@ def test_fold_of_some_rows_is_those_rows_of_the_whole(spec: BlockSpec, data: st.
     assert torch.equal(part.bias, whole.bias[rows])
 
 
+@settings(max_examples=50)
 @given(block_specs(), st.integers(1, 40))
 def test_fold_in_float64_in_any_piece_size_gives_the_same(spec: BlockSpec, chunk: int) -> None:
     block = build_block(spec, dtype=torch.float32)

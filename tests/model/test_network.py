@@ -1,4 +1,4 @@
-"""The whole network: counts of the published variants, forms, dilation, gradient checkpointing, auxiliary heads, parameter groups."""
+"""The whole network: counts, both forms, dilation, gradient checkpointing, auxiliary heads, parameter groups."""
 
 from __future__ import annotations
 

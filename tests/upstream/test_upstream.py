@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from repvgg_deploy import upstream
 from repvgg_deploy.errors import ArtifactError, CheckpointError, InputError
 from repvgg_deploy.model.block import DeployBlock, TrainingBlock
-from repvgg_deploy.model.checkpoint.load import build_model, load_checkpoint, save_deploy
+from repvgg_deploy.model.checkpoint.load import build_model, load_checkpoint, write_deploy
 from repvgg_deploy.model.network import RepVGG
 from repvgg_deploy.specs.variants import PUBLISHED
 from repvgg_deploy.upstream import (
@@ -392,7 +392,7 @@ def test_repvggplus_checkpoints_of_both_forms_are_read_as_what_they_are(tmp_path
     model = TinyPlus().eval()
     torch.save(model.state_dict(), tmp_path / "training.pth")
     deploy = repvgg_model_convert(model, tmp_path / "deploy.pth")
-    save_deploy(deploy, tmp_path / "saved.pth")
+    write_deploy(deploy, tmp_path / "saved.pth")
     x = torch.randn(1, 3, 64, 64)
     for name, form in (("training", "training"), ("deploy", "deploy"), ("saved", "deploy")):
         checkpoint = load_checkpoint(tmp_path / f"{name}.pth", arch=model.spec)

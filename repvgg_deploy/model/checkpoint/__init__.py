@@ -9,6 +9,6 @@ The stages, and where something new goes:
   of a pickled module: read in `_walk_module` by `_attributes`, carried in `Candidate`, used or refused in `_identify`.
 - `names`: names of a file → official names. A new family: a `Naming` in `_FAMILIES`.
 - `structure`: official names and shapes → the architecture, and whether every tensor is there.
-- `load`: the stages in order, the weights, and the result (`Checkpoint`); `build_model`, `save_deploy` and
+- `load`: the stages in order, the weights, and the result (`Checkpoint`); `build_model`, `write_deploy` and
   `describe_checkpoint`.
 """

@@ -1,7 +1,7 @@
 """A checkpoint file → the family, form, variant and weights that it holds; complete, or refused with one clear reason.
 
 `load_checkpoint` is the entry: it opens the container, finds the model in it and reads its weights. `build_model` makes
-a network of the result; `save_deploy` writes one back; `describe_checkpoint` says in words what any file is, for
+a network of the result; `write_deploy` writes one back; `describe_checkpoint` says in words what any file is, for
 `repvgg-export --describe`. No code of a file is executed (see `pickle`), and weights stay views of the mapped file.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from ...errors import CheckpointError, InputError
-from ...files.output import PendingOutput, atomic_output, default_output, sha256_file
+from ...files.output import default_output, sha256_file
 from ...specs import codec
 from ...specs.values import Form, Preprocessing, VariantSpec
 from ...specs.variants import count_parameters
@@ -195,7 +195,7 @@ def build_model(checkpoint: Checkpoint, *, output_stride: int = 32) -> RepVGG:
     return model.eval()
 
 
-def save_deploy(model: RepVGG, path: Path, *, force: bool = False) -> PendingOutput:
+def write_deploy(model: RepVGG, path: Path) -> None:
     """Writes the deploy checkpoint under official names: a plain dict of tensors, as the original `convert.py` does.
 
     Tensors do not tell strides. Where a variant has others than the published ones, that dict stands under
@@ -203,23 +203,7 @@ def save_deploy(model: RepVGG, path: Path, *, force: bool = False) -> PendingOut
 
     Args:
         model: In deploy form.
-        path: The output.
-        force: Replace a different file that stands there.
-
-    Returns:
-        The output, with its status `written` or `up to date`.
-
-    Raises:
-        InputError: The model is in training form.
-        ArtifactError: The file cannot be written, or exists already.
-    """
-    with atomic_output(path, force=force) as output:
-        write_deploy(model, output.partial)
-    return output
-
-
-def write_deploy(model: RepVGG, partial: Path) -> None:
-    """As `save_deploy`, to a file that is already open to be written: for a caller that commits it with others.
+        path: Written as it is: who must not leave half a file gives the partial file of an `atomic_output`.
 
     Raises:
         InputError: The model is in training form.
@@ -232,7 +216,7 @@ def write_deploy(model: RepVGG, partial: Path) -> None:
     state: dict[str, object] = {_official_name(name, model.spec): _own_storage(tensor) for name, tensor in named}
     if set(model.spec.strides) != {2}:
         state = {"state_dict": state, METADATA_KEY: {"variant": codec.encode(model.spec)}}
-    with partial.open("wb") as file:
+    with path.open("wb") as file:
         # Through a file object: torch would else write the file's name into the archive, and equal models would differ.
         torch.save(state, file)
 
@@ -258,25 +242,17 @@ def _own_storage(tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What a file is.
+    """What a file is. What has no line below is as in `Checkpoint`, or None where the file cannot be exported.
 
     Attributes:
         file: The path as given.
-        bytes: Its size.
-        sha256: Of its bytes.
         container: Such as `torch zip`; None where it is none that we read.
-        wrapper: Path of keys to the state dict; empty where the file is one; None where none was found.
-        family: Which implementation's names it has.
-        form: Training or deploy.
         variant: Published name, or a custom variant in words.
         classes: Rows of the classifier.
         parameters: Learned parameters in this form, auxiliary heads aside.
-        spec: The architecture.
-        labels: Names of the classes, where the file has them.
-        notes: What was found, chosen or assumed.
         problem: Why it cannot be exported; None where it can.
-        remedy: What to do about it.
-        command: The command that exports it; None where it cannot be exported.
+        remedy: What to do about the problem.
+        command: The command that exports it.
     """
 
     file: str

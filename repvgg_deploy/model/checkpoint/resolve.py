@@ -62,14 +62,8 @@ class Resolved:
     """One model of a file, complete, its weights not read yet.
 
     Attributes:
-        family: Which implementation's names it has.
-        form: Training or deploy.
-        spec: The architecture.
         tensors: By official name, in the model's order; None for a step counter that the file lacks.
-        wrapper: Path of keys to the state dict.
-        labels: Names of the classes, where the file has them.
-        preprocessing: How images were prepared, where the file has it.
-        notes: What was found, chosen or assumed.
+        wrapper: Path of keys to the state dict; empty where the file is one.
     """
 
     family: str

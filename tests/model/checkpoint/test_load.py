@@ -1,4 +1,4 @@
-"""Wrappers, averaged weights, refusals, embedded metadata and the promises of `load_checkpoint`, `build_model` and `save_deploy`."""
+"""Wrappers, averaged weights, refusals, embedded metadata; what `load.py` promises; what a description says."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import io
 import pickle
+import shlex
 import subprocess
 import sys
 from collections import OrderedDict
@@ -16,12 +17,12 @@ import pytest
 import torch
 from torch import nn
 
-from repvgg_deploy.errors import ArtifactError, CheckpointError, InputError
-from repvgg_deploy.model.checkpoint.load import build_model, load_checkpoint, save_deploy
+from repvgg_deploy.errors import CheckpointError, InputError
+from repvgg_deploy.model.checkpoint.load import build_model, describe_checkpoint, load_checkpoint, write_deploy
 from repvgg_deploy.model.network import RepVGG
 from repvgg_deploy.specs import codec
 from repvgg_deploy.specs.values import Preprocessing
-from repvgg_deploy.specs.variants import get_variant
+from repvgg_deploy.specs.variants import count_parameters, get_variant
 from tests.model.generated import (
     SMALL,
     SMALL_PLUS,
@@ -298,6 +299,11 @@ def test_arch_whose_strides_contradict_an_identity_branch_is_refused(tmp_path):
         load_checkpoint(path, arch=replace(spec, strides=(2, 2, 2, 2, 2)))
 
 
+@pytest.fixture(scope="module")
+def a0_file(tmp_path_factory):
+    return save(random_model(get_variant("A0", num_classes=3)).state_dict(), tmp_path_factory.mktemp("a0"))
+
+
 @pytest.mark.parametrize(
     ("arch", "tensor"),
     [
@@ -306,10 +312,9 @@ def test_arch_whose_strides_contradict_an_identity_branch_is_refused(tmp_path):
         ("D2se", r"stage0\.rbr_dense"),
     ],
 )
-def test_wrong_arch_names_the_first_tensor_and_the_variant_that_fits(arch, tensor, tmp_path):
-    path = save(state_of(random_model(get_variant("A0", num_classes=3))), tmp_path)
+def test_wrong_arch_names_the_first_tensor_and_the_variant_that_fits(arch, tensor, a0_file):
     with pytest.raises(CheckpointError, match=tensor) as caught:
-        load_checkpoint(path, arch=get_variant(arch))
+        load_checkpoint(a0_file, arch=get_variant(arch))
     assert "the tensors fit A0" in caught.value.message
     assert "--arch A0" in caught.value.remedy
 
@@ -461,41 +466,37 @@ def test_module_that_contains_itself_many_times_is_refused(tmp_path):
         load_checkpoint(save(root, tmp_path))
 
 
-def test_save_deploy_writes_the_same_bytes_twice_and_replaces_only_with_force(tmp_path):
-    model, path = random_model(SMALL, "deploy"), tmp_path / "out.pth"
-    assert save_deploy(model, path).status == "written"
-    assert save_deploy(model, path).status == "up to date"
-    other = random_model(SMALL, "deploy", seed=5)
-    with pytest.raises(ArtifactError, match="exists and differs"):
-        save_deploy(other, path)
-    assert save_deploy(other, path, force=True).status == "written"
-    assert torch.equal(torch.load(path)["linear.weight"], other.linear.weight)
-    assert [file.name for file in tmp_path.iterdir()] == ["out.pth"]
+def test_write_deploy_writes_the_same_bytes_twice(tmp_path):
+    model = random_model(SMALL, "deploy")
+    for name in ("a.pth", "b.pth"):
+        write_deploy(model, tmp_path / name)
+    assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
+    assert torch.equal(torch.load(tmp_path / "a.pth")["linear.weight"], model.linear.weight)
 
 
-def test_save_deploy_of_other_strides_states_them_beside_the_tensors(tmp_path):
+def test_write_deploy_of_other_strides_states_them_beside_the_tensors(tmp_path):
     spec = replace(SMALL, strides=(2, 1, 2, 2, 1))
-    save_deploy(random_model(spec, "deploy"), tmp_path / "out.pth")
+    write_deploy(random_model(spec, "deploy"), tmp_path / "out.pth")
     assert load_checkpoint(tmp_path / "out.pth").spec == spec
 
 
-def test_save_deploy_of_a_training_form_is_refused(tmp_path):
+def test_write_deploy_of_a_training_form_is_refused(tmp_path):
     with pytest.raises(InputError, match="training form"):
-        save_deploy(_RAW, tmp_path / "out.pth")
+        write_deploy(_RAW, tmp_path / "out.pth")
     assert not list(tmp_path.iterdir())
 
 
-def test_save_deploy_stores_no_more_than_the_weights(tmp_path):
+def test_write_deploy_stores_no_more_than_the_weights(tmp_path):
     model = random_model(SMALL, "deploy")
     big = torch.zeros(1 << 20)
     model.linear.bias = nn.Parameter(big[:7])
-    save_deploy(model, tmp_path / "out.pth")
+    write_deploy(model, tmp_path / "out.pth")
     assert (tmp_path / "out.pth").stat().st_size < 1 << 20
 
 
 def test_load_deploy_save_again_gives_the_same_bytes(tmp_path):
-    save_deploy(random_model(SMALL_PLUS, "deploy"), tmp_path / "a.pth")
-    save_deploy(build_model(load_checkpoint(tmp_path / "a.pth")), tmp_path / "b.pth")
+    write_deploy(random_model(SMALL_PLUS, "deploy"), tmp_path / "a.pth")
+    write_deploy(build_model(load_checkpoint(tmp_path / "a.pth")), tmp_path / "b.pth")
     assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
 
 
@@ -556,5 +557,84 @@ def test_timm_state_under_a_bytes_buffer_name_is_not_confused(tmp_path):
 
 def test_plus_names_are_those_of_the_original(tmp_path):
     model = random_model(SMALL_PLUS, "deploy")
-    save_deploy(model, tmp_path / "m.pth")
+    write_deploy(model, tmp_path / "m.pth")
     assert set(torch.load(tmp_path / "m.pth")) == set(family_state(Case("repvggplus", SMALL_PLUS, "deploy"), model))
+
+
+def test_description_of_a_published_variant_is_complete(tmp_path):
+    spec = get_variant("A0", num_classes=10)
+    path = tmp_path / "best model.pth.tar"
+    torch.save({"state_dict": random_model(spec).state_dict(), "epoch": 3}, path)
+    found = describe_checkpoint(path)
+    assert found.loadable
+    assert (found.variant, found.family, found.form, found.classes, found.wrapper) == (
+        "A0",
+        "official",
+        "training",
+        10,
+        "state_dict",
+    )
+    assert (found.container, found.bytes) == ("torch zip", path.stat().st_size)
+    assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert found.parameters == count_parameters(spec, "training")
+    assert found.spec == spec
+    assert found.problem is None
+    assert found.command is not None
+    assert shlex.split(found.command) == [
+        "repvgg-export",
+        "--ckpt",
+        str(path),
+        "--out",
+        str(tmp_path / "best model.onnx"),
+    ]
+
+
+def test_description_of_a_custom_variant_says_its_shape(tmp_path):
+    spec = replace(SMALL, se="after_relu", se_reduction=4)
+    found = describe_checkpoint(write_case(Case("repvggplus", spec, "deploy"), random_model(spec, "deploy"), tmp_path))
+    assert (
+        found.variant
+        == "a custom variant (depths [1, 2, 3, 1], widths [8, 8, 16, 24, 32], groups up to 2, SE after relu 1/4)"
+    )
+    assert found.form == "deploy"
+    assert any("strides" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("content", "container", "problem"),
+    [
+        (b"<!doctype html><html></html>", None, "is an HTML or XML page"),
+        (
+            {"fc.weight": torch.ones(3, 3), "layer1.0.conv1.weight": torch.ones(3, 3, 3, 3)},
+            "torch zip",
+            "is no RepVGG but a ResNet",
+        ),
+        ({"stage0.rbr_dense.conv.weight": torch.ones(8, 3, 3, 3)}, "torch zip", "is incomplete"),
+        ({"epoch": 3}, "torch zip", "holds no tensors"),
+    ],
+)
+def test_description_of_something_else_says_what_it_is_and_what_to_do(content, container, problem, tmp_path):
+    path = tmp_path / "x.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    found = describe_checkpoint(path)
+    assert not found.loadable
+    assert found.container == container
+    assert found.problem is not None
+    assert found.problem.startswith(problem)
+    assert str(path) not in found.problem
+    assert found.remedy
+    assert found.command is None
+    assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_description_of_nothing_is_an_error(tmp_path):
+    with pytest.raises(CheckpointError, match="no such file"):
+        describe_checkpoint(tmp_path / "x.pth")
+
+
+def test_description_of_the_really_trained_model(shared_data):
+    found = describe_checkpoint(shared_data / "repvgg-a0-imagenette.pth")
+    assert (found.variant, found.classes, found.form) == ("A0", 10, "training")

@@ -11,6 +11,7 @@ https://arxiv.org/abs/2212.01593.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -92,7 +93,7 @@ class SEBlock(nn.Module):
         return x * torch.sigmoid(self.up(torch.relu(self.down(gate))))
 
 
-class _Block(nn.Module):
+class _Block(nn.Module, ABC):
     """What both forms share: SE, ReLU, SE behind a `linear` of their own. The SE modules come last in a state dict."""
 
     def __init__(self, spec: BlockSpec) -> None:
@@ -108,9 +109,9 @@ class _Block(nn.Module):
         """float (N, C, H, W) → float (N, C', H', W')."""
         return self.finish(self.linear(x))
 
+    @abstractmethod
     def linear(self, x: Tensor) -> Tensor:
         """What stands before SE and ReLU: the part that reparameterization folds."""
-        raise NotImplementedError
 
     def finish(self, x: Tensor) -> Tensor:
         """SE, ReLU, SE: what follows `linear`."""

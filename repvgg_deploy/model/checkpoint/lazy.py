@@ -13,21 +13,11 @@ import torch
 _MAX_DIMENSIONS = 8
 _MAX_ELEMENTS = 1 << 40
 _MAX_NAME = 100
-DTYPES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "ComplexFloatStorage": torch.complex64,
-    "ComplexDoubleStorage": torch.complex128,
-    "UntypedStorage": torch.uint8,
-}
+DTYPES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+          "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+          "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
+          "BoolStorage": torch.bool, "ComplexFloatStorage": torch.complex64,
+          "ComplexDoubleStorage": torch.complex128, "UntypedStorage": torch.uint8}  # fmt: skip
 """torch's storage classes by name."""
 
 

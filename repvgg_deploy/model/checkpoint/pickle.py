@@ -409,7 +409,7 @@ def _array(data: object, dtype: object, *, shape: object, fortran: bool) -> Lazy
     """None where the elements are not plain numbers."""
     if isinstance(data, ForeignObject) and data.name == "_codecs.encode" and isinstance(data.args, tuple):
         # Protocols before 3 spell bytes as Latin-1 text. It is encoded when it is used, to hold large weights once.
-        data = data.args[0] if data.args[1:] in (("latin1",), ("latin-1",), ("iso-8859-1",)) else None
+        data = data.args[0] if data.args[1:2] in (("latin1",), ("latin-1",), ("iso-8859-1",)) else None
     elements = _plain_dtype(dtype)
     if elements is None or not isinstance(data, (bytes, bytearray, memoryview, str)):
         return None

@@ -7,6 +7,7 @@ a network of the result; `write_deploy` writes one back; `describe_checkpoint` s
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shlex
 from collections.abc import Mapping
@@ -291,7 +292,9 @@ def describe_checkpoint(path: Path | str) -> Description:
         checkpoint = load_checkpoint(target)
     except CheckpointError as error:
         problem = error.message.removeprefix(f"{target}: ")
-        container = _container(target)
+        container = None
+        with contextlib.suppress(CheckpointError):
+            container = read_file(target).container
         return Description(str(path), size, sha256_file(target), container, problem=problem, remedy=error.remedy)
     spec = checkpoint.spec
     return Description(
@@ -310,10 +313,3 @@ def describe_checkpoint(path: Path | str) -> Description:
         notes=checkpoint.notes,
         command=shlex.join(["repvgg-export", "--ckpt", str(target), "--out", str(default_output(target))]),
     )
-
-
-def _container(path: Path) -> str | None:
-    try:
-        return read_file(path).container
-    except CheckpointError:
-        return None

@@ -10,6 +10,7 @@ import struct
 import tarfile
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -66,34 +67,46 @@ def test_safetensors_file_is_read(tmp_path):
     assert_same_tensors({name: content.root[name] for name in STATE})  # type: ignore[index]
 
 
+def rewrite_zip(
+    folder: Path, change: Callable[[str, bytes], bytes | None], *, compression: int = zipfile.ZIP_STORED
+) -> Path:
+    """`z.pth`: `m.pth` with every entry changed, or left out where the change gives None."""
+    with zipfile.ZipFile(folder / "m.pth") as old, zipfile.ZipFile(folder / "z.pth", "w", compression) as new:
+        for name in old.namelist():
+            data = change(name, old.read(name))
+            if data is not None:
+                new.writestr(name, data)
+    return folder / "z.pth"
+
+
 def test_deflated_torch_zip_is_read(tmp_path):
     torch.save(STATE, tmp_path / "m.pth")
-    with (
-        zipfile.ZipFile(tmp_path / "m.pth") as source,
-        zipfile.ZipFile(tmp_path / "z.pth", "w", zipfile.ZIP_DEFLATED) as target,
-    ):
-        for name in source.namelist():
-            target.writestr(name, source.read(name))
-    assert_same_tensors(read_file(tmp_path / "z.pth").root)
-
-
-def _big_endian(source: Path, target: Path) -> None:
-    """Rewrites a torch zip of float32 tensors as a big-endian machine would write it."""
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
-        for name in old.namelist():
-            data = old.read(name)
-            if name.endswith("byteorder"):
-                data = b"big"
-            elif "/data/" in name:
-                data = np.frombuffer(data, "<f4").astype(">f4").tobytes()
-            new.writestr(name, data)
+    path = rewrite_zip(tmp_path, lambda name, data: data, compression=zipfile.ZIP_DEFLATED)
+    assert_same_tensors(read_file(path).root)
 
 
 def test_big_endian_torch_zip_is_read(tmp_path):
     expected = torch.randn(3, 5, generator=torch.Generator().manual_seed(3))
     torch.save({"a": expected}, tmp_path / "m.pth")
-    _big_endian(tmp_path / "m.pth", tmp_path / "big.pth")
-    assert torch.equal(read_file(tmp_path / "big.pth").root["a"].load(), expected)  # type: ignore[index]
+
+    def swap(name: str, data: bytes) -> bytes:
+        if name.endswith("byteorder"):
+            return b"big"
+        return np.frombuffer(data, "<f4").astype(">f4").tobytes() if "/data/" in name else data
+
+    assert torch.equal(read_file(rewrite_zip(tmp_path, swap)).root["a"].load(), expected)
+
+
+def test_big_endian_legacy_stream_is_read(tmp_path):
+    expected = torch.randn(3, 5, generator=torch.Generator().manual_seed(3))
+    torch.save({"a": expected}, tmp_path / "m.pth", _use_new_zipfile_serialization=False)
+    data = (tmp_path / "m.pth").read_bytes()
+    head, storage = data[: -8 - 60], data[-60:]
+    flag = head.index(b"little_endian")
+    flag = head.index(b"\x88", flag)  # NEWTRUE
+    storage = struct.pack(">q", 15) + np.frombuffer(storage, "<f4").astype(">f4").tobytes()
+    (tmp_path / "m.pth").write_bytes(head[:flag] + b"\x89" + head[flag + 1 :] + storage)
+    assert torch.equal(read_file(tmp_path / "m.pth").root["a"].load(), expected)
 
 
 def test_stored_tensor_is_a_view_of_the_file_that_leaves_the_file_alone(tmp_path):
@@ -295,33 +308,28 @@ def test_zip_without_checksums_is_read(tmp_path):
 
 def test_zip_bomb_is_refused(tmp_path):
     torch.save({"a": torch.zeros(4)}, tmp_path / "m.pth")
-    with (
-        zipfile.ZipFile(tmp_path / "m.pth") as source,
-        zipfile.ZipFile(tmp_path / "z.pth", "w", zipfile.ZIP_DEFLATED) as target,
-    ):
-        for name in source.namelist():
-            target.writestr(name, b"\x00" * (100 << 20) if name.endswith("data/0") else source.read(name))
+    bomb = bytes(100 << 20)
+    path = rewrite_zip(
+        tmp_path,
+        lambda name, data: bomb if name.endswith("data/0") else data,
+        compression=zipfile.ZIP_DEFLATED,
+    )
     with pytest.raises(CheckpointError, match="inflate"):
-        read_file(tmp_path / "z.pth")
+        read_file(path)
 
 
 def test_storage_missing_from_the_zip_is_named(tmp_path):
     torch.save(STATE, tmp_path / "m.pth")
-    with zipfile.ZipFile(tmp_path / "m.pth") as source, zipfile.ZipFile(tmp_path / "z.pth", "w") as target:
-        for name in source.namelist():
-            if not name.endswith("data/1"):
-                target.writestr(name, source.read(name))
+    path = rewrite_zip(tmp_path, lambda name, data: None if name.endswith("data/1") else data)
     with pytest.raises(CheckpointError, match="storage 1 is missing"):
-        read_file(tmp_path / "z.pth")
+        read_file(path)
 
 
 def test_storage_shorter_than_its_tensor_is_refused(tmp_path):
     torch.save(STATE, tmp_path / "m.pth")
-    with zipfile.ZipFile(tmp_path / "m.pth") as source, zipfile.ZipFile(tmp_path / "z.pth", "w") as target:
-        for name in source.namelist():
-            target.writestr(name, source.read(name)[:-4] if name.endswith("data/0") else source.read(name))
+    path = rewrite_zip(tmp_path, lambda name, data: data[:-4] if name.endswith("data/0") else data)
     with pytest.raises(CheckpointError, match="storage 0 has 79996 bytes, expected 80000"):
-        read_file(tmp_path / "z.pth")
+        read_file(path)
 
 
 def _safetensors(header: object, data: bytes = b"") -> bytes:

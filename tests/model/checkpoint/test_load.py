@@ -27,7 +27,6 @@ from tests.model.generated import (
     SMALL,
     SMALL_PLUS,
     Case,
-    family_state,
     images,
     outputs,
     random_model,
@@ -553,12 +552,6 @@ def test_timm_state_under_a_bytes_buffer_name_is_not_confused(tmp_path):
     torch.save({"state_dict": rename(_RAW.state_dict(), "timm")}, buffer)
     (tmp_path / "no suffix").write_bytes(buffer.getvalue())
     assert load_checkpoint(tmp_path / "no suffix").family == "timm"
-
-
-def test_plus_names_are_those_of_the_original(tmp_path):
-    model = random_model(SMALL_PLUS, "deploy")
-    write_deploy(model, tmp_path / "m.pth")
-    assert set(torch.load(tmp_path / "m.pth")) == set(family_state(Case("repvggplus", SMALL_PLUS, "deploy"), model))
 
 
 def test_description_of_a_published_variant_is_complete(tmp_path):

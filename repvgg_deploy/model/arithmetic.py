@@ -23,16 +23,6 @@ class KernelBias(NamedTuple):
     bias: Tensor | None
 
 
-class BatchNormRows(NamedTuple):
-    """Some channels of a BatchNorm, under the names that `nn.BatchNorm2d` has."""
-
-    weight: Tensor | None  # γ; None for 1
-    bias: Tensor | None  # β; None for 0
-    running_mean: Tensor | None
-    running_var: Tensor | None  # σ² without ε
-    eps: float
-
-
 class Branch(NamedTuple):
     """One linear branch of a block: a 3×3 or 1×1 kernel (None: the identity), its bias, and the BatchNorm after it."""
 
@@ -41,18 +31,23 @@ class Branch(NamedTuple):
     bn: nn.BatchNorm2d | None = None
 
 
-def fuse_bn(conv: KernelBias, bn: nn.BatchNorm2d | BatchNormRows) -> KernelBias:
-    """The convolution that equals `conv` followed by `bn` in `eval()`; without affine parameters γ = 1 and β = 0."""
+def fuse_bn(conv: KernelBias, bn: nn.BatchNorm2d, rows: slice = ALL_ROWS) -> KernelBias:
+    """The convolution that equals `conv`, the output channels `rows` of one, followed by `bn` in `eval()`.
+
+    A BatchNorm without affine parameters has γ = 1 and β = 0.
+    """
     assert bn.running_mean is not None and bn.running_var is not None, (
         "a BatchNorm without running statistics has no eval() form"
     )
     dtype = conv.kernel.dtype
-    scale = 1.0 / torch.sqrt(bn.running_var.to(dtype) + bn.eps)
+    mean = bn.running_mean[rows].to(dtype)
+    scale = 1.0 / torch.sqrt(bn.running_var[rows].to(dtype) + bn.eps)
     if bn.weight is not None:
-        scale = bn.weight.to(dtype) * scale
-    shifted = -bn.running_mean.to(dtype) if conv.bias is None else conv.bias - bn.running_mean.to(dtype)
-    bias = shifted * scale
-    return KernelBias(conv.kernel * scale.reshape(-1, 1, 1, 1), bias if bn.bias is None else bn.bias.to(dtype) + bias)
+        scale = bn.weight[rows].to(dtype) * scale
+    bias = (-mean if conv.bias is None else conv.bias - mean) * scale
+    if bn.bias is not None:
+        bias = bn.bias[rows].to(dtype) + bias
+    return KernelBias(conv.kernel * scale.reshape(-1, 1, 1, 1), bias)
 
 
 def identity_kernel(channels: int, groups: int, like: Tensor, rows: slice = ALL_ROWS) -> KernelBias:
@@ -73,13 +68,6 @@ def add_at_centre(kernel: Tensor, pointwise: Tensor) -> Tensor:
         return kernel + nn.functional.pad(pointwise, [1, 1, 1, 1])
     kernel[:, :, 1, 1] += pointwise[:, :, 0, 0]
     return kernel
-
-
-def _select_rows(bn: nn.BatchNorm2d, rows: slice) -> BatchNormRows:
-    """The channels `rows` of a BatchNorm, as views."""
-    parts = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
-    weight, bias, mean, var = (None if part is None else part[rows] for part in parts)
-    return BatchNormRows(weight, bias, mean, var, bn.eps)
 
 
 def fold_branches(
@@ -107,7 +95,7 @@ def fold_branches(
         kernel = add_at_centre(kernel, part.kernel)
         bias = part.bias if bias is None else bias if part.bias is None else bias + part.bias
     total = KernelBias(kernel, bias)
-    return total if post_bn is None else fuse_bn(total, _select_rows(post_bn, rows))
+    return total if post_bn is None else fuse_bn(total, post_bn, rows)
 
 
 def _fold_branch(branch: Branch, dense: Tensor, *, groups: int, rows: slice, dtype: torch.dtype) -> KernelBias:
@@ -117,7 +105,7 @@ def _fold_branch(branch: Branch, dense: Tensor, *, groups: int, rows: slice, dty
         part = KernelBias(branch.kernel[rows].to(dtype), None if branch.bias is None else branch.bias[rows].to(dtype))
     if branch.bn is None:
         return KernelBias(part.kernel.clone(), part.bias)  # fresh memory, because add_at_centre may write to it
-    return fuse_bn(part, _select_rows(branch.bn, rows))
+    return fuse_bn(part, branch.bn, rows)
 
 
 @torch.no_grad()

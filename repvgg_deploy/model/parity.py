@@ -253,8 +253,7 @@ def _compare_block(
     return checks
 
 
-def _classify64(linear: nn.Linear | nn.Module, features: list[Tensor]) -> list[NDArray[np.floating]]:
-    assert isinstance(linear, nn.Linear)
+def _classify64(linear: nn.Linear, features: list[Tensor]) -> list[NDArray[np.floating]]:
     weight, bias = linear.weight.double(), linear.bias.double()
     return [nn.functional.linear(x.mean((2, 3)), weight, bias).numpy() for x in features]
 

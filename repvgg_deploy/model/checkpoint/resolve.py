@@ -169,7 +169,12 @@ def _identify(
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     found = infer_structure(shapes, split=translation.split)
     stated = arch is not None or embedded.variant is not None
-    more = _source_notes(candidate, translation)
+    more = [f"the state dict was found under {candidate.where!r}"] if candidate.where else []
+    if candidate.module:
+        more.append("the file holds a pickled module; its tensors were read, its class was not needed")
+    if candidate.averaged or translation.averaged:
+        more.append("these are the averaged weights (EMA); the others in the file were not used")
+    more += translation.notes
     more += [note for note in found.notes if not (stated and note == STRIDES_ASSUMED)]
     if found.form == "deploy" and any(AUXILIARY.match(name) for name in shapes):
         shapes = {name: shape for name, shape in shapes.items() if not AUXILIARY.match(name)}
@@ -229,15 +234,6 @@ def _choose_spec(shapes: Shapes, found: Structure, arch: VariantSpec | None, *, 
         message = f"states the strides {list(stated.strides)}, --arch {arch.name} has {list(arch.strides)}"
         raise CheckpointError(message, remedy="leave --arch out")
     return stated
-
-
-def _source_notes(candidate: Candidate, translation: Translation) -> list[str]:
-    notes = [f"the state dict was found under {candidate.where!r}"] if candidate.where else []
-    if candidate.module:
-        notes.append("the file holds a pickled module; its tensors were read, its class was not needed")
-    if candidate.averaged or translation.averaged:
-        notes.append("these are the averaged weights (EMA); the others in the file were not used")
-    return [*notes, *translation.notes]
 
 
 def _security_notes(content: Content) -> tuple[str, ...]:

@@ -66,6 +66,9 @@ def infer_structure(shapes: Shapes, *, split: int = 0) -> Structure:
             remedy="train with blocks of kind 'repvgg', or QARepVGG without SE",
         )
     firsts = [name for name in names if name == "stage0" or name.endswith(".0")]
+    # An identity branch proves a stride of 1; without one it is 2, as in every published variant.
+    kept = [name for name in firsts if kernels[name].in_channels == kernels[name].width]
+    dense = {name for name in kept if f"{name}.rbr_identity.weight" in shapes}
     linear = _require(shapes, "linear.weight", 2)
     auxiliary = _find_auxiliary(shapes, depths, split=split)
     try:
@@ -76,7 +79,7 @@ def infer_structure(shapes: Shapes, *, split: int = 0) -> Structure:
             groups=tuple(kernels[name].groups for name in names),
             se=se,
             se_reduction=reduction,
-            strides=_five(_find_stride(shapes, name, kernels[name]) for name in firsts),
+            strides=_five(1 if name in dense else 2 for name in firsts),
             block=kind,
             num_classes=linear[0],
             auxiliary_heads=auxiliary and form == "training",
@@ -216,12 +219,6 @@ def _find_se(shapes: Shapes, names: list[str], kernels: Mapping[str, _Kernel]) -
             remedy="give a RepVGG whose SE blocks share one reduction",
         )
     return "none", 16
-
-
-def _find_stride(shapes: Shapes, name: str, kernel: _Kernel) -> int:
-    """1 where an identity branch proves it; else 2, which every published variant has."""
-    identity = f"{name}.rbr_identity.weight" in shapes
-    return 1 if identity and kernel.in_channels == kernel.width else 2
 
 
 def _find_auxiliary(shapes: Shapes, depths: tuple[int, ...], *, split: int) -> bool:

@@ -1,1 +1,1 @@
-"""The programs `repvgg-export` and `repvgg-trt`: one file a command, which parses, calls one entry function and prints."""
+"""The programs `repvgg-export` and `repvgg-trt`: one file a command, with its options, its work and what it prints."""

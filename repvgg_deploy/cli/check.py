@@ -1,88 +1,110 @@
-"""`repvgg-trt check`: will a plan run here, or there?"""
+"""`repvgg-trt check`: will a plan run here, or there? `build` describes a new plan in the same words."""
 
 from __future__ import annotations
 
 import argparse
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import PlanIncompatibleError
-from ..files.plan_place import FLAVOURS, Compatible
-from ..specs.values import PlanPassport, ShapeProfile
-from .common import Output, format_pairs, show_bytes
+from .common import Command, Output, format_pairs, show_bytes
 
 if TYPE_CHECKING:
     from ..build.judge import CheckResult
+    from ..specs.values import PlanPassport
+
+EXAMPLES = """examples:
+  repvgg-trt check b2.plan                         (on this machine)
+  repvgg-trt check b2.plan --target gpu=a10,trt=10.9
+  repvgg-trt check b2.plan --target gpu=sm_120,rtx=1.7.1.116
+"""
+
+
+# fmt: off
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The plan and the place."""
+    parser.add_argument("plan", metavar="PLAN", type=Path, help="a plan with its passport PLAN.json beside it")
+    parser.add_argument("--target", metavar="KEY=VALUE,…", type=_read_target,
+                        help="another place: gpu=NAME or compute capability, trt=VERSION or rtx=VERSION, "
+                             "driver=VERSION (default: this machine)")
+# fmt: on
+
+
+def _read_target(text: str) -> dict[str, str]:
+    """`gpu=a10,trt=10.9` as a dict."""
+    found: dict[str, str] = {}
+    for part in text.split(","):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if key not in ("gpu", "trt", "rtx", "driver") or not equals or not value or key in found:
+            raise argparse.ArgumentTypeError(
+                f"expected gpu=…, trt=… or rtx=…, driver=…, each once and apart by commas, found {part!r}"
+            )
+        found[key] = value
+    if {"trt", "rtx"} <= set(found):
+        raise argparse.ArgumentTypeError("trt=… and rtx=… cannot hold together: a plan is of one of the two")
+    for key in set(found) - {"gpu"}:
+        if not re.fullmatch(r"\d+(\.\d+)*", found[key]):
+            raise argparse.ArgumentTypeError(f"expected a version such as {key}=10.9, found {found[key]!r}")
+    return found
 
 
 def execute(args: argparse.Namespace) -> Output:
-    """Runs the subcommand.
-
-    Raises:
-        PlanError: The plan or its passport is missing, damaged, or they do not belong together.
-        InputError: The target names no known GPU.
-    """
+    """Compares the plan's passport with this machine or the target; a plan that will not run is an error."""
     from ..build.judge import check_plan
+    from ..files.plan_place import Compatible
 
     result = check_plan(args.plan, args.target)
     verdict = result.verdict
-    errors = (
-        ()
-        if isinstance(verdict, Compatible)
-        else (PlanIncompatibleError(f"{args.plan}: {verdict.reason}", remedy=verdict.remedy),)
-    )
-    return Output(data=_as_json(args, result), text=_as_text(args, result), errors=errors)
-
-
-def describe_precision(passport: PlanPassport) -> str:
-    """`int8 97.1 %, fp16 2.9 % of the multiply-accumulates`, or why that is not known."""
-    if passport.precision == "not_inspected":
-        return (
-            f"{passport.config.precision or 'as its graph'}; its layers were not inspected: there was no GPU to load it"
-        )
-    shares = sorted(passport.precision_shares.items(), key=lambda item: -item[1])
-    seen = ", ".join(f"{name} {share:.1%}" for name, share in shares)
-    return f"{passport.precision}: {seen} of the multiply-accumulates" if len(shares) > 1 else passport.precision
-
-
-def describe_batches(profile: ShapeProfile) -> str:
-    """`1 to 32, tuned for 8`."""
-    if profile.min_batch == profile.max_batch:
-        return f"{profile.max_batch} and no other"
-    return f"{profile.min_batch} to {profile.max_batch}, tuned for {profile.opt_batch}"
-
-
-def describe_place(passport: PlanPassport) -> str:
-    """Where a plan runs."""
-    library, config = FLAVOURS[passport.flavour], passport.config
-    flexible = config.version_compatible and passport.flavour == "tensorrt"
-    version = (
-        f"{library} "
-        f"{passport.tensorrt_version}{' and later of the same major version' if flexible else ' and no other'}"
-    )
-    if config.hardware_compatible and passport.flavour == "tensorrt":
-        return f"every GPU from Ampere (8.0) on, with {version}"
-    name = f" ({passport.gpu_name})" if passport.gpu_name and passport.flavour == "tensorrt" else ""
-    return f"compute capability {', '.join(passport.compute_capabilities)}{name}, with {version}"
-
-
-def _as_text(args: argparse.Namespace, result: CheckResult) -> str:
-    passport, verdict = result.passport, result.verdict
     pairs = [
         ("plan", f"{args.plan}, {show_bytes(result.plan_bytes)}, as it was built"),
-        ("precision", describe_precision(passport)),
-        ("batches", describe_batches(passport.config.profile)),
-        ("runs on", describe_place(passport)),
+        *describe_plan(result.passport),
         ("here" if result.is_here else "target", _describe_environment(result)),
     ]
+    data: dict[str, object] = {"plan": str(args.plan), "compatible": isinstance(verdict, Compatible)}
+    errors: tuple[PlanIncompatibleError, ...] = ()
     if isinstance(verdict, Compatible):
         pairs.append(("verdict", "it will run, as far as that is known" if verdict.warnings else "it will run"))
         pairs += [("warning", warning) for warning in verdict.warnings]
+        data |= {"reason": None, "remedy": None, "warnings": verdict.warnings}
     else:
         pairs.append(("verdict", "it will not run"))
-    return format_pairs(pairs)
+        data |= {"reason": verdict.reason, "remedy": verdict.remedy, "warnings": ()}
+        errors = (PlanIncompatibleError(f"{args.plan}: {verdict.reason}", remedy=verdict.remedy),)
+    data |= {"here": result.is_here, "environment": result.environment, "passport": result.passport}
+    return Output(data=data, text=format_pairs(pairs), errors=errors)
+
+
+def describe_plan(passport: PlanPassport) -> list[tuple[str, str]]:
+    """The precision, the batch sizes and the place of a plan, in words."""
+    from ..files.plan_place import FLAVOURS
+
+    config, profile = passport.config, passport.config.profile
+    shares = sorted(passport.precision_shares.items(), key=lambda item: -item[1])
+    precision: str = passport.precision
+    if precision == "not_inspected":
+        typed = config.precision or "as its graph"
+        precision = f"{typed}; its layers were not inspected: there was no GPU to load it"
+    elif len(shares) > 1:
+        seen = ", ".join(f"{name} {share:.1%}" for name, share in shares)
+        precision = f"{precision}: {seen} of the multiply-accumulates"
+    batches = f"{profile.min_batch} to {profile.max_batch}, tuned for {profile.opt_batch}"
+    if profile.min_batch == profile.max_batch:
+        batches = f"{profile.max_batch} and no other"
+    is_tensorrt = passport.flavour == "tensorrt"
+    later = "and later of the same major version" if is_tensorrt and config.version_compatible else "and no other"
+    place = f"compute capability {', '.join(passport.compute_capabilities)}"
+    if is_tensorrt and config.hardware_compatible:
+        place = "every GPU from Ampere (8.0) on"
+    elif is_tensorrt and passport.gpu_name:
+        place += f" ({passport.gpu_name})"
+    place += f", with {FLAVOURS[passport.flavour]} {passport.tensorrt_version} {later}"
+    return [("precision", precision), ("batches", batches), ("runs on", place)]
 
 
 def _describe_environment(result: CheckResult) -> str:
+    from ..files.plan_place import FLAVOURS
+
     environment = result.environment
     library = FLAVOURS[environment.flavour] if environment.flavour else "any TensorRT"
     if result.is_here and environment.tensorrt_version is None:
@@ -95,16 +117,12 @@ def _describe_environment(result: CheckResult) -> str:
     return f"{gpu}{driver}, {library}{f' {environment.tensorrt_version}' if environment.tensorrt_version else ''}"
 
 
-def _as_json(args: argparse.Namespace, result: CheckResult) -> dict[str, object]:
-    verdict = result.verdict
-    compatible = isinstance(verdict, Compatible)
-    return {
-        "plan": str(args.plan),
-        "compatible": compatible,
-        "reason": None if isinstance(verdict, Compatible) else verdict.reason,
-        "remedy": None if isinstance(verdict, Compatible) else verdict.remedy,
-        "warnings": verdict.warnings if isinstance(verdict, Compatible) else (),
-        "here": result.is_here,
-        "environment": result.environment,
-        "passport": result.passport,
-    }
+COMMAND = Command(
+    "check",
+    "say whether a plan will run here, or on another GPU and TensorRT",
+    "Compares a plan's passport with this machine, or with another that --target describes. Needs no GPU. Exit code 0: "
+    "it will run; 1: it will not, and why.",
+    add_options,
+    execute,
+    examples=EXAMPLES,
+)

@@ -1,18 +1,9 @@
-"""What both programs share: options, exit codes, errors, signals, output. Standard library only, because `--help` must be quick.
+"""What all commands share: exit codes, errors, signals, output; a progress bar; aligned text; values of options.
 
-A program parses its arguments, then hands a body to `run`; the body imports its stage, does the work and returns an
-`Output`:
-
-    def main(argv: list[str] | None = None) -> int:
-        return run(body, build_parser().parse_args(argv))
-
-Exit codes: 0 done; 1 an error of ours (message and remedy); 2 usage; 130 interrupted; 143 and 129 terminated or hung
-up; 141 the reader of standard output went away. Signals raise, so that every `finally` runs and no partial file is
-left.
-
-Aligned columns of text.
-
-A bar for each stage of a long job, one after the other.
+A command declares its options and offers `execute(args) -> Output`, which imports what it needs only when it is called:
+`--help` must be quick. `run` calls it, prints the output and gives the exit code: 0 done; 1 an error of ours, with
+message and remedy; 2 usage (argparse); 130 interrupted; 143 and 129 terminated or hung up; 141 the reader of standard
+output went away. Signals raise, so that every `finally` runs and no partial file is left.
 """
 
 from __future__ import annotations
@@ -30,109 +21,23 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import FrameType, TracebackType
+from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, TextIO
 
 from .. import __version__
 from ..errors import ArtifactError, RepVGGDeployError
 
-
-def format_table(rows: Sequence[Sequence[str]], align: str, *, indent: int = 2) -> str:
-    """Rows of equal length as lines with aligned columns.
-
-    Args:
-        rows: The first may be a header.
-        align: `<` or `>` for each column.
-        indent: Spaces before each line.
-    """
-    widths = [max(len(row[column]) for row in rows) for column in range(len(align))] if rows else []
-    lines = (
-        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True)) for row in rows
-    )
-    return "\n".join((" " * indent + line).rstrip() for line in lines)
-
-
-def format_pairs(pairs: Sequence[tuple[str, str]]) -> str:
-    """`name  value` lines with the values aligned; a value of several lines is indented as a whole."""
-    width = max(len(name) for name, _ in pairs)
-    return "\n".join(
-        f"{name:<{width}}  {value}".replace("\n", "\n" + " " * (width + 2)).rstrip() for name, value in pairs
-    )
-
-
-def fold_lines(text: str, columns: int) -> str:
-    """Lines that are longer than a terminal is wide, broken between words; what goes on stands below the value, as `format_pairs` has it.
-
-    Rows of a table, which have gaps of two spaces and more in several places, stay as they are: folded they would be
-    harder to read.
-    """
-    return "\n".join(_fold(line, columns) for line in text.split("\n"))
-
-
-def _fold(line: str, columns: int) -> str:
-    if len(line) <= columns or len(re.findall(r"\S {2,}(?=\S)", line)) > 1:
-        return line
-    value = re.match(r" +|\S+(?: \S+)* {2,}(?=\S)", line)
-    indent = value.end() if value and value.end() <= columns // 2 else 2
-    return textwrap.fill(
-        line,
-        columns,
-        subsequent_indent=" " * indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-        replace_whitespace=False,
-        expand_tabs=False,
-    )
-
-
-def show_bytes(count: int) -> str:
-    """`25.5 MB`, `3.1 kB`."""
-    return f"{count / 1e6:.1f} MB" if count >= 1_000_000 else f"{count / 1e3:.1f} kB"
-
-
-class StageProgress:
-    """Told of stages, steps done and steps in all; draws what `Progress` draws, anew for each stage.
-
-    Args:
-        stream: Where to draw; standard error for None.
-    """
-
-    def __init__(self, *, stream: TextIO | None = None) -> None:
-        self._stream = stream
-        self._bar: Progress | None = None
-        self._stage, self._done, self._total = "", 0, 0
-
-    def __enter__(self) -> StageProgress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._close()
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        """So many steps of a stage are done; fewer than before begin it again."""
-        if self._bar is None or (stage, total) != (self._stage, self._total) or done < self._done:
-            self._close()
-            self._bar = Progress(total, stage, stream=self._stream)
-            self._bar.__enter__()
-            self._stage, self._done, self._total = stage, 0, total
-        self._bar.advance(done - self._done)
-        self._done = done
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.__exit__(None, None, None)
-            self._bar = None
-
-
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     _StreamHandler = logging.StreamHandler[TextIO]
 else:
     _StreamHandler = logging.StreamHandler  # generic from Python 3.11 on
-EXIT_DONE, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 0, 1, 2, 130, 141
+
+EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 0, 1, 130, 141
 _BAR_WIDTH = 24
 _BAR_SECONDS = 0.1  # at most ten drawings a second
 _CLEAR = "\r\x1b[K"
@@ -155,13 +60,31 @@ class Output:
     next_command: str | None = None
     errors: tuple[RepVGGDeployError, ...] = ()
 
-    @property
-    def exit_code(self) -> int:
-        """EXIT_DONE, or EXIT_ERROR when something failed."""
-        return EXIT_ERROR if self.errors else EXIT_DONE
-
 
 Body = Callable[[argparse.Namespace], Output]
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command of `repvgg-trt`.
+
+    Attributes:
+        name: As it is typed.
+        summary: Half a line for the list of commands.
+        description: What it does, for its own `--help`.
+        add_options: Adds its options to a parser.
+        execute: Does the work.
+        find_conflict: Says what is wrong with options that cannot hold together, or None.
+        examples: Lines below the options in `--help`, the first is `examples:`.
+    """
+
+    name: str
+    summary: str
+    description: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    execute: Body
+    find_conflict: Callable[[argparse.Namespace], str | None] | None = None
+    examples: str | None = None
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -173,37 +96,31 @@ class HelpFormatter(argparse.HelpFormatter):
         return super()._fill_text(text, width, indent)
 
 
-class Terminated(BaseException):
-    """SIGTERM or SIGHUP arrived; like KeyboardInterrupt it passes every `except Exception`.
-
-    Attributes:
-        number: Of the signal.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
 def parent_parser() -> argparse.ArgumentParser:
-    """A parent for `argparse.ArgumentParser(parents=[…])` with `-v`, `--json` and `--version`; make a new one for each (sub)parser.
+    """A parent with `-v`, `--json` and `--version`; make a new one for each (sub)parser.
 
     Absent options are absent from the namespace, so that a subcommand does not reset what stood before its name.
     """
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("common options")
-    group.add_argument(
-        "-v",
-        "--verbose",
-        action="count",
-        default=argparse.SUPPRESS,
-        help="log progress on standard error; -vv also shows tracebacks",
-    )
-    group.add_argument(
-        "--json", action="store_true", default=argparse.SUPPRESS, help="print one JSON object instead of text"
-    )
+    verbose = "log progress on standard error; -vv also shows tracebacks"
+    group.add_argument("-v", "--verbose", action="count", default=argparse.SUPPRESS, help=verbose)
+    as_json = "print one JSON object instead of text"
+    group.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=as_json)
     group.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return parser
+
+
+class Terminated(BaseException):
+    """SIGTERM or SIGHUP arrived; like KeyboardInterrupt it passes every `except Exception`.
+
+    Attributes:
+        number: The signal's number.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 def run(body: Body, args: argparse.Namespace) -> int:
@@ -220,12 +137,11 @@ def run(body: Body, args: argparse.Namespace) -> int:
     as_json: bool = getattr(args, "json", False)
     try:
         with _signals_raise(), _logging(verbose), warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", module=r"PIL\."
-            )  # what is wrong with an image is said by our own error, once
+            # What is wrong with an image is said by our own error, once.
+            warnings.filterwarnings("ignore", module=r"PIL\.")
             output = body(args)
             _print_output(output, as_json)
-        return output.exit_code
+        return EXIT_ERROR if output.errors else EXIT_DONE
     except BrokenPipeError:
         _silence_stdout()
         return EXIT_BROKEN_PIPE
@@ -238,9 +154,8 @@ def run(body: Body, args: argparse.Namespace) -> int:
     except RepVGGDeployError as error:
         return _report(error.message, error.remedy, verbose, as_json)
     except MemoryError:
-        return _report(
-            "out of memory", "give a smaller batch or model, or run it where more memory is free", verbose, as_json
-        )
+        remedy = "give a smaller batch or model, or run it where more memory is free"
+        return _report("out of memory", remedy, verbose, as_json)
     except Exception as error:  # noqa: BLE001 - the border of the program: whatever was not foreseen becomes one line
         message = f"unexpected {type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
         return _report(message, "please report this; run it again with -vv for the traceback", verbose, as_json)
@@ -250,10 +165,8 @@ def _report(message: str, remedy: str, verbose: int, as_json: bool) -> int:
     if as_json:
         with contextlib.suppress(BrokenPipeError, ArtifactError):
             _write_stdout(json.dumps({"error": message, "remedy": remedy}, indent=2))
-    if verbose > 1:
-        traceback.print_exc(file=sys.stderr)
     if not as_json or verbose > 1:
-        _complain(f"error: {message}\n  remedy: {remedy}", 0)
+        _complain(f"error: {message}\n  remedy: {remedy}", verbose)
     return EXIT_ERROR
 
 
@@ -282,9 +195,8 @@ def _write_stdout(text: str) -> None:
         return
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:
-        reconfigure(
-            errors="backslashreplace"
-        )  # a file name or label that the terminal's encoding cannot show is no reason to fail
+        # A file name or label that the terminal's encoding cannot show is no reason to fail.
+        reconfigure(errors="backslashreplace")
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -306,7 +218,7 @@ def _silence_stdout() -> None:
 
 @contextlib.contextmanager
 def _signals_raise() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise Terminated inside the block. One that is ignored (nohup) or handled already is left alone."""
+    """SIGTERM and SIGHUP raise Terminated inside; one that is ignored (nohup) or handled already is left alone."""
 
     def handle(number: int, _: FrameType | None) -> None:
         raise Terminated(number)
@@ -336,9 +248,8 @@ def _logging(verbose: int) -> Iterator[None]:
     """Our log records go to standard error inside the block: warnings, with -v progress, with -vv everything."""
     logger = logging.getLogger("repvgg_deploy")
     handler = _LogHandler()
-    handler.setFormatter(
-        logging.Formatter("%(levelname)s %(name)s: %(message)s" if verbose > 1 else "%(levelname)s: %(message)s")
-    )
+    name = "%(levelname)s %(name)s" if verbose > 1 else "%(levelname)s"
+    handler.setFormatter(logging.Formatter(f"{name}: %(message)s"))
     before = logger.level
     logger.setLevel({0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG))
     logger.addHandler(handler)
@@ -349,40 +260,30 @@ def _logging(verbose: int) -> Iterator[None]:
         logger.setLevel(before)
 
 
-def terminal_columns(stream: TextIO) -> int:
-    """The width of the terminal behind a stream; 80 where it does not say."""
-    try:
-        return os.get_terminal_size(stream.fileno()).columns or 80
-    except (OSError, ValueError):  # no terminal, or closed
-        return 80
-
-
 class Progress:
     """A bar on standard error while a long job runs; draws nothing unless standard error is a terminal.
 
     Args:
         total: Steps.
-        label: What is being done.
+        label: What is being done; nothing is drawn before `show` is called where it is empty.
         stream: Where to draw; standard error for None.
     """
 
-    def __init__(self, total: int, label: str, *, stream: TextIO | None = None) -> None:
-        self._total = max(total, 1)
-        self._label = label
+    def __init__(self, total: int = 0, label: str = "", *, stream: TextIO | None = None) -> None:
         self._stream = stream if stream is not None else sys.stderr
         self._draws = self._stream.isatty()
-        self._done = 0
-        self._started = time.monotonic()
-        self._drawn = 0.0
+        self._begin(total, label)
+
+    def _begin(self, total: int, label: str) -> None:
+        self._total, self._label, self._done = max(total, 1), label, 0
+        self._started, self._drawn = time.monotonic(), 0.0
 
     def __enter__(self) -> Progress:
         self._draw()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._draws:
+    def __exit__(self, *error: object) -> None:
+        if self._draws and self._label:
             self._write(_CLEAR)
 
     def advance(self, steps: int = 1, *, label: str | None = None) -> None:
@@ -393,8 +294,15 @@ class Progress:
         if changed or time.monotonic() - self._drawn >= _BAR_SECONDS:
             self._draw()
 
+    def show(self, stage: str, done: int, total: int) -> None:
+        """So many steps of a stage are done. Another stage, or fewer steps than before, begins a new bar."""
+        if (stage, max(total, 1)) != (self._label, self._total) or done < self._done:
+            self._begin(total, stage)
+            self._draw()
+        self.advance(done - self._done)
+
     def _draw(self) -> None:
-        if not self._draws:
+        if not self._draws or not self._label:
             return
         self._drawn = time.monotonic()
         filled = _BAR_WIDTH * self._done // self._total
@@ -411,3 +319,146 @@ class Progress:
             self._stream.flush()
         except OSError:
             self._draws = False  # the terminal is gone; the work goes on
+
+
+def terminal_columns(stream: TextIO) -> int:
+    """The width of the terminal behind a stream; 80 where it does not say."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):  # no terminal, or closed
+        return 80
+
+
+def format_table(rows: Sequence[Sequence[str]], align: str, *, indent: int = 2) -> str:
+    """Rows of equal length as lines with aligned columns.
+
+    Args:
+        rows: The first may be a header.
+        align: `<` or `>` for each column.
+        indent: Spaces before each line.
+    """
+    widths = [max(len(row[column]) for row in rows) for column in range(len(align))] if rows else []
+    lines = (
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True)) for row in rows
+    )
+    return "\n".join((" " * indent + line).rstrip() for line in lines)
+
+
+def format_pairs(pairs: Sequence[tuple[str, str]]) -> str:
+    """`name  value` lines with the values aligned; a value of several lines is indented as a whole."""
+    width = max(len(name) for name, _ in pairs)
+    return "\n".join(
+        f"{name:<{width}}  {value}".replace("\n", "\n" + " " * (width + 2)).rstrip() for name, value in pairs
+    )
+
+
+def fold_lines(text: str, columns: int) -> str:
+    """Breaks lines that are longer than a terminal is wide; what goes on stands below the value, as in `format_pairs`.
+
+    Rows of a table, which have gaps of two spaces and more in several places, stay as they are: folded they would be
+    harder to read.
+    """
+    return "\n".join(_fold(line, columns) for line in text.split("\n"))
+
+
+def _fold(line: str, columns: int) -> str:
+    if len(line) <= columns or len(re.findall(r"\S {2,}(?=\S)", line)) > 1:
+        return line
+    value = re.match(r" +|\S+(?: \S+)* {2,}(?=\S)", line)
+    indent = value.end() if value and value.end() <= columns // 2 else 2
+    return textwrap.fill(
+        line,
+        columns,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+        expand_tabs=False,
+    )
+
+
+def show_bytes(count: int) -> str:
+    """`25.5 MB`, `3.1 kB`."""
+    return f"{count / 1e6:.1f} MB" if count >= 1_000_000 else f"{count / 1e3:.1f} kB"
+
+
+def show_seconds(stages: Iterable[tuple[str, float]]) -> str:
+    """`12.5: parse 0.5, build 12.0`: the sum, and each stage by name."""
+    known = list(stages)
+    return (
+        f"{sum(seconds for _, seconds in known):.1f}: {', '.join(f'{name} {seconds:.1f}' for name, seconds in known)}"
+    )
+
+
+def save_plot(path: Path | None, draw: Callable[[], Figure], *, force: bool) -> tuple[ArtifactError, ...]:
+    """Draws and writes the picture of `--plot`, if asked for.
+
+    Returns:
+        Why it could not be written, if so: that is no reason to lose the figures.
+    """
+    if path is not None:
+        from ..evaluate.figures import save_figure
+
+        try:
+            save_figure(draw(), path, force=force)
+        except ArtifactError as error:
+            return (error,)
+    return ()
+
+
+# fmt: off
+def add_device_options(group: argparse.ArgumentParser) -> None:
+    """Where a model runs, for commands that run one."""
+    group.add_argument("--device", metavar="DEVICE",
+                       help="cpu, cuda or cuda:1; a GPU never falls back to the CPU (default: cuda for a plan, else "
+                            "cpu)")
+    group.add_argument("--threads", type=whole_number, metavar="N", help="CPU threads (default: one a core)")
+    group.add_argument("--backend", choices=("onnxruntime", "openvino", "fastest"),
+                       help="what runs an ONNX model; openvino is the fastest for INT8 on a CPU, fastest chooses it "
+                            "where it is installed (default: onnxruntime)")
+# fmt: on
+
+
+def whole_number(text: str, *, least: int = 1, most: int | None = None) -> int:
+    """Reads a whole number of at least `least`; below 2^31 where `most` is not given."""
+    digits = text.strip()
+    limit = (1 << 31) - 1 if most is None else most
+    if not (digits.isascii() and digits.isdecimal() and len(digits) <= 10 and least <= int(digits) <= limit):
+        wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise argparse.ArgumentTypeError(f"expected a whole number {wanted}, found {text!r}")
+    return int(digits)
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """Reads `1,8,32`: numbers of at least 1, each once, in order."""
+    return tuple(sorted({whole_number(part, most=(1 << 20) - 1) for part in text.split(",")}))
+
+
+def decimal_number(text: str, *, least: float, most: float, what: str) -> float:
+    """Reads a number from `least` to `most`; `what` says so in the message."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"expected {what}, found {text!r}")
+    return value
+
+
+def names_of(text: str, *, known: tuple[str, ...]) -> tuple[str, ...]:
+    """Reads names apart by commas, each once, in the order given."""
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    if not set(names) <= set(known):
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(known)}, apart by commas, found {text!r}")
+    return names
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Reads `224` or `512x1024` as height and width in pixels."""
+    match = re.fullmatch(r"([0-9]{1,5})(?:[xX×]([0-9]{1,5}))?", text.strip())
+    size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if 0 in size:
+        raise argparse.ArgumentTypeError(
+            f"expected an image size such as 224 or 512x1024 (height x width, from 1 to 99999), found {text!r}"
+        )
+    return size

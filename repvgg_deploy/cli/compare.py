@@ -7,28 +7,37 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..errors import InputError
-from ..evaluate.figures import require_drawable
-from ..evaluate.plots import AccuracyRow, SqnrSeries, draw_accuracy, draw_layer_sqnr
-from ..images.decode import normalize
-from ..specs.values import ModelSpec, TensorSpec
-from .common import Output, Progress, format_pairs, format_table
-from .eval import draw, infer, open_engine, show_share
+from .common import Command, Output, Progress, format_pairs, format_table, save_plot, whole_number
+from .eval import add_data_options, infer, open_engine, show_share
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-    from ..evaluate.agreement import AgreementReport, Kind, ModelAccuracy
+    from ..evaluate.agreement import AgreementReport
     from ..images.sets import ImageSet
+    from ..specs.values import ModelSpec
+
+    Convert = Callable[[NDArray[Any]], NDArray[Any]]
 
 logger = logging.getLogger(__name__)
 _LAYER_BATCH = 4  # every layer's output is in memory, of both models
+
+
+# fmt: off
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The two models and their images."""
+    parser.add_argument("reference", metavar="A", help="the reference, usually the FP32 .onnx")
+    parser.add_argument("other", metavar="B", help="the other, usually the typed .onnx")
+    parser.add_argument("--layer-images", type=partial(whole_number, least=0), default=64, metavar="N",
+                        help="images for the comparison of layers, 0 for none (default: %(default)s)")
+    add_data_options(parser)
+# fmt: on
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,39 +51,40 @@ class _Inputs:
     """
 
     spec: ModelSpec
-    reference: Callable[[NDArray[Any]], NDArray[Any]]
-    other: Callable[[NDArray[Any]], NDArray[Any]]
+    reference: Convert
+    other: Convert
 
 
 def execute(args: argparse.Namespace) -> Output:
-    """Runs the subcommand.
-
-    Raises:
-        RepVGGDeployError: A model or the images cannot be used, or the two cannot be compared.
-    """
+    """Compares the answers of both models, then their layers where they have the same ones."""
     from ..evaluate.agreement import compare
+    from ..evaluate.figures import require_drawable
     from ..images.sets import SetOptions, open_images
 
     if args.plot is not None:
-        require_drawable(Path(args.plot))
+        require_drawable(args.plot)
     with open_engine(args.reference, args) as one, open_engine(args.other, args) as two:
-        specs = one.spec, two.spec
-        _require_same_classes(args, *specs)
-        inputs = share_input(*specs)
+        _require_same_classes(args, one.spec, two.spec)
+        inputs = share_input(one.spec, two.spec)
         options = SetOptions(limit=args.limit, batch_size=args.batch_size, labels="optional")
         images = open_images(args.data, inputs.spec, options)
+        kind = one.spec.kind if one.spec.kind == two.spec.kind else None
+        batches = {one.spec.batch, two.spec.batch} - {None}
         with Progress(len(images), "images") as bar:
             report = compare(
                 lambda batch: infer(one, inputs.reference(batch)),
                 lambda batch: infer(two, inputs.other(batch)),
                 images,
-                kind=_common_kind(*specs),
+                kind=kind if kind in ("logits", "probabilities") else None,
                 progress=bar.advance,
             )
-    report = _with_layers(report, inputs, specs, args)
-    errors = draw(args, lambda: _figure(args, report))
+    report = _with_layers(report, inputs, batches, args)
+    name, other = Path(args.reference).name, Path(args.other).name
+    if name == other:
+        name, other = args.reference, args.other  # with their folders
+    errors = save_plot(args.plot, lambda: _draw(name, other, report), force=args.force)
     data = {"reference": str(args.reference), "other": str(args.other), "data": str(args.data), "report": report}
-    return Output(data=data, text=_as_text(args, report), errors=errors)
+    return Output(data=data, text=_as_text(name, other, report), errors=errors)
 
 
 def share_input(reference: ModelSpec, other: ModelSpec) -> _Inputs:
@@ -83,6 +93,9 @@ def share_input(reference: ModelSpec, other: ModelSpec) -> _Inputs:
     Raises:
         InputError: They resize or crop images differently, or one does not say how.
     """
+    from ..images.decode import normalize
+    from ..specs.values import TensorSpec
+
     one, two = reference.preprocessing, other.preprocessing
     same_kind = (reference.input.dtype == "uint8") == (other.input.dtype == "uint8")
     if same_kind and one == two:
@@ -92,23 +105,20 @@ def share_input(reference: ModelSpec, other: ModelSpec) -> _Inputs:
         or two is None
         or (one.resize_short, one.crop, one.interpolation) != (two.resize_short, two.crop, two.interpolation)
     ):
+        unknown = "unknown preprocessing"
         raise InputError(
-            f"the two models do not see the same image: {one or 'unknown preprocessing'} and "
-            f"{two or 'unknown preprocessing'}",
+            f"the two models do not see the same image: {one or unknown} and {two or unknown}",
             remedy="export both with the same --image-size",
         )
-    pixels = dataclasses.replace(
-        reference,
-        input=TensorSpec("pixels", "uint8", ("batch", *one.crop, 3), "NHWC"),
-        preprocessing=dataclasses.replace(one, in_graph=True),
-    )
-    return _Inputs(pixels, _from_pixels(reference), _from_pixels(other))
 
+    def from_pixels(spec: ModelSpec) -> Convert:
+        how = spec.preprocessing
+        assert how is not None
+        return (lambda batch: batch) if spec.input.dtype == "uint8" else (lambda batch: normalize(batch, how))
 
-def _from_pixels(spec: ModelSpec) -> Callable[[NDArray[Any]], NDArray[Any]]:
-    preprocessing = spec.preprocessing
-    assert preprocessing is not None
-    return (lambda batch: batch) if spec.input.dtype == "uint8" else (lambda batch: normalize(batch, preprocessing))
+    pixels = TensorSpec("pixels", "uint8", ("batch", *one.crop, 3), "NHWC")
+    shared = dataclasses.replace(reference, input=pixels, preprocessing=dataclasses.replace(one, in_graph=True))
+    return _Inputs(shared, from_pixels(reference), from_pixels(other))
 
 
 def _require_same_classes(args: argparse.Namespace, reference: ModelSpec, other: ModelSpec) -> None:
@@ -124,16 +134,17 @@ def _require_same_classes(args: argparse.Namespace, reference: ModelSpec, other:
         logger.warning("the two models name their classes differently; they are compared by index")
 
 
-def _common_kind(reference: ModelSpec, other: ModelSpec) -> Kind | None:
-    if reference.kind == other.kind == "logits":
-        return "logits"
-    return "probabilities" if reference.kind == other.kind == "probabilities" else None
-
-
 def _with_layers(
-    report: AgreementReport, inputs: _Inputs, specs: tuple[ModelSpec, ModelSpec], args: argparse.Namespace
+    report: AgreementReport, inputs: _Inputs, batches: set[Any], args: argparse.Namespace
 ) -> AgreementReport:
-    """The report with a comparison layer by layer, or with the reason why there is none."""
+    """The report with a comparison layer by layer, or with the reason why there is none.
+
+    Args:
+        report: Of the answers.
+        inputs: Images → inputs of both models.
+        batches: The fixed batch sizes of the two models.
+        args: The models, the images and how many of them.
+    """
     from ..evaluate.agreement import compare_layers, first_below
     from ..images.sets import SetOptions, open_images
 
@@ -142,36 +153,31 @@ def _with_layers(
     try:
         from ..precision.layers import LayerRun, run_pairs
 
-        size = _layer_batch(specs)
+        if len(batches) > 1:
+            note = "layers are not compared: the two have different fixed batches"
+            return dataclasses.replace(report, layers_note=note)
         one, two = LayerRun(Path(args.reference)), LayerRun(Path(args.other))
         shared = one.shared_with(two)
     except ImportError:
-        return dataclasses.replace(
-            report, layers_note="that needs the package onnx: pip install 'repvgg-deploy[export,cpu]'"
-        )
+        note = "that needs the package onnx: pip install 'repvgg-deploy[export,cpu]'"
+        return dataclasses.replace(report, layers_note=note)
     except InputError as error:
         return dataclasses.replace(report, layers_note=error.message)
+    fixed = next(iter(batches), None)
     limit = min(args.layer_images, report.images + report.skipped)
-    images = open_images(args.data, inputs.spec, SetOptions(limit=limit, batch_size=size, labels="none"))
+    options = SetOptions(limit=limit, batch_size=fixed or _LAYER_BATCH, labels="none")
+    images = open_images(args.data, inputs.spec, options)
     with Progress(limit, "layers") as bar:
-        pairs = _layer_inputs(images, inputs, size if any(spec.batch for spec in specs) else None, bar)
-        layers = compare_layers(run_pairs(one, two, pairs), fixed=shared.classifiers)
+        layers = compare_layers(run_pairs(one, two, _pair_inputs(images, inputs, fixed, bar)), fixed=shared.classifiers)
     return dataclasses.replace(report, layers=layers, first_apart=first_below(layers, report.apart_below_db))
 
 
-def _layer_batch(specs: tuple[ModelSpec, ModelSpec]) -> int:
-    fixed = {spec.batch for spec in specs} - {None}
-    if len(fixed) > 1:
-        raise InputError(
-            "layers are not compared: the two have different fixed batches", remedy="export both with the same --batch"
-        )
-    return next((size for size in fixed if size is not None), _LAYER_BATCH)
-
-
-def _layer_inputs(
+def _pair_inputs(
     images: ImageSet, inputs: _Inputs, fixed: int | None, bar: Progress
 ) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
     """The same images for both models; of a fixed batch the last one is filled by repeating its images."""
+    import numpy as np
+
     for batch in images:
         if len(batch.images):
             whole = batch.images if fixed is None else np.resize(batch.images, (fixed, *batch.images.shape[1:]))
@@ -179,56 +185,50 @@ def _layer_inputs(
         bar.advance(len(batch.images) + len(batch.skipped))
 
 
-def _figure(args: argparse.Namespace, report: AgreementReport) -> Figure:
-    one, two = _names(args)
+def _draw(one: str, two: str, report: AgreementReport) -> Figure:
+    from ..evaluate.plots import AccuracyRow, SqnrSeries, draw_accuracy, draw_layer_sqnr
+
     if report.layers:
-        series = SqnrSeries(
-            two, tuple(layer.name for layer in report.layers), tuple(layer.sqnr_db for layer in report.layers)
-        )
-        return draw_layer_sqnr([series], reference=one, bound_db=report.apart_below_db)
+        names, sqnrs = zip(*((layer.name, layer.sqnr_db) for layer in report.layers), strict=True)
+        return draw_layer_sqnr([SqnrSeries(two, names, sqnrs)], reference=one, bound_db=report.apart_below_db)
     rows = [AccuracyRow(f"{two}: same class as {one}", report.agreement, report.agreement_standard_error)]
     return draw_accuracy(rows, title=f"Agreement on {report.images} images")
 
 
-def _names(args: argparse.Namespace) -> tuple[str, str]:
-    """Short names of the two files; with their folders where the files are called alike."""
-    one, two = Path(args.reference), Path(args.other)
-    return (one.name, two.name) if one.name != two.name else (str(one), str(two))
-
-
-def _as_text(args: argparse.Namespace, report: AgreementReport) -> str:
-    one, two = _names(args)
+def _as_text(one: str, two: str, report: AgreementReport) -> str:
     skipped = f", {report.skipped} more could not be read" if report.skipped else ""
+    same = show_share(report.agreement, report.agreement_standard_error)
     pairs = [
         ("compared", f"{two} with the reference {one}, {report.images} images{skipped}"),
-        (
-            "agreement",
-            f"{show_share(report.agreement, report.agreement_standard_error)} of the best classes are the same",
-        ),
+        ("agreement", f"{same} of the best classes are the same"),
     ]
     if report.output is not None:
         output = report.output
-        errors = (
-            f"largest error {output.largest:.3g}, rms {output.rms:.3g} (rms of the reference "
-            f"{output.reference_rms:.3g})"
-        )
-        pairs.append((output.kind, f"SQNR {output.sqnr_db:.1f} dB, {errors}"))
+        errors = f"largest error {output.largest:.3g}, rms {output.rms:.3g}"
+        text = f"SQNR {output.sqnr_db:.1f} dB, {errors} (rms of the reference {output.reference_rms:.3g})"
+        pairs.append((output.kind, text))
     if report.reference is not None and report.other is not None:
-        pairs.append(("top-1", f"{_show_accuracy(report.reference)} → {_show_accuracy(report.other)}"))
-        pairs.append(("top-5", f"{100 * report.reference.top5:.2f} % → {100 * report.other.top5:.2f} %"))
-    return "\n".join([format_pairs(pairs), *_layer_lines(report)])
-
-
-def _show_accuracy(accuracy: ModelAccuracy) -> str:
-    return show_share(accuracy.top1, accuracy.top1_standard_error)
-
-
-def _layer_lines(report: AgreementReport) -> list[str]:
+        both = report.reference, report.other
+        top1 = (show_share(accuracy.top1, accuracy.top1_standard_error) for accuracy in both)
+        pairs.append(("top-1", " → ".join(top1)))
+        pairs.append(("top-5", " → ".join(f"{100 * accuracy.top5:.2f} %" for accuracy in both)))
     if not report.layers:
-        return [f"layers not compared: {report.layers_note}"]
+        return f"{format_pairs(pairs)}\nlayers not compared: {report.layers_note}"
     where = f"they part at {report.first_apart}" if report.first_apart else "they part nowhere"
     rows = [["layer", "SQNR dB", "channels scaled by"]]
     for layer in report.layers:
         factors = f"{layer.smallest_factor:.3g} … {layer.largest_factor:.3g}"
         rows.append([layer.name, f"{layer.sqnr_db:.1f}", factors])
-    return [f"layers (parted below {report.apart_below_db:g} dB): {where}", format_table(rows, "<><")]
+    title = f"layers (parted below {report.apart_below_db:g} dB): {where}"
+    return "\n".join([format_pairs(pairs), title, format_table(rows, "<><")])
+
+
+COMMAND = Command(
+    "compare",
+    "compare two models on the same images, layer by layer",
+    "Runs two models of the same classes on the same images and prints how often their best classes are the same, how "
+    "far apart their outputs are, their accuracy where the images have labels, and the signal-to-quantization-noise "
+    "ratio of every layer. Channels that equalization rescaled are scaled back first.",
+    add_options,
+    execute,
+)

@@ -1,40 +1,57 @@
-"""`repvgg-trt eval`: how well a model does on labelled images."""
+"""`repvgg-trt eval`: how well a model does on labelled images. `compare` shares its images, Engine and words."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..errors import ArtifactError, InputError
-from ..evaluate.figures import require_drawable, save_figure
-from ..evaluate.plots import AccuracyRow, ClassBar, draw_accuracy, draw_confusion
-from .common import Output, Progress, format_pairs, format_table
+from ..errors import InputError
+from .common import Command, Output, Progress, add_device_options, format_pairs, format_table, save_plot, whole_number
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from typing import Any
-
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-    from ..evaluate.accuracy import AccuracyReport, Answer, ClassAccuracy
+    from ..evaluate.accuracy import AccuracyReport, Answer
     from ..images.sets import ImageSet
     from ..runtime.engine import Engine
 
 
-def execute(args: argparse.Namespace) -> Output:
-    """Runs the subcommand.
+# fmt: off
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The model and its images."""
+    parser.add_argument("model", metavar="MODEL",
+                        help="an .onnx that repvgg-export or quantize wrote, or a plan with its passport beside it")
+    parser.add_argument("--worst", type=whole_number, default=5, metavar="N",
+                        help="how many of the worst classes to print (default: %(default)s)")
+    add_data_options(parser)
 
-    Raises:
-        RepVGGDeployError: The model or the images cannot be used.
-    """
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """The images, what runs the models, and the picture."""
+    parser.add_argument("--data", required=True, metavar="PATH",
+                        help="images: a folder with a sub-folder a class; a CSV of path,label (paths relative to it); "
+                             "an .npz with images and labels")
+    parser.add_argument("--limit", type=whole_number, metavar="N",
+                        help="only so many images, drawn evenly (default: all)")
+    parser.add_argument("--batch-size", type=whole_number, default=32, metavar="N",
+                        help="images decoded and run at a time (default: %(default)s)")
+    add_device_options(parser)
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the result as a .png (needs matplotlib)")
+    parser.add_argument("--force", action="store_true", help="replace a picture that differs")
+# fmt: on
+
+
+def execute(args: argparse.Namespace) -> Output:
+    """Runs the model on the images, says how often it is right, and draws the worst classes if asked to."""
     from ..evaluate.accuracy import evaluate
+    from ..evaluate.figures import require_drawable
     from ..images.sets import SetOptions, classes_of, open_images
 
     if args.plot is not None:
-        require_drawable(Path(args.plot))
+        require_drawable(args.plot)
     with open_engine(args.model, args) as engine:
         classes_of(engine.spec)
         images = open_images(args.data, engine.spec, SetOptions(limit=args.limit, batch_size=args.batch_size))
@@ -47,7 +64,7 @@ def execute(args: argparse.Namespace) -> Output:
                 progress=bar.advance,
             )
         backend = engine.backend_name
-    errors = draw(args, lambda: _figure(args.model, report))
+    errors = save_plot(args.plot, lambda: _draw(Path(args.model).name, report), force=args.force)
     data = {
         "model": str(args.model),
         "data": str(args.data),
@@ -63,9 +80,8 @@ def open_engine(model: str, args: argparse.Namespace) -> Engine:
     from ..runtime.engine import Engine
     from ..runtime.options import EngineOptions
 
-    engine = Engine(
-        model, device=args.device, backend=args.backend, options=EngineOptions(intra_op_threads=args.threads)
-    )
+    options = EngineOptions(intra_op_threads=args.threads)
+    engine = Engine(model, device=args.device, backend=args.backend, options=options)
     with contextlib.suppress(InputError):
         engine.warm_up()
     return engine
@@ -78,40 +94,22 @@ def infer(engine: Engine, batch: NDArray[Any]) -> Answer:
     return result
 
 
-def draw(args: argparse.Namespace, figure: Any) -> tuple[ArtifactError, ...]:
-    """Writes `--plot`, if asked for. A picture that cannot be written is no reason to lose the figures.
-
-    Args:
-        args: `plot` and `force`.
-        figure: Called for the picture.
-    """
-    if args.plot is None:
-        return ()
-    try:
-        save_figure(figure(), Path(args.plot), force=args.force)
-    except ArtifactError as error:
-        return (error,)
-    return ()
-
-
 def show_share(share: float, error: float) -> str:
     """A share and its standard error in percent."""
     return f"{100 * share:.2f} % ± {100 * error:.2f}"
 
 
-def _figure(model: str, report: AccuracyReport) -> Figure:
-    name = Path(model).name
+def _draw(name: str, report: AccuracyReport) -> Figure:
+    from ..evaluate.plots import AccuracyRow, ClassBar, draw_accuracy, draw_confusion
+
     head = f"{name} on {report.images} images: top-1 {show_share(report.top1, report.top1_standard_error)}"
     if not report.worst:
         return draw_accuracy([AccuracyRow(name, report.top1, report.top1_standard_error)], title=head)
-    return draw_confusion(
-        [_bar(item) for item in report.worst], title=f"{head}\nThe worst classes, and what they are taken for"
-    )
-
-
-def _bar(item: ClassAccuracy) -> ClassBar:
-    taken = tuple((_label(other.index, other.label), other.images / item.images) for other in item.confused_with)
-    return ClassBar(_label(item.index, item.label), item.images, item.top1, taken)
+    bars = []
+    for item in report.worst:
+        taken = tuple((_label(other.index, other.label), other.images / item.images) for other in item.confused_with)
+        bars.append(ClassBar(_label(item.index, item.label), item.images, item.top1, taken))
+    return draw_confusion(bars, title=f"{head}\nThe worst classes, and what they are taken for")
 
 
 def _label(index: int, label: str | None) -> str:
@@ -120,24 +118,28 @@ def _label(index: int, label: str | None) -> str:
 
 def _as_text(report: AccuracyReport, images: ImageSet, backend: str) -> str:
     skipped = f", {report.skipped} more could not be read" if report.skipped else ""
-    speed = (
-        f"{report.inference_images_per_second:,.0f} images/s inference, {report.decode_images_per_second:,.0f} "
-        f"images/s decoding"
-    )
+    inference = f"{report.inference_images_per_second:,.0f} images/s inference"
+    decoding = f"{report.decode_images_per_second:,.0f} images/s decoding"
     pairs = [
         ("images", f"{report.images}{skipped}; {images.labels_from}"),
         ("top-1", show_share(report.top1, report.top1_standard_error)),
         ("top-5", f"{100 * report.top5:.2f} %"),
-        ("speed", f"{speed} ({backend})"),
+        ("speed", f"{inference}, {decoding} ({backend})"),
     ]
-    return "\n".join([format_pairs(pairs), *_worst_lines(report.worst)])
-
-
-def _worst_lines(worst: Sequence[ClassAccuracy]) -> list[str]:
-    if not worst:
-        return []
+    if not report.worst:
+        return format_pairs(pairs)
     rows = [["class", "images", "top-1 %", "taken for"]]
-    for item in worst:
+    for item in report.worst:
         taken = ", ".join(f"{_label(other.index, other.label)}: {other.images}" for other in item.confused_with)
         rows.append([_label(item.index, item.label), str(item.images), f"{100 * item.top1:.1f}", taken])
-    return ["worst classes", format_table(rows, "<>><")]
+    return "\n".join([format_pairs(pairs), "worst classes", format_table(rows, "<>><")])
+
+
+COMMAND = Command(
+    "eval",
+    "measure top-1, top-5 and speed on labelled images",
+    "Runs a classifier on labelled images and prints top-1, top-5, images a second and the worst classes with what "
+    "they are taken for. An image that cannot be read is skipped and counted; above 10 % it is an error.",
+    add_options,
+    execute,
+)

@@ -6,72 +6,92 @@ import argparse
 import dataclasses
 import math
 from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..files.onnx import (
-    GraphSummary,
-    WeightedNode,
-    count_weights,
-    describe_shares,
-    precision_of,
-    read_graph,
-    share_by_precision,
-    weighted_nodes,
-)
-from ..specs import codec
-from ..specs.values import Certificate, ModelMetadata, ModelSpec, TensorSpec, VariantSpec
-from ..specs.variants import LayerRow, image_size, layer_rows
-from .common import Output, format_pairs, format_table, show_bytes
+from .common import Command, Output, format_pairs, format_table, show_bytes
+
+if TYPE_CHECKING:
+    from ..files.onnx import WeightedNode
+    from ..specs.values import Certificate, ModelSpec, TensorSpec, VariantSpec
+    from ..specs.variants import LayerRow
 
 _FEW_LABELS = 3
 _DIGEST_LETTERS = 64
 
 
-def execute(args: argparse.Namespace) -> Output:
-    """Runs the subcommand.
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The model."""
+    parser.add_argument("model", metavar="MODEL", help="an .onnx that repvgg-export wrote")
 
-    Raises:
-        ModelError: The file is not a complete, unchanged model of ours.
-    """
+
+def execute(args: argparse.Namespace) -> Output:
+    """Describes a model from its metadata and graph: layer by layer, or by nodes where its variant is not known."""
+    from ..files.onnx import (
+        count_weights,
+        describe_shares,
+        precision_of,
+        read_graph,
+        share_by_precision,
+        weighted_nodes,
+    )
     from ..runtime.opening import as_path, read_model
+    from ..specs.codec import encode
+    from ..specs.variants import image_size, layer_rows
 
     path = as_path(args.model)
     metadata, graph = read_model(path), read_graph(path)
-    size = image_size(metadata.spec)
-    nodes = weighted_nodes(graph)
-    rows = layer_rows(metadata.variant, size) if metadata.variant is not None else ()
+    spec, variant, source, certificate = metadata.spec, metadata.variant, metadata.source, metadata.certificate
+    nodes, size = weighted_nodes(graph), image_size(spec)
+    rows = layer_rows(variant, size) if variant is not None else ()
     rows = tuple(dataclasses.replace(row, precision=precision_of(row.name, nodes)) for row in rows)
-    is_classifier = (
-        metadata.spec.kind in ("logits", "probabilities", "top5") and metadata.spec.preprocessing is not None
-    )
-    return Output(
-        data=_as_json(path, metadata, graph, rows),
-        text="\n".join([_summary(path, metadata, graph, rows), *_layer_lines(rows, size, graph)]),
-        next_command=f"repvgg-trt infer {path} IMAGE…" if is_classifier else None,
-    )
-
-
-def _summary(path: Path, metadata: ModelMetadata, graph: GraphSummary, rows: Sequence[LayerRow]) -> str:
-    spec, source = metadata.spec, metadata.source
+    counted = [row.macs for row in rows if row.macs is not None]
+    macs = sum(counted) if rows and len(counted) == len(rows) else None
+    precisions = [(row.precision, row.macs) for row in rows if row.precision is not None and row.macs is not None]
+    by_macs = bool(rows) and len(precisions) == len(rows)
+    shares = precisions if by_macs else [(node.precision, count_weights(node)) for node in nodes]
+    stored = sum(math.prod(shape) for shape in graph.initializers.values())
+    operators = graph.count_ops()
+    origin = "none: weights from memory"
+    if source is not None:
+        origin = f"{source.file}, {source.family} family, {source.form} form\nsha256 {source.sha256}"
     pairs = [
         ("model", f"{path}, {show_bytes(graph.file_bytes)}, opset {graph.opset}"),
-        ("precision", describe_shares(*_precisions(rows, weighted_nodes(graph)))),
-        ("variant", _describe_variant(metadata.variant)),
+        ("precision", describe_shares(shares, "multiply-accumulates" if by_macs else "weights")),
+        ("variant", _describe_variant(variant)),
         ("input", _describe_tensor(spec.input)),
         ("output", "\n".join(_describe_tensor(output) for output in spec.outputs)),
         ("preprocessing", _describe_preprocessing(spec)),
         ("labels", _describe_labels(spec.labels)),
-        (
-            "checkpoint",
-            f"{source.file}, {source.family} family, {source.form} form\nsha256 {source.sha256}"
-            if source
-            else "none: weights from memory",
-        ),
-        ("history", "\n".join(_describe_options(entry.stage, entry.options) for entry in metadata.history) or "none"),
-        ("operators", ", ".join(f"{name} {count}" for name, count in sorted(graph.count_ops().items()))),
-        ("certificate", _describe_certificate(metadata.certificate)),
+        ("checkpoint", origin),
+        ("history", "\n".join(_describe_stage(entry.stage, entry.options) for entry in metadata.history) or "none"),
+        ("operators", ", ".join(f"{name} {count}" for name, count in sorted(operators.items()))),
+        ("certificate", _describe_certificate(certificate)),
     ]
-    return format_pairs(pairs)
+    layers = _layer_lines(rows, size, macs) if rows else _node_lines(nodes)
+    data = {
+        "model": str(path),
+        "file_bytes": graph.file_bytes,
+        "opset": graph.opset,
+        "spec": spec,
+        "variant": variant,
+        "source": source,
+        "certificate": {**encode(certificate), "passed": certificate.passed},
+        "history": metadata.history,
+        "statistics": sorted(metadata.statistics),
+        "content_sha256": metadata.content_sha256,
+        "operators": operators,
+        "precision": share_by_precision(shares),
+        "layers": list(rows),
+        "parameters": sum(row.parameters for row in rows) if rows else None,
+        "macs": macs,
+        "stored_numbers": stored,
+    }
+    is_classifier = spec.kind in ("logits", "probabilities", "top5") and spec.preprocessing is not None
+    return Output(
+        data=data,
+        text="\n".join([format_pairs(pairs), *layers, f"numbers stored in the file: {stored:,}"]),
+        next_command=f"repvgg-trt infer {path} IMAGE…" if is_classifier else None,
+    )
 
 
 def _describe_variant(variant: VariantSpec | None) -> str:
@@ -103,60 +123,43 @@ def _describe_labels(labels: tuple[str, ...] | None) -> str:
     return f"{len(labels)}: {', '.join(labels[:_FEW_LABELS])}{', …' if len(labels) > _FEW_LABELS else ''}"
 
 
-def _precisions(rows: Sequence[LayerRow], nodes: Sequence[WeightedNode]) -> tuple[list[tuple[str, int]], str]:
-    """Precision and size of each layer, and what the sizes count."""
-    known = [(row.precision, row.macs) for row in rows if row.precision is not None and row.macs is not None]
-    if known and len(known) == len(rows):
-        return known, "multiply-accumulates"
-    return [(node.precision, count_weights(node)) for node in nodes], "weights"
-
-
-def _describe_options(stage: str, options: dict[str, str | int | float | bool | None]) -> str:
-    said = [f"{name} {_shorten_digest(value)}" for name, value in options.items() if value is not None]
+def _describe_stage(stage: str, options: dict[str, str | int | float | bool | None]) -> str:
+    said = []
+    for name, value in options.items():
+        text = str(value)
+        is_digest = len(text) == _DIGEST_LETTERS and set(text) <= set("0123456789abcdef")
+        if value is not None:
+            said.append(f"{name} {text[:16]}…" if is_digest else f"{name} {text}")
     return f"{stage}: {', '.join(said)}" if said else stage
-
-
-def _shorten_digest(value: str | float | bool) -> str:
-    text = str(value)
-    return f"{text[:16]}…" if len(text) == _DIGEST_LETTERS and set(text) <= set("0123456789abcdef") else text
 
 
 def _describe_certificate(certificate: Certificate) -> str:
     passed = sum(check.passed for check in certificate.checks)
     verdict = "passed" if certificate.passed else "NOT PASSED"
     rows = [["check", "error", "allowed", "scale", ""]]
-    rows += [
-        [c.name, f"{c.error:.2e}", f"{c.tolerance:.2e}", f"{c.scale:.3g}", "" if c.passed else "FAILED"]
-        for c in certificate.checks
-    ]
+    for check in certificate.checks:
+        numbers = [f"{check.error:.2e}", f"{check.tolerance:.2e}", f"{check.scale:.3g}"]
+        rows.append([check.name, *numbers, "" if check.passed else "FAILED"])
     versions = ", ".join(f"{name} {version}" for name, version in sorted(certificate.versions.items()))
     head = f"{verdict}, {passed} of {len(certificate.checks)} checks, against {certificate.reference}\nwith {versions}"
     return f"{head}\n{format_table(rows, '<>>><', indent=0)}"
 
 
-def _layer_lines(rows: Sequence[LayerRow], size: tuple[int, int] | None, graph: GraphSummary) -> list[str]:
-    stored = sum(math.prod(shape) for shape in graph.initializers.values())
-    if not rows:
-        table = [
-            [node.name, node.op_type, "×".join(map(str, node.weight_shape or ())), node.precision]
-            for node in weighted_nodes(graph)
-        ]
-        return [
-            "layers",
-            format_table([["node", "operator", "weight", "precision"], *table], "<<<<"),
-            f"numbers stored in the file: {stored:,}",
-        ]
+def _node_lines(nodes: Sequence[WeightedNode]) -> list[str]:
+    rows = [["node", "operator", "weight", "precision"]]
+    rows += [[node.name, node.op_type, "×".join(map(str, node.weight_shape or ())), node.precision] for node in nodes]
+    return ["layers", format_table(rows, "<<<<")]
+
+
+def _layer_lines(rows: Sequence[LayerRow], size: tuple[int, int] | None, macs: int | None) -> list[str]:
     table = [["layer", "channels", "stride", "groups", "output", "parameters", "MACs", "precision"]]
-    table += [_layer_line(row) for row in rows]
-    table.append(["total", "", "", "", "", f"{sum(row.parameters for row in rows):,}", _count(_total_macs(rows)), ""])
+    for row in rows:
+        channels, shape = f"{row.channels[0]} → {row.channels[1]}", [str(row.stride), str(row.groups)]
+        numbers = [_times(row.output_size), f"{row.parameters:,}", _count(row.macs)]
+        table.append([row.name, channels, *shape, *numbers, row.precision or "?"])
+    table.append(["total", "", "", "", "", f"{sum(row.parameters for row in rows):,}", _count(macs), ""])
     title = f"layers of the deploy form, one image of {_times(size)}" if size else "layers of the deploy form"
-    return [title, format_table(table, "<>>>>>><"), f"numbers stored in the file: {stored:,}"]
-
-
-def _layer_line(row: LayerRow) -> list[str]:
-    channels = f"{row.channels[0]} → {row.channels[1]}"
-    numbers = [str(row.stride), str(row.groups), _times(row.output_size), f"{row.parameters:,}", _count(row.macs)]
-    return [row.name, channels, *numbers, row.precision or "?"]
+    return [title, format_table(table, "<>>>>>><")]
 
 
 def _times(size: tuple[int, int] | None) -> str:
@@ -167,28 +170,11 @@ def _count(number: int | None) -> str:
     return "?" if number is None else f"{number:,}"
 
 
-def _total_macs(rows: Sequence[LayerRow]) -> int | None:
-    known = [row.macs for row in rows if row.macs is not None]
-    return sum(known) if len(known) == len(rows) else None
-
-
-def _as_json(path: Path, metadata: ModelMetadata, graph: GraphSummary, rows: Sequence[LayerRow]) -> dict[str, object]:
-    certificate = metadata.certificate
-    return {
-        "model": str(path),
-        "file_bytes": graph.file_bytes,
-        "opset": graph.opset,
-        "spec": metadata.spec,
-        "variant": metadata.variant,
-        "source": metadata.source,
-        "certificate": {**codec.encode(certificate), "passed": certificate.passed},
-        "history": metadata.history,
-        "statistics": sorted(metadata.statistics),
-        "content_sha256": metadata.content_sha256,
-        "operators": graph.count_ops(),
-        "precision": share_by_precision(_precisions(rows, weighted_nodes(graph))[0]),
-        "layers": list(rows),
-        "parameters": sum(row.parameters for row in rows) if rows else None,
-        "macs": _total_macs(rows) if rows else None,
-        "stored_numbers": sum(math.prod(shape) for shape in graph.initializers.values()),
-    }
+COMMAND = Command(
+    "inspect",
+    "print what a model is and what was verified of it",
+    "Prints the specification, preprocessing, certificate, source checkpoint, layers, parameters and "
+    "multiply-accumulates of a model. Needs no runtime.",
+    add_options,
+    execute,
+)

@@ -1,24 +1,16 @@
-"""`repvgg-trt quantize`: FP32 ONNX → typed ONNX in FP16 or INT8.
-
-The options of `repvgg-trt quantize`, those that `build` shares, and which cannot hold together. Standard library only:
-`--help` must be quick.
-"""
+"""`repvgg-trt quantize`: FP32 ONNX → typed ONNX in FP16 or INT8. `build` takes the same options for an FP32 graph."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import shlex
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from ..evaluate.figures import require_drawable
-from ..evaluate.plots import ChannelSpread, SqnrSeries, draw_quantization
-from ..files.output import require_distinct
-from ..specs.codec import encode
-from .common import Output, StageProgress, format_pairs, format_table
-from .eval import draw
+from .common import Command, Output, Progress, format_pairs, format_table, save_plot, show_seconds, whole_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,146 +20,112 @@ if TYPE_CHECKING:
     from ..precision.options import QuantizeOptions
     from ..precision.quantization import QuantizeResult
 
-STATISTICS = "statistics"
-_INT8_ONLY = {
-    "--target": "target",
-    "--method": "method",
-    "--percentile": "percentile",
-    "--no-equalize": "no_equalize",
-    "--exponent": "exponent",
-    "--no-bias-correction": "no_bias_correction",
-    "--rounding": "rounding",
-    "--fast": "fast",
-    "--keep": "keep",
-    "--max-drop": "max_drop",
-    "--sensitivity": "sensitivity",
-    "--save-scales": "save_scales",
-    "--scales": "scales",
-    "--plot": "plot",
-}
+EXAMPLES = """examples:
+  repvgg-trt quantize b2.onnx --fp16
+  repvgg-trt quantize b2.onnx --int8                    (b2.calib.npz is there)
+  repvgg-trt quantize b2.onnx --int8 --calib train/ --max-drop 0.3 --plot b2.png
+  repvgg-trt quantize b2.onnx --int8 --calib statistics    (no images at all)
+"""
+_STATISTICS = "statistics"
 _IMAGES = 256
+_STEPS = ("--method", "--percentile", "--no-equalize", "--exponent", "--no-bias-correction", "--rounding", "--fast")
+_INT8_ONLY = ("--target", *_STEPS, "--keep", "--max-drop", "--sensitivity", "--save-scales", "--scales", "--plot")
 _CALIBRATION = ("--method", "--percentile", "--no-equalize", "--exponent", "--save-scales")
 _NEEDS_IMAGES = ("--scales", "--save-scales", "--max-drop", "--sensitivity")
+_WORST = 5
+_RANGES = {
+    "images": "measured on {} images",
+    "statistics": "stated by the BatchNorm layers, and tried on {} drawn images",
+    "synthetic": "32 times what {} drawn images gave",
+}
 
 
-def add_quantize_options(parser: argparse.ArgumentParser) -> None:
+# fmt: off
+def add_options(parser: argparse.ArgumentParser) -> None:
     """The precision, its images and its steps."""
     parser.add_argument("model", metavar="MODEL", type=Path, help="the FP32 .onnx that repvgg-export wrote")
     kind = parser.add_mutually_exclusive_group(required=True)
-    kind.add_argument(
-        "--fp16",
-        action="store_const",
-        dest="precision",
-        const="fp16",
-        help="half precision, rescaled so that nothing overflows",
-    )
-    kind.add_argument(
-        "--int8", action="store_const", dest="precision", const="int8", help="8-bit integers, FP16 or FP32 for the rest"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="the ONNX to write (default: NAME-fp16.onnx or NAME-int8.onnx beside MODEL)",
-    )
-    parser.add_argument(
-        "--io",
-        choices=("fp32", "fp16"),
-        default="fp32",
-        help="type of floating-point inputs and outputs (default: %(default)s)",
-    )
+    kind.add_argument("--fp16", action="store_const", dest="precision", const="fp16",
+                      help="half precision, rescaled so that nothing overflows")
+    kind.add_argument("--int8", action="store_const", dest="precision", const="int8",
+                      help="8-bit integers, FP16 or FP32 for the rest")
+    parser.add_argument("--out", type=Path, metavar="FILE",
+                        help="the ONNX to write (default: NAME-fp16.onnx or NAME-int8.onnx beside MODEL)")
+    add_io_option(parser)
     parser.add_argument("--force", action="store_true", help="replace files that exist and differ")
     add_image_options(parser.add_argument_group("images"))
     steps = parser.add_argument_group("steps of INT8")
-    steps.add_argument("--target", choices=("trt10", "trt8"), default=None,
-                       help="trt10: FP16 beside INT8, opset 19, for TensorRT 10 and later; trt8: FP32, opset 17, for " "TensorRT 8.5 and 8.6, too "
-                            "(default: trt10)")  # fmt: skip
+    steps.add_argument("--target", choices=("trt10", "trt8"),
+                       help="trt10: FP16 beside INT8, opset 19, for TensorRT 10 and later; trt8: FP32, opset 17, for "
+                            "TensorRT 8.5 and 8.6, too (default: trt10)")
     add_step_options(steps)
-    _add_report_options(steps)
-    parser.set_defaults(usage_error=parser.error)
+    steps.add_argument("--sensitivity", action="store_true", help="rank the layers by what quantizing each alone costs")
+    steps.add_argument("--save-scales", type=Path, metavar="FILE", help="write the calibration to a .json, too")
+    steps.add_argument("--plot", type=Path, metavar="FILE",
+                       help="also draw every layer's SQNR and channel ranges as a .png (needs matplotlib)")
+
+
+def add_io_option(group: argparse._ActionsContainer) -> None:
+    """The type of what goes in and comes out."""
+    group.add_argument("--io", choices=("fp32", "fp16"), default="fp32",
+                       help="type of floating-point inputs and outputs (default: %(default)s)")
 
 
 def add_image_options(group: argparse._ArgumentGroup) -> None:
     """What an FP32 graph is calibrated with and judged on."""
-    group.add_argument(
-        "--calib",
-        metavar="DIR|FILE|statistics",
-        help="images to calibrate with: a folder, .npz, list or image; statistics: no images, ranges from the "
-        "BatchNorm statistics in MODEL "
-        "(default: for INT8 the NAME.calib.npz beside MODEL, which repvgg-export --synthetic-calibration writes; "
-        "for FP16 none)",
-    )
-    group.add_argument("--images", type=parse_positive, default=_IMAGES, metavar="N",
-                       help="at most so many to calibrate with; up to half as many more are held out to judge " "(default: %(default)s)")  # fmt: skip
-    group.add_argument(
-        "--seed", type=_seed, default=0, metavar="N", help="another choice of images (default: %(default)s)"
-    )
-    group.add_argument("--min-agreement", type=float, default=None, metavar="SHARE",
-                       help="write nothing unless so large a share of the held-out images gets the best class of FP32 " "(default: 0.97)")  # fmt: skip
+    group.add_argument("--calib", metavar="DIR|FILE|statistics",
+                       help="images to calibrate with: a folder, .npz, list or image; statistics: no images, ranges "
+                            "from the BatchNorm statistics in MODEL (default: for INT8 the NAME.calib.npz beside "
+                            "MODEL, which repvgg-export --synthetic-calibration writes; for FP16 none)")
+    group.add_argument("--images", type=whole_number, default=_IMAGES, metavar="N",
+                       help="at most so many to calibrate with; up to half as many more are held out to judge "
+                            "(default: %(default)s)")
+    group.add_argument("--seed", type=partial(whole_number, least=0), default=0, metavar="N",
+                       help="another choice of images (default: %(default)s)")
+    group.add_argument("--min-agreement", type=float, metavar="SHARE",
+                       help="write nothing unless so large a share of the held-out images gets the best class of FP32 "
+                            "(default: 0.97)")
 
 
 def add_step_options(group: argparse._ArgumentGroup) -> None:
     """How an FP32 graph becomes INT8."""
-    group.add_argument(
-        "--fast",
-        action="store_true",
-        help="no search for exponents and weights to nearest: a fraction of the time, some dB less",
-    )
-    group.add_argument(
-        "--keep",
-        nargs="+",
-        action="extend",
-        metavar="LAYER",
-        help="layers that stay in floating point, such as stage0.conv",
-    )
+    group.add_argument("--fast", action="store_true",
+                       help="no search for exponents and weights to nearest: a fraction of the time, some dB less")
+    group.add_argument("--keep", nargs="+", action="extend", metavar="LAYER",
+                       help="layers that stay in floating point, such as stage0.conv")
     group.add_argument("--max-drop", type=float, metavar="POINTS",
-                       help="keep the fewest layers in floating point with which the expected top-1 drop is at most " "so many points")  # fmt: skip
-    group.add_argument("--method", choices=("max", "percentile", "entropy", "min_error"), default=None,
-                       help="how activation scales are chosen (default: min_error)")  # fmt: skip
+                       help="keep the fewest layers in floating point with which the expected top-1 drop is at most so "
+                            "many points")
+    group.add_argument("--method", choices=("max", "percentile", "entropy", "min_error"),
+                       help="how activation scales are chosen (default: min_error)")
     group.add_argument("--percentile", type=float, metavar="P", help="of --method percentile (default: 99.99)")
     group.add_argument("--no-equalize", action="store_true", help="leave the channels as they are")
-    group.add_argument(
-        "--exponent",
-        type=float,
-        metavar="E",
-        help="equalize with this exponent, 0 to 1, and do not search for the best",
-    )
-    group.add_argument(
-        "--rounding",
-        choices=("second_order", "nearest"),
-        default=None,
-        help="how weights are rounded (default: second_order)",
-    )
+    group.add_argument("--exponent", type=float, metavar="E",
+                       help="equalize with this exponent, 0 to 1, and do not search for the best")
+    group.add_argument("--rounding", choices=("second_order", "nearest"),
+                       help="how weights are rounded (default: second_order)")
     group.add_argument("--no-bias-correction", action="store_true", help="leave the biases as they are")
-    group.add_argument(
-        "--scales",
-        type=Path,
-        metavar="FILE",
-        help="take the calibration that --save-scales wrote, of the same model and images",
-    )
+    group.add_argument("--scales", type=Path, metavar="FILE",
+                       help="take the calibration that --save-scales wrote, of the same model and images")
+# fmt: on
 
 
-def _add_report_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--sensitivity", action="store_true", help="rank the layers by what quantizing each alone costs")
-    group.add_argument("--save-scales", type=Path, metavar="FILE", help="write the calibration to a .json, too")
-    group.add_argument(
-        "--plot", metavar="FILE", help="also draw every layer's SQNR and channel ranges as a .png (needs matplotlib)"
-    )
-
-
-def quantize_flags(args: argparse.Namespace) -> list[str]:
+def given_options(args: argparse.Namespace) -> list[str]:
     """Which options of the quantization are given."""
-    given = [flag for flag, name in _INT8_ONLY.items() if getattr(args, name) not in (None, False)]
     others = {"--calib": args.calib is not None, "--min-agreement": args.min_agreement is not None}
     others |= {"--images": args.images != _IMAGES, "--seed": args.seed != 0, "--io": args.io != "fp32"}
-    return [*(flag for flag, is_given in others.items() if is_given), *given]
+    return [*(flag for flag, is_given in others.items() if is_given), *_given_for_int8(args)]
+
+
+def _given_for_int8(args: argparse.Namespace) -> list[str]:
+    return [flag for flag in _INT8_ONLY if getattr(args, flag[2:].replace("-", "_")) not in (None, False)]
 
 
 def find_conflict(args: argparse.Namespace) -> str | None:
     """What is wrong with options that cannot hold together, or None."""
-    given = [flag for flag, name in _INT8_ONLY.items() if getattr(args, name) not in (None, False)]
+    given = _given_for_int8(args)
     if args.precision == "fp16":
-        wrong = [*given, *(["--calib statistics"] if args.calib == STATISTICS else [])]
+        wrong = [*given, *(["--calib statistics"] if args.calib == _STATISTICS else [])]
         return f"{wrong[0]} is of --int8: it cannot hold with --fp16" if wrong else None
     if args.target == "trt8" and args.io == "fp16":
         return "--target trt8 keeps FP32 beside INT8: it cannot hold with --io fp16"
@@ -177,79 +135,49 @@ def find_conflict(args: argparse.Namespace) -> str | None:
         return "--exponent cannot hold with --no-equalize"
     if args.fast and args.rounding == "second_order":
         return "--fast rounds to nearest: it cannot hold with --rounding second_order"
-    if args.calib == STATISTICS:
-        return _statistics_conflict(args, given)
-    if args.scales is not None:
+    if args.calib == _STATISTICS:
+        wrong = [flag for flag in _NEEDS_IMAGES if flag in given]
+        wrong += ["--rounding second_order"] if args.rounding == "second_order" else []
+        wrong += ["--min-agreement"] if args.min_agreement is not None else []
+        if wrong:
+            return f"{wrong[0]} needs images: it cannot hold with --calib statistics"
+        if args.plot is not None and args.no_equalize:
+            return "--plot has nothing to draw with --calib statistics and --no-equalize"
+    elif args.scales is not None:
         wrong = [flag for flag in _CALIBRATION if flag in given]
         return f"--scales takes a calibration as it was saved: it cannot hold with {wrong[0]}" if wrong else None
     return None
 
 
-def _statistics_conflict(args: argparse.Namespace, given: list[str]) -> str | None:
-    wrong = [flag for flag in _NEEDS_IMAGES if flag in given]
-    wrong += ["--rounding second_order"] if args.rounding == "second_order" else []
-    wrong += ["--min-agreement"] if args.min_agreement is not None else []
-    if wrong:
-        return f"{wrong[0]} needs images: it cannot hold with --calib statistics"
-    return (
-        "--plot has nothing to draw with --calib statistics and --no-equalize"
-        if args.plot is not None and args.no_equalize
-        else None
-    )
-
-
-def parse_positive(text: str) -> int:
-    """A whole number of at least 1."""
-    return _whole(text, 1)
-
-
-def _seed(text: str) -> int:
-    return _whole(text, 0)
-
-
-def _whole(text: str, least: int) -> int:
-    if not (text.isascii() and text.isdecimal()) or not least <= int(text[:10]) < 1 << 31:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, found {text!r}")
-    return int(text)
-
-
-_WORST = 5
-_RANGES = {
-    "images": "measured on {} images",
-    "statistics": "stated by the BatchNorm layers, and tried on {} drawn images",
-    "synthetic": "32 times what {} drawn images gave",
-}
-
-
 def execute(args: argparse.Namespace) -> Output:
-    """Runs the subcommand.
-
-    Raises:
-        RepVGGDeployError: The model or the images cannot be used, or the result does not agree with FP32.
-    """
+    """Writes the typed ONNX, if it agrees with FP32, and says how it was made and how far apart the two are."""
+    from ..evaluate.figures import require_drawable
+    from ..files.output import require_distinct
     from ..precision.quantization import default_typed_output, quantize
 
     if args.plot is not None:
         target = args.out or default_typed_output(args.model, args.precision)
-        require_distinct(
-            [Path(args.plot)],
-            [path for path in (args.model, target, args.save_scales, args.scales) if path is not None],
-        )
-        require_drawable(Path(args.plot))
+        others = (args.model, target, args.save_scales, args.scales)
+        require_distinct([args.plot], [path for path in others if path is not None])
+        require_drawable(args.plot)
     options = read_options(args)
-    with StageProgress() as progress:
-        result = quantize(args.model, args.out, options, force=args.force, progress=progress)
-    errors = draw(args, lambda: _figure(args.model, result))
-    command = f"repvgg-trt compare {shlex.quote(str(args.model))} {shlex.quote(str(result.output.target))} --data PATH"
+    with Progress() as bar:
+        result = quantize(args.model, args.out, options, force=args.force, progress=bar.show)
+    errors = save_plot(args.plot, lambda: _draw(args.model.name, result), force=args.force)
+    target = shlex.quote(str(result.output.target))
+    follow = f"compare {shlex.quote(str(args.model))} {target} --data PATH"
     if result.metadata.spec.kind not in ("logits", "probabilities", "top5"):  # `compare` is for classifiers
-        command = f"repvgg-trt inspect {shlex.quote(str(result.output.target))}"
+        follow = f"inspect {target}"
     return Output(
-        data=_as_json(args, result), text=_as_text(args, options, result), next_command=command, errors=errors
+        data=_as_json(args, result),
+        text=_as_text(args, options, result),
+        next_command=f"repvgg-trt {follow}",
+        errors=errors,
     )
 
 
 def read_options(args: argparse.Namespace) -> QuantizeOptions:
-    """What the command line asks for; `quantize_arguments.find_conflict` has passed it.
+    """What the command line asks for; `find_conflict` has passed it.
 
     Raises:
         CalibrationError: A number is out of range.
@@ -265,7 +193,7 @@ def read_options(args: argparse.Namespace) -> QuantizeOptions:
         args.calib,
         args.images,
         args.seed,
-        _int8_options(args) if is_int8 else Int8Options(),
+        _read_int8_options(args) if is_int8 else Int8Options(),
         Fp16Options() if is_int8 else Fp16Options(io=args.io),
         MIN_AGREEMENT if args.min_agreement is None else args.min_agreement,
         args.scales,
@@ -273,7 +201,7 @@ def read_options(args: argparse.Namespace) -> QuantizeOptions:
     )
 
 
-def _int8_options(args: argparse.Namespace) -> Int8Options:
+def _read_int8_options(args: argparse.Namespace) -> Int8Options:
     from ..precision.equalize import EqualizeOptions
     from ..precision.int8 import FAST, Int8Options
     from ..precision.round import RoundOptions
@@ -285,89 +213,77 @@ def _int8_options(args: argparse.Namespace) -> Int8Options:
         equalize, search = None, None
     elif args.exponent is not None:
         equalize, search = EqualizeOptions(args.exponent), None
-    scales = ScaleOptions(
-        args.method or base.scales.method, base.scales.percentile if args.percentile is None else args.percentile
-    )
-    rounding = RoundOptions(args.rounding or base.rounding.method, bias_correction=not args.no_bias_correction)
+    percentile = base.scales.percentile if args.percentile is None else args.percentile
     return Int8Options(
         target=args.target or "trt10",
         io=args.io,
         equalize=equalize,
         search=search,
-        scales=scales,
-        rounding=rounding,
+        scales=ScaleOptions(args.method or base.scales.method, percentile),
+        rounding=RoundOptions(args.rounding or base.rounding.method, bias_correction=not args.no_bias_correction),
         keep=tuple(args.keep or ()),
         max_drop=args.max_drop,
         sensitivity=args.sensitivity,
     )
 
 
-def _figure(model: Path, result: QuantizeResult) -> Figure:
+def _draw(model: str, result: QuantizeResult) -> Figure:
+    from ..evaluate.plots import ChannelSpread, SqnrSeries, draw_quantization
+
     report = result.int8
     assert report is not None, "--plot is of INT8"
     rows = [ChannelSpread(i.source, i.spread_before, i.spread_after) for i in report.interfaces if i.blocked_by is None]
     series = []
     if report.source == "images":
-        name = result.output.target.name
-        series = [
-            SqnrSeries(
-                name, tuple(layer.name for layer in report.layers), tuple(layer.sqnr_db for layer in report.layers)
-            )
-        ]
-    return draw_quantization(series, rows, reference=model.name)
+        names, sqnrs = zip(*((layer.name, layer.sqnr_db) for layer in report.layers), strict=True)
+        series = [SqnrSeries(result.output.target.name, names, sqnrs)]
+    return draw_quantization(series, rows, reference=model)
 
 
 def _as_text(args: argparse.Namespace, options: QuantizeOptions, result: QuantizeResult) -> str:
     size = f"{args.model} ({result.bytes_before / 1e6:.1f} MB)"
+    table = ""
     if result.int8 is not None:
         beside = "FP16" if options.int8.target == "trt10" else "FP32"
-        pairs = [
-            ("quantized", f"{size} to INT8, with {beside} for the rest"),
-            *_int8_pairs(options, result, result.int8, beside),
-        ]
-        tables = _layer_lines(result.int8, beside)
+        pairs = [("quantized", f"{size} to INT8, with {beside} for the rest")]
+        pairs += _int8_pairs(options, result, result.int8, beside)
+        table = _worst_layers(result.int8, beside)
     else:
         assert result.fp16 is not None
-        pairs, tables = [("converted", f"{size} to FP16"), *_fp16_pairs(result.fp16)], []
-    times = ", ".join(f"{stage.name} {stage.seconds:.1f}" for stage in result.stages)
-    pairs += [*_verdict(options, result), ("seconds", f"{sum(stage.seconds for stage in result.stages):.1f}: {times}")]
+        pairs = [("converted", f"{size} to FP16"), *_fp16_pairs(result.fp16)]
+    pairs += _verdict(options, result)
+    pairs.append(("seconds", show_seconds((stage.name, stage.seconds) for stage in result.stages)))
     if result.scales_output is not None:
         pairs.append((f"scales {result.scales_output.status}", str(result.scales_output.target)))
     share = f"{result.bytes_after / 1e6:.1f} MB, {result.bytes_after / result.bytes_before:.0%} of the FP32 file"
     pairs.append((result.output.status, f"{result.output.target} ({share})"))
-    return "\n".join([format_pairs(pairs), *tables])
+    return "\n".join(filter(None, (format_pairs(pairs), table)))
 
 
 def _int8_pairs(
     options: QuantizeOptions, result: QuantizeResult, report: Int8Report, beside: str
 ) -> list[tuple[str, str]]:
-    steps = options.int8
-    nearest = report.source == "statistics" or steps.rounding.method == "nearest"
+    images = result.images
+    calibration = "no images: ranges from the BatchNorm statistics of the checkpoint"
+    if images is not None:
+        skipped = f"; {images.skipped} could not be read" if images.skipped else ""
+        what = "synthetic images, made from BatchNorm statistics" if images.synthetic else "images"
+        judged = f"{images.held_out} held out to judge the result{skipped}"
+        calibration = f"{images.name}: {images.calibration} {what}, and {judged}"
+    nearest = report.source == "statistics" or options.int8.rounding.method == "nearest"
     weights = "rounded to nearest" if nearest else "rounded so that each layer's output changes least"
-    bias = "bias corrected" if steps.rounding.bias_correction else "bias left as it is"
+    bias = "bias corrected" if options.int8.rounding.bias_correction else "bias left as it is"
     scales = "as saved" if options.scales is not None else f"chosen by {report.scales.method}"
-    pairs = [
-        ("calibration", _calibration(result)),
+    share = f"{len(report.layers) - len(report.kept)} layers"
+    if sum(layer.macs for layer in report.layers):
+        share = f"{report.int8_share:.1%} of the multiply-accumulates"
+    kept = f"; kept in {beside}: {', '.join(report.kept)}" if report.kept else ": every layer"
+    return [
+        ("calibration", calibration),
         ("equalization", _equalization(options, report)),
         ("rounding", f"activation scales {scales}; weights {weights}; {bias}"),
+        ("INT8", share + kept),
     ]
-    total = sum(layer.macs for layer in report.layers)
-    share = (
-        f"{report.int8_share:.1%} of the multiply-accumulates"
-        if total
-        else f"{len(report.layers) - len(report.kept)} layers"
-    )
-    kept = f"; kept in {beside}: {', '.join(report.kept)}" if report.kept else ": every layer"
-    return [*pairs, ("INT8", share + kept)]
-
-
-def _calibration(result: QuantizeResult) -> str:
-    images = result.images
-    if images is None:
-        return "no images: ranges from the BatchNorm statistics of the checkpoint"
-    skipped = f"; {images.skipped} could not be read" if images.skipped else ""
-    what = "synthetic images, made from BatchNorm statistics" if images.synthetic else "images"
-    return f"{images.name}: {images.calibration} {what}, and {images.held_out} held out to judge the result{skipped}"
 
 
 def _equalization(options: QuantizeOptions, report: Int8Report) -> str:
@@ -379,9 +295,8 @@ def _equalization(options: QuantizeOptions, report: Int8Report) -> str:
     used = sorted(interface.exponent for interface in moved)
     measured = options.int8.search is not None and report.source == "images"
     how = f"exponents {used[0]:g} to {used[-1]:g} by measured error" if measured else f"exponent {used[0]:g}"
-    before, after = (
-        median(getattr(interface, name) for interface in moved) for name in ("spread_before", "spread_after")
-    )
+    before = median(interface.spread_before for interface in moved)
+    after = median(interface.spread_after for interface in moved)
     spread = f"largest ÷ median channel range {before:.1f} → {after:.1f} (median)"
     return f"channels between {len(moved)} of {len(report.interfaces)} layers rescaled, {how}; {spread}"
 
@@ -389,14 +304,11 @@ def _equalization(options: QuantizeOptions, report: Int8Report) -> str:
 def _fp16_pairs(report: Fp16Report) -> list[tuple[str, str]]:
     layer = max(report.largest, key=lambda name: report.largest[name])
     found = _RANGES[report.source].format(report.images)
+    moved = "nothing: every value and weight lies within FP16"
     if report.rescaled:
         low, high = min(pair[0] for pair in report.factors.values()), max(pair[1] for pair in report.factors.values())
-        moved = (
-            f"{sum(report.rescaled.values())} channels of {len(report.rescaled)} layers by powers of two, {low:g} to "
-            f"{high:g}"
-        )
-    else:
-        moved = "nothing: every value and weight lies within FP16"
+        channels = f"{sum(report.rescaled.values())} channels of {len(report.rescaled)} layers"
+        moved = f"{channels} by powers of two, {low:g} to {high:g}"
     return [
         ("ranges", f"{found}: up to {report.largest[layer]:.3g} at {layer}, and FP16 ends at 65504"),
         ("rescaled", moved),
@@ -408,64 +320,57 @@ def _verdict(options: QuantizeOptions, result: QuantizeResult) -> list[tuple[str
     if found is None:
         return [("not verified", result.ungated)]
     what = "held-out images" if found.held_out else "images" if result.images is not None else "drawn images"
-    pairs = []
-    if found.agreement is not None:
-        demanded = result.ungated or describe_demand(found.agreement, options.min_agreement)
-        same = found.images - found.differing
-        pairs.append(
-            (
-                "agreement",
-                f"{100 * found.agreement:.2f} %: {same} of {found.images} {what} keep FP32's best class ({demanded})",
-            )
-        )
-        pairs.append(("expected drop", f"{found.expected_drop:.2f} points of top-1, by FP32's own probabilities"))
-    where = "the logits" if found.agreement is not None else f"the outputs on {found.images} {what} ({result.ungated})"
-    return [*pairs, ("SQNR", f"{found.sqnr_db:.1f} dB of {where}")]
+    if found.agreement is None:
+        where = f"the outputs on {found.images} {what} ({result.ungated})"
+        return [("SQNR", f"{found.sqnr_db:.1f} dB of {where}")]
+    demanded = result.ungated or describe_demand(found.agreement, options.min_agreement)
+    same = f"{found.images - found.differing} of {found.images} {what} keep FP32's best class"
+    return [
+        ("agreement", f"{100 * found.agreement:.2f} %: {same} ({demanded})"),
+        ("expected drop", f"{found.expected_drop:.2f} points of top-1, by FP32's own probabilities"),
+        ("SQNR", f"{found.sqnr_db:.1f} dB of the logits"),
+    ]
 
 
 def describe_demand(agreement: float, least: float) -> str:
-    """What was demanded of a result that passed, both as shares from 0 to 1: below `least` it passed because there were so few images."""
+    """What was demanded of a result that passed; below `least` it passed because there were so few images.
+
+    Args:
+        agreement: The share of the images that kept their best class, 0 to 1.
+        least: The share that was demanded.
+    """
     demanded = f"at least {100 * least:g} % demanded"
     return demanded if agreement >= least else f"{demanded}; of so few images one may differ"
 
 
-def _layer_lines(report: Int8Report, beside: str) -> list[str]:
+def _worst_layers(report: Int8Report, beside: str) -> str:
+    """A table of the layers that cost most, where that was measured, else of those with the most noise."""
     if report.source == "statistics":
-        return []
+        return ""
     costs = {cost.name: f"{cost.sqnr_db:.1f}" for cost in report.costs}
     total = sum(layer.macs for layer in report.layers)
-    header = ["layer", "SQNR dB", "MACs", "precision", *(["alone dB"] if costs else [])]
 
     def row(layer: LayerReport) -> list[str]:
-        precision = beside if layer.kept else "INT8"
-        return [
-            layer.name,
-            f"{layer.sqnr_db:.1f}",
-            f"{layer.macs / total:.1%}",
-            precision,
-            *([costs.get(layer.name, "")] if costs else []),
-        ]
+        numbers = [f"{layer.sqnr_db:.1f}", f"{layer.macs / total:.1%}"]
+        return [layer.name, *numbers, beside if layer.kept else "INT8", *([costs.get(layer.name, "")] if costs else [])]
 
     if costs:
-        names = {layer.name: layer for layer in report.layers}
-        worst, title = (
-            [names[cost.name] for cost in report.costs[:_WORST]],
-            "the layers that cost most when each alone is quantized",
-        )
+        layers = {layer.name: layer for layer in report.layers}
+        worst = [layers[name] for name in list(costs)[:_WORST]]
+        title = "the layers that cost most when each alone is quantized"
     else:
-        worst, title = (
-            sorted(report.layers, key=lambda layer: layer.sqnr_db)[:_WORST],
-            "the layers with the most noise, on calibration images",
-        )
-    return [title, format_table([header, *map(row, worst)], "<>><" + (">" if costs else ""))]
+        worst = sorted(report.layers, key=lambda layer: layer.sqnr_db)[:_WORST]
+        title = "the layers with the most noise, on calibration images"
+    header = ["layer", "SQNR dB", "MACs", "precision", *(["alone dB"] if costs else [])]
+    return f"{title}\n{format_table([header, *map(row, worst)], '<>><' + ('>' if costs else ''))}"
 
 
 def _as_json(args: argparse.Namespace, result: QuantizeResult) -> dict[str, object]:
-    int8 = (
-        None
-        if result.int8 is None
-        else {name: value for name, value in encode(result.int8).items() if name != "scales"}
-    )
+    from ..specs.codec import encode
+
+    int8 = None if result.int8 is None else encode(result.int8)
+    if int8 is not None:
+        del int8["scales"]
     return {
         "model": str(args.model),
         "out": str(result.output.target),
@@ -482,3 +387,15 @@ def _as_json(args: argparse.Namespace, result: QuantizeResult) -> dict[str, obje
         "scales": None if result.scales_output is None else str(result.scales_output.target),
         "metadata": dataclasses.replace(result.metadata, statistics={}),
     }
+
+
+COMMAND = Command(
+    "quantize",
+    "make a typed ONNX: FP16 that cannot overflow, INT8 that keeps its accuracy",
+    "Makes an FP16 or INT8 ONNX of an FP32 one: calibrates, compares the result with FP32 on images that took no part, "
+    "and writes it only if they agree. Needs neither a GPU nor TensorRT.",
+    add_options,
+    execute,
+    find_conflict,
+    EXAMPLES,
+)

@@ -1,4 +1,4 @@
-"""Fixtures for all tests; and where an optional package is missing, which test files are left out, said at the end of the run."""
+"""Fixtures for all tests. Test files whose optional packages are missing are left out; the end of the run says which."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def cache_of_this_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
 @pytest.fixture(scope="session", autouse=True)
 def signals_as_from_a_terminal() -> None:
-    """A shell's `&` and nohup make a program deaf to Ctrl-C and hang-ups, and its children with it: what tests send must arrive all the same."""
+    """A shell's `&` and nohup make a program and its children deaf to Ctrl-C and hang-ups; the signals of tests must arrive."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
@@ -76,6 +76,18 @@ def sample_dir() -> Path:
     return ROOT / "models" / "sample"
 
 
+@pytest.fixture(scope="session")
+def exported_sample(tmp_path_factory: pytest.TempPathFactory, sample_dir: Path) -> Path:
+    """The sample as an ONNX, with a few calibration images beside it; a test that changes it takes a copy."""
+    from repvgg_deploy.export.export import ExportOptions, export_checkpoint
+    from repvgg_deploy.export.synthesize import SynthesisOptions
+
+    path = tmp_path_factory.mktemp("sample") / "sample.onnx"
+    options = ExportOptions(calibration=SynthesisOptions(images=10, steps=4))
+    export_checkpoint(sample_dir / "repvgg-sample.pth", path, options=options)
+    return path
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """What a test draws from torch's own generator does not depend on the tests before it."""
@@ -84,7 +96,7 @@ def pytest_runtest_setup() -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What is there when the tests begin stays to the end: the many collections of garbage that tests of memory ask for need not look through it."""
+    """What is there when the tests begin stays to the end: collections of garbage, which tests of memory ask for, skip it."""
     gc.collect()
     gc.freeze()
 
@@ -154,7 +166,7 @@ def _own_files(name: str) -> list[Path]:
 
 
 def _module_imports(path: Path) -> set[str]:
-    """Absolute names that the module imports when it is itself imported: not those inside functions or under TYPE_CHECKING."""
+    """Absolute names that importing the module imports: not those inside functions or under TYPE_CHECKING."""
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
     names: set[str] = set()
     queue: list[ast.AST] = list(ast.parse(path.read_text(encoding="utf-8")).body)

@@ -33,8 +33,9 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     return status, captured.out, captured.err
 
 
-def test_table_json_file_and_picture_tell_of_the_same_run(model: Path, tmp_path: Path, capsys) -> None:
+def test_table_json_file_and_picture_tell_of_the_same_run(model: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr("repvgg_deploy.cli.bench._PEAK_SECONDS", 0.05)
     out, plot = tmp_path / "b.json", tmp_path / "b.png"
     status, text, err = run(
         capsys, model, "--batch", "4,1,1", *QUICK, "--cpu-threads", 1, "--out", out, "--plot", plot, "--layers"
@@ -76,21 +77,21 @@ def test_json_holds_the_whole_run(model: Path, capsys) -> None:
 
 
 def test_times_that_were_not_stable_are_marked_and_explained(model: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("repvgg_deploy.cli.bench.run_benchmark", lambda *_, **__: make_benchmark(make_model()))
+    monkeypatch.setattr("repvgg_deploy.measure.bench.run_benchmark", lambda *_, **__: make_benchmark(make_model()))
     status, text, _ = run(capsys, model)
     lines = text.splitlines()
     assert status == 0 and "engine " in lines[5] and "engine!" in lines[6]  # batch 1 was stable, batch 8 was not
     explained = next(index for index, line in enumerate(lines) if line.startswith("! not stable"))
     assert lines[explained + 1].split() == ["a0-fp32", "(fp32)", "engine", "8", "calls", "spread", "by", "20", "%"]
     monkeypatch.setattr(
-        "repvgg_deploy.cli.bench.run_benchmark",
+        "repvgg_deploy.measure.bench.run_benchmark",
         lambda *_, **__: make_benchmark(make_model(points=(make_point(1, 1.0),))),
     )
     _, text, _ = run(capsys, model)
     assert "!" not in text and "p99 of fewer" not in text
     few = dataclasses.replace(make_point(1, 1.0), latency=dataclasses.replace(make_point(1, 1.0).latency, calls=99))
     monkeypatch.setattr(
-        "repvgg_deploy.cli.bench.run_benchmark",
+        "repvgg_deploy.measure.bench.run_benchmark",
         lambda *_, **__: make_benchmark(make_model(points=(few, make_point(8, 2.0)))),
     )
     _, text, _ = run(capsys, model)
@@ -99,7 +100,7 @@ def test_times_that_were_not_stable_are_marked_and_explained(model: Path, monkey
 
 def test_next_command_reads_what_was_written(model: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     result = make_benchmark(make_model("B1"), device="Tesla T4")
-    monkeypatch.setattr("repvgg_deploy.cli.bench.run_benchmark", lambda *_, **__: result)
+    monkeypatch.setattr("repvgg_deploy.measure.bench.run_benchmark", lambda *_, **__: result)
     status, _, err = run(capsys, model, "--out", tmp_path / "b 1.json")
     command = shlex.split(err.strip().removeprefix("next: repvgg-trt "))
     assert status == 0 and command[0] == "advise" and main(command) == 0
@@ -111,7 +112,7 @@ def test_no_advice_is_offered_on_an_image_size_that_nobody_published(
 ) -> None:
     # What was offered ended with "there is nothing to choose from".
     result = make_benchmark(dataclasses.replace(make_model("B1"), image_size=(128, 128)), device="Tesla T4")
-    monkeypatch.setattr("repvgg_deploy.cli.bench.run_benchmark", lambda *_, **__: result)
+    monkeypatch.setattr("repvgg_deploy.measure.bench.run_benchmark", lambda *_, **__: result)
     assert run(capsys, model, "--out", tmp_path / "b.json")[::2] == (0, "")
 
 
@@ -132,7 +133,7 @@ def test_plan_shows_its_parts(tmp_path: Path, monkeypatch, capsys) -> None:
 
 
 def test_files_that_are_there_are_refused_before_the_work(model: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("repvgg_deploy.cli.bench.run_benchmark", lambda *_, **__: pytest.fail("it measured"))
+    monkeypatch.setattr("repvgg_deploy.measure.bench.run_benchmark", lambda *_, **__: pytest.fail("it measured"))
     for option, name in (("--out", "b.json"), ("--plot", "b.png")):
         path = tmp_path / name
         path.write_text("mine", encoding="utf-8")

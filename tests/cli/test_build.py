@@ -21,7 +21,7 @@ import pytest
 from repvgg_deploy.build import build as build_module
 from repvgg_deploy.build.build import GpuSearch
 from repvgg_deploy.cli.build import parse_bytes, read_build_options
-from repvgg_deploy.cli.common import StageProgress
+from repvgg_deploy.cli.common import Progress
 from repvgg_deploy.cli.trt import build_parser, main
 from repvgg_deploy.errors import InputError
 from repvgg_deploy.files.passport import read_passport
@@ -143,11 +143,11 @@ def test_interrupt_while_tensorrt_builds_exits_130_and_leaves_nothing(
     model = make_typed(tmp_path, "fp16")
     before, heard = sorted(tmp_path.iterdir()), []
 
-    def hear(self: StageProgress, stage: str, done: int, total: int) -> None:
+    def hear(self: Progress, stage: str, done: int, total: int) -> None:
         heard.append(stage)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(StageProgress, "__call__", hear)
+    monkeypatch.setattr(Progress, "show", hear)
     status, out, err = run(capsys, model, "--backend", "rtx")
     assert (status, out, err) == (130, "", "interrupted\n")
     assert heard[0] == "build" and sorted(tmp_path.iterdir()) == before and list(own_cache.iterdir()) == []

@@ -218,8 +218,6 @@ def test_targets_that_are_none_are_usage_errors(target: str, capsys: pytest.Capt
 
 def test_gpu_is_asked_of_the_cuda_port(monkeypatch: pytest.MonkeyPatch) -> None:
     info = types.SimpleNamespace(name="NVIDIA A10", compute_capability="8.6", driver_version="580.1", memory_bytes=1)
-    port = types.ModuleType("port")
-    port.open_cuda = lambda provider: types.SimpleNamespace(describe_device=lambda index: info)
-    monkeypatch.setitem(sys.modules, "repvgg_deploy.runtime.cuda", types.ModuleType("cuda"))
-    monkeypatch.setitem(sys.modules, "repvgg_deploy.runtime.cuda.port", port)
+    port = types.SimpleNamespace(describe_device=lambda index: info)
+    monkeypatch.setattr("repvgg_deploy.runtime.cuda.opening.open_cuda", lambda provider: port)
     assert look_for_gpu() == GpuSearch(Gpu("NVIDIA A10", "8.6", "580.1"))

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from repvgg_deploy.cli import common
-from repvgg_deploy.cli.common import Output, Progress, parent_parser, run
+from repvgg_deploy.cli.common import Output, Progress, fold_lines, format_pairs, format_table, parent_parser, run
 from repvgg_deploy.errors import InputError, MissingDependencyError
 from tests.waiting import PATIENCE_SECONDS
 
@@ -164,7 +165,7 @@ def test_options_before_and_after_a_subcommand_both_count() -> None:
 PROGRAM = """
 import argparse, sys, time
 from pathlib import Path
-from repvgg_deploy.artifacts import atomic_output
+from repvgg_deploy.files.output import atomic_output
 from repvgg_deploy.cli import common
 from repvgg_deploy.cli.common import Output, run
 
@@ -266,6 +267,18 @@ def test_progress_on_a_terminal_draws_and_clears() -> None:
     assert drawn[3] == ""
 
 
+def test_progress_has_a_bar_for_each_stage() -> None:
+    stream = Terminal()
+    with Progress(stream=stream) as bar:
+        for stage, total in (("ranges", 4), ("round", 2), ("round", 2)):
+            for done in range(total + 1):
+                bar.show(stage, done, total)
+    bars = re.findall(r"\[K(\w+) \[[#.]+\] (\d)/(\d)", stream.getvalue())
+    assert [stage for stage, _, _ in dict.fromkeys(bars)] == ["ranges", "round"]
+    assert bars.count(("round", "0", "2")) == 2  # begun again
+    assert stream.getvalue().endswith("\r\x1b[K")
+
+
 def test_progress_elsewhere_draws_nothing() -> None:
     stream = io.StringIO()
     with Progress(0, "images", stream=stream) as bar:
@@ -324,3 +337,24 @@ def test_text_is_folded_for_a_terminal_and_left_alone_elsewhere(monkeypatch: pyt
         monkeypatch.setattr(sys, "stdout", stream)
         assert run(lambda _: Output({}, long.rstrip()), parse()) == 0
         assert len(stream.getvalue().splitlines()) == lines, stream.getvalue()
+
+
+def test_fold_breaks_between_words_below_the_value() -> None:
+    text = format_pairs([("asked for", "one two three four"), ("device", "T4")])
+    assert fold_lines(text, 22) == "asked for  one two\n           three four\ndevice     T4"
+
+
+def test_fold_of_a_continued_value_keeps_its_place() -> None:
+    assert fold_lines("    one two three", 12) == "    one two\n    three"
+
+
+def test_fold_leaves_tables_long_words_and_short_lines_as_they_are() -> None:
+    table = format_table([["layer", "SQNR dB", "MACs"], ["stage1.0.conv", "40.0", "4.8%"]], "<>>")
+    assert fold_lines(table, 20) == table
+    assert fold_lines("0123456789" * 3, 20) == "0123456789" * 3
+    assert fold_lines("  two words\n\nmore", 20) == "  two words\n\nmore"
+
+
+def test_fold_of_a_long_line_without_a_gap_ends() -> None:
+    # With a pattern that backtracks, this does not.
+    assert fold_lines("a b " * 2000, 80).count("\n") > 90

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from repvgg_deploy.cli.compare import share_input
 from repvgg_deploy.cli.trt import main
 from repvgg_deploy.errors import InputError
 from repvgg_deploy.evaluate.agreement import AgreementReport
-from repvgg_deploy.export.export import export_checkpoint
 from repvgg_deploy.files.onnx import read_metadata
 from repvgg_deploy.images.calibration import load_calibration
 from repvgg_deploy.images.decode import normalize
@@ -28,10 +28,10 @@ from tests.runtime.make_model import ModelOptions, make_metadata, make_onnx
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory, sample_dir: Path) -> Path:
+def models(tmp_path_factory: pytest.TempPathFactory, sample_dir: Path, exported_sample: Path) -> Path:
     """The sample as FP32 and as INT8."""
     folder = tmp_path_factory.mktemp("models")
-    export_checkpoint(sample_dir / "repvgg-sample.pth", folder / "fp32.onnx")
+    shutil.copy(exported_sample, folder / "fp32.onnx")
     images = load_calibration(sample_dir / "calib.npz", read_metadata(folder / "fp32.onnx").spec, limit=64)
     typed, _ = to_int8(folder / "fp32.onnx", images.batches, FAST)
     write_typed(folder / "int8.onnx", typed)

@@ -12,18 +12,10 @@ from PIL import Image
 
 from repvgg_deploy.cli.trt import main
 from repvgg_deploy.evaluate.accuracy import AccuracyReport
-from repvgg_deploy.export.export import export_checkpoint
 from repvgg_deploy.runtime.engine import Engine
 from repvgg_deploy.runtime.results import TopK
 from repvgg_deploy.specs import codec
 from tests.runtime.make_model import ModelOptions, make_onnx
-
-
-@pytest.fixture(scope="module")
-def sample(tmp_path_factory: pytest.TempPathFactory, sample_dir: Path) -> Path:
-    path = tmp_path_factory.mktemp("sample") / "sample.onnx"
-    export_checkpoint(sample_dir / "repvgg-sample.pth", path)
-    return path
 
 
 @pytest.fixture
@@ -50,11 +42,11 @@ def ask(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any
 
 
 def test_eval_of_the_sample_gives_the_accuracy_of_its_card(
-    sample: Path, sample_dir: Path, capsys: pytest.CaptureFixture[str]
+    exported_sample: Path, sample_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answer = ask(capsys, sample, "--data", sample_dir / "eval.npz", "--threads", 2)
+    answer = ask(capsys, exported_sample, "--data", sample_dir / "eval.npz", "--threads", 2)
     report = codec.decode(AccuracyReport, answer["report"])
-    with np.load(sample_dir / "eval.npz") as data, Engine(sample) as engine:
+    with np.load(sample_dir / "eval.npz") as data, Engine(exported_sample) as engine:
         from repvgg_deploy.images.decode import normalize
 
         best = engine.infer(normalize(data["images"], engine.spec.preprocessing)).argmax(axis=1)
@@ -66,9 +58,12 @@ def test_eval_of_the_sample_gives_the_accuracy_of_its_card(
 
 
 def test_eval_prints_a_summary_and_the_worst_classes(
-    sample: Path, sample_dir: Path, capsys: pytest.CaptureFixture[str]
+    exported_sample: Path, sample_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["eval", str(sample), "--data", str(sample_dir / "eval.npz"), "--limit", "390", "--worst", "2"]) == 0
+    assert (
+        main(["eval", str(exported_sample), "--data", str(sample_dir / "eval.npz"), "--limit", "390", "--worst", "2"])
+        == 0
+    )
     printed = capsys.readouterr()
     assert printed.err == ""
     lines = printed.out.splitlines()

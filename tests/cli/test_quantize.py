@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import shutil
@@ -14,32 +13,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repvgg_deploy.cli.common import StageProgress
 from repvgg_deploy.cli.quantize import describe_demand
 from repvgg_deploy.cli.trt import main
-from repvgg_deploy.export.export import ExportOptions, export_checkpoint
-from repvgg_deploy.export.synthesize import SynthesisOptions
 from repvgg_deploy.runtime.engine import Engine
 from tests.endless import Stage, start_endless
 from tests.precision.make_chain import KINDS, ChainOptions, make_model, save
 from tests.waiting import PATIENCE_SECONDS
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory, sample_dir: Path) -> Path:
-    """The sample, with a few calibration images beside it."""
-    path = tmp_path_factory.mktemp("sample") / "sample.onnx"
-    export_checkpoint(
-        sample_dir / "repvgg-sample.pth", path, options=ExportOptions(calibration=SynthesisOptions(images=10, steps=4))
-    )
-    return path
-
-
 @pytest.fixture
-def sample(exported: Path, tmp_path: Path) -> Path:
-    for path in exported.parent.iterdir():
+def sample(exported_sample: Path, tmp_path: Path) -> Path:
+    """The sample, with a few calibration images beside it."""
+    for path in exported_sample.parent.iterdir():
         shutil.copy(path, tmp_path)
-    return tmp_path / "sample.onnx"
+    return tmp_path / exported_sample.name
 
 
 @pytest.fixture
@@ -388,29 +375,3 @@ def test_interrupted_quantize_leaves_nothing(sample: Path, tmp_path_factory: pyt
     assert (process.returncode, out) == (130, ""), err
     assert err.endswith("interrupted\n")
     assert sorted(sample.parent.iterdir()) == before
-
-
-class Terminal(io.StringIO):
-    """Standard error of a terminal."""
-
-    def isatty(self) -> bool:
-        return True
-
-
-def test_progress_has_a_bar_for_each_stage() -> None:
-    stream = Terminal()
-    with StageProgress(stream=stream) as progress:
-        for stage, total in (("ranges", 4), ("round", 2), ("round", 2)):
-            for done in range(total + 1):
-                progress(stage, done, total)
-    bars = re.findall(r"\[K(\w+) \[[#.]+\] (\d)/(\d)", stream.getvalue())
-    assert [bar[0] for bar in dict.fromkeys(bars)] == ["ranges", "round"]
-    assert bars.count(("round", "0", "2")) == 2  # begun again
-    assert stream.getvalue().endswith("\r\x1b[K")
-
-
-def test_progress_is_silent_without_a_terminal() -> None:
-    stream = io.StringIO()
-    with StageProgress(stream=stream) as progress:
-        progress("ranges", 1, 2)
-    assert stream.getvalue() == ""

@@ -1,4 +1,4 @@
-"""Fixtures for all tests. Test files whose optional packages are missing are left out; the end of the run says which."""
+"""Fixtures for all tests. Test files whose optional packages are missing are left out; the run's end says which."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def cache_of_this_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
 @pytest.fixture(scope="session", autouse=True)
 def signals_as_from_a_terminal() -> None:
-    """A shell's `&` and nohup make a program and its children deaf to Ctrl-C and hang-ups; the signals of tests must arrive."""
+    """A shell's `&` and nohup make a program and its children deaf to signals; those of tests must arrive all the same."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
@@ -96,7 +96,7 @@ def pytest_runtest_setup() -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What is there when the tests begin stays to the end: collections of garbage, which tests of memory ask for, skip it."""
+    """What is there when the tests begin stays to the end: the collections that tests of memory ask for skip it."""
     gc.collect()
     gc.freeze()
 

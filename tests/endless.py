@@ -18,7 +18,9 @@ import importlib, operator, pathlib, runpy, sys
 marker, module, name, before, program = sys.argv[1:6]
 sys.argv[:] = [program, *sys.argv[6:]]
 *path, last = name.split(".")
-owner = operator.attrgetter(".".join(path))(importlib.import_module(module)) if path else importlib.import_module(module)
+owner = importlib.import_module(module)
+if path:
+    owner = operator.attrgetter(".".join(path))(owner)
 real, calls = getattr(owner, last), 0
 
 def endless(*args, **named):
@@ -56,18 +58,17 @@ class Stage:
 def start_endless(
     program: str, arguments: Sequence[object], stage: Stage, marker: Path, environment: dict[str, str] | None = None
 ) -> Any:
-    """The process of a module or script that works at this stage, and would for ever. `marker` must not exist; it says that the stage was reached."""
-    command = [
-        sys.executable,
-        "-c",
-        _CODE,
-        str(marker),
-        stage.module,
-        stage.name,
-        str(stage.before),
-        program,
-        *map(str, arguments),
-    ]
+    """The process of a module or script that has reached a stage, and works at it for ever.
+
+    Args:
+        program: Name of the module, or path of the script.
+        arguments: Of the program.
+        stage: Where it stays.
+        marker: A file that must not exist; the process makes it when the stage is reached.
+        environment: None takes this process's own.
+    """
+    stay = [str(marker), stage.module, stage.name, str(stage.before)]
+    command = [sys.executable, "-c", _CODE, *stay, program, *map(str, arguments)]
     given = {**(os.environ if environment is None else environment), "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=given)
     wait_until(lambda: marker.exists() or process.poll() is not None, f"{stage.name} to be reached")

@@ -12,7 +12,7 @@ from .common import Command, Output, format_pairs, format_table, show_bytes
 
 if TYPE_CHECKING:
     from ..files.onnx import WeightedNode
-    from ..specs.values import Certificate, ModelSpec, TensorSpec, VariantSpec
+    from ..specs.values import Certificate, ModelMetadata, ModelSpec, TensorSpec, VariantSpec
     from ..specs.variants import LayerRow
 
 _FEW_LABELS = 3
@@ -40,7 +40,7 @@ def execute(args: argparse.Namespace) -> Output:
 
     path = as_path(args.model)
     metadata, graph = read_model(path), read_graph(path)
-    spec, variant, source, certificate = metadata.spec, metadata.variant, metadata.source, metadata.certificate
+    spec, variant, certificate = metadata.spec, metadata.variant, metadata.certificate
     nodes, size = weighted_nodes(graph), image_size(spec)
     rows = layer_rows(variant, size) if variant is not None else ()
     rows = tuple(dataclasses.replace(row, precision=precision_of(row.name, nodes)) for row in rows)
@@ -51,22 +51,9 @@ def execute(args: argparse.Namespace) -> Output:
     shares = precisions if by_macs else [(node.precision, count_weights(node)) for node in nodes]
     stored = sum(math.prod(shape) for shape in graph.initializers.values())
     operators = graph.count_ops()
-    origin = "none: weights from memory"
-    if source is not None:
-        origin = f"{source.file}, {source.family} family, {source.form} form\nsha256 {source.sha256}"
-    pairs = [
-        ("model", f"{path}, {show_bytes(graph.file_bytes)}, opset {graph.opset}"),
-        ("precision", describe_shares(shares, "multiply-accumulates" if by_macs else "weights")),
-        ("variant", _describe_variant(variant)),
-        ("input", _describe_tensor(spec.input)),
-        ("output", "\n".join(_describe_tensor(output) for output in spec.outputs)),
-        ("preprocessing", _describe_preprocessing(spec)),
-        ("labels", _describe_labels(spec.labels)),
-        ("checkpoint", origin),
-        ("history", "\n".join(_describe_stage(entry.stage, entry.options) for entry in metadata.history) or "none"),
-        ("operators", ", ".join(f"{name} {count}" for name, count in sorted(operators.items()))),
-        ("certificate", _describe_certificate(certificate)),
-    ]
+    known = describe_shares(shares, "multiply-accumulates" if by_macs else "weights")
+    pairs = [("model", f"{path}, {show_bytes(graph.file_bytes)}, opset {graph.opset}"), ("precision", known)]
+    pairs += _describe_metadata(metadata, operators)
     layers = _layer_lines(rows, size, macs) if rows else _node_lines(nodes)
     data = {
         "model": str(path),
@@ -74,7 +61,7 @@ def execute(args: argparse.Namespace) -> Output:
         "opset": graph.opset,
         "spec": spec,
         "variant": variant,
-        "source": source,
+        "source": metadata.source,
         "certificate": {**encode(certificate), "passed": certificate.passed},
         "history": metadata.history,
         "statistics": sorted(metadata.statistics),
@@ -92,6 +79,24 @@ def execute(args: argparse.Namespace) -> Output:
         text="\n".join([format_pairs(pairs), *layers, f"numbers stored in the file: {stored:,}"]),
         next_command=f"repvgg-trt infer {path} IMAGE…" if is_classifier else None,
     )
+
+
+def _describe_metadata(metadata: ModelMetadata, operators: dict[str, int]) -> list[tuple[str, str]]:
+    spec, source = metadata.spec, metadata.source
+    origin = "none: weights from memory"
+    if source is not None:
+        origin = f"{source.file}, {source.family} family, {source.form} form\nsha256 {source.sha256}"
+    return [
+        ("variant", _describe_variant(metadata.variant)),
+        ("input", _describe_tensor(spec.input)),
+        ("output", "\n".join(_describe_tensor(output) for output in spec.outputs)),
+        ("preprocessing", _describe_preprocessing(spec)),
+        ("labels", _describe_labels(spec.labels)),
+        ("checkpoint", origin),
+        ("history", "\n".join(_describe_stage(entry.stage, entry.options) for entry in metadata.history) or "none"),
+        ("operators", ", ".join(f"{name} {count}" for name, count in sorted(operators.items()))),
+        ("certificate", _describe_certificate(metadata.certificate)),
+    ]
 
 
 def _describe_variant(variant: VariantSpec | None) -> str:

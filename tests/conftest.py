@@ -54,7 +54,7 @@ def cache_of_this_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
 @pytest.fixture(scope="session", autouse=True)
 def signals_as_from_a_terminal() -> None:
-    """A shell's `&` and nohup make a program and its children deaf to signals; those of tests must arrive all the same."""
+    """A shell's `&` and nohup make a program and its children deaf to signals: those of tests must arrive."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:

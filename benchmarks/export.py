@@ -5,8 +5,8 @@ The plain recipe is what people write today: build the training form, load the c
 compares every block and the whole network in float64 and float32 with the training form, checks the graph contract, and
 compares the file with the training-mode model on several batches.
 
-Each runs in a process of its own, imports included, in turn; figures are medians. The checkpoint has the real size, and
-random weights.
+Each runs in a process of its own, imports included, and they take turns; figures are medians. The checkpoint has the
+real size and random weights.
 
     python benchmarks/export.py --variant B2 --repeats 3
 """
@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results" / "export.json"
 
@@ -49,7 +50,7 @@ def make_checkpoint(variant: str, path: Path) -> None:
 
 
 def run_plain(variant: str, checkpoint: Path, out: Path, dynamo: bool) -> None:
-    """The plain recipe."""
+    """Exports as people do without this project."""
     import numpy as np
     import onnx
     import onnxruntime
@@ -65,15 +66,12 @@ def run_plain(variant: str, checkpoint: Path, out: Path, dynamo: bool) -> None:
     deploy = repvgg_model_convert(model.eval())
     x = torch.randn(1, 3, 224, 224)
     if dynamo:
-        torch.onnx.export(
-            deploy, (x,), str(out), dynamo=True, external_data=False, opset_version=18, input_names=["input"], output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-        )  # fmt: skip
+        options: dict[str, Any] = {"external_data": False, "opset_version": 18}
+        options["dynamic_shapes"] = ({0: torch.export.Dim("batch")},)
     else:
-        axes = {"input": {0: "batch"}, "logits": {0: "batch"}}
-        torch.onnx.export(
-            deploy, (x,), str(out), dynamo=False, opset_version=17, input_names=["input"], output_names=["logits"], dynamic_axes=axes
-        )  # fmt: skip
+        options = {"opset_version": 17, "dynamic_axes": {"input": {0: "batch"}, "logits": {0: "batch"}}}
+    names: dict[str, Any] = {"input_names": ["input"], "output_names": ["logits"]}
+    torch.onnx.export(deploy, (x,), str(out), dynamo=dynamo, **names, **options)
     simplified, valid = onnxsim.simplify(onnx.load(out))
     assert valid
     onnx.save(simplified, out)
@@ -83,7 +81,7 @@ def run_plain(variant: str, checkpoint: Path, out: Path, dynamo: bool) -> None:
 
 
 def run_ours(variant: str, checkpoint: Path, out: Path) -> None:
-    """repvgg-export."""
+    """Exports with repvgg-export."""
     from repvgg_deploy.cli.export import main
 
     status = main(["--arch", variant, "--ckpt", str(checkpoint), "--out", str(out), "--force"])
@@ -105,7 +103,7 @@ def measure(arguments: list[str]) -> dict[str, float]:
 
 
 def compare(variant: str, repeats: int, recipes: list[str]) -> dict[str, dict[str, float]]:
-    """Medians by recipe; the recipes take turns, so that what else the machine does falls on each."""
+    """Medians by recipe; the recipes take turns, so that other load on the machine slows all alike."""
     runs: dict[str, list[dict[str, float]]] = {recipe: [] for recipe in recipes}
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder, "checkpoint.pth")
@@ -115,15 +113,10 @@ def compare(variant: str, repeats: int, recipes: list[str]) -> dict[str, dict[st
             for recipe in recipes:
                 out = Path(folder, f"{recipe}.onnx")
                 out.unlink(missing_ok=True)  # or ours would compare it with the file of the turn before
-                runs[recipe].append(
-                    measure(
-                        ["--child", recipe, "--variant", variant, "--checkpoint", str(checkpoint), "--out", str(out)]
-                    )
-                )
-                print(
-                    f"  {recipe:8} {runs[recipe][-1]['seconds']:6.1f} s {runs[recipe][-1]['peak_mb']:6.0f} MB",
-                    file=sys.stderr,
-                )
+                files = ["--checkpoint", str(checkpoint), "--out", str(out)]
+                spent = measure(["--child", recipe, "--variant", variant, *files])
+                runs[recipe].append(spent)
+                print(f"  {recipe:8} {spent['seconds']:6.1f} s {spent['peak_mb']:6.0f} MB", file=sys.stderr)
     return {
         recipe: {key: statistics.median(run[key] for run in found) for key in found[0]}
         for recipe, found in runs.items()

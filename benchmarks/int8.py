@@ -43,7 +43,7 @@ METHODS = {
     "statistics": ("ours, no images: statistics in closed form", "ours, statistics alone"),
 }
 ONCE = ("fp32", "fp16", "ours trt10", "statistics")
-"""Methods that the choice of calibration images hardly changes, that have none, or that are another form of one that is run three times."""
+"""Methods that are run with one seed: calibration images change little, or there are none."""
 SETTINGS = (
     "MinMax",
     "MinMax, moving average",
@@ -95,18 +95,10 @@ def store(target: Path, results: dict[str, Any], seconds: float) -> None:
 
 
 def step(name: str, folder: Path, arguments: dict[str, Any]) -> tuple[Any, dict[str, float]]:
-    """Runs a step in a process of its own; its answer, and what it took."""
+    """Runs a step in a process of its own; returns its answer, and the time and memory that it took."""
     start = time.perf_counter()
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "benchmarks.int8_parts.child",
-        name,
-        str(folder.resolve()),
-        json.dumps(arguments),
-    ]
+    program = [sys.executable, "-W", "ignore", "-m", "benchmarks.int8_parts.child"]
+    command = [*program, name, str(folder.resolve()), json.dumps(arguments)]
     with tempfile.TemporaryFile("w+") as output:
         child = subprocess.Popen(
             command, cwd=ROOT, stdout=output, stderr=subprocess.PIPE if name == "quantize" else None
@@ -132,9 +124,9 @@ class Run:
     """The measurement of one model.
 
     Args:
-        name: Of the model.
-        folder: A temporary one.
-        args: Of the command line.
+        name: The model's, see `places.SUBJECTS`.
+        folder: Where the graphs are written.
+        args: The command line.
     """
 
     def __init__(self, name: str, folder: Path, args: argparse.Namespace) -> None:
@@ -145,7 +137,7 @@ class Run:
         self._methods = [method for method in METHODS if args.only is None or method in args.only]
 
     def measure(self) -> dict[str, Any] | None:
-        """All rows; None where the model is not there."""
+        """The rows of all methods; None where the model is not there."""
         if not places.is_there(self._name):
             print(f"{self._name}: not here (../shared/data), left out", file=sys.stderr)
             return None
@@ -162,7 +154,7 @@ class Run:
         if method != "onnxruntime":
             return self._row(method, [self._try(method, seed) for seed in seeds])
         tried = {setting: self._try(method, seeds[0], setting) for setting in SETTINGS}
-        # What TensorRT refuses stands in the results, and is not what others are compared with.
+        # The last setting, which TensorRT refuses, stands in the results but is not compared with the others.
         best = max(SETTINGS[:-1], key=lambda setting: tried[setting]["choosing"]["sqnr_db"])
         row = self._row(method, [tried[best], *(self._try(method, seed, best) for seed in seeds[1:])])
         row["method"] = f"{row['method']}, {best}"
@@ -194,7 +186,7 @@ class Run:
         return found
 
     def _row(self, method: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
-        """Medians: top-1 of all images, the rest of the second half."""
+        """Medians: top-1 on all images, the rest on the second half."""
         row: dict[str, Any] = {"key": method, "method": METHODS[method][0], "short": METHODS[method][1]}
         for key, part in (("top1", "all"), ("drop", "all"), ("agreement", "reported"), ("sqnr_db", "reported")):
             row[key] = statistics.median(run[part][key] for run in runs)

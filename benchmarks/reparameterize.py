@@ -1,10 +1,10 @@
-"""What reparameterization buys: training form against deploy form, in speed and memory, and where the time goes, operator by operator.
+"""What reparameterization gains: training form against deploy form in speed and memory, and the time by operator.
 
     python benchmarks/reparameterize.py --variants A0 B0 B1g4 --batches 1 8
 
 Both forms of a variant run interleaved in one process, so that a busy machine slows both alike; figures are medians.
-One thread by default: then the CPU time is that of the form, whatever else the machine does meanwhile (two threads that
-share their cores with another program mostly wait for each other). Peak memory is measured in a process of its own per
+One thread by default: then the CPU time is that of the form alone, however busy the machine is (two threads that share
+their cores with another program mostly wait for each other). Peak memory is measured in a process of its own for each
 form.
 
 The profile answers why one branch is about twice as fast although the 3×3 convolution, nearly all of the
@@ -41,13 +41,18 @@ from repvgg_deploy.specs.variants import get_variant
 
 RESULTS = Path(__file__).resolve().parent / "results" / "reparameterize.json"
 GROUPS = ("3×3 conv", "1×1 conv", "BatchNorm", "add", "ReLU", "SE, pool, linear", "copies, other")
-REMOVED = ("1×1 conv", "BatchNorm", "add")  # what a deploy form has none of
+REMOVED = ("1×1 conv", "BatchNorm", "add")  # a deploy form has none of these
 FORMS: tuple[Form, Form] = ("training", "deploy")
+EXPLANATION = """\
+The 3×3 convolution stays, and with it nine tenths of the multiply-accumulates. What goes is traffic and calls: each
+branch writes a map of the output's size, its BatchNorm reads it and writes another, and each addition reads two and
+writes a third. What that costs depends on the machine. Where arithmetic is short, the 1×1 convolution is most of it: it
+does little with each number it reads."""
 
 
 @dataclass(slots=True)
 class Work:
-    """What one group of operators does for one batch, counted from shapes; bytes are read and written ones, float32, weights included."""
+    """The work of a group of operators for one batch, counted from shapes; bytes read and written, with weights."""
 
     calls: int = 0
     macs: int = 0
@@ -59,14 +64,14 @@ class FormResult:
     """One form of one variant at one batch size.
 
     Attributes:
-        latency_ms: Median, by the clock.
-        cpu_ms: Median of the CPU time of all threads.
-        latencies_ms: All, by the clock, in the order measured.
+        latency_ms: Median wall time of a forward pass.
+        cpu_ms: Median CPU time of all threads.
+        latencies_ms: All wall times, in the order measured.
         peak_rss_mb: Largest resident memory of a process that builds this form and runs it, beyond that of PyTorch
             itself.
         parameters: Learned parameters.
-        time_ms: Self time by group of operators, from the profiler: each call's least of a few passes.
-        work: Counts by group.
+        time_ms: Self time by group of operators, from the profiler: each call's shortest of a few passes.
+        work: Counts by group of operators.
     """
 
     latency_ms: float
@@ -153,16 +158,8 @@ def measure_pair(name: str, forms: dict[Form, RepVGG], x: Tensor, args: argparse
 
 
 def measure_peak_memory(name: str, form: Form, batch: int, args: argparse.Namespace) -> float:
-    command = [
-        sys.executable,
-        __file__,
-        "--image-size",
-        str(args.image_size),
-        "--measure-memory",
-        name,
-        form,
-        str(batch),
-    ]
+    options = ["--image-size", str(args.image_size), "--measure-memory", name, form, str(batch)]
+    command = [sys.executable, __file__, *options]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
@@ -187,7 +184,10 @@ def peak_rss_mb() -> float:
 
 
 def profile_by_group(forms: dict[Form, RepVGG], x: Tensor, passes: int = 9) -> dict[Form, dict[str, float]]:
-    """Self time of a forward pass in ms by group of operators: the sum of each call's least of a few passes, because what disturbs only adds."""
+    """Self time of a forward pass in ms by group of operators.
+
+    It adds up each call's shortest time of a few passes, because disturbances only make a call longer.
+    """
     calls: dict[Form, list[tuple[str, float]]] = {}
     for _ in range(passes):
         for form in FORMS:
@@ -224,7 +224,7 @@ def group_of_operator(key: str, shapes: list[Any]) -> str:
 
 
 def count_work(model: RepVGG, x: Tensor) -> dict[str, Work]:
-    """Counts by group from the shapes of a forward pass, each operator on its own: nothing fused, nothing kept in a cache."""
+    """Counts by group from the shapes of a forward pass, as if nothing were fused or kept in a cache."""
     work = {group: Work() for group in GROUPS}
 
     def count(block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -248,7 +248,7 @@ def add_work(entry: Work, calls: int, macs: int, elements: int) -> None:
 
 
 def count_block(work: dict[str, Work], block: TrainingBlock | DeployBlock, read: int, output: Tensor) -> None:
-    """Adds one block: `read` elements come in; every operator reads its operands from memory and writes its result to it."""
+    """Adds the work of one block with `read` input elements; every operator reads and writes memory."""
     out, positions = output.numel(), output.numel() // output.shape[1]
     kernels = (
         [block.rbr_reparam.weight]
@@ -288,11 +288,10 @@ def print_pair(name: str, batch: int, pair: dict[Form, FormResult]) -> None:
 
 
 def print_row(name: str, times: tuple[float, float], before: Work, after: Work) -> None:
-    cells = (
-        f"{arrow(*times, '.1f'):>18}{arrow(before.calls, after.calls, 'd'):>14}{arrow(before.macs / 1e9, after.macs / 1e9, '.2f'):>16}"
-        f"{arrow(before.bytes_moved / 1e6, after.bytes_moved / 1e6, '.0f'):>18}"
-    )
-    print(f"  {name:<18}{cells}")
+    macs = arrow(before.macs / 1e9, after.macs / 1e9, ".2f")
+    moved = arrow(before.bytes_moved / 1e6, after.bytes_moved / 1e6, ".0f")
+    calls = arrow(before.calls, after.calls, "d")
+    print(f"  {name:<18}{arrow(*times, '.1f'):>18}{calls:>14}{macs:>16}{moved:>18}")
 
 
 def arrow(before: float, after: float, form: str) -> str:
@@ -305,48 +304,27 @@ def total(result: FormResult) -> Work:
 
 
 def print_answer(pairs: list[tuple[str, int, dict[Form, FormResult]]]) -> None:
-    """Why one branch is faster although the 3×3 convolution stays: the training form's time, split by what is removed and what stays."""
-    print(
-        f"\nShares of the training form's time. {', '.join(REMOVED)} go, which alone makes it so much `faster`; "
-        f"and what stays of the counts"
-    )
-    print(
-        f"  {'':<16}"
-        + "".join(f"{group:>18}" for group in GROUPS)
-        + f"{'faster':>10}{'MACs':>7}{'bytes':>7}{'calls':>7}"
-    )
+    """Prints why one branch is faster although the 3×3 convolution stays: how the training form's time is spent."""
+    print(f"\nShares of the training form's time; how much `faster` it is without {', '.join(REMOVED)}; counts left")
+    groups = "".join(f"{group:>18}" for group in GROUPS)
+    print(f"  {'':<16}{groups}{'faster':>10}{'MACs':>7}{'bytes':>7}{'calls':>7}")
     for name, batch, pair in pairs:
         training, deploy = pair["training"], pair["deploy"]
         spent = sum(training.time_ms.values())
         shares = "".join(f"{training.time_ms[group] / spent:>18.0%}" for group in GROUPS)
         faster = spent / (spent - sum(training.time_ms[group] for group in REMOVED))
         before, after = total(training), total(deploy)
-        kept = "".join(
-            f"{ratio:>7.0%}"
-            for ratio in (after.macs / before.macs, after.bytes_moved / before.bytes_moved, after.calls / before.calls)
-        )
+        ratios = (after.macs / before.macs, after.bytes_moved / before.bytes_moved, after.calls / before.calls)
+        kept = "".join(f"{ratio:>7.0%}" for ratio in ratios)
         print(f"  {f'{name}, batch {batch}':<16}{shares}{faster:>8.2f} ×{kept}")
-    print(
-        "The 3×3 convolution stays, and with it nine tenths of the multiply-accumulates. What goes is traffic "
-        "and calls: each branch writes a map"
-    )
-    print(
-        "of the output's size, its BatchNorm reads it and writes another, and each addition reads two and writes "
-        "a third. What that costs depends"
-    )
-    print(
-        "on what the machine is short of. Where it is arithmetic, the 1×1 convolution is most of it: it does "
-        "little with each number it reads."
-    )
+    print(EXPLANATION)
     for name, batch, pair in pairs:
         training = pair["training"]
-        costs = {
-            group: training.time_ms[group] / (training.work[group].macs / 1e9) for group in ("3×3 conv", "1×1 conv")
-        }
-        print(
-            f"  {f'{name}, batch {batch}':<16}"
-            + ", ".join(f"{group} {cost:.1f} ms per GMAC" for group, cost in costs.items())
-        )
+        costs = [
+            f"{group} {training.time_ms[group] / (training.work[group].macs / 1e9):.1f} ms per GMAC"
+            for group in ("3×3 conv", "1×1 conv")
+        ]
+        print(f"  {f'{name}, batch {batch}':<16}{', '.join(costs)}")
 
 
 def describe_machine(args: argparse.Namespace) -> dict[str, object]:

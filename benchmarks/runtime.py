@@ -1,4 +1,4 @@
-"""The Engine on a CPU, side by side in one run: its own cost, INT8 against FP32, and what micro-batching makes of single requests.
+"""The Engine on a CPU: its own cost, INT8 against FP32, and single requests in micro-batches, side by side in one run.
 
 Three questions, each with its bar:
 
@@ -8,11 +8,11 @@ Three questions, each with its bar:
   Engine's unsigned activations.
 - What share of the throughput of full batches do 64 clients reach that each send one image and wait? At least 80 %.
 
-All ways run in each round, in an order drawn anew, so that what else the machine does hits all alike; figures are
+All ways run in each round, in a new random order, so that other load on the machine slows all alike; figures are
 medians over the rounds, and ratios medians of the ratios within a round.
 
-    python benchmarks/runtime.py                                  # a RepVGG-A0 with random weights, 224 px, quantized
-    here: a minute more python benchmarks/runtime.py a0.onnx a0-int8.onnx
+    python benchmarks/runtime.py                       # a RepVGG-A0 with random weights, quantized here: a minute more
+    python benchmarks/runtime.py a0.onnx a0-int8.onnx
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def quantize_randomly(model: Path, out: Path) -> Path:
 
 
 def open_as_it_stands(model: Path) -> Any:
-    """A bare session of the file, with the one optimizer off that computes it wrongly."""
+    """A bare session of the file, without the one optimizer that computes it wrongly."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -74,10 +74,10 @@ def open_as_it_stands(model: Path) -> Any:
 
 
 def time_rounds(ways: Ways, rounds: int, seconds: float = 0.25) -> dict[str, list[float]]:
-    """Seconds of a call of each way in each round: of calls in a row that fill the given time, one at least; the first round is left out.
+    """Seconds of a call of each way in each round: the mean of calls in a row that fill the given time, at least one.
 
-    Before each turn nothing runs for a moment, for the threads of whoever was before still spin, and then calls that
-    are not timed, until the way's own threads and caches are warm.
+    The first round is left out. Before each turn there is a pause, because threads of the way before still spin, and
+    then calls that are not timed, until the way's own threads and caches are warm.
     """
     found: dict[str, list[float]] = {name: [] for name in ways}
     generator = np.random.default_rng(0)
@@ -138,7 +138,7 @@ def measure_batch(
 
 
 def serve_clients(batcher: Any, image: NDArray[Any], requests: int) -> None:
-    """So many clients in a thread each, each sending one image after the other and waiting for its answer."""
+    """Runs each client in a thread, where it sends one image after the other and waits for each answer."""
 
     def client() -> None:
         for _ in range(requests):
@@ -152,7 +152,7 @@ def serve_clients(batcher: Any, image: NDArray[Any], requests: int) -> None:
 
 
 def measure_batcher(model: Path, backend: Any, requests: int, rounds: int) -> dict[str, Any]:
-    """Full batches of one caller, and single images of many clients, in turn."""
+    """Full batches from one caller and single images from many clients, in turn."""
     images = CLIENTS * requests
     with Engine(model, backend=backend) as engine, engine.batcher(MICRO_BATCH) as batcher:
         batch = make_batch(engine.spec, MICRO_BATCH)

@@ -1,21 +1,22 @@
-"""What a container does before it serves: builds a plan for its GPU on the first start, finds it again on later ones, becomes the command.
+"""What a container does first: it builds a plan for its GPU, or finds the one of an earlier start, and becomes COMMAND.
 
     python first_start.py [--triton] COMMAND [ARGUMENT …]
 
 With --triton it also writes the model repository. In COMMAND, {model} is the plan (of the first model) and {repository}
-the model repository; the command finds the plan in REPVGG_MODEL, too, and none of the other settings. Settings, all of
-the environment:
+the model repository. The command also finds the plan in REPVGG_MODEL, and sees none of the other settings. The settings
+are variables of the environment:
 
-    REPVGG_MODEL     an .onnx, a folder of them, or a .plan that is to run as it is (/models)
-    REPVGG_ENGINES   where plans and repositories are kept, a folder for each GPU type and TensorRT version
-    (/engines/plans) REPVGG_SERVE     plan, or onnx: build nothing, serve the .onnx as it is, also without a GPU (plan)
-    REPVGG_BUILD     options of `repvgg-trt build`, as in a shell: "--max-batch 64 --opt-batch 16" REPVGG_TRITON
-    options of `repvgg-trt triton`: "--ensemble jpeg --instances 2"
+    REPVGG_MODEL     an .onnx, a folder of them, or a .plan that is to run as it is (default: /models)
+    REPVGG_ENGINES   where plans and repositories are kept, in a folder for each GPU type and TensorRT version
+                     (default: /engines/plans)
+    REPVGG_SERVE     plan; or onnx: build nothing and serve the .onnx as it is, also without a GPU (default: plan)
+    REPVGG_BUILD     options of `repvgg-trt build`, as in a shell: "--max-batch 64 --opt-batch 16"
+    REPVGG_TRITON    options of `repvgg-trt triton`: "--ensemble jpeg --instances 2"
 
-Whether a plan that stands there is the one that is wanted is decided by `repvgg-trt build`: same ONNX, options,
-TensorRT and GPU. Containers that start at once on one folder wait for each other. What an earlier start wrote into the
-model repository and this one did not is taken out, unless another container serves from it. Exit codes are those of
-repvgg-trt; what fails leaves nothing half done, and the command is not run.
+`repvgg-trt build` decides whether the plan that is there is the one that is wanted: same ONNX, options, TensorRT and
+GPU. Containers that start at the same time on one folder wait for each other. What an earlier start wrote into the
+model repository and this one did not is removed, unless another container serves from it. Exit codes are those of
+repvgg-trt; a failure leaves nothing half done, and the command is not run.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from typing import NoReturn
 
 from repvgg_deploy.cli.trt import main as repvgg_trt
 
-WRITER = "first_start"  # what it wrote into a repository is what it may take out again
+WRITER = "first_start"  # the mark of the models that it wrote into a repository, and may remove again
 SETTINGS = ("REPVGG_MODEL", "REPVGG_ENGINES", "REPVGG_SERVE", "REPVGG_BUILD", "REPVGG_TRITON")
 
 
@@ -136,15 +137,13 @@ def choose_place(engines: Path, models: list[Path]) -> Path:
 
 @contextlib.contextmanager
 def only_one(place: Path) -> Iterator[None]:
-    """Holds the lock of a folder; the next container then finds what this one made. The lock goes with the process, whatever ends it."""
+    """Holds the lock of a folder: the next container finds what this one made. The lock ends with the process."""
     try:
         place.mkdir(parents=True, exist_ok=True)
         handle = os.open(place / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        remedy = (
-            f"give the folder to the container's user (chown {os.getuid()}:{os.getgid()}), or run it with --user "
-            f'"$(id -u):$(id -g)"'
-        )
+        owner = f"give the folder to the container's user (chown {os.getuid()}:{os.getgid()})"
+        remedy = f'{owner}, or run it with --user "$(id -u):$(id -g)"'
         fail(f"{place}: cannot be written to as user {os.getuid()}: {error.strerror}", remedy)
     try:
         try:
@@ -158,34 +157,23 @@ def only_one(place: Path) -> Iterator[None]:
 
 
 def prepare_model(model: Path, place: Path) -> Path:
-    """The file that is served: the .onnx itself, a given plan that will run here, or the plan that was built or found."""
+    """The file that is served: the .onnx itself, a given plan that runs here, or the plan that was built or found."""
     if serves_onnx():
         return model
     if model.suffix == ".plan":
         do("check", str(model))
         return model
     plan = place / f"{model.stem}.plan"
-    # --force, because a plan of an ONNX or of options that are no longer wanted is to be replaced. The same plan is
-    # never built again.
+    # --force replaces a plan of another ONNX or of other options. The same plan is never built again.
     do("build", str(model), "--out", str(plan), "--force", *options_of("REPVGG_BUILD"))
     return plan
 
 
 def write_model(model: Path, repository: Path) -> list[str]:
-    """Names of the models that Triton serves it as."""
+    """Writes the model into the repository; returns the names under which Triton serves it."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        command = (
-            "triton",
-            str(model),
-            "--out",
-            str(repository),
-            "--force",
-            "--written-by",
-            WRITER,
-            "--json",
-            *options_of("REPVGG_TRITON"),
-        )
-        code = run(*command)
+        arguments = ("--out", str(repository), "--force", "--written-by", WRITER, "--json")
+        code = run("triton", str(model), *arguments, *options_of("REPVGG_TRITON"))
     answer = json.loads(printed.getvalue() or "{}")
     if "error" in answer:
         say(f"error: {answer['error']}\n  remedy: {answer['remedy']}")
@@ -196,7 +184,10 @@ def write_model(model: Path, repository: Path) -> list[str]:
 
 
 def take_out_the_rest(repository: Path, wanted: set[str]) -> None:
-    """What an earlier start wrote, and this one did not, goes where no other container may be serving it. From here on, this one is."""
+    """Removes what an earlier start wrote and this one did not, unless another container serves from the repository.
+
+    From here on, this container counts as one that serves from it.
+    """
     from repvgg_deploy.errors import RepVGGDeployError
     from repvgg_deploy.serving.repository import find_stale, remove_models
 

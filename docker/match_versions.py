@@ -1,4 +1,4 @@
-"""Prints the build arguments with which an image gets the TensorRT of a plan, as its passport says.
+"""Prints the build arguments with which an image gets the TensorRT that a plan's passport names.
 
 docker build -f docker/triton.Dockerfile $(python docker/match_versions.py b2.plan) -t repvgg-triton .
 """
@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("plan", type=Path, metavar="PLAN")
     try:
         plan = parser.parse_args(argv).plan
-        passport = read_passport(plan)  # by itself enough: the plan may lie elsewhere
+        passport = read_passport(plan)  # the plan itself need not be here
         if passport is None:
             raise explain_missing_passport(plan)
         print(" ".join(f"--build-arg {name}={value}" for name, value in match(passport).items()))
@@ -67,11 +67,9 @@ def match(passport: PlanPassport) -> dict[str, str]:
     package = version if (major, minor) >= (10, 8) else ".".join(version.split(".")[:3])
     arguments = {"TENSORRT_VERSION": package, "CUDA_MAJOR": "12" if major == 10 else "13"}
     container = find_container(version)
-    return (
-        arguments
-        if container is None
-        else {**arguments, "TRITON_RELEASE": container.rpartition(":")[2].removesuffix("-py3")}
-    )
+    if container is not None:
+        arguments["TRITON_RELEASE"] = container.rpartition(":")[2].removesuffix("-py3")
+    return arguments
 
 
 if __name__ == "__main__":

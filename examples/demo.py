@@ -1,10 +1,10 @@
-"""The whole line on the sample of this repository: checkpoint in training form → verified ONNX → Engine → predictions for real images.
+"""The whole way of the sample: checkpoint in training form → verified ONNX → Engine → predictions for real images.
 
     make demo            # or: python examples/demo.py
 
 Prints what it does and writes into demo/: sample.onnx, predictions.png and reparameterize.png (what happens inside one
-block). Where the trained A0 and its photos lie beside the clone (../shared/data), it does the same with them and writes
-photos.png, too.
+block). Where the trained A0 and its photos stand beside the clone (../shared/data), it runs them, too, and writes
+photos.png.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def predict(engine: Engine, paths: Sequence[Path], truths: Sequence[str]) -> lis
 
 
 def compare_on_evaluation(model: RepVGG, engine: Engine) -> list[Prediction]:
-    """Top-1 of the PyTorch training form and of the Engine on the evaluation split; returns what the Engine gets wrong."""
+    """Prints top-1 of the training form in PyTorch and of the Engine; returns the Engine's mistakes."""
     with np.load(SAMPLE / "eval.npz", allow_pickle=False) as file:
         images, truth = file["images"], file["labels"]
     batch = normalize(images, default_preprocessing(*images.shape[1:3]))
@@ -207,22 +207,14 @@ def draw_reparameterization(model: RepVGG, name: str, path: Path) -> None:
             branch(x)[0].numpy() for branch in (block.rbr_dense, block.rbr_1x1, block.rbr_identity, deploy.rbr_reparam)
         ]
     rows = np.arange(len(maps[0]))
-    kernels = [
-        kernel[rows, rows % channels] for kernel in kernels
-    ]  # of the input channel that the identity branch passes on
-    # The channel where all three branches have something to say.
-    channel = int(
-        np.prod([np.abs(kernel[:, 1, 1]) for kernel in kernels[:3]] + [m.std((1, 2)) for m in maps[:3]], 0).argmax()
-    )
+    # Of the input channel that the identity branch passes on.
+    kernels = [kernel[rows, rows % channels] for kernel in kernels]
+    # The channel where all three branches contribute most.
+    parts = [np.abs(kernel[:, 1, 1]) for kernel in kernels[:3]] + [m.std((1, 2)) for m in maps[:3]]
+    channel = int(np.prod(parts, 0).argmax())
     figure = plt.figure(figsize=(14, 7.6), facecolor="white")
-    figure.text(
-        0.03,
-        0.945,
-        f"Reparameterization: block {name} of the sample, channel {channel}",
-        fontsize=17,
-        weight="bold",
-        color=INK,
-    )
+    title = f"Reparameterization: block {name} of the sample, channel {channel}"
+    figure.text(0.03, 0.945, title, fontsize=17, weight="bold", color=INK)
     legend = (
         "Training form: three branches, each with its BatchNorm. Deploy form: one 3×3 convolution that computes the "
         "same."
@@ -241,7 +233,7 @@ def draw_reparameterization(model: RepVGG, name: str, path: Path) -> None:
 
 
 def _input_of(model: RepVGG, block: TrainingBlock, image: Path) -> torch.Tensor:
-    """What arrives at `block` when the image goes through the model."""
+    """The input of `block` when the image goes through the model."""
     seen: list[torch.Tensor] = []
     hook = block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     preprocessing = default_preprocessing(32, 32)
@@ -265,20 +257,12 @@ def _draw_sum(figure: Figure, bottom: float, panels: Sequence[NDArray[Any]], lab
         if index < 3:
             figure.text(left + 0.215, bottom + 0.175, sign, fontsize=26, ha="center", va="center", color=INK)
         for (row, column), value in np.ndenumerate(panel if numbers else np.empty((0, 0))):
-            strong = abs(value) > 0.55 * limit
-            axes.text(
-                column,
-                row,
-                "0" if value == 0 else f"{value:.2f}",
-                ha="center",
-                va="center",
-                fontsize=13,
-                color="white" if strong else INK,
-            )
+            text, colour = "0" if value == 0 else f"{value:.2f}", "white" if abs(value) > 0.55 * limit else INK
+            axes.text(column, row, text, ha="center", va="center", fontsize=13, color=colour)
 
 
 def run_sample(out: Path) -> None:
-    """The committed sample, digits."""
+    """Runs the sample of this repository: handwritten digits."""
     ckpt = SAMPLE / "repvgg-sample.pth"
     export(ckpt, out / "sample.onnx", 32)
     paths = sorted((SAMPLE / "images").glob("*.png"))
@@ -295,7 +279,7 @@ def run_sample(out: Path) -> None:
 
 
 def run_photos(out: Path) -> None:
-    """The trained A0 on Imagenette photos, where they lie beside the clone."""
+    """Runs the trained A0 on Imagenette photos, both from ../shared/data."""
     export(SHARED / "repvgg-a0-imagenette.pth", out / "a0.onnx", 128, labels=PHOTO_LABELS)
     (out / "photos").mkdir(exist_ok=True)
     paths, truths = [], []
@@ -313,7 +297,7 @@ def run_photos(out: Path) -> None:
 
 
 def main() -> int:
-    """Runs it all."""
+    """Runs the sample, and the photos where they are."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for what is written (demo)")
     out: Path = parser.parse_args().out

@@ -3,7 +3,7 @@
     python docs/tools/draw_reparameterization.py --out docs/images/reparameterization.png
 
 The branches' kernels are folded here by the formulas of docs/reparameterization.md, in NumPy and float64; the deploy
-form is the library's. That the two agree is what the picture shows.
+form is the library's. The picture shows that the two agree.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class Evidence:
     Attributes:
         branches: The three of the training form, each folded with its BatchNorm.
         deploy: The library's one convolution.
-        maps: What each branch makes of one image, float64 (3, C', H, W).
-        answer: What the deploy form makes of it, float32 arithmetic, (C', H, W).
+        maps: The output of each branch for one image, float64 (3, C', H, W).
+        answer: The output of the deploy form for it, in float32 arithmetic, (C', H, W).
         errors: By arithmetic, the differences of sum and deploy form over the evaluation images, in units of the
             largest output.
-        shares: Of each branch in the output, per channel, (3, C').
+        shares: The share of each branch in the output, by channel, (3, C').
     """
 
     branches: tuple[Folded, Folded, Folded]
@@ -119,7 +119,7 @@ def gather() -> Evidence:
 
 
 def arriving(model: RepVGG, block: TrainingBlock, images: NDArray[np.uint8]) -> torch.Tensor:
-    """What arrives at `block` when images, uint8 (N, 32, 32, 3), go through the model: float32 (N, C, H, W)."""
+    """The input of `block` when images, uint8 (N, 32, 32, 3), go through the model: float32 (N, C, H, W)."""
     seen: list[torch.Tensor] = []
     hook = block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     with torch.inference_mode():
@@ -145,7 +145,7 @@ def relative_error(reference: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def choose_channel(found: Evidence) -> int:
-    """The channel where all three branches have something to say, in the kernel and in the picture."""
+    """The channel where all three branches contribute most, in the kernel and in the output."""
     rows = range(len(found.deploy.bias))
     largest = np.prod([np.abs(b.kernel[rows, rows]).max(axis=(1, 2)) for b in found.branches], axis=0)
     return int((largest * found.maps.std(axis=(2, 3)).prod(axis=0)).argmax())
@@ -155,14 +155,8 @@ def draw(found: Evidence, path: Path) -> None:
     """Three rows of sums, then shares and the proof."""
     channel = choose_channel(found)
     with open_sheet() as figure:
-        figure.text(
-            0.03,
-            0.972,
-            f"Three branches become one convolution: block {BLOCK} of the trained sample",
-            fontsize=17,
-            weight="bold",
-            color=DARK,
-        )
+        title = f"Three branches become one convolution: block {BLOCK} of the trained sample"
+        figure.text(0.03, 0.972, title, fontsize=17, weight="bold", color=DARK)
         kernels = [*(b.kernel for b in found.branches), found.deploy.kernel]
         biases = [*(b.bias[channel] for b in found.branches), found.deploy.bias[channel]]
         captions = [f"bias {write_number(value)}" for value in biases]
@@ -227,7 +221,7 @@ def draw_sum(
 
 
 def draw_shares(figure: Any, found: Evidence, channel: int) -> None:
-    """How much each branch gives to each output channel."""
+    """Bars of how much each branch contributes to each output channel."""
     axes = figure.add_axes((0.19, 0.07, 0.38, 0.13))
     order = np.argsort(-found.shares[2])
     lower = np.zeros(len(order))
@@ -236,17 +230,11 @@ def draw_shares(figure: Any, found: Evidence, channel: int) -> None:
         lower = lower + 100 * share
     means = 100 * found.shares.mean(axis=1)
     for place, (mean, name, colour) in enumerate(zip(means, BRANCHES, COLOURS, strict=True)):
-        axes.text(
-            0.36 * place,
-            1.05,
-            f"■ {name.removesuffix(' branch')} {mean:.0f} %",
-            transform=axes.transAxes,
-            fontsize=10,
-            color=colour,
-            weight="bold",
-        )
-    axes.annotate(f"channel {channel}", (list(order).index(channel), 0), (0, -16), textcoords="offset points", fontsize=9, ha="center",
-                  color=DARK, arrowprops={"arrowstyle": "-", "color": DARK})  # fmt: skip
+        text = f"■ {name.removesuffix(' branch')} {mean:.0f} %"
+        axes.text(0.36 * place, 1.05, text, transform=axes.transAxes, fontsize=10, color=colour, weight="bold")
+    point, arrow = (list(order).index(channel), 0), {"arrowstyle": "-", "color": DARK}
+    style = {"textcoords": "offset points", "fontsize": 9, "ha": "center", "color": DARK, "arrowprops": arrow}
+    axes.annotate(f"channel {channel}", point, (0, -16), **style)
     axes.set(
         xlim=(-0.5, len(order) - 0.5), ylim=(0, 100), xticks=[], yticks=[0, 50, 100], yticklabels=["0", "50", "100 %"]
     )

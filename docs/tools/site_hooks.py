@@ -1,4 +1,4 @@
-"""What the site of docs/ needs beyond Markdown: drawn formulas, `--help` texts as they are now, no links into the clone, nothing from the network."""
+"""What the site of docs/ needs beyond Markdown: drawn formulas, current `--help` texts, nothing from the network."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _COMMENT = re.compile(r"^<!-- (?:not run|needs)\b[^>]*-->\n", re.M)
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
-    """Help texts and sections of the README come in; links to files of the clone that are no pages become plain text; comments for the tests go."""
+    """Inserts help texts and sections of the README; removes links that leave docs/, and comments for tests."""
     del config, files
     base = os.path.dirname(page.file.src_uri)
     markdown = _SECTION.sub(lambda found: readme_section(found[1]), markdown)
@@ -39,7 +39,7 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
 
 
 def on_page_content(content: str, *, page: Any, config: Any, files: Any) -> str:
-    """Formulas are drawn, options are marked so that no line breaks inside one, and names of errors lead to their page."""
+    """Draws formulas, marks options so that no line breaks inside one, and links names of errors to their page."""
     del config, files
     content = _FORMULA.sub(
         lambda found: draw_formula(html.unescape(found["latex"]), display=found["open"] == "["), content
@@ -50,14 +50,14 @@ def on_page_content(content: str, *, page: Any, config: Any, files: Any) -> str:
 
 
 def on_post_page(output: str, *, page: Any, config: Any) -> str:
-    """The theme's script for searching in pages from the disk would come from the network: our own stands in for it."""
+    """Replaces the theme's script for searching pages from the disk, which would come from the network, by our own."""
     del config
     up = "../" * page.url.count("/")
     return _SHIM.sub(f'<script src="{up}javascripts/worker-from-disk.js">', output)
 
 
 def on_post_template(output_content: str, *, template_name: str, config: Any) -> str:
-    """The same of the page for what is not there, whose links begin at the site's root."""
+    """The same for the page of error 404, whose links begin at the site's root."""
     del template_name, config
     return _SHIM.sub('<script src="/javascripts/worker-from-disk.js">', output_content)
 
@@ -77,14 +77,14 @@ def readme_section(title: str) -> str:
 
 
 def help_text(program: str, command: str | None) -> str:
-    """What `program [command] --help` prints; wider lines than 80 columns would be cut off beside the table of contents."""
+    """What `program [command] --help` prints in 80 columns: wider lines would not fit beside the table of contents."""
     line = [sys.executable, "-m", PROGRAMS[program], *([command] if command else []), "--help"]
     environment = {**os.environ, "COLUMNS": "80", "NO_COLOR": "1"}
     return subprocess.run(line, check=True, capture_output=True, text=True, env=environment).stdout
 
 
 def draw_formula(latex: str, *, display: bool) -> str:
-    """LaTeX as SVG of outlines: it looks the same everywhere, and needs neither a script nor a font."""
+    """LaTeX as an SVG of outlines, which looks the same everywhere and needs neither a script nor a font."""
     ziamath: Any = importlib.import_module("ziamath")
 
     ziamath.config.precision, ziamath.config.svg2 = 2, False

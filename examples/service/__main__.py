@@ -25,18 +25,17 @@ from .app import create_app
 from .core import Service
 from .settings import read_settings
 
-# For requests that are on their way, on connections that were accepted or wait to be. Rounds of the loop, of 10 ms or
-# more, not seconds: a process that was held up for a second has accepted nothing meanwhile.
+# How long it waits for requests that are on their way, on connections that were accepted or wait to be. In rounds of
+# the loop, of 10 ms or more, not in seconds: a process that was held up for a second has accepted nothing meanwhile.
 _LINGER_ROUNDS = 100
-_IDLE_SECONDS = (
-    75  # longer than balancers keep an idle connection: who closes first must not be the one who is asked next
-)
+# Longer than load balancers keep an idle connection: if the service closed first, the next request could be lost.
+_IDLE_SECONDS = 75
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn with an end in which nothing is lost.
+    """uvicorn that loses no request when it stops.
 
-    uvicorn's own closes at once, on a signal: what waits to be accepted, and every connection whose next request has
+    On a signal uvicorn itself closes at once: connections that wait to be accepted, and those whose next request has
     not been read.
     """
 
@@ -46,16 +45,19 @@ class DrainingServer(uvicorn.Server):
         self._has_grace = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Runs between two instructions of the main thread: only notes it. After uvicorn's own, the exit code would be the signal's."""
+        """Notes the signal, no more: this runs between two instructions of the main thread.
+
+        It replaces uvicorn's own handler, after which the exit code would be the signal's.
+        """
         if self.should_exit:
             self.force_exit = True
         elif self._service.phase == "ready":
-            self._service.phase = "leaving"  # at once; the loop below looks ten times a second
+            self._service.phase = "leaving"  # at once: the loop below looks only ten times a second
         self._has_grace = sig == signal.SIGTERM
         self.should_exit = True
 
     async def main_loop(self) -> None:
-        """Serves until a signal came, and on until the last answer."""
+        """Serves until a signal arrives, and then until the last answer is sent."""
         await super().main_loop()
         settings, service = self._service.settings, self._service
         service.leave("leaving")
@@ -80,7 +82,7 @@ class DrainingServer(uvicorn.Server):
             await asyncio.sleep(0.01)
 
     def _has_unaccepted(self) -> bool:
-        """Whether a connection is there that the loop has not accepted yet: closing the socket would reset it."""
+        """Whether a connection waits to be accepted: closing the socket would reset it."""
         poll = select.poll()
         for server in self.servers:
             for listener in server.sockets:
@@ -89,7 +91,7 @@ class DrainingServer(uvicorn.Server):
 
 
 def main() -> int:
-    """Serves until it is told to stop; the exit code."""
+    """Serves until it is told to stop; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         service = Service(settings := read_settings())

@@ -32,7 +32,7 @@ IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # MPO: what some cameras call th
 
 def create_app(service: Service) -> FastAPI:
     """The application around an open service."""
-    # Without pages of documentation: bodies here are bytes, of which they could say nothing.
+    # No generated documentation: the bodies are bytes, which it could not describe.
     app = FastAPI(title="repvgg-deploy", version=__version__, openapi_url=None)
     app.add_middleware(Observer, service=service)
     app.add_exception_handler(AnyHTTPException, _answer_http_error)
@@ -117,7 +117,7 @@ def _decode(service: Service, body: bytearray) -> NDArray[Any]:
 
 
 def best_classes(result: Result, spec: ModelSpec) -> list[dict[str, Any]]:
-    """The five best classes of the one image in a result, best first; of logits, `score` is the softmax over all classes."""
+    """The five best classes of one image, best first; for logits, `score` is the softmax over all classes."""
     classes, scores = next(rank_classes(result, spec, 5))
     pairs = zip(classes.tolist(), scores.tolist(), strict=True)
     return [
@@ -139,7 +139,7 @@ async def _answer_http_error(request: Request, error: Exception) -> Response:
 
 
 async def _answer_error(service: Service, request: Request, error: Exception) -> Response:
-    """Ours → the status that tells a client what to do: 400 correct it, 503 come again, 504 it took too long."""
+    """An error of ours as the status that tells a client what to do: 400 correct it, 503 retry, 504 too late."""
     assert isinstance(error, RepVGGDeployError)
     if isinstance(error, EngineBusyError) or service.batcher.closed:
         return await _answer_http_error(request, service.refuse(error.message))

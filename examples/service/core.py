@@ -1,4 +1,4 @@
-"""The service without its routes: the model, what is let in, and how it ends."""
+"""The service without its routes: the model, which requests are admitted, and the phases in which it ends."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from .settings import Settings, name_variable
 logger = logging.getLogger(__name__)
 
 Phase = Literal["ready", "leaving", "refusing", "broken"]
-"""`leaving`: readiness is off, requests are answered. `refusing`: only those under way are. `broken`: only a new process helps."""
+"""`leaving`: not ready any more, requests are still answered. `refusing`: only those under way are. `broken`: the GPU
+failed, and only a new process helps."""
 _T = TypeVar("_T")
 CLIENT_IS_GONE = 499
 
@@ -35,7 +36,7 @@ class Service:
     """An open Engine, its batcher, and the threads that decode; a context manager.
 
     Args:
-        settings: See `Settings`.
+        settings: The model, its limits and times.
 
     Raises:
         RepVGGDeployError: The model cannot be opened, or a setting is out of range.
@@ -53,9 +54,8 @@ class Service:
         self.active = 0
         self._buffered = 0
         options = EngineOptions(intra_op_threads=settings.threads or None)
-        backend = (
-            cast("BackendName", settings.backend) if settings.backend else None
-        )  # the Engine says what it does not know
+        # An unknown name is refused by the Engine.
+        backend = cast("BackendName", settings.backend) if settings.backend else None
         self.engine = Engine(settings.model, device=settings.device or None, backend=backend, options=options)
         try:
             self.name = settings.name or self.engine.path.stem
@@ -76,7 +76,7 @@ class Service:
             concurrency=settings.concurrency or None,
         )
         sizes = [size for size in self.spec.input.shape[1:] if isinstance(size, int)]
-        if len(sizes) == 3:  # of an input of any size there is no usual one
+        if len(sizes) == 3:  # a model of any image size has no usual one
             for images in {1, largest}:
                 self.engine.warm_up((images, *sizes))
         self._decoders = ThreadPoolExecutor(max(1, settings.decoders), thread_name_prefix="decoder")
@@ -100,11 +100,11 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def admit(self, request: Request) -> AsyncIterator[bytearray]:
-        """A place among the requests under way, and the request's body.
+        """Counts the request among those under way, and gives its body.
 
         Raises:
-            HTTPException: 503 where there is no place, 413 of a body that is too large, 408 where it takes too long to
-                arrive.
+            HTTPException: 503 when too many are under way, 413 when the body is too large, 408 when it takes too long
+                to arrive.
         """
         limit = self.settings.max_body_bytes
         declared = request.headers.get("content-length", "0")
@@ -116,13 +116,11 @@ class Service:
         body = bytearray()
         try:
             await self._receive(request, body)
-            if self.phase in (
-                "refusing",
-                "broken",
-            ):  # only now: an answer before the body has been read would be lost with the connection
-                raise self.refuse(
-                    "this server is going away" if self.phase == "refusing" else "the GPU of this server failed"
-                )
+            # Only now: an answer before the body has been read would be lost with the connection.
+            if self.phase == "refusing":
+                raise self.refuse("this server is going away")
+            if self.phase == "broken":
+                raise self.refuse("the GPU of this server failed")
             yield body
         finally:
             self.active -= 1
@@ -152,19 +150,19 @@ class Service:
         )
 
     def refuse(self, why: str) -> HTTPException:
-        """503, which says when to come again."""
+        """An answer 503 that says when to try again."""
         return HTTPException(503, f"{why}; try again", {"Retry-After": str(self.settings.retry_after_seconds)})
 
     async def in_thread(self, work: Callable[[], _T]) -> _T:
-        """For what would hold up other requests."""
+        """Runs in another thread what would hold up other requests."""
         return await asyncio.get_running_loop().run_in_executor(self._decoders, work)
 
     async def infer(self, request: Request, batch: NDArray[Any], timeout_ms: float | None = None) -> Result:
-        """Runs a batch together with those of others. What a client does not wait for any more leaves the queue.
+        """Runs a batch together with those of others. Where the client has gone, it leaves the queue.
 
         Raises:
-            RepVGGDeployError: As `Batcher.infer`.
-            HTTPException: 499 where the client went away.
+            RepVGGDeployError: What `Batcher.infer` raises.
+            HTTPException: 499, the client has gone.
         """
         limit = min(timeout_ms or self.settings.timeout_ms, self.settings.timeout_ms)
         answer: asyncio.Future[Any] = asyncio.wrap_future(self.batcher.submit(batch, timeout_ms=limit))
@@ -183,7 +181,7 @@ class Service:
             answer.cancel()
 
     def leave(self, phase: Phase) -> None:
-        """Enters one of the last phases."""
+        """Enters `leaving` or `refusing`; `broken` stays."""
         self.phase = phase if self.phase != "broken" else "broken"
         logger.info("%s: %d requests under way", self.phase, self.active)
 

@@ -1,13 +1,13 @@
-"""Puts load on the service and says how it bore it: throughput, latency, and whether every request was answered, and with the right answer.
+"""Puts load on the service: throughput, latency, and whether every request got the right answer.
 
     python -m examples.service.load_test --images models/sample/images --clients 32 --seconds 10
     python -m examples.service.load_test --tensor --images models/sample/images --engine sample.onnx
     python -m examples.service.load_test --images models/sample/images --stop PID
 
-Each client sends one request after the other on a connection that it keeps. Before the load, each image is sent once by
-itself: under load its best class must be the same. `--engine` measures `Engine.infer` on full batches, before and
-after, to compare with. `--stop` sends SIGTERM to the service halfway: from then on a connection that is refused is no
-loss, a request that was sent and not answered is. Exit code 1 if anything was lost or wrong.
+Each client sends one request after the other on one connection. Before the load, each image is sent once by itself:
+under load its best class must be the same. `--engine` measures `Engine.infer` on full batches before and after, to
+compare with. `--stop` sends SIGTERM to the service halfway: from then on a refused connection is no loss, but a request
+that was sent and not answered is. Exit code 1 if anything was lost or wrong.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from repvgg_deploy.serving.kserve import HEADER
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One request: where, what, and which class is best."""
+    """One request: its path, body and headers, and the best class of its image."""
 
     path: str
     body: bytes
@@ -47,7 +47,7 @@ class Work:
 
 @dataclass(slots=True)
 class Tally:
-    """What came of the load."""
+    """What the clients have counted."""
 
     statuses: Counter[int] = field(default_factory=Counter)
     seconds: list[float] = field(default_factory=list)
@@ -55,11 +55,11 @@ class Tally:
     lost: Counter[str] = field(default_factory=Counter)
     refused_connections: int = 0
     stopped: bool = False
-    rate: float = 0.0  # answered with 200, a second
+    rate: float = 0.0  # answers with 200 a second
 
     @property
     def answered(self) -> int:
-        """With any status."""
+        """Answers with any status."""
         return sum(self.statuses.values())
 
 
@@ -103,27 +103,20 @@ def read_image(path: Path) -> bytes:
 
 
 def tensor_request(path: Path, spec: dict[str, Any]) -> tuple[bytes, dict[str, str]]:
-    """A binary tensor of the model's size, made of an image's bytes: what is sent, not what is seen, matters here."""
+    """A binary tensor of the model's size; random, because its content does not matter, but the same for each image."""
     shape = [1, *(size if size > 0 else 224 for size in spec["shape"][1:])]
     seed = int.from_bytes(read_image(path)[-8:], "little")
     random = np.random.default_rng(seed)
-    batch = (
-        random.integers(0, 256, shape, np.uint8)
-        if spec["datatype"] == "UINT8"
-        else random.standard_normal(shape, np.float32)
-    )
-    tensor = {
-        "name": spec["name"],
-        "datatype": spec["datatype"],
-        "shape": shape,
-        "parameters": {"binary_data_size": batch.nbytes},
-    }
+    is_uint8 = spec["datatype"] == "UINT8"
+    batch = random.integers(0, 256, shape, np.uint8) if is_uint8 else random.standard_normal(shape, np.float32)
+    about = {"name": spec["name"], "datatype": spec["datatype"], "shape": shape}
+    tensor = {**about, "parameters": {"binary_data_size": batch.nbytes}}
     head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
     return head + batch.tobytes(), {HEADER: str(len(head)), "Content-Type": "application/octet-stream"}
 
 
 async def run_client(session: aiohttp.ClientSession, works: list[Work], first: int, end: float, tally: Tally) -> None:
-    """One client: request after request, until the time is over or nobody listens any more."""
+    """One client: request after request, until the time is over or the service no longer listens."""
     for index in count(first):
         started = time.perf_counter()
         if started >= end:
@@ -137,9 +130,8 @@ async def run_client(session: aiohttp.ClientSession, works: list[Work], first: i
                     tally.seconds.append(time.perf_counter() - started)
                     tally.wrong += best_class(work, body, response.headers.get(HEADER)) != work.best
                 elif response.status == 503:
-                    await asyncio.sleep(
-                        min(float(response.headers.get("Retry-After", "1")), max(0.0, end - time.perf_counter()))
-                    )
+                    wanted = float(response.headers.get("Retry-After", "1"))
+                    await asyncio.sleep(min(wanted, max(0.0, end - time.perf_counter())))
         except aiohttp.ClientConnectorError as error:  # no connection, so nothing was sent
             if tally.stopped:
                 tally.refused_connections += 1
@@ -150,7 +142,7 @@ async def run_client(session: aiohttp.ClientSession, works: list[Work], first: i
 
 
 async def stop_halfway(session: aiohttp.ClientSession, options: argparse.Namespace, tally: Tally) -> None:
-    """SIGTERM; then says when readiness went off and when the service did."""
+    """Sends SIGTERM if asked to, and says when readiness went off and when the service was gone."""
     if options.stop is None:
         return
     await asyncio.sleep(options.seconds / 2)
@@ -174,7 +166,7 @@ async def stop_halfway(session: aiohttp.ClientSession, options: argparse.Namespa
 
 
 async def run_load(options: argparse.Namespace) -> Tally:
-    """The load, and what came of it."""
+    """Runs all clients; the sum of what they counted."""
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(
         options.url, connector=connector, timeout=aiohttp.ClientTimeout(60), auto_decompress=False
@@ -216,7 +208,7 @@ async def read_answered(session: aiohttp.ClientSession, work: Work) -> int:
 
 
 def print_tally(tally: Tally, options: argparse.Namespace, elapsed: float) -> None:
-    """What a person wants to know."""
+    """Prints the figures."""
     kind = "tensors" if options.tensor else "images"
     print(f"{options.clients} clients sent single {kind} for {elapsed:.1f} s")
     print(f"  answered with 200     {tally.statuses[200]}   {tally.rate:.0f} a second")
@@ -252,7 +244,7 @@ def measure_engine(path: Path, threads: int, batch_size: int = 32) -> float:
 
 
 def main() -> int:
-    """Runs it; the exit code."""
+    """Runs the load and the comparison; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the service (%(default)s)")
     parser.add_argument("--name", default="sample", help="of the model there (%(default)s)")
@@ -271,7 +263,7 @@ def main() -> int:
     try:
         before = measure_engine(options.engine, options.threads) if options.engine else 0.0
         tally = asyncio.run(run_load(options))
-        if options.engine:  # once more: other programs may have had their share of the machine
+        if options.engine:  # once more: other programs may have slowed one of the two
             alone = (before + measure_engine(options.engine, options.threads)) / 2
             print(f"The service gave {100 * tally.rate / alone:.0f} % of that, with its clients on the same machine")
     except RepVGGDeployError as error:

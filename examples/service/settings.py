@@ -1,4 +1,4 @@
-"""What the service is told by its environment: REPVGG_MODEL, and a variable for each other field, REPVGG_ and its name in capitals."""
+"""The settings of the service, from its environment: each field is the variable REPVGG_ and its name in capitals."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from dataclasses import dataclass, fields
 from repvgg_deploy.errors import InputError
 
 PREFIX = "REPVGG_"
+# With 0 of these, every request would be refused.
 _POSITIVE = frozenset(
     {"max_body_bytes", "max_buffered_bytes", "max_requests", "max_pixels", "body_seconds", "decoders"}
-)  # with 0 all is refused
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,26 +23,25 @@ class Settings:
     Attributes:
         model: An ONNX of repvgg-export, or a plan.
         name: What clients call it; empty: the file's name without its suffix.
-        listen: Address and port. (Not `port`: Kubernetes sets REPVGG_PORT in every pod beside a service that is called
-            repvgg.)
-        device: `cpu`, `cuda`, `cuda:1`; empty: what the file is for.
-        backend: As `Engine(backend=)`; empty: its default.
-        threads: That compute, on a CPU; 0: one a core.
-        max_batch: Images that are run together at most.
-        max_delay_ms: How long an image waits for company.
+        listen: Address and port. (It is not called `port`: beside a service named repvgg, Kubernetes sets REPVGG_PORT.)
+        device: `cpu`, `cuda` or `cuda:1`; empty: what the file is for.
+        backend: As in `Engine(backend=…)`; empty: its default.
+        threads: CPU threads that compute a batch; 0: one a core.
+        max_batch: The largest number of images that run together.
+        max_delay_ms: How long an image waits for others.
         max_queue: Images that may wait; 0: eight batches.
-        timeout_ms: What waited so long is not run and answered with 504; a request may ask for less.
-        concurrency: Batches at once; 0: two of a plan with two contexts, else one.
-        max_body_bytes: Of a request, compressed and not; more is answered with 413.
-        max_buffered_bytes: Of all bodies in memory at once; beyond it, 503.
+        timeout_ms: A request that waited so long is not run and is answered with 504; it may ask for less.
+        concurrency: Batches that run at once; 0: two where a plan has two contexts, else one.
+        max_body_bytes: The largest body of a request, compressed or not; a larger one is answered with 413.
+        max_buffered_bytes: Bytes of all bodies in memory at once; beyond it, 503.
         max_requests: Requests under way at once, those in the queue included; beyond it, 503.
-        max_pixels: Of an image that is decoded.
+        max_pixels: The largest image that is decoded.
         body_seconds: How long a client may take to send a request; then 408.
         decoders: Threads that decode images.
-        retry_after_seconds: What a refused client is told.
-        grace_seconds: After SIGTERM, how long requests are still answered while readiness is off: longer than a
+        retry_after_seconds: When a refused client is asked to try again.
+        grace_seconds: How long requests are still answered after SIGTERM, while readiness is off: longer than a load
             balancer takes to notice.
-        drain_seconds: How long requests that are under way then may take.
+        drain_seconds: How long requests that are under way after that may take.
     """
 
     model: str
@@ -73,10 +73,10 @@ class Settings:
 
 
 def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
-    """The environment's settings.
+    """Reads and checks the environment.
 
     Raises:
-        InputError: REPVGG_MODEL is missing, or a value is not a number, or out of range, where one is needed.
+        InputError: REPVGG_MODEL is missing, a number is none or out of range, or REPVGG_LISTEN has no port.
     """
     values: dict[str, str | int | float] = {}
     for field in fields(Settings):
@@ -89,9 +89,8 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         )
     settings = Settings(**values)  # type: ignore[arg-type]  # _parse saw to it
     port = settings.listen.rpartition(":")[2]
-    if not (
-        port.isascii() and port.isdecimal() and int(port[:6]) < 1 << 16
-    ):  # the event loop would take a larger one modulo 65536
+    # The event loop would take a larger port modulo 65536.
+    if not (port.isascii() and port.isdecimal() and int(port[:6]) < 1 << 16):
         raise InputError(
             f"{PREFIX}LISTEN: expected ADDRESS:PORT, found {settings.listen!r}", remedy="give it such as 0.0.0.0:8000"
         )
@@ -99,14 +98,14 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
 
 
 def name_variable(error: InputError) -> InputError:
-    """An error of the Engine about one of its parameters, as one about the variable that set it; any other error as it is."""
+    """An error about a parameter of the Engine as one about the variable that set it; another error as it is."""
     variables = {field.name: PREFIX + field.name.upper() for field in fields(Settings)}
     parameter, _, text = (
         error.message.removeprefix("batcher: ").removeprefix("EngineOptions: intra_op_").partition(": ")
     )
     if parameter not in variables:
         return error
-    text = text.replace("max_batch", variables["max_batch"])  # what a queue must hold
+    text = text.replace("max_batch", variables["max_batch"])  # a queue must hold so many
     return InputError(f"{variables[parameter]}: {text}", remedy="correct it, or leave it out")
 
 

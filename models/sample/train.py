@@ -1,7 +1,8 @@
 """Trains the sample: a small RepVGG on the handwritten digits that scikit-learn ships. Minutes on two cores.
 
-    python models/sample/train.py                # writes repvgg-sample.pth, eval.npz, calib.npz, images/ and prints the
-    card's numbers
+    python models/sample/train.py
+
+Writes repvgg-sample.pth, eval.npz, calib.npz and images/, and prints the numbers of the model's card.
 
 The seed fixes splits, initial weights, batches and augmentation. Equal versions on equal processors with equal thread
 counts give equal weights; elsewhere the last digits differ.
@@ -44,7 +45,7 @@ EVALUATION_IMAGES = 400
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a run is made of."""
+    """How the sample is trained."""
 
     out: Path
     seed: int = 0
@@ -70,8 +71,8 @@ class Split:
 def load_splits() -> dict[str, Split]:
     """Training, calibration and evaluation split, in the file's order.
 
-    Not shuffled, because neighbours in the file were often written by one hand: a shuffled split would ask about hands
-    that the training has seen.
+    Not shuffled, because neighbours in the file were often written by the same person: a shuffled split would test on
+    hands that were seen in training.
     """
     from sklearn.datasets import load_digits
 
@@ -89,7 +90,7 @@ def _enlarge(grey: NDArray[np.float64]) -> NDArray[np.uint8]:
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Random rotation (±14°), size (±15 %), slant (±0.2), shift (±4 pixels) and contrast (±30 %) of each normalised image."""
+    """Rotates (±14°), scales (±15 %), slants (±0.2), shifts (±4 pixels) each image, and its contrast (±30 %)."""
     count = len(images)
 
     def draw(limit: float) -> Tensor:

@@ -42,9 +42,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     share = partial(decimal_number, least=0.01, most=1.0, what="a share from 0.01 to 1")
     amount = partial(decimal_number, least=0, most=1e4, what="a number from 0 to 10000")
     parser.add_argument("--slo-ms", type=milliseconds, metavar="MS",
-                        help="a batch may take so long (default: any time)")
+                        help="the longest that a batch may take (default: any time)")
     parser.add_argument("--min-top1", type=percent, metavar="PERCENT",
-                        help="top-1 at least, on ImageNet-1k (default: any)")
+                        help="the least top-1 on ImageNet-1k (default: any)")
     parser.add_argument("--gpu", metavar="NAME",
                         help="estimate for this GPU what was not measured: t4, a10, rtx4090… (default: the GPU that is "
                              "here)")
@@ -57,11 +57,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         help="rows to print (default: %(default)s)")
     group = parser.add_argument_group("what estimates rest on")
     group.add_argument("--efficiency", type=share, metavar="SHARE",
-                       help="of the peak that a layer reaches (default: 0.9 in FP32, fitted to published times; 0.4 in "
-                            "FP16 and INT8, assumed)")
+                       help="share of the peak that a layer reaches (default: 0.9 in FP32, fitted to published times; "
+                            "0.4 in FP16 and INT8, assumed)")
     group.add_argument("--overhead-us", type=amount, default=50.0, metavar="US",
-                       help="microseconds of every layer besides, once a group of its convolution (default: "
-                            "%(default)g, fitted)")
+                       help="microseconds that every layer takes besides, once for each group of its convolution "
+                            "(default: %(default)g, fitted)")
     group.add_argument("--int8-drop", type=amount, default=0.5, metavar="POINTS",
                        help="top-1 that INT8 is expected to lose, in percentage points (default: %(default)g)")
 # fmt: on

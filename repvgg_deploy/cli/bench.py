@@ -119,7 +119,7 @@ def execute(args: argparse.Namespace) -> Output:
     written, errors = _write(args, result)
     points = [(model, point) for model in result.models for point in model.points]
     lines = [format_pairs(_head(result)), *_time_lines(points), *_roofline_lines(result, layers=args.layers)]
-    lines += [*_note_lines(result, points), *_unstable_lines(points), *written]
+    lines += [*_remark_lines(result, points), *written]
     follow = _next(args.out, result) if args.out is not None and not errors else None
     return Output(data={"benchmark": result}, text="\n".join(lines), next_command=follow, errors=errors)
 
@@ -242,8 +242,8 @@ def _layer_table(bounds: tuple[LayerBound, ...]) -> str:
     return format_table(rows, "<<>>>><")
 
 
-def _note_lines(result: Benchmark, points: list[tuple[ModelResult, Point]]) -> list[str]:
-    from ..measure.times import FEW_CALLS
+def _remark_lines(result: Benchmark, points: list[tuple[ModelResult, Point]]) -> list[str]:
+    from ..measure.times import FEW_CALLS, LARGEST_DRIFT, LARGEST_SPREAD
 
     notes = [f"{model.file}: {note}" for model in result.models for note in model.notes]
     few = sum(point.latency.calls < FEW_CALLS for _, point in points)
@@ -255,20 +255,15 @@ def _note_lines(result: Benchmark, points: list[tuple[ModelResult, Point]]) -> l
             "more than 100 % of the roofline: the peak was measured while other programs ran, or the kernels save "
             "multiplications"
         )
-    return [format_pairs([("note", note) for note in notes])] if notes else []
-
-
-def _unstable_lines(points: list[tuple[ModelResult, Point]]) -> list[str]:
-    from ..measure.times import LARGEST_DRIFT, LARGEST_SPREAD
-
+    lines = [format_pairs([("note", note) for note in notes])] if notes else []
     unstable = [(model, point) for model, point in points if point.warnings]
-    rows = [[_title(model), point.way, str(point.batch), "; ".join(point.warnings)] for model, point in unstable]
-    if not rows:
-        return []
-    spread = f"a spread of up to {100 * LARGEST_SPREAD:.0f} % (standard deviation by mean)"
-    usual = f"{spread}, halves that differ by up to {100 * LARGEST_DRIFT:.0f} %"
-    title = f"! not stable; usual is {usual}: let nothing else run, or give a longer --duration"
-    return [title, format_table(rows, "<<><")]
+    if unstable:
+        spread = f"a spread of up to {100 * LARGEST_SPREAD:.0f} % (standard deviation by mean)"
+        usual = f"{spread}, halves that differ by up to {100 * LARGEST_DRIFT:.0f} %"
+        lines.append(f"! not stable; usual is {usual}: let nothing else run, or give a longer --duration")
+        table = [[_title(model), point.way, str(point.batch), "; ".join(point.warnings)] for model, point in unstable]
+        lines.append(format_table(table, "<<><"))
+    return lines
 
 
 def _title(model: ModelResult) -> str:

@@ -53,7 +53,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     batches = parser.add_argument_group("batch sizes")
     for name, text in (
         ("min", "the smallest that the plan accepts (default: 1)"),
-        ("opt", "the usual one, that it is tuned for (default: 8)"),
+        ("opt", "the usual one, which the plan is tuned for (default: 8)"),
         ("max", "the largest; memory grows with it (default: 32)"),
     ):
         batches.add_argument(f"--{name}-batch", type=whole_number, metavar="N", help=text)
@@ -82,8 +82,8 @@ def _add_builder_options(group: argparse._ArgumentGroup) -> None:
     for flag, text in (
         ("--tf32", "let FP32 convolutions round their inputs to TF32: faster, an error of about 1e-3"),
         ("--sparse", "allow 2:4 sparse weights"),
-        ("--version-compatible", "a plan that later TensorRT of the same major version run, too"),
-        ("--hardware-compatible", "a plan that all GPUs from Ampere on run, if slower"),
+        ("--version-compatible", "a plan that later versions of the same major TensorRT can run, too"),
+        ("--hardware-compatible", "a plan that every GPU from Ampere on can run, if more slowly"),
     ):
         group.add_argument(flag, action="store_true", help=text)
 # fmt: on

@@ -69,7 +69,7 @@ def execute(args: argparse.Namespace) -> Output:
         options = SetOptions(limit=args.limit, batch_size=args.batch_size, labels="optional")
         images = open_images(args.data, inputs.spec, options)
         kind = one.spec.kind if one.spec.kind == two.spec.kind else None
-        batches = {one.spec.batch, two.spec.batch} - {None}
+        fixed = {size for size in (one.spec.batch, two.spec.batch) if size is not None}
         with Progress(len(images), "images") as bar:
             report = compare(
                 lambda batch: infer(one, inputs.reference(batch)),
@@ -78,7 +78,7 @@ def execute(args: argparse.Namespace) -> Output:
                 kind=kind if kind in ("logits", "probabilities") else None,
                 progress=bar.advance,
             )
-    report = _with_layers(report, inputs, batches, args)
+    report = _with_layers(report, inputs, fixed, args)
     name, other = Path(args.reference).name, Path(args.other).name
     if name == other:
         name, other = args.reference, args.other  # with their folders
@@ -135,14 +135,14 @@ def _require_same_classes(args: argparse.Namespace, reference: ModelSpec, other:
 
 
 def _with_layers(
-    report: AgreementReport, inputs: _Inputs, batches: set[Any], args: argparse.Namespace
+    report: AgreementReport, inputs: _Inputs, fixed: set[int], args: argparse.Namespace
 ) -> AgreementReport:
     """The report with a comparison layer by layer, or with the reason why there is none.
 
     Args:
-        report: Of the answers.
-        inputs: Images → inputs of both models.
-        batches: The fixed batch sizes of the two models.
+        report: How the answers compare.
+        inputs: How images become the inputs of both models.
+        fixed: The fixed batch sizes of the two models.
         args: The models, the images and how many of them.
     """
     from ..evaluate.agreement import compare_layers, first_below
@@ -153,7 +153,7 @@ def _with_layers(
     try:
         from ..precision.layers import LayerRun, run_pairs
 
-        if len(batches) > 1:
+        if len(fixed) > 1:
             note = "layers are not compared: the two have different fixed batches"
             return dataclasses.replace(report, layers_note=note)
         one, two = LayerRun(Path(args.reference)), LayerRun(Path(args.other))
@@ -163,12 +163,12 @@ def _with_layers(
         return dataclasses.replace(report, layers_note=note)
     except InputError as error:
         return dataclasses.replace(report, layers_note=error.message)
-    fixed = next(iter(batches), None)
+    size = next(iter(fixed), None)
     limit = min(args.layer_images, report.images + report.skipped)
-    options = SetOptions(limit=limit, batch_size=fixed or _LAYER_BATCH, labels="none")
+    options = SetOptions(limit=limit, batch_size=size or _LAYER_BATCH, labels="none")
     images = open_images(args.data, inputs.spec, options)
     with Progress(limit, "layers") as bar:
-        layers = compare_layers(run_pairs(one, two, _pair_inputs(images, inputs, fixed, bar)), fixed=shared.classifiers)
+        layers = compare_layers(run_pairs(one, two, _pair_inputs(images, inputs, size, bar)), fixed=shared.classifiers)
     return dataclasses.replace(report, layers=layers, first_apart=first_below(layers, report.apart_below_db))
 
 

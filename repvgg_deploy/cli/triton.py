@@ -28,10 +28,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         help="the repository; made if it is not there, and may hold other models")
     parser.add_argument("--validate", type=Path, metavar="FOLDER",
                         help="write nothing: say what Triton would refuse in this repository")
-    parser.add_argument("--name", metavar="NAME", help="of the model in Triton (default: the file's)")
+    parser.add_argument("--name", metavar="NAME", help="the model's name in Triton (default: the file's)")
     parser.add_argument("--version", dest="version_number", type=whole_number, metavar="N",
-                        help="of the version folder (default: one more than the highest, or that one if it holds the "
-                             "same files)")
+                        help="number of the version folder (default: one more than the highest, or that one if it "
+                             "holds the same files)")
     parser.add_argument("--force", action="store_true", help="replace what is there and differs")
     group = parser.add_argument_group("serving")
     group.add_argument("--instances", type=whole_number, default=1, metavar="N",
@@ -41,7 +41,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--preferred-batch", type=whole_number, nargs="+", metavar="N",
                        help="sizes that are run at once (default: the plan's usual and largest; none for an ONNX)")
     group.add_argument("--max-queue-delay-us", type=count, default=1000, metavar="N",
-                       help="how long a request waits for company, in microseconds (default: %(default)s)")
+                       help="how long a request waits for others to join its batch, in microseconds (default: "
+                            "%(default)s)")
     group.add_argument("--max-queue", type=whole_number, metavar="N",
                        help="requests that may wait; more are answered 503 (default: eight of the largest batches)")
     group.add_argument("--queue-timeout-us", type=count, default=1_000_000, metavar="N",

@@ -64,16 +64,14 @@ def test_export_prints_certificate_specification_and_next_command(
     ):
         assert text in out
     assert err.strip().splitlines()[-1] == f"next: repvgg-trt infer {checkpoint.with_name('model.onnx')} IMAGE"
-    status, out, _ = run(capsys, "--ckpt", checkpoint, *SIZE)
-    assert status == 0 and "up to date" in out
-
-
-def test_export_json_is_one_object(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "--ckpt", checkpoint, *SIZE, "--json", "--save-deploy", checkpoint.with_name("d.pth"))
     data = json.loads(out)
     assert status == 0
-    assert data["status"] == "written" and data["deploy_checkpoint"].endswith("d.pth")
+    assert data["status"] == "up to date" and data["deploy_checkpoint"].endswith("d.pth")
     assert data["metadata"]["certificate"]["checks"]
+
+
+def test_export_json_of_an_error_is_one_object(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "--ckpt", checkpoint.with_name("absent.pth"), "--json")
     assert status == 1 and set(json.loads(out)) == {"error", "remedy"}
 

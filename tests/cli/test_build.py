@@ -302,19 +302,9 @@ def test_command_line_overrides_the_configuration_file(tmp_path: Path) -> None:
         256 << 20,
     )
     assert plain.quantize is not None and plain.quantize.precision == "fp16"
-    changed = [
-        *arguments,
-        "--fp32",
-        "--max-batch",
-        "2",
-        "--workspace",
-        "1GiB",
-        "--optimization-level",
-        "0",
-        "--sparse",
-        "--tf32",
-    ]
-    config = read_build_options(build_parser().parse_args(changed)).config
+    limits = ["--max-batch", "2", "--workspace", "1GiB", "--optimization-level", "0"]
+    changed = build_parser().parse_args([*arguments, "--fp32", *limits, "--sparse", "--tf32"])
+    config = read_build_options(changed).config
     assert (config.precision, config.profile, config.workspace_bytes) == ("fp32", ShapeProfile(1, 1, 2), 1 << 30)
     assert (config.optimization_level, config.sparse, config.tf32) == (0, True, True)
 

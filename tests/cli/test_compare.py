@@ -96,20 +96,8 @@ def test_compare_of_other_forms_of_one_network_finds_no_difference(
 def test_compare_prints_a_summary_with_layers(
     models: Path, sample_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert (
-        main(
-            [
-                "compare",
-                str(models / "fp32.onnx"),
-                str(models / "int8.onnx"),
-                "--data",
-                str(sample_dir / "eval.npz"),
-                "--limit",
-                "60",
-            ]
-        )
-        == 0
-    )
+    arguments = [models / "fp32.onnx", models / "int8.onnx", "--data", sample_dir / "eval.npz", "--limit", 60]
+    assert main(["compare", *map(str, arguments)]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
     lines = printed.out.splitlines()
@@ -132,20 +120,8 @@ def test_compare_without_labels_leaves_accuracy_out_and_draws(
     assert report.images == 4
     assert report.reference is None
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert (
-        main(
-            [
-                "compare",
-                str(models / "fp32.onnx"),
-                str(models / "int8.onnx"),
-                "--data",
-                str(tmp_path / "0.png"),
-                "--layer-images",
-                "0",
-            ]
-        )
-        == 0
-    )
+    arguments = [models / "fp32.onnx", models / "int8.onnx", "--data", tmp_path / "0.png", "--layer-images", 0]
+    assert main(["compare", *map(str, arguments)]) == 0
     assert "layers not compared: not asked for" in capsys.readouterr().out
 
 

@@ -116,17 +116,8 @@ def test_infer_of_every_kind_of_classifier_prints_the_same_order(
 ) -> None:
     found = {}
     for name in ("logits", kind):
-        assert (
-            main(
-                [
-                    "infer",
-                    str(make_onnx(tmp_path / f"{name}.onnx", ModelOptions(kind=name))),
-                    str(images / "0.png"),
-                    "--json",
-                ]
-            )
-            == 0
-        )
+        path = make_onnx(tmp_path / f"{name}.onnx", ModelOptions(kind=name))
+        assert main(["infer", str(path), str(images / "0.png"), "--json"]) == 0
         found[name] = [p["class"] for p in json.loads(capsys.readouterr().out)["images"][0]["predictions"]]
     assert len(found[kind]) == 5
     assert found[kind] == found["logits"]

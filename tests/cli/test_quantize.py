@@ -146,20 +146,8 @@ def test_quantize_twice_is_up_to_date(sample: Path, capsys: pytest.CaptureFixtur
 def test_quantize_keeps_layers_and_shows_what_each_costs(
     sample: Path, real: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [
-        sample,
-        "--int8",
-        "--fast",
-        "--calib",
-        real,
-        "--images",
-        24,
-        "--keep",
-        "stage0.conv",
-        "linear",
-        "--sensitivity",
-    ]
-    status, out, _ = run(capsys, *arguments)
+    few = ["--int8", "--fast", "--calib", real, "--images", 24]
+    status, out, _ = run(capsys, sample, *few, "--keep", "stage0.conv", "linear", "--sensitivity")
     assert status == 0
     assert re.search(r"^INT8 +\d\d\.\d% of the multiply-accumulates; kept in FP16: stage0\.conv, linear$", out, re.M)
     assert "the layers that cost most when each alone is quantized" in out and "alone dB" in out
@@ -204,19 +192,8 @@ def test_quantize_below_the_gate_exits_1_and_names_layers(
     chain = save(tmp_path / "m.onnx", make_model(KINDS["plain"]))
     pixels = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3), np.uint8)
     np.savez(tmp_path / "i.npz", images=pixels)
-    arguments = [
-        chain,
-        "--int8",
-        "--fast",
-        "--method",
-        "max",
-        "--no-equalize",
-        "--calib",
-        tmp_path / "i.npz",
-        "--min-agreement",
-        "1",
-    ]
-    status, out, err = run(capsys, *arguments)
+    worst = ["--fast", "--method", "max", "--no-equalize"]
+    status, out, err = run(capsys, chain, "--int8", *worst, "--calib", tmp_path / "i.npz", "--min-agreement", "1")
     assert (status, out) == (1, "")
     assert re.search(
         r"at least 100 % expected; the layers that cost most, each quantized alone: (\w+(\.conv)? \(\d+\.\d "

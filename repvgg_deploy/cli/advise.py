@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import InputError
 from .bench import add_batch_option
-from .common import Command, Output, decimal_number, format_pairs, format_table, names_of, whole_number
+from .common import Command, Output, format_pairs, format_table, parse_names, parse_number, parse_whole
 
 if TYPE_CHECKING:
     from ..measure.advice import Advice, Assumptions, Choice, Measured, Nearest, Wish
@@ -37,10 +37,11 @@ _GROUPED = (
 # fmt: off
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What is asked for, of which device, and what estimates rest on."""
-    milliseconds = partial(decimal_number, least=1e-3, most=1e6, what="milliseconds from 0.001 on")
-    percent = partial(decimal_number, least=0, most=100, what="a percentage from 0 to 100")
-    share = partial(decimal_number, least=0.01, most=1.0, what="a share from 0.01 to 1")
-    amount = partial(decimal_number, least=0, most=1e4, what="a number from 0 to 10000")
+    milliseconds = partial(parse_number, least=1e-3, most=1e6, what="milliseconds from 0.001 on")
+    percent = partial(parse_number, least=0, most=100, what="a percentage from 0 to 100")
+    share = partial(parse_number, least=0.01, most=1.0, what="a share from 0.01 to 1")
+    names = partial(parse_names, known=_PRECISIONS)
+    amount = partial(parse_number, least=0, most=1e4, what="a number from 0 to 10000")
     parser.add_argument("--slo-ms", type=milliseconds, metavar="MS",
                         help="the longest that a batch may take (default: any time)")
     parser.add_argument("--min-top1", type=percent, metavar="PERCENT",
@@ -51,9 +52,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--measured", type=Path, nargs="+", default=[], metavar="FILE",
                         help="files of repvgg-trt bench --out; they win over estimates")
     add_batch_option(parser)
-    parser.add_argument("--precision", type=partial(names_of, known=_PRECISIONS), default=_PRECISIONS, metavar="NAME,…",
+    parser.add_argument("--precision", type=names, default=_PRECISIONS, metavar="NAME,…",
                         help="of fp32, fp16, int8 (default: all)")
-    parser.add_argument("--top", type=whole_number, default=10, metavar="N",
+    parser.add_argument("--top", type=parse_whole, default=10, metavar="N",
                         help="rows to print (default: %(default)s)")
     group = parser.add_argument_group("what estimates rest on")
     group.add_argument("--efficiency", type=share, metavar="SHARE",

@@ -15,13 +15,13 @@ from .common import (
     Command,
     Output,
     Progress,
-    decimal_number,
     format_pairs,
     format_table,
-    image_size,
-    names_of,
-    whole_number,
-    whole_numbers,
+    parse_counts,
+    parse_names,
+    parse_number,
+    parse_size,
+    parse_whole,
 )
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ _PEAK_SECONDS = 1.0
 # fmt: off
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The models, how long, and what they are compared with."""
-    seconds = partial(decimal_number, least=0.01, most=3600, what="seconds from 0.01 to 3600")
-    count = partial(whole_number, most=(1 << 20) - 1)
+    seconds = partial(parse_number, least=0.01, most=3600, what="seconds from 0.01 to 3600")
+    count = partial(parse_whole, most=(1 << 20) - 1)
     parser.add_argument("models", metavar="MODEL", nargs="+", type=Path,
                         help="an .onnx of ours, or a .plan with its passport beside it")
     add_batch_option(parser)
@@ -51,10 +51,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         help="seconds for each model, batch size and way, in up to eight turns (default: %(default)g)")
     parser.add_argument("--warm-up", type=seconds, default=0.5, metavar="S",
                         help="seconds before, and at least three calls (default: %(default)g)")
-    parser.add_argument("--compare", type=partial(names_of, known=_RIVALS), default=(), metavar="NAME,…",
+    parser.add_argument("--compare", type=partial(parse_names, known=_RIVALS), default=(), metavar="NAME,…",
                         help="in turn with torch (the deploy form in float32) and onnxruntime (a bare session on the "
                              "same file)")
-    parser.add_argument("--image-size", type=image_size, metavar="SIZE",
+    parser.add_argument("--image-size", type=parse_size, metavar="SIZE",
                         help="for a model that takes any: 224 or 512x1024")
     parser.add_argument("--layers", action="store_true", help="print the roofline of every layer; JSON always has it")
     place = parser.add_argument_group("where")
@@ -77,7 +77,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def add_batch_option(parser: argparse.ArgumentParser) -> None:
     """The batch sizes, as `advise` takes them, too."""
-    parser.add_argument("--batch", type=whole_numbers, default=(1, 8, 32, 128), metavar="N,…",
+    parser.add_argument("--batch", type=parse_counts, default=(1, 8, 32, 128), metavar="N,…",
                         help="batch sizes (default: 1,8,32,128)")
 # fmt: on
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError
 from . import quantize
 from .check import describe_plan
-from .common import Command, Output, Progress, format_pairs, show_bytes, show_seconds, whole_number
+from .common import Command, Output, Progress, format_pairs, parse_whole, show_bytes, show_seconds
 
 if TYPE_CHECKING:
     from ..build.build import BuildResult
@@ -56,7 +56,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         ("opt", "the usual one, which the plan is tuned for (default: 8)"),
         ("max", "the largest; memory grows with it (default: 32)"),
     ):
-        batches.add_argument(f"--{name}-batch", type=whole_number, metavar="N", help=text)
+        batches.add_argument(f"--{name}-batch", type=parse_whole, metavar="N", help=text)
     _add_builder_options(parser.add_argument_group("TensorRT"))
     images = parser.add_argument_group("from FP32 to FP16 or INT8, as in repvgg-trt quantize")
     quantize.add_io_option(images)
@@ -109,7 +109,7 @@ def _capability(text: str) -> str:
 
 def find_conflict(args: argparse.Namespace) -> str | None:
     """What is wrong with options that cannot hold together, or None."""
-    given = quantize.given_options(args)
+    given = quantize.find_given(args)
     if args.precision == "fp32" and given:
         return f"{given[0]} is of --fp16 and --int8: it cannot hold with --fp32"
     return quantize.find_conflict(args) if args.precision in ("fp16", "int8") else None
@@ -201,7 +201,7 @@ def _with_quantize(args: argparse.Namespace, options: BuildOptions) -> BuildOpti
     """The options with how an FP32 graph is to be typed, if it is one and that is asked for."""
     from ..files.onnx import graph_precision, read_graph, weighted_nodes
 
-    given, precision = quantize.given_options(args), options.config.precision
+    given, precision = quantize.find_given(args), options.config.precision
     if precision in ("fp16", "int8"):
         args.precision = precision  # the configuration file may have asked for it
         conflict = find_conflict(args)

@@ -412,14 +412,14 @@ def add_device_options(group: argparse.ArgumentParser) -> None:
     group.add_argument("--device", metavar="DEVICE",
                        help="cpu, cuda or cuda:1; a GPU never falls back to the CPU (default: cuda for a plan, else "
                             "cpu)")
-    group.add_argument("--threads", type=whole_number, metavar="N", help="CPU threads (default: one a core)")
+    group.add_argument("--threads", type=parse_whole, metavar="N", help="CPU threads (default: one a core)")
     group.add_argument("--backend", choices=("onnxruntime", "openvino", "fastest"),
                        help="what runs an ONNX model; openvino is the fastest for INT8 on a CPU, fastest chooses it "
                             "where it is installed (default: onnxruntime)")
 # fmt: on
 
 
-def whole_number(text: str, *, least: int = 1, most: int | None = None) -> int:
+def parse_whole(text: str, *, least: int = 1, most: int | None = None) -> int:
     """Reads a whole number of at least `least`; below 2^31 where `most` is not given."""
     digits = text.strip()
     limit = (1 << 31) - 1 if most is None else most
@@ -429,12 +429,12 @@ def whole_number(text: str, *, least: int = 1, most: int | None = None) -> int:
     return int(digits)
 
 
-def whole_numbers(text: str) -> tuple[int, ...]:
+def parse_counts(text: str) -> tuple[int, ...]:
     """Reads `1,8,32`: numbers of at least 1, each once, in order."""
-    return tuple(sorted({whole_number(part, most=(1 << 20) - 1) for part in text.split(",")}))
+    return tuple(sorted({parse_whole(part, most=(1 << 20) - 1) for part in text.split(",")}))
 
 
-def decimal_number(text: str, *, least: float, most: float, what: str) -> float:
+def parse_number(text: str, *, least: float, most: float, what: str) -> float:
     """Reads a number from `least` to `most`; `what` says so in the message."""
     try:
         value = float(text)
@@ -445,7 +445,7 @@ def decimal_number(text: str, *, least: float, most: float, what: str) -> float:
     return value
 
 
-def names_of(text: str, *, known: tuple[str, ...]) -> tuple[str, ...]:
+def parse_names(text: str, *, known: tuple[str, ...]) -> tuple[str, ...]:
     """Reads names apart by commas, each once, in the order given."""
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
     if not set(names) <= set(known):
@@ -453,7 +453,7 @@ def names_of(text: str, *, known: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-def image_size(text: str) -> tuple[int, int]:
+def parse_size(text: str) -> tuple[int, int]:
     """Reads `224` or `512x1024` as height and width in pixels."""
     match = re.fullmatch(r"([0-9]{1,5})(?:[xX×]([0-9]{1,5}))?", text.strip())
     size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)

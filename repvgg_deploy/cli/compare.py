@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from .common import Command, Output, Progress, format_pairs, format_table, save_plot, whole_number
+from .common import Command, Output, Progress, format_pairs, format_table, parse_whole, save_plot
 from .eval import add_data_options, infer, open_engine, show_share
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The two models and their images."""
     parser.add_argument("reference", metavar="A", help="the reference, usually the FP32 .onnx")
     parser.add_argument("other", metavar="B", help="the other, usually the typed .onnx")
-    parser.add_argument("--layer-images", type=partial(whole_number, least=0), default=64, metavar="N",
+    parser.add_argument("--layer-images", type=partial(parse_whole, least=0), default=64, metavar="N",
                         help="images for the comparison of layers, 0 for none (default: %(default)s)")
     add_data_options(parser)
 # fmt: on

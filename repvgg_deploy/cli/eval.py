@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from .common import Command, Output, Progress, add_device_options, format_pairs, format_table, save_plot, whole_number
+from .common import Command, Output, Progress, add_device_options, format_pairs, format_table, parse_whole, save_plot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,7 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The model and its images."""
     parser.add_argument("model", metavar="MODEL",
                         help="an .onnx that repvgg-export or quantize wrote, or a plan with its passport beside it")
-    parser.add_argument("--worst", type=whole_number, default=5, metavar="N",
+    parser.add_argument("--worst", type=parse_whole, default=5, metavar="N",
                         help="how many of the worst classes to print (default: %(default)s)")
     add_data_options(parser)
 
@@ -34,9 +34,9 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, metavar="PATH",
                         help="images: a folder with a sub-folder a class; a CSV of path,label (paths relative to it); "
                              "an .npz with images and labels")
-    parser.add_argument("--limit", type=whole_number, metavar="N",
+    parser.add_argument("--limit", type=parse_whole, metavar="N",
                         help="only so many images, drawn evenly (default: all)")
-    parser.add_argument("--batch-size", type=whole_number, default=32, metavar="N",
+    parser.add_argument("--batch-size", type=parse_whole, default=32, metavar="N",
                         help="images decoded and run at a time (default: %(default)s)")
     add_device_options(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the result as a .png (needs matplotlib)")

@@ -18,10 +18,10 @@ from .common import (
     Progress,
     format_pairs,
     format_table,
-    image_size,
     parent_parser,
+    parse_size,
+    parse_whole,
     run,
-    whole_number,
 )
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     images.add_argument("--std", type=_triple, metavar="R,G,B",
                         help="standard deviation in 0-255 units (default: likewise 58.395,57.12,57.375)")
     calibration = parser.add_argument_group("calibration without images (for INT8)")
-    count = partial(whole_number, most=100_000)
+    count = partial(parse_whole, most=100_000)
     calibration.add_argument("--synthetic-calibration", type=count, nargs="?", const=0, metavar="N",
                              help="synthesise N images (left out: as many as take about ten minutes, 128 at most) from "
                                   "the BatchNorm statistics of a training-form checkpoint, and write them beside the "
@@ -103,7 +103,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_graph_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--image-size", type=image_size, metavar="N|HxW",
+    group.add_argument("--image-size", type=parse_size, metavar="N|HxW",
                        help="height and width in pixels (default: the checkpoint's own, else 224)")
     group.add_argument("--dynamic-size", action="store_true", help="accept any height and width")
     group.add_argument("--batch", type=_batch, metavar="N|dynamic", help="fixed batch size (default: dynamic)")
@@ -121,7 +121,7 @@ def _add_graph_options(group: argparse._ArgumentGroup) -> None:
 
 def _batch(text: str) -> int | None:
     try:
-        return None if text == "dynamic" else whole_number(text)
+        return None if text == "dynamic" else parse_whole(text)
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"expected a positive number or 'dynamic', found {text!r}") from None
 

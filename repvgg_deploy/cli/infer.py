@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError, ModelError, RepVGGDeployError
-from .common import Command, Output, Progress, add_device_options, format_table, whole_number
+from .common import Command, Output, Progress, add_device_options, format_table, parse_whole
 
 if TYPE_CHECKING:
     from ..runtime.engine import Engine
@@ -24,10 +24,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL",
                         help="an .onnx that repvgg-export wrote, or a plan with its passport beside it")
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="image files, folders of them, or quoted patterns")
-    parser.add_argument("--top", type=whole_number, metavar="N", help="how many classes to print (default: 5)")
+    parser.add_argument("--top", type=parse_whole, metavar="N", help="how many classes to print (default: 5)")
     parser.add_argument("--labels", type=Path, metavar="FILE",
                         help="names of the classes, one a line; in place of those in the model")
-    parser.add_argument("--batch-size", type=whole_number, default=16, metavar="N",
+    parser.add_argument("--batch-size", type=parse_whole, default=16, metavar="N",
                         help="images decoded and run at a time (default: %(default)s)")
     add_device_options(parser)
 # fmt: on

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from .common import Command, Output, Progress, format_pairs, format_table, save_plot, show_seconds, whole_number
+from .common import Command, Output, Progress, format_pairs, format_table, parse_whole, save_plot, show_seconds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,10 +77,10 @@ def add_image_options(group: argparse._ArgumentGroup) -> None:
                        help="images to calibrate with: a folder, .npz, list or image; statistics: no images, ranges "
                             "from the BatchNorm statistics in MODEL (default: for INT8 the NAME.calib.npz beside "
                             "MODEL, which repvgg-export --synthetic-calibration writes; for FP16 none)")
-    group.add_argument("--images", type=whole_number, default=_IMAGES, metavar="N",
+    group.add_argument("--images", type=parse_whole, default=_IMAGES, metavar="N",
                        help="at most so many to calibrate with; up to half as many more are held out to judge "
                             "(default: %(default)s)")
-    group.add_argument("--seed", type=partial(whole_number, least=0), default=0, metavar="N",
+    group.add_argument("--seed", type=partial(parse_whole, least=0), default=0, metavar="N",
                        help="another choice of images (default: %(default)s)")
     group.add_argument("--min-agreement", type=float, metavar="SHARE",
                        help="write nothing unless so large a share of the held-out images gets the best class of FP32 "
@@ -110,7 +110,7 @@ def add_step_options(group: argparse._ArgumentGroup) -> None:
 # fmt: on
 
 
-def given_options(args: argparse.Namespace) -> list[str]:
+def find_given(args: argparse.Namespace) -> list[str]:
     """Which options of the quantization are given."""
     others = {"--calib": args.calib is not None, "--min-agreement": args.min_agreement is not None}
     others |= {"--images": args.images != _IMAGES, "--seed": args.seed != 0, "--io": args.io != "fp32"}

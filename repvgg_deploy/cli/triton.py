@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import InputError
-from .common import Command, Output, format_pairs, whole_number
+from .common import Command, Output, format_pairs, parse_whole
 
 EXAMPLES = """examples:
   repvgg-trt triton b2.plan --out model_repository
@@ -21,7 +21,7 @@ EXAMPLES = """examples:
 # fmt: off
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The models, the repository, and how they are served. `--version` is the model's, in place of the program's."""
-    count = partial(whole_number, least=0)
+    count = partial(parse_whole, least=0)
     parser.add_argument("models", metavar="MODEL", nargs="*", type=Path,
                         help="one .onnx, or a .plan for each GPU type with its passport beside it")
     parser.add_argument("--out", type=Path, metavar="FOLDER",
@@ -29,21 +29,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--validate", type=Path, metavar="FOLDER",
                         help="write nothing: say what Triton would refuse in this repository")
     parser.add_argument("--name", metavar="NAME", help="the model's name in Triton (default: the file's)")
-    parser.add_argument("--version", dest="version_number", type=whole_number, metavar="N",
+    parser.add_argument("--version", dest="version_number", type=parse_whole, metavar="N",
                         help="number of the version folder (default: one more than the highest, or that one if it "
                              "holds the same files)")
     parser.add_argument("--force", action="store_true", help="replace what is there and differs")
     group = parser.add_argument_group("serving")
-    group.add_argument("--instances", type=whole_number, default=1, metavar="N",
+    group.add_argument("--instances", type=parse_whole, default=1, metavar="N",
                        help="copies that run at once on each GPU (default: %(default)s)")
-    group.add_argument("--max-batch", type=whole_number, metavar="N",
+    group.add_argument("--max-batch", type=parse_whole, metavar="N",
                        help="the largest batch (default: the plan's; 32 for an ONNX)")
-    group.add_argument("--preferred-batch", type=whole_number, nargs="+", metavar="N",
+    group.add_argument("--preferred-batch", type=parse_whole, nargs="+", metavar="N",
                        help="sizes that are run at once (default: the plan's usual and largest; none for an ONNX)")
     group.add_argument("--max-queue-delay-us", type=count, default=1000, metavar="N",
                        help="how long a request waits for others to join its batch, in microseconds (default: "
                             "%(default)s)")
-    group.add_argument("--max-queue", type=whole_number, metavar="N",
+    group.add_argument("--max-queue", type=parse_whole, metavar="N",
                        help="requests that may wait; more are answered 503 (default: eight of the largest batches)")
     group.add_argument("--queue-timeout-us", type=count, default=1_000_000, metavar="N",
                        help="how long a request may wait in all, 0 for ever (default: %(default)s)")

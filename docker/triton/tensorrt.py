@@ -1,4 +1,4 @@
-"""TensorRT's bindings (package tensorrt_bindings) under their usual name, where the libraries are the container's own."""
+"""TensorRT's bindings (package tensorrt_bindings) under their usual name, where the container has the libraries."""
 
 import sys
 

@@ -30,6 +30,14 @@ def sample(exported_sample: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """Two layers with random weights; images.npz beside it holds 40 random images."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8)
+    np.savez(tmp_path / "images.npz", images=pixels)
+    return save(tmp_path / "small.onnx", make_model(ChainOptions(widths=(8, 16), groups=(1, 1))))
+
+
+@pytest.fixture
 def real(sample_dir: Path) -> Path:
     return sample_dir / "calib.npz"
 
@@ -97,11 +105,10 @@ def test_quantize_with_real_images_keeps_the_accuracy(
 
 
 def test_quantize_by_default_searches_and_rounds_to_second_order(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = save(tmp_path / "m.onnx", make_model(ChainOptions(widths=(8, 16), groups=(1, 1))))
-    np.savez(tmp_path / "i.npz", images=np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8))
-    arguments = [model, "--int8", "--calib", tmp_path / "i.npz", "--target", "trt8", "--min-agreement", "0"]
+    images = ["--calib", small.with_name("images.npz"), "--images", 14, "--min-agreement", 0]
+    arguments = [small, "--int8", *images, "--target", "trt8"]
     options = ask(capsys, *arguments)["metadata"]["history"][-1]["options"]
     assert (options["rounding"], options["equalize"], options["target"]) == ("second_order", "measured", "trt8")
     _, out, _ = run(capsys, *arguments)
@@ -135,12 +142,12 @@ def test_quantize_to_fp16(
     assert accuracy(sample.with_name("sample-fp16.onnx"), sample_dir) == accuracy(sample, sample_dir)
 
 
-def test_quantize_twice_is_up_to_date(sample: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(capsys, sample, "--fp16")[0] == 0
-    assert "up to date" in run(capsys, sample, "--fp16")[1]
-    status, out, err = run(capsys, sample, "--fp16", "--io", "fp16")
+def test_quantize_twice_is_up_to_date(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, small, "--fp16")[0] == 0
+    assert "up to date" in run(capsys, small, "--fp16")[1]
+    status, out, err = run(capsys, small, "--fp16", "--io", "fp16")
     assert (status, out) == (1, "") and "exists and differs" in err and "--force" in err
-    assert run(capsys, sample, "--fp16", "--io", "fp16", "--force")[0] == 0
+    assert run(capsys, small, "--fp16", "--io", "fp16", "--force")[0] == 0
 
 
 def test_quantize_keeps_layers_and_shows_what_each_costs(
@@ -171,17 +178,17 @@ def test_quantize_draws_layers_and_ranges(sample: Path, capsys: pytest.CaptureFi
             assert image.width < 1200
 
 
-def test_quantize_with_saved_scales_gives_the_same_file(
-    sample: Path, real: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = [sample, "--int8", "--fast", "--no-equalize", "--calib", real, "--images", 24]
-    saved = sample.with_name("s.json")
+def test_quantize_with_saved_scales_gives_the_same_file(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = ["--calib", small.with_name("images.npz"), "--images", 14, "--min-agreement", 0]
+    arguments = [small, "--int8", "--fast", "--no-equalize", *images]
+    saved = small.with_name("s.json")
     status, out, _ = run(capsys, *arguments, "--save-scales", saved)
     assert status == 0 and f"scales written  {saved}" in out
-    before = sample.with_name("sample-int8.onnx").read_bytes()
+    typed = small.with_name("small-int8.onnx")
+    before = typed.read_bytes()
     arguments.remove("--no-equalize")
     assert run(capsys, *arguments, "--scales", saved)[0] == 0
-    assert sample.with_name("sample-int8.onnx").read_bytes() == before
+    assert typed.read_bytes() == before
     status, _, err = run(capsys, *arguments, "--scales", saved, "--seed", 1)
     assert status == 1 and "of another images" in err
 

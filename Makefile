@@ -10,7 +10,7 @@ FUZZ_CASES ?= 2000
 # The environment is current when it was made for this folder, this pyproject.toml and these constraints.
 STAMP := $(VENV)/.stamp-$(shell { pwd; cat pyproject.toml constraints.txt; } | cksum | cut -d ' ' -f 1)
 
-.PHONY: help install demo test slow fuzz lint format check docs bench clean
+.PHONY: help install demo test slow long fuzz lint format check docs bench clean
 .DEFAULT_GOAL := help
 
 help: ## what each command does
@@ -37,6 +37,10 @@ test: install ## the whole test suite, under 15 minutes on two cores
 
 slow: install ## the tests that take minutes each
 	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+long: install ## hours, by hand: coverage-guided fuzzing, 20,000 fuzz cases, long soaks; results in benchmarks/results/long.json
+	$(PY) -m pip install --quiet --disable-pip-version-check atheris
+	$(PY) -m tests.long $(LONG_ARGS)
 
 fuzz: install ## the fuzz tests in their long form (FUZZ_CASES=2000)
 	REPVGG_FUZZ_CASES=$(FUZZ_CASES) $(PYTEST) -m '' -k fuzz --timeout 1800 $(PYTEST_ARGS)

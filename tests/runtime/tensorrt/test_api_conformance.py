@@ -20,7 +20,7 @@ import repvgg_deploy.runtime
 from tests.golden.record_tensorrt_api import record
 
 RUNTIME = Path(repvgg_deploy.runtime.__file__).parent
-GOLDEN = Path(__file__).resolve().parent.parent / "golden"
+GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 APIS: dict[str, dict[str, list[str]]] = json.loads((GOLDEN / "tensorrt_api.json").read_text(encoding="utf-8"))
 LEAN = [name.split()[1] for name in APIS if name.startswith("tensorrt_lean")]
 
@@ -49,7 +49,7 @@ GUARDED = {
 def used_names() -> set[str]:
     """`Class.attribute` of everything that the runtime asks of TensorRT's objects, from the source."""
     found = set()
-    for path in sorted(RUNTIME.glob("tensorrt_*.py")):
+    for path in sorted((RUNTIME / "tensorrt").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Attribute) or node.attr.startswith("__"):
                 continue
@@ -79,7 +79,7 @@ def test_every_used_name_is_in_the_recorded_api(version: str) -> None:
 
 
 def test_guards_are_needed_and_asked_for() -> None:
-    source = "".join(path.read_text(encoding="utf-8") for path in RUNTIME.glob("tensorrt_*.py"))
+    source = "".join(path.read_text(encoding="utf-8") for path in (RUNTIME / "tensorrt").glob("*.py"))
     for name in GUARDED:
         kind, attribute = name.split(".")
         assert any(attribute not in api.get(kind, []) for api in APIS.values()), f"every version has {name}"

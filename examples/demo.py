@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 from repvgg_deploy import Engine, RepVGGDeployError, build_model, export_checkpoint, load_checkpoint, reparameterize
 from repvgg_deploy.export.export import ExportOptions
 from repvgg_deploy.export.options import GraphOptions
+from repvgg_deploy.images.classes import best_classes, softmax
 from repvgg_deploy.images.decode import default_preprocessing, load_image, normalize
 from repvgg_deploy.model.block import TrainingBlock
 from repvgg_deploy.model.network import RepVGG
-from repvgg_deploy.runtime.results import softmax
 from repvgg_deploy.specs.values import Check
 
 mpl.use("Agg")  # before pyplot: no window, also where there is no screen
@@ -57,7 +57,7 @@ class Prediction:
     @property
     def best(self) -> list[int]:
         """Classes, the most probable first, at most five."""
-        return [int(index) for index in np.argsort(-self.probabilities)[:5]]
+        return [int(index) for index in best_classes(self.probabilities[np.newaxis], 5)[0]]
 
     @property
     def answer(self) -> str:

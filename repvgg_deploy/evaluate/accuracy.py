@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError, ModelError
+from ..images.classes import best_classes
 from ..images.sets import ImageBatch
 
 _BEST = 5
@@ -173,7 +174,7 @@ def rank(answer: Answer) -> NDArray[np.int64]:
         )
     if not isinstance(answer, np.ndarray):
         return answer.classes
-    return np.asarray(np.argsort(-answer.astype(np.float64), axis=1, kind="stable")[:, :_BEST], np.int64)
+    return best_classes(answer, _BEST)
 
 
 def standard_error(share: float, count: int) -> float:

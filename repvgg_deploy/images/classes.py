@@ -1,7 +1,7 @@
-"""From what a data set calls a class (a folder, a name, a number) to the index that the model gives it. Standard library only.
+"""From what a data set calls a class (a folder, a name, a number) to the index that the model gives it.
 
-Names of the 1,000 ImageNet-1k classes, in the order in which every published checkpoint scores them. Standard library
-only.
+Names of the 1,000 ImageNet-1k classes, in the order in which every published checkpoint scores them. Scores of classes
+→ probabilities and the best classes.
 
 One short name a class: the first name of its WordNet synset, or its second where two classes share the first; the two
 cranes have `(bird)` and `(machine)` added. The order is that of the WordNet ids. Source: Russakovsky et al. 2015,
@@ -15,6 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import InputError
 
@@ -173,3 +177,22 @@ def readable_name(folder: str) -> str:
     """A folder's name; of a WordNet id of ImageNet-1k, the class's name."""
     names = imagenet_wordnet_ids()
     return imagenet_labels()[names.index(folder)] if folder in names else folder
+
+
+def softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
+    """Probabilities (…, classes) in float64 of logits (…, classes)."""
+    wide = logits.astype(np.float64)
+    powers = np.exp(wide - wide.max(axis=-1, keepdims=True))
+    total: NDArray[np.float64] = powers / powers.sum(axis=-1, keepdims=True)
+    return total
+
+
+def best_classes(scores: NDArray[Any], top: int) -> NDArray[np.int64]:
+    """int64 (N, K), the best classes of scores (N, classes), best first; of equal scores, the lower class first.
+
+    Args:
+        scores: Logits or probabilities.
+        top: K, where there are so many classes.
+    """
+    order = np.argsort(-scores.astype(np.float64), axis=1, kind="stable")[:, :top]
+    return order.astype(np.int64, copy=False)

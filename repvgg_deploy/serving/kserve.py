@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
+from ..images.classes import best_classes
 from ..specs.values import ModelSpec, TensorSpec
 
 if TYPE_CHECKING:
@@ -288,7 +289,7 @@ def render_answer(request: InferRequest, result: Result, spec: ModelSpec, model:
 
 def _classify(scores: NDArray[Any], classes: int, labels: Sequence[str] | None) -> NDArray[np.bytes_]:
     """(N, K) of `score:index:label`, best first."""
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :classes]
+    order = best_classes(scores, classes)
     rows = [
         [f"{row[i]:f}:{i}" + (f":{labels[i]}" if labels else "") for i in best]
         for row, best in zip(scores, order, strict=True)

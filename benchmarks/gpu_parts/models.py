@@ -49,7 +49,8 @@ def make(folder: Path, variant: str) -> None:
     from repvgg_deploy.precision.fp16 import to_fp16
     from repvgg_deploy.precision.int8 import FAST, to_int8
     from repvgg_deploy.precision.typed_model import write_typed
-    from repvgg_deploy.runtime.engine import Engine, usual_shape
+    from repvgg_deploy.runtime.checks import usual_shape
+    from repvgg_deploy.runtime.engine import Engine
 
     folder.mkdir(parents=True, exist_ok=True)
     if reference_of(folder, variant).exists():

@@ -1,12 +1,12 @@
-"""Single requests from many clients become full batches: threads around `batching.BatchQueue`.
+"""Single requests from many clients become full batches.
 
-Which waiting requests become the next batch, and when. Pure: no thread, no clock, no model; `batcher` has those.
+`BatcherOptions` say how, `BatchQueue` decides which waiting requests become the next batch and when (no thread, no
+clock, no model), and `Batcher` has the threads that run them.
 """
 
 from __future__ import annotations
 
 import atexit
-import functools
 import logging
 import math
 import os
@@ -25,7 +25,10 @@ from numpy.typing import NDArray
 from ..errors import DeadlineError, EngineBusyError, InputError
 from .results import Arrays, Result
 from .statistics import Recorder, Statistics
-from .threads import answer, fail
+from .threads import answer, fail, wait_for
+
+logger = logging.getLogger(__name__)
+_LONGEST_WAIT_SECONDS = 3600.0  # Python refuses to wait for centuries, which a delay may say
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,32 +52,21 @@ class BatcherOptions:
     concurrency: int = 1
 
     def __post_init__(self) -> None:
-        for name, value in (("max_batch", self.max_batch), ("concurrency", self.concurrency)):
-            _require(
-                isinstance(value, int) and not isinstance(value, bool) and value >= 1,
-                name,
-                value,
-                "a whole number of at least 1",
-            )
-        _require(
-            _is_number(self.max_delay_ms) and self.max_delay_ms >= 0,
-            "max_delay_ms",
-            self.max_delay_ms,
-            "0 or more milliseconds",
-        )
-        _require(
-            self.timeout_ms is None or (_is_number(self.timeout_ms) and self.timeout_ms > 0),
-            "timeout_ms",
-            self.timeout_ms,
-            "a positive number",
-        )
-        queue = self.max_queue
-        whole = queue is None or (isinstance(queue, int) and not isinstance(queue, bool) and queue >= self.max_batch)
-        _require(whole, "max_queue", queue, f"a whole number of at least max_batch, {self.max_batch}")
+        for name, least in (("max_batch", 1), ("concurrency", 1), ("max_queue", self.max_batch)):
+            value = getattr(self, name)
+            if name == "max_queue" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                meaning = f"max_batch, {least}" if name == "max_queue" else "1"
+                raise _wrong(f"batcher: {name}", f"a whole number of at least {meaning}", value)
+        if not _is_number(self.max_delay_ms) or self.max_delay_ms < 0:
+            raise _wrong("batcher: max_delay_ms", "0 or more milliseconds", self.max_delay_ms)
+        if self.timeout_ms is not None and not (_is_number(self.timeout_ms) and self.timeout_ms > 0):
+            raise _wrong("batcher: timeout_ms", "a positive number", self.timeout_ms)
 
     @property
     def queue_images(self) -> int:
-        """`max_queue`, or what stands for it."""
+        """`max_queue`, or eight batches."""
         return self.max_queue if self.max_queue is not None else 8 * self.max_batch
 
 
@@ -82,9 +74,10 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _require(condition: bool, name: str, value: object, expected: str) -> None:
-    if not condition:
-        raise InputError(f"batcher: {name}: expected {expected}, found {value!r}", remedy=f"correct {name}")
+def _wrong(name: str, expected: str, value: object) -> InputError:
+    return InputError(
+        f"{name}: expected {expected}, found {value!r}", remedy=f"correct {name.removeprefix('batcher: ')}"
+    )
 
 
 @dataclass(slots=True, eq=False)
@@ -93,10 +86,10 @@ class Request:
 
     Attributes:
         batch: (N, …), checked; N is at most the batcher's `max_batch`.
-        arrival: When it came, in seconds of the caller's clock.
-        deadline: When it is too late to run it; infinity for never.
+        arrival: Seconds, by the batcher's clock.
+        deadline: When it is too late to run it, by the same clock; infinity for never.
         client: Whose it is: clients take turns.
-        future: Who waits for the answer.
+        future: The answer.
     """
 
     batch: NDArray[Any]
@@ -113,7 +106,7 @@ class Request:
 
 @dataclass(slots=True, eq=False)
 class _Cancellations:
-    """Whether a request may have been cancelled since somebody looked; futures hold this and not the queue."""
+    """Whether a request may have been cancelled since `discard` looked. Futures hold this, and not the queue."""
 
     seen: bool = False
 
@@ -186,37 +179,27 @@ class BatchQueue:
         for client, waiting in list(self._clients.items()):
             alive: deque[Request] = deque()
             for request in waiting:
-                (cancelled if request.future.cancelled() else expired if request.deadline <= now else alive).append(
-                    request
-                )
+                if request.future.cancelled():
+                    cancelled.append(request)
+                elif request.deadline <= now:
+                    expired.append(request)
+                else:
+                    alive.append(request)
             self._keep(client, alive)
         self._images -= sum(request.images for request in (*expired, *cancelled))
         self._soonest = min((request.deadline for request in self), default=math.inf)
         return expired, cancelled
 
     def take(self, now: float, *, at_once: bool = False) -> list[Request]:
-        """The next batch: its requests are no longer in the queue, and their futures are running; empty while waiting may still fill it.
+        """The next batch, taken out of the queue, its futures running. Empty while waiting may still fill it.
 
         Args:
-            now: The time.
+            now: The time, by the batcher's clock.
             at_once: Whether nothing may be waited for, because the queue is being closed.
         """
-        due = (
-            at_once
-            or self._images >= self._options.max_batch
-            or now - self._oldest() >= self._options.max_delay_ms / 1e3
-        )
-        return self._collect(now) if due and self._clients else []
-
-    def wake_at(self) -> float:
-        """When something falls due by itself: a batch, or a deadline; infinity where nothing waits."""
-        return min(self._oldest() + self._options.max_delay_ms / 1e3, self._soonest)
-
-    def _oldest(self) -> float:
-        """Arrival of the request that waits longest; a client's stand in the order in which they came."""
-        return min((waiting[0].arrival for waiting in self._clients.values()), default=math.inf)
-
-    def _collect(self, now: float) -> list[Request]:
+        full = self._images >= self._options.max_batch
+        if not (at_once or full or now - self._oldest() >= self._options.max_delay_ms / 1e3):
+            return []
         batch: list[Request] = []
         room = self._options.max_batch
         shape: tuple[int, ...] | None = None
@@ -239,14 +222,20 @@ class BatchQueue:
                 room -= request.images
         return batch
 
+    def wake_at(self) -> float:
+        """When something falls due by itself: a batch, or a deadline; infinity where nothing waits."""
+        return min(self._oldest() + self._options.max_delay_ms / 1e3, self._soonest)
+
+    def _oldest(self) -> float:
+        """Arrival of the request that waits longest; a client's stand in the order in which they came."""
+        return min((waiting[0].arrival for waiting in self._clients.values()), default=math.inf)
+
     def _next(self, client: Hashable, shape: tuple[int, ...] | None, now: float) -> Request | None:
-        """A client's first request of a size of image that suits the batch; what is past its deadline stays for `discard`."""
-        fitting = (
-            r
-            for r in self._clients.get(client, ())
-            if r.deadline > now and (shape is None or r.batch.shape[1:] == shape)
-        )
-        return next(fitting, None)
+        """A client's first request whose image size suits the batch; what is past its deadline is left to `discard`."""
+        for request in self._clients.get(client, ()):
+            if request.deadline > now and (shape is None or request.batch.shape[1:] == shape):
+                return request
+        return None
 
     def _remove(self, request: Request) -> None:
         waiting = self._clients[request.client]
@@ -263,43 +252,33 @@ class BatchQueue:
             self._soonest = math.inf
 
 
-logger = logging.getLogger(__name__)
-_LONGEST_WAIT_SECONDS = 3600.0  # Python refuses to wait for centuries, which a delay may say
-
-
-@dataclass(frozen=True, slots=True)
-class BatchRunner:
-    """What a batcher needs of an Engine.
-
-    Attributes:
-        check: The batch as the model takes it, or an InputError.
-        run: A checked batch → its outputs.
-        package: Outputs → what a caller gets.
-    """
-
-    check: Callable[[object], NDArray[Any]]
-    run: Callable[[NDArray[Any]], Arrays]
-    package: Callable[[Sequence[NDArray[Any]]], Result]
-
-
 class Batcher:
-    """Collects requests from many threads or coroutines and runs them together: `Engine.batcher` makes one. Use it as a context manager.
+    """Collects requests from many threads or coroutines and runs them together. Use it as a context manager.
+
+    `Engine.batcher` makes one.
 
     Requests are checked when they are handed in, so a bad one fails its caller alone. Where the backend fails on a
     batch of several, each is run once more by itself: what makes the model fail fails alone.
 
     Args:
-        runner: The model.
-        options: See `BatcherOptions`.
+        options: How requests become batches.
+        check: An object → the batch as the model takes it, or an InputError.
+        run: A checked batch → its outputs.
+        package: Outputs → what a caller gets.
         clock: Seconds that only grow.
     """
 
     def __init__(
-        self, runner: BatchRunner, options: BatcherOptions, *, clock: Callable[[], float] = time.monotonic
+        self,
+        options: BatcherOptions,
+        *,
+        check: Callable[[object], NDArray[Any]],
+        run: Callable[[NDArray[Any]], Arrays],
+        package: Callable[[Sequence[NDArray[Any]]], Result],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._runner = runner
-        self._options = options
-        self._clock = clock
+        self._options, self._clock = options, clock
+        self._check_batch, self._run_batch, self._package = check, run, package
         self._queue = BatchQueue(options)
         self._changed = threading.Condition()
         self._closing = False
@@ -311,8 +290,7 @@ class Batcher:
         ]
         for thread in self._threads:
             thread.start()
-        # Python ends threads of this kind in the midst of a library's call, and that ends the process with a signal:
-        # they are ended before.
+        # At its end, Python stops daemon threads inside a library's call, which kills the process: close them before.
         atexit.register(self.close)
 
     @property
@@ -379,9 +357,7 @@ class Batcher:
         self, batch: NDArray[Any], *, client: Hashable = None, timeout_ms: float | None = None
     ) -> Result:
         """`infer` for a coroutine; a task that is cancelled takes its request out of the queue."""
-        import asyncio  # whoever waits for a coroutine has it; for others it is a fifth of the time that opening an Engine's module takes
-
-        return await asyncio.wrap_future(self.submit(batch, client=client, timeout_ms=timeout_ms))
+        return await wait_for(self.submit(batch, client=client, timeout_ms=timeout_ms))
 
     def statistics(self) -> Statistics:
         """What happened since it was opened."""
@@ -420,15 +396,13 @@ class Batcher:
         self.close()
 
     def _check(self, batch: object, timeout_ms: float | None) -> NDArray[Any]:
-        images = self._runner.check(batch)
+        images = self._check_batch(batch)
         if len(images) > self._options.max_batch:
             raise InputError(
                 f"batch: {len(images)} images are more than this batcher runs at once, {self._options.max_batch}",
                 remedy="call Engine.infer, which takes any number, or hand them in one by one",
             )
-        if timeout_ms is not None and not (
-            isinstance(timeout_ms, (int, float)) and timeout_ms > 0 and not math.isnan(timeout_ms)
-        ):
+        if timeout_ms is not None and not (isinstance(timeout_ms, (int, float)) and timeout_ms > 0):
             raise InputError(
                 f"timeout_ms: expected a positive number of milliseconds, found {timeout_ms!r}",
                 remedy="leave it out, or correct it",
@@ -485,9 +459,16 @@ class Batcher:
     def _answer(self, batch: list[Request]) -> None:
         start = self._clock()
         try:
-            outputs = self._runner.run(_join([request.batch for request in batch]))
+            parts = [request.batch for request in batch]
+            outputs = self._run_batch(parts[0] if len(parts) == 1 else np.concatenate(parts))
         except BaseException as error:  # noqa: BLE001 - whoever waits must be told, whatever it was
-            self._recover(batch, error)
+            if len(batch) == 1:
+                self._recorder.count("failures")
+                fail(batch[0].future, error)
+                return
+            logger.warning("a batch of %d requests failed, each is run by itself: %s", len(batch), error)
+            for request in batch:
+                self._answer([request])
             return
         finish = self._clock()
         self._recorder.answer_batch([r.images for r in batch], [start - r.arrival for r in batch], finish - start)
@@ -495,21 +476,9 @@ class Batcher:
         for request in batch:
             rows = slice(position, position + request.images)
             position += request.images
-            answer(request.future, functools.partial(self._package, outputs, None if len(batch) == 1 else rows))
 
-    def _package(self, outputs: Arrays, rows: slice | None) -> Result:
-        # Copies, so that one caller does not hold the answers of all.
-        return self._runner.package(outputs if rows is None else [output[rows].copy() for output in outputs])
+            def make(rows: slice = rows) -> Result:
+                # Copies, so that one caller does not hold the answers of all.
+                return self._package(outputs if len(batch) == 1 else [output[rows].copy() for output in outputs])
 
-    def _recover(self, batch: list[Request], error: BaseException) -> None:
-        if len(batch) == 1:
-            self._recorder.count("failures")
-            fail(batch[0].future, error)
-            return
-        logger.warning("a batch of %d requests failed, each is run by itself: %s", len(batch), error)
-        for request in batch:
-            self._answer([request])
-
-
-def _join(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+            answer(request.future, make)

@@ -1,10 +1,11 @@
-"""Is this batch what the model expects? The check costs microseconds; the explanation is only written when it is not.
+"""Checks of what goes in: batches (`BatchCheck`), specifications, and what a library made of a model file.
 
-Is what a library made of a file the model that its metadata describes?
+Checking a batch costs microseconds. The explanation, with every step that mends the batch, is written for a wrong one.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InputError, ModelError
+from ..errors import InputError, MissingDependencyError, ModelError
 from ..specs.values import ModelSpec
 
 RUN_REMEDY = (
@@ -21,39 +22,6 @@ RUN_REMEDY = (
     "image size"
 )
 """Where a library fails on a batch that was checked."""
-Interface: TypeAlias = "tuple[str, str, tuple[int | str | None, ...]]"
-"""Name, dtype and shape of an input or output; what is not a number in the shape is a dimension of any size."""
-
-
-def check_interface(path: Path, spec: ModelSpec, inputs: Sequence[Interface], outputs: Sequence[Interface]) -> None:
-    """The graph's input and outputs must be those of the metadata, or batches would be checked against the wrong thing.
-
-    Raises:
-        ModelError: They differ.
-    """
-    expected = [(tensor.name, tensor.dtype, tensor.shape) for tensor in (spec.input, *spec.outputs)]
-    found = [*inputs, *outputs]
-    if len(inputs) != 1 or len(found) != len(expected) or not all(map(_agree, expected, found)):
-        raise ModelError(
-            f"{path}: its metadata and its graph disagree on its input and outputs: expected {expected}, found {found}",
-            remedy="export it again with repvgg-export",
-        )
-
-
-def _agree(expected: Interface, found: Interface) -> bool:
-    """Same name, dtype and rank, and no dimension that is one number here and another there."""
-    sizes = [
-        not isinstance(want, int) or not isinstance(have, int) or want == have
-        for want, have in zip(expected[2], found[2], strict=False)
-    ]
-    return expected[:2] == found[:2] and len(expected[2]) == len(found[2]) and all(sizes)
-
-
-def one_line(error: Exception) -> str:
-    """An error's text for a message of ours."""
-    return " ".join(str(error).split())
-
-
 _FLOAT16_ENDS = 65520.0  # what is smaller rounds to 65504 or less
 _CHANNEL_AXIS = {"NCHW": 1, "NHWC": 3}
 _SWAPPED = {"NCHW": (0, 3, 1, 2), "NHWC": (0, 2, 3, 1)}  # transposition from the other layout
@@ -77,8 +45,8 @@ class BatchCheck:
         """The batch as a plain array, not copied; of a float16 model, float32 is rounded to float16.
 
         Raises:
-            InputError: It is not what the model expects; the message says what was expected and found, the remedy every
-                step to get there.
+            InputError: It is not what the model expects. The message says what was expected and found, the remedy
+                every step to get there.
         """
         array = _plain_array(batch)
         shape = array.shape
@@ -97,17 +65,17 @@ class BatchCheck:
         return array
 
     def _explain(self, array: NDArray[Any]) -> InputError:
-        expected = (
-            f"{self._dtype} ({', '.join(['N', *(str(size) for size in self._spec.input.shape[1:])])}), "
-            f"{self._spec.input.layout}"
-        )
+        source, dtype = self._spec.input, array.dtype
         problems, steps = self._compare(array)
-        found = f"{_name_dtype(array.dtype)} ({', '.join(map(str, array.shape))})"
+        expected = f"{self._dtype} {show_shape(('N', *source.shape[1:]))}, {source.layout}"
+        name = dtype.name if dtype.isnative else f"{'big' if dtype.str[0] == '>' else 'little'}-endian {dtype.name}"
         return InputError(
-            f"batch: {' and '.join(problems)}: expected {expected}, found {found}", remedy="; then ".join(steps)
+            f"batch: {' and '.join(problems)}: expected {expected}, found {name} {show_shape(array.shape)}",
+            remedy="; then ".join(steps),
         )
 
     def _compare(self, array: NDArray[Any]) -> tuple[list[str], list[str]]:
+        """What is wrong with a batch, and the steps that mend it."""
         problems, steps = [], []
         shape, rank = array.shape, len(self._sizes) + 1
         if 0 in shape:
@@ -119,47 +87,30 @@ class BatchCheck:
         elif len(shape) != rank:
             return [f"its rank is {len(shape)}, not {rank}"], [f"give {rank} dimensions, the first one counting images"]
         layout = self._spec.input.layout
-        swapped = self._transposed(shape)
-        if swapped is not None and layout in _SWAPPED:
+        axis = _CHANNEL_AXIS.get(layout, -1)
+        channels = self._sizes[axis - 1] if layout in _SWAPPED else None
+        swapped = tuple(shape[index] for index in _SWAPPED.get(layout, ()))
+        transposed = channels is not None and shape[axis] != channels == swapped[axis]
+        if transposed:
             problems.append(f"the layout is not {layout}")
-            steps.append(f"transpose it: batch.transpose{_SWAPPED[layout]}")
+            if array.dtype != np.uint8 or self._dtype == np.uint8:  # normalize(), named below, does that too
+                steps.append(f"transpose it: batch.transpose{_SWAPPED[layout]}")
             shape = swapped
-        self._compare_sizes(shape, problems, steps)
+        wrong = {index for index, want in enumerate(self._sizes, start=1) if want is not None and shape[index] != want}
+        if axis in wrong:
+            problems.append(f"it has {shape[axis]} channels")
+            steps.append(f"give {channels} channels, red, green, blue: repeat a grey one, drop an alpha channel")
+        if wrong - {axis}:
+            sizes = [str(want or "any") for index, want in enumerate(self._sizes, start=1) if index != axis]
+            problems.append("the size differs")
+            steps.append(
+                f"resize or crop the images to {'×'.join(sizes)} (infer_images does), or export the model with "
+                "another --image-size"
+            )
         if array.dtype != self._dtype:
             problems.append("the dtype differs")
             steps.append(self._fix_dtype(array.dtype))
-            if array.dtype == np.uint8 and swapped is not None:
-                steps = [step for step in steps if not step.startswith("transpose")]  # normalize() does that too
         return problems, steps
-
-    def _transposed(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-        """The shape in the model's layout, if it fits only there."""
-        layout = self._spec.input.layout
-        if layout not in _SWAPPED:
-            return None
-        axis = _CHANNEL_AXIS[layout]
-        channels = self._sizes[axis - 1]
-        swapped = tuple(shape[index] for index in _SWAPPED[layout])
-        return swapped if channels is not None and shape[axis] != channels == swapped[axis] else None
-
-    def _compare_sizes(self, shape: tuple[int, ...], problems: list[str], steps: list[str]) -> None:
-        channel_axis = _CHANNEL_AXIS.get(self._spec.input.layout)
-        wrong = [axis for axis, want in enumerate(self._sizes, start=1) if want is not None and shape[axis] != want]
-        if channel_axis in wrong:
-            problems.append(f"it has {shape[channel_axis]} channels")
-            steps.append(
-                f"give {self._sizes[channel_axis - 1]} channels, red, green, blue: repeat a grey one, drop an "
-                f"alpha channel"
-            )
-        if [axis for axis in wrong if axis != channel_axis]:
-            size = "×".join(
-                str(want or "any") for axis, want in enumerate(self._sizes, start=1) if axis != channel_axis
-            )
-            problems.append("the size differs")
-            steps.append(
-                f"resize or crop the images to {size} (infer_images does), or export the model with another "
-                f"--image-size"
-            )
 
     def _fix_dtype(self, dtype: np.dtype[Any]) -> str:
         if dtype == np.uint8 and self._has_floats and self._spec.preprocessing is not None:
@@ -218,5 +169,92 @@ def _explain_values(array: NDArray[Any]) -> InputError:
     )
 
 
-def _name_dtype(dtype: np.dtype[Any]) -> str:
-    return dtype.name if dtype.isnative else f"{'big' if dtype.str[0] == '>' else 'little'}-endian {dtype.name}"
+def require_rows(spec: ModelSpec, consequence: str, *, remedy: str) -> None:
+    """Refuses to take outputs apart or put them together by images where one is of the batch as a whole.
+
+    Args:
+        spec: The model's specification.
+        consequence: What cannot be done then.
+        remedy: What to do instead.
+
+    Raises:
+        InputError: An output has no row per image.
+    """
+    for output in spec.outputs:
+        if not output.shape or output.shape[0] != spec.input.shape[0]:
+            raise InputError(
+                f"batch: the output {output.name} {show_shape(output.shape)} has no row per image, so {consequence}",
+                remedy=remedy,
+            )
+
+
+def usual_shape(spec: ModelSpec) -> tuple[int, ...]:
+    """One image, or the fixed batch, of the size in the specification.
+
+    Raises:
+        InputError: The model accepts any size.
+    """
+    sizes = [spec.batch if spec.batch is not None else 1, *spec.input.shape[1:]]
+    axes = {"NCHW": (2, 3), "NHWC": (1, 2)}.get(spec.input.layout, ())
+    if spec.preprocessing is not None:
+        for axis, size in zip(axes, spec.preprocessing.crop, strict=False):
+            sizes[axis] = size if isinstance(sizes[axis], str) else sizes[axis]
+    known = tuple(size for size in sizes if isinstance(size, int))
+    if len(known) != len(sizes):
+        raise InputError(
+            f"the model accepts any size: {show_shape(spec.input.shape)}",
+            remedy="give warm_up the shape of your batches",
+        )
+    return known
+
+
+def show_shape(shape: Sequence[int | str]) -> str:
+    """A shape for people, such as `(batch, 3, 224, 224)`."""
+    return f"({', '.join(map(str, shape))})"
+
+
+GraphTensor: TypeAlias = "tuple[str, str, tuple[int | str | None, ...]]"
+"""Name, dtype and shape of an input or output, as a library reports them. Anything but a number means any size."""
+
+
+def check_graph(path: Path, spec: ModelSpec, inputs: Sequence[GraphTensor], outputs: Sequence[GraphTensor]) -> None:
+    """The graph's input and outputs must be those of the metadata, or batches would be checked against the wrong thing.
+
+    Raises:
+        ModelError: They differ.
+    """
+    expected = [(tensor.name, tensor.dtype, tensor.shape) for tensor in (spec.input, *spec.outputs)]
+    found = [*inputs, *outputs]
+    if len(inputs) != 1 or len(found) != len(expected) or not all(map(_agree, expected, found)):
+        raise ModelError(
+            f"{path}: its metadata and its graph disagree on its input and outputs: expected {expected}, found {found}",
+            remedy="export it again with repvgg-export",
+        )
+
+
+def _agree(expected: GraphTensor, found: GraphTensor) -> bool:
+    """Same name, dtype and rank, and no dimension that is one number here and another there."""
+    sizes = [
+        not isinstance(want, int) or not isinstance(have, int) or want == have
+        for want, have in zip(expected[2], found[2], strict=False)
+    ]
+    return expected[:2] == found[:2] and len(expected[2]) == len(found[2]) and all(sizes)
+
+
+def import_backend(name: str, need: str, *, remedy: str) -> Any:
+    """Imports the package of a backend; `need` begins the message, as in "running an ONNX model needs ONNX Runtime".
+
+    Raises:
+        MissingDependencyError: It is not installed or does not load.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == name
+        reason = "is not installed" if missing else f"cannot be loaded: {error}"
+        raise MissingDependencyError(f"{need}, which {reason}", remedy=remedy) from error
+
+
+def one_line(error: Exception) -> str:
+    """An error's text for a message of ours."""
+    return " ".join(str(error).split())

@@ -1,14 +1,17 @@
-"""Engine: a model file that answers batches.
+"""A model file that answers batches: open → check the batch → run it, in pieces or padded → results.
 
-Checked batches of any size → what the backend runs: pieces that it takes, padded where it takes one size only.
+`opening` finds what runs a file. `checks` judges each batch. `results` runs it in pieces and packages the outputs.
+`threads` runs what `submit` hands in, and says when the model may be freed. `batcher` runs requests of many clients
+together. `statistics` counts. `options` are the Engine's, and the backends are in `cpu` and `tensorrt`.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
@@ -17,150 +20,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import EngineBusyError, InputError, ModelError, RepVGGDeployError
+from ..errors import EngineBusyError, InputError, RepVGGDeployError
 from ..specs.values import ModelMetadata, ModelSpec
-from .batcher import Batcher, BatcherOptions, BatchRunner
-from .checks import BatchCheck
-from .cuda.arrays import DeviceArrays, as_stream_handle, is_device_array, read_shape
-from .opening import OpenModel, as_path, fingerprint, open_model
+from .batcher import Batcher, BatcherOptions
+from .checks import BatchCheck, require_rows, show_shape, usual_shape
+from .cuda.arrays import DeviceArrays, read_shape
+from .opening import as_path, open_model
 from .options import BackendName, DeviceChoice, EngineOptions
-from .results import Arrays, Result, join, package
+from .results import Arrays, Executor, Result, TopK, join, package
 from .statistics import Recorder, Statistics
-from .threads import Lease, Submissions
+from .threads import Lease, Submissions, wait_for
 
 if TYPE_CHECKING:
     from .results import PhaseTimes
 
-
-class Executor:
-    """Runs batches on an opened model.
-
-    Args:
-        opened: The model.
-        max_batch: Pieces of this many images, where the model itself sets no limit.
-    """
-
-    def __init__(self, opened: OpenModel, max_batch: int) -> None:
-        self._spec = opened.metadata.spec
-        self._backend, self._splitting = opened.backend, opened.splitting
-        self._batch = self._spec.batch
-        self._smallest, self.largest = (self._batch, self._batch) if self._batch is not None else (1, max_batch)
-        if self._splitting is not None:
-            self._smallest, self.largest = self._splitting.min_batch, self._splitting.max_batch
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether batches that run at once gain by it: copies of one go on beside the computation of another."""
-        return self._splitting is not None
-
-    def takes(self, batch: object) -> bool:
-        """Whether an object is an array on a GPU, for a backend that can read it there."""
-        return type(batch) is not np.ndarray and self._splitting is not None and is_device_array(batch)
-
-    def run(self, batch: NDArray[Any]) -> Arrays:
-        """Runs a batch that was checked, of any size and memory order."""
-        count = len(batch)
-        fits = self._smallest <= count <= self.largest
-        if not fits:
-            self._require_divisible()
-        if self._splitting is not None:
-            return tuple(self._splitting.run(batch))
-        if fits:
-            return tuple(self._backend.run(np.ascontiguousarray(batch)))
-        return join([self._run_piece(piece) for piece in _split(batch, self.largest)])
-
-    def run_device(self, batch: Any, stream: Any, *, to_host: bool) -> Any:
-        """Runs a batch that lies on the GPU.
-
-        Raises:
-            InputError: It does not, or the backend cannot read it there.
-        """
-        if self._splitting is None or not is_device_array(batch):
-            what = (
-                "arrays on a GPU run with a TensorRT plan only"
-                if self._splitting is None
-                else f"{type(batch).__name__} does not lie on a GPU"
-            )
-            raise InputError(
-                f"batch: {what}",
-                remedy="call infer(array) with a NumPy array and without stream, or give a plan an array on its GPU",
-            )
-        handle = None if stream is None else as_stream_handle(stream)
-        shape = read_shape(batch)
-        if shape and not self._smallest <= shape[0] <= self.largest:
-            self._require_divisible()
-        return self._splitting.run_device(batch, stream=handle, to_host=to_host)
-
-    def warm_up(self, batch: NDArray[Any]) -> None:
-        """Runs a batch of the usual kind until nothing is left to be made ready."""
-        if self._splitting is not None:
-            self._splitting.warm_up(batch)
-        else:
-            self.run(batch)
-
-    def time_phases(self, batch: NDArray[Any], calls: int) -> tuple[PhaseTimes, ...] | None:
-        """The parts of so many runs of a batch that was checked; None where the backend does not know them."""
-        return None if self._splitting is None else self._splitting.time_phases(batch, calls)
-
-    def _run_piece(self, piece: NDArray[Any]) -> Arrays:
-        count = len(piece)
-        if self._batch is None or count == self._batch:
-            return tuple(self._backend.run(np.ascontiguousarray(piece)))
-        padded = np.zeros((self._batch, *piece.shape[1:]), piece.dtype)
-        padded[:count] = piece
-        # Copies, so that the caller does not hold the whole padded output.
-        return tuple(output[:count].copy() for output in self._backend.run(padded))
-
-    def _require_divisible(self) -> None:
-        self.require_rows(
-            "a batch cannot be split or padded",
-            remedy=f"give {'exactly' if self._batch else 'at most'} {self.largest} images at a time",
-        )
-
-    def require_rows(self, consequence: str, *, remedy: str) -> None:
-        """Refuses what takes the outputs apart or puts them together by images, where an output is of the batch as a whole.
-
-        Raises:
-            InputError: An output has no row per image.
-        """
-        first = self._spec.input.shape[0]
-        for output in self._spec.outputs:
-            if not output.shape or output.shape[0] != first:
-                raise InputError(
-                    f"batch: the output {output.name} {show(output.shape)} has no row per image, so {consequence}",
-                    remedy=remedy,
-                )
-
-
-def usual_shape(spec: ModelSpec) -> tuple[int, ...]:
-    """One image, or the fixed batch, of the size in the specification.
-
-    Raises:
-        InputError: The model accepts any size.
-    """
-    source, preprocessing = spec.input, spec.preprocessing
-    sizes = list(source.shape)
-    sizes[0] = spec.batch if spec.batch is not None else 1
-    axes = {"NCHW": (2, 3), "NHWC": (1, 2)}.get(source.layout)
-    if preprocessing is not None and axes is not None:
-        for axis, size in zip(axes, preprocessing.crop, strict=True):
-            sizes[axis] = size if isinstance(sizes[axis], str) else sizes[axis]
-    known = tuple(size for size in sizes if isinstance(size, int))
-    if len(known) != len(sizes):
-        raise InputError(
-            f"the model accepts any size: {show(source.shape)}", remedy="give warm_up the shape of your batches"
-        )
-    return known
-
-
-def show(shape: Sequence[int | str]) -> str:
-    """A shape for people."""
-    return f"({', '.join(map(str, shape))})"
-
-
-def _split(batch: NDArray[Any], size: int) -> Iterator[NDArray[Any]]:
-    return (batch[start : start + size] for start in range(0, len(batch), size))
-
+__all__ = ["Engine", "EngineOptions", "Result", "TopK"]
 
 _IMAGES_AT_ONCE = 32
 _T = TypeVar("_T")
@@ -202,22 +76,18 @@ class Engine:
     ) -> None:
         self._path = as_path(path)
         self._options = options if options is not None else EngineOptions()
-        self._process = os.getpid()  # after a fork, what ran in other threads of the parent is never done here
-        before = fingerprint(self._path)
+        self._process = os.getpid()  # a child of `fork` lacks the threads that finish what is under way here
         opened = open_model(self._path, device, backend, self._options)
         self._metadata, self._backend, self._device = opened.metadata, opened.backend, opened.device
         self._spec = self._metadata.spec
         self._check = BatchCheck(self._spec)
-        self._executor = Executor(opened, self._options.max_batch)
+        self._executor = Executor(self._spec, opened.backend, opened.splitting, max_batch=self._options.max_batch)
         self._lease = Lease(self._backend.close)
         self._recorder = Recorder()
         self._submissions = Submissions(self._options.workers, self._options.max_pending)
-        # An Engine that is dropped without close() gives all back, too: threads, and a plan's memory on the GPU, would
-        # stay as long as the process.
+        # An Engine that is dropped without close() gives everything back, too: else its threads, and a plan's memory on
+        # the GPU, would stay as long as the process.
         weakref.finalize(self, _let_go, self._lease, self._submissions, self._process).atexit = False
-        if fingerprint(self._path) != before:
-            self.close()
-            raise ModelError(f"{self._path}: was replaced while it was being opened", remedy="open it again")
 
     @property
     def spec(self) -> ModelSpec:
@@ -276,7 +146,7 @@ class Engine:
         """
         if stream is not None or self._executor.takes(batch):
             return package(self._run_device(batch, stream, to_host=True), self._spec)
-        return package(self._record(self._check.check(batch)), self._spec)
+        return package(self._run(self._check.check(batch)), self._spec)
 
     def infer_device(self, batch: Any, *, stream: Any = None) -> DeviceArrays:
         """Runs images that lie on the GPU, with a plan, and leaves the results there.
@@ -298,86 +168,6 @@ class Engine:
         """
         results: DeviceArrays = self._run_device(batch, stream, to_host=False)
         return results
-
-    def submit(self, batch: NDArray[Any]) -> Future[Result]:
-        """Hands in a batch of any size, to be run by a thread of this Engine, and returns at once; for single images of many clients see `batcher`.
-
-        Args:
-            batch: As `infer`. Do not write to it before the answer is there.
-
-        Returns:
-            What `infer` would return or raise. After `close`, what was handed in before is still run.
-
-        Raises:
-            InputError: The batch is not what the model expects, or the Engine is closed.
-            EngineBusyError: `EngineOptions.max_pending` batches wait already.
-        """
-        checked = self._check.check(batch)
-        self._enter()
-        arrival = time.perf_counter()
-
-        def work() -> Result:
-            self._recorder.wait(time.perf_counter() - arrival)
-            return package(self._record(checked, entered=True), self._spec)
-
-        try:
-            future = self._submissions.submit(work)
-        except BaseException as error:
-            self._lease.release()
-            if isinstance(error, EngineBusyError):
-                self._recorder.count("refused")
-            raise
-        future.add_done_callback(self._leave)
-        return future
-
-    async def infer_async(self, batch: NDArray[Any]) -> Result:
-        """`infer` for a coroutine: the event loop is free while the batch runs. A task that is cancelled before it is run is not run.
-
-        Raises:
-            EngineBusyError: As `submit`; the others as `infer`.
-        """
-        return await self._submissions.wait(self.submit(batch))
-
-    def batcher(
-        self,
-        max_batch: int = 32,
-        *,
-        max_delay_ms: float = 2.0,
-        max_queue: int | None = None,
-        timeout_ms: float | None = None,
-        concurrency: int | None = None,
-    ) -> Batcher:
-        """Micro-batching: single requests from many clients are run together. Close it before the Engine; nested `with` blocks do.
-
-        Args:
-            max_batch: Images run together at most.
-            max_delay_ms: How long the first request of a batch waits for others.
-            max_queue: Images that may wait; None: eight batches.
-            timeout_ms: What waited so long is not run any more; None: for ever.
-            concurrency: Batches under way at once; None: of a plan two, where it has as many contexts, so that one is
-                copied while the other is computed; of other models one, which has all the cores.
-
-        Raises:
-            InputError: An argument is out of range, the Engine is closed, or the model has an output without a row per
-                image.
-        """
-        self._enter()
-        self._lease.release()
-        self._executor.require_rows(
-            "requests cannot be run together",
-            remedy="call infer, submit or infer_async, which run each batch by itself",
-        )
-        at_once = (
-            concurrency if concurrency is not None else min(self._options.contexts, 2) if self._executor.overlaps else 1
-        )
-        options = BatcherOptions(max_batch, max_delay_ms, max_queue, timeout_ms, at_once)
-        return Batcher(
-            BatchRunner(self._check.check, self._record, lambda outputs: package(outputs, self._spec)), options
-        )
-
-    def statistics(self) -> Statistics:
-        """What this Engine did since it was opened: one entry a call of `infer`, `submit` or batch of a batcher, which keeps its own, too."""
-        return self._recorder.snapshot(self._submissions.waiting)
 
     def infer_images(self, paths: Iterable[str | os.PathLike[str]], *, batch_size: int | None = None) -> Result:
         """Runs image files, prepared as the model's specification says.
@@ -410,20 +200,110 @@ class Engine:
         if not files:
             raise InputError("paths: expected at least one image, found none", remedy="give at least one path")
         if len(files) > step:
-            self._executor.require_rows(
+            require_rows(
+                self._spec,
                 f"{len(files)} images cannot be run {step} at a time",
                 remedy=f"give at most {step}, or a larger batch_size",
             )
-        parts = []
-        for start in range(0, len(files), step):
-            parts.append(self._record(self._check.check(load_batch(files[start : start + step], self._spec))))
-        return package(join(parts), self._spec)
+        pieces = (load_batch(files[start : start + step], self._spec) for start in range(0, len(files), step))
+        return package(join([self._run(self._check.check(piece)) for piece in pieces]), self._spec)
+
+    def submit(self, batch: NDArray[Any]) -> Future[Result]:
+        """Hands in a batch of any size, to be run by a thread of this Engine, and returns at once.
+
+        For single images of many clients see `batcher`.
+
+        Args:
+            batch: As `infer`. Do not write to it before the answer is there.
+
+        Returns:
+            What `infer` would return or raise. After `close`, what was handed in before is still run.
+
+        Raises:
+            InputError: The batch is not what the model expects, or the Engine is closed.
+            EngineBusyError: `EngineOptions.max_pending` batches wait already.
+        """
+        checked = self._check.check(batch)
+        self._enter()
+        arrival = time.perf_counter()
+
+        def work() -> Result:
+            self._recorder.wait(time.perf_counter() - arrival)
+            return package(self._run(checked, entered=True), self._spec)
+
+        try:
+            future = self._submissions.submit(work)
+        except BaseException as error:
+            self._lease.release()
+            if isinstance(error, EngineBusyError):
+                self._recorder.count("refused")
+            raise
+        future.add_done_callback(self._leave)
+        return future
+
+    async def infer_async(self, batch: NDArray[Any]) -> Result:
+        """`infer` for a coroutine: the event loop is free while the batch runs.
+
+        A task that is cancelled before it is run is not run.
+
+        Raises:
+            EngineBusyError: As `submit`; the others as `infer`.
+        """
+        return await wait_for(self.submit(batch))
+
+    def batcher(
+        self,
+        max_batch: int = 32,
+        *,
+        max_delay_ms: float = 2.0,
+        max_queue: int | None = None,
+        timeout_ms: float | None = None,
+        concurrency: int | None = None,
+    ) -> Batcher:
+        """Micro-batching: single requests from many clients are run together.
+
+        Close it before the Engine; nested `with` blocks do.
+
+        Args:
+            max_batch: Images run together at most.
+            max_delay_ms: How long the first request of a batch waits for others.
+            max_queue: Images that may wait; None: eight batches.
+            timeout_ms: What waited so long is not run any more; None: for ever.
+            concurrency: Batches under way at once; None: of a plan two, where it has as many contexts, so that one is
+                copied while the other is computed; of other models one, which has all the cores.
+
+        Raises:
+            InputError: An argument is out of range, the Engine is closed, or the model has an output without a row per
+                image.
+        """
+        self._enter()
+        self._lease.release()
+        require_rows(
+            self._spec,
+            "requests cannot be run together",
+            remedy="call infer, submit or infer_async, which run each batch by itself",
+        )
+        if concurrency is None:
+            concurrency = min(self._options.contexts, 2) if self._executor.overlaps else 1
+        return Batcher(
+            BatcherOptions(max_batch, max_delay_ms, max_queue, timeout_ms, concurrency),
+            check=self._check.check,
+            run=self._run,
+            package=functools.partial(package, spec=self._spec),
+        )
+
+    def statistics(self) -> Statistics:
+        """What this Engine did since it was opened.
+
+        One entry a call of `infer`, a `submit`, or a batch of a batcher, which keeps statistics of its own, too.
+        """
+        return self._recorder.snapshot(self._submissions.waiting)
 
     def warm_up(self, shape: Sequence[int] | None = None) -> None:
-        """Runs batches of zeros, so that the first real one is not the slow one. A plan makes all its contexts, and CUDA graphs for this size.
+        """Runs batches of zeros, so that the first real one is not the slow one.
 
-        So none of this size is captured later, when another thread may wait for the whole device (see
-        `EngineOptions.cuda_graphs`).
+        A plan makes all its contexts, and CUDA graphs for this size, so none of this size is captured later, when
+        another thread may wait for the whole device (see `EngineOptions.cuda_graphs`).
 
         Args:
             shape: Of the batch, as it will be; None takes one image (or the fixed batch) of the size in the
@@ -433,9 +313,8 @@ class Engine:
             InputError: The shape is not one that the model accepts, or it must be given because the model accepts any
                 image size.
         """
-        zeros = self._check.check(
-            np.zeros(tuple(shape) if shape is not None else usual_shape(self._spec), self._spec.input.dtype)
-        )
+        wanted = tuple(shape) if shape is not None else usual_shape(self._spec)
+        zeros = self._check.check(np.zeros(wanted, self._spec.input.dtype))
         self._enter()
         try:
             self._executor.warm_up(zeros)
@@ -443,7 +322,9 @@ class Engine:
             self._lease.release()
 
     def time_phases(self, batch: NDArray[Any], calls: int = 50) -> tuple[PhaseTimes, ...] | None:
-        """Times the copies to and from the GPU, the computing and its launch apart, one call at a time and without CUDA graphs.
+        """Times the copies to and from the GPU, the computing and its launch apart.
+
+        One call at a time, and without CUDA graphs.
 
         Args:
             batch: As `infer`, within the plan's profile.
@@ -464,12 +345,13 @@ class Engine:
             self._lease.release()
 
     def close(self, *, wait: bool = True) -> None:
-        """Lets no new batch in, waits until those that run or were submitted are done, and frees the model; a second call waits, too.
+        """Lets no new batch in, waits until those that run or were submitted are done, and frees the model.
+
+        A second call waits, too. In a child of `fork` nothing is freed: the model is the parent's.
 
         Args:
             wait: Whether to wait; else the last batch frees the model when it is done. A thread of this Engine itself,
-                in a callback of a future of `submit`, never waits: it would wait for itself. In a child of `fork` the
-                model is let lie: it is the parent's.
+                in a callback of a future of `submit`, never waits: it would wait for itself.
         """
         _let_go(self._lease, self._submissions, self._process)
         if wait and self._process == os.getpid() and not self._submissions.is_own_thread():
@@ -484,16 +366,39 @@ class Engine:
         self.close()
 
     def __repr__(self) -> str:
-        source, outputs = (
-            self._spec.input,
-            ", ".join(f"{output.name} {show(output.shape)}" for output in self._spec.outputs),
-        )
+        source = self._spec.input
+        outputs = ", ".join(f"{output.name} {show_shape(output.shape)}" for output in self._spec.outputs)
         name = self._metadata.variant.name if self._metadata.variant else self._spec.kind
         state = ", closed" if self.closed else f" on {self._device}"
         return (
-            f"<Engine {str(self._path)!r}: {name}{state}, {source.dtype} {show(source.shape)} {source.layout} → "
+            f"<Engine {str(self._path)!r}: {name}{state}, {source.dtype} {show_shape(source.shape)} {source.layout} → "
             f"{outputs}>"
         )
+
+    def _run(self, batch: NDArray[Any], *, entered: bool = False) -> Arrays:
+        """Runs a batch that was checked, and counts it; `entered`: the caller holds the lease."""
+        return self._count(self._executor.run, batch, images=len(batch), entered=entered)
+
+    def _run_device(self, batch: Any, stream: Any, *, to_host: bool) -> Any:
+        shape = read_shape(batch)
+        run = functools.partial(self._executor.run_device, stream=stream, to_host=to_host)
+        return self._count(run, batch, images=shape[0] if shape else 0)
+
+    def _count(self, run: Callable[[Any], _T], batch: Any, *, images: int, entered: bool = False) -> _T:
+        if not entered:
+            self._enter()
+        try:
+            start = time.perf_counter()
+            outputs = run(batch)
+            self._recorder.answer(images, time.perf_counter() - start)
+            return outputs
+        except RepVGGDeployError as error:
+            if not isinstance(error, InputError):
+                self._recorder.count("failures")
+            raise
+        finally:
+            if not entered:
+                self._lease.release()
 
     def _enter(self) -> None:
         if not self._lease.acquire():
@@ -506,32 +411,6 @@ class Engine:
         self._lease.release()
         if future.cancelled():
             self._recorder.count("cancelled")
-
-    def _record(self, batch: NDArray[Any], *, entered: bool = False) -> Arrays:
-        """Runs a checked batch and counts it; `entered`: the caller holds the lease."""
-        return self._count(lambda: self._executor.run(batch), images=len(batch), entered=entered)
-
-    def _run_device(self, batch: Any, stream: Any, *, to_host: bool) -> Any:
-        shape = read_shape(batch)
-        return self._count(
-            lambda: self._executor.run_device(batch, stream, to_host=to_host), images=shape[0] if shape else 0
-        )
-
-    def _count(self, action: Callable[[], _T], *, images: int, entered: bool = False) -> _T:
-        if not entered:
-            self._enter()
-        try:
-            start = time.perf_counter()
-            outputs = action()
-            self._recorder.answer(images, time.perf_counter() - start)
-            return outputs
-        except RepVGGDeployError as error:
-            if not isinstance(error, InputError):
-                self._recorder.count("failures")
-            raise
-        finally:
-            if not entered:
-                self._lease.release()
 
 
 def _let_go(lease: Lease, submissions: Submissions, process: int) -> None:

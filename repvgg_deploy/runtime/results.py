@@ -1,15 +1,22 @@
-"""What `infer` returns, and how the outputs of several runs become one."""
+"""A checked batch → what `infer` returns: run in pieces, padded where the backend takes one size only, and packaged.
+
+`Backend` is what a library that runs models must offer. A new one is one module and one line in `opening.open_backend`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..specs.values import ModelSpec
+from ..errors import InputError
+from ..images.classes import best_classes, softmax
+from ..specs.values import ModelMetadata, ModelSpec
+from .checks import require_rows
+from .cuda.arrays import as_stream_handle, is_device_array, read_shape
 
 Arrays: TypeAlias = "tuple[NDArray[Any], ...]"
 
@@ -30,6 +37,162 @@ class TopK:
 Result: TypeAlias = "NDArray[np.float32] | TopK | dict[str, NDArray[Any]]"
 
 
+@dataclass(frozen=True, slots=True)
+class PhaseTimes:
+    """One run of a plan, in milliseconds.
+
+    Attributes:
+        to_device_ms: Copy of the input from page-locked memory.
+        compute_ms: The network.
+        to_host_ms: Copies of the outputs to page-locked memory.
+        enqueue_ms: What the CPU needs to hand the network to the GPU, which works meanwhile.
+    """
+
+    to_device_ms: float
+    compute_ms: float
+    to_host_ms: float
+    enqueue_ms: float
+
+
+class Backend(Protocol):
+    """A model loaded on one device. Many threads call `run` at once; `close` is called once, after the last `run`."""
+
+    @property
+    def name(self) -> str:
+        """For people: the library, its version and where it runs."""
+
+    def run(self, batch: NDArray[Any]) -> Sequence[NDArray[Any]]:
+        """Runs one batch of a size that the model accepts.
+
+        Args:
+            batch: C-contiguous, of the dtype and shape in the model's specification.
+
+        Returns:
+            The outputs in the order of the specification, in memory of their own that nothing else will write to.
+        """
+
+    def close(self) -> None:
+        """Frees the model."""
+
+
+class SplittingBackend(Backend, Protocol):
+    """A backend that splits batches itself, in any memory order, so that copies and computing of the pieces overlap."""
+
+    @property
+    def metadata(self) -> ModelMetadata:
+        """What is known of the model."""
+
+    @property
+    def min_batch(self) -> int:
+        """The smallest batch that runs without padding."""
+
+    @property
+    def max_batch(self) -> int:
+        """The largest batch that runs without being split."""
+
+    def run_device(self, batch: Any, *, stream: int | None, to_host: bool) -> Any:
+        """Runs a batch that lies on the device."""
+
+    def warm_up(self, batch: NDArray[Any]) -> None:
+        """Makes ready all that can be made ready."""
+
+    def time_phases(self, batch: NDArray[Any], calls: int) -> tuple[PhaseTimes, ...]:
+        """Times the parts of so many runs."""
+
+
+class Executor:
+    """Runs checked batches on a backend, split and padded as it needs them.
+
+    Args:
+        spec: The model's specification.
+        backend: What runs it.
+        splitting: The same, if it takes any number of images itself.
+        max_batch: Pieces of this many images, where the model itself sets no limit.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, backend: Backend, splitting: SplittingBackend | None, *, max_batch: int
+    ) -> None:
+        self._spec, self._backend, self._splitting = spec, backend, splitting
+        if splitting is not None:
+            self._smallest, self.largest = splitting.min_batch, splitting.max_batch
+        elif spec.batch is not None:
+            self._smallest, self.largest = spec.batch, spec.batch
+        else:
+            self._smallest, self.largest = 1, max_batch
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether batches that run at once gain by it: copies of one go on beside the computation of another."""
+        return self._splitting is not None
+
+    def takes(self, batch: object) -> bool:
+        """Whether an object is an array on a GPU, for a backend that can read it there."""
+        return type(batch) is not np.ndarray and self._splitting is not None and is_device_array(batch)
+
+    def run(self, batch: NDArray[Any]) -> Arrays:
+        """Runs a batch of any size and memory order."""
+        count = len(batch)
+        fits = self._smallest <= count <= self.largest
+        if not fits:
+            self._require_divisible()
+        if self._splitting is not None:
+            return tuple(self._splitting.run(batch))
+        if fits:
+            return tuple(self._backend.run(np.ascontiguousarray(batch)))
+        size = self.largest
+        return join([self._run_piece(batch[start : start + size]) for start in range(0, count, size)])
+
+    def _run_piece(self, piece: NDArray[Any]) -> Arrays:
+        count = len(piece)
+        if count >= self._smallest:
+            return tuple(self._backend.run(np.ascontiguousarray(piece)))
+        padded = np.zeros((self._smallest, *piece.shape[1:]), piece.dtype)
+        padded[:count] = piece
+        # Copies, so that the caller does not hold the whole padded output.
+        return tuple(output[:count].copy() for output in self._backend.run(padded))
+
+    def run_device(self, batch: Any, *, stream: Any, to_host: bool) -> Any:
+        """Runs a batch that lies on the GPU.
+
+        Raises:
+            InputError: It does not, or the backend cannot read it there.
+        """
+        if self._splitting is None or not is_device_array(batch):
+            what = f"{type(batch).__name__} does not lie on a GPU"
+            if self._splitting is None:
+                what = "arrays on a GPU run with a TensorRT plan only"
+            raise InputError(
+                f"batch: {what}",
+                remedy="call infer(array) with a NumPy array and without stream, or give a plan an array on its GPU",
+            )
+        handle = None if stream is None else as_stream_handle(stream)
+        shape = read_shape(batch)
+        if shape and not self._smallest <= shape[0] <= self.largest:
+            self._require_divisible()
+        return self._splitting.run_device(batch, stream=handle, to_host=to_host)
+
+    def warm_up(self, batch: NDArray[Any]) -> None:
+        """Runs a batch of the usual kind until nothing is left to be made ready."""
+        if self._splitting is not None:
+            self._splitting.warm_up(batch)
+        else:
+            self.run(batch)
+
+    def time_phases(self, batch: NDArray[Any], calls: int) -> tuple[PhaseTimes, ...] | None:
+        """The parts of so many runs of a batch; None where the backend does not know them."""
+        return None if self._splitting is None else self._splitting.time_phases(batch, calls)
+
+    def _require_divisible(self) -> None:
+        count = f"{'at most' if self._spec.batch is None else 'exactly'} {self.largest}"
+        require_rows(self._spec, "a batch cannot be split or padded", remedy=f"give {count} images at a time")
+
+
+def join(parts: Sequence[Arrays]) -> Arrays:
+    """The outputs of consecutive pieces of a batch as those of the whole."""
+    return parts[0] if len(parts) == 1 else tuple(np.concatenate(pieces) for pieces in zip(*parts, strict=True))
+
+
 def package(outputs: Sequence[NDArray[Any]], spec: ModelSpec) -> Result:
     """Outputs in the order of the specification → what the caller gets.
 
@@ -45,50 +208,18 @@ def package(outputs: Sequence[NDArray[Any]], spec: ModelSpec) -> Result:
     return {output.name: array for output, array in zip(spec.outputs, widened, strict=True)}
 
 
-def join(parts: Sequence[Arrays]) -> Arrays:
-    """The outputs of consecutive pieces of a batch as those of the whole."""
-    return parts[0] if len(parts) == 1 else tuple(np.concatenate(pieces) for pieces in zip(*parts, strict=True))
-
-
-def softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
-    """Probabilities (…, classes) in float64 of logits (…, classes)."""
-    wide = logits.astype(np.float64)
-    powers = np.exp(wide - wide.max(axis=-1, keepdims=True))
-    total: NDArray[np.float64] = powers / powers.sum(axis=-1, keepdims=True)
-    return total
-
-
 def rank_classes(result: Result, spec: ModelSpec, top: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]]:
     """Classes and scores of each image, best first; of equal ones, the lower class first.
 
     Args:
-        result: Of a classifier.
-        spec: Of the same model. The scores of logits are their softmax over all classes, those of other models what
-            they give.
+        result: Answer of a classifier.
+        spec: The specification of the same model. The scores of logits are their softmax over all classes, those of
+            other models what they give.
         top: How many of each image, where there are so many.
     """
     if isinstance(result, TopK):
-        yield from zip(result.classes[:, :top], result.scores[:, :top].astype(np.float64), strict=True)
-        return
+        return zip(result.classes[:, :top], result.scores[:, :top].astype(np.float64), strict=True)
     assert isinstance(result, np.ndarray), "a classifier has one output"
-    for row in result.astype(np.float64):
-        scores = softmax(row) if spec.kind == "logits" else row
-        order = np.argsort(-scores, kind="stable")[:top]
-        yield order, scores[order]
-
-
-@dataclass(frozen=True, slots=True)
-class PhaseTimes:
-    """One run of a plan, in milliseconds.
-
-    Attributes:
-        to_device_ms: Copy of the input from page-locked memory.
-        compute_ms: The network.
-        to_host_ms: Copies of the outputs to page-locked memory.
-        enqueue_ms: Of the CPU, to hand the network to the GPU; the GPU works meanwhile.
-    """
-
-    to_device_ms: float
-    compute_ms: float
-    to_host_ms: float
-    enqueue_ms: float
+    scores = softmax(result) if spec.kind == "logits" else result.astype(np.float64)
+    classes = best_classes(scores, top)
+    return zip(classes, np.take_along_axis(scores, classes, axis=1), strict=True)

@@ -1,6 +1,6 @@
-"""What an Engine or a batcher has done so far: counters and histograms that cost about a microsecond a request and a fixed amount of memory.
+"""What an Engine or a batcher has done so far, at about a microsecond a request and in a fixed amount of memory.
 
-Everything counts from the opening on and only ever grows, which is what a Prometheus exporter wants:
+Counters and histograms count from the opening on and only ever grow, which is what a Prometheus exporter wants:
 `Histogram.cumulative` are its buckets. For the last minute, subtract an earlier snapshot.
 """
 
@@ -11,7 +11,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 _PER_DOUBLING = 8
 _SMALLEST_MS, _LARGEST_MS = 2.0**-10, 2.0**17  # a microsecond to two minutes
@@ -51,10 +51,10 @@ class Histogram:
         return math.nan
 
     def cumulative(self, every: int = _PER_DOUBLING) -> tuple[tuple[float, int], ...]:
-        """(upper bound in ms, how many are at most that): one pair a doubling by default, the last one infinity, as Prometheus has it.
+        """(upper bound in ms, how many are at most that), as Prometheus has it: the last bound is infinity.
 
         Args:
-            every: Buckets to take together.
+            every: Buckets to take together; by default there is one pair a doubling.
         """
         seen, found = 0, []
         for index, bound in enumerate(BOUNDS_MS):
@@ -68,21 +68,24 @@ class Histogram:
         return Histogram(counts, self.total_ms - earlier.total_ms)
 
 
+_GROWING = ("requests", "images", "failures", "refused", "expired", "cancelled", "queue_ms", "run_ms")
+
+
 @dataclass(frozen=True, slots=True)
 class Statistics:
     """A snapshot.
 
     Attributes:
         requests: Answered, one a call.
-        images: Of those requests.
+        images: In those requests.
         failures: Requests that ended with an error of the backend.
         refused: Requests that found the queue full.
         expired: Requests whose deadline passed before they were run.
         cancelled: Requests that were cancelled before they were run.
         waiting: Images in the queue now; of an Engine, batches that were submitted and wait for a thread.
         batch_sizes: How often so many images were run together.
-        queue_ms: From a request's arrival until it was run.
-        run_ms: Of each batch in the backend, splitting and joining included.
+        queue_ms: Time from a request's arrival until it was run.
+        run_ms: Time of each batch in the backend, splitting and joining included.
     """
 
     requests: int = 0
@@ -100,17 +103,10 @@ class Statistics:
         """What happened since an earlier snapshot; `waiting` stays what it is now."""
         sizes = Counter(self.batch_sizes)
         sizes.subtract(earlier.batch_sizes)
-        return Statistics(
-            self.requests - earlier.requests,
-            self.images - earlier.images,
-            self.failures - earlier.failures,
-            self.refused - earlier.refused,
-            self.expired - earlier.expired,
-            self.cancelled - earlier.cancelled,
-            self.waiting,
-            {size: count for size, count in sorted(sizes.items()) if count},
-            self.queue_ms - earlier.queue_ms,
-            self.run_ms - earlier.run_ms,
+        return replace(
+            self,
+            **{name: getattr(self, name) - getattr(earlier, name) for name in _GROWING},
+            batch_sizes={size: count for size, count in sorted(sizes.items()) if count},
         )
 
 
@@ -150,13 +146,7 @@ class Recorder:
             self._run.add(seconds)
 
     def answer_batch(self, images: list[int], waited: list[float], seconds: float) -> None:
-        """Several requests that were run together.
-
-        Args:
-            images: Of each request.
-            waited: Seconds in the queue, of each.
-            seconds: That the batch took.
-        """
+        """Several requests that were run together: images of each, seconds each waited, seconds that the batch took."""
         with self._lock:
             self._counts["requests"] += len(images)
             self._counts["images"] += sum(images)
@@ -176,16 +166,11 @@ class Recorder:
             self._counts[what] += number
 
     def snapshot(self, waiting: int = 0) -> Statistics:
-        """All of it at one moment.
-
-        Args:
-            waiting: Images in the queue.
-        """
+        """All of it at one moment, `waiting` beside it."""
         with self._lock:
-            sizes = dict(sorted(self._sizes.items()))
             return Statistics(
                 waiting=waiting,
-                batch_sizes=sizes,
+                batch_sizes=dict(sorted(self._sizes.items())),
                 queue_ms=self._queue.snapshot(),
                 run_ms=self._run.snapshot(),
                 **self._counts,

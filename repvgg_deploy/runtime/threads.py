@@ -1,9 +1,4 @@
-"""Batches that are handed in and run by threads of their own. The threads start with the first of them.
-
-Who may use a resource, and when it may be freed.
-
-Answers to futures, from a thread that must outlive whatever their callbacks do.
-"""
+"""Who may use a model and when it is freed (`Lease`), and batches that threads of an Engine run (`Submissions`)."""
 
 from __future__ import annotations
 
@@ -17,6 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from ..errors import EngineBusyError, InputError
 from .results import Result
+
+logger = logging.getLogger(__name__)
 
 
 class Lease:
@@ -66,12 +63,15 @@ class Lease:
             self._finish()
 
     def abandon(self) -> None:
-        """Closes, and frees nothing for ever: in a child of `fork`, where the threads that freeing would end and the lock's owner are not."""
+        """Closes, and never frees anything.
+
+        For a child of `fork`: the threads that freeing would end, and the owner of the lock, are not there.
+        """
         self._closed = self._freed = True
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._free))  # or the end of the program would free it
 
     def wait(self) -> None:
-        """Returns when the resource is freed. Not to be called by a user, who would wait for itself, nor before `close`."""
+        """Returns when the resource is freed. Call it after `close`, and not as a user, who would wait for itself."""
         with self._changed:
             self._changed.wait_for(lambda: self._freed)
 
@@ -84,37 +84,8 @@ class Lease:
                 self._changed.notify_all()
 
 
-logger = logging.getLogger(__name__)
-
-
-def answer(future: Future[Result], make: Callable[[], Result]) -> None:
-    """Sets what is made, or the error of making it: where there is no memory for a copy, say, others have their answers all the same."""
-    try:
-        made = make()
-    except Exception as error:  # noqa: BLE001 - whoever waits must be told, whatever it was
-        fail(future, error)
-        return
-    with _survived():
-        future.set_result(made)
-
-
-def fail(future: Future[Result], error: BaseException) -> None:
-    """Sets an error."""
-    with _survived():
-        future.set_exception(error)
-
-
-@contextlib.contextmanager
-def _survived() -> Iterator[None]:
-    """`sys.exit` in a callback would end a thread that all wait for; other errors of callbacks are logged by Future itself."""
-    try:
-        yield
-    except BaseException:
-        logger.exception("a callback of a future tried to end the thread that called it")
-
-
 class Submissions:
-    """A bounded queue before a few threads.
+    """A bounded queue before a few threads, which start with the first batch.
 
     Args:
         workers: Threads.
@@ -178,15 +149,42 @@ class Submissions:
         if pool is not None and self._process == os.getpid():
             pool.shutdown(wait=False)
 
-    async def wait(self, future: Future[Result]) -> Result:
-        """The answer, for a coroutine."""
-        import asyncio  # late, as in `Batcher.infer_async`
-
-        return await asyncio.wrap_future(future)
-
     def _begin_thread(self) -> None:
         self._own.yes = True
 
     def _done(self, future: Future[Result]) -> None:
         with self._lock:
             self._pending -= 1
+
+
+async def wait_for(future: Future[Result]) -> Result:
+    """The answer, for a coroutine."""
+    import asyncio  # whoever has a coroutine has it; for others it is a fifth of the time to import an Engine's module
+
+    return await asyncio.wrap_future(future)
+
+
+def answer(future: Future[Result], make: Callable[[], Result]) -> None:
+    """Sets what is made, or the error of making it: where one copy finds no memory, others still get their answers."""
+    try:
+        made = make()
+    except Exception as error:  # noqa: BLE001 - whoever waits must be told, whatever it was
+        fail(future, error)
+        return
+    with _survived():
+        future.set_result(made)
+
+
+def fail(future: Future[Result], error: BaseException) -> None:
+    """Sets an error."""
+    with _survived():
+        future.set_exception(error)
+
+
+@contextlib.contextmanager
+def _survived() -> Iterator[None]:
+    """`sys.exit` in a callback would end a thread that others wait for. A Future logs other errors itself."""
+    try:
+        yield
+    except BaseException:
+        logger.exception("a callback of a future tried to end the thread that called it")

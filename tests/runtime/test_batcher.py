@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from repvgg_deploy.errors import DeadlineError, EngineBusyError, InputError, ModelError
-from repvgg_deploy.runtime.batcher import Batcher, BatcherOptions, BatchRunner
+from repvgg_deploy.runtime.batcher import Batcher, BatcherOptions
 from repvgg_deploy.runtime.engine import Engine
 from repvgg_deploy.runtime.options import EngineOptions
 from repvgg_deploy.runtime.results import TopK
@@ -51,7 +51,7 @@ class Model:
         return (batch * 2,)
 
     def open(self, **options: object) -> Batcher:
-        return Batcher(BatchRunner(self.check, self.run, lambda outputs: outputs[0]), BatcherOptions(**options))
+        return Batcher(BatcherOptions(**options), check=self.check, run=self.run, package=lambda outputs: outputs[0])
 
 
 def one(value: float) -> np.ndarray:
@@ -124,8 +124,10 @@ def test_full_queue_pushes_back() -> None:
 def test_request_past_its_deadline_is_not_run() -> None:
     model, now = Model(), [0.0]
     batcher = Batcher(
-        BatchRunner(model.check, model.run, lambda outputs: outputs[0]),
         BatcherOptions(max_batch=4, max_delay_ms=0),
+        check=model.check,
+        run=model.run,
+        package=lambda outputs: outputs[0],
         clock=lambda: now[0],
     )
     with batcher:
@@ -193,7 +195,8 @@ def test_thread_of_a_batcher_outlives_what_its_futures_do(broken: str, caplog: p
             raise MemoryError("no room for a copy")
         return outputs[0]
 
-    with Batcher(BatchRunner(model.check, model.run, package), BatcherOptions(max_batch=8, max_delay_ms=0)) as batcher:
+    options = BatcherOptions(max_batch=8, max_delay_ms=0)
+    with Batcher(options, check=model.check, run=model.run, package=package) as batcher:
         held(model, batcher)
         futures = [batcher.submit(one(value)) for value in (1, 2, 3)]
         if broken != "answer":

@@ -17,7 +17,8 @@ from PIL import Image
 
 from repvgg_deploy.errors import InputError, ModelError
 from repvgg_deploy.images.decode import load_batch
-from repvgg_deploy.runtime.engine import Engine, usual_shape
+from repvgg_deploy.runtime.checks import usual_shape
+from repvgg_deploy.runtime.engine import Engine
 from repvgg_deploy.runtime.options import EngineOptions
 from repvgg_deploy.runtime.results import TopK
 from tests.runtime.make_model import CHANNELS, ModelOptions, make_onnx, random_batch

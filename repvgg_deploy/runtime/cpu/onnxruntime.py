@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +9,11 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from ...errors import CudaError, MissingDependencyError, ModelError
+from ...errors import CudaError, ModelError
 from ...files.onnx import is_quantized
 from ...specs.values import ModelSpec
-from ..checks import RUN_REMEDY, Interface, check_interface, one_line
-from ..options import Device, EngineOptions
+from ..checks import RUN_REMEDY, GraphTensor, check_graph, import_backend, one_line
+from ..options import DeviceKind, EngineOptions
 from .int8 import prepare
 
 logger = logging.getLogger(__name__)
@@ -31,8 +30,8 @@ _DTYPES = {
     "tensor(int32)": "int32",
 }
 _WRONG_WITH_PAIRS = ("WeightBiasQuantization",)
-"""Optimizers that change what a Q/DQ graph computes. This one quantizes the biases of an INT8 graph with FP16 between its pairs, wrongly: in 1.32 its
-logits have cosine 0.47 with those of the graph as it stands, and 0.9999 without it."""
+"""Optimizers that change what a graph with Q/DQ pairs computes. This one wrongly quantizes the biases of an INT8 graph
+with FP16 between its pairs: in 1.32 its logits have cosine 0.47 with those of the graph as it stands, 0.9999 else."""
 _FATAL_ONLY = 4  # ONNX Runtime writes errors to standard error and raises them too; we only need them once
 
 
@@ -51,12 +50,24 @@ class OnnxRuntimeBackend:
         MissingDependencyError: onnxruntime is not installed or does not load.
     """
 
-    def __init__(self, path: Path, spec: ModelSpec, device: Device, options: EngineOptions) -> None:
-        runtime = _import_onnxruntime(device)
-        self._session: Any = (
-            _open_cuda(runtime, path, spec, options) if device == "cuda" else _open_cpu(runtime, path, options)
-        )
-        check_interface(
+    def __init__(self, path: Path, spec: ModelSpec, device: DeviceKind, options: EngineOptions) -> None:
+        runtime = import_backend("onnxruntime", "running an ONNX model needs ONNX Runtime", remedy=_INSTALL[device])
+        quantized = is_quantized(path)
+        session_options = runtime.SessionOptions()
+        if options.intra_op_threads is not None:
+            session_options.intra_op_num_threads = options.intra_op_threads
+        if not logger.isEnabledFor(logging.DEBUG):
+            session_options.log_severity_level = _FATAL_ONLY
+        arguments: dict[str, Any] = {"sess_options": session_options}
+        if quantized:
+            arguments["disabled_optimizers"] = list(_WRONG_WITH_PAIRS)
+        if device == "cuda":
+            if spec.kind != "module":  # a user's own module may hold shape arithmetic, which belongs on the CPU
+                session_options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+            self._session: Any = _open_cuda(runtime, path, options, arguments)
+        else:
+            self._session = _open_cpu(runtime, path, arguments, quantized=quantized)
+        check_graph(
             path,
             spec,
             [_describe(node) for node in self._session.get_inputs()],
@@ -95,29 +106,11 @@ class OnnxRuntimeBackend:
         self._session = None
 
 
-def _import_onnxruntime(device: Device) -> Any:
-    try:
-        return importlib.import_module("onnxruntime")
-    except ImportError as error:
-        reason = (
-            "is not installed"
-            if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime"
-            else f"cannot be loaded: {error}"
-        )
-        raise MissingDependencyError(
-            f"running an ONNX model needs ONNX Runtime, which {reason}", remedy=_INSTALL[device]
-        ) from error
-
-
-def _open_cpu(runtime: Any, path: Path, options: EngineOptions) -> Any:
-    quantized = is_quantized(path)
+def _open_cpu(runtime: Any, path: Path, arguments: dict[str, Any], *, quantized: bool) -> Any:
     source = prepare(path, "onnxruntime") if quantized else str(path)
-    # The provider is named even so: a GPU build would otherwise choose for itself, and installing a package must not
-    # change answers.
     try:
-        return runtime.InferenceSession(
-            source, sess_options=_session_options(runtime, options), providers=[_CPU], **_without_optimizers(quantized)
-        )
+        # The provider is named: a GPU build would choose for itself, and installing a package must not change answers.
+        return runtime.InferenceSession(source, providers=[_CPU], **arguments)
     except Exception as error:
         raise ModelError(
             f"{path}: ONNX Runtime {runtime.__version__} refuses it: {one_line(error)}",
@@ -125,7 +118,7 @@ def _open_cpu(runtime: Any, path: Path, options: EngineOptions) -> Any:
         ) from error
 
 
-def _open_cuda(runtime: Any, path: Path, spec: ModelSpec, options: EngineOptions) -> Any:
+def _open_cuda(runtime: Any, path: Path, options: EngineOptions, arguments: dict[str, Any]) -> Any:
     available = runtime.get_available_providers()
     if _CUDA not in available:
         raise CudaError(
@@ -135,15 +128,8 @@ def _open_cuda(runtime: Any, path: Path, spec: ModelSpec, options: EngineOptions
         )
     # TF32 is on by default in this provider; FP32 means FP32 here unless the user says otherwise.
     settings = {"device_id": str(options.device_id), "use_tf32": str(int(options.tf32))}
-    session_options, extras = _session_options(runtime, options), _without_optimizers(is_quantized(path))
-    if (
-        spec.kind != "module"
-    ):  # a module of the user's own may hold shape arithmetic, which belongs on the CPU; ours never does
-        session_options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
-        session = runtime.InferenceSession(
-            str(path), sess_options=session_options, providers=[(_CUDA, settings)], enable_fallback=False, **extras
-        )
+        session = runtime.InferenceSession(str(path), providers=[(_CUDA, settings)], enable_fallback=False, **arguments)
     except Exception as error:
         raise CudaError(
             f"{path}: cannot be opened on GPU {options.device_id}: {one_line(error)}",
@@ -160,19 +146,5 @@ def _open_cuda(runtime: Any, path: Path, spec: ModelSpec, options: EngineOptions
     return session
 
 
-def _session_options(runtime: Any, options: EngineOptions) -> Any:
-    session_options = runtime.SessionOptions()
-    if options.intra_op_threads is not None:
-        session_options.intra_op_num_threads = options.intra_op_threads
-    if not logger.isEnabledFor(logging.DEBUG):
-        session_options.log_severity_level = _FATAL_ONLY
-    return session_options
-
-
-def _without_optimizers(quantized: bool) -> dict[str, list[str]]:
-    """What a session is opened with besides: a graph with Q/DQ pairs is to be computed as it stands."""
-    return {"disabled_optimizers": list(_WRONG_WITH_PAIRS)} if quantized else {}
-
-
-def _describe(node: Any) -> Interface:
+def _describe(node: Any) -> GraphTensor:
     return node.name, _DTYPES.get(node.type, node.type), tuple(node.shape)

@@ -1,8 +1,10 @@
-"""OpenVINO behind the Backend protocol: the fastest CPU path for typed INT8 graphs. The package is imported when a model is opened."""
+"""OpenVINO behind the Backend protocol: the fastest way to run typed INT8 graphs on a CPU.
+
+The package is imported when a model is opened.
+"""
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 from collections import deque
@@ -13,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import InputError, MissingDependencyError, ModelError
+from ...errors import InputError, ModelError
 from ...files.onnx import is_quantized
 from ...specs.values import ModelSpec
-from ..checks import RUN_REMEDY, Interface, check_interface, one_line
+from ..checks import RUN_REMEDY, GraphTensor, check_graph, import_backend, one_line
 from ..options import EngineOptions
 from .int8 import prepare
 
@@ -41,23 +43,32 @@ class OpenVinoBackend:
     """
 
     def __init__(self, path: Path, spec: ModelSpec, options: EngineOptions) -> None:
-        library = _import_openvino()
+        library = import_backend(
+            "openvino",
+            'backend="openvino" needs OpenVINO',
+            remedy="pip install 'repvgg-deploy[openvino]', or leave backend out to run on ONNX Runtime",
+        )
+        version = str(library.__version__).partition("-")[0]
+        # FP32 means FP32: by default OpenVINO computes it in bfloat16 where the CPU can, with an error of 4e-3.
+        settings: dict[str, object] = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
+        if options.intra_op_threads is not None:
+            # These share one batch, as with ONNX Runtime; with more cores than that, several batches run side by side.
+            streams = max(1, (os.cpu_count() or 1) // options.intra_op_threads)
+            settings |= {"NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": streams * options.intra_op_threads}
         try:
             core = library.Core()
             model = core.read_model(prepare(path, "openvino") if is_quantized(path) else str(path))
-            self._compiled: Any = core.compile_model(model, "CPU", _settings(options))
+            self._compiled: Any = core.compile_model(model, "CPU", settings)
         except Exception as error:
             raise ModelError(
-                f"{path}: OpenVINO {_version(library)} refuses it: {one_line(error)}",
+                f"{path}: OpenVINO {version} refuses it: {one_line(error)}",
                 remedy='upgrade openvino, or open it with backend="onnxruntime"',
             ) from error
-        check_interface(
-            path, spec, [_describe(port) for port in model.inputs], [_describe(port) for port in model.outputs]
-        )
+        check_graph(path, spec, [_describe(port) for port in model.inputs], [_describe(port) for port in model.outputs])
         self._count = len(spec.outputs)
         self._process = os.getpid()
         self._idle: deque[Any] = deque([self._compiled.create_infer_request()])
-        self._label = f"OpenVINO {_version(library)}, CPU"
+        self._label = f"OpenVINO {version}, CPU"
         logger.info("%s: opened with %s", path, self._label)
 
     @property
@@ -99,38 +110,7 @@ class OpenVinoBackend:
         self._compiled = None
 
 
-def _import_openvino() -> Any:
-    try:
-        return importlib.import_module("openvino")
-    except ImportError as error:
-        reason = (
-            "is not installed"
-            if isinstance(error, ModuleNotFoundError) and error.name == "openvino"
-            else f"cannot be loaded: {error}"
-        )
-        remedy = "pip install 'repvgg-deploy[openvino]', or leave backend out to run on ONNX Runtime"
-        raise MissingDependencyError(f'backend="openvino" needs OpenVINO, which {reason}', remedy=remedy) from error
-
-
-def _settings(options: EngineOptions) -> dict[str, object]:
-    """FP32 means FP32: by default OpenVINO computes it in bfloat16 where the CPU can, with an error of 4e-3.
-
-    Threads are those that share one batch, as with ONNX Runtime: where that is fewer than there are cores, several
-    batches run side by side.
-    """
-    threads, cores = options.intra_op_threads, os.cpu_count() or 1
-    settings: dict[str, object] = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
-    if threads is not None:
-        streams = max(1, cores // threads)
-        settings |= {"NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": streams * threads}
-    return settings
-
-
-def _version(library: Any) -> str:
-    return str(library.__version__).partition("-")[0]
-
-
-def _describe(port: Any) -> Interface:
+def _describe(port: Any) -> GraphTensor:
     kind = port.get_element_type().get_type_name()
     shape = tuple(size.get_length() if size.is_static else None for size in port.get_partial_shape())
     return port.get_any_name(), _DTYPES.get(kind, kind), shape

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DeadlineError, EngineBusyError, InputError
+from .options import require_count
 from .results import Arrays, Result
 from .statistics import Recorder, Statistics
 from .threads import answer, fail, wait_for
@@ -52,17 +53,15 @@ class BatcherOptions:
     concurrency: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (("max_batch", 1), ("concurrency", 1), ("max_queue", self.max_batch)):
-            value = getattr(self, name)
-            if name == "max_queue" and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                meaning = f"max_batch, {least}" if name == "max_queue" else "1"
-                raise _wrong(f"batcher: {name}", f"a whole number of at least {meaning}", value)
-        if not _is_number(self.max_delay_ms) or self.max_delay_ms < 0:
-            raise _wrong("batcher: max_delay_ms", "0 or more milliseconds", self.max_delay_ms)
-        if self.timeout_ms is not None and not (_is_number(self.timeout_ms) and self.timeout_ms > 0):
-            raise _wrong("batcher: timeout_ms", "a positive number", self.timeout_ms)
+        require_count("batcher: max_batch", self.max_batch, 1)
+        require_count("batcher: concurrency", self.concurrency, 1)
+        if self.max_queue is not None:
+            require_count("batcher: max_queue", self.max_queue, self.max_batch, meaning="max_batch, ")
+        delay, timeout = self.max_delay_ms, self.timeout_ms
+        if not _is_number(delay) or delay < 0:
+            raise _wrong("max_delay_ms", delay, "0 or more milliseconds")
+        if timeout is not None and (not _is_number(timeout) or timeout <= 0):
+            raise _wrong("timeout_ms", timeout, "a positive number")
 
     @property
     def queue_images(self) -> int:
@@ -74,10 +73,8 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _wrong(name: str, expected: str, value: object) -> InputError:
-    return InputError(
-        f"{name}: expected {expected}, found {value!r}", remedy=f"correct {name.removeprefix('batcher: ')}"
-    )
+def _wrong(name: str, value: object, expected: str) -> InputError:
+    return InputError(f"batcher: {name}: expected {expected}, found {value!r}", remedy=f"correct {name}")
 
 
 @dataclass(slots=True, eq=False)
@@ -122,17 +119,13 @@ class BatchQueue:
     each, until it is full; so one that sends thousands delays others by a batch, not by thousands. Requests of one
     client are never overtaken by later ones of the same client and image size. Callers that name no client are one, so
     first come is first served.
-
-    Args:
-        options: See `BatcherOptions`.
     """
 
     def __init__(self, options: BatcherOptions) -> None:
         self._options = options
         self._clients: OrderedDict[Hashable, deque[Request]] = OrderedDict()
         self._images = 0
-        # So that a long queue is looked through only when something in it may be over: it would cost more than a batch
-        # does.
+        # A long queue is looked through only when something in it may be over: it would cost more than a batch does.
         self._soonest = math.inf  # no deadline of those that wait is earlier
         self._cancellations = _Cancellations()
 
@@ -253,12 +246,11 @@ class BatchQueue:
 
 
 class Batcher:
-    """Collects requests from many threads or coroutines and runs them together. Use it as a context manager.
+    """Collects requests from many threads or coroutines and runs them together; `Engine.batcher` makes one.
 
-    `Engine.batcher` makes one.
-
-    Requests are checked when they are handed in, so a bad one fails its caller alone. Where the backend fails on a
-    batch of several, each is run once more by itself: what makes the model fail fails alone.
+    Use it as a context manager. Requests are checked when they are handed in, so a bad one fails its caller alone.
+    Where the backend fails on a batch of several, each is run once more by itself: what makes the model fail fails
+    alone.
 
     Args:
         options: How requests become batches.
@@ -444,14 +436,8 @@ class Batcher:
         """Outside the lock: callbacks of futures run here, and may call anything."""
         for request in expired:
             if request.future.set_running_or_notify_cancel():
-                waited = (self._clock() - request.arrival) * 1e3
-                fail(
-                    request.future,
-                    DeadlineError(
-                        f"the request waited {waited:.0f} ms and its deadline passed",
-                        remedy="add Engines, or give a larger timeout_ms",
-                    ),
-                )
+                message = f"the request waited {1e3 * (self._clock() - request.arrival):.0f} ms and its deadline passed"
+                fail(request.future, DeadlineError(message, remedy="add Engines, or give a larger timeout_ms"))
         if expired or cancelled:
             self._recorder.count("expired", len(expired))
             self._recorder.count("cancelled", len(cancelled))

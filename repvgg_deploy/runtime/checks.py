@@ -234,11 +234,10 @@ def check_graph(path: Path, spec: ModelSpec, inputs: Sequence[GraphTensor], outp
 
 def _agree(expected: GraphTensor, found: GraphTensor) -> bool:
     """Same name, dtype and rank, and no dimension that is one number here and another there."""
-    sizes = [
-        not isinstance(want, int) or not isinstance(have, int) or want == have
-        for want, have in zip(expected[2], found[2], strict=False)
-    ]
-    return expected[:2] == found[:2] and len(expected[2]) == len(found[2]) and all(sizes)
+    if expected[:2] != found[:2] or len(expected[2]) != len(found[2]):
+        return False
+    sizes = [(want, have) for want, have in zip(expected[2], found[2], strict=True) if want != have]
+    return not any(isinstance(want, int) and isinstance(have, int) for want, have in sizes)
 
 
 def import_backend(name: str, need: str, *, remedy: str) -> Any:

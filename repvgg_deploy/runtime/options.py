@@ -50,20 +50,35 @@ class EngineOptions:
     require_passport: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_batch", "intra_op_threads", "device_id", "workers", "max_pending", "contexts"):
-            value, least = getattr(self, name), 0 if name == "device_id" else 1
-            if name == "intra_op_threads" and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise InputError(
-                    f"EngineOptions: {name}: expected a whole number of at least {least}, found {value!r}",
-                    remedy=f"correct {name}",
-                )
-            if name == "intra_op_threads" and value > MOST_THREADS:
-                raise InputError(
-                    f"EngineOptions: {name}: expected at most {MOST_THREADS}, found {value}",
-                    remedy="give the number of cores, or None",
-                )
+        threads = self.intra_op_threads
+        counts = [
+            "max_batch",
+            "workers",
+            "max_pending",
+            "contexts",
+            *(["intra_op_threads"] if threads is not None else []),
+        ]
+        for name in counts:
+            require_count(f"EngineOptions: {name}", getattr(self, name), 1)
+        require_count("EngineOptions: device_id", self.device_id, 0)
+        if threads is not None and threads > MOST_THREADS:
+            raise InputError(
+                f"EngineOptions: intra_op_threads: expected at most {MOST_THREADS}, found {threads}",
+                remedy="give the number of cores, or None",
+            )
+
+
+def require_count(name: str, value: object, least: int, *, meaning: str = "") -> None:
+    """Refuses all but whole numbers from `least` on; `meaning` says where `least` comes from.
+
+    Raises:
+        InputError: It is none.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(
+            f"{name}: expected a whole number of at least {meaning}{least}, found {value!r}",
+            remedy=f"correct {name.rpartition(': ')[2]}",
+        )
 
 
 def find_device(device: object, options: EngineOptions, *, default: DeviceKind) -> tuple[DeviceKind, int, str]:

@@ -7,7 +7,7 @@ Source: field numbers of onnx.proto (https://github.com/onnx/onnx/blob/main/onnx
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ _GRAPH_ATTRIBUTES = (6, 11)  # a node with a graph inside reads names that its i
 
 
 class GraphError(ValueError):
-    """The graph holds what is not edited here; the message says what. For callers inside the runtime, which go on without."""
+    """The graph holds what is not edited here; the message says what. Callers run the file as it stands."""
 
 
 @dataclass(slots=True)
@@ -36,7 +36,7 @@ class Node:
         inputs: Names; an empty one for an input that is left out.
         outputs: Names.
         rest: Its other fields as they are in a file: name, attributes.
-        domain: Of the operator; empty for ONNX's own.
+        domain: The operator's; empty for ONNX's own.
     """
 
     op_type: str
@@ -71,10 +71,10 @@ class Graph:
         outputs: Names of the graph's outputs.
     """
 
-    nodes: list[Node]
-    kinds: dict[str, int]
-    inputs: list[str]
-    outputs: list[str]
+    nodes: list[Node] = field(default_factory=list)
+    kinds: dict[str, int] = field(default_factory=dict)
+    inputs: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
     _tensors: dict[str, memoryview | bytes] = field(default_factory=dict)
     _others: list[memoryview] = field(default_factory=list)
     _around: list[memoryview] = field(default_factory=list)
@@ -96,10 +96,15 @@ class Graph:
         data = self._tensors[name]
         dims, raw = [], None
         for item in wire.walk(data):
-            if item.number == 1:
-                dims += list(_varints(data, item))
-            elif item.number == 9:
+            if item.number == 9:
                 raw = memoryview(data)[item.payload : item.end]
+            elif item.number == 1 and item.wire_type == wire.VARINT:
+                dims.append(item.value)
+            elif item.number == 1:  # packed
+                position = item.payload
+                while position < item.end:
+                    value, position = wire.read_varint(data, position, item.end)
+                    dims.append(value)
         if raw is None or self.kinds[name] not in _DTYPES:
             raise GraphError(f"the tensor {name} is not stored as raw bytes")
         return np.frombuffer(raw, _DTYPES[self.kinds[name]]).reshape(dims)
@@ -107,11 +112,8 @@ class Graph:
     def store(self, name: str, array: NDArray[Any]) -> str:
         """Adds a tensor, or puts another in its place; gives its name back."""
         kind = next(kind for kind, dtype in _DTYPES.items() if array.dtype == dtype)
-        head = (
-            b"".join(wire.varint(1 << 3) + wire.varint(size) for size in array.shape)
-            + wire.varint(2 << 3)
-            + wire.varint(kind)
-        )
+        dims = b"".join(wire.varint(1 << 3) + wire.varint(size) for size in array.shape)
+        head = dims + wire.varint(2 << 3) + wire.varint(kind)
         self._tensors[name] = head + wire.bytes_field(8, name.encode()) + wire.bytes_field(9, array.tobytes())
         self.kinds[name] = kind
         return name
@@ -119,9 +121,7 @@ class Graph:
     def serialize(self) -> bytes:
         """The file, without metadata; stored tensors that nothing reads are left out."""
         used = {name for node in self.nodes for name in node.inputs} | set(self.outputs)
-        pieces: list[bytes | memoryview] = []
-        for node in self.nodes:
-            pieces.append(wire.bytes_field(_NODE, node.serialize()))
+        pieces: list[bytes | memoryview] = [wire.bytes_field(_NODE, node.serialize()) for node in self.nodes]
         pieces += self._others
         for name, data in self._tensors.items():
             if name in used:
@@ -134,52 +134,51 @@ def parse(buffer: memoryview) -> Graph:
     """Reads the bytes of an ONNX file; the graph keeps views of them.
 
     Raises:
-        GraphError: It is damaged, or has what is not edited here: graphs inside nodes, tensors in other files, sparse
-            tensors.
+        GraphError: It is damaged, or has what is not edited here: graphs inside nodes, tensors in other files.
     """
+    graph = Graph()
     try:
-        return _parse(buffer)
+        outer = list(wire.walk(buffer))
+        body = next(item for item in outer if item.number == _GRAPH)
+        rest = [item for item in outer if item.number not in (_GRAPH, _METADATA_PROPS)]
+        graph._around = [buffer[item.start : item.end] for item in rest]
+        for item in wire.walk(buffer, body.payload, body.end):
+            part = buffer[item.payload : item.end]
+            if item.number == _NODE:
+                graph.nodes.append(_read_node(part))
+            elif item.number == _INITIALIZER:
+                name, kind = _read_tensor(part)
+                graph._tensors[name], graph.kinds[name] = part, kind
+            elif item.number in (_INPUT, _OUTPUT):
+                name, kind = _read_value(part)
+                (graph.inputs if item.number == _INPUT else graph.outputs).append(name)
+                graph.kinds.setdefault(name, kind)
+            # Types of inner tensors may change, and are optional.
+            if item.number not in (_NODE, _INITIALIZER, _VALUE_INFO):
+                graph._others.append(buffer[item.start : item.end])
     except (wire.WireError, UnicodeDecodeError, StopIteration) as error:
         raise GraphError(f"the graph cannot be read: {error}") from error
-
-
-def _parse(buffer: memoryview) -> Graph:
-    graph = Graph([], {}, [], [])
-    outer = list(wire.walk(buffer))
-    body = next(item for item in outer if item.number == _GRAPH)
-    graph._around = [buffer[item.start : item.end] for item in outer if item.number not in (_GRAPH, _METADATA_PROPS)]
-    for item in wire.walk(buffer, body.payload, body.end):
-        part = buffer[item.payload : item.end]
-        if item.number == _NODE:
-            graph.nodes.append(_node(part))
-        elif item.number == _INITIALIZER:
-            _add_tensor(graph, part)
-        elif item.number in (_INPUT, _OUTPUT):
-            name, kind = _value(part)
-            (graph.inputs if item.number == _INPUT else graph.outputs).append(name)
-            graph.kinds.setdefault(name, kind)
-        if item.number not in (_NODE, _INITIALIZER, _VALUE_INFO):  # types of inner tensors may change, and are optional
-            graph._others.append(buffer[item.start : item.end])
     graph.inputs = [name for name in graph.inputs if not graph.holds(name)]
     return graph
 
 
-def _node(part: memoryview) -> Node:
+def _read_node(part: memoryview) -> Node:
     texts: dict[int, list[str]] = {1: [], 2: [], 4: [], 7: []}
     rest = []
     for item in wire.walk(part):
         if item.number in texts:
             texts[item.number].append(bytes(part[item.payload : item.end]).decode())
-        if item.number == 5 and any(
-            inner.number in _GRAPH_ATTRIBUTES for inner in wire.walk(part, item.payload, item.end)
-        ):
-            raise GraphError("a node holds a graph of its own")
+        if item.number == 5:
+            inner = wire.walk(part, item.payload, item.end)
+            if any(one.number in _GRAPH_ATTRIBUTES for one in inner):
+                raise GraphError("a node holds a graph of its own")
         if item.number not in (1, 2, 4):
             rest.append(bytes(part[item.start : item.end]))
     return Node("".join(texts[4]), texts[1], texts[2], b"".join(rest), "".join(texts[7]).removeprefix("ai.onnx"))
 
 
-def _add_tensor(graph: Graph, part: memoryview) -> None:
+def _read_tensor(part: memoryview) -> tuple[str, int]:
+    """Name and number type of a stored tensor."""
     name, kind = "", 0
     for item in wire.walk(part):
         if item.number == 8:
@@ -188,11 +187,10 @@ def _add_tensor(graph: Graph, part: memoryview) -> None:
             kind = item.value
         elif item.number == 13:
             raise GraphError("a tensor lies in another file")
-    graph._tensors[name] = part
-    graph.kinds[name] = kind
+    return name, kind
 
 
-def _value(part: memoryview) -> tuple[str, int]:
+def _read_value(part: memoryview) -> tuple[str, int]:
     """Name and number type of a graph's input or output: type.tensor_type.elem_type."""
     name, kind = "", 0
     for item in wire.walk(part):
@@ -201,20 +199,9 @@ def _value(part: memoryview) -> tuple[str, int]:
         elif item.number == 2:
             for inner in wire.walk(part, item.payload, item.end):
                 if inner.number == 1:
-                    kind = next(
-                        (leaf.value for leaf in wire.walk(part, inner.payload, inner.end) if leaf.number == 1), 0
-                    )
+                    leaves = wire.walk(part, inner.payload, inner.end)
+                    kind = next((leaf.value for leaf in leaves if leaf.number == 1), 0)
     return name, kind
-
-
-def _varints(data: bytes | memoryview, item: wire.Field) -> Iterator[int]:
-    if item.wire_type == wire.VARINT:
-        yield item.value
-        return
-    position = item.payload
-    while position < item.end:
-        value, position = wire.read_varint(data, position, item.end)
-        yield value
 
 
 def readers(nodes: Iterable[Node]) -> dict[str, list[Node]]:

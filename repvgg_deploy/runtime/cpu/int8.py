@@ -1,4 +1,7 @@
-"""A typed INT8 graph as TensorRT wants it → the same function as a CPU computes it fast. Every quantized activation keeps scale and integers.
+"""A typed INT8 graph as TensorRT wants it → the same function in a form that a CPU computes fast.
+
+`prepare` gives a backend the rewritten graph, or the file as it stands. Every quantized activation keeps scale and
+integers.
 
 TensorRT wants signed activations, zero point 0. ONNX Runtime makes one integer operation of a convolution, its ReLU and
 its Q/DQ pairs only where activations are unsigned: with signed ones it computes in FP32 and is slower than the FP32
@@ -14,11 +17,6 @@ model. OpenVINO is faster with unsigned ones, too.
 - For ONNX Runtime, biases of fused convolutions become INT32 at the scale of the products, as the integer operation
   needs them (half a step of the products at most), and weights of layers whose output nothing quantizes are stored as
   FP32, in place of being dequantized at each run.
-
-What the CPU can do that decides how an INT8 graph may be computed.
-
-What a CPU backend is given of a file with Q/DQ pairs: the same function in a form that it computes fast, or the file as
-it stands.
 """
 
 from __future__ import annotations
@@ -36,9 +34,46 @@ from ...errors import ModelError
 from ...files import wire
 from .graph import FLOAT, FLOAT16, Graph, GraphError, Node, makers, parse, readers
 
+logger = logging.getLogger(__name__)
 _X86 = frozenset({"x86_64", "amd64", "i386", "i686"})
 _EXACT = frozenset({"avx512_vnni", "avx_vnni"})
 _CPUINFO = Path("/proc/cpuinfo")
+_KEEPS_SIGN = frozenset(
+    {"AveragePool", "Cast", "Flatten", "GlobalAveragePool", "Identity", "MaxPool", "ReduceMean", "Reshape", "Transpose"}
+)
+_NEVER_NEGATIVE = frozenset({"Relu", "Sigmoid", "HardSigmoid", "Softmax"})
+_LAYERS = frozenset({"Conv", "DequantizeLinear", "Gemm", "MatMul", "QuantizeLinear"})
+_WIDENED = _KEEPS_SIGN | _NEVER_NEGATIVE | _LAYERS | {"Add", "Clip", "Concat", "Div", "Mul", "Sub", "TopK"}
+_OWN = "repvgg_deploy.cpu."
+_DEAD_BIAS = 2.0**20
+_LARGEST_BIAS = 2.0**30  # the products of 2,560 channels stay below 2**29
+
+
+def prepare(path: Path, target: Literal["onnxruntime", "openvino"]) -> bytes | str:
+    """The rewritten graph, or the path where it must be run as it stands; which and why is logged.
+
+    Args:
+        path: An ONNX with Q/DQ pairs.
+        target: What is to run it.
+
+    Raises:
+        ModelError: The file cannot be read.
+    """
+    inexact = explain_inexact_products()
+    try:
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        graph = rewrite(memoryview(mapped), Options(target, unsigned=inexact is None))
+    except GraphError as error:
+        logger.warning("%s: run as it stands, which is slow on a CPU: %s", path, error)
+        return str(path)
+    except OSError as error:
+        raise ModelError(
+            f"{path}: cannot be read: {error.strerror}", remedy="check that it is a file that you may read"
+        ) from error
+    kind = "unsigned for speed" if inexact is None else f"signed, and slow: {inexact}"
+    logger.info("%s: activations are %s", path, kind)
+    return graph
 
 
 def explain_inexact_products() -> str | None:
@@ -57,71 +92,9 @@ def explain_inexact_products() -> str | None:
     except OSError:
         return f"whether this {machine} CPU has VNNI is not known, and without it products saturate at 16 bits"
     flags = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
-    return (
-        None if _EXACT & set(flags) else f"this {machine} CPU has no VNNI, and without it products saturate at 16 bits"
-    )
-
-
-logger = logging.getLogger(__name__)
-
-
-def prepare(path: Path, target: Literal["onnxruntime", "openvino"]) -> bytes | str:
-    """The rewritten graph, or the path where it must be run as it stands; which and why is logged.
-
-    Args:
-        path: An ONNX with Q/DQ pairs.
-        target: Who is to run it.
-
-    Raises:
-        ModelError: The file cannot be read.
-    """
-    inexact = explain_inexact_products()
-    try:
-        graph = _rewrite(path, Options(target, unsigned=inexact is None))
-    except GraphError as error:
-        logger.warning("%s: run as it stands, which is slow on a CPU: %s", path, error)
-        return str(path)
-    except OSError as error:
-        raise ModelError(
-            f"{path}: cannot be read: {error.strerror}", remedy="check that it is a file that you may read"
-        ) from error
-    logger.info(
-        "%s: activations are %s", path, "unsigned for speed" if inexact is None else f"signed, and slow: {inexact}"
-    )
-    return graph
-
-
-def _rewrite(path: Path, options: Options) -> bytes:
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return rewrite(memoryview(mapped), options)  # unmapped with the last view of it
-
-
-_KEEPS_SIGN = frozenset(
-    {"AveragePool", "Cast", "Flatten", "GlobalAveragePool", "Identity", "MaxPool", "ReduceMean", "Reshape", "Transpose"}
-)
-_NEVER_NEGATIVE = frozenset({"Relu", "Sigmoid", "HardSigmoid", "Softmax"})
-_WIDENED = (
-    _KEEPS_SIGN
-    | _NEVER_NEGATIVE
-    | {
-        "Add",
-        "Clip",
-        "Concat",
-        "Conv",
-        "DequantizeLinear",
-        "Div",
-        "Gemm",
-        "MatMul",
-        "Mul",
-        "QuantizeLinear",
-        "Sub",
-        "TopK",
-    }
-)
-_OWN = "repvgg_deploy.cpu."
-_DEAD_BIAS = 2.0**20
-_LARGEST_BIAS = 2.0**30  # the products of 2,560 channels stay below 2**29
+    if _EXACT & set(flags):
+        return None
+    return f"this {machine} CPU has no VNNI, and without it products saturate at 16 bits"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +102,10 @@ class Options:
     """Which steps are taken.
 
     Attributes:
-        target: Whose way of computing the graph is made for.
+        target: What is to run the graph.
         unsigned: Whether activations become unsigned, and convolutions integer operations.
-        integer_biases: Whether the biases of those become INT32. Without, the graph computes the very same integers,
-            and ONNX Runtime fuses nothing.
+        integer_biases: Whether their biases become INT32. Without, the graph computes the very same integers, and ONNX
+            Runtime fuses nothing.
     """
 
     target: Literal["onnxruntime", "openvino"] = "onnxruntime"
@@ -141,11 +114,7 @@ class Options:
 
 
 def rewrite(buffer: memoryview, options: Options = Options()) -> bytes:
-    """The bytes of the rewritten ONNX, without metadata.
-
-    Args:
-        buffer: Of an ONNX with Q/DQ pairs.
-        options: See there.
+    """The bytes of the rewritten ONNX, without metadata, from those of an ONNX with Q/DQ pairs.
 
     Raises:
         GraphError: The graph holds what these steps do not know; it can still be run as it stands.
@@ -167,7 +136,7 @@ def rewrite(buffer: memoryview, options: Options = Options()) -> bytes:
 
 
 def _widen(graph: Graph) -> None:
-    """Computes in FP32 what the graph computes in FP16. Inputs and outputs keep their types, and what is cast to FP16 is still rounded."""
+    """FP16 → FP32 within the graph. Inputs and outputs keep their types, and what is cast to FP16 is still rounded."""
     if FLOAT16 not in graph.kinds.values() and not any(map(_casts_to_half, graph.nodes)):
         return
     unknown = {node.op_type for node in graph.nodes if node.op_type not in _WIDENED or node.domain}
@@ -197,14 +166,8 @@ def _cast(source: str, target: str, kind: int) -> Node:
 
 
 def _integer_attribute(name: str, value: int) -> bytes:
-    text = (
-        wire.bytes_field(1, name.encode())
-        + wire.varint(3 << 3)
-        + wire.varint(value)
-        + wire.varint(20 << 3)
-        + wire.varint(2)
-    )
-    return wire.bytes_field(5, text)
+    number = wire.varint(3 << 3) + wire.varint(value) + wire.varint(20 << 3) + wire.varint(2)
+    return wire.bytes_field(5, wire.bytes_field(1, name.encode()) + number)
 
 
 def _make_unsigned(graph: Graph) -> None:
@@ -214,7 +177,7 @@ def _make_unsigned(graph: Graph) -> None:
     nodes: list[Node] = []
     for node in graph.nodes:
         nodes.append(node)
-        if node.op_type != "QuantizeLinear" or not _is_signed_pair(graph, node, reading):
+        if not _quantizes_signed(graph, node, reading):
             continue
         pairs = reading[node.outputs[0]]
         sign = _is_never_negative(node.inputs[0], making)
@@ -232,41 +195,34 @@ def _clip_relus(graph: Graph) -> None:
     reading, making = readers(graph.nodes), makers(graph.nodes)
     zero, lowest = graph.store(f"{_OWN}0", np.array(0, np.uint8)), graph.store(f"{_OWN}0.0", np.array(0, np.float32))
     for node in graph.nodes:
-        if node.op_type != "QuantizeLinear" or not _is_signed_pair(graph, node, reading):
+        if not _quantizes_signed(graph, node, reading):
             continue
-        relu, scale = making.get(node.inputs[0]), graph.read(node.inputs[1])
-        if (
-            relu is None
-            or relu.op_type != "Relu"
-            or relu.outputs[0] in graph.outputs
-            or len(reading[relu.outputs[0]]) > 1
-        ):
+        relu = making.get(node.inputs[0])
+        if relu is None or relu.op_type != "Relu":
+            continue
+        if relu.outputs[0] in graph.outputs or len(reading[relu.outputs[0]]) > 1:
             continue
         for one in (node, *reading[node.outputs[0]]):
             one.inputs = [*one.inputs[:2], zero]
+        largest = (127 * graph.read(node.inputs[1])).reshape(()).astype(np.float32)
         relu.op_type = "Clip"
-        relu.inputs += [
-            lowest,
-            graph.store(f"{_OWN}{relu.outputs[0]}.largest", (127 * scale).reshape(()).astype(np.float32)),
-        ]
+        relu.inputs += [lowest, graph.store(f"{_OWN}{relu.outputs[0]}.largest", largest)]
 
 
-def _is_signed_pair(graph: Graph, node: Node, reading: dict[str, list[Node]]) -> bool:
-    """Whether a QuantizeLinear gives int8 with one scale and zero point 0, and only DequantizeLinears read it."""
+def _quantizes_signed(graph: Graph, node: Node, reading: dict[str, list[Node]]) -> bool:
+    """Whether a node gives int8 with one scale and zero point 0, and only DequantizeLinears like it read it."""
     pairs = reading.get(node.outputs[0], [])
-    return (
-        node.outputs[0] not in graph.outputs
-        and bool(pairs)
-        and all(pair.op_type == "DequantizeLinear" for pair in pairs)
-        and all(_is_signed(graph, one) for one in (node, *pairs))
-    )
-
-
-def _is_signed(graph: Graph, node: Node) -> bool:
-    if len(node.inputs) != 3 or not all(map(graph.holds, node.inputs[1:])):
+    if node.op_type != "QuantizeLinear" or node.outputs[0] in graph.outputs or not pairs:
         return False
-    scale, zero = map(graph.read, node.inputs[1:])
-    return zero.dtype == np.int8 and zero.size == scale.size == 1 and not zero.any()
+    for one in (node, *pairs):
+        if one is not node and one.op_type != "DequantizeLinear":
+            return False
+        if len(one.inputs) != 3 or not all(map(graph.holds, one.inputs[1:])):
+            return False
+        scale, zero = map(graph.read, one.inputs[1:])
+        if zero.dtype != np.int8 or zero.size != 1 or scale.size != 1 or zero.any():
+            return False
+    return True
 
 
 def _is_never_negative(name: str, making: dict[str, Node]) -> bool:
@@ -285,18 +241,15 @@ def _make_biases_integer(graph: Graph) -> None:
     nodes: list[Node] = []
     for node in graph.nodes:
         pairs = [making.get(name) for name in node.inputs[:2]]
-        if (
-            len(node.inputs) == 3
-            and _is_fused(graph, node, reading)
-            and all(pair and pair.op_type == "DequantizeLinear" for pair in pairs)
-        ):
+        between_pairs = len(node.inputs) == 3 and all(pair and pair.op_type == "DequantizeLinear" for pair in pairs)
+        if between_pairs and _is_fused(graph, node, reading):
             nodes += _make_bias_integer(graph, node, making)
         nodes.append(node)
     graph.nodes = nodes
 
 
 def _is_fused(graph: Graph, node: Node, reading: dict[str, list[Node]]) -> bool:
-    """Whether ONNX Runtime makes an integer operation of a layer between pairs: only a QuantizeLinear reads it, or its ReLU."""
+    """Whether ONNX Runtime makes an integer operation of a layer: only a QuantizeLinear reads it, or its ReLU."""
     if node.op_type != "Conv" or node.outputs[0] in graph.outputs:
         return False
     following = reading.get(node.outputs[0], [])
@@ -306,16 +259,14 @@ def _is_fused(graph: Graph, node: Node, reading: dict[str, list[Node]]) -> bool:
 
 
 def _make_bias_integer(graph: Graph, node: Node, making: dict[str, Node]) -> list[Node]:
-    """The DequantizeLinear of a layer's bias, now INT32; none where it would not fit, and the layer is computed in floating point."""
+    """The DequantizeLinear of a layer's bias, now INT32; none where it does not fit, and the layer stays in FP32."""
     source, weight = (making[name] for name in node.inputs[:2])
     if not all(map(graph.holds, (source.inputs[1], *weight.inputs[:2], node.inputs[2]))):
         return []
     bias = graph.read(node.inputs[2])
     weight_scale = np.broadcast_to(graph.read(weight.inputs[1]), bias.shape)
     dead = ~graph.read(weight.inputs[0]).reshape(len(bias), -1).any(axis=1)
-    if (
-        dead.any()
-    ):  # a channel without weights has any scale: that of its bias, which could be too large for the one it has
+    if dead.any():  # a channel without weights may have any scale: one that its bias fits
         enough = np.abs(bias) / (graph.read(source.inputs[1]) * _DEAD_BIAS)
         weight_scale = np.where(dead, np.maximum(weight_scale, enough), weight_scale).astype(np.float32)
     scale = (graph.read(source.inputs[1]) * weight_scale).astype(np.float32)
@@ -334,13 +285,10 @@ def _store_floating_weights(graph: Graph, *, fused: bool) -> None:
     reading, making = readers(graph.nodes), makers(graph.nodes)
     done: set[str] = set()
     for node in graph.nodes:
-        maker = making.get(node.inputs[1]) if node.op_type in ("Conv", "Gemm") and len(node.inputs) > 1 else None
-        if (
-            maker is None
-            or maker.op_type != "DequantizeLinear"
-            or not all(map(graph.holds, maker.inputs))
-            or len(reading[node.inputs[1]]) != 1
-        ):
+        if node.op_type not in ("Conv", "Gemm") or len(node.inputs) < 2 or len(reading[node.inputs[1]]) != 1:
+            continue
+        maker = making.get(node.inputs[1])
+        if maker is None or maker.op_type != "DequantizeLinear" or not all(map(graph.holds, maker.inputs)):
             continue
         if fused and _is_fused(graph, node, reading):
             continue

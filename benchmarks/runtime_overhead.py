@@ -94,14 +94,14 @@ def time_in_turn(ways: dict[str, Callable[[], object]], rounds: int) -> tuple[Ti
 
 def time_wrapper(engine: Engine, batch: NDArray[Any], rounds: int) -> float:
     """Median seconds of `Engine.infer` around a backend that does nothing."""
-    executor, lease = engine._executor, engine._lease
-    backend = executor._backend
+    model, lease = engine._model, engine._lease
+    backend = model.backend
     instant = InstantBackend(backend.run(batch))
-    executor._backend, engine._lease = instant, Lease(instant.close)
+    model.backend, engine._lease = instant, Lease(instant.close)
     try:
         wall, _ = time_in_turn({"wrapper": lambda: engine.infer(batch)}, rounds)
     finally:
-        executor._backend, engine._lease = backend, lease
+        model.backend, engine._lease = backend, lease
     return statistics.median(wall["wrapper"])
 
 

@@ -27,7 +27,7 @@ from .checks import BatchCheck, require_rows, show_shape, usual_shape
 from .cuda.arrays import DeviceArrays, read_shape
 from .opening import as_path, open_model
 from .options import BackendName, DeviceChoice, EngineOptions
-from .results import Arrays, Executor, Result, TopK, join, package
+from .results import Arrays, Result, TopK, join, package
 from .statistics import Recorder, Statistics
 from .threads import Lease, Submissions, wait_for
 
@@ -77,11 +77,9 @@ class Engine:
         self._path = as_path(path)
         self._options = options if options is not None else EngineOptions()
         self._process = os.getpid()  # a child of `fork` lacks the threads that finish what is under way here
-        opened = open_model(self._path, device, backend, self._options)
-        self._metadata, self._backend, self._device = opened.metadata, opened.backend, opened.device
-        self._spec = self._metadata.spec
+        self._model = open_model(self._path, device, backend, self._options)
+        self._backend, self._spec = self._model.backend, self._model.metadata.spec
         self._check = BatchCheck(self._spec)
-        self._executor = Executor(self._spec, opened.backend, opened.splitting, max_batch=self._options.max_batch)
         self._lease = Lease(self._backend.close)
         self._recorder = Recorder()
         self._submissions = Submissions(self._options.workers, self._options.max_pending)
@@ -97,7 +95,7 @@ class Engine:
     @property
     def metadata(self) -> ModelMetadata:
         """All that the file says of itself: variant, checkpoint, certificate, history."""
-        return self._metadata
+        return self._model.metadata
 
     @property
     def path(self) -> Path:
@@ -107,7 +105,7 @@ class Engine:
     @property
     def device(self) -> str:
         """`cpu`, `cuda`, or `cuda:1`."""
-        return self._device
+        return self._model.device
 
     @property
     def backend_name(self) -> str:
@@ -117,7 +115,7 @@ class Engine:
     @property
     def largest_batch(self) -> int:
         """The largest batch that runs as one piece: the plan's, the model's fixed one, or `EngineOptions.max_batch`."""
-        return self._executor.largest
+        return self._model.largest
 
     @property
     def closed(self) -> bool:
@@ -144,7 +142,7 @@ class Engine:
             ModelError: The backend failed.
             CudaError: The GPU failed.
         """
-        if stream is not None or self._executor.takes(batch):
+        if stream is not None or self._model.takes(batch):
             return package(self._run_device(batch, stream, to_host=True), self._spec)
         return package(self._run(self._check.check(batch)), self._spec)
 
@@ -186,7 +184,7 @@ class Engine:
         """
         from ..images.decode import load_batch
 
-        step = batch_size if batch_size is not None else min(self._executor.largest, _IMAGES_AT_ONCE)
+        step = batch_size if batch_size is not None else min(self._model.largest, _IMAGES_AT_ONCE)
         if step < 1:
             raise InputError(
                 f"batch_size: expected at least 1, found {step}", remedy="leave it out, or give a positive number"
@@ -284,7 +282,7 @@ class Engine:
             remedy="call infer, submit or infer_async, which run each batch by itself",
         )
         if concurrency is None:
-            concurrency = min(self._options.contexts, 2) if self._executor.overlaps else 1
+            concurrency = min(self._options.contexts, 2) if self._model.overlaps else 1
         return Batcher(
             BatcherOptions(max_batch, max_delay_ms, max_queue, timeout_ms, concurrency),
             check=self._check.check,
@@ -317,7 +315,7 @@ class Engine:
         zeros = self._check.check(np.zeros(wanted, self._spec.input.dtype))
         self._enter()
         try:
-            self._executor.warm_up(zeros)
+            self._model.warm_up(zeros)
         finally:
             self._lease.release()
 
@@ -340,7 +338,7 @@ class Engine:
         checked = self._check.check(batch)
         self._enter()
         try:
-            return self._executor.time_phases(checked, calls)
+            return self._model.time_phases(checked, calls)
         finally:
             self._lease.release()
 
@@ -368,8 +366,9 @@ class Engine:
     def __repr__(self) -> str:
         source = self._spec.input
         outputs = ", ".join(f"{output.name} {show_shape(output.shape)}" for output in self._spec.outputs)
-        name = self._metadata.variant.name if self._metadata.variant else self._spec.kind
-        state = ", closed" if self.closed else f" on {self._device}"
+        variant = self._model.metadata.variant
+        name = variant.name if variant else self._spec.kind
+        state = ", closed" if self.closed else f" on {self.device}"
         return (
             f"<Engine {str(self._path)!r}: {name}{state}, {source.dtype} {show_shape(source.shape)} {source.layout} → "
             f"{outputs}>"
@@ -377,11 +376,11 @@ class Engine:
 
     def _run(self, batch: NDArray[Any], *, entered: bool = False) -> Arrays:
         """Runs a batch that was checked, and counts it; `entered`: the caller holds the lease."""
-        return self._count(self._executor.run, batch, images=len(batch), entered=entered)
+        return self._count(self._model.run, batch, images=len(batch), entered=entered)
 
     def _run_device(self, batch: Any, stream: Any, *, to_host: bool) -> Any:
         shape = read_shape(batch)
-        run = functools.partial(self._executor.run_device, stream=stream, to_host=to_host)
+        run = functools.partial(self._model.run_device, stream=stream, to_host=to_host)
         return self._count(run, batch, images=shape[0] if shape else 0)
 
     def _count(self, run: Callable[[Any], _T], batch: Any, *, images: int, entered: bool = False) -> _T:

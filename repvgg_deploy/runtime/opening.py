@@ -9,7 +9,7 @@ import importlib.util
 import logging
 import os
 import stat
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -19,29 +19,12 @@ from ..specs.values import ModelMetadata, ModelSpec
 from .options import BackendName, DeviceChoice, DeviceKind, EngineOptions, find_device
 
 if TYPE_CHECKING:
-    from .results import Backend, SplittingBackend
+    from .results import Backend, OpenModel, SplittingBackend
 
 logger = logging.getLogger(__name__)
 _PLAN_MAGICS = (b"ftrt", b"vtrt")  # of TensorRT 8 to 11 and TensorRT-RTX 1.7; the rest is TensorRT's to judge
 _PLAN_SUFFIXES = frozenset({".plan", ".engine", ".trt"})
 _PLAN_BACKENDS = ("tensorrt", "rtx")
-
-
-@dataclass(frozen=True, slots=True)
-class OpenModel:
-    """An opened model.
-
-    Attributes:
-        metadata: All that is known of it.
-        backend: What runs it.
-        splitting: The same backend, if it takes any number of images itself.
-        device: As the Engine names it.
-    """
-
-    metadata: ModelMetadata
-    backend: Backend
-    splitting: SplittingBackend | None
-    device: str
 
 
 def open_model(path: Path, device: DeviceChoice, backend: BackendName | None, options: EngineOptions) -> OpenModel:
@@ -50,24 +33,28 @@ def open_model(path: Path, device: DeviceChoice, backend: BackendName | None, op
     Raises:
         RepVGGDeployError: As `Engine` says.
     """
+    from .results import OpenModel  # needs NumPy, which the rest of this module does not
+
     before = _fingerprint(path)
     plan = is_plan(path)
     kind, index, label = find_device(device, options, default="cuda" if plan else "cpu")
     options = replace(options, device_id=index)
+    opened: Backend
+    splitting: SplittingBackend | None = None
     if plan:
         if kind == "cpu":
             raise InputError(
                 f"{path}: is a TensorRT plan, which runs on a GPU only", remedy="give the .onnx that it was built from"
             )
-        splitting = _open_plan(path, options, backend)
-        opened = OpenModel(splitting.metadata, splitting, splitting, label)
+        opened = splitting = _open_plan(path, options, backend)
+        metadata = splitting.metadata
     else:
         metadata = read_model(path)
-        opened = OpenModel(metadata, open_backend(path, metadata.spec, kind, options, backend=backend), None, label)
+        opened = open_backend(path, metadata.spec, kind, options, backend=backend)
     if _fingerprint(path) != before:
-        opened.backend.close()
+        opened.close()
         raise ModelError(f"{path}: was replaced while it was being opened", remedy="open it again")
-    return opened
+    return OpenModel(metadata, opened, splitting=splitting, device=label, max_batch=options.max_batch)
 
 
 def as_path(path: object) -> Path:

@@ -100,26 +100,33 @@ class SplittingBackend(Backend, Protocol):
         """Times the parts of so many runs."""
 
 
-class Executor:
-    """Runs checked batches on a backend, split and padded as it needs them.
+class OpenModel:
+    """A model that was opened: runs checked batches on its backend, split and padded as that needs them.
 
     Args:
-        spec: The model's specification.
+        metadata: All that is known of the model.
         backend: What runs it.
         splitting: The same, if it takes any number of images itself.
+        device: As the Engine names it.
         max_batch: Pieces of this many images, where the model itself sets no limit.
     """
 
     def __init__(
-        self, spec: ModelSpec, backend: Backend, splitting: SplittingBackend | None, *, max_batch: int
+        self,
+        metadata: ModelMetadata,
+        backend: Backend,
+        *,
+        splitting: SplittingBackend | None,
+        device: str,
+        max_batch: int,
     ) -> None:
-        self._spec, self._backend, self._splitting = spec, backend, splitting
+        self.metadata, self.backend, self.device = metadata, backend, device
+        self._spec, self._splitting = metadata.spec, splitting
         if splitting is not None:
             self._smallest, self.largest = splitting.min_batch, splitting.max_batch
-        elif spec.batch is not None:
-            self._smallest, self.largest = spec.batch, spec.batch
         else:
-            self._smallest, self.largest = 1, max_batch
+            fixed = self._spec.batch
+            self._smallest, self.largest = (1, max_batch) if fixed is None else (fixed, fixed)
 
     @property
     def overlaps(self) -> bool:
@@ -139,18 +146,18 @@ class Executor:
         if self._splitting is not None:
             return tuple(self._splitting.run(batch))
         if fits:
-            return tuple(self._backend.run(np.ascontiguousarray(batch)))
+            return tuple(self.backend.run(np.ascontiguousarray(batch)))
         size = self.largest
         return join([self._run_piece(batch[start : start + size]) for start in range(0, count, size)])
 
     def _run_piece(self, piece: NDArray[Any]) -> Arrays:
         count = len(piece)
         if count >= self._smallest:
-            return tuple(self._backend.run(np.ascontiguousarray(piece)))
+            return tuple(self.backend.run(np.ascontiguousarray(piece)))
         padded = np.zeros((self._smallest, *piece.shape[1:]), piece.dtype)
         padded[:count] = piece
         # Copies, so that the caller does not hold the whole padded output.
-        return tuple(output[:count].copy() for output in self._backend.run(padded))
+        return tuple(output[:count].copy() for output in self.backend.run(padded))
 
     def run_device(self, batch: Any, *, stream: Any, to_host: bool) -> Any:
         """Runs a batch that lies on the GPU.

@@ -17,7 +17,7 @@ from repvgg_deploy.precision.layers import LayerRun, run_pairs
 from repvgg_deploy.precision.mixed import halve_quantized, round_scales_to_half
 from repvgg_deploy.precision.run_onnx import run_tensors
 from tests.precision.make_chain import KINDS, ChainOptions, make_batches, make_model, metadata_of
-from tests.runtime.test_typed_models import build_quantized
+from tests.runtime.make_model import build_quantized
 
 
 def compare(reference: onnx.ModelProto, other: onnx.ModelProto, batches: list[Any]) -> tuple[LayerAgreement, ...]:

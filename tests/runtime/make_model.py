@@ -189,3 +189,60 @@ def _tail(options: ModelOptions, weights: dict[str, NDArray[Any]]) -> list[NodeP
     if options.half:
         return [helper.make_node("Cast", ["logits32"], ["logits"], to=TensorProto.FLOAT16)]
     return []
+
+
+def strip_metadata(data: bytes) -> bytes:
+    """A model file without our metadata."""
+    return b"".join(data[field.start : field.end] for field in wire.walk(data) if field.number != 14)
+
+
+QUANTIZED = ModelOptions(classes=8)
+"""Of `build_quantized`, for its metadata."""
+
+
+def _pair(tensor: str, scale: str) -> list[NodeProto]:
+    return [
+        helper.make_node("QuantizeLinear", [tensor, scale, "zero"], [f"{tensor}.q"]),
+        helper.make_node("DequantizeLinear", [f"{tensor}.q", scale, "zero"], [f"{tensor}.dq"]),
+    ]
+
+
+def build_quantized() -> ModelProto:
+    """Two INT8 convolutions with FP16 around their pairs."""
+    generator = np.random.default_rng(0)
+    arrays: dict[str, NDArray[Any]] = {
+        "s1": np.array(0.02, np.float16),
+        "s2": np.array(0.05, np.float16),
+        "zero": np.array(0, np.int8),
+    }
+    nodes = [helper.make_node("Cast", ["images"], ["half"], to=TensorProto.FLOAT16)]
+    source = "half"
+    for name, channels, scale in (("c1", 3, "s1"), ("c2", 8, "s2")):
+        arrays |= {
+            f"{name}.w": generator.integers(-127, 128, (8, channels, 3, 3)).astype(np.int8),
+            f"{name}.s": generator.uniform(0.001, 0.01, 8).astype(np.float16),
+            f"{name}.z": np.zeros(8, np.int8),
+            f"{name}.b": (3 * generator.standard_normal(8)).astype(np.float16),
+        }
+        nodes += [
+            *_pair(source, scale),
+            helper.make_node("DequantizeLinear", [f"{name}.w", f"{name}.s", f"{name}.z"], [f"{name}.wd"], axis=0),
+            helper.make_node("Conv", [f"{source}.dq", f"{name}.wd", f"{name}.b"], [name], pads=[1, 1, 1, 1]),
+            helper.make_node("Relu", [name], [f"{name}.relu"]),
+        ]
+        source = f"{name}.relu"
+    nodes += [
+        helper.make_node("GlobalAveragePool", [source], ["pooled"]),
+        helper.make_node("Flatten", ["pooled"], ["flat"]),
+        helper.make_node("Cast", ["flat"], ["logits"], to=TensorProto.FLOAT),
+    ]
+    values = [
+        helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, 16, 16]),
+        helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 8]),
+    ]
+    constants = [numpy_helper.from_array(value, name) for name, value in arrays.items()]
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", values[:1], values[1:], constants), opset_imports=[helper.make_opsetid("", 19)]
+    )
+    model.ir_version = 9
+    return model

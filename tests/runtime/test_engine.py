@@ -35,8 +35,10 @@ KINDS = [
 
 
 def assert_close(found: object, expected: np.ndarray) -> None:
-    """Equal but for rounding: ONNX Runtime may choose another blocking for another batch size, and float32 sums of 27 and 8 products of
-    numbers around 1 then differ in their last bits."""
+    """Equal but for rounding: ONNX Runtime may choose another blocking for another batch size.
+
+    Then float32 sums of 27 and 8 products of numbers around 1 differ in their last bits.
+    """
     assert isinstance(found, np.ndarray)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 

@@ -1,4 +1,7 @@
-"""An Engine that runs for long holds its memory and its threads: `infer` from many threads, `submit`, a batcher, engines opened and closed."""
+"""An Engine that runs for long holds its memory and its threads.
+
+`infer` from many threads, `submit`, a batcher, engines opened and closed.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,13 @@
-"""INT8 graphs rewritten for a CPU: the integers are those of the graph as TensorRT gets it, and ONNX Runtime computes them as integers."""
+"""INT8 graphs rewritten for a CPU: the integers are those of the graph as TensorRT gets it, and so are the answers.
+
+What a backend is given of such a graph depends on the CPU and on the graph.
+"""
 
 from __future__ import annotations
 
+import functools
+import logging
+import platform
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,9 +19,12 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from repvgg_deploy.precision.run_onnx import rounds_halves
+from repvgg_deploy.runtime.cpu import int8
 from repvgg_deploy.runtime.cpu.graph import GraphError
-from repvgg_deploy.runtime.cpu.int8 import Options, rewrite
-from tests.precision.make_chain import KINDS, make_batches, make_model
+from repvgg_deploy.runtime.cpu.int8 import Options, explain_inexact_products, prepare, rewrite
+from repvgg_deploy.runtime.engine import Engine
+from tests.precision.compare import sqnr, values
+from tests.precision.make_chain import KINDS, make_batches, make_model, save
 from tests.precision.make_quantized import quantize_mixed, quantize_plainly
 from tests.precision.make_variant import SMALL_G4, images_for, make_variant
 
@@ -46,11 +55,24 @@ def clipping(graph: onnx.ModelProto) -> onnx.ModelProto:
     return graph
 
 
-def made(kind: str, typing: str, count: int = 16) -> tuple[onnx.ModelProto, list[np.ndarray]]:
-    batches = make_batches(KINDS[kind], count)
-    graph = clipping(MAKE[typing](make_model(KINDS[kind]), batches))
+@functools.cache
+def quantized(kind: str, typing: str) -> tuple[bytes, list[np.ndarray]]:
+    """A quantized graph, and 16 images in batches as the chain takes them: float32 or uint8."""
+    batches = make_batches(KINDS[kind], 16)
+    return MAKE[typing](make_model(KINDS[kind]), batches).SerializeToString(), batches
+
+
+def loaded(kind: str, typing: str) -> tuple[onnx.ModelProto, list[np.ndarray]]:
+    """The graph, and the images as it takes them."""
+    data, batches = quantized(kind, typing)
+    graph = onnx.load_model_from_string(data)
     half = graph.graph.input[0].type.tensor_type.elem_type == TensorProto.FLOAT16
     return graph, [batch.astype(np.float16) if half else batch for batch in batches]
+
+
+def made(kind: str, typing: str) -> tuple[onnx.ModelProto, list[np.ndarray]]:
+    graph, batches = loaded(kind, typing)
+    return clipping(graph), batches
 
 
 def rewritten(graph: onnx.ModelProto, options: Options = ALL) -> onnx.ModelProto:
@@ -287,3 +309,97 @@ def test_graph_rewritten_twice_is_refused() -> None:
     graph, _ = made("plain", "INT8")
     with pytest.raises(GraphError, match="already"):
         rewrite(memoryview(rewrite(memoryview(graph.SerializeToString()))))
+
+
+# Values on the edge of a rounding, which biases rounded to the step of the products move (34 dB in graphs whose
+# channels differ by six octaves), and FP16 that the graph is not computed in any more; INT8 itself costs these graphs
+# 10 to 15 dB.
+TOLERANCE_DB = {"INT8": 30.0, "INT8+FP16": 24.0, "FP16 io": 24.0}
+
+
+def pretend_cpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, machine: str = "x86_64", flags: str | None = None
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    path = tmp_path / "cpuinfo"
+    if flags is not None:
+        path.write_text(f"processor\t: 0\nflags\t\t: fpu {flags} sse\nbugs\t\t: none\n", encoding="utf-8")
+    monkeypatch.setattr(int8, "_CPUINFO", path)
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "reason"),
+    [
+        ("x86_64", "avx2 avx512f avx512_vnni", None),
+        ("AMD64", "avx2 avx_vnni", None),
+        ("x86_64", "avx2 avx512f avx512bw", "no VNNI"),
+        ("x86_64", "avx2", "no VNNI"),
+        ("x86_64", None, "not known"),
+        ("aarch64", None, None),
+        ("arm64", "", None),
+    ],
+)
+def test_products_are_exact_with_vnni_and_on_arm(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, machine: str, flags: str | None, reason: str | None
+) -> None:
+    pretend_cpu(monkeypatch, tmp_path, machine=machine, flags=flags)
+    found = explain_inexact_products()
+    assert (found is None) if reason is None else (found is not None and reason in found)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_graph_has_unsigned_activations_where_products_are_exact_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, target: Any
+) -> None:
+    path = save(tmp_path / "m.onnx", quantize_mixed(make_model(), make_batches(count=4)))
+    for flags, kinds, said in (("avx_vnni", {2, 3}, "unsigned for speed"), ("avx2", {3}, "no VNNI")):
+        pretend_cpu(monkeypatch, tmp_path, flags=flags)
+        with caplog.at_level(logging.INFO, logger="repvgg_deploy"):
+            data = prepare(path, target)
+        assert isinstance(data, bytes)
+        model = onnx.load_model_from_string(data)
+        stored = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+        assert {stored[node.input[2]] for node in model.graph.node if node.op_type == "QuantizeLinear"} <= kinds
+        assert 10 not in stored.values()
+        assert said in caplog.text
+        caplog.clear()
+
+
+def test_graph_that_cannot_be_rewritten_is_run_as_it_stands_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = quantize_mixed(make_model(), make_batches(count=4))
+    model.graph.node[-1].name = "last"
+    model.graph.node.insert(1, onnx.helper.make_node("Erf", [model.graph.node[0].output[0]], ["nobody reads this"]))
+    path = save(tmp_path / "m.onnx", model)
+    assert prepare(path, "onnxruntime") == str(path)
+    assert "slow on a CPU: it computes in FP16, with Erf" in caplog.text
+
+
+@pytest.mark.parametrize("vnni", [True, False])
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("typing", TOLERANCE_DB)
+@pytest.mark.parametrize("kind", KINDS)
+def test_engine_answers_as_the_graph_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, typing: str, backend: Any, vnni: bool
+) -> None:
+    if backend == "openvino":
+        pytest.importorskip("openvino")
+    data, batches = quantized(kind, typing)
+    pretend_cpu(monkeypatch, tmp_path, flags="avx_vnni" if vnni else "avx2")
+    with Engine(save(tmp_path / "m.onnx", onnx.load_model_from_string(data)), backend=backend) as engine:
+        parts = [scores(engine.infer(batch)) for batch in batches]
+    found = [np.concatenate(part) for part in zip(*parts, strict=True)]
+    assert sqnr(found, truth(kind, typing)) > TOLERANCE_DB[typing]
+
+
+@functools.cache
+def truth(kind: str, typing: str) -> list[np.ndarray]:
+    """What the graph answers, as it stands."""
+    return values(*loaded(kind, typing))
+
+
+def scores(result: Any) -> list[np.ndarray]:
+    if isinstance(result, np.ndarray):
+        return [result]
+    return [array for name, array in result.items() if name != "classes"]

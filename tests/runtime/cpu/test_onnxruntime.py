@@ -213,7 +213,7 @@ def test_runtime_imports_only_what_it_runs_with(model: Path, tmp_path: Path) -> 
 
 
 def test_quantized_graph_is_computed_as_it_stands(tmp_path: Path) -> None:
-    """ONNX Runtime's default optimizers compute this graph wrongly: the second assertion says when they no longer do."""
+    """ONNX Runtime's default optimizers compute this graph wrongly: the second assertion says when no longer."""
     model, batch = build_quantized(), random_batch(QUANTIZED, 4)
     path = write_bound(tmp_path / "int8.onnx", model.SerializeToString(), make_metadata(QUANTIZED))
     session_options = onnxruntime.SessionOptions()

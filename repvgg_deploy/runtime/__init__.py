@@ -8,10 +8,10 @@ from .. import find_lazily
 
 if TYPE_CHECKING:
     from .batcher import Batcher as Batcher
-    from .batcher import BatcherOptions as BatcherOptions
     from .cuda.arrays import DeviceArray as DeviceArray
     from .cuda.arrays import DeviceArrays as DeviceArrays
     from .engine import Engine as Engine
+    from .options import BatcherOptions as BatcherOptions
     from .options import EngineOptions as EngineOptions
     from .results import TopK as TopK
     from .results import rank_classes as rank_classes
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 __getattr__ = find_lazily(
     __name__,
     {
-        "batcher": ("Batcher", "BatcherOptions"),
+        "batcher": ("Batcher",),
         "cuda.arrays": ("DeviceArray", "DeviceArrays"),
         "engine": ("Engine",),
-        "options": ("EngineOptions",),
+        "options": ("BatcherOptions", "EngineOptions"),
         "results": ("TopK", "rank_classes"),
         "statistics": ("Histogram", "Statistics"),
     },

@@ -1,7 +1,7 @@
 """Single requests from many clients become full batches.
 
-`BatcherOptions` say how, `BatchQueue` decides which waiting requests become the next batch and when (no thread, no
-clock, no model), and `Batcher` has the threads that run them.
+`BatchQueue` decides which waiting requests become the next batch and when: no thread, no clock, no model. `Batcher` has
+the threads that run them.
 """
 
 from __future__ import annotations
@@ -23,58 +23,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DeadlineError, EngineBusyError, InputError
-from .options import require_count
+from .options import BatcherOptions
 from .results import Arrays, Result
 from .statistics import Recorder, Statistics
 from .threads import answer, fail, wait_for
 
 logger = logging.getLogger(__name__)
 _LONGEST_WAIT_SECONDS = 3600.0  # Python refuses to wait for centuries, which a delay may say
-
-
-@dataclass(frozen=True, slots=True)
-class BatcherOptions:
-    """How requests become batches.
-
-    Attributes:
-        max_batch: Images run together at most; the profile's maximum of a plan, where throughput peaks elsewhere.
-        max_delay_ms: How long the first request of a batch waits for others. Under load nothing waits for it: batches
-            fill while others run.
-        max_queue: Images that may wait; one more request is refused. None: eight batches.
-        timeout_ms: A request that waited so long is not run any more; None: for ever. Each request may have its own.
-        concurrency: Batches under way at once: 2 where copies and computation of two overlap (a GPU with two contexts),
-            1 on a CPU.
-    """
-
-    max_batch: int = 32
-    max_delay_ms: float = 2.0
-    max_queue: int | None = None
-    timeout_ms: float | None = None
-    concurrency: int = 1
-
-    def __post_init__(self) -> None:
-        require_count("batcher: max_batch", self.max_batch, 1)
-        require_count("batcher: concurrency", self.concurrency, 1)
-        if self.max_queue is not None:
-            require_count("batcher: max_queue", self.max_queue, self.max_batch, meaning="max_batch, ")
-        delay, timeout = self.max_delay_ms, self.timeout_ms
-        if not _is_number(delay) or delay < 0:
-            raise _wrong("max_delay_ms", delay, "0 or more milliseconds")
-        if timeout is not None and (not _is_number(timeout) or timeout <= 0):
-            raise _wrong("timeout_ms", timeout, "a positive number")
-
-    @property
-    def queue_images(self) -> int:
-        """`max_queue`, or eight batches."""
-        return self.max_queue if self.max_queue is not None else 8 * self.max_batch
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _wrong(name: str, value: object, expected: str) -> InputError:
-    return InputError(f"batcher: {name}: expected {expected}, found {value!r}", remedy=f"correct {name}")
 
 
 @dataclass(slots=True, eq=False)

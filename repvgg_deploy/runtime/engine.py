@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 
 from ..errors import EngineBusyError, InputError, RepVGGDeployError
 from ..specs.values import ModelMetadata, ModelSpec
-from .batcher import Batcher, BatcherOptions
+from .batcher import Batcher
 from .checks import BatchCheck, require_rows, show_shape, usual_shape
 from .cuda.arrays import DeviceArrays, read_shape
 from .opening import as_path, open_model
-from .options import BackendName, DeviceChoice, EngineOptions
+from .options import BackendName, BatcherOptions, DeviceChoice, EngineOptions
 from .results import Arrays, Result, TopK, join, package
 from .statistics import Recorder, Statistics
 from .threads import Lease, Submissions, wait_for

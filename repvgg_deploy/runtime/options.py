@@ -1,7 +1,8 @@
-"""How and where an Engine runs, as its caller may say it."""
+"""How and where an Engine and its batcher run, as their caller may say it."""
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -59,8 +60,8 @@ class EngineOptions:
             *(["intra_op_threads"] if threads is not None else []),
         ]
         for name in counts:
-            require_count(f"EngineOptions: {name}", getattr(self, name), 1)
-        require_count("EngineOptions: device_id", self.device_id, 0)
+            _require_count(f"EngineOptions: {name}", getattr(self, name), 1)
+        _require_count("EngineOptions: device_id", self.device_id, 0)
         if threads is not None and threads > MOST_THREADS:
             raise InputError(
                 f"EngineOptions: intra_op_threads: expected at most {MOST_THREADS}, found {threads}",
@@ -68,12 +69,52 @@ class EngineOptions:
             )
 
 
-def require_count(name: str, value: object, least: int, *, meaning: str = "") -> None:
-    """Refuses all but whole numbers from `least` on; `meaning` says where `least` comes from.
+@dataclass(frozen=True, slots=True)
+class BatcherOptions:
+    """How requests become batches.
 
-    Raises:
-        InputError: It is none.
+    Attributes:
+        max_batch: Images run together at most; the profile's maximum of a plan, where throughput peaks elsewhere.
+        max_delay_ms: How long the first request of a batch waits for others. Under load nothing waits for it: batches
+            fill while others run.
+        max_queue: Images that may wait; one more request is refused. None: eight batches.
+        timeout_ms: A request that waited so long is not run any more; None: for ever. Each request may have its own.
+        concurrency: Batches under way at once: 2 where copies and computation of two overlap (a GPU with two contexts),
+            1 on a CPU.
     """
+
+    max_batch: int = 32
+    max_delay_ms: float = 2.0
+    max_queue: int | None = None
+    timeout_ms: float | None = None
+    concurrency: int = 1
+
+    def __post_init__(self) -> None:
+        _require_count("batcher: max_batch", self.max_batch, 1)
+        _require_count("batcher: concurrency", self.concurrency, 1)
+        if self.max_queue is not None:
+            _require_count("batcher: max_queue", self.max_queue, self.max_batch, meaning="max_batch, ")
+        delay, timeout = self.max_delay_ms, self.timeout_ms
+        if not _is_number(delay) or delay < 0:
+            raise _wrong("max_delay_ms", delay, "0 or more milliseconds")
+        if timeout is not None and (not _is_number(timeout) or timeout <= 0):
+            raise _wrong("timeout_ms", timeout, "a positive number")
+
+    @property
+    def queue_images(self) -> int:
+        """`max_queue`, or eight batches."""
+        return self.max_queue if self.max_queue is not None else 8 * self.max_batch
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _wrong(name: str, value: object, expected: str) -> InputError:
+    return InputError(f"batcher: {name}: expected {expected}, found {value!r}", remedy=f"correct {name}")
+
+
+def _require_count(name: str, value: object, least: int, *, meaning: str = "") -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise InputError(
             f"{name}: expected a whole number of at least {meaning}{least}, found {value!r}",

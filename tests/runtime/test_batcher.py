@@ -25,9 +25,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from repvgg_deploy.errors import DeadlineError, EngineBusyError, InputError, ModelError
-from repvgg_deploy.runtime.batcher import Batcher, BatcherOptions, BatchQueue, Request
+from repvgg_deploy.runtime.batcher import Batcher, BatchQueue, Request
 from repvgg_deploy.runtime.engine import Engine
-from repvgg_deploy.runtime.options import EngineOptions
+from repvgg_deploy.runtime.options import BatcherOptions, EngineOptions
 from repvgg_deploy.runtime.results import TopK
 from tests.runtime.make_model import ModelOptions, make_onnx, random_batch
 

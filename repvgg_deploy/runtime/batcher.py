@@ -96,11 +96,7 @@ class BatchQueue:
         return (request for waiting in self._clients.values() for request in waiting)
 
     def offer(self, request: Request) -> None:
-        """Adds a request.
-
-        Raises:
-            EngineBusyError: It is full.
-        """
+        """Adds a request, or raises EngineBusyError where the queue is full."""
         limit = self._options.queue_images
         if self._images + request.images > limit:
             raise EngineBusyError(
@@ -114,11 +110,7 @@ class BatchQueue:
         request.future.add_done_callback(self._cancellations.hear)
 
     def discard(self, now: float) -> tuple[list[Request], list[Request]]:
-        """Removes what need not be run any more.
-
-        Returns:
-            Requests whose deadline has passed, and requests that were cancelled.
-        """
+        """Removes and returns what need not be run any more: requests past their deadline, and cancelled ones."""
         expired: list[Request] = []
         cancelled: list[Request] = []
         if now < self._soonest and not self._cancellations.seen:
@@ -141,9 +133,7 @@ class BatchQueue:
     def take(self, now: float, *, at_once: bool = False) -> list[Request]:
         """The next batch, taken out of the queue, its futures running. Empty while waiting may still fill it.
 
-        Args:
-            now: The time, by the batcher's clock.
-            at_once: Whether nothing may be waited for, because the queue is being closed.
+        With `at_once`, because the queue is being closed, nothing is waited for.
         """
         full = self._images >= self._options.max_batch
         if not (at_once or full or now - self._oldest() >= self._options.max_delay_ms / 1e3):

@@ -172,13 +172,8 @@ def _explain_values(array: NDArray[Any]) -> InputError:
 def require_rows(spec: ModelSpec, consequence: str, *, remedy: str) -> None:
     """Refuses to take outputs apart or put them together by images where one is of the batch as a whole.
 
-    Args:
-        spec: The model's specification.
-        consequence: What cannot be done then.
-        remedy: What to do instead.
-
     Raises:
-        InputError: An output has no row per image.
+        InputError: An output has no row per image; `consequence` says what cannot be done then.
     """
     for output in spec.outputs:
         if not output.shape or output.shape[0] != spec.input.shape[0]:
@@ -218,7 +213,7 @@ GraphTensor: TypeAlias = "tuple[str, str, tuple[int | str | None, ...]]"
 
 
 def check_graph(path: Path, spec: ModelSpec, inputs: Sequence[GraphTensor], outputs: Sequence[GraphTensor]) -> None:
-    """The graph's input and outputs must be those of the metadata, or batches would be checked against the wrong thing.
+    """Refuses a graph whose input and outputs are not those of its metadata, against which batches are checked.
 
     Raises:
         ModelError: They differ.

@@ -413,6 +413,7 @@ class Engine:
 
 
 def _let_go(lease: Lease, submissions: Submissions, process: int) -> None:
+    """Frees the model once it is idle, and ends the threads; in a child of `fork` it leaves all to the parent."""
     if process == os.getpid():
         lease.close()
         submissions.close()

@@ -162,18 +162,10 @@ def open_backend(
 ) -> Backend:
     """Loads an ONNX whose metadata was read and checked.
 
-    Args:
-        path: The file.
-        spec: From its metadata.
-        device: Where it is to run.
-        options: Threads, GPU.
-        backend: With which library; None for ONNX Runtime, as installing a package must not change answers.
+    Without `backend`, with ONNX Runtime: installing a package must not change answers.
 
     Raises:
-        InputError: No such backend, or it does not run on the device.
-        ModelError: The backend refuses the file.
-        CudaError: A GPU was asked for and cannot be used.
-        MissingDependencyError: The backend's package is not installed.
+        RepVGGDeployError: As `Engine` says.
     """
     if _choose(path, device, backend) == "openvino":
         from .cpu.openvino import OpenVinoBackend

@@ -125,13 +125,10 @@ def _require_count(name: str, value: object, least: int, *, meaning: str = "") -
 def find_device(device: object, options: EngineOptions, *, default: DeviceKind) -> tuple[DeviceKind, int, str]:
     """What `Engine(device=…)` means: `cpu` or `cuda`, which GPU, and the name that the Engine gives it (`cuda:1`).
 
-    Args:
-        device: None for the default; `cpu`; `cuda` for the GPU of the options; `cuda:1` or 1 for that GPU.
-        options: Say which GPU `cuda` is.
-        default: What fits the file.
+    None is the default, which fits the file; `cuda` the GPU of the options; `cuda:1` or 1 that GPU.
 
     Raises:
-        InputError: It is none of these.
+        InputError: It is none of these, nor `cpu`.
     """
     wanted = default if device is None else device
     if wanted == "cpu":

@@ -150,7 +150,10 @@ class BatchQueue:
                 if request is None or request.images > room:
                     closed.add(client)
                     continue
-                self._remove(request)
+                waiting = self._clients[client]
+                waiting.remove(request)
+                self._keep(client, waiting)
+                self._images -= request.images
                 if not request.future.set_running_or_notify_cancel():
                     continue
                 if client in self._clients:
@@ -174,12 +177,6 @@ class BatchQueue:
             if request.deadline > now and (shape is None or request.batch.shape[1:] == shape):
                 return request
         return None
-
-    def _remove(self, request: Request) -> None:
-        waiting = self._clients[request.client]
-        waiting.remove(request)
-        self._keep(request.client, waiting)
-        self._images -= request.images
 
     def _keep(self, client: Hashable, waiting: deque[Request]) -> None:
         if waiting:
@@ -260,13 +257,22 @@ class Batcher:
             EngineBusyError: The queue is full.
         """
         images = self._check(batch, timeout_ms)
+        if self._process != os.getpid():  # before the lock, whose owner may be in the parent only
+            raise InputError(
+                "this batcher was opened before a fork, and threads do not follow",
+                remedy="open Engine and batcher in each worker",
+            )
         now = self._clock()
         limit = timeout_ms if timeout_ms is not None else self._options.timeout_ms
         request = Request(images, now, math.inf if limit is None else now + limit / 1e3, client)
         dropped: tuple[list[Request], list[Request]] = ([], [])
         try:
             with self._changed:
-                self._require_open()
+                if self._closing:
+                    raise InputError(
+                        "this batcher is closed",
+                        remedy="submit inside the with block and before close(), or open another",
+                    )
                 if self._queue.images + request.images > self._options.queue_images:
                     dropped = self._queue.discard(now)  # the dead take no places
                 self._queue.offer(request)
@@ -345,17 +351,6 @@ class Batcher:
                 remedy="leave it out, or correct it",
             )
         return images
-
-    def _require_open(self) -> None:
-        if self._process != os.getpid():
-            raise InputError(
-                "this batcher was opened before a fork, and threads do not follow",
-                remedy="open Engine and batcher in each worker",
-            )
-        if self._closing:
-            raise InputError(
-                "this batcher is closed", remedy="submit inside the with block and before close(), or open another"
-            )
 
     def _work(self) -> None:
         while True:

@@ -46,7 +46,14 @@ def open_model(path: Path, device: DeviceChoice, backend: BackendName | None, op
             raise InputError(
                 f"{path}: is a TensorRT plan, which runs on a GPU only", remedy="give the .onnx that it was built from"
             )
-        opened = splitting = _open_plan(path, options, backend)
+        if backend is not None and backend not in _PLAN_BACKENDS:
+            raise InputError(
+                f"{path}: backend={backend!r} does not run plans",
+                remedy='leave backend out, or give "tensorrt" or "rtx"',
+            )
+        from .tensorrt.backend import TensorRtBackend
+
+        opened = splitting = TensorRtBackend(path, index, backend, options)
         metadata = splitting.metadata
     else:
         metadata = read_model(path)
@@ -144,17 +151,6 @@ def _plan_error(path: Path) -> PlanError:
         remedy=f"give the .onnx that it was built from; repvgg-trt check {path.name} says what the plan is and where "
         "it runs",
     )
-
-
-def _open_plan(path: Path, options: EngineOptions, backend: BackendName | None) -> SplittingBackend:
-    """Loads a plan on the GPU of the options."""
-    if backend is not None and backend not in _PLAN_BACKENDS:
-        raise InputError(
-            f"{path}: backend={backend!r} does not run plans", remedy='leave backend out, or give "tensorrt" or "rtx"'
-        )
-    from .tensorrt.backend import TensorRtBackend
-
-    return TensorRtBackend(path, options.device_id, backend, options)
 
 
 def open_backend(

@@ -114,8 +114,7 @@ def choose_place(engines: Path, models: list[Path]) -> Path:
         return engines / "onnx"
     if models[0].suffix == ".plan":
         return engines / "given"
-    from repvgg_deploy.build.build import look_for_gpu
-    from repvgg_deploy.build.library import open_library
+    from repvgg_deploy.build.library import look_for_gpu, open_library
     from repvgg_deploy.errors import RepVGGDeployError
 
     parser = argparse.ArgumentParser(add_help=False)

@@ -1,120 +1,31 @@
-"""One build: typed ONNX bytes → plan, inspected where a GPU is there to do so.
+"""One build: typed ONNX → plan in memory, inspected where a GPU is there to do so; and TensorRT's timings in a file.
 
-TensorRT's timing cache as a file: one for each GPU and version, replaced whole, and merged when two builds end at once.
+Timings are kept in one file for each GPU and version. It is replaced whole, and merged when two builds end at once.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError, BuildError, CudaError, InputError
-from ..files.onnx import GraphSummary, weighted_nodes
+from ..files.onnx import GraphSummary
 from ..files.output import atomic_output, locked
 from ..files.plan_place import quote
-from ..specs.values import BuildConfig, ModelSpec
 from .cache import cache_folder
-from .inspect import PrecisionReport, WeightedLayer, measure, read_layers, require_honest
-from .library import BuildLog, Gpu, Library, find_nodes
-from .monitor import Position, make_monitor, run_cancellable
-from .network import add_profile, output_types, parse, require_expected_tensors, tensor_shapes
-from .recipes import Typing, configure, constrain_layers, create_network, require_options, require_typing
+from .inspect import PrecisionReport, WeightedLayer, measure, read_layers, require_honest, weigh_layers
+from .library import BuildLog, Library
+from .monitor import BuildState, make_monitor, run_cancellable
+from .network import add_profile, output_types, parse, tensor_shapes
+from .options import BuildRequest
+from .recipes import configure, create_network, require_typing
 
 logger = logging.getLogger(__name__)
-
-
-def choose_timing_file(library: Library, gpu: tuple[str, str] | None, given: Path | None) -> Path | None:
-    """The file of one build's timings; None for none.
-
-    Args:
-        library: Which TensorRT.
-        gpu: Name and compute capability.
-        given: That the user names; None: one of this GPU and TensorRT in the cache folder.
-    """
-    if library.is_rtx:  # it times nothing before it runs
-        if given is not None:
-            logger.warning("%s keeps no timings: --timing-cache has no effect", library.name)
-        return None
-    if given is not None or gpu is None:
-        return given
-    try:
-        folder = cache_folder() / "timing"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (InputError, OSError) as error:
-        logger.warning("timings are not kept: %s", error)
-        return None
-    name = re.sub(r"[^a-z0-9]+", "-", gpu[0].lower()).strip("-")
-    return folder / f"{library.flavour}-{library.version}-{name}-sm{gpu[1].replace('.', '')}.timing"
-
-
-@dataclass(slots=True)
-class TimingFile:
-    """The timings of one build.
-
-    Attributes:
-        path: The file.
-        usable: False where the file is of another GPU or TensorRT: then it is neither used nor replaced.
-        bytes_before: Its size when the build began; 0 where there was none.
-    """
-
-    path: Path
-    usable: bool = True
-    bytes_before: int = 0
-
-    def load(self, settings: Any) -> None:
-        """Gives TensorRT the timings in the file, or none."""
-        data = self._read()
-        known = settings.create_timing_cache(data) if data else None  # may be None, too, of bytes that are no timings
-        if known is not None and settings.set_timing_cache(known, False):
-            self.bytes_before = len(data)
-            return
-        if data:
-            self.usable = False
-            logger.warning(
-                "%s: the timings are damaged, or of another GPU or TensorRT: they are not used, and the file is "
-                "left as it is",
-                self.path,
-            )
-        settings.set_timing_cache(settings.create_timing_cache(b""), False)
-
-    def store(self, settings: Any) -> None:
-        """Writes what TensorRT has measured, with what another build has written meanwhile. Where that fails it is logged: no plan is lost."""
-        measured = settings.get_timing_cache()
-        if not self.usable or measured is None:
-            return
-        try:
-            with locked(self.path):
-                self._merge(settings, measured)
-        except ArtifactError as error:
-            logger.warning("the timings are not kept: %s", error.message)
-
-    def _merge(self, settings: Any, measured: Any) -> None:
-        latest = self._read()
-        known = settings.create_timing_cache(latest) if latest else None
-        if latest and (known is None or not measured.combine(known, False)):
-            logger.warning(
-                "%s: was replaced by what is damaged, or of another GPU or TensorRT, and is left as it is", self.path
-            )
-            return
-        with atomic_output(self.path, force=True) as output:
-            output.partial.write_bytes(bytes(measured.serialize()))
-
-    def _read(self) -> bytes:
-        try:
-            return self.path.read_bytes()
-        except FileNotFoundError:
-            return b""
-        except OSError as error:
-            logger.warning("%s: cannot be read: %s", self.path, error.strerror)
-            return b""
-
-
 _REMEDIES = (
     (
         ("out of memory", "outofmemory", "alloc", "insufficient memory"),
@@ -130,31 +41,7 @@ _REMEDIES = (
         "use a TensorRT that supports this GPU, or another --target",
     ),
 )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class BuildJob:
-    """What to build.
-
-    Attributes:
-        data: The typed ONNX.
-        graph: Of it.
-        spec: Of it.
-        typing: Of it.
-        config: What is asked for; its profile suits the graph.
-        targets: Compute capabilities that the plan is for; see `recipes.resolve_targets`.
-        gpu: None where there is none.
-        timing: File of the timing cache, or None for no cache.
-    """
-
-    data: bytes
-    graph: GraphSummary
-    spec: ModelSpec
-    typing: Typing
-    config: BuildConfig
-    targets: tuple[str, ...]
-    gpu: Gpu | None = None
-    timing: Path | None = None
+"""What helps, by words in TensorRT's errors."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -163,164 +50,120 @@ class BuiltPlan:
 
     Attributes:
         data: Its bytes, as a buffer that TensorRT owns.
-        output_types: Number type of each output.
+        output_types: Number type of each output by name, in NumPy's names.
         report: What it computes in; None where there was no GPU to ask.
         seconds: By stage.
-        timing_bytes: Size of the timing cache that was used; 0 for none.
-        weighted: The layers that `report` is about.
     """
 
     data: Any
     output_types: dict[str, str]
     report: PrecisionReport | None
     seconds: dict[str, float]
-    timing_bytes: int
-    weighted: tuple[WeightedLayer, ...]
 
 
-@dataclass(slots=True)
-class _Work:
-    library: Library
-    job: BuildJob
-    position: Position = field(default_factory=Position)
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    seconds: dict[str, float] = field(default_factory=dict)
-    started: float = field(default_factory=time.monotonic)
-
-    def mark(self, stage: str) -> None:
-        now = time.monotonic()
-        self.seconds[stage], self.started = now - self.started, now
-
-
-def require_gpu(library: Library, gpu: Gpu | None, reason: str = "") -> None:
-    """TensorRT builds on a GPU; TensorRT-RTX does without.
-
-    Raises:
-        CudaError: There is none; `reason` says why.
-    """
-    if gpu is None and not library.is_rtx:
-        raise CudaError(
-            f"{library.name} builds on the GPU that the plan is for, and there is none "
-            f"here{': ' if reason else ''}{reason}",
-            remedy="build on that machine; or build with --backend rtx, which needs no GPU, for TensorRT-RTX",
-        )
-
-
-def build(library: Library, job: BuildJob, *, report: Callable[[float], None] | None = None) -> BuiltPlan:
-    """Builds a plan. Ctrl-C stops it; nothing is written but the timing cache.
+def compile_plan(request: BuildRequest, *, report: Callable[[float], None] = lambda _: None) -> BuiltPlan:
+    """Builds a plan. Ctrl-C stops it; nothing is written but the timings.
 
     Args:
-        library: Which TensorRT.
-        job: See `BuildJob`.
+        request: Its source is typed.
         report: Called with the share that is done, 0 to 1.
 
     Raises:
-        BuildError: TensorRT refuses the graph or an option, fails, or has built a plan that computes in a wider type
-            than the graph says.
-        CudaError: TensorRT needs a GPU, and there is none.
+        BuildError: TensorRT refuses the graph, fails, or has built a plan that computes in a wider type than the graph
+            says.
+        CudaError: TensorRT cannot start.
     """
-    require_options(library, job.config, job.targets if library.is_rtx else ())
-    require_typing(library, job.typing, job.graph.opset)
-    require_gpu(library, job.gpu)
-    work = _Work(library, job)
-    tell = report if report is not None else lambda _: None
-    return run_cancellable(library, lambda: _build(work), work.cancelled, poll=lambda: tell(work.position.share))
+    require_typing(request.library, request.source)
+    state = BuildState()
+    return run_cancellable(request.library, lambda: _compile(request, state), state, poll=lambda: report(state.share))
 
 
-def _build(work: _Work) -> BuiltPlan:
-    library, job = work.library, work.job
-    log = BuildLog(library.trt)
+def _compile(request: BuildRequest, state: BuildState) -> BuiltPlan:
+    library, source = request.library, request.source
+    begun, log = time.monotonic(), BuildLog(library.trt)
     builder = _create_builder(library, log)
     network = create_network(library, builder)
-    parser = parse(library, network, log=log, data=job.data, graph=job.graph)
-    require_expected_tensors(network, job.spec)
-    weighted = _weigh(job.graph, tensor_shapes(network))
+    parser = parse(library, network, log=log, source=source)
+    weighted = weigh_layers(source.graph, tensor_shapes(network))
     settings = builder.create_builder_config()
-    configure(library, settings, job.config, job.typing, targets=job.targets)
-    constrain_layers(library, network, job.typing)
-    add_profile(builder, settings, job.spec, job.config.profile)
-    timing = TimingFile(job.timing) if job.timing is not None else None
-    if timing is not None:
-        timing.load(settings)
-    monitor = make_monitor(library.trt, work.position, work.cancelled)
+    configure(request, network, settings)
+    add_profile(builder, settings, source.spec, request.config.profile)
+    file = choose_timing_file(request)
+    timing = None if file is None else TimingFile(file, settings)
+    monitor = make_monitor(library.trt, state)
     if monitor is not None:
         settings.progress_monitor = monitor
-    work.mark("parse")
+    parsed = time.monotonic()
     plan = builder.build_serialized_network(network, settings)
     if plan is None:
-        raise _failure(work, log.errors)
-    work.mark("build")
+        if state.cancelled.is_set():
+            raise BuildError("the build was stopped", remedy="start it again")
+        raise _failure(library, source.graph, log.errors)
+    built = time.monotonic()
     if timing is not None:
-        timing.store(settings)
+        timing.store()
     types = output_types(library, network)
     del parser  # it owns the weights that the network refers to, until here
-    found = _inspect(work, log, plan, weighted)
-    return BuiltPlan(plan, types, found, work.seconds, timing.bytes_before if timing is not None else 0, weighted)
+    seconds = {"parse": parsed - begun, "build": built - parsed}
+    report = _inspect(request, log, plan, weighted)
+    if report is not None:
+        seconds["inspect"] = time.monotonic() - built
+    return BuiltPlan(plan, types, report, seconds)
 
 
 def _create_builder(library: Library, log: BuildLog) -> Any:
+    cause: Exception | None = None
     try:
         builder = library.trt.Builder(log.trt_logger)
     except (TypeError, RuntimeError) as error:  # how the bindings say that C++ gave no object
-        raise _no_builder(library, log) from error
+        builder, cause = None, error
     if builder is None:
-        raise _no_builder(library, log)
+        raise CudaError(
+            f"{library.name} cannot start its builder:{quote(log.errors)}",
+            remedy="look at nvidia-smi: TensorRT builds on a GPU, with a driver new enough for it; --backend rtx "
+            "builds without one",
+        ) from cause
     return builder
 
 
-def _no_builder(library: Library, log: BuildLog) -> CudaError:
-    return CudaError(
-        f"{library.name} cannot start its builder:{quote(log.errors)}",
-        remedy="look at nvidia-smi: TensorRT builds on a GPU, with a driver new enough for it; --backend rtx builds "
-        "without one",
-    )
-
-
-def _failure(work: _Work, errors: list[str]) -> BuildError:
-    if work.cancelled.is_set():
-        return BuildError("the build was stopped", remedy="start it again")
-    nodes = find_nodes(errors, [node.name for node in work.job.graph.nodes])
+def _failure(library: Library, graph: GraphSummary, errors: Sequence[str]) -> BuildError:
+    """Why there is no plan: the nodes that TensorRT's errors name, the errors, and what helps."""
+    text = "\n".join(errors)
+    names = [node.name for node in graph.nodes if node.name]
+    nodes = [name for name in names if re.search(rf"(?<![\w.]){re.escape(name)}(?!\w|\.\w)", text)]
     where = f" at {', '.join(nodes[:3])}" if nodes else ""
-    text = " ".join(errors).lower()
     remedy = next(
-        (remedy for words, remedy in _REMEDIES if any(word in text for word in words)),
+        (remedy for words, remedy in _REMEDIES if any(word in text.lower() for word in words)),
         "run it again with -vv for TensorRT's whole log",
     )
-    return BuildError(f"{work.library.name} could not build the plan{where}:{quote(errors)}", remedy=remedy)
+    return BuildError(f"{library.name} could not build the plan{where}:{quote(list(errors))}", remedy=remedy)
 
 
-def _weigh(graph: GraphSummary, shapes: dict[str, tuple[int, ...]]) -> tuple[WeightedLayer, ...]:
-    outputs = {node.name or node.outputs[0]: node.outputs[0] for node in graph.nodes}
-    result = []
-    for node in weighted_nodes(graph):
-        macs = 1
-        for size in node.weight_shape or ():
-            macs *= size
-        place = shapes.get(outputs[node.name], ())[2:] if node.op_type == "Conv" else ()
-        for size in place:
-            macs *= max(size, 1)
-        result.append(WeightedLayer(node.name, node.precision, macs))
-    return tuple(result)
-
-
-def _inspect(work: _Work, log: BuildLog, plan: Any, weighted: tuple[WeightedLayer, ...]) -> PrecisionReport | None:
-    library, job = work.library, work.job
-    if job.gpu is None or (library.is_rtx and job.gpu.compute_capability not in job.targets):
+def _inspect(
+    request: BuildRequest, log: BuildLog, plan: Any, weighted: tuple[WeightedLayer, ...]
+) -> PrecisionReport | None:
+    library, gpu, trt = request.library, request.gpu, request.library.trt
+    if gpu is None or (library.is_rtx and gpu.compute_capability not in request.targets):
         return None
-    trt = library.trt
     runtime = trt.Runtime(log.trt_logger)
-    if job.config.version_compatible:
+    if request.config.version_compatible:
         runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise BuildError(
             f"{library.name} cannot load the plan that it has just built:{quote(log.errors)}", remedy=_REMEDIES[0][1]
         )
+    inspector, context = engine.create_engine_inspector(), engine.create_execution_context()
+    if context is not None:  # with it the inspector knows formats that depend on the batch
+        source = request.source.spec.input
+        context.set_input_shape(source.name, (request.config.profile.opt_batch, *source.shape[1:]))
+        inspector.execution_context = context
     try:
-        report = measure(read_layers(_describe(trt, engine, job)), weighted)
+        found = read_layers(str(inspector.get_engine_information(trt.LayerInformationFormat.JSON)))
     except BuildError as error:  # the plan is good all the same
         logger.warning("the precision is not judged: %s", error.message)
         return None
+    report = measure(found, weighted)
     if not report.inspected:
         logger.warning(
             "the layer inspector gave the precision of %.0f %% of the multiply-accumulates only: it is not judged",
@@ -328,14 +171,78 @@ def _inspect(work: _Work, log: BuildLog, plan: Any, weighted: tuple[WeightedLaye
         )
         return None
     require_honest(report, library.name)
-    work.mark("inspect")
     return report
 
 
-def _describe(trt: Any, engine: Any, job: BuildJob) -> str:
-    inspector = engine.create_engine_inspector()
-    context = engine.create_execution_context()
-    if context is not None:  # with it the inspector knows formats that depend on the batch
-        context.set_input_shape(job.spec.input.name, (job.config.profile.opt_batch, *job.spec.input.shape[1:]))
-        inspector.execution_context = context
-    return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+def choose_timing_file(request: BuildRequest) -> Path | None:
+    """The file of a build's timings: the caller's, or one of this GPU and TensorRT in the cache folder; or None."""
+    library, gpu, given = request.library, request.gpu, request.timing_cache
+    if library.is_rtx:  # it times nothing before it runs
+        if given is not None:
+            logger.warning("%s keeps no timings: --timing-cache has no effect", library.name)
+        return None
+    if given is not None or gpu is None:
+        return given
+    try:
+        folder = cache_folder() / "timing"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (InputError, OSError) as error:
+        logger.warning("timings are not kept: %s", error)
+        return None
+    name = re.sub(r"[^a-z0-9]+", "-", gpu.name.lower()).strip("-")
+    return folder / f"{library.flavour}-{library.version}-{name}-sm{gpu.compute_capability.replace('.', '')}.timing"
+
+
+class TimingFile:
+    """The timings of one build. Those in the file are given to TensorRT at once.
+
+    A file of another GPU or TensorRT, or a damaged one, is neither used nor replaced.
+
+    Args:
+        path: The file; it need not exist.
+        settings: The IBuilderConfig.
+    """
+
+    def __init__(self, path: Path, settings: Any) -> None:
+        self._path, self._settings, self._usable = path, settings, True
+        data = self._read()
+        known = settings.create_timing_cache(data) if data else None  # may be None, too, of bytes that are no timings
+        if known is not None and settings.set_timing_cache(known, False):
+            return
+        if data:
+            self._usable = False
+            logger.warning(
+                "%s: the timings are damaged, or of another GPU or TensorRT: they are not used, and the file is "
+                "left as it is",
+                path,
+            )
+        settings.set_timing_cache(settings.create_timing_cache(b""), False)
+
+    def store(self) -> None:
+        """Writes what TensorRT has measured, with what another build has written meanwhile. A failure is only logged."""
+        measured = self._settings.get_timing_cache()
+        if not self._usable or measured is None:
+            return
+        try:
+            with locked(self._path):
+                latest = self._read()
+                known = self._settings.create_timing_cache(latest) if latest else None
+                if latest and (known is None or not measured.combine(known, False)):
+                    logger.warning(
+                        "%s: was replaced by what is damaged, or of another GPU or TensorRT, and is left as it is",
+                        self._path,
+                    )
+                    return
+                with atomic_output(self._path, force=True) as output:
+                    output.partial.write_bytes(bytes(measured.serialize()))
+        except ArtifactError as error:
+            logger.warning("the timings are not kept: %s", error.message)
+
+    def _read(self) -> bytes:
+        try:
+            return self._path.read_bytes()
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            logger.warning("%s: cannot be read: %s", self._path, error.strerror)
+            return b""

@@ -1,17 +1,19 @@
-"""In what precision the layers of a built plan compute, as TensorRT's layer inspector says, against what the graph is typed as."""
+"""What the layers of a plan compute in, as TensorRT's layer inspector says, against what the graph is typed as."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import BuildError
+from ..files.onnx import GraphSummary, weighted_nodes
 
-TOLERATED_SHARE = 0.05
-"""Of the multiply-accumulates: the stem, which reads three channels, may be computed in a wider type; more is a fallback."""
+_TOLERATED_SHARE = 0.05
+"""The stem, which reads three channels, may be computed in a wider type: this share of the multiply-accumulates at most."""
 _LEAST_SEEN = 0.5
 _WIDTH = {"int8": 0, "fp8": 0, "fp16": 1, "bf16": 1, "fp32": 2}
 _PATTERNS = (
@@ -23,7 +25,7 @@ _PATTERNS = (
 )
 _SHOWN = 3
 _COPIES = ("Reformat", "NoOp")
-"""Kinds of layers that compute nothing. They are named after their neighbours: `Reformatting CopyNode for Input Tensor 0 to w + q + a.conv`."""
+"""Kinds of layers that compute nothing. Their names hold those of their neighbours: `Reformatting CopyNode for … to a.conv`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +33,8 @@ class WeightedLayer:
     """A convolution or classifier of the graph.
 
     Attributes:
-        name: Of its node.
-        precision: That the graph is typed for: `int8`, `fp16` or `fp32`.
+        name: Name of its node.
+        precision: What the graph is typed as: `int8`, `fp16` or `fp32`.
         macs: Multiply-accumulates of one image.
     """
 
@@ -42,27 +44,14 @@ class WeightedLayer:
 
 
 @dataclass(frozen=True, slots=True)
-class InspectedLayer:
-    """One layer of a plan.
-
-    Attributes:
-        nodes: Names of the ONNX nodes that went into it.
-        precision: That it computes in; None where the inspector does not say.
-    """
-
-    nodes: frozenset[str]
-    precision: str | None
-
-
-@dataclass(frozen=True, slots=True)
 class PrecisionReport:
     """What a plan computes in.
 
     Attributes:
-        shares: By precision: share of the multiply-accumulates, 0 to 1, of those that were seen.
-        seen: Share of the multiply-accumulates whose precision the inspector gave.
+        shares: Share of the multiply-accumulates that were seen, 0 to 1, by precision.
+        seen: Share of all multiply-accumulates whose precision the inspector gave, 0 to 1.
         fallen: Layers that compute in a wider type than the graph says: name, wanted, found.
-        fallen_share: Of the multiply-accumulates.
+        fallen_share: Their share of all multiply-accumulates, 0 to 1.
     """
 
     shares: dict[str, float]
@@ -72,7 +61,7 @@ class PrecisionReport:
 
     @property
     def inspected(self) -> bool:
-        """Whether enough was seen to speak of."""
+        """Whether enough was seen to judge."""
         return self.seen >= _LEAST_SEEN
 
     @property
@@ -81,11 +70,28 @@ class PrecisionReport:
         return max(self.shares, key=lambda name: self.shares[name])
 
 
-def read_layers(text: str) -> tuple[InspectedLayer, ...]:
-    """The layers of the inspector's JSON.
+def weigh_layers(graph: GraphSummary, shapes: Mapping[str, tuple[int, ...]]) -> tuple[WeightedLayer, ...]:
+    """The layers with weights, and their work.
 
-    Both shapes of it are read: TensorRT up to 10 ends with the list `Bindings`, 11 with the objects `I/O Tensors`; a
-    plan without detailed verbosity has names only, and so no precision.
+    Args:
+        graph: The typed graph.
+        shapes: By tensor, as TensorRT found them.
+    """
+    outputs = {node.name or node.outputs[0]: node.outputs[0] for node in graph.nodes}
+    result = []
+    for node in weighted_nodes(graph):
+        place = shapes.get(outputs[node.name], ())[2:] if node.op_type == "Conv" else ()
+        macs = math.prod(node.weight_shape or ()) * math.prod(max(size, 1) for size in place)
+        result.append(WeightedLayer(node.name, node.precision, macs))
+    return tuple(result)
+
+
+def read_layers(text: str) -> dict[str, str]:
+    """The precision that each ONNX node computes in, from the inspector's JSON. Nodes without one are left out.
+
+    Both shapes of the JSON are read: TensorRT up to 10 ends with the list `Bindings`, 11 with the objects
+    `I/O Tensors`. A plan without detailed verbosity has names only, and so no precision. Of a node in several layers
+    the widest type counts.
 
     Raises:
         BuildError: It is neither.
@@ -97,7 +103,14 @@ def read_layers(text: str) -> tuple[InspectedLayer, ...]:
     layers = data.get("Layers") if isinstance(data, dict) else None
     if not isinstance(layers, list) or not {"Bindings", "I/O Tensors"} & set(data):
         raise _not_understood(f"expected Layers, and Bindings or I/O Tensors, found {text[:80]!r}")
-    return tuple(_layer(layer) for layer in layers)
+    found: dict[str, str] = {}
+    for layer in layers:
+        precision = _layer_precision(layer) if isinstance(layer, Mapping) else None
+        if precision is not None:
+            for node in _node_names(str(layer.get("Name", "")), str(layer.get("Metadata", ""))):
+                if _WIDTH[precision] >= _WIDTH[found.get(node, precision)]:
+                    found[node] = precision
+    return found
 
 
 def _not_understood(why: str) -> BuildError:
@@ -107,19 +120,14 @@ def _not_understood(why: str) -> BuildError:
     )
 
 
-def _layer(layer: Any) -> InspectedLayer:
-    if not isinstance(layer, Mapping):
-        return InspectedLayer(_node_names(str(layer), ""), None)
+def _layer_precision(layer: Mapping[str, Any]) -> str | None:
     if layer.get("LayerType") in _COPIES or str(layer.get("Name", "")).startswith("Reformatting CopyNode"):
-        return InspectedLayer(frozenset(), None)
-    names = _node_names(str(layer.get("Name", "")), str(layer.get("Metadata", "")))
+        return None
     # What the layer reads is what it computes in: integer weights that meet floats are no INT8. With dynamic shapes the
     # inspector may not say it.
     weights = layer.get("Weights")
     stated = _kind(weights.get("Type")) if isinstance(weights, Mapping) else None
-    return InspectedLayer(
-        names, _input_kind(layer.get("Inputs")) or stated or _tactic_kind(str(layer.get("TacticName", "")))
-    )
+    return _input_kind(layer.get("Inputs")) or stated or _tactic_kind(str(layer.get("TacticName", "")))
 
 
 def _input_kind(inputs: Any) -> str | None:
@@ -147,13 +155,13 @@ def _node_names(name: str, metadata: str) -> frozenset[str]:
     return frozenset({*parts, *inner, *stated})
 
 
-def measure(layers: Iterable[InspectedLayer], weighted: Sequence[WeightedLayer]) -> PrecisionReport:
-    """What the layers with weights compute in, by share of the multiply-accumulates."""
-    found: dict[str, str] = {}
-    for layer in layers:
-        for node in layer.nodes:
-            if layer.precision is not None and _WIDTH[layer.precision] >= _WIDTH.get(found.get(node, "int8"), 0):
-                found[node] = layer.precision
+def measure(found: Mapping[str, str], weighted: Sequence[WeightedLayer]) -> PrecisionReport:
+    """What the layers with weights compute in, by share of the multiply-accumulates.
+
+    Args:
+        found: From `read_layers`.
+        weighted: From `weigh_layers`.
+    """
     total = sum(wanted.macs for wanted in weighted) or 1
     seen = [wanted for wanted in weighted if wanted.name in found]
     sums: dict[str, int] = {}
@@ -175,7 +183,7 @@ def require_honest(report: PrecisionReport, library: str) -> None:
     Raises:
         BuildError: More of the multiply-accumulates than the stem's have fallen back.
     """
-    if not report.inspected or report.fallen_share <= TOLERATED_SHARE:
+    if not report.inspected or report.fallen_share <= _TOLERATED_SHARE:
         return
     shown = ", ".join(f"{name} ({wanted} asked, {found} built)" for name, wanted, found in report.fallen[:_SHOWN])
     more = f" and {len(report.fallen) - _SHOWN} more" if len(report.fallen) > _SHOWN else ""

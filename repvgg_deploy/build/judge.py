@@ -21,7 +21,7 @@ from ..files.plan_place import (
 )
 from ..runtime.tensorrt.plan import find_library
 from ..specs.values import PlanPassport
-from .build import look_for_gpu
+from .library import look_for_gpu
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +57,9 @@ def check_plan(plan: Path | str, target: Mapping[str, str] | None = None) -> Che
     path = Path(plan)
     passport = _read(path)
     if target is not None:
-        environment = read_target(target)
+        environment = _read_target(target)
         return CheckResult(passport, path.stat().st_size, environment, False, judge_plan(passport, environment))
-    environment, lacking = look_here(passport.flavour)
+    environment, lacking = _look_here(passport.flavour)
     verdict = judge_plan(passport, environment)
     if lacking is not None and isinstance(verdict, Compatible):
         verdict = lacking
@@ -92,8 +92,8 @@ def _read(path: Path) -> PlanPassport:
     return passport
 
 
-def look_here(flavour: Flavour) -> tuple[Environment, Incompatible | None]:
-    """This machine, and what it lacks to run any plan of this flavour; TensorRT is found as the Engine finds it, and only imported."""
+def _look_here(flavour: Flavour) -> tuple[Environment, Incompatible | None]:
+    """This machine, and what it lacks to run any plan of this flavour. TensorRT is found as the Engine finds it."""
     search, lacking, version, lean = look_for_gpu(), None, None, False
     try:
         library = find_library((flavour,))
@@ -110,7 +110,7 @@ def look_here(flavour: Flavour) -> tuple[Environment, Incompatible | None]:
     ), lacking
 
 
-def read_target(target: Mapping[str, str]) -> Environment:
+def _read_target(target: Mapping[str, str]) -> Environment:
     """A place that is described, such as `{"gpu": "a10", "trt": "10.9"}`.
 
     Raises:

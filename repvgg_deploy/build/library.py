@@ -1,24 +1,18 @@
-"""Which TensorRT is installed, and whether plans can be built with it.
+"""What a build finds on this machine: TensorRT and its log, a GPU, and libraries that TensorRT 8 takes kernels from.
 
-What TensorRT logs during a build: errors kept, so that a message can quote them, and everything passed on to our own
-log.
-
-Which of cuDNN, cuBLAS and cuBLASLt TensorRT 8 can take kernels from: what is found here decides on the plan that it
-builds.
-
-TensorRT 10 and later use none of them by default.
+Those libraries (cuDNN, cuBLAS, cuBLASLt) decide on the plan that TensorRT 8 builds. TensorRT 10 and later use none of
+them by default.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..errors import BuildError, InputError, MissingDependencyError
+from ..errors import BuildError, CudaError, InputError, MissingDependencyError
 from ..files.plan_place import (
     BROKEN_VERSION,
     FLAVOURS,
@@ -31,45 +25,6 @@ from ..files.plan_place import (
 )
 
 logger = logging.getLogger(__name__)
-_KEPT = 200
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """The GPU that a build runs on; `driver_version` is None where the system does not say."""
-
-    name: str
-    compute_capability: str
-    driver_version: str | None
-
-
-class BuildLog:
-    """The log of one build.
-
-    Attributes:
-        errors: The first errors, as they came.
-        trt_logger: What TensorRT is given.
-
-    Args:
-        trt: The module.
-    """
-
-    def __init__(self, trt: Any) -> None:
-        self.errors: list[str] = []
-        self.trt_logger = make_trt_logger(trt, self._hear)
-
-    def _hear(self, severity: str, message: str) -> None:
-        if severity == "ERROR" and len(self.errors) < _KEPT:
-            self.errors.append(message)
-        logger.debug("%s", message)
-
-
-def find_nodes(lines: list[str], names: list[str]) -> list[str]:
-    """Which of the names stand in the lines, as whole words, in order."""
-    text = "\n".join(lines)
-    return [name for name in names if name and re.search(rf"(?<![\w.]){re.escape(name)}(?!\w|\.\w)", text)]
-
-
 BackendChoice = Literal["auto", "tensorrt", "rtx"]
 _MODULES: dict[str, tuple[Flavour, ...]] = {
     "auto": ("tensorrt", "tensorrt_rtx"),
@@ -77,6 +32,7 @@ _MODULES: dict[str, tuple[Flavour, ...]] = {
     "rtx": ("tensorrt_rtx",),
 }
 _NEWEST = {"tensorrt": 11, "tensorrt_rtx": 1}
+_KEPT = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +65,11 @@ class Library:
         major, minor, *_ = (*(int(part) if part.isdecimal() else 0 for part in self.version.split(".")), 0, 0)
         return major, minor
 
+    @property
+    def is_strongly_typed(self) -> bool:
+        """Whether it takes every type from the graph."""
+        return self.is_rtx or self.number >= (10, 0)
+
 
 def open_library(backend: BackendChoice) -> Library:
     """Imports TensorRT.
@@ -123,56 +84,98 @@ def open_library(backend: BackendChoice) -> Library:
     """
     if backend not in _MODULES:
         raise InputError(f"no backend is named {backend!r}", remedy="give --backend auto, tensorrt or rtx")
-    for flavour in _MODULES[backend]:
-        trt = _import(flavour)
+    flavours = _MODULES[backend]
+    for flavour in flavours:
+        other = "rtx" if flavour == "tensorrt" else "tensorrt"
+        remedy = (
+            f"install it again with {INSTALL[flavour]}, so that its libraries match its bindings; or build with "
+            f"--backend {other}"
+        )
+        trt = import_tensorrt(flavour, FLAVOURS[flavour], remedy=remedy)
         if trt is not None:
             library = Library(flavour, trt, str(trt.__version__))
             _require_version(library)
             return library
+    wanted = " nor ".join(FLAVOURS[flavour] for flavour in flavours)
+    missing = f"neither {wanted} is installed" if backend == "auto" else f"{wanted} is not installed"
+    if "tensorrt" in flavours and is_installed(LEAN):
+        missing += f"; what is here of TensorRT is its lean runtime ({LEAN}), which runs plans and builds none"
     raise MissingDependencyError(
-        f"no plan can be built: {_describe_missing(backend)}",
-        remedy=", or ".join(f"{INSTALL[flavour]} ({FLAVOURS[flavour]})" for flavour in _MODULES[backend]),
+        f"no plan can be built: {missing}",
+        remedy=", or ".join(f"{INSTALL[flavour]} ({FLAVOURS[flavour]})" for flavour in flavours),
     )
-
-
-def _describe_missing(backend: BackendChoice) -> str:
-    wanted = " nor ".join(FLAVOURS[flavour] for flavour in _MODULES[backend])
-    text = f"neither {wanted} is installed" if backend == "auto" else f"{wanted} is not installed"
-    if "tensorrt" in _MODULES[backend] and is_installed(LEAN):
-        text += f"; what is here of TensorRT is its lean runtime ({LEAN}), which runs plans and builds none"
-    return text
-
-
-def _import(flavour: Flavour) -> Any:
-    other = "rtx" if flavour == "tensorrt" else "tensorrt"
-    remedy = (
-        f"install it again with {INSTALL[flavour]}, so that its libraries match its bindings; or build with "
-        f"--backend {other}"
-    )
-    return import_tensorrt(flavour, FLAVOURS[flavour], remedy=remedy)
 
 
 def _require_version(library: Library) -> None:
-    number = library.number
+    number, name = library.number, library.name
     if library.is_rtx:
         if number < (1, 0):
-            raise BuildError(
-                f"{library.name} is not supported: expected TensorRT-RTX 1.x", remedy=INSTALL["tensorrt_rtx"]
-            )
+            raise BuildError(f"{name} is not supported: expected TensorRT-RTX 1.x", remedy=INSTALL["tensorrt_rtx"])
     elif number < (8, 5) or number[0] == 9:
         raise BuildError(
-            f"{library.name} is not supported: expected 8.5, 8.6, 10.x or 11.x", remedy="install TensorRT 10.3 or later"
+            f"{name} is not supported: expected 8.5, 8.6, 10.x or 11.x", remedy="install TensorRT 10.3 or later"
         )
     elif number == BROKEN_VERSION:
-        raise BuildError(
-            f"{library.name} is known to be broken", remedy="install TensorRT 10.3 or later, or stay with 10.1"
-        )
-    if number[0] > _NEWEST[library.flavour]:
-        logger.warning(
-            "%s is newer than what this version was made for: it is used as %d.x",
-            library.name,
-            _NEWEST[library.flavour],
-        )
+        raise BuildError(f"{name} is known to be broken", remedy="install TensorRT 10.3 or later, or stay with 10.1")
+    newest = _NEWEST[library.flavour]
+    if number[0] > newest:
+        logger.warning("%s is newer than what this version was made for: it is used as %d.x", name, newest)
+
+
+class BuildLog:
+    """The log of one build: errors are kept, so that a message can quote them, and all goes to our own log.
+
+    Attributes:
+        errors: The first errors, as they came.
+        trt_logger: What TensorRT is given.
+
+    Args:
+        trt: The module.
+    """
+
+    def __init__(self, trt: Any) -> None:
+        self.errors: list[str] = []
+        self.trt_logger = make_trt_logger(trt, self._hear)
+
+    def _hear(self, severity: str, message: str) -> None:
+        if severity == "ERROR" and len(self.errors) < _KEPT:
+            self.errors.append(message)
+        logger.debug("%s", message)
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """The GPU that a build runs on; `driver_version` is None where the system does not say."""
+
+    name: str
+    compute_capability: str
+    driver_version: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class GpuSearch:
+    """A GPU, or why there is none.
+
+    Attributes:
+        gpu: None where there is none.
+        reason: Why there is none; empty where there is one.
+        remedy: What helps.
+    """
+
+    gpu: Gpu | None
+    reason: str = ""
+    remedy: str = "use a machine with an NVIDIA GPU and its driver"
+
+
+def look_for_gpu(index: int = 0) -> GpuSearch:
+    """Asks the driver for one GPU."""
+    from ..runtime.cuda.opening import open_cuda
+
+    try:
+        info = open_cuda(None).describe_device(index)
+    except (CudaError, MissingDependencyError) as error:
+        return GpuSearch(None, error.message, error.remedy)
+    return GpuSearch(Gpu(info.name, info.compute_capability, info.driver_version or None))
 
 
 _LIBRARIES = {
@@ -188,17 +191,17 @@ _LIBRARIES = {
         ("libcublasLt.so.11", "libcublasLt.so.12", "cublasLt64_11.dll", "cublasLt64_12.dll"),
     ),
 }
-"""Of each tactic source: a function that its library has, the one that tells its version, and the names of the library."""
+"""By tactic source: a function that its library has, the one that tells the version, and the library's file names."""
 _OTHERS = ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
 _UNKNOWN = "unknown version"
 TacticLibraries = Mapping[str, str | None]
-"""By the name of a tactic source: the version of its library, or None where there is none. Empty where TensorRT uses none of them."""
+"""By tactic source: the version of its library, or None where it is missing. Empty where TensorRT uses none of them."""
 
 
 def find_tactic_libraries() -> dict[str, str | None]:
-    """What is here of the three libraries. Each is loaded, and neither CUDA nor a GPU is touched.
+    """Which of the three libraries are here. Each is loaded, and neither CUDA nor a GPU is touched.
 
-    Where a library is here for two versions of CUDA, both are named: which one TensorRT takes, it does not say.
+    Where a library is here for two versions of CUDA, both are named: TensorRT does not say which one it takes.
     """
     found = {}
     for kind, (function, version, names) in _LIBRARIES.items():
@@ -208,13 +211,13 @@ def find_tactic_libraries() -> dict[str, str | None]:
 
 
 def read_library_version(library: str, function: str, version: str) -> str | None:
-    """The version of a shared library; None where it cannot be loaded or is none.
+    """The version of a shared library; None where it cannot be loaded or is another one.
 
     Where TensorRT 8 is packed small, empty libraries stand in for cuDNN and cuBLAS.
 
     Args:
         library: Its file name.
-        function: That it must have.
+        function: A function that it must have.
         version: The function that tells major, minor and patch version by their index 0 to 2, as all of CUDA's
             libraries have it.
     """
@@ -232,12 +235,12 @@ def read_library_version(library: str, function: str, version: str) -> str | Non
 
 
 def choose_tactic_sources(trt: Any, settings: Any, libraries: TacticLibraries) -> None:
-    """Leaves cuDNN and cuBLAS out of TensorRT 8's search where they are not installed: it would end with an error that names no remedy.
+    """Leaves libraries that are missing out of TensorRT 8's search: it would end with an error that names no remedy.
 
     Args:
         trt: The module.
-        settings: Its IBuilderConfig.
-        libraries: What `find_tactic_libraries` gave.
+        settings: The IBuilderConfig.
+        libraries: From `find_tactic_libraries`.
     """
     missing = [kind for kind, version in libraries.items() if version is None]
     if missing:

@@ -1,11 +1,11 @@
-"""How far a build is, and how it is stopped: TensorRT's IProgressMonitor, from version 10 on, and a thread that can be waited for."""
+"""How far a build is, and how it is stopped: TensorRT's IProgressMonitor (from 10 on), and a thread to wait for."""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from .library import Library
@@ -59,24 +59,20 @@ class PhaseTree:
 
 
 @dataclass(slots=True)
-class Position:
-    """How far a build is; written by TensorRT's threads, read by the one that waits.
+class BuildState:
+    """How far a build is, and whether it is to stop; shared by TensorRT's threads and the one that waits for them.
 
     Attributes:
-        share: 0 to 1, never less than before.
+        share: 0 to 1; it never falls.
+        cancelled: Once set, the next step stops the build.
     """
 
     share: float = 0.0
+    cancelled: threading.Event = field(default_factory=threading.Event)
 
 
-def make_monitor(trt: Any, position: Position, cancelled: threading.Event) -> Any:
-    """An object of TensorRT's monitor class; None where this version has none.
-
-    Args:
-        trt: The module.
-        position: Kept up to date.
-        cancelled: Once set, the next step stops the build.
-    """
+def make_monitor(trt: Any, state: BuildState) -> Any:
+    """An object of TensorRT's monitor class, which keeps `state` up to date; None where this version has no monitor."""
     if not hasattr(trt, "IProgressMonitor"):
         return None
 
@@ -93,29 +89,27 @@ def make_monitor(trt: Any, position: Position, cancelled: threading.Event) -> An
             # TensorRT may call from several threads; whatever is raised here would end the process.
             with self.lock:
                 self.tree.step(phase_name, step)
-                position.share = self.tree.share()
-            return not cancelled.is_set()
+                state.share = self.tree.share()
+            return not state.cancelled.is_set()
 
         def phase_finish(self, phase_name: str) -> None:
             with self.lock:
                 self.tree.finish(phase_name)
-                position.share = self.tree.share()
+                state.share = self.tree.share()
 
     return Monitor()
 
 
-def run_cancellable(
-    library: Library, work: Callable[[], T], cancelled: threading.Event, *, poll: Callable[[], None]
-) -> T:
-    """Runs `work` in a thread of its own and waits, so that Ctrl-C and signals are heard while TensorRT's C++ code runs.
+def run_cancellable(library: Library, work: Callable[[], T], state: BuildState, *, poll: Callable[[], None]) -> T:
+    """Runs `work` in a thread of its own and waits, so that signals are heard while TensorRT's C++ code runs.
 
-    An interruption sets `cancelled`, waits until TensorRT has stopped, and is raised then. TensorRT 8 cannot be
+    An interruption cancels the build, waits until TensorRT has stopped, and is raised then. TensorRT 8 cannot be
     stopped: the wait lasts until its build ends, and a second interruption does not wait.
 
     Args:
-        library: For the message.
+        library: The TensorRT that builds.
         work: Builds; what it raises is raised here.
-        cancelled: What the monitor looks at.
+        state: What the monitor looks at.
         poll: Called again and again by the thread that waits.
     """
     outcome: list[T] = []
@@ -123,9 +117,11 @@ def run_cancellable(
     begun, done = threading.Event(), threading.Event()
 
     def target() -> None:
-        begun.set()  # before it looks at `cancelled`, which the other thread sets before it looks at `begun`: one of them sees the other
+        # `begun` is set before `cancelled` is looked at, and the other thread does it the other way round: one of them
+        # sees the other.
+        begun.set()
         try:
-            if not cancelled.is_set():
+            if not state.cancelled.is_set():
                 outcome.append(work())
         except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits
             errors.append(error)
@@ -141,7 +137,7 @@ def run_cancellable(
             poll()
         poll()
     except BaseException:
-        cancelled.set()
+        state.cancelled.set()
         if not hasattr(library.trt, "IProgressMonitor"):
             logger.warning(
                 "%s cannot be stopped: waiting for its build to end; interrupt again to leave at once", library.name

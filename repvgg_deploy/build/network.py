@@ -10,24 +10,46 @@ from ..files.onnx import GraphSummary
 from ..files.plan_place import quote
 from ..specs.values import ModelSpec, ShapeProfile
 from .library import BuildLog, Library
+from .source import Source
 
+_NAMES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "INT8": "int8",
+    "INT32": "int32",
+    "INT64": "int64",
+    "UINT8": "uint8",
+    "BOOL": "bool",
+}
+"""NumPy's names of TensorRT's number types."""
 _REMEDY = (
     "build the file that repvgg-export or repvgg-trt quantize wrote; if it is one, please report this with the lines "
     "above"
 )
 
 
-def parse(library: Library, network: Any, *, log: BuildLog, data: bytes, graph: GraphSummary) -> Any:
+def parse(library: Library, network: Any, *, log: BuildLog, source: Source) -> Any:
     """Fills `network`. The parser that is returned must outlive it: it owns the weights.
 
     Raises:
-        BuildError: The parser refuses the graph; the message names the node.
+        BuildError: The parser refuses the graph (the message names the node), or finds other inputs and outputs than
+            the metadata, which the passport will hold.
     """
     parser = library.trt.OnnxParser(network, log.trt_logger)
-    if not parser.parse(data):
-        errors = [_describe(parser.get_error(index), graph) for index in range(parser.num_errors)]
+    if not parser.parse(source.data):
+        errors = [_describe(parser.get_error(index), source.graph) for index in range(parser.num_errors)]
         raise BuildError(
-            f"{library.name}'s parser refuses the graph:{quote(errors or log.errors)}", remedy=_remedy(errors, graph)
+            f"{library.name}'s parser refuses the graph:{quote(errors or log.errors)}",
+            remedy=_remedy(errors, source.graph),
+        )
+    found = (
+        [network.get_input(i).name for i in range(network.num_inputs)],
+        [network.get_output(i).name for i in range(network.num_outputs)],
+    )
+    wanted = ([source.spec.input.name], [output.name for output in source.spec.outputs])
+    if found != wanted:
+        raise BuildError(
+            f"the network has inputs and outputs {found}, and the model's metadata speaks of {wanted}", remedy=_REMEDY
         )
     return parser
 
@@ -61,58 +83,27 @@ def _remedy(errors: Sequence[str], graph: GraphSummary) -> str:
     return _REMEDY
 
 
-def require_expected_tensors(network: Any, spec: ModelSpec) -> None:
-    """Compares names of inputs and outputs with the specification that the passport will hold.
-
-    Raises:
-        BuildError: They differ.
-    """
-    found = (
-        [network.get_input(i).name for i in range(network.num_inputs)],
-        [network.get_output(i).name for i in range(network.num_outputs)],
-    )
-    wanted = ([spec.input.name], [output.name for output in spec.outputs])
-    if found != wanted:
-        raise BuildError(
-            f"the network has inputs and outputs {found}, and the model's metadata speaks of {wanted}", remedy=_REMEDY
-        )
-
-
 def output_types(library: Library, network: Any) -> dict[str, str]:
-    """Number type of each output by name, in NumPy's names: TensorRT 8 makes class numbers INT32."""
+    """Number type of each output by name, in NumPy's names. TensorRT 8 makes class numbers INT32."""
     data_type = library.trt.DataType
-    names = {
-        "FLOAT": "float32",
-        "HALF": "float16",
-        "INT8": "int8",
-        "INT32": "int32",
-        "INT64": "int64",
-        "UINT8": "uint8",
-        "BOOL": "bool",
-    }
-    known = {getattr(data_type, name): text for name, text in names.items() if hasattr(data_type, name)}
+    known = {getattr(data_type, name): text for name, text in _NAMES.items() if hasattr(data_type, name)}
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
     return {tensor.name: known[tensor.dtype] for tensor in outputs if tensor.dtype in known}
 
 
 def tensor_shapes(network: Any) -> dict[str, tuple[int, ...]]:
-    """Shape of what every layer puts out, by tensor name; −1 is dynamic."""
+    """Shape of what every layer puts out, by tensor name; −1 is dynamic, and a shape of unknown rank is empty."""
     found = {}
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         for place in range(layer.num_outputs):
             tensor = layer.get_output(place)
-            shape = tuple(tensor.shape) if tensor is not None and _has_rank(tensor.shape) else ()
             if tensor is not None:
-                found[tensor.name] = shape
+                try:
+                    found[tensor.name] = tuple(tensor.shape)
+                except ValueError:  # its rank is unknown
+                    found[tensor.name] = ()
     return found
-
-
-def _has_rank(shape: Any) -> bool:
-    try:
-        return len(shape) >= 0
-    except ValueError:  # a tensor of unknown rank
-        return False
 
 
 def add_profile(builder: Any, settings: Any, spec: ModelSpec, profile: ShapeProfile) -> None:

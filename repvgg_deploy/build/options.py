@@ -1,4 +1,4 @@
-"""How a plan is built, and which of these wishes contradict the graph."""
+"""What a caller asks of a build, which of these wishes contradict the graph, and the request that follows from them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import BuildError, InputError
-from ..specs.values import BuildConfig, ModelSpec, Precision, ShapeProfile
-from .library import BackendChoice
+from ..files.plan_place import platform_here
+from ..specs.values import BuildConfig, PlanPassport, ShapeProfile
+from .library import BackendChoice, Gpu, Library, TacticLibraries
+from .source import Source
 
 if TYPE_CHECKING:
     from ..precision.options import QuantizeOptions
@@ -48,52 +50,88 @@ class BuildOptions:
             )
 
 
-def must_type(graph: Precision, options: BuildOptions, model: Path) -> bool:
-    """Whether the graph is FP32 and is to become another.
+@dataclass(frozen=True, slots=True, eq=False)
+class BuildRequest:
+    """One build, with all that its plan depends on.
 
-    Args:
-        graph: What it is typed as.
-        options: What is asked for.
-        model: For the message.
+    Attributes:
+        source: The ONNX.
+        config: With the profile that suits it, and the precision of the plan.
+        library: The TensorRT that builds.
+        gpu: The GPU that it builds on; None where there is none.
+        targets: Compute capabilities that the plan is for.
+        tactic_libraries: Libraries that TensorRT 8 takes kernels from; empty for later ones.
+        quantize: How `source` becomes typed first; None where it is built as it is.
+        timing_cache: The file that the caller names for TensorRT's timings.
+    """
+
+    source: Source
+    config: BuildConfig
+    library: Library
+    gpu: Gpu | None
+    targets: tuple[str, ...]
+    tactic_libraries: TacticLibraries = field(default_factory=dict)
+    quantize: QuantizeOptions | None = None
+    timing_cache: Path | None = None
+
+    def history_options(self) -> dict[str, str | int | float | bool | None]:
+        """What the last entry of a passport's history says of the build, besides the passport's own fields."""
+        return {name.lower(): version for name, version in self.tactic_libraries.items()}
+
+    def describes(self, passport: PlanPassport, onnx_sha256: str) -> bool:
+        """Whether a plan was built of this typed ONNX in the same way, by the same TensorRT, for the same GPU."""
+        name, driver = (None, None) if self.gpu is None else (self.gpu.name, self.gpu.driver_version)
+        options = passport.history[-1].options if passport.history else {}
+        return (
+            (passport.onnx_sha256, passport.config) == (onnx_sha256, self.config)
+            and (passport.compute_capabilities, passport.gpu_name, passport.driver_version)
+            == (self.targets, name, driver)
+            and (passport.flavour, passport.tensorrt_version) == (self.library.flavour, self.library.version)
+            and (passport.platform, options) == (platform_here(), self.history_options())
+        )
+
+
+def must_type(source: Source, options: BuildOptions) -> bool:
+    """Whether the graph is FP32 and is to become another.
 
     Raises:
         BuildError: The graph is typed already, and as something else, or is to be calibrated again.
     """
-    wanted = options.config.precision
+    graph, wanted = source.precision, options.config.precision
     if wanted is None or wanted == graph:
         if options.quantize is not None:
             raise BuildError(
-                f"{model}: is typed {graph} already, so there is nothing to calibrate",
+                f"{source.path}: is typed {graph} already, so there is nothing to calibrate",
                 remedy="leave --calib and the other options of quantize out, or give the FP32 ONNX",
             )
         return False
     if graph != "fp32":
         raise BuildError(
-            f"{model}: is typed {graph}, and {wanted} was asked for: a plan has the precision of its graph",
+            f"{source.path}: is typed {graph}, and {wanted} was asked for: a plan has the precision of its graph",
             remedy=f"leave --{wanted} out to build it as it is, or give the FP32 ONNX"
             + ("" if wanted == "fp32" else " that it was made of"),
         )
     return True
 
 
-def choose_profile(spec: ModelSpec, options: BuildOptions, model: Path) -> ShapeProfile:
-    """The profile for a model: its fixed batch, where it has one.
+def choose_profile(source: Source, options: BuildOptions) -> ShapeProfile:
+    """The batch sizes for a model: its fixed batch, where it has one.
 
     Raises:
         BuildError: A fixed batch and the profile contradict each other, or the image size varies.
     """
-    profile = options.config.profile
+    profile, spec = options.config.profile, source.spec
     varying = [str(size) for size in spec.input.shape[1:] if not isinstance(size, int)]
     if varying:
         raise BuildError(
-            f"{model}: accepts any image size ({', '.join(varying)}), and a plan is built for one",
+            f"{source.path}: accepts any image size ({', '.join(varying)}), and a plan is built for one",
             remedy="export it again with --image-size and without --dynamic-size",
         )
     if spec.batch is None or profile == ShapeProfile(spec.batch, spec.batch, spec.batch):
         return profile
     if options.profile_given or profile != _USUAL:
         raise BuildError(
-            f"{model}: has the fixed batch {spec.batch}, and batches of {profile.min_batch}, "
+            f"{source.path}: has the fixed batch {spec.batch}, and batches of {profile.min_batch}, "
             f"{profile.opt_batch}, {profile.max_batch} are asked for",
             remedy=f"leave --min-batch, --opt-batch and --max-batch out, or give {spec.batch}; or export it again "
             f"without --batch",

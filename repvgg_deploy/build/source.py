@@ -1,4 +1,4 @@
-"""The ONNX that a plan is built from, read once, so that what is hashed is what is built."""
+"""The ONNX that a plan is built from, read once, so that what is hashed is what is built; and its number types."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ModelError
-from ..files.onnx import GraphSummary, graph_precision, read_graph, read_metadata, weighted_nodes
+from ..files.onnx import GraphSummary, NodeSummary, graph_precision, read_graph, read_metadata, weighted_nodes
 from ..files.passport import PLAN_MAGICS
-from ..specs.values import ModelMetadata, Precision
+from ..specs.values import ModelMetadata, ModelSpec, Precision
+
+_CAST = {
+    1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64", 16: "bfloat16"
+}  # fmt: skip
+"""NumPy's names of TensorProto.DataType."""
+_FIXED = {"Shape": "int64", "Size": "int64", "ArgMax": "int64", "Equal": "bool", "Greater": "bool", "Less": "bool"}
+"""Operators whose result has a type of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,11 +25,12 @@ class Source:
     """An ONNX that was read.
 
     Attributes:
-        path: Its file.
-        data: All of it.
-        sha256: Of `data`.
-        metadata: Checked against the content.
+        path: The file.
+        data: All of its bytes.
+        sha256: Digest of `data`.
+        metadata: Ours, checked against the content.
         graph: Without the weights.
+        precision: The lowest that its convolutions compute in.
     """
 
     path: Path
@@ -30,18 +38,19 @@ class Source:
     sha256: str
     metadata: ModelMetadata
     graph: GraphSummary
+    precision: Precision
 
     @property
-    def precision(self) -> Precision:
-        """What it is typed as."""
-        return graph_precision(weighted_nodes(self.graph))
+    def spec(self) -> ModelSpec:
+        """Inputs and outputs."""
+        return self.metadata.spec
 
 
 def read_source(path: Path) -> Source:
     """Reads an ONNX of ours.
 
     Raises:
-        ModelError: It is missing, damaged, changed, not one of ours, or is replaced meanwhile.
+        ModelError: It is missing, damaged, changed, not one of ours, or was replaced meanwhile.
     """
     before = _stamp(path)
     metadata, graph = _read_metadata(path), read_graph(path)
@@ -53,13 +62,13 @@ def read_source(path: Path) -> Source:
         ) from error
     if _stamp(path) != before:  # the certificate may speak of another graph than the one that would be built
         raise ModelError(f"{path}: was replaced while it was read", remedy="build it again")
-    return Source(path, data, hashlib.sha256(data).hexdigest(), metadata, graph)
+    return Source(path, data, hashlib.sha256(data).hexdigest(), metadata, graph, graph_precision(weighted_nodes(graph)))
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:
     try:
         found = path.stat()
-    except OSError:  # who reads it says what is wrong
+    except OSError:  # reading it will say what is wrong
         return None
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
@@ -74,3 +83,29 @@ def _read_metadata(path: Path) -> ModelMetadata:
                     f"{path}: is a TensorRT plan already", remedy="give the .onnx that it was built from"
                 ) from error
         raise
+
+
+def tensor_types(graph: GraphSummary, spec: ModelSpec) -> dict[str, str]:
+    """Number type of every tensor by name, in NumPy's names; one that cannot be known is left out.
+
+    TensorRT 8 does not take the types from the graph itself. They are read without the onnx package.
+    """
+    types = {**graph.types, spec.input.name: spec.input.dtype}
+    for node in graph.nodes:
+        found = _result_type(node, types)
+        for index, output in enumerate(node.outputs):
+            kind = "int64" if node.op_type == "TopK" and index == 1 else found
+            if kind is not None and output:
+                types[output] = kind
+    return types
+
+
+def _result_type(node: NodeSummary, types: dict[str, str]) -> str | None:
+    if node.op_type == "Cast":
+        return _CAST.get(node.integers.get("to", 0))
+    if node.op_type in _FIXED:
+        return _FIXED[node.op_type]
+    if node.op_type == "QuantizeLinear":
+        return types.get(node.inputs[2], "int8") if len(node.inputs) > 2 else "uint8"
+    source = 1 if node.op_type == "DequantizeLinear" else 0  # its result has the type of the scale
+    return types.get(node.inputs[source]) if len(node.inputs) > source else None

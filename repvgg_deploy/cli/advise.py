@@ -125,7 +125,7 @@ def execute(args: argparse.Namespace) -> Output:
 
 
 def _find_ground(args: argparse.Namespace) -> _Ground:
-    from ..build.build import look_for_gpu
+    from ..build.library import look_for_gpu
     from ..measure.advice import Measured, choose_files, unused_models
     from ..measure.peaks import find_gpu_peaks, look_up_gpu
     from ..measure.records import read_benchmark

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..build.build import look_for_gpu
+from ..build.library import look_for_gpu
 from ..errors import InputError, MissingDependencyError
 from ..files.onnx import WeightedNode, graph_precision, precision_of, read_graph, weighted_nodes
 from ..files.output import sha256_file

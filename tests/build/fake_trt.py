@@ -1,4 +1,6 @@
-"""A TensorRT of any version without TensorRT: it has the names that this version has and no others, and records what the builder is told.
+"""A TensorRT of any version without TensorRT.
+
+It has the names that this version has and no others, and records what the builder is told.
 
 Names by version follow the real modules: 8.5.3.1 as introspected; 8.6.1, 10.0.1, 10.9.0.34 and 11.4.0.106 by the names
 that their bindings hold.

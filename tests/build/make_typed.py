@@ -1,17 +1,18 @@
-"""Small typed ONNX files of ours, and jobs to build them, without torch."""
+"""Small typed ONNX files of ours, and requests to build them, without torch."""
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import onnx
 from onnx import TensorProto
 
-from repvgg_deploy.build.compile import BuildJob
-from repvgg_deploy.build.library import Gpu
-from repvgg_deploy.build.recipes import Typing, tensor_types
-from repvgg_deploy.files.onnx import graph_precision, read_graph, read_metadata, weighted_nodes
+from repvgg_deploy.build.library import Gpu, Library
+from repvgg_deploy.build.options import BuildRequest
+from repvgg_deploy.build.source import Source, read_source
 from repvgg_deploy.precision.fp16 import Fp16Options, to_fp16
 from repvgg_deploy.precision.typed_model import extend, load_parent, write_typed
 from repvgg_deploy.specs.values import BuildConfig
@@ -23,42 +24,56 @@ SMALL = ChainOptions(widths=(8, 16), groups=(1, 1))
 
 
 def make_typed(folder: Path, typing: str, kind: str | ChainOptions = SMALL, *, batch: int | None = None) -> Path:
-    """An ONNX of ours.
+    """An ONNX of ours, with the FP32 graph that it was made of beside it.
 
     Args:
-        folder: Where to write it.
+        folder: Where to write them.
         typing: `fp32`, `fp16`, `int8` (FP32 beside it, opset 17) or `mixed` (FP16 beside it, opset 19).
         kind: What graph.
         batch: Fixed, or None.
     """
-    options = KINDS[kind] if isinstance(kind, str) else kind
-    model = make_model(options)
-    if batch is not None:
-        for value in (*model.graph.input, *model.graph.output):
-            value.type.tensor_type.shape.dim[0].dim_value = batch
-    path = save(folder / "fp32.onnx", model)
-    if typing == "fp32":
-        return path
-    parent = load_parent(path)
-    images = make_batches(options, count=batch or 2)
-    target = folder / f"{typing}.onnx"
-    if typing == "fp16":
-        typed, _ = to_fp16(path, images, Fp16Options())
-    else:
-        graph = quantize_plainly(model, images) if typing == "int8" else quantize_mixed(model, images)
-        typed = extend(parent, graph, stage="int8", options={})
-    write_typed(target, typed)
-    return target
+    for name, data in _typed_files(typing, KINDS[kind] if isinstance(kind, str) else kind, batch).items():
+        (folder / name).write_bytes(data)
+    return folder / f"{typing}.onnx"
 
 
-def make_job(
-    path: Path, config: BuildConfig | None = None, *, targets: tuple[str, ...] = ("8.6", "8.9"), **changes: Any
-) -> BuildJob:
-    """A job as `pipeline.build` makes it."""
-    graph, spec = read_graph(path), read_metadata(path).spec
-    types = tensor_types(graph, spec)
-    typing = Typing(graph_precision(weighted_nodes(graph)), "float16" in types.values(), types)
-    return BuildJob(path.read_bytes(), graph, spec, typing, config or BuildConfig(), targets, **changes)
+@functools.cache
+def _typed_files(typing: str, options: ChainOptions, batch: int | None) -> dict[str, bytes]:
+    """By name; made once a run."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = make_model(options)
+        if batch is not None:
+            for value in (*model.graph.input, *model.graph.output):
+                value.type.tensor_type.shape.dim[0].dim_value = batch
+        path = save(Path(folder) / "fp32.onnx", model)
+        images = make_batches(options, count=batch or 2)
+        if typing == "fp16":
+            write_typed(path.with_name("fp16.onnx"), to_fp16(path, images, Fp16Options())[0])
+        elif typing != "fp32":
+            graph = quantize_plainly(model, images) if typing == "int8" else quantize_mixed(model, images)
+            write_typed(path.with_name(f"{typing}.onnx"), extend(load_parent(path), graph, stage="int8", options={}))
+        return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
+def make_request(
+    library: Library,
+    model: Path | Source,
+    config: BuildConfig | None = None,
+    *,
+    targets: tuple[str, ...] = ("8.6", "8.9"),
+    **more: Any,
+) -> BuildRequest:
+    """A request as `build_plan` makes it of a typed graph.
+
+    Args:
+        library: That builds.
+        model: The ONNX.
+        config: None for the defaults.
+        targets: Compute capabilities.
+        more: Other fields of a request; `gpu` is None by default.
+    """
+    source = read_source(model) if isinstance(model, Path) else model
+    return BuildRequest(source, config or BuildConfig(), library, **{"gpu": None, **more}, targets=targets)
 
 
 def inferred_types(path: Path) -> dict[str, str]:

@@ -1,5 +1,6 @@
-"""Every name of TensorRT that a build uses is one that the real classes have: of TensorRT 8.5.3.1 and TensorRT-RTX, recorded from real wheels.
+"""Every name of TensorRT that a build uses is one that the real classes have.
 
+Those of TensorRT 8.5.3.1 and TensorRT-RTX were recorded from their wheels.
 TensorRT 10 and 11 cannot be asked: their full bindings load only beside libraries of gigabytes.
 """
 
@@ -21,7 +22,8 @@ APIS: dict[str, dict[str, list[str]]] = {
 RECEIVERS = {
     "builder": "Builder", "settings": "IBuilderConfig", "network": "INetworkDefinition", "parser": "OnnxParser",
     "trt_profile": "IOptimizationProfile",
-    "engine": "ICudaEngine", "inspector": "EngineInspector", "runtime": "Runtime", "measured": "ITimingCache", "context": "IExecutionContext",
+    "engine": "ICudaEngine", "inspector": "EngineInspector", "runtime": "Runtime", "measured": "ITimingCache",
+    "context": "IExecutionContext",
 }  # fmt: skip
 ENUMS = {"BuilderFlag", "HardwareCompatibilityLevel", "LayerInformationFormat", "MemoryPoolType", "ProfilingVerbosity"}
 LACKING = {

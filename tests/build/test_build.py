@@ -1,4 +1,4 @@
-"""build_plan on a TensorRT that only records, with a GPU that is only described: passport, caches, outputs, precision honesty, edge cases."""
+"""build_plan on a TensorRT that only records, with a GPU that is only described: passport, cache, outputs, edge cases."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ import numpy as np
 import onnx
 import pytest
 
-from repvgg_deploy.build import build, source
 from repvgg_deploy.build import build as build_module
-from repvgg_deploy.build.build import BuildResult, GpuSearch, build_plan
-from repvgg_deploy.build.deliver import deliver, refresh_passport
-from repvgg_deploy.build.library import Gpu
-from repvgg_deploy.build.options import BuildOptions
+from repvgg_deploy.build import source
+from repvgg_deploy.build.build import BuildResult, build_plan
+from repvgg_deploy.build.deliver import deliver
+from repvgg_deploy.build.library import Gpu, GpuSearch
+from repvgg_deploy.build.options import BuildOptions, BuildRequest
+from repvgg_deploy.build.source import tensor_types
 from repvgg_deploy.errors import (
     ArtifactError,
     BuildError,
@@ -37,11 +38,10 @@ from repvgg_deploy.files.passport import passport_path, read_passport, require_u
 from repvgg_deploy.files.plan_place import Compatible, Environment, judge_plan
 from repvgg_deploy.precision.int8 import FAST
 from repvgg_deploy.precision.options import QuantizeOptions
-from repvgg_deploy.specs.values import BuildConfig, PlanPassport, Precision, ShapeProfile, VariantSpec
+from repvgg_deploy.specs.values import BuildConfig, PlanPassport, Precision, ShapeProfile
 from tests.build.fake_trt import PLAN, FakeTrt, Faults, flags_of
 from tests.build.make_typed import A10, make_typed
 from tests.files.make_passport import make_passport
-from tests.runtime.make_model import write_bound
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -117,7 +117,7 @@ def test_passport_says_all_that_the_plan_is(tmp_path: Path, tensorrt) -> None:
 @pytest.mark.parametrize("version", ["8.5.3.1", "8.6.1", "10.9.0.34", "11.4.0.106"])
 @pytest.mark.parametrize("typing", ["fp16", "int8"])
 def test_fp32_graph_becomes_typed_and_means_the_same_on_every_version(
-    tmp_path: Path, tensorrt, version: str, typing: Precision
+    tmp_path: Path, tensorrt, monkeypatch: pytest.MonkeyPatch, version: str, typing: Precision
 ) -> None:
     model = make_typed(tmp_path, "fp32")
     np.savez(tmp_path / "i.npz", images=np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8))
@@ -125,26 +125,21 @@ def test_fp32_graph_becomes_typed_and_means_the_same_on_every_version(
     seen: list[Any] = []
 
     trt = tensorrt(model, version, Faults(inspector='{"Layers": [], "Bindings": []}'))
-    real = build_module.build_typed.__globals__["build"]
-    patch = pytest.MonkeyPatch()
+    real = build_module.compile_plan
 
-    def spy(library: Any, job: Any, **more: Any) -> Any:
-        seen.append(job)
-        library.trt._graph = job.graph
-        return real(library, job, **more)
+    def spy(request: BuildRequest, **more: Any) -> Any:
+        seen.append(request.source)
+        request.library.trt._graph = request.source.graph
+        return real(request, **more)
 
-    patch.setitem(build_module.build_typed.__globals__, "build", spy)
-    try:
-        result = build_plan(model, options=BuildOptions(config(typing), quantize=quantize))
-    finally:
-        patch.undo()
-    (job,) = seen
+    monkeypatch.setattr(build_module, "compile_plan", spy)
+    result = build_plan(model, options=BuildOptions(config(typing), quantize=quantize))
+    (made,) = seen
     weak = version.startswith("8")
-    assert job.typing.precision == typing == result.passport.config.precision
-    assert job.typing.has_halves == (
-        typing == "fp16" or not weak
-    )  # INT8 stands beside FP32 where TensorRT 8 is to build it
-    assert job.graph.opset == (17 if weak or typing == "fp16" else 19)
+    assert made.precision == typing == result.passport.config.precision
+    # INT8 stands beside FP32 where TensorRT 8 is to build it.
+    assert ("float16" in tensor_types(made.graph, made.spec).values()) == (typing == "fp16" or not weak)
+    assert made.graph.opset == (17 if weak or typing == "fp16" else 19)
     wanted = {"FP16": True, "OBEY_PRECISION_CONSTRAINTS": True} if typing == "fp16" else {"INT8": True}
     assert flags_of(trt) == {"TF32": False, **(wanted if weak else {})}
     assert result.typed_from_fp32 and [entry.stage for entry in result.passport.history][-2:] == [typing, "build"]
@@ -315,64 +310,10 @@ def test_old_passport_never_stands_beside_a_new_plan(tmp_path: Path, tensorrt, m
     read_back(result)
 
 
-def write_old_passport(passport: Path) -> None:
-    """As it was before passports named the architecture."""
-    text = json.loads(passport.read_text())
-    assert text.pop("variant")
-    passport.write_text(json.dumps(text))
-
-
-def add_variant(model: Path) -> Path:
-    graph, metadata = onnx.load(model), read_metadata(model)
-    del graph.metadata_props[:]
-    variant = VariantSpec("tiny", (1, 1, 1, 1), (8, 8, 8, 8, 8), (1,) * 5)
-    return write_bound(model, graph.SerializeToString(), dataclasses.replace(metadata, variant=variant))
-
-
-@pytest.mark.parametrize("typing", ["fp16", "fp32"])
-def test_second_build_adds_the_architecture_to_an_old_passport(
-    tmp_path: Path, tensorrt, own_cache: Path, typing: str
-) -> None:
-    model = add_variant(make_typed(tmp_path, typing)).rename(tmp_path / "m.onnx")
-    (tmp_path / "fp32.onnx").unlink(missing_ok=True)
-    trt = tensorrt(model, faults=Faults())
-    options = BuildOptions(config("fp16"))
-
-    def build_plan(model: Path, out: Path | None = None) -> BuildResult:
-        return build_module.build_plan(model, out, options)
-
-    first = build_plan(model)
-    assert first.passport.variant is not None
-    write_old_passport(passport_path(first.output.target))
-    for passport in own_cache.glob("plans/*/passport.json"):
-        write_old_passport(passport)
-    again, elsewhere = build_plan(model), build_plan(model, tmp_path / "elsewhere.plan")
-    assert (again.output.status, again.passport_output.status, elsewhere.origin) == ("up to date", "written", "cache")
-    assert read_back(again) == read_back(elsewhere) == first.passport
-    assert build_plan(model).passport_output.status == "up to date"
-    write_old_passport(passport_path(first.output.target))
-    shutil.rmtree(own_cache)  # what stands is known to be the same without the cache, too
-    assert read_back(build_plan(model)) == first.passport
-    assert len(trt.said("network")) == 1
-    assert sorted(path.name for path in tmp_path.iterdir() if path != own_cache) == sorted(
-        ["m.onnx", *(f"{name}.plan{end}" for name in ("m", "elsewhere") for end in ("", ".json"))]
-    )
-
-
-def test_passport_of_another_plan_that_came_meanwhile_is_left_alone(tmp_path: Path, tensorrt) -> None:
-    model = make_typed(tmp_path, "fp16")
-    tensorrt(model)
-    first = build_plan(model)
-    first.output.target.write_bytes(b"ftrt another")
-    before = first.passport_output.target.read_bytes()
-    assert refresh_passport(first.output.target, first.passport).status == "up to date"
-    assert first.passport_output.target.read_bytes() == before
-
-
 def test_two_builds_at_once_leave_the_plan_and_the_passport_of_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The slower one is held between its two files for as long as the other needs, or until it is clear that the other waits."""
+    """The slower one is held between its two files until the other is done, or it is clear that the other waits."""
     plan, real = tmp_path / "x.plan", os.replace
     halfway, other_done = threading.Event(), threading.Event()
 
@@ -384,10 +325,7 @@ def test_two_builds_at_once_leave_the_plan_and_the_passport_of_one(
 
     def write(content: bytes) -> None:
         passport = make_passport(plan_sha256=hashlib.sha256(content).hexdigest())
-        deliver(plan, passport, lambda partial: write_bytes(partial, content), force=True)
-
-    def write_bytes(partial: Path, content: bytes) -> None:
-        partial.write_bytes(content)
+        deliver(plan, content, passport, force=True)
 
     monkeypatch.setattr(os, "replace", replace)
     slow = threading.Thread(target=write, args=(b"ftrt slow",), name="slow")
@@ -428,13 +366,13 @@ def test_cached_plan_that_another_process_removes_is_no_error(
     trt = tensorrt(model)
     first = build_plan(model)
     (found,) = (own_cache / "plans").iterdir()
-    real = build.require_same
+    real = build_module.is_standing
 
     def remove(*arguments: Any, **named: Any) -> bool:
         shutil.rmtree(found)  # another process makes room, after it was found and before it is copied
         return real(*arguments, **named)
 
-    monkeypatch.setattr(build, "require_same", remove)
+    monkeypatch.setattr(build_module, "is_standing", remove)
     result = build_plan(model, tmp_path / "elsewhere.plan")
     assert not found.exists() and (result.origin, read_back(result)) == ("cache", first.passport)
     assert len(trt.said("network")) == 1
@@ -626,7 +564,7 @@ import sys
 for name in ("torch", "onnx", "onnxruntime", "numpy", "PIL"):
     sys.modules[name] = None  # an import of it fails
 sys.path.insert(0, {str(tmp_path)!r})
-from repvgg_deploy.pipeline import build
+from repvgg_deploy.build import build
 from repvgg_deploy.errors import MissingDependencyError
 from repvgg_deploy.cli.trt import main
 sys.modules["tensorrt"] = sys.modules["tensorrt_rtx"] = None

@@ -7,13 +7,19 @@ import logging
 import os
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from repvgg_deploy.build.cache import PlanCache, cache_folder, make_key
+from repvgg_deploy.build.cache import PlanCache, cache_folder, plan_key
+from repvgg_deploy.build.library import Library
+from repvgg_deploy.build.source import read_source
+from repvgg_deploy.precision.options import QuantizeOptions
 from repvgg_deploy.specs import codec
-from repvgg_deploy.specs.values import PlanPassport
+from repvgg_deploy.specs.values import BuildConfig, PlanPassport
+from tests.build.make_typed import A10, make_request, make_typed
 from tests.files.make_passport import make_passport
 
 KEY, OTHER = "a" * 64, "b" * 64
@@ -34,30 +40,13 @@ def test_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert cache_folder() == tmp_path / ".cache" / "repvgg-deploy"
 
 
-def test_key_changes_with_every_part() -> None:
-    base = {"onnx": "x", "config": [1, 2]}
-    assert make_key(base) == make_key(dict(reversed(base.items())))
-    assert (
-        len(
-            {
-                make_key(base),
-                make_key({**base, "onnx": "y"}),
-                make_key({**base, "config": [2, 1]}),
-                make_key({**base, "gpu": None}),
-            }
-        )
-        == 4
-    )
-
-
 def test_plan_is_found_as_it_was_stored(tmp_path: Path) -> None:
     cache = PlanCache(tmp_path / "cache")
     plan, passport = entry()
     assert cache.find(KEY) is None
     cache.store(KEY, plan, passport)
-    found = cache.find(KEY)
-    assert found is not None and found.passport == passport and found.data == b"ftrt plan"
-    assert cache.find(OTHER) is None
+    assert cache.find(KEY) == (b"ftrt plan", passport)
+    assert cache.find(OTHER) is None and cache.find(None) is None
     assert [path.name for path in (tmp_path / "cache" / "plans").iterdir()] == [KEY]
 
 
@@ -103,7 +92,7 @@ def test_plan_that_was_found_stays_whole_when_its_entry_goes(tmp_path: Path) -> 
     found = cache.find(KEY)
     cache.store(OTHER, *entry(b"ftrt a larger plan"))  # makes room
     assert not (tmp_path / "cache" / "plans" / KEY).exists()
-    assert found is not None and found.data == b"ftrt plan"
+    assert found is not None and found[0] == b"ftrt plan"
 
 
 def test_cache_that_is_deleted_while_it_is_tidied_costs_no_build(
@@ -123,24 +112,12 @@ def test_users_who_share_the_folder_share_the_plans(tmp_path: Path, mask: int, m
     try:
         cache = PlanCache(tmp_path / "cache")
         cache.store(KEY, *entry())
-        cache.store_request(OTHER, KEY)
     finally:
         os.umask(before)
     folder = tmp_path / "cache" / "plans" / KEY
-    files = [folder / "plan", folder / "passport.json", tmp_path / "cache" / "requests" / OTHER]
+    files = [folder / "plan", folder / "passport.json"]
     assert folder.stat().st_mode & 0o777 == mode
     assert {path.stat().st_mode & 0o777 for path in files} == {mode & 0o666}
-
-
-def test_request_that_cannot_be_written_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", refuse)
-    PlanCache(tmp_path / "cache").store_request(OTHER, KEY)
-    assert "No space left" in caplog.text and list((tmp_path / "cache" / "requests").iterdir()) == []
 
 
 def test_what_was_abandoned_counts_no_more_once_it_is_gone(tmp_path: Path) -> None:
@@ -203,7 +180,7 @@ def test_many_that_store_the_same_plan_leave_one_whole_entry(tmp_path: Path) -> 
         thread.start()
     for thread in threads:
         thread.join(300)
-    assert len(found) == 8 and all(item is not None and item.passport == passport for item in found)
+    assert len(found) == 8 and all(item is not None and item[1] == passport for item in found)
     assert [path.name for path in (tmp_path / "cache" / "plans").iterdir()] == [KEY]
 
 
@@ -212,17 +189,48 @@ def test_cache_that_cannot_be_written_costs_no_build(tmp_path: Path, caplog: pyt
     cache = PlanCache(tmp_path / "cache")
     with caplog.at_level(logging.WARNING):
         cache.store(KEY, *entry())
-        cache.store_request(OTHER, KEY)
-    assert cache.find(KEY) is None and cache.find_request(OTHER) is None
-    assert (
-        "the plan was not put into the cache" in caplog.text and "the request was not put into the cache" in caplog.text
+    assert cache.find(KEY) is None and "the plan was not put into the cache" in caplog.text
+
+
+def test_cache_without_a_folder_keeps_nothing() -> None:
+    cache = PlanCache(None)
+    cache.store(KEY, *entry())
+    assert cache.find(KEY) is None
+
+
+def test_key_changes_with_every_part(tmp_path: Path) -> None:
+    base = make_request(Library("tensorrt", None, "10.9.0.34"), make_typed(tmp_path, "fp16"), gpu=A10)
+    calibrated = replace(base, quantize=QuantizeOptions("int8", "statistics"))
+    others = (
+        replace(base, source=read_source(make_typed(tmp_path, "fp32"))),
+        replace(base, config=BuildConfig(sparse=True)),
+        replace(base, library=Library("tensorrt", None, "10.9.0.35")),
+        replace(base, gpu=replace(A10, driver_version="600.1")),
+        replace(base, gpu=None),
+        replace(base, targets=("8.6",)),
+        replace(base, tactic_libraries={"CUDNN": None}),
+        calibrated,
+        replace(calibrated, quantize=QuantizeOptions("int8", "statistics", min_agreement=0.5)),
     )
+    assert plan_key(base) == plan_key(replace(base, timing_cache=tmp_path))  # timings are no part of a plan
+    assert len({plan_key(request) for request in (base, *others)}) == 1 + len(others)
 
 
-def test_request_leads_to_its_plan(tmp_path: Path) -> None:
-    cache = PlanCache(tmp_path / "cache")
-    assert cache.find_request(OTHER) is None
-    cache.store_request(OTHER, KEY)
-    assert cache.find_request(OTHER) == KEY
-    (tmp_path / "cache" / "requests" / OTHER).write_text("../../etc")
-    assert cache.find_request(OTHER) is None
+def test_key_of_a_graph_to_be_calibrated_tells_images_and_scales_apart(tmp_path: Path) -> None:
+    library, model = Library("tensorrt", None, "10.9.0.34"), make_typed(tmp_path, "fp32")
+    images, scales = tmp_path / "i.npz", tmp_path / "s.json"
+
+    def key(**options: Any) -> str | None:
+        quantize = QuantizeOptions("int8", **{"calibration": images, "scales": scales, **options})
+        return plan_key(make_request(library, model, quantize=quantize))
+
+    assert key() is None  # there are none: quantize says so
+    images.write_bytes(b"1")
+    scales.write_text("1")
+    first = key()
+    images.write_bytes(b"2")
+    second = key()
+    scales.write_text("2")
+    assert len({first, second, key()} - {None}) == 3 and key() == key()
+    assert key(save_scales=tmp_path / "new.json") is None  # that file is to be written, too
+    assert key(calibration=None) is None  # none are beside the model

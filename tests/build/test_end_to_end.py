@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from repvgg_deploy.build import build as build_module
-from repvgg_deploy.build.build import GpuSearch, build_plan
+from repvgg_deploy.build.build import build_plan
 from repvgg_deploy.build.judge import check_plan
+from repvgg_deploy.build.library import GpuSearch
 from repvgg_deploy.build.options import BuildOptions
 from repvgg_deploy.cli.trt import main
 from repvgg_deploy.export.export import export_checkpoint

@@ -14,16 +14,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from repvgg_deploy.build.compile import build
+from repvgg_deploy.build.compile import _compile, compile_plan
 from repvgg_deploy.build.library import Library
-from repvgg_deploy.build.monitor import PhaseTree, run_cancellable
+from repvgg_deploy.build.monitor import BuildState, PhaseTree, run_cancellable
+from repvgg_deploy.build.options import BuildRequest
+from repvgg_deploy.build.source import read_source
 from repvgg_deploy.errors import BuildError
 from tests.build.fake_trt import FakeTrt, Faults
-from tests.build.make_typed import A10, make_job, make_typed
+from tests.build.make_typed import A10, make_request, make_typed
 
 
-def library(version: str, path: Path, faults: Faults) -> Library:
-    return Library("tensorrt", FakeTrt(version, path, make_job(path).spec, faults), version)
+def request(version: str, path: Path, faults: Faults) -> BuildRequest:
+    source = read_source(path)
+    return make_request(Library("tensorrt", FakeTrt(version, path, source.spec, faults), version), source, gpu=A10)
 
 
 def test_share_counts_a_phase_as_part_of_its_parents_step() -> None:
@@ -79,17 +82,13 @@ def test_interruption_waits_for_tensorrt_and_is_raised(tmp_path: Path, version: 
         entered.set()
         assert cancelled.wait(300)
 
-    path = make_typed(tmp_path, "fp32")
-    faults = Faults(during=during)
-    trt = library(version, path, faults)
-
     def report(_: float) -> None:
         if entered.is_set():
             threading.Timer(0.01, cancelled.set).start()  # TensorRT goes on until its next step
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build(trt, make_job(path, gpu=A10), report=report)
+        compile_plan(request(version, make_typed(tmp_path, "fp32"), Faults(during=during)), report=report)
     assert cancelled.is_set() and not [thread for thread in threading.enumerate() if thread.name == "repvgg-build"]
 
 
@@ -97,17 +96,17 @@ class Stoppable:
     """Work that ends some time after it was told to, as TensorRT's does at its next step."""
 
     def __init__(self) -> None:
-        self.cancelled, self.entered, self.ended = threading.Event(), threading.Event(), threading.Event()
+        self.state, self.entered, self.ended = BuildState(), threading.Event(), threading.Event()
 
     def work(self) -> None:
         self.entered.set()
-        assert self.cancelled.wait(300)
+        assert self.state.cancelled.wait(300)
         time.sleep(0.2)
         self.ended.set()
 
     def run(self) -> None:
         trt = SimpleNamespace(IProgressMonitor=None)
-        run_cancellable(Library("tensorrt", trt, "10.9.0.34"), self.work, self.cancelled, poll=lambda: None)
+        run_cancellable(Library("tensorrt", trt, "10.9.0.34"), self.work, self.state, poll=lambda: None)
 
 
 def test_signal_in_the_midst_of_waiting_waits_for_tensorrt_too() -> None:
@@ -158,21 +157,15 @@ def test_signal_before_the_thread_begins_begins_nothing(monkeypatch: pytest.Monk
 
 
 def test_cancelled_build_stops_at_the_next_step(tmp_path: Path) -> None:
-    path = make_typed(tmp_path, "fp32")
-    event = threading.Event()
-    event.set()
-    from repvgg_deploy.build.compile import _build, _Work
-
-    work = _Work(library("10.9.0.34", path, Faults()), make_job(path, gpu=A10), cancelled=event)
+    state = BuildState()
+    state.cancelled.set()
     with pytest.raises(BuildError, match="was stopped"):
-        _build(work)
+        _compile(request("10.9.0.34", make_typed(tmp_path, "fp32"), Faults()), state)
 
 
-def test_error_of_the_worker_is_raised_where_it_is_waited_for(tmp_path: Path) -> None:
-    path = make_typed(tmp_path, "fp32")
-
+def test_error_of_the_worker_is_raised_where_it_is_waited_for() -> None:
     def fail() -> None:
         raise BuildError("no", remedy="none at all")
 
     with pytest.raises(BuildError, match="no"):
-        run_cancellable(library("8.6.1", path, Faults()), fail, threading.Event(), poll=lambda: None)
+        run_cancellable(Library("tensorrt", None, "8.6.1"), fail, BuildState(), poll=lambda: None)

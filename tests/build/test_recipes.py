@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import enum
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from repvgg_deploy.build.compile import build
+from repvgg_deploy.build.compile import compile_plan
 from repvgg_deploy.build.library import Library
-from repvgg_deploy.build.recipes import require_options, resolve_targets
+from repvgg_deploy.build.recipes import require_gpu, require_options, require_typing, resolve_targets
+from repvgg_deploy.build.source import read_source
 from repvgg_deploy.errors import BuildError, CudaError
-from repvgg_deploy.files.onnx import read_metadata
 from repvgg_deploy.specs.values import BuildConfig, ShapeProfile
 from tests.build.fake_trt import PLAN, FakeTrt, Faults, flags_of
-from tests.build.make_typed import A10, make_job, make_typed
+from tests.build.make_typed import A10, make_request, make_typed
 
 VERSIONS = ("8.5.3.1", "8.6.1", "10.0.1", "10.9.0.34", "10.16.1.11", "11.4.0.106")
 WEAK = ("8.5.3.1", "8.6.1")
@@ -27,8 +28,10 @@ OFF = {"TF32": False}
 def build_fake(
     version: str, path: Path, config: BuildConfig | None = None, faults: Faults | None = None, **changes: Any
 ) -> tuple[FakeTrt, Any]:
-    trt = FakeTrt(version, path, read_metadata(path).spec, faults)
-    return trt, build(Library("tensorrt", trt, version), make_job(path, config, **{"gpu": A10, **changes}))
+    source = read_source(path)
+    trt = FakeTrt(version, path, source.spec, faults)
+    library = Library("tensorrt", trt, version)
+    return trt, compile_plan(make_request(library, source, config, gpu=A10, **changes))
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -112,25 +115,28 @@ def test_options_reach_the_builder(tmp_path: Path, version: str) -> None:
         (BuildConfig(hardware_compatible=True), "--hardware-compatible"),
     ],
 )
-def test_tensorrt_8_5_refuses_what_came_later(tmp_path: Path, config: BuildConfig, flag: str) -> None:
+def test_tensorrt_8_5_refuses_what_came_later(config: BuildConfig, flag: str) -> None:
     with pytest.raises(BuildError, match=f"TensorRT 8.5.3.1 has no {flag}: it came with 8.6"):
-        build_fake("8.5.3.1", make_typed(tmp_path, "fp32"), config)
+        require_options(Library("tensorrt", None, "8.5.3.1"), config, ())
 
 
 def test_tensorrt_8_refuses_an_operator_set_that_it_does_not_know(tmp_path: Path) -> None:
-    path = make_typed(tmp_path, "fp32")
-    job = make_job(path)
-    from dataclasses import replace
-
-    trt = FakeTrt("8.6.1", path, job.spec)
+    source = read_source(make_typed(tmp_path, "fp32"))
+    later = replace(source, graph=replace(source.graph, opset=19))
     with pytest.raises(BuildError, match="operator sets up to 17, and the graph is of 19") as caught:
-        build(Library("tensorrt", trt, "8.6.1"), replace(job, graph=replace(job.graph, opset=19), gpu=A10))
+        require_typing(Library("tensorrt", None, "8.6.1"), later)
     assert "--opset 17" in caught.value.remedy
 
 
 def test_targets_are_of_tensorrt_rtx() -> None:
     with pytest.raises(BuildError, match="--target is of TensorRT-RTX"):
         require_options(Library("tensorrt", None, "10.9.0.34"), BuildConfig(), ("8.6",))
+
+
+@pytest.mark.parametrize("config", [BuildConfig(version_compatible=True), BuildConfig(hardware_compatible=True)])
+def test_tensorrt_rtx_refuses_what_it_lacks(config: BuildConfig) -> None:
+    with pytest.raises(BuildError, match="(runs plans of its own release only|has no --hardware-compatible)"):
+        require_options(rtx("SM86"), config, ())
 
 
 def rtx(capabilities: str) -> Library:
@@ -155,10 +161,11 @@ def test_tensorrt_builds_for_the_gpu_that_is_here() -> None:
     assert resolve_targets(Library("tensorrt", None, "10.9.0.34"), (), "8.6") == ("8.6",)
 
 
-def test_tensorrt_needs_a_gpu(tmp_path: Path) -> None:
-    with pytest.raises(CudaError, match="builds on the GPU that the plan is for, and there is none here") as caught:
-        build_fake("10.9.0.34", make_typed(tmp_path, "fp32"), gpu=None)
+def test_tensorrt_needs_a_gpu() -> None:
+    with pytest.raises(CudaError, match="is for, and there is none here: no driver") as caught:
+        require_gpu(Library("tensorrt", None, "10.9.0.34"), None, "no driver")
     assert "--backend rtx" in caught.value.remedy
+    require_gpu(rtx("SM86"), None)
 
 
 def test_class_numbers_of_tensorrt_8_are_int32(tmp_path: Path) -> None:
@@ -173,7 +180,7 @@ def test_parser_error_names_the_node_and_quotes_tensorrt(tmp_path: Path, version
     faults = Faults(parser=((2, "In node 2 (importConv): INVALID_NODE: weights are missing"),))
     with pytest.raises(BuildError) as caught:
         build_fake(version, path, faults=faults)
-    name = make_job(path).graph.nodes[2].name
+    name = read_source(path).graph.nodes[2].name
     assert (
         f"TensorRT {version}'s parser refuses the graph:\n    node {name} (Conv): In node 2 (importConv): INVALID_NODE"
         in caught.value.message

@@ -1,4 +1,4 @@
-"""Real builds with TensorRT-RTX, which needs no GPU: every typing and kind of model, options, progress, interruption, errors, reproducibility."""
+"""Real builds with TensorRT-RTX, which needs no GPU: every typing and kind of model, options, progress, errors."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from typing import Any
 
 import pytest
 
-from repvgg_deploy.build.compile import BuiltPlan, _build, _Work, build
+from repvgg_deploy.build import compile as compile_module
+from repvgg_deploy.build.compile import BuiltPlan, _compile, compile_plan
+from repvgg_deploy.build.inspect import WeightedLayer, weigh_layers
 from repvgg_deploy.build.library import open_library
-from repvgg_deploy.build.monitor import make_monitor
+from repvgg_deploy.build.monitor import BuildState
 from repvgg_deploy.build.recipes import resolve_targets
+from repvgg_deploy.build.source import Source, read_source
 from repvgg_deploy.errors import BuildError
+from repvgg_deploy.files.onnx import read_metadata
 from repvgg_deploy.files.passport import PLAN_MAGICS
 from repvgg_deploy.specs.values import BuildConfig, ShapeProfile
-from tests.build.make_typed import make_job, make_typed
+from tests.build.make_typed import make_request, make_typed
 from tests.precision.rtx import needs_rtx
 
 pytestmark = needs_rtx
@@ -27,11 +31,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def build_rtx(path: Path, config: BuildConfig | None = None, **changes: Any) -> BuiltPlan:
-    return build(open_library("rtx"), make_job(path, config, **changes))
+    return compile_plan(make_request(open_library("rtx"), path, config, **changes))
 
 
 def digest(path: Path, *targets: str) -> str:
-    """Of a plan that a process of its own builds: TensorRT-RTX numbers what it compiles through all builds of a process."""
+    """SHA-256 of a plan. A process of its own builds it: TensorRT-RTX numbers what it compiles through all its builds."""
     code = (
         "import hashlib, sys; from pathlib import Path; from tests.build.test_rtx_builds import build_rtx; "
         "print(hashlib.sha256(memoryview(build_rtx(Path(sys.argv[1]), targets=tuple(sys.argv[2:])).data)).hexdigest())"
@@ -63,13 +67,14 @@ def test_every_typing_of_every_kind_of_model_is_built(tmp_path: Path, typing: st
     built = build_rtx(path)
     assert bytes(memoryview(built.data)[:4]) in PLAN_MAGICS
     assert built.report is None  # no GPU to inspect with
-    spec = make_job(path).spec
-    assert built.output_types == {output.name: output.dtype for output in spec.outputs}
+    assert built.output_types == {output.name: output.dtype for output in read_metadata(path).spec.outputs}
     assert list(built.seconds) == ["parse", "build"]
 
 
-def test_work_is_weighed_by_the_shapes_that_tensorrt_found(tmp_path: Path) -> None:
-    weighted = build_rtx(make_typed(tmp_path, "int8", "grouped")).weighted
+def test_work_is_weighed_by_the_shapes_that_tensorrt_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weighted: list[WeightedLayer] = []
+    monkeypatch.setattr(compile_module, "weigh_layers", lambda *found: weighted.extend(weigh_layers(*found)))
+    build_rtx(make_typed(tmp_path, "int8", "grouped"))
     macs = {layer.name: layer.macs for layer in weighted}
     assert macs["stage0.conv"] == 8 * 3 * 9 * 8 * 8  # 16 px at stride 2
     assert macs["stage3.conv"] == 24 * 16 // 4 * 9 * 4 * 4 and macs["linear"] == 32 * 10
@@ -115,47 +120,34 @@ def test_options_that_work_without_a_gpu_are_taken(tmp_path: Path, option: str) 
     assert memoryview(build_rtx(make_typed(tmp_path, "fp32"), OPTIONS[option]).data).nbytes > 10_000
 
 
-@pytest.mark.parametrize("config", [BuildConfig(version_compatible=True), BuildConfig(hardware_compatible=True)])
-def test_options_that_tensorrt_rtx_lacks_are_refused_by_us(tmp_path: Path, config: BuildConfig) -> None:
-    with pytest.raises(
-        BuildError, match=r"TensorRT-RTX .* (runs plans of its own release only|has no --hardware-compatible)"
-    ):
-        build_rtx(make_typed(tmp_path, "fp32"), config)
-
-
 def test_progress_rises_to_the_end(tmp_path: Path) -> None:
     shares: list[float] = []
-    work = _Work(open_library("rtx"), make_job(make_typed(tmp_path, "mixed", "plain")))
 
-    class Position:
-        @property
-        def share(self) -> float:
-            return shares[-1] if shares else 0.0
+    class State(BuildState):
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+            if name == "share":
+                shares.append(value)
 
-        @share.setter
-        def share(self, value: float) -> None:
-            shares.append(value)
-
-    work.position = Position()  # type: ignore[assignment]
-    _build(work)
+    _compile(make_request(open_library("rtx"), make_typed(tmp_path, "mixed", "plain")), State())
     assert len(shares) > 20 and shares == sorted(shares) and (shares[0] >= 0, shares[-1]) == (True, 1.0)
 
 
 def test_build_that_is_cancelled_gives_no_plan(tmp_path: Path) -> None:
-    work = _Work(open_library("rtx"), make_job(make_typed(tmp_path, "fp16")))
-    work.cancelled.set()
+    state = BuildState()
+    state.cancelled.set()
     with pytest.raises(BuildError, match="was stopped"):
-        _build(work)
+        _compile(make_request(open_library("rtx"), make_typed(tmp_path, "fp16")), state)
 
 
 def test_interrupted_build_raises_and_leaves_no_thread(tmp_path: Path) -> None:
-    job = make_job(make_typed(tmp_path, "fp16"))
+    request = make_request(open_library("rtx"), make_typed(tmp_path, "fp16"))
 
     def report(_: float) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build(open_library("rtx"), job, report=report)
+        compile_plan(request, report=report)
     assert not [thread for thread in threading.enumerate() if thread.name == "repvgg-build"]
 
 
@@ -167,7 +159,7 @@ def test_parser_error_is_nvidias_own_with_the_node(tmp_path: Path) -> None:
     model.graph.node[2].op_type = "NoSuchOperator"
     name = model.graph.node[2].name
     with pytest.raises(BuildError) as caught:
-        build(open_library("rtx"), dataclasses.replace(make_job(path), data=model.SerializeToString()))
+        build_source(read_source(path), data=model.SerializeToString())
     assert (
         f"node {name} (NoSuchOperator):" in caught.value.message and "parser refuses the graph" in caught.value.message
     )
@@ -175,47 +167,21 @@ def test_parser_error_is_nvidias_own_with_the_node(tmp_path: Path) -> None:
 
 
 def test_builder_error_is_nvidias_own(tmp_path: Path) -> None:
-    path = make_typed(tmp_path, "fp32")
-    job = make_job(path, BuildConfig(profile=ShapeProfile(1, 8, 32)))
-    wrong = dataclasses.replace(job.spec, input=dataclasses.replace(job.spec.input, shape=("batch", 3, 99, 99)))
     with pytest.raises(BuildError) as caught:  # the profile speaks of another image size than the graph
-        build(open_library("rtx"), dataclasses.replace(job, spec=wrong))
+        build_wrong_input(make_typed(tmp_path, "fp32"), shape=("batch", 3, 99, 99))
     assert "\n    " in caught.value.message and caught.value.remedy
 
 
 def test_network_that_is_not_the_specifications_is_refused(tmp_path: Path) -> None:
-    job = make_job(make_typed(tmp_path, "fp32"))
-    wrong = dataclasses.replace(job.spec, input=dataclasses.replace(job.spec.input, name="image"))
     with pytest.raises(BuildError, match="the model's metadata speaks of"):
-        build(open_library("rtx"), dataclasses.replace(job, spec=wrong))
+        build_wrong_input(make_typed(tmp_path, "fp32"), name="image")
 
 
-def test_every_name_of_tensorrt_rtx_that_is_used_exists() -> None:
-    import tensorrt_rtx as trt
+def build_wrong_input(path: Path, **changes: Any) -> None:
+    source = read_source(path)
+    spec = dataclasses.replace(source.spec, input=dataclasses.replace(source.spec.input, **changes))
+    build_source(source, metadata=dataclasses.replace(source.metadata, spec=spec))
 
-    names = {
-        trt.Builder: "create_network create_builder_config create_optimization_profile build_serialized_network",
-        trt.IBuilderConfig: "set_flag clear_flag set_memory_pool_limit add_optimization_profile profiling_verbosity "
-        "builder_optimization_level "
-        "progress_monitor num_compute_capabilities set_compute_capability create_timing_cache set_timing_cache "
-        "get_timing_cache "
-        "hardware_compatibility_level",
-        trt.OnnxParser: "parse num_errors get_error",
-        trt.ParserError: "node node_name node_operator desc",
-        trt.INetworkDefinition: "num_layers get_layer num_inputs get_input num_outputs get_output",
-        trt.ITimingCache: "combine serialize",
-        trt.ILayer: "name type num_inputs num_outputs get_input get_output",
-        trt.Runtime: "deserialize_cuda_engine engine_host_code_allowed",
-        trt.ICudaEngine: "create_engine_inspector create_execution_context",
-        trt.EngineInspector: "get_engine_information execution_context",
-        trt.IExecutionContext: "set_input_shape",
-        trt.BuilderFlag: "TF32 SPARSE_WEIGHTS VERSION_COMPATIBLE",
-        trt.MemoryPoolType: "WORKSPACE",
-        trt.ProfilingVerbosity: "DETAILED",
-        trt.HardwareCompatibilityLevel: "AMPERE_PLUS",
-        trt.LayerInformationFormat: "JSON",
-    }
-    assert {
-        (kind.__name__, name) for kind, text in names.items() for name in text.split() if not hasattr(kind, name)
-    } == set()
-    assert make_monitor(trt, None, threading.Event()) is not None  # type: ignore[arg-type]
+
+def build_source(source: Source, **changes: Any) -> None:
+    compile_plan(make_request(open_library("rtx"), dataclasses.replace(source, **changes)))

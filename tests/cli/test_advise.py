@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from repvgg_deploy.build import build
+from repvgg_deploy.build.library import GpuSearch
 from repvgg_deploy.cli.trt import main
 from repvgg_deploy.measure.records import write_benchmark
 from repvgg_deploy.runtime.cuda import opening
@@ -146,7 +146,7 @@ def test_gpu_that_is_here_is_taken_and_without_one_it_must_be_named(monkeypatch,
     cuda.info[0] = type(cuda.info[0])("NVIDIA L4", "8.9", "580.1", "13.0", 24 << 30)
     status, text, _ = run(capsys, "--min-top1", 70)
     assert status == 0 and "device     L4" in text
-    monkeypatch.setattr("repvgg_deploy.build.build.look_for_gpu", lambda: build.GpuSearch(None, "no driver was found"))
+    monkeypatch.setattr("repvgg_deploy.build.library.look_for_gpu", lambda: GpuSearch(None, "no driver was found"))
     status, _, err = run(capsys, "--min-top1", 70)
     assert status == 1 and "no driver was found" in err and "--gpu t4" in err
     status, _, err = run(capsys, "--min-top1", 70, "--gpu", "voodoo2")

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from repvgg_deploy.build import build as build_module
-from repvgg_deploy.build.build import GpuSearch
+from repvgg_deploy.build.library import GpuSearch
 from repvgg_deploy.cli.build import parse_bytes, read_build_options
 from repvgg_deploy.cli.common import Progress
 from repvgg_deploy.cli.trt import build_parser, main

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from repvgg_deploy.build import judge as check_module
-from repvgg_deploy.build.build import GpuSearch, look_for_gpu
-from repvgg_deploy.build.library import Gpu
+from repvgg_deploy.build.library import Gpu, GpuSearch, look_for_gpu
 from repvgg_deploy.cli.trt import main
 from repvgg_deploy.specs import codec
 from tests.files.make_passport import make_passport

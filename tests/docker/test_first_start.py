@@ -17,9 +17,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from repvgg_deploy.build import build, library
-from repvgg_deploy.build.build import GpuSearch
-from repvgg_deploy.build.library import Gpu
+from repvgg_deploy.build import library
+from repvgg_deploy.build.library import Gpu, GpuSearch
 from repvgg_deploy.cli import trt
 from repvgg_deploy.cli.trt import main as repvgg_trt
 from tests.endless import Stage, start_endless
@@ -194,7 +193,7 @@ def test_failed_build_ends_with_its_code_starts_nothing_and_leaves_nothing(
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_signal_during_the_build_stops_it_and_leaves_nothing(number: int, code: int, container: Container) -> None:
     make_onnx(container.models / "net.onnx")
-    stage, marker = Stage("repvgg_deploy.build.build", "build"), container.models.parent / "reached"
+    stage, marker = Stage("repvgg_deploy.build.build", "compile_plan"), container.models.parent / "reached"
     process = start_endless(str(PROGRAM), ["echo", "started"], stage, marker, container.environment)
     process.send_signal(number)
     out, err = process.communicate(timeout=PATIENCE_SECONDS)
@@ -410,7 +409,7 @@ class Machine:
         self.built: list[Path] = []
         self.gpu: Gpu | None = Gpu("NVIDIA A10", "8.6", "570.1")
         self.version = "10.11.0.33"
-        monkeypatch.setattr(build, "look_for_gpu", lambda: GpuSearch(self.gpu))
+        monkeypatch.setattr(library, "look_for_gpu", lambda: GpuSearch(self.gpu))
         monkeypatch.setattr(
             library, "open_library", lambda _: SimpleNamespace(name=f"TensorRT {self.version}", is_rtx=False)
         )

@@ -1,4 +1,4 @@
-"""TensorRT's timings in a file that builds share."""
+"""TensorRT's timings in a file that builds share. For what the builder is told, see test_recipes and test_rtx_builds."""
 
 from __future__ import annotations
 
@@ -9,24 +9,29 @@ from typing import Any
 
 import pytest
 
-from repvgg_deploy.build.compile import build, choose_timing_file
-from repvgg_deploy.build.library import Library
+from repvgg_deploy.build.compile import choose_timing_file, compile_plan
+from repvgg_deploy.build.library import Gpu, Library
+from repvgg_deploy.build.options import BuildRequest
+from repvgg_deploy.build.source import read_source
 from repvgg_deploy.files.output import locked
+from repvgg_deploy.files.plan_place import Flavour
+from repvgg_deploy.specs.values import BuildConfig
 from tests.build.fake_trt import FakeTrt, Faults
-from tests.build.make_typed import A10, make_job, make_typed
+from tests.build.make_typed import A10, make_request, make_typed
 
 
 def run(path: Path, file: Path, faults: Faults | None = None, gpu: str = "a10") -> Any:
-    trt = FakeTrt("10.9.0.34", path, make_job(path).spec, faults)
+    source = read_source(path)
+    trt = FakeTrt("10.9.0.34", path, source.spec, faults)
     trt.gpu = gpu
-    return build(Library("tensorrt", trt, "10.9.0.34"), make_job(path, gpu=A10, timing=file))
+    return compile_plan(make_request(Library("tensorrt", trt, "10.9.0.34"), source, gpu=A10, timing_cache=file))
 
 
 def test_timings_are_kept_and_used_again(tmp_path: Path) -> None:
     model, file = make_typed(tmp_path, "fp32"), tmp_path / "t.timing"
-    assert run(model, file, Faults(measured=("a", "b"))).timing_bytes == 0
+    run(model, file, Faults(measured=("a", "b")))
     assert file.read_text() == "a10|a,b"
-    assert run(model, file, Faults(measured=("c",))).timing_bytes == len("a10|a,b")
+    run(model, file, Faults(measured=("c",), during=file.unlink))  # what TensorRT was given before is not lost
     assert file.read_text() == "a10|a,b,c"
 
 
@@ -40,7 +45,7 @@ def test_timings_of_another_gpu_are_neither_used_nor_replaced(tmp_path: Path, ca
     model, file = make_typed(tmp_path, "fp32"), tmp_path / "t.timing"
     file.write_text("h100|x")
     with caplog.at_level(logging.WARNING):
-        assert run(model, file).timing_bytes == 0
+        assert run(model, file).data
     assert file.read_text() == "h100|x" and "of another GPU or TensorRT" in caplog.text
 
 
@@ -59,7 +64,7 @@ def test_damaged_timings_are_neither_used_nor_replaced_and_cost_no_plan(
     model, file = make_typed(tmp_path, "fp32"), tmp_path / "t.timing"
     file.write_bytes(b"no timings")
     with caplog.at_level(logging.WARNING):
-        assert run(model, file).timing_bytes == 0
+        assert run(model, file).data
     assert file.read_bytes() == b"no timings" and "the timings are damaged" in caplog.text
     file.unlink()
     assert run(model, file, Faults(during=lambda: file.write_bytes(b"no timings") and None)).data
@@ -111,33 +116,29 @@ def test_lock_lets_one_in_at_a_time(tmp_path: Path) -> None:
     assert counter.read_text() == "200"
 
 
-def library(flavour: str, version: str) -> Library:
-    return Library(flavour, None, version)
+def choose(version: str, gpu: Gpu | None, given: Path | None = None, flavour: Flavour = "tensorrt") -> Path | None:
+    source: Any = None
+    library = Library(flavour, None, version)
+    return choose_timing_file(BuildRequest(source, BuildConfig(), library, gpu, (), timing_cache=given))
+
+
+L4, ADA = Gpu("NVIDIA L4", "8.9", None), Gpu("NVIDIA RTX 4000 Ada", "8.9", None)
 
 
 def test_file_is_one_for_each_gpu_and_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REPVGG_DEPLOY_CACHE", str(tmp_path / "c"))
-    found = choose_timing_file(library("tensorrt", "10.9.0.34"), ("NVIDIA RTX 4000 Ada", "8.9"), None)
-    assert (
-        found == tmp_path / "c" / "timing" / "tensorrt-10.9.0.34-nvidia-rtx-4000-ada-sm89.timing"
-        and found.parent.is_dir()
-    )
-    others = {
-        choose_timing_file(library("tensorrt", version), (gpu, capability), None)
-        for version, gpu, capability in (("10.9.0.34", "NVIDIA L4", "8.9"), ("10.9.0.35", "NVIDIA RTX 4000 Ada", "8.9"))
-    }
-    assert len(others | {found}) == 3
+    found = choose("10.9.0.34", ADA)
+    assert found == tmp_path / "c" / "timing" / "tensorrt-10.9.0.34-nvidia-rtx-4000-ada-sm89.timing"
+    assert found.parent.is_dir()
+    assert len({found, choose("10.9.0.34", L4), choose("10.9.0.35", ADA)}) == 3
 
 
 def test_file_that_is_given_is_taken(tmp_path: Path) -> None:
-    assert (
-        choose_timing_file(library("tensorrt", "10.9.0.34"), ("NVIDIA L4", "8.9"), tmp_path / "mine")
-        == tmp_path / "mine"
-    )
+    assert choose("10.9.0.34", L4, tmp_path / "mine") == tmp_path / "mine"
 
 
 def test_tensorrt_rtx_keeps_no_timings_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert choose_timing_file(library("tensorrt_rtx", "1.7"), ("NVIDIA L4", "8.9"), None) is None
+    assert choose("1.7", L4, flavour="tensorrt_rtx") is None
     assert caplog.text == ""
-    assert choose_timing_file(library("tensorrt_rtx", "1.7"), None, tmp_path / "mine") is None
+    assert choose("1.7", None, tmp_path / "mine", "tensorrt_rtx") is None
     assert "--timing-cache has no effect" in caplog.text

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from repvgg_deploy.build.recipes import tensor_types
+from repvgg_deploy.build.source import tensor_types
 from repvgg_deploy.files.onnx import read_graph, read_metadata
 from tests.build.make_typed import inferred_types, make_typed
 

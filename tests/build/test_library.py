@@ -13,12 +13,16 @@ import pytest
 
 from repvgg_deploy.build import library
 from repvgg_deploy.build.library import (
+    Gpu,
+    GpuSearch,
     choose_tactic_sources,
     find_tactic_libraries,
+    look_for_gpu,
     open_library,
     read_library_version,
 )
-from repvgg_deploy.errors import BuildError, InputError, MissingDependencyError
+from repvgg_deploy.errors import BuildError, CudaError, InputError, MissingDependencyError
+from repvgg_deploy.runtime.cuda import opening
 from tests.build.fake_trt import Config, FakeTrt
 from tests.build.make_typed import make_typed
 
@@ -173,3 +177,16 @@ def test_libraries_are_told_by_version_or_missing(tmp_path: Path, monkeypatch: p
     known = {"CUDNN": (*functions, (str(tmp_path / "libnone.so"),)), "CUBLAS": (*functions, (first, second))}
     monkeypatch.setattr(library, "_LIBRARIES", known)
     assert find_tactic_libraries() == {"CUDNN": None, "CUBLAS": "8.6.0, unknown version"}
+
+
+def test_gpu_is_asked_of_the_cuda_port_and_its_error_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    info = types.SimpleNamespace(name="NVIDIA A10", compute_capability="8.6", driver_version="", memory_bytes=1)
+    port = types.SimpleNamespace(describe_device=lambda index: info)
+    monkeypatch.setattr(opening, "open_cuda", lambda provider: port)
+    assert look_for_gpu() == GpuSearch(Gpu("NVIDIA A10", "8.6", None))
+
+    def fail(provider: None) -> None:
+        raise CudaError("no driver", remedy="install one")
+
+    monkeypatch.setattr(opening, "open_cuda", fail)
+    assert look_for_gpu() == GpuSearch(None, "no driver", "install one")

@@ -111,7 +111,7 @@ def test_fp32_graph_becomes_typed_and_the_second_time_is_not_even_calibrated(
         "fp32.plan",
         "fp32.plan.json",
     ]
-    monkeypatch.setattr(build_module, "build", None)
+    monkeypatch.setattr(build_module, "compile_plan", None)
     monkeypatch.setattr("repvgg_deploy.precision.quantization.quantize", None)
     status, out, err = run(capsys, model, flag, "--backend", "rtx", *images)
     assert status == 0 and "nothing was built now" in out, err

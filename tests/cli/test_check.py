@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from repvgg_deploy.build import judge as check_module
-from repvgg_deploy.build.library import Gpu, GpuSearch, look_for_gpu
+from repvgg_deploy.build.library import Gpu, GpuSearch
 from repvgg_deploy.cli.trt import main
 from repvgg_deploy.specs import codec
 from tests.files.make_passport import make_passport
@@ -213,10 +213,3 @@ def test_targets_that_are_none_are_usage_errors(target: str, capsys: pytest.Capt
     with pytest.raises(SystemExit) as caught:
         main(["check", "b2.plan", "--target", target])
     assert caught.value.code == 2 and "argument --target" in capsys.readouterr().err
-
-
-def test_gpu_is_asked_of_the_cuda_port(monkeypatch: pytest.MonkeyPatch) -> None:
-    info = types.SimpleNamespace(name="NVIDIA A10", compute_capability="8.6", driver_version="580.1", memory_bytes=1)
-    port = types.SimpleNamespace(describe_device=lambda index: info)
-    monkeypatch.setattr("repvgg_deploy.runtime.cuda.opening.open_cuda", lambda provider: port)
-    assert look_for_gpu() == GpuSearch(Gpu("NVIDIA A10", "8.6", "580.1"))

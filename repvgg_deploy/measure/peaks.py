@@ -1,10 +1,9 @@
-"""What this CPU can do at most, measured: large matrix products in float32 and in uint8 · int8, and large copies.
+"""What a device can do at most: a CPU is measured, GPUs are looked up in `data/gpus.toml`, which names its sources.
 
-The products run in ONNX Runtime with as many threads as compute at once in what is to be judged, because that library's
-kernels are what a CPU engine is made of. Another one's might be faster still, so a share of this peak is a share of
-what ONNX Runtime reaches at its best.
-
-Peaks of GPUs by name, from `data/gpus.toml`, which names the source of each. Standard library only.
+The CPU runs large matrix products in float32 and in uint8 · int8, and large copies. The products run in ONNX Runtime
+with as many threads as compute at once in what is to be judged, because that library's kernels are what a CPU engine is
+made of. Another one's might be faster still, so a share of this peak is a share of what ONNX Runtime reaches at its
+best.
 """
 
 from __future__ import annotations
@@ -12,11 +11,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 import os
 import platform
 import re
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
@@ -40,11 +41,11 @@ _IR_VERSION = 8
 
 
 def measure_cpu(*, threads: int | None = None, seconds: float = 1.0) -> Ceiling | None:
-    """Measures; None where ONNX Runtime is not installed.
+    """The peak of this CPU; None where ONNX Runtime is not installed.
 
     Args:
-        threads: That share one product; None for ONNX Runtime's default.
-        seconds: For each of the three.
+        threads: CPU threads that share one product; None for ONNX Runtime's default.
+        seconds: For each of the three measurements.
     """
     try:
         import onnxruntime
@@ -53,9 +54,10 @@ def measure_cpu(*, threads: int | None = None, seconds: float = 1.0) -> Ceiling 
             "the peak of this CPU is not measured: it takes ONNX Runtime, which cannot be imported (%s)", error
         )
         return None
-    products = {}
-    for precision, integer in (("fp32", False), ("int8", True)):
-        products[precision] = _measure_product(onnxruntime, integer=integer, threads=threads, seconds=seconds)
+    products = {
+        precision: _measure_product(onnxruntime, integer=precision == "int8", threads=threads, seconds=seconds)
+        for precision in ("fp32", "int8")
+    }
     products["fp16"] = products["fp32"]  # half precision is computed in float32 on a CPU
     return Ceiling(
         cpu_name(),
@@ -143,11 +145,11 @@ def _measure_copy(threads: int, seconds: float) -> float:
         return 2 * source.nbytes / _fastest(lambda: list(pool.map(copy, parts)), seconds)
 
 
-def _fastest(call: Any, seconds: float) -> float:
+def _fastest(call: Callable[[], object], seconds: float) -> float:
     """Seconds of the fastest call: a peak is what nothing disturbed."""
     call()
-    best, end = float("inf"), time.perf_counter() + seconds
-    while best == float("inf") or time.perf_counter() < end:
+    best, end = math.inf, time.perf_counter() + seconds
+    while best == math.inf or time.perf_counter() < end:
         start = time.perf_counter()
         call()
         best = min(best, time.perf_counter() - start)
@@ -155,7 +157,7 @@ def _fastest(call: Any, seconds: float) -> float:
 
 
 def combine(first: Ceiling | None, second: Ceiling | None) -> Ceiling | None:
-    """The higher of two measurements of one device, number by number: what disturbs a measurement only ever lowers it."""
+    """The higher of two measurements of one device, number by number: what disturbs one only ever lowers it."""
     if first is None or second is None:
         return first or second
     operations = {
@@ -174,10 +176,10 @@ class GpuPeaks:
         names: The first for people; the others as the driver gives them.
         fp32: 1e12 operations a second on the CUDA cores.
         bandwidth: 1e9 bytes a second.
-        source: Of the numbers.
-        tf32: On the tensor cores, dense.
-        fp16: On the tensor cores, dense, sums in float32.
-        int8: On the tensor cores, dense.
+        source: Where the numbers come from.
+        tf32: 1e12 operations a second on the tensor cores, dense.
+        fp16: The same, with sums in float32.
+        int8: The same.
     """
 
     names: tuple[str, ...]
@@ -189,20 +191,11 @@ class GpuPeaks:
     int8: float | None = None
 
     def ceiling(self, *, tf32: bool = False) -> Ceiling:
-        """As a roofline.
-
-        Args:
-            tf32: Whether FP32 convolutions may round their inputs to TF32.
-        """
+        """As a roofline; `tf32`: FP32 convolutions may round their inputs to TF32."""
         first = self.tf32 if tf32 and self.tf32 is not None else self.fp32
         known = {"fp32": first, "fp16": self.fp16, "int8": self.int8}
         operations = {name: 1e12 * value for name, value in known.items() if value is not None}
         return Ceiling(self.names[0], operations, 1e9 * self.bandwidth, self.source, measured=False)
-
-
-@dataclass(frozen=True, slots=True)
-class _Table:
-    gpu: tuple[GpuPeaks, ...]
 
 
 @functools.cache
@@ -213,8 +206,7 @@ def load_gpus() -> tuple[GpuPeaks, ...]:
     else:
         import tomli as tomllib
     text = resources.files("repvgg_deploy").joinpath("data/gpus.toml").read_text(encoding="utf-8")
-    table: dict[str, Any] = tomllib.loads(text)
-    return codec.decode(_Table, table).gpu
+    return tuple(codec.decode(GpuPeaks, entry) for entry in tomllib.loads(text)["gpu"])
 
 
 def look_up_gpu(name: str) -> GpuPeaks | None:
@@ -224,7 +216,7 @@ def look_up_gpu(name: str) -> GpuPeaks | None:
 
 
 def find_gpu_peaks(name: str) -> GpuPeaks:
-    """The same, or an error.
+    """The GPU of a name, as `look_up_gpu`.
 
     Raises:
         InputError: No GPU of that name is in the table.

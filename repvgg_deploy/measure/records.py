@@ -1,4 +1,4 @@
-"""The file that `repvgg-trt bench --out` writes and `repvgg-trt advise --measured` reads. Standard library only."""
+"""The file that `repvgg-trt bench --out` writes and `repvgg-trt advise --measured` reads."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from .roofline import Ceiling, LayerCost
 from .times import Latency
 
 BENCHMARK_SCHEMA: Literal[1] = 1
+Way = Literal["engine", "onnxruntime", "torch"]
 _LARGEST_BYTES = 64 << 20
 _REMEDY = "give a file that repvgg-trt bench --out wrote, or measure again"
 
@@ -25,8 +26,8 @@ class Device:
     Attributes:
         kind: Processor or GPU.
         name: For people.
-        cpu_threads: That share one batch; None for the backend's default, or on a GPU.
-        driver: Of the GPU; None where it is not known.
+        cpu_threads: CPU threads that share one batch; None for the backend's default, or on a GPU.
+        driver: The GPU's driver; None where it is not known.
     """
 
     kind: Literal["cpu", "gpu"]
@@ -43,8 +44,8 @@ class Phases:
         to_device_ms: Copy of the input from page-locked memory.
         compute_ms: The network.
         to_host_ms: Copies of the outputs.
-        enqueue_ms: Of the CPU, to hand the network to the GPU.
-        calls: How many.
+        enqueue_ms: Time of the CPU to hand the network to the GPU.
+        calls: How many were measured.
     """
 
     to_device_ms: float
@@ -64,15 +65,15 @@ class Point:
         batch: Images of one call.
         clients: Threads that called at once.
         latency: Of one call.
-        images_per_second: Of all clients.
-        phases: Where the backend has them.
+        images_per_second: Of all clients together.
+        phases: None where the backend does not tell them apart.
         floor_ms: The least time of a batch by the roofline; None where it is not known.
         share: floor_ms by the time that the network took: its computing where phases are known, else the median of one
             client's calls, or a batch's part of the time of several clients.
         warnings: Why the times should not be trusted.
     """
 
-    way: Literal["engine", "onnxruntime", "torch"]
+    way: Way
     backend: str
     batch: int
     clients: int
@@ -90,14 +91,14 @@ class ModelResult:
 
     Attributes:
         file: Its name.
-        sha256: Of its bytes.
+        sha256: Digest of its bytes.
         variant: Published name of its architecture, or what it calls itself; None where it is not known.
         published: Whether the architecture is a published one.
-        classes: Of the classifier; None where it is not known.
+        classes: Width of the classifier; None where it is not known.
         precision: The lowest that its layers compute in; None for a plan without passport.
         image_size: (height, width) of the images.
         points: What was measured.
-        layers: What they cost; empty where the architecture is not known.
+        layers: What each layer costs; empty where the architecture is not known.
         notes: What could not be measured, and why.
     """
 
@@ -120,8 +121,8 @@ class Benchmark:
     Attributes:
         schema: BENCHMARK_SCHEMA.
         device: What was measured on.
-        versions: Of each package that took part.
-        duration_s: Of each point.
+        versions: By package that took part.
+        duration_s: Seconds of each point.
         clients: Threads that called at once.
         ceiling: What the device can do at most; None where it is not known.
         models: The results.

@@ -1,13 +1,10 @@
-"""What each layer of a variant's deploy form costs by arithmetic: multiply-accumulates and bytes. Standard library only.
+"""What each layer of a variant's deploy form costs by arithmetic, and how fast it could be at best on a device.
 
 Bytes are the least that must move: every weight once, every layer's input and output once, in the precision that the
 layer computes in. What caches save (a layer whose input is still there) or waste is not in them.
 
-The roofline: how fast layers could be at best on a device, and which of its two limits holds them. Standard library
-only.
-
-A layer takes at least the longer of two times: its operations at the device's peak, its bytes at the memory's
-bandwidth.
+The roofline: a layer takes at least the longer of two times, its operations at the device's peak and its bytes at the
+memory's bandwidth.
 Source: Williams, Waterman, Patterson: Roofline, CACM 52(4), 2009 (https://doi.org/10.1145/1498765.1498785).
 """
 
@@ -28,12 +25,12 @@ _FILTER = 9  # 3×3
 
 @dataclass(frozen=True, slots=True)
 class LayerCost:
-    """One layer.
+    """What one layer costs.
 
     Attributes:
         name: In the official key names; `.se` for a squeeze-and-excitation block, `linear` for pooling and classifier.
-        groups: Of the convolution.
-        precision: That it computes in.
+        groups: Groups of the convolution.
+        precision: What it computes in.
         macs: Multiply-accumulates of one image.
         weight_bytes: Read once a batch.
         activation_bytes: Read and written for each image.
@@ -71,8 +68,8 @@ def count_costs(
     Args:
         variant: The architecture.
         size: (height, width) of the image in pixels.
-        precision_of: Of a layer by its name.
-        input_dtype: Of the image.
+        precision_of: The precision of a layer by its name.
+        input_dtype: Number type of the image.
     """
     costs: list[LayerCost] = []
     before, image = _INPUT_BYTES[input_dtype] * 3 * size[0] * size[1], 0
@@ -109,10 +106,9 @@ class Ceiling:
     """What a device can do at most.
 
     Attributes:
-        device: For people.
-        operations_per_second: By precision (`fp32`, `fp16`, `int8`); a multiply-accumulate is two. A precision that is
-            not known is not there.
-        bytes_per_second: Of its memory.
+        device: Its name for people.
+        operations_per_second: By precision (`fp32`, `fp16`, `int8`), where it is known; a multiply-accumulate is two.
+        bytes_per_second: Bandwidth of its memory.
         source: Who says so, or how it was measured.
         measured: Whether it was measured on the spot.
     """
@@ -133,14 +129,14 @@ class LayerBound:
     """The roofline of one layer at one batch size.
 
     Attributes:
-        name: Of the layer.
-        batch: Images.
-        precision: That it computes in.
-        operations: Of the batch.
-        bytes: Of the batch.
+        name: As in `LayerCost`.
+        batch: Images at a time.
+        precision: What it computes in.
+        operations: Operations of the batch.
+        bytes: Bytes that the batch moves at least.
         intensity: Operations a byte.
         bound: Which limit it meets first.
-        floor_ms: The least time.
+        floor_ms: The least time of the batch.
     """
 
     name: str
@@ -159,26 +155,20 @@ class LayerBound:
 
 
 def bound_layers(costs: Sequence[LayerCost], ceiling: Ceiling, batch: int) -> tuple[LayerBound, ...] | None:
-    """The roofline of every layer; None where the peak of one of their precisions is not known.
-
-    Args:
-        costs: The layers.
-        ceiling: Of the device.
-        batch: Images at a time.
-    """
-    if any(cost.precision not in ceiling.operations_per_second for cost in costs):
-        return None
-    return tuple(_bound(cost, ceiling, batch) for cost in costs)
-
-
-def _bound(cost: LayerCost, ceiling: Ceiling, batch: int) -> LayerBound:
-    operations, moved = cost.count_operations(batch), cost.count_bytes(batch)
-    computing = operations / ceiling.operations_per_second[cost.precision]
-    moving = moved / ceiling.bytes_per_second
-    kind: Literal["compute", "memory"] = "compute" if computing >= moving else "memory"
-    return LayerBound(
-        cost.name, batch, cost.precision, operations, moved, cost.intensity(batch), kind, 1e3 * max(computing, moving)
-    )
+    """The roofline of every layer at a batch size; None where the peak of one of their precisions is not known."""
+    bounds = []
+    for cost in costs:
+        peak = ceiling.operations_per_second.get(cost.precision)
+        if peak is None:
+            return None
+        operations, moved = cost.count_operations(batch), cost.count_bytes(batch)
+        computing, moving = operations / peak, moved / ceiling.bytes_per_second
+        kind: Literal["compute", "memory"] = "compute" if computing >= moving else "memory"
+        floor_ms = 1e3 * max(computing, moving)
+        bounds.append(
+            LayerBound(cost.name, batch, cost.precision, operations, moved, cost.intensity(batch), kind, floor_ms)
+        )
+    return tuple(bounds)
 
 
 def total_floor_ms(bounds: Sequence[LayerBound]) -> float:

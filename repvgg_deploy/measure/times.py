@@ -1,36 +1,45 @@
-"""Several ways of running, in turn within one run, so that what disturbs the machine disturbs all of them.
+"""Ways of running, in turn within one run; their times → percentiles, throughput, and whether they can be trusted.
 
-Times of calls → percentiles, throughput, and whether they can be trusted. Pure arithmetic.
-
-A bare ONNX Runtime session on the same file, as anybody would open it: what an Engine is compared with.
+In turn, so that what disturbs the machine disturbs all of them.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from numpy.typing import NDArray
 
 from ..errors import MissingDependencyError, ModelError
 
 LARGEST_DRIFT = 0.05
-"""Medians of the first and the second half of the turns may be so far apart; beyond, the machine was not the same throughout."""
+"""Medians of the first and the second half of the turns may be so far apart; beyond, the machine has changed."""
 LARGEST_SPREAD = 0.10
 """Standard deviation by mean."""
 FEW_CALLS = 100
 """Of fewer, the 99th percentile is the largest."""
+MOST_TURNS = 8
+_LEAST_TURNS = 2
+_WARM_CALLS = 3
+_ERRORS_ONLY = 3
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+Call = Callable[[], object]
+K = TypeVar("K")
 
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """Milliseconds of single calls. A percentile is a time that was measured: the smallest that so many percent do not exceed (nearest rank)."""
+    """Milliseconds of single calls.
+
+    A percentile is a time that was measured: the smallest that so many percent do not exceed (nearest rank).
+    """
 
     calls: int
     min_ms: float
@@ -44,10 +53,10 @@ class Latency:
 
 @dataclass(frozen=True, slots=True)
 class Turns:
-    """What one way of running was measured to be, a turn at a time.
+    """The times of one way of running.
 
     Attributes:
-        seconds: Of each call, by turn.
+        seconds: By turn, of each call.
         wall_seconds: Of each turn; clients run at once.
     """
 
@@ -81,7 +90,10 @@ def find_instability(turns: Turns) -> tuple[str, ...]:
         found.append(f"calls spread by {100 * spread:.0f} %")
     if len(turns.seconds) > 1:
         half = len(turns.seconds) // 2
-        first, second = (statistics.median(_flatten(part)) for part in (turns.seconds[:half], turns.seconds[half:]))
+        first, second = (
+            statistics.median(itertools.chain.from_iterable(part))
+            for part in (turns.seconds[:half], turns.seconds[half:])
+        )
         drift = second / first - 1
         if abs(drift) > LARGEST_DRIFT:
             found.append(
@@ -90,23 +102,13 @@ def find_instability(turns: Turns) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _flatten(parts: Sequence[Sequence[float]]) -> list[float]:
-    return [value for part in parts for value in part]
-
-
-MOST_TURNS = 8
-_LEAST_TURNS = 2
-_WARM_CALLS = 3
-Call = Callable[[], object]
-
-
 @dataclass(frozen=True, slots=True)
 class Pace:
     """How long to measure.
 
     Attributes:
-        duration_s: Of each way, all turns together.
-        warm_up_s: Of each way before the first turn, and at least three calls.
+        duration_s: Seconds of each way, all turns together.
+        warm_up_s: Seconds of each way before the first turn, and at least three calls.
         clients: Threads that call at once.
     """
 
@@ -116,16 +118,16 @@ class Pace:
 
 
 def measure_in_turns(
-    ways: Mapping[str, Call], pace: Pace, *, progress: Callable[[str], None] = lambda _: None
-) -> dict[str, Turns]:
+    ways: Mapping[K, Call], pace: Pace, *, progress: Callable[[K], None] = lambda _: None
+) -> dict[K, Turns]:
     """Runs every way in up to eight turns, each round beginning with another one.
 
     The first call of a turn is not counted: it finds caches that the way before it filled.
 
     Args:
-        ways: Calls by name.
+        ways: What a way calls, by its key.
         pace: How long, and how many clients.
-        progress: Told the name of a way after each of its turns, and once after its warm-up.
+        progress: Told the key of a way after each of its turns, and once after its warm-up.
     """
     slowest = 0.0
     for name, call in ways.items():
@@ -134,7 +136,7 @@ def measure_in_turns(
     # A way whose single call takes longer than a turn would make eight turns of sixteen calls.
     turns = max(_LEAST_TURNS, min(MOST_TURNS, int(pace.duration_s / slowest)))
     names = list(ways)
-    found: dict[str, list[tuple[list[float], float]]] = {name: [] for name in names}
+    found: dict[K, list[tuple[list[float], float]]] = {name: [] for name in names}
     for turn in range(turns):
         start = turn % len(names)
         for name in names[start:] + names[:start]:
@@ -219,17 +221,13 @@ class _Clients:
         return True
 
 
-_ERRORS_ONLY = 3
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-
-
 class BareSession:
-    """See the module.
+    """An ONNX Runtime session on the file as it stands, as anybody would open it.
 
     Args:
         path: The ONNX.
-        device: Where.
-        threads: That share one batch on the CPU; None for the default.
+        device: Where it runs.
+        threads: CPU threads that share one batch; None for the default.
 
     Raises:
         MissingDependencyError: onnxruntime is not installed.
@@ -262,11 +260,7 @@ class BareSession:
             )
         self.name = f"ONNX Runtime {onnxruntime.__version__}, {wanted}, the file as it stands"
 
-    def make_call(self, batch: NDArray[Any]) -> Callable[[], object]:
-        """What runs this batch.
-
-        Args:
-            batch: As the model's input.
-        """
+    def make_call(self, batch: NDArray[Any]) -> Call:
+        """Runs this batch of the model's input."""
         feed = {self._session.get_inputs()[0].name: batch}
         return lambda: self._session.run(None, feed)

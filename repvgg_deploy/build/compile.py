@@ -219,7 +219,7 @@ class TimingFile:
         settings.set_timing_cache(settings.create_timing_cache(b""), False)
 
     def store(self) -> None:
-        """Writes what TensorRT has measured, with what another build has written meanwhile. A failure is only logged."""
+        """Writes what TensorRT has measured, with what another build has written meanwhile. Failures are logged."""
         measured = self._settings.get_timing_cache()
         if not self._usable or measured is None:
             return

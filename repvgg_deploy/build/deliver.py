@@ -1,4 +1,4 @@
-"""The two files of a build: what stands at their places, what the passport says of the plan, both written or neither."""
+"""The two files of a build: what stands at their places, what the passport says, both written or neither."""
 
 from __future__ import annotations
 

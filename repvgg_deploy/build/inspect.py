@@ -13,7 +13,7 @@ from ..errors import BuildError
 from ..files.onnx import GraphSummary, weighted_nodes
 
 _TOLERATED_SHARE = 0.05
-"""The stem, which reads three channels, may be computed in a wider type: this share of the multiply-accumulates at most."""
+"""The stem, which reads three channels, may be computed in a wider type: this share of the work at most."""
 _LEAST_SEEN = 0.5
 _WIDTH = {"int8": 0, "fp8": 0, "fp16": 1, "bf16": 1, "fp32": 2}
 _PATTERNS = (
@@ -25,7 +25,7 @@ _PATTERNS = (
 )
 _SHOWN = 3
 _COPIES = ("Reformat", "NoOp")
-"""Kinds of layers that compute nothing. Their names hold those of their neighbours: `Reformatting CopyNode for … to a.conv`."""
+"""Kinds of layers that compute nothing. Their names hold those of their neighbours."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,8 +39,9 @@ Source: PaddleClas, documentation of its RepVGG models (https://github.com/Paddl
 BATCHES = (1, 8, 32, 128)
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 INT8_DROP = 0.5
-"""Percentage points that INT8 is expected to lose. Nobody published top-1 of INT8 RepVGG by this project's method; on ten
-classes of photographs A0 lost 0.2 with a standard error of 0.8 (`benchmarks/results/int8.json`): this is more, on purpose."""
+"""Percentage points that INT8 is expected to lose. Nobody published top-1 of INT8 RepVGG by this project's method. On
+ten classes of photographs A0 lost 0.2 with a standard error of 0.8 (`benchmarks/results/int8.json`): this is more, on
+purpose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +113,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A benchmark file that was read.
-
-    Attributes:
-        name: Name of the file.
-        benchmark: Its content.
-    """
+    """A benchmark file that was read, and its name."""
 
     name: str
     benchmark: Benchmark

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..build.library import look_for_gpu
-from ..errors import InputError, MissingDependencyError
+from ..errors import InputError
 from ..files.onnx import graph_precision, precision_of, read_graph, weighted_nodes
 from ..files.output import sha256_file
 from ..files.passport import read_passport
@@ -32,6 +32,7 @@ from .times import (
     BareSession,
     Call,
     Pace,
+    TorchRival,
     Turns,
     count_images_per_second,
     find_instability,
@@ -222,52 +223,6 @@ def _describe_device(subjects: Sequence[_Subject], threads: int | None) -> Devic
     return Device("gpu", found.gpu.name, None, found.gpu.driver_version)
 
 
-class TorchRival:
-    """The deploy form of the same variant in PyTorch, float32, with weights of a seed: speed does not depend on them.
-
-    Args:
-        variant: The architecture.
-        device: `cpu`, `cuda` or `cuda:1`.
-        threads: CPU threads that share one batch; None for PyTorch's default.
-
-    Raises:
-        MissingDependencyError: torch is not installed.
-    """
-
-    def __init__(self, variant: VariantSpec, *, device: str, threads: int | None) -> None:
-        try:
-            import torch
-        except ImportError as error:
-            raise MissingDependencyError(
-                "--compare torch needs PyTorch, which is not installed", remedy="pip install 'repvgg-deploy[export]'"
-            ) from error
-        from ..model.network import RepVGG
-
-        self._torch: Any = torch
-        self._threads = torch.get_num_threads()
-        if threads is not None:
-            torch.set_num_threads(threads)
-        torch.manual_seed(0)
-        self._device = device
-        self._model = RepVGG(variant, "deploy").eval().to(device)
-        self.name = f"PyTorch {torch.__version__}, {device}, float32"
-
-    def make_call(self, count: int, size: tuple[int, int]) -> Call:
-        """Runs so many images of a size, from host memory to host memory."""
-        torch, model, device = self._torch, self._model, self._device
-        images = torch.randn(count, 3, *size)
-
-        def call() -> object:
-            with torch.inference_mode():
-                return model(images.to(device)).cpu()
-
-        return call
-
-    def close(self) -> None:
-        """Gives PyTorch the threads that it had."""
-        self._torch.set_num_threads(self._threads)
-
-
 def _open_lanes(request: BenchRequest, subjects: Sequence[_Subject], stack: contextlib.ExitStack) -> Iterator[_Lane]:
     done: set[tuple[VariantSpec, tuple[int, int]]] = set()
     for subject in subjects:
@@ -278,23 +233,16 @@ def _open_lanes(request: BenchRequest, subjects: Sequence[_Subject], stack: cont
                 subject.notes.append("not compared with onnxruntime: it does not run plans")
             else:
                 place: Literal["cpu", "cuda"] = "cpu" if engine.device == "cpu" else "cuda"
-                yield _onnxruntime_lane(subject, BareSession(subject.path, device=place, threads=request.cpu_threads))
+                session = BareSession(subject.path, subject.make_batch, device=place, threads=request.cpu_threads)
+                yield _Lane(subject, "onnxruntime", session.name, session.make_call)
         if "torch" in request.compare:
             if variant is None:
                 subject.notes.append("not compared with torch: its architecture is not known")
             elif (variant, subject.size) not in done:  # it runs float32 whatever the file is typed as: once is enough
                 done.add((variant, subject.size))
-                rival = TorchRival(variant, device=engine.device, threads=request.cpu_threads)
+                rival = TorchRival(variant, subject.size, device=engine.device, threads=request.cpu_threads)
                 stack.callback(rival.close)
-                yield _torch_lane(subject, rival)
-
-
-def _onnxruntime_lane(subject: _Subject, session: BareSession) -> _Lane:
-    return _Lane(subject, "onnxruntime", session.name, lambda count: session.make_call(subject.make_batch(count)))
-
-
-def _torch_lane(subject: _Subject, rival: TorchRival) -> _Lane:
-    return _Lane(subject, "torch", rival.name, lambda count: rival.make_call(count, subject.size))
+                yield _Lane(subject, "torch", rival.name, rival.make_call)
 
 
 def _look_up_ceiling(device: Device, name: str | None, *, tf32: bool) -> Ceiling | None:

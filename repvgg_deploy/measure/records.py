@@ -90,14 +90,12 @@ class ModelResult:
     """One model file.
 
     Attributes:
-        file: Its name.
         sha256: Digest of its bytes.
         variant: Published name of its architecture, or what it calls itself; None where it is not known.
         published: Whether the architecture is a published one.
         classes: Width of the classifier; None where it is not known.
         precision: The lowest that its layers compute in; None for a plan without passport.
         image_size: (height, width) of the images.
-        points: What was measured.
         layers: What each layer costs; empty where the architecture is not known.
         notes: What could not be measured, and why.
     """
@@ -119,13 +117,11 @@ class Benchmark:
     """One run.
 
     Attributes:
-        schema: BENCHMARK_SCHEMA.
         device: What was measured on.
         versions: By package that took part.
         duration_s: Seconds of each point.
         clients: Threads that called at once.
         ceiling: What the device can do at most; None where it is not known.
-        models: The results.
     """
 
     schema: Literal[1]

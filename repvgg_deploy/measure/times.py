@@ -1,6 +1,7 @@
 """Ways of running, in turn within one run; their times → percentiles, throughput, and whether they can be trusted.
 
-In turn, so that what disturbs the machine disturbs all of them.
+In turn, so that what disturbs the machine disturbs all of them. At the end stand the two that an Engine is compared
+with: a bare ONNX Runtime session, and PyTorch.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -18,6 +20,7 @@ from typing import Any, Literal, TypeVar
 from numpy.typing import NDArray
 
 from ..errors import MissingDependencyError, ModelError
+from ..specs.values import VariantSpec
 
 LARGEST_DRIFT = 0.05
 """Medians of the first and the second half of the turns may be so far apart; beyond, the machine has changed."""
@@ -164,7 +167,7 @@ def _run_turn(call: Call, seconds: float, clients: int) -> tuple[list[float], fl
         call()
         begin = time.perf_counter()
         return _call_until(call, begin + seconds, threading.Event()), time.perf_counter() - begin
-    return _Clients(call, seconds, clients).run()
+    return _run_clients(call, seconds, clients)
 
 
 def _call_until(call: Call, end: float, stop: threading.Event) -> list[float]:
@@ -176,49 +179,32 @@ def _call_until(call: Call, end: float, stop: threading.Event) -> list[float]:
     return times
 
 
-class _Clients:
+def _run_clients(call: Call, seconds: float, clients: int) -> tuple[list[float], float]:
     """So many threads that begin together; the first failure of one stops all and is raised."""
+    begun: list[float] = []
+    barrier = threading.Barrier(clients, action=lambda: begun.append(time.perf_counter()))
+    stop = threading.Event()
 
-    def __init__(self, call: Call, seconds: float, count: int) -> None:
-        self._call, self._seconds, self._count = call, seconds, count
-        self._barrier = threading.Barrier(count + 1)
-        self._stop = threading.Event()
-        self._times: list[list[float]] = [[] for _ in range(count)]
-        self._failure: BaseException | None = None
-
-    def run(self) -> tuple[list[float], float]:
-        threads = [threading.Thread(target=self._work, args=(index,)) for index in range(self._count)]
-        for thread in threads:
-            thread.start()
+    def work() -> list[float]:
         try:
-            self._wait()
-            begin = time.perf_counter()
-            for thread in threads:
-                thread.join()
-            wall = time.perf_counter() - begin
+            call()
+            barrier.wait()
+            return _call_until(call, time.perf_counter() + seconds, stop)
+        except threading.BrokenBarrierError:  # another has failed
+            return []
+        except BaseException:
+            stop.set()
+            barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(clients) as pool:
+        futures = [pool.submit(work) for _ in range(clients)]
+        try:
+            times = [second for future in as_completed(futures) for second in future.result()]
         finally:
-            self._stop.set()
-            self._barrier.abort()
-        if self._failure is not None:
-            raise self._failure
-        return [value for times in self._times for value in times], wall
-
-    def _work(self, index: int) -> None:
-        try:
-            self._call()
-            if self._wait():
-                self._times[index] = _call_until(self._call, time.perf_counter() + self._seconds, self._stop)
-        except BaseException as error:  # noqa: BLE001 - raised by the thread that waits for this one
-            self._failure = self._failure or error
-            self._stop.set()
-            self._barrier.abort()
-
-    def _wait(self) -> bool:
-        try:
-            self._barrier.wait()
-        except threading.BrokenBarrierError:
-            return False
-        return True
+            stop.set()
+            barrier.abort()
+    return times, time.perf_counter() - begun[0]
 
 
 class BareSession:
@@ -226,6 +212,7 @@ class BareSession:
 
     Args:
         path: The ONNX.
+        make_batch: Gives so many images as the model takes them.
         device: Where it runs.
         threads: CPU threads that share one batch; None for the default.
 
@@ -234,13 +221,21 @@ class BareSession:
         ModelError: It refuses the file, or does not run on the device.
     """
 
-    def __init__(self, path: Path, *, device: Literal["cpu", "cuda"] = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        make_batch: Callable[[int], NDArray[Any]],
+        *,
+        device: Literal["cpu", "cuda"],
+        threads: int | None,
+    ) -> None:
         try:
             import onnxruntime
         except ImportError as error:
             raise MissingDependencyError(
                 f"--compare onnxruntime needs ONNX Runtime: {error}", remedy="pip install 'repvgg-deploy[cpu]'"
             ) from error
+        self._make_batch = make_batch
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
         if threads is not None:
@@ -260,7 +255,54 @@ class BareSession:
             )
         self.name = f"ONNX Runtime {onnxruntime.__version__}, {wanted}, the file as it stands"
 
-    def make_call(self, batch: NDArray[Any]) -> Call:
-        """Runs this batch of the model's input."""
-        feed = {self._session.get_inputs()[0].name: batch}
+    def make_call(self, count: int) -> Call:
+        """Runs so many images."""
+        feed = {self._session.get_inputs()[0].name: self._make_batch(count)}
         return lambda: self._session.run(None, feed)
+
+
+class TorchRival:
+    """The deploy form of the same variant in PyTorch, float32, with weights of a seed: speed does not depend on them.
+
+    Args:
+        variant: The architecture.
+        size: (height, width) of the images.
+        device: `cpu`, `cuda` or `cuda:1`.
+        threads: CPU threads that share one batch; None for PyTorch's default.
+
+    Raises:
+        MissingDependencyError: torch is not installed.
+    """
+
+    def __init__(self, variant: VariantSpec, size: tuple[int, int], *, device: str, threads: int | None) -> None:
+        try:
+            import torch
+        except ImportError as error:
+            raise MissingDependencyError(
+                "--compare torch needs PyTorch, which is not installed", remedy="pip install 'repvgg-deploy[export]'"
+            ) from error
+        from ..model.network import RepVGG
+
+        self._torch: Any = torch
+        self._threads = torch.get_num_threads()
+        if threads is not None:
+            torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        self._size, self._device = size, device
+        self._model = RepVGG(variant, "deploy").eval().to(device)
+        self.name = f"PyTorch {torch.__version__}, {device}, float32"
+
+    def make_call(self, count: int) -> Call:
+        """Runs so many images, from host memory to host memory."""
+        torch, model, device = self._torch, self._model, self._device
+        images = torch.randn(count, 3, *self._size)
+
+        def call() -> object:
+            with torch.inference_mode():
+                return model(images.to(device)).cpu()
+
+        return call
+
+    def close(self) -> None:
+        """Gives PyTorch the threads that it had."""
+        self._torch.set_num_threads(self._threads)

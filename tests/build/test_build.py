@@ -1,4 +1,4 @@
-"""build_plan on a TensorRT that only records, with a GPU that is only described: passport, cache, outputs, edge cases."""
+"""build_plan on a TensorRT that only records, with a GPU that is only described: passport, cache, outputs, refusals."""
 
 from __future__ import annotations
 

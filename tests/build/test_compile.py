@@ -1,4 +1,4 @@
-"""TensorRT's timings in a file that builds share. For what the builder is told, see test_recipes and test_rtx_builds."""
+"""TensorRT's timings in a file that builds share. What the builder is told: see test_recipes, test_rtx_builds."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def test_stem_in_a_wider_type_is_tolerated_and_counted() -> None:
 
 @pytest.mark.parametrize("kind", ["Reformat", "CaskConvolution"])
 def test_copy_into_a_convolution_is_not_what_it_computes_in(kind: str) -> None:
-    """TensorRT 8.5 puts the weights and their QuantizeLinear into the name of an INT8 convolution, and of the copy before it."""
+    """TensorRT 8.5 names an INT8 convolution, and the copy before it, after weights and QuantizeLinear, too."""
     name = "stage1.0.weight + stage1.0.quantize + stage1.0.conv + stage1.0.relu"
     copy = layer(f"Reformatting CopyNode for Input Tensor 0 to {name}", "Row major linear FP32", LayerType=kind)
     report = measure(read_layers(answer([ALL_INT8[0], copy, layer(name, INT8), *ALL_INT8[2:]])), GRAPH)

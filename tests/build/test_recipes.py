@@ -135,7 +135,7 @@ def test_targets_are_of_tensorrt_rtx() -> None:
 
 @pytest.mark.parametrize("config", [BuildConfig(version_compatible=True), BuildConfig(hardware_compatible=True)])
 def test_tensorrt_rtx_refuses_what_it_lacks(config: BuildConfig) -> None:
-    with pytest.raises(BuildError, match="(runs plans of its own release only|has no --hardware-compatible)"):
+    with pytest.raises(BuildError, match=r"(runs plans of its own release only|has no --hardware-compatible)"):
         require_options(rtx("SM86"), config, ())
 
 

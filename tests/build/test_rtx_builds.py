@@ -35,7 +35,7 @@ def build_rtx(path: Path, config: BuildConfig | None = None, **changes: Any) -> 
 
 
 def digest(path: Path, *targets: str) -> str:
-    """SHA-256 of a plan. A process of its own builds it: TensorRT-RTX numbers what it compiles through all its builds."""
+    """SHA-256 of a plan from a process of its own: TensorRT-RTX numbers what it compiles through all builds of one."""
     code = (
         "import hashlib, sys; from pathlib import Path; from tests.build.test_rtx_builds import build_rtx; "
         "print(hashlib.sha256(memoryview(build_rtx(Path(sys.argv[1]), targets=tuple(sys.argv[2:])).data)).hexdigest())"

@@ -32,7 +32,7 @@ from .deliver import (
     require_room,
 )
 from .inspect import PrecisionReport
-from .library import Library, find_tactic_libraries, look_for_gpu, open_library
+from .library import Library, find_tactic_libraries, is_strongly_typed, look_for_gpu, open_library
 from .options import BuildOptions, BuildRequest, choose_profile, must_type
 from .recipes import require_gpu, require_options, resolve_targets
 from .source import Source, read_source
@@ -52,11 +52,11 @@ class BuildResult:
 
     Attributes:
         output: The plan, and whether it was written or stood there already.
-        passport_output: The same of its passport.
+        passport_output: The same for its passport.
         passport: What is known of the plan.
         library: Such as `TensorRT-RTX 1.7.1.116`.
         typed_from_fp32: Whether the graph was FP32 and became typed first.
-        quantized: What that gave; None where it was not done now.
+        quantized: The result of that; None where it was not done now.
         origin: `built`, `cache` (an identical plan had been built before) or `output` (it stands there already).
         report: What the layer inspector saw; None where it was not asked now.
         seconds: By stage, of this call.
@@ -138,7 +138,7 @@ def _make_request(source: Source, options: BuildOptions) -> BuildRequest:
         library,
         search.gpu,
         targets,
-        tactic_libraries={} if library.is_strongly_typed else find_tactic_libraries(),
+        tactic_libraries={} if is_strongly_typed(library) else find_tactic_libraries(),
         quantize=_choose_typing(library, options) if typing else None,
         timing_cache=options.timing_cache,
     )
@@ -153,7 +153,7 @@ def _choose_typing(library: Library, options: BuildOptions) -> QuantizeOptions:
     if precision == "fp16":
         return chosen
     # TensorRT 8 wants FP32 scales and opset 17; strong typing lets the rest be FP16.
-    target: Literal["trt8", "trt10"] = "trt10" if library.is_strongly_typed else "trt8"
+    target: Literal["trt8", "trt10"] = "trt10" if is_strongly_typed(library) else "trt8"
     return dataclasses.replace(chosen, int8=dataclasses.replace(chosen.int8, target=target))
 
 

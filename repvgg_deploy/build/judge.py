@@ -29,7 +29,7 @@ class CheckResult:
     """A verdict and what it rests on.
 
     Attributes:
-        passport: Of the plan, whose digest was compared with it.
+        passport: The plan's, whose digest was compared with it.
         plan_bytes: Size of the plan.
         environment: Where it is to run.
         is_here: Whether that is this machine.
@@ -56,14 +56,11 @@ def check_plan(plan: Path | str, target: Mapping[str, str] | None = None) -> Che
     """
     path = Path(plan)
     passport = _read(path)
-    if target is not None:
-        environment = _read_target(target)
-        return CheckResult(passport, path.stat().st_size, environment, False, judge_plan(passport, environment))
-    environment, lacking = _look_here(passport.flavour)
+    environment, lacking = _look_here(passport.flavour) if target is None else (_read_target(target), None)
     verdict = judge_plan(passport, environment)
     if lacking is not None and isinstance(verdict, Compatible):
         verdict = lacking
-    return CheckResult(passport, path.stat().st_size, environment, True, verdict)
+    return CheckResult(passport, path.stat().st_size, environment, target is None, verdict)
 
 
 def _read(path: Path) -> PlanPassport:
@@ -101,24 +98,18 @@ def _look_here(flavour: Flavour) -> tuple[Environment, Incompatible | None]:
     except (MissingDependencyError, PlanError) as error:
         lacking = Incompatible(error.message, error.remedy)
     gpu = search.gpu
-    if gpu is None:
+    if gpu is None and lacking is None:
         remedy = f"{search.remedy}; or give --target gpu=…,trt=… to ask about another machine"
-        lacking = lacking or Incompatible(f"there is no GPU here that can be used: {search.reason}", remedy)
-        return Environment(flavour, version, None, None, None, platform_here(), lean), lacking
-    return Environment(
-        flavour, version, gpu.name, gpu.compute_capability, gpu.driver_version, platform_here(), lean
-    ), lacking
+        lacking = Incompatible(f"there is no GPU here that can be used: {search.reason}", remedy)
+    place = (None, None, None) if gpu is None else (gpu.name, gpu.compute_capability, gpu.driver_version)
+    return Environment(flavour, version, *place, platform_here(), lean), lacking
 
 
 def _read_target(target: Mapping[str, str]) -> Environment:
-    """A place that is described, such as `{"gpu": "a10", "trt": "10.9"}`.
-
-    Raises:
-        InputError: No such GPU is known.
-    """
+    """A place that is described, such as `{"gpu": "a10", "trt": "10.9"}`."""
     name, capability = find_gpu(target["gpu"]) if "gpu" in target else (None, None)
-    flavour: Flavour | None = "tensorrt" if "trt" in target else "tensorrt_rtx" if "rtx" in target else None
-    platform = "linux-aarch64" if capability in JETSON else None
-    return Environment(
-        flavour, target.get("trt") or target.get("rtx"), name, capability, target.get("driver"), platform
-    )
+    flavour: Flavour | None = None
+    if "trt" in target or "rtx" in target:
+        flavour = "tensorrt" if "trt" in target else "tensorrt_rtx"
+    version, driver = target.get("trt") or target.get("rtx"), target.get("driver")
+    return Environment(flavour, version, name, capability, driver, "linux-aarch64" if capability in JETSON else None)

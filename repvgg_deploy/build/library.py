@@ -65,11 +65,6 @@ class Library:
         major, minor, *_ = (*(int(part) if part.isdecimal() else 0 for part in self.version.split(".")), 0, 0)
         return major, minor
 
-    @property
-    def is_strongly_typed(self) -> bool:
-        """Whether it takes every type from the graph."""
-        return self.is_rtx or self.number >= (10, 0)
-
 
 def open_library(backend: BackendChoice) -> Library:
     """Imports TensorRT.
@@ -120,6 +115,11 @@ def _require_version(library: Library) -> None:
     newest = _NEWEST[library.flavour]
     if number[0] > newest:
         logger.warning("%s is newer than what this version was made for: it is used as %d.x", name, newest)
+
+
+def is_strongly_typed(library: Library) -> bool:
+    """Whether TensorRT takes every type from the graph."""
+    return library.is_rtx or library.number >= (10, 0)
 
 
 class BuildLog:

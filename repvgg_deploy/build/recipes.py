@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import BuildError, CudaError
 from ..specs.values import BuildConfig
-from .library import Gpu, Library, choose_tactic_sources
+from .library import Gpu, Library, choose_tactic_sources, is_strongly_typed
 from .options import BuildRequest
 from .source import Source, tensor_types
 
@@ -117,7 +117,7 @@ def require_typing(library: Library, source: Source) -> None:
     Raises:
         BuildError: TensorRT 8 is given FP16 scales, or an operator set that it does not know.
     """
-    if library.is_strongly_typed:
+    if is_strongly_typed(library):
         return
     opset, is_int8 = source.graph.opset, source.precision == "int8"
     remedy = (
@@ -170,7 +170,7 @@ def configure(request: BuildRequest, network: Any, settings: Any) -> None:
         for index, target in enumerate(request.targets):
             known = getattr(trt.ComputeCapability, f"SM{target.replace('.', '')}", trt.ComputeCapability.CURRENT)
             settings.set_compute_capability(known, index)
-    if not library.is_strongly_typed:
+    if not is_strongly_typed(library):
         choose_tactic_sources(trt, settings, request.tactic_libraries)
         _set_types(request, network, settings)
 

@@ -101,8 +101,8 @@ def _look_here(flavour: Flavour) -> tuple[Environment, Incompatible | None]:
     if gpu is None and lacking is None:
         remedy = f"{search.remedy}; or give --target gpu=…,trt=… to ask about another machine"
         lacking = Incompatible(f"there is no GPU here that can be used: {search.reason}", remedy)
-    place = (None, None, None) if gpu is None else (gpu.name, gpu.compute_capability, gpu.driver_version)
-    return Environment(flavour, version, *place, platform_here(), lean), lacking
+    name, capability, driver = (gpu.name, gpu.compute_capability, gpu.driver_version) if gpu else (None, None, None)
+    return Environment(flavour, version, name, capability, driver, platform_here(), lean), lacking
 
 
 def _read_target(target: Mapping[str, str]) -> Environment:

@@ -86,12 +86,7 @@ def default_plan_output(model: Path) -> Path:
 
 
 def look_at(plan: Path, before: Standing | None = None) -> Standing:
-    """What stands at an output. The plan's digest is compared with its passport.
-
-    Args:
-        plan: The output.
-        before: What stood there; the plan is not read again where it is still the same file.
-    """
+    """What stands at an output. The plan's digest is compared with its passport, unless it is the same file as `before`."""
     try:
         found = plan.stat() if plan.is_file() else None
         stamp = None if found is None else (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
@@ -131,13 +126,7 @@ def require_room(standing: Standing, onnx_sha256: str, *, force: bool) -> None:
 
 
 def is_standing(standing: Standing, request: BuildRequest, onnx_sha256: str, *, force: bool) -> bool:
-    """Whether the very plan that is asked for stands there already.
-
-    Args:
-        standing: What stands there.
-        request: The build.
-        onnx_sha256: Digest of the typed ONNX.
-        force: Another plan there is no error.
+    """Whether the very plan that is asked for, of a typed ONNX of this digest, stands there already.
 
     Raises:
         ArtifactError: Another stands there, and `force` is not given.
@@ -205,12 +194,6 @@ def deliver(plan: Path, data: bytes | memoryview, passport: PlanPassport, *, for
 
     Builds that write to one place at once come one after the other, so that the two files belong together. The old
     passport of an identical plan stays: it says when and with what effort this plan was built.
-
-    Args:
-        plan: The output.
-        data: Its bytes.
-        passport: The plan's.
-        force: Replace different files.
 
     Raises:
         ArtifactError: A file cannot be written, or a different one stands there.

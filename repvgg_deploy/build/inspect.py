@@ -71,12 +71,7 @@ class PrecisionReport:
 
 
 def weigh_layers(graph: GraphSummary, shapes: Mapping[str, tuple[int, ...]]) -> tuple[WeightedLayer, ...]:
-    """The layers with weights, and their work.
-
-    Args:
-        graph: The typed graph.
-        shapes: By tensor, as TensorRT found them.
-    """
+    """The layers with weights and their work; `shapes` are by tensor, as TensorRT found them."""
     outputs = {node.name or node.outputs[0]: node.outputs[0] for node in graph.nodes}
     result = []
     for node in weighted_nodes(graph):
@@ -156,12 +151,7 @@ def _node_names(name: str, metadata: str) -> frozenset[str]:
 
 
 def measure(found: Mapping[str, str], weighted: Sequence[WeightedLayer]) -> PrecisionReport:
-    """What the layers with weights compute in, by share of the multiply-accumulates.
-
-    Args:
-        found: From `read_layers`.
-        weighted: From `weigh_layers`.
-    """
+    """What the layers with weights compute in, by share of the multiply-accumulates; `found` is from `read_layers`."""
     total = sum(wanted.macs for wanted in weighted) or 1
     seen = [wanted for wanted in weighted if wanted.name in found]
     sums: dict[str, int] = {}

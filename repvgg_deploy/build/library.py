@@ -235,13 +235,7 @@ def read_library_version(library: str, function: str, version: str) -> str | Non
 
 
 def choose_tactic_sources(trt: Any, settings: Any, libraries: TacticLibraries) -> None:
-    """Leaves libraries that are missing out of TensorRT 8's search: it would end with an error that names no remedy.
-
-    Args:
-        trt: The module.
-        settings: The IBuilderConfig.
-        libraries: From `find_tactic_libraries`.
-    """
+    """Leaves libraries that are missing out of TensorRT 8's search: it would end with an error that names no remedy."""
     missing = [kind for kind, version in libraries.items() if version is None]
     if missing:
         kept = [kind for kind in (*libraries, *_OTHERS) if kind not in missing and hasattr(trt.TacticSource, kind)]

@@ -104,13 +104,8 @@ def run_cancellable(library: Library, work: Callable[[], T], state: BuildState, 
     """Runs `work` in a thread of its own and waits, so that signals are heard while TensorRT's C++ code runs.
 
     An interruption cancels the build, waits until TensorRT has stopped, and is raised then. TensorRT 8 cannot be
-    stopped: the wait lasts until its build ends, and a second interruption does not wait.
-
-    Args:
-        library: The TensorRT that builds.
-        work: Builds; what it raises is raised here.
-        state: What the monitor looks at.
-        poll: Called again and again by the thread that waits.
+    stopped: the wait lasts until its build ends, and a second interruption does not wait. What `work` raises is raised
+    here; `poll` is called again and again by the thread that waits.
     """
     outcome: list[T] = []
     errors: list[BaseException] = []

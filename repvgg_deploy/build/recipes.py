@@ -81,12 +81,7 @@ def resolve_targets(library: Library, targets: tuple[str, ...], gpu: str | None)
     """The compute capabilities that a plan is built for, such as `8.6`.
 
     TensorRT-RTX is always told them: a plan does not say what it chose by itself. Turing (7.5) is left out unless it
-    is asked for, as NVIDIA advises: it would slow down the others.
-
-    Args:
-        library: The TensorRT that builds.
-        targets: What is asked for; empty for the default.
-        gpu: Compute capability of the GPU that is here.
+    is asked for, as NVIDIA advises: it would slow down the others. `gpu` is the compute capability that is here.
 
     Raises:
         BuildError: TensorRT-RTX cannot build for one of them.
@@ -143,13 +138,7 @@ def create_network(library: Library, builder: Any) -> Any:
 
 
 def configure(request: BuildRequest, network: Any, settings: Any) -> None:
-    """Sets the builder's options, and of TensorRT 8 the types of the network's layers.
-
-    Args:
-        request: Checked by `require_options`.
-        network: The INetworkDefinition, filled.
-        settings: The IBuilderConfig.
-    """
+    """Sets the options of an IBuilderConfig, and for TensorRT 8 the types of the network's layers."""
     library, config, trt = request.library, request.config, request.library.trt
     settings.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, config.workspace_bytes)
     settings.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # else the layer inspector has nothing to say

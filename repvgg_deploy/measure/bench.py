@@ -22,7 +22,7 @@ from ..files.versions import installed_versions
 from ..runtime.engine import Engine
 from ..runtime.opening import is_plan
 from ..runtime.options import BackendName, EngineOptions
-from ..specs.values import PlanPassport, Precision, VariantSpec
+from ..specs.values import Precision, VariantSpec
 from ..specs.variants import image_size, name_variant
 from .peaks import combine, count_cores, cpu_name, find_gpu_peaks, look_up_gpu, measure_cpu
 from .records import BENCHMARK_SCHEMA, Benchmark, Device, ModelResult, Phases, Point, Way
@@ -183,7 +183,9 @@ def _open_subject(path: Path, request: BenchRequest, stack: contextlib.ExitStack
         )
     nodes = () if plan else weighted_nodes(read_graph(path))
     passport = read_passport(path) if plan else None
-    precision = _plan_precision(passport) if plan else graph_precision(nodes)
+    precision = None if plan else graph_precision(nodes)
+    if passport is not None:
+        precision = passport.config.precision if passport.precision == "not_inspected" else passport.precision
 
     def find_precision(layer: str) -> Precision:
         if plan and precision is not None:
@@ -198,12 +200,6 @@ def _open_subject(path: Path, request: BenchRequest, stack: contextlib.ExitStack
         costs = costs[:-1] if spec.kind == "features" else costs  # a backbone has no classifier
     tf32 = passport is not None and passport.config.tf32
     return _Subject(path, sha256_file(path), engine, plan, variant, precision, size, costs, tf32)
-
-
-def _plan_precision(passport: PlanPassport | None) -> Precision | None:
-    if passport is None:
-        return None
-    return passport.config.precision if passport.precision == "not_inspected" else passport.precision
 
 
 def _describe_device(subjects: Sequence[_Subject], threads: int | None) -> Device:
@@ -246,13 +242,7 @@ def _open_lanes(request: BenchRequest, subjects: Sequence[_Subject], stack: cont
 
 
 def _look_up_ceiling(device: Device, name: str | None, *, tf32: bool) -> Ceiling | None:
-    """The peaks of a GPU from the table; None for a CPU, which is measured, and for a GPU that is not in it.
-
-    Args:
-        device: As the driver names it.
-        name: In its place, where the user says which one it is.
-        tf32: Whether FP32 convolutions may run in TF32.
-    """
+    """The peaks of a GPU, or of the one that the user names; None for a CPU, which is measured, and an unknown GPU."""
     if device.kind == "cpu":
         if name is not None:
             raise InputError(

@@ -210,11 +210,7 @@ def _run_clients(call: Call, seconds: float, clients: int) -> tuple[list[float],
 class BareSession:
     """An ONNX Runtime session on the file as it stands, as anybody would open it.
 
-    Args:
-        path: The ONNX.
-        make_batch: Gives so many images as the model takes them.
-        device: Where it runs.
-        threads: CPU threads that share one batch; None for the default.
+    `make_batch` gives so many images as the model takes them.
 
     Raises:
         MissingDependencyError: onnxruntime is not installed.
@@ -263,12 +259,6 @@ class BareSession:
 
 class TorchRival:
     """The deploy form of the same variant in PyTorch, float32, with weights of a seed: speed does not depend on them.
-
-    Args:
-        variant: The architecture.
-        size: (height, width) of the images.
-        device: `cpu`, `cuda` or `cuda:1`.
-        threads: CPU threads that share one batch; None for PyTorch's default.
 
     Raises:
         MissingDependencyError: torch is not installed.

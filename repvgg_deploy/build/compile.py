@@ -220,13 +220,14 @@ class TimingFile:
 
     def store(self) -> None:
         """Writes what TensorRT has measured, with what another build has written meanwhile. Failures are logged."""
-        measured = self._settings.get_timing_cache()
+        settings = self._settings
+        measured = settings.get_timing_cache()
         if not self._usable or measured is None:
             return
         try:
             with locked(self._path):
                 latest = self._read()
-                known = self._settings.create_timing_cache(latest) if latest else None
+                known = settings.create_timing_cache(latest) if latest else None
                 if latest and (known is None or not measured.combine(known, False)):
                     logger.warning(
                         "%s: was replaced by what is damaged, or of another GPU or TensorRT, and is left as it is",

@@ -86,7 +86,7 @@ def default_plan_output(model: Path) -> Path:
 
 
 def look_at(plan: Path, before: Standing | None = None) -> Standing:
-    """What stands at an output. The plan's digest is compared with its passport, unless it is the same file as `before`."""
+    """What stands at an output. The plan's digest is compared with its passport, if it is another file than `before`."""
     try:
         found = plan.stat() if plan.is_file() else None
         stamp = None if found is None else (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
@@ -95,7 +95,7 @@ def look_at(plan: Path, before: Standing | None = None) -> Standing:
         passport = None if stamp is None else read_passport(plan)
         whole = passport is not None and sha256_file(plan) == passport.plan_sha256
     except (PlanError, OSError):
-        return Standing(plan, True, None, None)
+        return Standing(plan, plan.exists(), None, None)
     return Standing(plan, plan.exists(), passport if whole else None, stamp)
 
 

@@ -18,6 +18,7 @@ import onnx
 import pytest
 
 from repvgg_deploy.build import build as build_module
+from repvgg_deploy.build import deliver as deliver_module
 from repvgg_deploy.build import source
 from repvgg_deploy.build.build import BuildResult, build_plan
 from repvgg_deploy.build.deliver import deliver
@@ -252,6 +253,17 @@ def test_identical_plan_built_anew_keeps_its_passport(tmp_path: Path, tensorrt) 
         "up to date",
         99.5,
     )
+
+
+def test_plan_that_stands_is_hashed_once(tmp_path: Path, tensorrt, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, hashed = make_typed(tmp_path, "fp16"), list[Path]()
+    tensorrt(model)
+    build_plan(model)
+    real = deliver_module.sha256_file
+    monkeypatch.setattr(deliver_module, "sha256_file", lambda path: [hashed.append(path), real(path)][1])
+    shutil.rmtree(tmp_path / "cache")
+    assert build_plan(model).origin == "output" and hashed == [tmp_path / "fp16.plan"]
+    assert build_plan(model, force=True, options=BuildOptions(use_cache=False)).origin == "built" and len(hashed) == 2
 
 
 def test_different_plan_needs_force_and_says_so_before_it_builds(tmp_path: Path, tensorrt) -> None:

@@ -260,7 +260,12 @@ def test_plan_that_stands_is_hashed_once(tmp_path: Path, tensorrt, monkeypatch: 
     tensorrt(model)
     build_plan(model)
     real = deliver_module.sha256_file
-    monkeypatch.setattr(deliver_module, "sha256_file", lambda path: [hashed.append(path), real(path)][1])
+
+    def digest(path: Path) -> str:
+        hashed.append(path)
+        return real(path)
+
+    monkeypatch.setattr(deliver_module, "sha256_file", digest)
     shutil.rmtree(tmp_path / "cache")
     assert build_plan(model).origin == "output" and hashed == [tmp_path / "fp16.plan"]
     assert build_plan(model, force=True, options=BuildOptions(use_cache=False)).origin == "built" and len(hashed) == 2

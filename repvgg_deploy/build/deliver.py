@@ -86,7 +86,7 @@ def default_plan_output(model: Path) -> Path:
 
 
 def look_at(plan: Path, before: Standing | None = None) -> Standing:
-    """What stands at an output. The plan is hashed and compared with its passport, unless it still is what `before` saw."""
+    """What stands at an output. The plan is hashed for its passport, unless it still is the file that `before` saw."""
     try:
         found = plan.stat() if plan.is_file() else None
         stamp = None if found is None else (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ from repvgg_deploy.build.judge import check_plan
 from repvgg_deploy.build.library import GpuSearch
 from repvgg_deploy.build.options import BuildOptions
 from repvgg_deploy.cli.trt import main
-from repvgg_deploy.export.export import export_checkpoint
 from repvgg_deploy.files.onnx import read_metadata
 from repvgg_deploy.files.plan_place import Compatible, Incompatible
 from repvgg_deploy.precision.int8 import FAST
@@ -25,14 +25,16 @@ pytestmark = needs_rtx
 
 
 def test_trained_checkpoint_becomes_an_int8_plan_whose_passport_tells_its_story(
-    tmp_path: Path, sample_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    exported_sample: Path,
+    sample_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(build_module, "look_for_gpu", lambda: GpuSearch(None, "no driver"))
-    onnx = tmp_path / "sample.onnx"
-    export_checkpoint(sample_dir / "repvgg-sample.pth", onnx)
-    options = BuildOptions(
-        BuildConfig("int8"), backend="rtx", quantize=QuantizeOptions("int8", sample_dir / "calib.npz", int8=FAST)
-    )
+    onnx = Path(shutil.copy(exported_sample, tmp_path))
+    quantize = QuantizeOptions("int8", sample_dir / "calib.npz", images=16, int8=FAST)
+    options = BuildOptions(BuildConfig("int8"), backend="rtx", quantize=quantize)
     result = build_plan(onnx, options=options)
     passport, exported = result.passport, read_metadata(onnx)
 

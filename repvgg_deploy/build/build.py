@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from ..errors import InputError, ModelError
 from ..files.output import PendingOutput, require_distinct, require_writable
 from ..files.passport import passport_path
+from ..files.plan_place import Library
 from ..specs.values import PlanPassport
 from .cache import PlanCache, cache_folder, plan_key
 from .compile import compile_plan
@@ -32,7 +33,7 @@ from .deliver import (
     require_room,
 )
 from .inspect import PrecisionReport
-from .library import Library, find_tactic_libraries, is_strongly_typed, look_for_gpu, open_library
+from .library import find_tactic_libraries, is_strongly_typed, look_for_gpu, open_library
 from .options import BuildOptions, BuildRequest, choose_profile, must_type
 from .recipes import require_gpu, require_options, resolve_targets
 from .source import Source, read_source

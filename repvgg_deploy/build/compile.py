@@ -16,10 +16,10 @@ from typing import Any
 from ..errors import ArtifactError, BuildError, CudaError, InputError
 from ..files.onnx import GraphSummary
 from ..files.output import atomic_output, locked
-from ..files.plan_place import quote
+from ..files.plan_place import Library, quote
 from .cache import cache_folder
 from .inspect import PrecisionReport, WeightedLayer, measure, read_layers, require_honest, weigh_layers
-from .library import BuildLog, Library
+from .library import BuildLog
 from .monitor import BuildState, make_monitor, run_cancellable
 from .network import add_profile, output_types, parse, tensor_shapes
 from .options import BuildRequest

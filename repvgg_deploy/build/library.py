@@ -14,13 +14,14 @@ from typing import Any, Literal
 
 from ..errors import BuildError, CudaError, InputError, MissingDependencyError
 from ..files.plan_place import (
-    BROKEN_VERSION,
     FLAVOURS,
     INSTALL,
     LEAN,
     Flavour,
+    Library,
     import_tensorrt,
     is_installed,
+    judge_library,
     make_trt_logger,
 )
 
@@ -33,37 +34,6 @@ _MODULES: dict[str, tuple[Flavour, ...]] = {
 }
 _NEWEST = {"tensorrt": 11, "tensorrt_rtx": 1}
 _KEPT = 200
-
-
-@dataclass(frozen=True, slots=True)
-class Library:
-    """An imported TensorRT or TensorRT-RTX.
-
-    Attributes:
-        flavour: Which of the two.
-        trt: The module.
-        version: Such as `10.9.0.34`.
-    """
-
-    flavour: Flavour
-    trt: Any
-    version: str
-
-    @property
-    def name(self) -> str:
-        """For people: `TensorRT 10.9.0.34`."""
-        return f"{FLAVOURS[self.flavour]} {self.version}"
-
-    @property
-    def is_rtx(self) -> bool:
-        """Whether it is TensorRT-RTX."""
-        return self.flavour == "tensorrt_rtx"
-
-    @property
-    def number(self) -> tuple[int, int]:
-        """Major and minor version."""
-        major, minor, *_ = (*(int(part) if part.isdecimal() else 0 for part in self.version.split(".")), 0, 0)
-        return major, minor
 
 
 def open_library(backend: BackendChoice) -> Library:
@@ -89,7 +59,13 @@ def open_library(backend: BackendChoice) -> Library:
         trt = import_tensorrt(flavour, FLAVOURS[flavour], remedy=remedy)
         if trt is not None:
             library = Library(flavour, trt, str(trt.__version__))
-            _require_version(library)
+            refused, newest = judge_library(library), _NEWEST[flavour]
+            if refused is not None:
+                raise BuildError(refused.reason, remedy=refused.remedy)
+            if library.number[0] > newest:
+                logger.warning(
+                    "%s is newer than what this version was made for: it is used as %d.x", library.name, newest
+                )
             return library
     wanted = " nor ".join(FLAVOURS[flavour] for flavour in flavours)
     missing = f"neither {wanted} is installed" if backend == "auto" else f"{wanted} is not installed"
@@ -99,22 +75,6 @@ def open_library(backend: BackendChoice) -> Library:
         f"no plan can be built: {missing}",
         remedy=", or ".join(f"{INSTALL[flavour]} ({FLAVOURS[flavour]})" for flavour in flavours),
     )
-
-
-def _require_version(library: Library) -> None:
-    number, name = library.number, library.name
-    if library.is_rtx:
-        if number < (1, 0):
-            raise BuildError(f"{name} is not supported: expected TensorRT-RTX 1.x", remedy=INSTALL["tensorrt_rtx"])
-    elif number < (8, 5) or number[0] == 9:
-        raise BuildError(
-            f"{name} is not supported: expected 8.5, 8.6, 10.x or 11.x", remedy="install TensorRT 10.3 or later"
-        )
-    elif number == BROKEN_VERSION:
-        raise BuildError(f"{name} is known to be broken", remedy="install TensorRT 10.3 or later, or stay with 10.1")
-    newest = _NEWEST[library.flavour]
-    if number[0] > newest:
-        logger.warning("%s is newer than what this version was made for: it is used as %d.x", name, newest)
 
 
 def is_strongly_typed(library: Library) -> bool:

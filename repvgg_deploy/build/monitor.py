@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from .library import Library
+from ..files.plan_place import Library
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

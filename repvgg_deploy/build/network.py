@@ -7,9 +7,9 @@ from typing import Any
 
 from ..errors import BuildError
 from ..files.onnx import GraphSummary
-from ..files.plan_place import quote
+from ..files.plan_place import Library, quote
 from ..specs.values import ModelSpec, ShapeProfile
-from .library import BuildLog, Library
+from .library import BuildLog
 from .source import Source
 
 _NAMES = {

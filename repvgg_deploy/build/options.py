@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import BuildError, InputError
-from ..files.plan_place import platform_here
+from ..files.plan_place import Library, platform_here
 from ..specs.values import BuildConfig, PlanPassport, ShapeProfile
-from .library import BackendChoice, Gpu, Library, TacticLibraries
+from .library import BackendChoice, Gpu, TacticLibraries
 from .source import Source
 
 if TYPE_CHECKING:

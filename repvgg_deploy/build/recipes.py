@@ -14,8 +14,9 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import BuildError, CudaError
+from ..files.plan_place import Library
 from ..specs.values import BuildConfig
-from .library import Gpu, Library, choose_tactic_sources, is_strongly_typed
+from .library import Gpu, choose_tactic_sources, is_strongly_typed
 from .options import BuildRequest
 from .source import Source, tensor_types
 

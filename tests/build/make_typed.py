@@ -10,9 +10,10 @@ from typing import Any
 import onnx
 from onnx import TensorProto
 
-from repvgg_deploy.build.library import Gpu, Library
+from repvgg_deploy.build.library import Gpu
 from repvgg_deploy.build.options import BuildRequest
 from repvgg_deploy.build.source import Source, read_source
+from repvgg_deploy.files.plan_place import Library
 from repvgg_deploy.precision.fp16 import Fp16Options, to_fp16
 from repvgg_deploy.precision.typed_model import extend, load_parent, write_typed
 from repvgg_deploy.specs.values import BuildConfig

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from repvgg_deploy.build.compile import choose_timing_file, compile_plan
-from repvgg_deploy.build.library import Gpu, Library
+from repvgg_deploy.build.library import Gpu
 from repvgg_deploy.build.options import BuildRequest
 from repvgg_deploy.build.source import read_source
 from repvgg_deploy.files.output import locked
-from repvgg_deploy.files.plan_place import Flavour
+from repvgg_deploy.files.plan_place import Flavour, Library
 from repvgg_deploy.specs.values import BuildConfig
 from tests.build.fake_trt import FakeTrt, Faults
 from tests.build.make_typed import A10, make_request, make_typed

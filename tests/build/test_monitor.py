@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from repvgg_deploy.build.compile import _compile, compile_plan
-from repvgg_deploy.build.library import Library
 from repvgg_deploy.build.monitor import BuildState, PhaseTree, run_cancellable
 from repvgg_deploy.build.options import BuildRequest
 from repvgg_deploy.build.source import read_source
 from repvgg_deploy.errors import BuildError
+from repvgg_deploy.files.plan_place import Library
 from tests.build.fake_trt import FakeTrt, Faults
 from tests.build.make_typed import A10, make_request, make_typed
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from repvgg_deploy.build.compile import compile_plan
-from repvgg_deploy.build.library import Library
 from repvgg_deploy.build.recipes import require_gpu, require_options, require_typing, resolve_targets
 from repvgg_deploy.build.source import read_source
 from repvgg_deploy.errors import BuildError, CudaError
+from repvgg_deploy.files.plan_place import Library
 from repvgg_deploy.specs.values import BuildConfig, ShapeProfile
 from tests.build.fake_trt import PLAN, FakeTrt, Faults, flags_of
 from tests.build.make_typed import A10, make_request, make_typed

@@ -52,7 +52,6 @@ _PACKAGES = (
     "torch",
 )
 _PHASE_CALLS = 50
-_LARGEST_DIFFERENCE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +158,7 @@ def run_benchmark(request: BenchRequest, *, progress: Callable[[str], None] = la
         phases = {
             (subject, batch): _measure_phases(subject, batch) for subject in subjects for batch in request.batches
         }
-        ceiling = _combine_peaks(ceiling, _measure_peak(request, device, progress))
+        ceiling = combine(ceiling, _measure_peak(request, device, progress))
     points: dict[_Subject, list[Point]] = {subject: [] for subject in subjects}
     for lane, batch, turns in measured:
         parts = phases[lane.subject, batch] if lane.way == "engine" else None
@@ -268,19 +267,6 @@ def _measure_peak(request: BenchRequest, device: Device, progress: Callable[[str
     if threads is not None:
         threads = max(threads, min(threads * request.pace.clients, count_cores()))
     return measure_cpu(threads=threads, seconds=request.peak_s)
-
-
-def _combine_peaks(before: Ceiling | None, after: Ceiling | None) -> Ceiling | None:
-    """The higher of two measurements; says so where they are far apart."""
-    if before is not None and after is not None:
-        rates = [found.operations_per_second["fp32"] for found in (before, after)]
-        if max(rates) > (1 + _LARGEST_DIFFERENCE) * min(rates):
-            logger.warning(
-                "the CPU's peak was %s Gop/s in fp32 before and after: other programs run here; the higher "
-                "counts, and may be too low",
-                " and ".join(f"{rate / 1e9:,.0f}" for rate in rates),
-            )
-    return combine(before, after)
 
 
 def _measure(

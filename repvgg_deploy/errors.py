@@ -1,4 +1,4 @@
-"""The exception tree of the project. Standard library only.
+"""The exception tree of the project.
 
     RepVGGDeployError(message, *, remedy)      every error we raise on purpose
     ├── CheckpointError                        a checkpoint cannot be read, is incomplete, or is of another network

@@ -36,7 +36,7 @@ def execute(args: argparse.Namespace) -> Output:
     )
     from ..runtime.opening import as_path, read_model
     from ..specs.codec import encode
-    from ..specs.variants import image_size, layer_rows
+    from ..specs.variants import layer_rows
 
     path = as_path(args.model)
     metadata, graph = read_model(path), read_graph(path)

@@ -23,7 +23,7 @@ from ..runtime.engine import Engine
 from ..runtime.opening import is_plan
 from ..runtime.options import BackendName, EngineOptions
 from ..specs.values import Precision, VariantSpec
-from ..specs.variants import image_size, name_variant
+from ..specs.variants import name_variant
 from .peaks import combine, count_cores, cpu_name, find_gpu_peaks, look_up_gpu, measure_cpu
 from .records import BENCHMARK_SCHEMA, Benchmark, Device, ModelResult, Phases, Point, Way
 from .roofline import ITEM_BYTES, Ceiling, LayerCost, bound_layers, count_costs, total_floor_ms
@@ -174,7 +174,7 @@ def _open_subject(path: Path, request: BenchRequest, stack: contextlib.ExitStack
     options = EngineOptions(intra_op_threads=request.cpu_threads)
     engine = stack.enter_context(Engine(path, device=request.device, backend=request.backend, options=options))
     spec, variant, plan = engine.spec, engine.metadata.variant, is_plan(path)
-    size = request.image_size or image_size(spec)
+    size = request.image_size or spec.image_size
     if size is None or spec.input.layout not in ("NCHW", "NHWC"):
         raise InputError(
             f"{path}: takes images of any size, and which is usual is not known",

@@ -1,9 +1,4 @@
-"""Frozen dataclasses to and from JSON, strictly: an unknown, missing or mistyped field is an error, never a guess.
-
-Standard library only: a service that reads a specification needs nothing else.
-
-Specs from files that people write. Standard library only (and tomli below Python 3.11).
-"""
+"""Frozen dataclasses to and from JSON, and from TOML: an unknown, missing or mistyped field is an error."""
 
 from __future__ import annotations
 
@@ -15,10 +10,13 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import InputError
 from .values import BuildConfig
+
+if TYPE_CHECKING:
+    from importlib.abc import Traversable
 
 T = TypeVar("T")
 
@@ -104,27 +102,23 @@ def _decode_dataclass(kind: Any, data: Any, where: str) -> Any:
     unknown = sorted(set(data) - set(fields))
     if unknown:
         _fail(f"{where}.{unknown[0]}", f"one of {', '.join(fields)}", unknown[0])
-    required = [
-        n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    missing = [name for name in required if name not in data]
-    if missing:
-        _fail(f"{where}.{missing[0]}", "a value", "nothing")
+    for name, field in fields.items():
+        optional = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+        if not optional and name not in data:
+            _fail(f"{where}.{name}", "a value", "nothing")
     return kind(**{name: _decode(hints[name], item, f"{where}.{name}") for name, item in data.items()})
 
 
 def _decode_union(arguments: tuple[Any, ...], data: Any, where: str) -> Any:
     if data is None and type(None) in arguments:
         return None
-    errors = []
-    for argument in arguments:
-        if argument is type(None):
-            continue
+    *others, last = (argument for argument in arguments if argument is not type(None))
+    for argument in others:
         try:
             return _decode(argument, data, where)
-        except InputError as error:
-            errors.append(error)
-    raise errors[-1]
+        except InputError:
+            continue
+    return _decode(last, data, where)
 
 
 def _decode_tuple(arguments: tuple[Any, ...], data: Any, where: str) -> Any:
@@ -134,9 +128,7 @@ def _decode_tuple(arguments: tuple[Any, ...], data: Any, where: str) -> Any:
         return tuple(_decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(data))
     if len(data) != len(arguments):
         _fail(where, f"{len(arguments)} items", f"{len(data)} items")
-    return tuple(
-        _decode(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(arguments, data, strict=True))
-    )
+    return tuple(_decode(kind, data[i], f"{where}[{i}]") for i, kind in enumerate(arguments))
 
 
 def _decode_scalar(kind: Any, data: Any, where: str) -> Any:
@@ -165,16 +157,26 @@ def load_build_config(path: Path) -> BuildConfig:
     Raises:
         InputError: The file cannot be read, or a key is unknown or mistyped; the message names it.
     """
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
     remedy = "compare it with engines/configs/fp16.toml"
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as a build configuration: {error}", remedy=remedy) from error
+    table = read_toml(path, "a build configuration", remedy=remedy)
     try:
         return decode(BuildConfig, table)
     except InputError as error:
         raise InputError(f"{path}: {error.message}", remedy=remedy) from error
+
+
+def read_toml(path: Path | Traversable, what: str, *, remedy: str) -> dict[str, Any]:
+    """Reads a TOML file; `what` says in the message what it should be.
+
+    Raises:
+        InputError: It cannot be read, or is no TOML.
+    """
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as {what}: {error}", remedy=remedy) from error
+    return table

@@ -1,7 +1,7 @@
-"""The typed values that pass between stages, and the artifact schemas. Standard library only.
+"""The typed values that pass between stages, and the schemas of the artifacts.
 
-Each is validated once, here; behind this border the code trusts it. An example of every artifact schema stands in
-`docs/schemas/`; `codec.decode` reads them.
+A value is validated once, when it is made; the code that takes it trusts it. `docs/schemas/` has an example of every
+artifact schema; `codec.decode` reads them.
 """
 
 from __future__ import annotations
@@ -39,13 +39,12 @@ class VariantSpec:
         depths: Blocks of stages 1 to 4.
         widths: Channels of the stem and of stages 1 to 4.
         groups: Groups of each 3×3 convolution, stem first; length 1 + sum(depths).
-        se: Where a squeeze-and-excitation block stands, if any.
+        se: Where a squeeze-and-excitation block stands, if there is one.
         se_reduction: Channels divided by hidden channels of that block.
         strides: Strides of the stem and of the first block of stages 1 to 4.
         block: Kind of the training-form block: `repvgg` (Ding et al. 2021), `qarepvgg_v1` and `qarepvgg_v2`
             (Chu et al. 2024, https://arxiv.org/abs/2212.01593), `plain` (one Conv+BatchNorm, RepOpt-VGG,
             https://arxiv.org/abs/2205.15242).
-        num_classes: Rows of the classifier.
         bn_eps: Epsilon of every BatchNorm.
         auxiliary_heads: Whether the training form has the three auxiliary classifiers of RepVGGplus.
     """
@@ -92,17 +91,14 @@ class VariantSpec:
             for index in range(depth):
                 stride = self.strides[stage] if index == 0 else 1
                 groups = self.groups[len(result)]
-                result.append(
-                    LayerSpec(
-                        f"stage{stage}.{index}", stage, result[-1].out_channels, self.widths[stage], stride, groups
-                    )
-                )
+                name, channels = f"stage{stage}.{index}", result[-1].out_channels
+                result.append(LayerSpec(name, stage, channels, self.widths[stage], stride, groups))
         return tuple(result)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """One 3×3 layer of a variant: its name in the official key names, its stage (0: stem), channels, stride and groups."""
+    """One 3×3 layer of a variant: its name in the official checkpoints, and its stage, where the stem is stage 0."""
 
     name: str
     stage: int
@@ -123,8 +119,8 @@ class TensorSpec:
 
     Attributes:
         name: Name in the ONNX graph and in the plan.
-        dtype: NumPy's name: `float32`, `float16`, `uint8` or `int64`.
-        shape: One entry a dimension; a string is a dynamic one (`batch`).
+        dtype: As NumPy calls it.
+        shape: One entry a dimension; a string names a dynamic one (`batch`).
         layout: `NCHW`, `NHWC`, `NC` (class scores), `NK` (top-k) or `other`.
     """
 
@@ -132,6 +128,11 @@ class TensorSpec:
     dtype: Literal["float32", "float16", "uint8", "int64", "int32"]
     shape: tuple[int | str, ...]
     layout: Literal["NCHW", "NHWC", "NC", "NK", "other"]
+
+    @property
+    def image_axes(self) -> tuple[int, int] | None:
+        """Where height and width stand in `shape`; None where the tensor is no image."""
+        return {"NCHW": (2, 3), "NHWC": (1, 2)}.get(self.layout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +144,6 @@ class Preprocessing:
         std: Per RGB channel, in 0–255 units.
         resize_short: The short side is resized to this many pixels first.
         crop: (height, width) of the centre crop, the model's input size.
-        interpolation: Filter of the resize.
         in_graph: True: the graph casts and normalises itself (uint8 input); False: the caller gives normalised float32.
     """
 
@@ -156,21 +156,12 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         finite = all(math.isfinite(value) for value in (*self.mean, *self.std))
-        _require(
-            finite,
-            f"mean and standard deviation must be finite, found {self.mean} and {self.std}",
-            "give numbers in 0–255 units",
-        )
-        _require(
-            all(s > 0 for s in self.std),
-            f"standard deviation must be positive, found {self.std}",
-            "give --std in 0–255 units, such as 58.395",
-        )
-        _require(
-            min(self.crop) >= 1 and self.resize_short >= 1,
-            f"image size must be positive, found {self.crop}",
-            "give --image-size in pixels",
-        )
+        found = f"mean and standard deviation must be finite, found {self.mean} and {self.std}"
+        _require(finite, found, "give numbers in 0–255 units")
+        found = f"standard deviation must be positive, found {self.std}"
+        _require(all(s > 0 for s in self.std), found, "give --std in 0–255 units, such as 58.395")
+        positive = min(self.crop) >= 1 and self.resize_short >= 1
+        _require(positive, f"image size must be positive, found {self.crop}", "give --image-size in pixels")
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +188,16 @@ class ModelSpec:
         """The fixed batch size, or None where any batch is accepted."""
         size = self.input.shape[0]
         return size if isinstance(size, int) else None
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """(height, width) of the input in pixels, the usual ones where any is accepted; None where none is known."""
+        usual: tuple[int | None, int | None] = self.preprocessing.crop if self.preprocessing else (None, None)
+        if self.input.image_axes is None:
+            return None
+        sizes = (self.input.shape[axis] for axis in self.input.image_axes)
+        height, width = (size if isinstance(size, int) else own for size, own in zip(sizes, usual, strict=True))
+        return None if height is None or width is None else (height, width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +228,6 @@ class Certificate:
 
     Attributes:
         reference: What the model was compared with.
-        checks: Every comparison.
         versions: Version of each tool that took part.
     """
 
@@ -253,12 +253,7 @@ class CheckpointSource:
 
 @dataclass(frozen=True, slots=True)
 class ChannelStatistics:
-    """Mean and standard deviation of each channel of one tensor, as the BatchNorm layers state them: before a ReLU, or of a block's input.
-
-    Attributes:
-        mean: Base64 of little-endian float32 (C,).
-        std: Base64 of little-endian float32 (C,).
-    """
+    """What the BatchNorm layers say of each channel of one tensor: base64 of little-endian float32 (C,)."""
 
     mean: str
     std: str
@@ -280,15 +275,13 @@ class ModelMetadata:
 
     Attributes:
         schema: METADATA_SCHEMA.
-        spec: Inputs, outputs, preprocessing and labels.
         variant: The architecture, or None for a module of the user's own.
         source: The checkpoint, or None where the weights came from memory.
-        certificate: What was verified.
-        statistics: What the BatchNorm layers say (training-form checkpoints only), by name of a tensor before its ReLU
-            (`stage1.0.conv`), and of what a block reads (`stage1.0.input`, standard deviation 0 where it is not known).
+        statistics: By name of a tensor before its ReLU (`stage1.0.conv`) and of what a block reads (`stage1.0.input`,
+            standard deviation 0 where it is not known); empty where the checkpoint was in deploy form.
         history: The stages, oldest first.
         notes: What was chosen or assumed of the checkpoint, such as strides, in sentences.
-        content_sha256: Binds this value to the graph: see `onnx_file.content_digest`.
+        content_sha256: Binds this value to the graph: see `files.onnx.content_digest`.
     """
 
     schema: Literal[1]
@@ -304,7 +297,7 @@ class ModelMetadata:
 
 @dataclass(frozen=True, slots=True)
 class ShapeProfile:
-    """Smallest, usual and largest batch that a plan accepts; nothing else varies."""
+    """Smallest, usual and largest batch that a plan accepts; no other dimension varies."""
 
     min_batch: int = 1
     opt_batch: int = 8
@@ -324,7 +317,6 @@ class BuildConfig:
 
     Attributes:
         precision: None builds the graph as it is typed.
-        profile: Batch sizes.
         workspace_bytes: Scratch memory that the builder may use.
         tf32: Whether FP32 convolutions may round their inputs to TF32.
         optimization_level: TensorRT's 0–5, None for its default.
@@ -343,16 +335,11 @@ class BuildConfig:
     sparse: bool = False
 
     def __post_init__(self) -> None:
-        _require(
-            self.workspace_bytes > 0,
-            f"workspace_bytes must be positive, found {self.workspace_bytes}",
-            "give --workspace such as 4GiB",
-        )
-        _require(
-            self.optimization_level is None or 0 <= self.optimization_level <= 5,
-            f"optimization_level must be 0 to 5, found {self.optimization_level}",
-            "give --optimization-level 0 to 5",
-        )
+        found = f"workspace_bytes must be positive, found {self.workspace_bytes}"
+        _require(self.workspace_bytes > 0, found, "give --workspace such as 4GiB")
+        known = self.optimization_level is None or 0 <= self.optimization_level <= 5
+        found = f"optimization_level must be 0 to 5, found {self.optimization_level}"
+        _require(known, found, "give --optimization-level 0 to 5")
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,13 +348,11 @@ class PlanPassport:
 
     Attributes:
         schema: PASSPORT_SCHEMA.
-        plan_sha256: Of the plan's bytes.
-        onnx_sha256: Of the ONNX that was built.
-        spec: Inputs, outputs, preprocessing and labels.
+        plan_sha256: Digest of the plan.
+        onnx_sha256: Digest of the ONNX that it was built from.
         certificate: The ONNX's own.
         precision: What the layer inspector saw, or `not_inspected` where no GPU was there to ask.
         config: What the builder was given.
-        flavour: `tensorrt` or `tensorrt_rtx`.
         tensorrt_version: Such as `10.9.0.34`.
         gpu_name: None where the build needed no GPU.
         compute_capabilities: GPUs that the plan was made for, such as `8.6`.
@@ -377,7 +362,7 @@ class PlanPassport:
         precision_shares: By precision, the share of multiply-accumulates that the layer inspector saw compute in it, 0
             to 1; empty where it could not look.
         platform: Where it was built, such as `linux-x86_64`: plans do not cross platforms.
-        variant: The architecture, or None for a module of the user's own or a passport of before there was this field.
+        variant: The architecture, or None for a module of the user's own.
     """
 
     schema: Literal[1]
@@ -401,18 +386,16 @@ class PlanPassport:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationProvenance:
-    """The JSON text in the array `provenance` of `NAME.calib.npz`; the array `images` is uint8 or float32 (N, H, W, 3) or (N, 3, H, W).
+    """Where synthetic calibration images come from: the JSON text in the array `provenance` of `NAME.calib.npz`.
 
     Attributes:
         schema: CALIBRATION_SCHEMA.
         onnx_sha256: The ONNX that the images were made for.
         checkpoint_sha256: The training-form checkpoint whose BatchNorm statistics they match.
-        method: How the images were made.
         images: How many.
         seed: Of the random generator.
         steps: Optimisation steps per batch.
         loss: Final mean BatchNorm mismatch.
-        versions: Version of each tool.
     """
 
     schema: Literal[1]

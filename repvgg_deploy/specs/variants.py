@@ -1,21 +1,18 @@
-"""Names of architectures → VariantSpec, and what follows from a spec by arithmetic. No torch.
+"""Names of architectures → VariantSpec, and what follows from one by arithmetic: layers, parameters, operations.
 
 Source: Ding et al., RepVGG: Making VGG-style ConvNets Great Again, CVPR 2021 (https://arxiv.org/abs/2101.03697), table
 2 and 3; D2se and RepVGGplus from https://github.com/DingXiaoH/RepVGG.
-
-The layers of a variant's deploy form, one row each: what they are and what they cost. Standard library only.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..errors import InputError
-from .values import BlockKind, Form, LayerSpec, ModelSpec, SePosition, VariantSpec
+from . import codec
+from .values import Form, SePosition, VariantSpec
 
 _DEPTHS = {"A": (2, 4, 14, 1), "B": (4, 6, 16, 1), "D": (8, 14, 24, 1)}
 _MULTIPLIERS = {
@@ -32,7 +29,7 @@ _BASE_WIDTHS = (64, 128, 256, 512)
 _GROUPED_END = 27  # groups stand on layers 2, 4, …, 26
 
 
-def stage_widths(multipliers: tuple[float, float, float, float]) -> tuple[int, int, int, int, int]:
+def _stage_widths(multipliers: tuple[float, float, float, float]) -> tuple[int, int, int, int, int]:
     """Channels of the stem and of stages 1 to 4 for the paper's width multipliers (a, a, a, b)."""
     first, second, third, fourth = (int(base * m) for base, m in zip(_BASE_WIDTHS, multipliers, strict=True))
     return (min(64, int(64 * multipliers[0])), first, second, third, fourth)
@@ -51,7 +48,7 @@ def _published(name: str, base: str, groups: int = 1, se: SePosition = "none") -
     return VariantSpec(
         name=name,
         depths=depths,
-        widths=stage_widths(_MULTIPLIERS[base]),
+        widths=_stage_widths(_MULTIPLIERS[base]),
         groups=alternating_groups(depths, groups),
         se=se,
         se_reduction=4 if plus else 16,
@@ -91,19 +88,18 @@ def get_variant(name: str, *, num_classes: int | None = None) -> VariantSpec:
     if name.lower().endswith(".toml"):
         spec = load_variant(Path(name))
     else:
-        folded = {_fold(known): known for known in PUBLISHED}
+        folded = {_fold(known): spec for known, spec in PUBLISHED.items()}
         if _fold(name) not in folded:
             raise InputError(
                 f"unknown variant {name!r}",
                 remedy=f"choose one of {', '.join(PUBLISHED)}, or the path of a TOML file that defines yours",
             )
-        spec = PUBLISHED[folded[_fold(name)]]
+        spec = folded[_fold(name)]
     return spec if num_classes is None else dataclasses.replace(spec, num_classes=num_classes)
 
 
 def _fold(name: str) -> str:
-    lowered = name.lower().replace("_", "-")
-    return lowered.removeprefix("repvgg-").removeprefix("repvggplus-")
+    return name.lower().replace("_", "-").removeprefix("repvgg-").removeprefix("repvggplus-")
 
 
 def load_variant(path: Path) -> VariantSpec:
@@ -116,45 +112,30 @@ def load_variant(path: Path) -> VariantSpec:
     Raises:
         InputError: The file cannot be read or a key is unknown, missing or mistyped.
     """
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
     remedy = "compare it with models/sample/variant.toml"
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as a variant: {error}", remedy=remedy) from error
-    return _from_table(table, str(path), remedy)
-
-
-def _from_table(table: dict[str, Any], where: str, remedy: str) -> VariantSpec:
-    from ..specs import codec
-
-    values = dict(table)
+    values = codec.read_toml(path, "a variant", remedy=remedy)
     if "width_multipliers" in values and "widths" in values:
-        raise InputError(f"{where}: has both widths and width_multipliers, expected one of them", remedy=remedy)
+        raise InputError(f"{path}: has both widths and width_multipliers, expected one of them", remedy=remedy)
     try:
         if "width_multipliers" in values:
-            values["widths"] = stage_widths(tuple(float(m) for m in values.pop("width_multipliers")))  # type: ignore[arg-type]
+            multipliers = tuple(float(m) for m in values.pop("width_multipliers"))
+            values["widths"] = _stage_widths(multipliers)  # type: ignore[arg-type]
         if isinstance(values.get("groups", 1), int):
             values["groups"] = alternating_groups(tuple(values["depths"]), values.get("groups", 1))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(
-            f"{where}: depths and width_multipliers must be lists of four numbers ({error!r})", remedy=remedy
+            f"{path}: depths and width_multipliers must be lists of four numbers ({error!r})", remedy=remedy
         ) from error
     try:
         return codec.decode(VariantSpec, values)
     except InputError as error:
-        raise InputError(f"{where}: {error.message}", remedy=remedy) from error
+        raise InputError(f"{path}: {error.message}", remedy=remedy) from error
 
 
 def name_variant(spec: VariantSpec) -> str | None:
-    """The published name whose architecture `spec` has (class count, BatchNorm epsilon and block kind aside), or None."""
-    for name, known in PUBLISHED.items():
-        if architecture_of(spec) == architecture_of(known):
-            return name
-    return None
+    """The published name with the architecture of `spec` (not its class count, epsilon and block kind), or None."""
+    wanted = architecture_of(spec)
+    return next((name for name, known in PUBLISHED.items() if architecture_of(known) == wanted), None)
 
 
 def architecture_of(spec: VariantSpec) -> tuple[object, ...]:
@@ -165,56 +146,34 @@ def architecture_of(spec: VariantSpec) -> tuple[object, ...]:
 
 def count_parameters(spec: VariantSpec, form: Form) -> int:
     """Learned parameters (no BatchNorm statistics, no auxiliary heads) in training or deploy form."""
-    count = sum(_layer_parameters(layer, spec.block, form) for layer in spec.layers())
-    if spec.se != "none":
-        count += sum(_se_parameters(layer.out_channels, spec.se_reduction) for layer in spec.layers())
-    return count + (spec.widths[4] + 1) * spec.num_classes
-
-
-def _layer_parameters(layer: LayerSpec, block: BlockKind, form: Form) -> int:
-    pairs = layer.in_channels // layer.groups * layer.out_channels
+    count = sum(row.parameters for row in layer_rows(spec, None))
     if form == "deploy":
-        return 9 * pairs + layer.out_channels
-    bn = 2 * layer.out_channels
-    if block == "plain":
-        return 9 * pairs + bn
-    if block == "qarepvgg_v2":
-        return 10 * pairs + 2 * bn
-    extra = bn if block == "qarepvgg_v1" else 0
-    return 10 * pairs + 2 * bn + (bn if layer.has_identity else 0) + extra
-
-
-def _se_parameters(channels: int, reduction: int) -> int:
-    hidden = channels // reduction
-    return 2 * channels * hidden + hidden + channels
+        return count
+    for layer in spec.layers():
+        batch_norm = 2 * layer.out_channels
+        count += batch_norm - layer.out_channels  # of the 3×3 convolution, which has no bias then
+        if spec.block != "plain":
+            count += layer.in_channels // layer.groups * layer.out_channels  # the 1×1 convolution
+            count += batch_norm  # of the 1×1 convolution, or in qarepvgg_v2 behind the sum
+        if spec.block in ("repvgg", "qarepvgg_v1") and layer.has_identity:
+            count += batch_norm
+        if spec.block == "qarepvgg_v1":
+            count += batch_norm  # behind the sum
+    return count
 
 
 def count_macs(spec: VariantSpec, height: int, width: int) -> int:
-    """Multiply-accumulates of one image in deploy form: 3×3 convolutions, SE and classifier.
-
-    Args:
-        spec: The variant.
-        height: Image height in pixels.
-        width: Image width in pixels.
-    """
-    total = 0
-    for layer in spec.layers():
-        height, width = (-(-size // layer.stride) for size in (height, width))
-        total += 9 * layer.in_channels // layer.groups * layer.out_channels * height * width
-        if spec.se != "none":
-            total += 2 * layer.out_channels * (layer.out_channels // spec.se_reduction)
-    return total + spec.widths[4] * spec.num_classes
+    """Multiply-accumulates in deploy form of one image of this height and width in pixels."""
+    return sum(row.macs or 0 for row in layer_rows(spec, (height, width)))
 
 
 @dataclass(frozen=True, slots=True)
 class LayerRow:
-    """One line of the layer table.
+    """One line of the layer table: a 3×3 layer, a squeeze-and-excitation block or the classifier.
 
     Attributes:
         name: In the official key names; `.se` for a squeeze-and-excitation block.
         channels: Input and output.
-        stride: Of the convolution.
-        groups: Of the convolution.
         output_size: (height, width); None where the image size is not known.
         parameters: Weights and biases.
         macs: Multiply-accumulates of one image; None where the image size is not known.
@@ -231,43 +190,24 @@ class LayerRow:
     precision: str | None = None
 
 
-def image_size(spec: ModelSpec) -> tuple[int, int] | None:
-    """(height, width) that the model is made for, or None where any is accepted and none is usual."""
-    axes = {"NCHW": (2, 3), "NHWC": (1, 2)}.get(spec.input.layout)
-    if axes is not None:
-        height, width = (spec.input.shape[axis] for axis in axes)
-        if isinstance(height, int) and isinstance(width, int):
-            return height, width
-    return spec.preprocessing.crop if spec.preprocessing is not None else None
-
-
 def layer_rows(variant: VariantSpec, size: tuple[int, int] | None) -> tuple[LayerRow, ...]:
-    """The layers of the deploy form, squeeze-and-excitation blocks and the classifier included.
+    """The layers of the deploy form in order.
 
     Args:
         variant: The architecture.
-        size: (height, width) of the image, or None.
+        size: (height, width) of the image in pixels, or None where it is not known.
     """
     rows = []
     for layer in variant.layers():
+        ins, outs = layer.in_channels, layer.out_channels
         size = None if size is None else (-(-size[0] // layer.stride), -(-size[1] // layer.stride))
-        weights = 9 * layer.in_channels // layer.groups * layer.out_channels
+        weights = 9 * ins // layer.groups * outs
         macs = None if size is None else weights * size[0] * size[1]
-        channels = (layer.in_channels, layer.out_channels)
-        rows.append(
-            LayerRow(layer.name, channels, layer.stride, layer.groups, size, weights + layer.out_channels, macs)
-        )
+        rows.append(LayerRow(layer.name, (ins, outs), layer.stride, layer.groups, size, weights + outs, macs))
         if variant.se != "none":
-            hidden = layer.out_channels // variant.se_reduction
-            weights = 2 * layer.out_channels * hidden
-            both = (layer.out_channels, layer.out_channels)
-            rows.append(
-                LayerRow(f"{layer.name}.se", both, 1, 1, (1, 1), weights + hidden + layer.out_channels, weights)
-            )
-    weights = variant.widths[4] * variant.num_classes
-    rows.append(
-        LayerRow(
-            "linear", (variant.widths[4], variant.num_classes), 1, 1, (1, 1), weights + variant.num_classes, weights
-        )
-    )
+            hidden = outs // variant.se_reduction
+            weights = 2 * outs * hidden
+            rows.append(LayerRow(f"{layer.name}.se", (outs, outs), 1, 1, (1, 1), weights + hidden + outs, weights))
+    ins, outs = variant.widths[4], variant.num_classes
+    rows.append(LayerRow("linear", (ins, outs), 1, 1, (1, 1), ins * outs + outs, ins * outs))
     return tuple(rows)

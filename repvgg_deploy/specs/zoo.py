@@ -1,26 +1,19 @@
 """Cards of published checkpoints: is this file one of them, and what did its authors measure?
 
-The cards stand in `data/zoo.toml` (`models/zoo.toml` is a link to it). Standard library only.
+The cards stand in `data/zoo.toml` (`models/zoo.toml` is a link to it).
 """
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any
 
-from ..specs import codec
+from . import codec
 
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """A published top-1 accuracy.
-
-    Attributes:
-        image_size: Height and width of the images in pixels.
-        top1_percent: 0–100.
-    """
+    """A published top-1 accuracy, 0–100, and the height and width in pixels of the images that it was measured on."""
 
     image_size: int
     top1_percent: float
@@ -32,15 +25,11 @@ class CheckpointCard:
 
     Attributes:
         file: Name of the file as published.
-        variant: Name of its variant.
         classes: Rows of the classifier.
         input_size: Height and width of the published evaluation, in pixels.
         accuracy: As published, one entry an image size.
-        licence: Of whoever publishes it.
         source: Where it is published.
-        training: How long, or at which size.
-        bytes: Size of the file.
-        sha256: Of the file.
+        training: How long it was trained, or at which size.
         hash_source: Who stated size and hash.
     """
 
@@ -69,21 +58,15 @@ class _Zoo:
 
 def load_cards() -> tuple[CheckpointCard, ...]:
     """All cards, in the order of `zoo.toml`."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    table: dict[str, Any] = tomllib.loads(
-        resources.files("repvgg_deploy").joinpath("data/zoo.toml").read_text(encoding="utf-8")
-    )
-    return codec.decode(_Zoo, table).checkpoint
+    path = resources.files("repvgg_deploy").joinpath("data/zoo.toml")
+    return codec.decode(_Zoo, codec.read_toml(path, "the cards", remedy="install repvgg-deploy again")).checkpoint
 
 
 def find_card(sha256: str) -> CheckpointCard | None:
-    """The card of the file with this hexadecimal SHA-256, or None: then it is none of the published files, bit for bit."""
+    """The card of the published file with this hexadecimal SHA-256, or None where no published file has it."""
     return next((card for card in load_cards() if card.sha256 == sha256.lower()), None)
 
 
 def find_card_by_name(file: str) -> CheckpointCard | None:
-    """The card of the published file of this name, or None. A file that has the name but another size is damaged, or another's."""
+    """The card of the published file of this name, or None; its content may be another."""
     return next((card for card in load_cards() if card.file == file), None)

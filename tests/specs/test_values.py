@@ -99,6 +99,22 @@ def test_model_batch_is_the_fixed_size_or_none(size: int | str, batch: int | Non
 
 
 @pytest.mark.parametrize(
+    ("shape", "layout", "preprocessing", "size"),
+    [
+        (("batch", 3, 8, 6), "NCHW", IMAGENET, (8, 6)),
+        (("batch", 8, 6, 3), "NHWC", None, (8, 6)),
+        (("batch", 3, "height", "width"), "NCHW", IMAGENET, (224, 224)),
+        (("batch", "height", 6, 3), "NHWC", IMAGENET, (224, 6)),
+        (("batch", 3, "height", "width"), "NCHW", None, None),
+        (("batch", 8), "other", None, None),
+    ],
+)
+def test_model_image_size_is_the_fixed_one_else_the_usual_one(shape, layout, preprocessing, size) -> None:
+    image = TensorSpec("input", "float32", shape, layout)
+    assert ModelSpec(image, (), "module", preprocessing).image_size == size
+
+
+@pytest.mark.parametrize(
     ("error", "passed"), [(0.5, True), (1.0, True), (1.5, False), (float("nan"), False), (float("inf"), False)]
 )
 def test_check_passes_within_its_tolerance_and_never_for_nan(error: float, passed: bool) -> None:

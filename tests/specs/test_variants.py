@@ -1,4 +1,4 @@
-"""The published variants, their counts, and variants of one's own. Counts against the real network stand in tests/model/test_network.py."""
+"""The published variants, their counts, and variants from files; tests/model/test_network.py counts the real network."""
 
 from __future__ import annotations
 

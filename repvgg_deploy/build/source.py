@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import ModelError
 from ..files.onnx import GraphSummary, NodeSummary, graph_precision, read_graph, read_metadata, weighted_nodes
-from ..files.passport import PLAN_MAGICS
+from ..files.signatures import PLAN_MAGICS
 from ..specs.values import ModelMetadata, ModelSpec, Precision
 
 _CAST = {

@@ -41,7 +41,7 @@ def execute(args: argparse.Namespace) -> Output:
     path = as_path(args.model)
     metadata, graph = read_model(path), read_graph(path)
     spec, variant, certificate = metadata.spec, metadata.variant, metadata.certificate
-    nodes, size = weighted_nodes(graph), image_size(spec)
+    nodes, size = weighted_nodes(graph), spec.image_size
     rows = layer_rows(variant, size) if variant is not None else ()
     rows = tuple(dataclasses.replace(row, precision=precision_of(row.name, nodes)) for row in rows)
     counted = [row.macs for row in rows if row.macs is not None]

@@ -236,7 +236,7 @@ def _top_level(path: Path, buffer: memoryview) -> list[wire.Field]:
 
 
 def _no_onnx(path: Path, buffer: memoryview) -> ModelError | None:
-    foreign = name_foreign(path, bytes(buffer[:HEAD_BYTES]))
+    foreign = name_foreign(path, bytes(buffer[:HEAD_BYTES]), ".onnx")
     return foreign and ModelError(f"{path}: is {foreign[0]}, expected an ONNX file", remedy=foreign[1])
 
 

@@ -12,8 +12,6 @@ from ..errors import InputError, PlanError
 from ..specs import codec
 from ..specs.values import PlanPassport
 
-PLAN_MAGICS = (b"ftrt", b"vtrt")
-"""How plans begin: of TensorRT 8 to 11, and of TensorRT-RTX 1.7. Undocumented, so for messages only."""
 _LARGEST_BYTES = 64 << 20  # labels of 21,000 classes are 1 MB; what is larger is no passport
 _REBUILD = "build the plan again with repvgg-trt build, or copy it again together with its .json"
 

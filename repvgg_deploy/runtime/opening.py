@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from ..errors import InputError, ModelError, PlanError
 from ..files.onnx import is_quantized, read_metadata
+from ..files.signatures import HEAD_BYTES, PLAN_MAGICS
 from ..specs.values import ModelMetadata, ModelSpec
 from .options import BackendName, DeviceChoice, DeviceKind, EngineOptions, find_device
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from .results import Backend, OpenModel, SplittingBackend
 
 logger = logging.getLogger(__name__)
-_PLAN_MAGICS = (b"ftrt", b"vtrt")  # of TensorRT 8 to 11 and TensorRT-RTX 1.7; the rest is TensorRT's to judge
 _PLAN_SUFFIXES = frozenset({".plan", ".engine", ".trt"})
 _PLAN_BACKENDS = ("tensorrt", "rtx")
 
@@ -97,7 +97,7 @@ def is_plan(path: Path) -> bool:
         mode = path.stat().st_mode
         if stat.S_ISREG(mode):  # reading a pipe could wait for ever
             with path.open("rb") as file:
-                return file.read(len(_PLAN_MAGICS[0])) in _PLAN_MAGICS
+                return file.read(HEAD_BYTES).startswith(PLAN_MAGICS)
     except FileNotFoundError as error:
         raise ModelError(
             f"{path}: no such file", remedy="check the path, or export the model with repvgg-export"

@@ -21,7 +21,7 @@ from repvgg_deploy.build.recipes import resolve_targets
 from repvgg_deploy.build.source import Source, read_source
 from repvgg_deploy.errors import BuildError
 from repvgg_deploy.files.onnx import read_metadata
-from repvgg_deploy.files.passport import PLAN_MAGICS
+from repvgg_deploy.files.signatures import PLAN_MAGICS
 from repvgg_deploy.specs.values import BuildConfig, ShapeProfile
 from tests.build.make_typed import make_request, make_typed
 from tests.precision.rtx import needs_rtx

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import shlex
 import struct
 import zipfile
 import zlib
@@ -24,6 +23,7 @@ from typing import Any, BinaryIO
 import torch
 
 from ...errors import CheckpointError, MissingDependencyError
+from ...files.signatures import HEAD_BYTES, ZIP_MAGICS, name_foreign
 from .lazy import DTYPES, LazyTensor, MalformedError, Storage, as_count, listing, printable, read_bytes
 from .pickle import Global, PickleStream, read_pickle
 
@@ -39,24 +39,6 @@ _TENSOR_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float
                   "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
                   "BOOL": torch.bool}  # fmt: skip
 _DOWNLOAD = "download it again and compare its size and sha256 with the publisher's"
-_RESAVE = "give the checkpoint that torch.save wrote"
-_LFS = "fetch the file itself: git lfs pull"
-_KERAS = "export its weights as safetensors with the names of a known RepVGG family"
-_SIGNATURES = (
-    (b"version https://git-lfs.github.com/spec/", "a Git LFS pointer, not the file itself", _LFS),
-    (b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras)", _KERAS),
-    (b"\x93NUMPY", "one NumPy array", _RESAVE),
-    (b"\x1f\x8b", "a gzip archive", "unpack it first: gunzip or tar -xzf"),
-    (b"BZh", "a bzip2 archive", "unpack it first: bunzip2"),
-    (b"\xfd7zXZ\x00", "an xz archive", "unpack it first: unxz"),
-    (b"\x28\xb5\x2f\xfd", "a zstd archive", "unpack it first: unzstd"),
-    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it first: 7z x"),
-    (b"Rar!", "a RAR archive", "unpack it first: unrar x"),
-    (b"ftrt", "a TensorRT plan", "give the checkpoint that it was built from"),
-    (b"\x89PNG", "a PNG image", "give the checkpoint as --ckpt"),
-    (b"\xff\xd8\xff", "a JPEG image", "give the checkpoint as --ckpt"),
-    (b"GGUF", "a GGUF file", _RESAVE),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,11 +101,13 @@ def open_checkpoint(path: Path) -> BinaryIO:
 
 def _read(path: Path, buffer: mmap.mmap, file: BinaryIO) -> Content:
     """The one place where a container is recognised: a new one is a line here and a function below."""
-    if buffer[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
+    if buffer[:4] in ZIP_MAGICS:
         return _read_zip(_ZipArchive(buffer, file))
     if 2 <= int.from_bytes(buffer[:8], "little") <= _MAX_SAFETENSORS_HEADER and buffer[8:9] == b"{" and len(buffer) > 9:
         return _read_safetensors(path)
-    _refuse_known(path, buffer[:512])
+    foreign = name_foreign(path, buffer[:HEAD_BYTES], "checkpoint")
+    if foreign is not None:
+        raise CheckpointError(f"is {foreign[0]}, not a checkpoint", remedy=foreign[1])
     return _read_torch_legacy(buffer) or _read_plain_pickle(buffer)
 
 
@@ -383,24 +367,3 @@ def _name_bytes(head: bytes) -> str:
     text = head.decode("latin-1").strip().replace("\n", " ")
     readable = text.isascii() and text.isprintable()
     return f"a text that begins {text!r}" if readable else f"bytes that begin with {head[:8].hex(' ')}"
-
-
-def _refuse_known(path: Path, head: bytes) -> None:
-    """Raises a CheckpointError for a file of a known kind that is no checkpoint."""
-    for signature, what, remedy in _SIGNATURES:
-        if head.startswith(signature):
-            raise CheckpointError(f"is {what}, not a checkpoint", remedy=remedy)
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")):
-        what = "an HTML or XML page, not a checkpoint: a download that met an error or login page"
-        raise CheckpointError(f"is {what}", remedy=_DOWNLOAD)
-    if head[257:262] == b"ustar":
-        what = (
-            "a tar archive, not a checkpoint (a .pth.tar of torch is none either; torch before 0.1.10 wrote real ones)"
-        )
-        remedy = "unpack it and give the checkpoint inside: tar -xf; or load and save it again with torch.save"
-        raise CheckpointError(f"is {what}", remedy=remedy)
-    # An ONNX: ir_version (field 1, a small number), then producer name (2), an operator set (8) or the graph (7).
-    if len(head) > 3 and head[0] == 0x08 and 1 <= head[1] <= 20 and head[2] in (0x12, 0x3A, 0x42):
-        remedy = f"run it as it is: repvgg-trt inspect {shlex.quote(str(path))}"
-        raise CheckpointError("is an ONNX model, not a checkpoint", remedy=remedy)

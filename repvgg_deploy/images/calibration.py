@@ -1,14 +1,13 @@
-"""Images to choose quantization scales with: some of a set, as the model takes them, held in memory.
+"""Images to choose quantization scales with: drawn from any set, or from the `NAME.calib.npz` beside an ONNX.
 
-`NAME.calib.npz`: calibration images beside the ONNX that they were made for, with where they come from. NumPy and the
-standard library only.
-
-Two arrays: `images`, uint8 (N, H, W, 3) RGB 0–255 or float32 (N, 3, H, W) normalised, and `provenance`, () text: the
-JSON of `specs.CalibrationProvenance`. No code of the file is executed.
+`NAME.calib.npz` holds synthetic images for one ONNX in two arrays: `images`, uint8 (N, H, W, 3) RGB 0–255 or float32
+(N, 3, H, W) normalised, and `provenance`, () text: the JSON of `specs.values.CalibrationProvenance`. No code of the
+file is executed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import zipfile
 import zlib
@@ -28,31 +27,35 @@ from .sets import ImageSet, SetOptions, open_images
 
 logger = logging.getLogger(__name__)
 USUAL_IMAGES = 256
-FEW_IMAGES = 16
-"""Fewer images than this are warned of."""
+REMAKE = "make it again: repvgg-export --ckpt CHECKPOINT --out ONNX --synthetic-calibration"
+_FEW_IMAGES = 16  # fewer are warned of
 _TRAINING = "give images of the training split"
+_SUFFIX = ".calib.npz"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CalibrationImages:
-    """Images to calibrate with.
+    """Images to calibrate with and to judge the result on, as the model takes them.
 
     Attributes:
-        batches: As the model takes them, uint8 (N, H, W, 3) or float32 (N, 3, H, W), normalised; with a fixed batch all
-            of that size.
-        skipped: How many could not be read.
+        batches: To calibrate with: uint8 (N, H, W, 3), or float32 (N, 3, H, W), normalised.
+        skipped: How many images could not be read.
         name: Where they came from.
-        fixed_batch: Whether the model has a fixed batch, so that batches are not to be cut.
+        fixed_batch: Whether the model has a fixed batch: then all batches have that size, and none is cut.
+        held_out: Batches to judge the result on; none before `split_held_out`.
+        synthetic: Whether `repvgg-export --synthetic-calibration` made them, of this very ONNX.
     """
 
-    batches: list[NDArray[Any]]
+    batches: Sequence[NDArray[Any]]
     skipped: int
     name: str
     fixed_batch: bool
+    held_out: Sequence[NDArray[Any]] = ()
+    synthetic: bool = False
 
     @property
     def images(self) -> int:
-        """How many there are."""
+        """How many there are to calibrate with."""
         return sum(map(len, self.batches))
 
 
@@ -64,10 +67,10 @@ def load_calibration(
     Args:
         path: A folder, searched recursively; an .npz with `images`, uint8 (N, H, W, 3) or float32 and normalised (a
             `NAME.calib.npz` too); a text or CSV file of paths, relative to it; or one image.
-        spec: Of the model to calibrate.
+        spec: The specification of the model to calibrate.
         limit: At most so many images, drawn at random without repetition.
-        batch_size: Images in a batch; a model's fixed batch comes first.
-        seed: Of the choice.
+        batch_size: Images in a batch; the size of a model's fixed batch takes its place.
+        seed: Chooses the images.
 
     Raises:
         CalibrationError: There are no images, too many are unreadable, they are all alike, hold NaN, or are not what
@@ -87,18 +90,15 @@ def load_calibration(
     return CalibrationImages(_fill(batches, spec.batch, images.name), skipped, images.name, spec.batch is not None)
 
 
-def split_held_out(images: CalibrationImages, *, share: float = 0.2) -> tuple[CalibrationImages, CalibrationImages]:
-    """Divides images into those to calibrate with, and those that the result is judged on.
+def split_held_out(images: CalibrationImages, *, share: float = 0.2) -> CalibrationImages:
+    """Keeps some images aside to judge the result on.
 
     Evenly: with a share of 0.2 every fifth image is held out (with a fixed batch: every fifth batch), so that both
-    parts hold all classes.
+    parts hold all classes. Equal images are always divided alike.
 
     Args:
         images: Not changed.
         share: To hold out, more than 0 and less than 1; at least one image is, and at least one is left.
-
-    Returns:
-        The images to calibrate with and the held-out ones; deterministic.
 
     Raises:
         CalibrationError: The share is out of range, or there is only one image (or one fixed batch).
@@ -107,7 +107,7 @@ def split_held_out(images: CalibrationImages, *, share: float = 0.2) -> tuple[Ca
         raise CalibrationError(
             f"the share to hold out must lie between 0 and 1, found {share}", remedy="give 0.2, or leave it out"
         )
-    units = [batch[np.newaxis] for batch in images.batches] if images.fixed_batch else images.batches
+    units = [batch[np.newaxis] for batch in images.batches] if images.fixed_batch else list(images.batches)
     count = sum(map(len, units))
     if count < 2:
         what = "batch" if images.fixed_batch else "image"
@@ -118,20 +118,20 @@ def split_held_out(images: CalibrationImages, *, share: float = 0.2) -> tuple[Ca
     held = np.floor(np.arange(1, count + 1) * share) > np.floor(np.arange(count) * share)
     held[-1] |= not held.any()
     held[0] &= not held.all()
-    return _part(images, units, ~held), _part(images, units, held)
+    left, kept = ([part[0] for part in parts] if images.fixed_batch else parts for parts in _divide(units, held))
+    return dataclasses.replace(images, batches=left, held_out=kept)
 
 
-def _part(images: CalibrationImages, units: Sequence[NDArray[Any]], wanted: NDArray[np.bool_]) -> CalibrationImages:
-    """The images (of a model with a fixed batch: the batches) that are wanted."""
-    masks = np.split(wanted, np.cumsum([len(unit) for unit in units])[:-1])
-    parts = [unit if mask.all() else unit[mask] for unit, mask in zip(units, masks, strict=True) if mask.any()]
-    return CalibrationImages(
-        [part[0] for part in parts] if images.fixed_batch else parts, images.skipped, images.name, images.fixed_batch
-    )
+def _divide(units: Sequence[NDArray[Any]], held: NDArray[np.bool_]) -> tuple[list[NDArray[Any]], list[NDArray[Any]]]:
+    """The rows of `units` that are not held out and those that are; a unit that loses no row is not copied."""
+    masks = np.split(held, np.cumsum([len(unit) for unit in units])[:-1])
+    left = [unit[~mask] if mask.any() else unit for unit, mask in zip(units, masks, strict=True) if not mask.all()]
+    kept = [unit if mask.all() else unit[mask] for unit, mask in zip(units, masks, strict=True) if mask.any()]
+    return left, kept
 
 
 def _fill(batches: list[NDArray[Any]], fixed: int | None, name: str) -> list[NDArray[Any]]:
-    """Whole batches only, for a model with a fixed one: what is left over is dropped, or repeated where it is all there is."""
+    """Whole batches only, for a model with a fixed one: the rest is dropped; if it is all there is, repeated."""
     if fixed is None or len(batches[-1]) == fixed:
         return batches
     if len(batches) == 1:
@@ -153,14 +153,10 @@ def _require_usable(batches: list[NDArray[Any]], images: ImageSet) -> None:
         )
     if count > 1 and all((batch == batches[0][0]).all() for batch in batches):
         raise CalibrationError(f"{images.name}: all {count} images are alike", remedy=_TRAINING)
-    if count < FEW_IMAGES:
+    if count < _FEW_IMAGES:
         logger.warning(
             "%s: %d images are few to calibrate with: 256 of the training split are usual", images.name, count
         )
-
-
-REMAKE = "make it again: repvgg-export --ckpt CHECKPOINT --out ONNX --synthetic-calibration"
-_SUFFIX = ".calib.npz"
 
 
 def calibration_path(onnx_path: StrPath) -> Path:
@@ -171,7 +167,7 @@ def calibration_path(onnx_path: StrPath) -> Path:
 
 
 def find_calibration_file(onnx_path: StrPath) -> Path | None:
-    """The calibration file beside an ONNX, or None where there is none; it may be damaged or of another ONNX (`load_calibration_file` says)."""
+    """The calibration file beside an ONNX, or None where there is none. Whether it is intact is not looked at."""
     path = calibration_path(onnx_path)
     return path if path.is_file() else None
 
@@ -190,28 +186,27 @@ def load_calibration_file(path: StrPath, onnx_sha256: str | None = None) -> tupl
         InputError: The file is not there.
         CalibrationError: It is truncated, not one of ours, or made for another ONNX.
     """
-    arrays = _read(Path(path))
-    provenance = _provenance(Path(path), arrays)
+    where = Path(path)
+    arrays = _read_arrays(where)
+    provenance = _read_provenance(where, arrays["provenance"])
     if onnx_sha256 is not None and provenance.onnx_sha256 != onnx_sha256:
         raise CalibrationError(
             f"{path}: made for another ONNX: expected sha256 {onnx_sha256[:16]}…, found {provenance.onnx_sha256[:16]}…",
             remedy="name it with --calib if it suits this ONNX too, or " + REMAKE,
         )
-    return _images(Path(path), arrays["images"], provenance), provenance
+    _require_images(where, arrays["images"], provenance)
+    return arrays["images"], provenance
 
 
-def _read(path: Path) -> dict[str, NDArray[Any]]:
+def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     if not path.is_file():
         raise InputError(f"{path}: no such file", remedy="look at the path, or " + REMAKE)
     try:
         with zipfile.ZipFile(path) as archive:
             names = sorted(archive.namelist())
         if names != ["images.npy", "provenance.npy"]:
-            raise _not_ours(
-                path,
-                f"expected the arrays images and provenance, found "
-                f"{', '.join(n.removesuffix('.npy') for n in names[:9]) or 'none'}",
-            )
+            found = ", ".join(name.removesuffix(".npy") for name in names[:9]) or "none"
+            raise _not_ours(path, f"expected the arrays images and provenance, found {found}")
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return {name: np.asarray(stored[name]) for name in ("images", "provenance")}
     except (
@@ -227,8 +222,7 @@ def _read(path: Path) -> dict[str, NDArray[Any]]:
         raise _not_ours(path, f"cannot be read: {error}") from error
 
 
-def _provenance(path: Path, arrays: dict[str, NDArray[Any]]) -> CalibrationProvenance:
-    text = arrays["provenance"]
+def _read_provenance(path: Path, text: NDArray[Any]) -> CalibrationProvenance:
     if text.dtype.kind != "U" or text.ndim != 0:
         raise _not_ours(path, f"provenance: expected one text, found {text.dtype} {text.shape}")
     try:
@@ -237,9 +231,8 @@ def _provenance(path: Path, arrays: dict[str, NDArray[Any]]) -> CalibrationProve
         raise _not_ours(path, f"provenance: {error.message}") from error
 
 
-def _images(path: Path, images: NDArray[Any], provenance: CalibrationProvenance) -> NDArray[Any]:
-    layouts = {np.dtype(np.uint8): 3, np.dtype(np.float32): 1}
-    colours = layouts.get(images.dtype)
+def _require_images(path: Path, images: NDArray[Any], provenance: CalibrationProvenance) -> None:
+    colours = {np.dtype(np.uint8): 3, np.dtype(np.float32): 1}.get(images.dtype)
     if colours is None or images.ndim != 4 or images.shape[colours] != 3 or 0 in images.shape:
         raise _not_ours(
             path, f"images: expected uint8 (N, H, W, 3) or float32 (N, 3, H, W), found {images.dtype} {images.shape}"
@@ -248,7 +241,6 @@ def _images(path: Path, images: NDArray[Any], provenance: CalibrationProvenance)
         raise _not_ours(path, f"expected {provenance.images} images as its provenance says, found {len(images)}")
     if images.dtype == np.float32 and not np.isfinite(images).all():
         raise _not_ours(path, "images: NaN or infinite values")
-    return images
 
 
 def _not_ours(path: Path, reason: str) -> CalibrationError:

@@ -1,4 +1,4 @@
-"""Batches that make a difference visible: image-like, not square, hard at the borders, large and constant. NumPy only; seeded."""
+"""Drawn batches that make a difference between two models visible: image-like, hard at the borders, large constants."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Batch:
     """One verification batch.
 
     Attributes:
-        name: What it is, for a report.
+        name: What it shows, for a report.
         images: uint8 (N, H, W, 3), RGB, 0–255; None where the batch is no image.
         array: float32 (N, 3, H, W), normalised.
     """
@@ -43,29 +43,21 @@ def make_batches(preprocessing: Preprocessing, sizes: Sequence[tuple[int, int]],
     dynamic batch is run with two sizes.
 
     Args:
-        preprocessing: Whose mean and standard deviation normalise the images.
+        preprocessing: Its mean and standard deviation normalise the images.
         sizes: (height, width) of each.
-        seed: Of the random generator.
+        seed: Starts the random generator.
     """
     random = np.random.default_rng(seed)
     batches = []
     for index, size in enumerate(dict.fromkeys(sizes)):
-        batches.append(_from_images(f"image-like {_name(size)}", draw_images(size, 2, random), preprocessing))
+        name, images = f"{size[0]}×{size[1]}", draw_images(size, 2, random)
+        batches.append(Batch(f"image-like {name}", images, normalize(images, preprocessing)))
         if index < 2:
-            batches.append(_from_images(f"borders {_name(size)}", _border_image(size), preprocessing))
-            constant = np.broadcast_to(
-                np.array([_LARGE, -_LARGE, _LARGE], np.float32).reshape(1, 3, 1, 1), (1, 3, *size)
-            ).copy()
-            batches.append(Batch(f"large constant {_name(size)}", None, constant))
+            borders = _border_image(size)
+            batches.append(Batch(f"borders {name}", borders, normalize(borders, preprocessing)))
+            colour = np.array([_LARGE, -_LARGE, _LARGE], np.float32).reshape(1, 3, 1, 1)
+            batches.append(Batch(f"large constant {name}", None, np.broadcast_to(colour, (1, 3, *size)).copy()))
     return tuple(batches)
-
-
-def _name(size: tuple[int, int]) -> str:
-    return f"{size[0]}×{size[1]}"
-
-
-def _from_images(name: str, images: NDArray[np.uint8], preprocessing: Preprocessing) -> Batch:
-    return Batch(name, images, normalize(images, preprocessing))
 
 
 def draw_images(size: tuple[int, int], count: int, random: np.random.Generator) -> NDArray[np.uint8]:
@@ -84,9 +76,8 @@ def draw_images(size: tuple[int, int], count: int, random: np.random.Generator) 
         field = np.zeros((height, width, 3))
         for frequency in (1, 2, 3, 5, 8, 13):
             direction = random.uniform(0, 2 * np.pi, 3)
-            phase = 2 * np.pi * frequency * (
-                np.cos(direction) * x[..., None] + np.sin(direction) * y[..., None]
-            ) + random.uniform(0, 2 * np.pi, 3)
+            along = np.cos(direction) * x[..., None] + np.sin(direction) * y[..., None]
+            phase = 2 * np.pi * frequency * along + random.uniform(0, 2 * np.pi, 3)
             field += np.sin(phase) / frequency
         for _ in range(3):
             top, left = random.integers(0, height), random.integers(0, width)
@@ -97,7 +88,7 @@ def draw_images(size: tuple[int, int], count: int, random: np.random.Generator) 
 
 
 def _border_image(size: tuple[int, int]) -> NDArray[np.uint8]:
-    """uint8 (1, H, W, 3): black with white edges at the top and left and white corners: what is wrong at the padding shows."""
+    """uint8 (1, H, W, 3): black with white edges at the top and left and corners: errors at the padding show."""
     image = np.zeros((1, *size, 3), np.uint8)
     image[:, 0] = image[:, :, 0] = 255
     image[:, [0, 0, -1, -1], [0, -1, 0, -1]] = 255

@@ -1,6 +1,6 @@
 """Where the images of a set lie: folders, lists of files and .npz archives; listed first, read one by one.
 
-An unreadable image is no error here: it comes back as one, and whoever asked decides.
+An image that cannot be read does not end the reading: an error is given in its place, and the caller decides.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ _PATH_NAMES, _LABEL_NAMES = ("path", "file", "filename", "image"), ("label", "cl
 _NPZ_REMEDY = (
     "write it with numpy.savez(file, images=…, labels=…): one C-ordered array uint8 (N, H, W, 3), and integers (N,)"
 )
+_NPZ_ERRORS = (
+    OSError, ValueError, EOFError, KeyError, RuntimeError, SyntaxError, zlib.error, zipfile.BadZipFile
+)  # fmt: skip
+"""What zipfile and NumPy raise on damaged archives."""
 
 
 class ImageSource(Protocol):
@@ -38,17 +42,12 @@ class ImageSource(Protocol):
         """How many images."""
 
     def read(self, chosen: Sequence[int]) -> Iterator[Image | InputError]:
-        """Each image at the ascending indices `chosen`, uint8 (H, W, 3) or as it is stored; an error in place of one that cannot be read."""
+        """The images at the ascending indices `chosen`, or an error in the place of one that cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileSource:
-    """Image files.
-
-    Attributes:
-        paths: In order.
-        preprocessing: How each becomes a crop.
-    """
+    """Image files in order, and how each becomes a crop uint8 (H, W, 3)."""
 
     paths: tuple[Path, ...]
     preprocessing: Preprocessing
@@ -57,7 +56,7 @@ class FileSource:
         return len(self.paths)
 
     def read(self, chosen: Sequence[int]) -> Iterator[Image | InputError]:
-        """See ImageSource."""
+        """Decodes the files one by one."""
         for index in chosen:
             try:
                 yield load_image(self.paths[index], self.preprocessing)
@@ -67,9 +66,6 @@ class FileSource:
 
 class NpzSource:
     """The array `images` of an .npz, read row by row: it may be larger than memory.
-
-    Args:
-        path: The archive.
 
     Raises:
         InputError: It is no such archive, or its `images` are not uint8 or float32 of rank 4.
@@ -90,7 +86,7 @@ class NpzSource:
         return self.shape[0]
 
     def read(self, chosen: Sequence[int]) -> Iterator[Image | InputError]:
-        """See ImageSource; a damaged archive ends the reading.
+        """Reads the rows as they are stored.
 
         Raises:
             InputError: The archive is damaged.
@@ -103,7 +99,9 @@ class NpzSource:
             _read_header(file)
             position = 0
             for index in chosen:
-                _skip(file, (index - position) * size)
+                left = (index - position) * size
+                while left > 0 and (passed := len(file.read(min(left, _CHUNK_BYTES)))):
+                    left -= passed
                 data = file.read(size)
                 position = index + 1
                 if len(data) != size:
@@ -136,12 +134,8 @@ class NpzSource:
     def _open(self, name: str) -> Iterator[IO[bytes]]:
         with _explain_damage(self._path), zipfile.ZipFile(self._path) as archive:
             if f"{name}.npy" not in archive.namelist():
-                raise InputError(
-                    f"{self._path}: expected an array {name}, found {', '.join(archive.namelist()) or 'nothing'}".replace(
-                        ".npy", ""
-                    ),
-                    remedy=_NPZ_REMEDY,
-                )
+                found = ", ".join(archive.namelist()).replace(".npy", "") or "nothing"
+                raise InputError(f"{self._path}: expected an array {name}, found {found}", remedy=_NPZ_REMEDY)
             with archive.open(f"{name}.npy") as file:
                 yield file
 
@@ -152,19 +146,9 @@ def _explain_damage(path: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        KeyError,
-        RuntimeError,
-        SyntaxError,
-        zlib.error,
-        zipfile.BadZipFile,
-    ) as error:
-        raise InputError(
-            f"{path}: cannot be read as .npz: {' '.join(str(error).split())}", remedy=_NPZ_REMEDY
-        ) from error
+    except _NPZ_ERRORS as error:
+        said = " ".join(str(error).split())
+        raise InputError(f"{path}: cannot be read as .npz: {said}", remedy=_NPZ_REMEDY) from error
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], str, bool]:
@@ -174,14 +158,6 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], str, bool]:
     read: Any = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
     shape, fortran, dtype = read(file)
     return tuple(shape), dtype.name if dtype.isnative else dtype.str, bool(fortran)
-
-
-def _skip(file: IO[bytes], count: int) -> None:
-    while count > 0:
-        passed = len(file.read(min(count, _CHUNK_BYTES)))
-        if not passed:
-            return
-        count -= passed
 
 
 def find_images(folder: Path) -> tuple[Path, ...]:
@@ -205,11 +181,8 @@ def find_images(folder: Path) -> tuple[Path, ...]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [
-            Path(root, name)
-            for name in files
-            if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
-        ]
+        visible = [Path(root, name) for name in files if not name.startswith(".")]
+        found += [path for path in visible if path.suffix.lower() in IMAGE_SUFFIXES]
     return tuple(sorted(found))
 
 
@@ -227,7 +200,9 @@ class FileList:
 
 
 def read_list(path: Path) -> FileList:
-    """Reads `path` or `path,label` lines (comma, semicolon or tab; with or without a header line; other columns need one).
+    """Reads lines of `path` or `path,label`, with or without a header line; other columns need one.
+
+    Columns are separated by commas, semicolons or tabs.
 
     Raises:
         InputError: It cannot be read, has wrong columns, or names files that do not exist.
@@ -267,11 +242,8 @@ def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
     first = next((line for line in lines if line.strip()), "")
     delimiter = next((mark for mark in ",;\t" if mark in first), ",")
     try:
-        return [
-            (number, row)
-            for number, row in enumerate(csv.reader(lines, delimiter=delimiter), start=1)
-            if any(cell.strip() for cell in row)
-        ]
+        numbered = list(enumerate(csv.reader(lines, delimiter=delimiter), start=1))
+        return [(number, row) for number, row in numbered if any(cell.strip() for cell in row)]
     except csv.Error as error:
         raise InputError(f"{path}: is no CSV: {error}", remedy="write path,label on each line") from error
 

@@ -4,8 +4,6 @@ The metadata (one JSON value under `repvgg_deploy` in `metadata_props`) is bound
 file that was truncated or edited after its export is refused before any runtime sees it, because its certificate speaks
 of another graph.
 Source: field numbers of onnx.proto (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto).
-
-In what precision the layers of a graph compute, read from what their weights are stored as. Standard library only.
 """
 
 from __future__ import annotations
@@ -20,25 +18,23 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, NamedTuple
 
 from ..errors import ForeignModelError, InputError, ModelError
-from ..files import wire
 from ..specs import codec
 from ..specs.values import METADATA_KEY, ModelMetadata
+from . import wire
 from .signatures import HEAD_BYTES, name_foreign
 
-if TYPE_CHECKING:
-    pass
-
 _GRAPH, _METADATA_PROPS, _OPSET_IMPORT = 7, 14, 8
+_MODEL_FIELDS = {1, 2, 3, 4, 5, 6, 7, 8, 14, 20, 25, 26}
 _NODE, _INITIALIZER, _RAW_DATA = 1, 5, 9
 _ATTRIBUTE, _ATTRIBUTE_NAME, _ATTRIBUTE_INTEGER = 5, 1, 3
 _CHUNK_BYTES = 1 << 20
 _TYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 10: "float16", 11: "float64"}
+_PRECISIONS = {"int8": "int8", "float16": "fp16", "float32": "fp32"}  # the lowest first
 _DIGEST_FIELD = re.compile(r'"content_sha256":"[0-9a-f]*"')  # inside a JSON string the quotes would be escaped
 _REEXPORT = "export it again with repvgg-export"
-_MODEL_FIELDS = {1, 2, 3, 4, 5, 6, 7, 8, 14, 20, 25, 26}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +46,6 @@ class NodeSummary:
         name: May be empty.
         inputs: Names of its inputs.
         outputs: Names of its outputs.
-        weight_shape: Shape of its second input, if that is an initializer.
         integers: Its attributes that are one whole number, not negative, such as `to` of a Cast.
     """
 
@@ -58,7 +53,6 @@ class NodeSummary:
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    weight_shape: tuple[int, ...] | None
     integers: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
@@ -71,8 +65,8 @@ class GraphSummary:
         initializers: Shape by name.
         opset: Version of the default operator set.
         file_bytes: Size of the file.
-        types: Number type of each initializer by name: `float32`, `float16`, `int8` and so on; other types by their
-            number in ONNX.
+        types: Number type of each initializer by name: `float32`, `float16`, `int8` and so on; a type that no model of
+            ours has by its number in ONNX.
     """
 
     nodes: tuple[NodeSummary, ...]
@@ -86,52 +80,44 @@ class GraphSummary:
         return dict(Counter(node.op_type for node in self.nodes))
 
 
-def content_digest(parts: hashlib._Hash, text: str) -> str:
-    """The value of `content_sha256`.
-
-    Args:
-        parts: SHA-256 fed with every top-level field of the file except `metadata_props`, as written; not changed.
-        text: The metadata as it stands in the file; its own `content_sha256` is taken as empty. The text and not its
-            meaning, so that a later version of this project, with more fields, still finds the files of this one
-            unchanged.
-    """
-    digest = parts.copy()
-    digest.update(_DIGEST_FIELD.sub('"content_sha256":""', text, count=1).encode())
-    return digest.hexdigest()
-
-
-def metadata_field(parts: hashlib._Hash, metadata: ModelMetadata) -> bytes:
-    """The bytes to append to a file whose other fields were fed to `parts`: its metadata, bound to them."""
-    digest = content_digest(parts, codec.dumps(metadata))
-    text = codec.dumps(dataclasses.replace(metadata, content_sha256=digest))
-    entry = wire.bytes_field(1, METADATA_KEY.encode()) + wire.bytes_field(2, text.encode())
-    return wire.bytes_field(_METADATA_PROPS, entry)
-
-
 def read_metadata(path: Path) -> ModelMetadata:
     """Reads and checks the metadata of an ONNX that this project wrote.
-
-    Args:
-        path: The `.onnx`.
 
     Raises:
         ModelError: The file is missing, truncated, not an ONNX, or was changed after its export.
         ForeignModelError: It is not ours.
     """
     with _mapped(path) as buffer:
-        fields = _top_level(path, buffer)
-        text = _find_metadata(path, buffer, fields)
-        try:
-            metadata = codec.loads(ModelMetadata, text)
-        except InputError as error:
-            raise ModelError(
-                f"{path}: its {METADATA_KEY} metadata is damaged or of another version: {error.message}",
-                remedy=_REEXPORT,
-            ) from error
-        parts = hashlib.sha256()
-        for field in fields:
-            if field.number != _METADATA_PROPS:
-                _feed(parts, buffer, field)
+        return _metadata(path, buffer)
+
+
+def read_whole(path: Path) -> tuple[bytes, ModelMetadata]:
+    """The bytes of an ONNX that this project wrote, read once, and its metadata, checked as `read_metadata` does.
+
+    Raises:
+        ModelError: As of `read_metadata`.
+    """
+    with _mapped(path) as buffer:
+        data = bytes(buffer)
+    return data, _metadata(path, memoryview(data))
+
+
+def _metadata(path: Path, buffer: memoryview) -> ModelMetadata:
+    fields = _top_level(path, buffer)
+    text = _find_metadata(path, buffer, fields)
+    try:
+        metadata = codec.loads(ModelMetadata, text)
+    except InputError as error:
+        raise ModelError(
+            f"{path}: its {METADATA_KEY} metadata is damaged or of another version: {error.message}",
+            remedy=_REEXPORT,
+        ) from error
+    parts = hashlib.sha256()
+    for field in fields:
+        if field.number != _METADATA_PROPS:
+            # In pieces: hashing one large slice would hold all of its pages in memory at once.
+            for start in range(field.start, field.end, _CHUNK_BYTES):
+                parts.update(buffer[start : min(start + _CHUNK_BYTES, field.end)])
     found = content_digest(parts, text)
     if found != metadata.content_sha256:
         raise ModelError(
@@ -143,7 +129,7 @@ def read_metadata(path: Path) -> ModelMetadata:
 
 
 def read_graph(path: Path) -> GraphSummary:
-    """Reads the nodes and the shapes of the initializers.
+    """Reads the nodes, and the shapes and types of the initializers.
 
     Raises:
         ModelError: The file is missing, truncated or not an ONNX.
@@ -153,14 +139,13 @@ def read_graph(path: Path) -> GraphSummary:
         try:
             graph = next(field for field in fields if field.number == _GRAPH)
             inner = list(wire.walk(buffer, graph.payload, graph.end))
-            stored = [field for field in inner if field.number == _INITIALIZER]
-            initializers = dict(_tensor_shape(buffer, field) for field in stored)
-            types = {name: _tensor_type(buffer, field) for name, field in zip(initializers, stored, strict=True)}
-            nodes = tuple(_node(buffer, field, initializers) for field in inner if field.number == _NODE)
-            opset = max((_opset(buffer, field) for field in fields if field.number == _OPSET_IMPORT), default=0)
+            tensors = [_read_tensor(buffer, field) for field in inner if field.number == _INITIALIZER]
+            nodes = tuple(_read_node(buffer, field) for field in inner if field.number == _NODE)
+            opset = max((_read_opset(buffer, field) for field in fields if field.number == _OPSET_IMPORT), default=0)
         except (wire.WireError, UnicodeDecodeError) as error:
             raise ModelError(f"{path}: its graph is damaged: {error}", remedy=_REEXPORT) from error
-        return GraphSummary(nodes, initializers, opset, len(buffer), types)
+        shapes, types = {t.name: t.shape for t in tensors}, {t.name: t.dtype for t in tensors}
+        return GraphSummary(nodes, shapes, opset, len(buffer), types)
 
 
 @contextlib.contextmanager
@@ -172,12 +157,9 @@ def open_initializers(path: Path) -> Iterator[dict[str, tuple[tuple[int, ...], m
     """
     with _mapped(path) as buffer:
         graph = next(field for field in _top_level(path, buffer) if field.number == _GRAPH)
-        found = {}
-        for field in wire.walk(buffer, graph.payload, graph.end):
-            if field.number == _INITIALIZER:
-                name, shape = _tensor_shape(buffer, field)
-                raw = [inner for inner in wire.walk(buffer, field.payload, field.end) if inner.number == _RAW_DATA]
-                found[name] = (shape, buffer[raw[0].payload : raw[0].end] if raw else buffer[:0])
+        inner = wire.walk(buffer, graph.payload, graph.end)
+        tensors = [_read_tensor(buffer, field) for field in inner if field.number == _INITIALIZER]
+        found = {tensor.name: (tensor.shape, buffer[tensor.start : tensor.end]) for tensor in tensors}
         try:
             yield found
         finally:
@@ -185,39 +167,25 @@ def open_initializers(path: Path) -> Iterator[dict[str, tuple[tuple[int, ...], m
                 view.release()
 
 
-class _Mapped:
-    """A read-only view of a file, closed on exit."""
-
-    def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._view = memoryview(self._map)
-
-    def __enter__(self) -> memoryview:
-        return self._view
-
-    def __exit__(self, *_: object) -> None:
-        self._view.release()
-        self._map.close()
-
-
-def _mapped(path: Path) -> _Mapped:
+@contextlib.contextmanager
+def _mapped(path: Path) -> Iterator[memoryview]:
+    """A read-only view of a file, closed at the end of the block."""
     try:
-        return _Mapped(path)
+        with path.open("rb") as file:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except IsADirectoryError as error:
-        raise ModelError(
-            f"{path}: is a folder, expected an ONNX file", remedy="give the .onnx file that repvgg-export wrote"
-        ) from error
+        remedy = "give the .onnx file that repvgg-export wrote"
+        raise ModelError(f"{path}: is a folder, expected an ONNX file", remedy=remedy) from error
     except ValueError as error:
         raise ModelError(f"{path}: is empty, expected an ONNX file", remedy=_REEXPORT) from error
     except FileNotFoundError as error:
-        raise ModelError(
-            f"{path}: no such file", remedy="check the path, or export the model with repvgg-export"
-        ) from error
+        remedy = "check the path, or export the model with repvgg-export"
+        raise ModelError(f"{path}: no such file", remedy=remedy) from error
     except OSError as error:
-        raise ModelError(
-            f"{path}: cannot be read: {error.strerror}", remedy="check that it is a file that you may read"
-        ) from error
+        remedy = "check that it is a file that you may read"
+        raise ModelError(f"{path}: cannot be read: {error.strerror}", remedy=remedy) from error
+    with content, memoryview(content) as view:
+        yield view
 
 
 def _top_level(path: Path, buffer: memoryview) -> list[wire.Field]:
@@ -258,21 +226,25 @@ def _find_metadata(path: Path, buffer: memoryview, fields: list[wire.Field]) -> 
     )
 
 
-def _feed(digest: hashlib._Hash, buffer: memoryview, field: wire.Field) -> None:
-    # In pieces: hashing one large slice would hold all of its pages in memory at once.
-    for start in range(field.start, field.end, _CHUNK_BYTES):
-        digest.update(buffer[start : min(start + _CHUNK_BYTES, field.end)])
+class _Tensor(NamedTuple):
+    """An initializer: its raw bytes lie between `start` and `end` of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    start: int
+    end: int
 
 
-def _text(buffer: memoryview, field: wire.Field) -> str:
-    return bytes(buffer[field.payload : field.end]).decode()
-
-
-def _tensor_shape(buffer: memoryview, field: wire.Field) -> tuple[str, tuple[int, ...]]:
-    name, dims = "", []
+def _read_tensor(buffer: memoryview, field: wire.Field) -> _Tensor:
+    name, dtype, dims, raw = "", 0, [], (0, 0)
     for inner in wire.walk(buffer, field.payload, field.end):
         if inner.number == 8 and inner.wire_type == wire.BYTES:
             name = _text(buffer, inner)
+        elif inner.number == 2 and inner.wire_type == wire.VARINT:
+            dtype = inner.value
+        elif inner.number == _RAW_DATA:
+            raw = raw if raw[1] else (inner.payload, inner.end)
         elif inner.number == 1 and inner.wire_type == wire.VARINT:
             dims.append(inner.value)
         elif inner.number == 1:  # packed
@@ -280,19 +252,14 @@ def _tensor_shape(buffer: memoryview, field: wire.Field) -> tuple[str, tuple[int
             while position < inner.end:
                 size, position = wire.read_varint(buffer, position, inner.end)
                 dims.append(size)
-    return name, tuple(dims)
+    return _Tensor(name, tuple(dims), _TYPES.get(dtype, str(dtype)), *raw)
 
 
-def _tensor_type(buffer: memoryview, field: wire.Field) -> str:
-    kinds = [
-        inner.value
-        for inner in wire.walk(buffer, field.payload, field.end)
-        if inner.number == 2 and inner.wire_type == wire.VARINT
-    ]
-    return _TYPES.get(kinds[-1], str(kinds[-1])) if kinds else "0"
+def _text(buffer: memoryview, field: wire.Field) -> str:
+    return bytes(buffer[field.payload : field.end]).decode()
 
 
-def _node(buffer: memoryview, field: wire.Field, initializers: dict[str, tuple[int, ...]]) -> NodeSummary:
+def _read_node(buffer: memoryview, field: wire.Field) -> NodeSummary:
     texts: dict[int, list[str]] = {1: [], 2: [], 3: [], 4: []}
     integers: dict[str, int] = {}
     for inner in wire.walk(buffer, field.payload, field.end):
@@ -300,8 +267,7 @@ def _node(buffer: memoryview, field: wire.Field, initializers: dict[str, tuple[i
             texts[inner.number].append(_text(buffer, inner))
         elif inner.number == _ATTRIBUTE and inner.wire_type == wire.BYTES:
             integers |= _integer_attribute(buffer, inner)
-    weight = initializers.get(texts[1][1]) if len(texts[1]) > 1 else None
-    return NodeSummary("".join(texts[4]), "".join(texts[3]), tuple(texts[1]), tuple(texts[2]), weight, integers)
+    return NodeSummary("".join(texts[4]), "".join(texts[3]), tuple(texts[1]), tuple(texts[2]), integers)
 
 
 def _integer_attribute(buffer: memoryview, field: wire.Field) -> dict[str, int]:
@@ -314,7 +280,7 @@ def _integer_attribute(buffer: memoryview, field: wire.Field) -> dict[str, int]:
     return {} if value is None or value >> 63 else {name: value}
 
 
-def _opset(buffer: memoryview, field: wire.Field) -> int:
+def _read_opset(buffer: memoryview, field: wire.Field) -> int:
     domain, version = "", 0
     for inner in wire.walk(buffer, field.payload, field.end):
         if inner.number == 1:
@@ -324,19 +290,37 @@ def _opset(buffer: memoryview, field: wire.Field) -> int:
     return version if domain in ("", "ai.onnx") else 0
 
 
-_NAMES = {"float32": "fp32", "float16": "fp16", "int8": "int8"}
-_ORDER = ("int8", "fp16", "fp32")
+def content_digest(parts: hashlib._Hash, text: str) -> str:
+    """The value of `content_sha256`.
+
+    Args:
+        parts: SHA-256 fed with every top-level field of the file except `metadata_props`, as written; not changed.
+        text: The metadata as it stands in the file; its own `content_sha256` is taken as empty. The text and not its
+            meaning, so that a later version of this project, with more fields, still finds the files of this one
+            unchanged.
+    """
+    digest = parts.copy()
+    digest.update(_DIGEST_FIELD.sub('"content_sha256":""', text, count=1).encode())
+    return digest.hexdigest()
+
+
+def metadata_field(parts: hashlib._Hash, metadata: ModelMetadata) -> bytes:
+    """The bytes to append to a file whose other fields were fed to `parts`: its metadata, bound to them."""
+    digest = content_digest(parts, codec.dumps(metadata))
+    text = codec.dumps(dataclasses.replace(metadata, content_sha256=digest))
+    entry = wire.bytes_field(1, METADATA_KEY.encode()) + wire.bytes_field(2, text.encode())
+    return wire.bytes_field(_METADATA_PROPS, entry)
 
 
 @dataclass(frozen=True, slots=True)
 class WeightedNode:
-    """A convolution or classifier.
+    """A convolution or classifier, and the precision that it computes in: that in which its weight is stored.
 
     Attributes:
-        name: Of the node, or of its output where it has none.
+        name: The name of the node, or of its output where the node has none.
         op_type: `Conv` or `Gemm`.
-        weight_shape: Of its weight, behind a DequantizeLinear, too; None where it is not stored.
-        precision: `int8` (behind a DequantizeLinear), `fp16` or `fp32`; else the stored type.
+        weight_shape: None where the weight is not stored in the file.
+        precision: `int8` (the weight stands before a DequantizeLinear), `fp16` or `fp32`; else the stored type.
     """
 
     name: str
@@ -357,11 +341,8 @@ def weighted_nodes(graph: GraphSummary) -> tuple[WeightedNode, ...]:
         if producer is not None and producer.op_type == "DequantizeLinear" and producer.inputs:
             weight = producer.inputs[0]
         kind = graph.types.get(weight, "unknown")
-        result.append(
-            WeightedNode(
-                node.name or node.outputs[0], node.op_type, graph.initializers.get(weight), _NAMES.get(kind, kind)
-            )
-        )
+        name, shape = node.name or node.outputs[0], graph.initializers.get(weight)
+        result.append(WeightedNode(name, node.op_type, shape, _PRECISIONS.get(kind, kind)))
     return tuple(result)
 
 
@@ -399,7 +380,8 @@ def share_by_precision(counts: Iterable[tuple[str, int]]) -> dict[str, float]:
     totals: dict[str, int] = {}
     for name, count in counts:
         totals[name] = totals.get(name, 0) + count
-    names = sorted(totals, key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
+    order = list(_PRECISIONS.values())
+    names = sorted(totals, key=lambda name: order.index(name) if name in order else len(order))
     whole = sum(totals.values())
     return {name: totals[name] / whole for name in names} if whole else {}
 

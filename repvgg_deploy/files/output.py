@@ -1,10 +1,4 @@
-"""Files that appear whole or not at all, and their digests. Standard library only.
-
-Two files that belong together put in their places as one: neither another process nor Ctrl-C comes between. Standard
-library only.
-
-Giving memory back to the operating system. Standard library only.
-"""
+"""Files that appear whole or not at all, alone or two together, whatever interrupts; and digests of files."""
 
 from __future__ import annotations
 
@@ -27,8 +21,12 @@ from typing import Literal
 
 from ..errors import ArtifactError, InputError
 
+logger = logging.getLogger(__name__)
 _CHUNK_BYTES = 1 << 20
 _NAME_BYTES = 100
+_CHECKPOINT_SUFFIXES = (".tar", ".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".pdparams")
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
+"""What file systems without locks answer; EBADF is NFS, of a file that was opened for reading only."""
 
 
 @dataclass(slots=True)
@@ -60,12 +58,17 @@ def atomic_output(target: Path, *, force: bool = False) -> Iterator[PendingOutpu
     """
     with pending_output(target) as output:
         yield output
-        _commit(output, force)
+        if _is_same(output):
+            output.status = "up to date"
+            return
+        require_replaceable(output, force=force)
+        settle(output)
+        put_in_place(output)
 
 
 @contextlib.contextmanager
 def pending_output(target: Path) -> Iterator[PendingOutput]:
-    """Gives a hidden file beside `target`, for who renames it himself; what is left of it at the end of the block is removed.
+    """Gives a hidden file beside `target`, which the caller renames; if it is still there at the end, it is removed.
 
     Raises:
         ArtifactError: The folder is missing or not writable, or the disk is full.
@@ -78,6 +81,17 @@ def pending_output(target: Path) -> Iterator[PendingOutput]:
         output.partial.unlink(missing_ok=True)
 
 
+def write_text(target: Path, text: str, *, force: bool = False) -> PendingOutput:
+    """Writes a UTF-8 text file atomically.
+
+    Raises:
+        ArtifactError: As `atomic_output`.
+    """
+    with atomic_output(target, force=force) as output:
+        output.partial.write_text(text, encoding="utf-8")
+    return output
+
+
 def require_writable(target: Path) -> None:
     """Finds out before long work, not after it, that an output cannot be written.
 
@@ -88,7 +102,7 @@ def require_writable(target: Path) -> None:
 
 
 def require_distinct(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
-    """Refuses outputs that are one another, or an input: `--force` is leave to replace a result, not the only copy of the weights.
+    """Refuses an output that is an input or another output: `--force` is no leave to replace the only copy of a file.
 
     Raises:
         InputError: Two of the paths are the same file.
@@ -111,20 +125,11 @@ def require_replaceable(output: PendingOutput, *, force: bool) -> None:
     Raises:
         ArtifactError: A different file stands there, and `force` is not given.
     """
-    if output.target.exists() and not force and not is_same(output):
-        raise _exists(output.target)
-
-
-def hidden_name(name: str, suffix: str) -> str:
-    """`.NAME` and the suffix, cut so that a disk takes it: most allow 255 bytes, which are 85 Chinese characters."""
-    return f".{name.encode('utf-8', 'surrogateescape')[:_NAME_BYTES].decode('utf-8', 'ignore')}{suffix}"
-
-
-def _exists(target: Path) -> ArtifactError:
-    return ArtifactError(
-        f"{target}: exists and differs from what would be written",
-        remedy="give --force to replace it, or another --out",
-    )
+    if output.target.exists() and not force and not _is_same(output):
+        raise ArtifactError(
+            f"{output.target}: exists and differs from what would be written",
+            remedy="give --force to replace it, or another --out",
+        )
 
 
 def _create_partial(target: Path) -> Path:
@@ -141,35 +146,33 @@ def _create_partial(target: Path) -> Path:
             f"{target}: the folder {target.parent} does not exist", remedy=f"mkdir -p {shlex.quote(str(target.parent))}"
         )
     with explain_os_errors(target):
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=hidden_name(target.name, "."), suffix=".partial")
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=_hidden_name(target.name, "."), suffix=".partial")
         os.close(handle)
     return Path(name)
 
 
-def _commit(output: PendingOutput, force: bool) -> None:
-    if is_same(output):
-        output.status = "up to date"
-        return
-    if output.target.exists() and not force:
-        raise _exists(output.target)
-    settle(output)
-    put_in_place(output)
+def _hidden_name(name: str, suffix: str) -> str:
+    """`.NAME` and the suffix, cut so that a disk takes it: most allow 255 bytes, which are 85 Chinese characters."""
+    return f".{name.encode('utf-8', 'surrogateescape')[:_NAME_BYTES].decode('utf-8', 'ignore')}{suffix}"
 
 
-def is_same(output: PendingOutput) -> bool:
-    """Whether an identical file stands at the target already."""
+def _is_same(output: PendingOutput) -> bool:
     return output.target.exists() and filecmp.cmp(output.target, output.partial, shallow=False)
 
 
 def settle(output: PendingOutput) -> None:
-    """Brings what was written to the disk and gives it the mode of a file that others may read: then only a rename is left.
+    """Brings what was written to the disk, with the mode of a file that others may read: only a rename is left then.
 
     Raises:
         OSError: The disk is full.
     """
     with output.partial.open("rb+") as file:
         os.fsync(file.fileno())
-    os.chmod(output.partial, 0o666 & ~_umask())
+    # mkstemp made the file private, and a model is for everyone who may read the folder. The mask can only be read by
+    # setting it.
+    mask = os.umask(0o022)
+    os.umask(mask)
+    os.chmod(output.partial, 0o666 & ~mask)
 
 
 def put_in_place(output: PendingOutput) -> None:
@@ -180,14 +183,6 @@ def put_in_place(output: PendingOutput) -> None:
     """
     os.replace(output.partial, output.target)
     output.status = "written"
-
-
-def _umask() -> int:
-    # The mask can only be read by setting it; mkstemp made the file private, and a model is for everyone who may read
-    # the folder.
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 @contextlib.contextmanager
@@ -202,69 +197,14 @@ def explain_os_errors(target: Path) -> Iterator[None]:
     except ArtifactError:
         raise
     except OSError as error:
-        remedy = {
-            errno.ENOSPC: "free some space, or write to another disk with --out",
-            errno.EDQUOT: "free some space, or write to another disk with --out",
-            errno.EACCES: f"make {target.parent} writable, or write elsewhere with --out",
-            errno.EPERM: f"make {target.parent} writable, or write elsewhere with --out",
-            errno.EROFS: "write to another disk with --out",
-        }.get(error.errno or 0, "look at the message of the operating system, or write elsewhere with --out")
+        remedy = "look at the message of the operating system, or write elsewhere with --out"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = "free some space, or write to another disk with --out"
+        elif error.errno in (errno.EACCES, errno.EPERM):
+            remedy = f"make {target.parent} writable, or write elsewhere with --out"
+        elif error.errno == errno.EROFS:
+            remedy = "write to another disk with --out"
         raise ArtifactError(f"{target}: cannot be written: {error.strerror or error}", remedy=remedy) from error
-
-
-def sha256_file(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file.
-
-    Raises:
-        OSError: The file cannot be read.
-    """
-    with path.open("rb") as file:
-        return hash_stream(hashlib.sha256(), file, None).hexdigest()
-
-
-def hash_stream(digest: hashlib._Hash, file: object, size: int | None) -> hashlib._Hash:
-    """Feeds `size` bytes of a binary file (all for None) to `digest`, a chunk at a time."""
-    left = size
-    while left is None or left > 0:
-        block = file.read(_CHUNK_BYTES if left is None else min(_CHUNK_BYTES, left))  # type: ignore[attr-defined]
-        if not block:
-            break
-        digest.update(block)
-        left = None if left is None else left - len(block)
-    return digest
-
-
-def write_text(target: Path, text: str, *, force: bool = False) -> PendingOutput:
-    """Writes a UTF-8 text file atomically.
-
-    Raises:
-        ArtifactError: As `atomic_output`.
-    """
-    with atomic_output(target, force=force) as output:
-        output.partial.write_text(text, encoding="utf-8")
-    return output
-
-
-_CHECKPOINT_SUFFIXES = (".tar", ".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".pdparams")
-
-
-def default_output(checkpoint: Path) -> Path:
-    """The ONNX beside a checkpoint: its name with the checkpoint's suffixes replaced by `.onnx`.
-
-    Raises:
-        InputError: The path has no file name.
-    """
-    if not checkpoint.name:
-        raise InputError(f"{str(checkpoint)!r} is no file", remedy="give --ckpt a checkpoint file")
-    output = checkpoint
-    while output.suffix.lower() in _CHECKPOINT_SUFFIXES:
-        output = output.with_suffix("")
-    return output.with_name(f"{output.name}.onnx")
-
-
-logger = logging.getLogger(__name__)
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
-"""What file systems without locks answer; EBADF is NFS, of a file that was opened for reading only."""
 
 
 @contextlib.contextmanager
@@ -277,16 +217,15 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         ArtifactError: The folder is missing or not writable.
     """
-    name = path.with_name(hidden_name(path.name, ".lock"))
+    name = path.with_name(_hidden_name(path.name, ".lock"))
     with explain_os_errors(path):
         handle = _acquire(name)
     try:
         yield
     finally:
         try:
-            with contextlib.suppress(
-                OSError
-            ):  # of another user, or a file system that removes no open file: it locks nothing any more
+            # It may be another user's, or the file system removes no open file: it stays then, and locks nothing.
+            with contextlib.suppress(OSError):
                 name.unlink()
         finally:
             os.close(handle)
@@ -301,7 +240,7 @@ def _acquire(name: Path) -> int:
         except BaseException:
             os.close(handle)
             raise
-        os.close(handle)  # who held it before has removed it: it is no longer the file that others lock
+        os.close(handle)  # its last holder has removed it: it is no longer the file that others lock
 
 
 def _open(name: Path) -> int:
@@ -329,11 +268,8 @@ def _lock(handle: int, name: Path) -> bool:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        logger.warning(
-            "%s: this file system has no locks (%s): two that write the same file at once are not kept apart",
-            name.parent,
-            error.strerror,
-        )
+        said = "%s: this file system has no locks (%s): two that write the same file at once are not kept apart"
+        logger.warning(said, name.parent, error.strerror)
         return False
     return True
 
@@ -347,69 +283,95 @@ def _is_file(handle: int, name: Path) -> bool:
 
 @contextlib.contextmanager
 def signals_deferred() -> Iterator[None]:
-    """Ctrl-C and requests to end that arrive in the block are heard after it."""
+    """Ctrl-C and requests to end that arrive in the block are delivered after it."""
     arrived: list[int] = []
     before = {}
-    if threading.current_thread() is threading.main_thread():  # no other thread hears any, or may set who does
+    if threading.current_thread() is threading.main_thread():  # no other thread hears signals or may set handlers
         known = (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP"))
-        before = {number: signal.getsignal(number) for number in known if number is not None}
+        handlers = {number: signal.getsignal(number) for number in known if number is not None}
+        before = {number: heard for number, heard in handlers.items() if heard not in (None, signal.SIG_IGN)}
     try:
-        for number, handler in before.items():
-            if handler not in (None, signal.SIG_IGN):
-                signal.signal(number, lambda number, _: arrived.append(number))
+        for number in before:
+            signal.signal(number, lambda number, _: arrived.append(number))
         yield
     finally:
         for number, handler in before.items():
-            if handler not in (None, signal.SIG_IGN):
-                signal.signal(number, handler)
+            signal.signal(number, handler)
         for number in arrived:
             signal.raise_signal(number)
 
 
-def publish_pair(main: PendingOutput, paper: PendingOutput) -> None:
+def publish_pair(main: PendingOutput, passport: PendingOutput) -> None:
     """Puts two files in their places; for one process at a time, see `locked`.
 
-    The old paper goes before the new main file comes, so that no moment, not even that of a power cut, has one beside
-    the paper of another. What could fail for want of space is done before; where the main file cannot be replaced all
-    the same, the old paper comes back.
+    The old passport goes before the new main file comes, so that no moment, not even that of a power cut, has a main
+    file beside the passport of another. What could fail for want of space is done before; where the main file cannot be
+    replaced all the same, the old passport comes back.
 
     Args:
         main: Replaces what stands there, unless that is the same.
-        paper: Speaks of `main`, by its digest.
+        passport: Describes `main`, and names it by its digest.
 
     Raises:
         OSError: The operating system refuses; nothing has changed.
     """
     settle(main)
-    settle(paper)
-    same = is_same(main)
-    aside = paper.partial.with_name(f"{paper.partial.name}.old")
+    settle(passport)
+    same = _is_same(main)
     with signals_deferred():
         if same:
             main.status = "up to date"
         else:
-            _replace_main(main, paper.target, aside)
-        if same and is_same(paper):
-            paper.status = "up to date"
+            _replace_main(main, passport)
+        if same and _is_same(passport):
+            passport.status = "up to date"
         else:
-            put_in_place(paper)
+            put_in_place(passport)
 
 
-def _replace_main(main: PendingOutput, paper: Path, aside: Path) -> None:
+def _replace_main(main: PendingOutput, passport: PendingOutput) -> None:
+    aside = passport.partial.with_name(f"{passport.partial.name}.old")
     try:
         with contextlib.suppress(FileNotFoundError):
-            os.rename(paper, aside)
+            os.rename(passport.target, aside)
         put_in_place(main)
     except OSError:
         with contextlib.suppress(FileNotFoundError):
-            os.rename(aside, paper)
+            os.rename(aside, passport.target)
         raise
     finally:
         aside.unlink(missing_ok=True)
 
 
+def sha256_file(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_CHUNK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def default_output(checkpoint: Path) -> Path:
+    """The ONNX beside a checkpoint: its name with the checkpoint's suffixes replaced by `.onnx`.
+
+    Raises:
+        InputError: The path has no file name.
+    """
+    if not checkpoint.name:
+        raise InputError(f"{str(checkpoint)!r} is no file", remedy="give --ckpt a checkpoint file")
+    output = checkpoint
+    while output.suffix.lower() in _CHECKPOINT_SUFFIXES:
+        output = output.with_suffix("")
+    return output.with_name(f"{output.name}.onnx")
+
+
 def release_freed_memory() -> None:
-    """Collects reference cycles and asks the C library to return freed heap memory, where it can (glibc); does nothing elsewhere.
+    """Collects reference cycles, and has glibc return freed memory to the system; other C libraries are not asked.
 
     glibc keeps freed blocks of up to 32 MiB for itself. Between two stages that hold the weights in turn, that would be
     one more copy of them.

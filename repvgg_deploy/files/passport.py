@@ -1,7 +1,7 @@
-"""The passport of a plan: `NAME.plan.json` beside `NAME.plan`. Standard library only.
+"""The passport of a plan: `NAME.plan.json` beside `NAME.plan`.
 
-Nothing is put into a plan, which trtexec and Triton must still load; so what is known of it stands beside it, bound to
-its bytes by SHA-256.
+Nothing is put into a plan, which trtexec and Triton must still load: what is known of it stands beside it, bound to its
+bytes by SHA-256.
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ def read_passport(plan: Path) -> PlanPassport | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise PlanError(
-            f"{path}: cannot be read: {error.strerror}", remedy="check that it is a file that you may read"
-        ) from error
+        remedy = "check that it is a file that you may read"
+        raise PlanError(f"{path}: cannot be read: {error.strerror}", remedy=remedy) from error
     if len(data) > _LARGEST_BYTES:
         raise PlanError(f"{path}: not a passport: larger than {_LARGEST_BYTES >> 20} MiB", remedy=_REBUILD)
     try:
@@ -50,12 +49,12 @@ def read_passport(plan: Path) -> PlanPassport | None:
 
 
 def require_unchanged(plan: Path, content_sha256: str, passport: PlanPassport) -> None:
-    """Refuses a plan that is not the one its passport speaks of.
+    """Refuses a plan that is not the one its passport describes.
 
     Args:
         plan: For the message.
-        content_sha256: Of the bytes that are to be loaded.
-        passport: What `read_passport` gave.
+        content_sha256: Digest of the bytes that are to be loaded.
+        passport: The passport beside them.
 
     Raises:
         PlanError: They differ.
@@ -63,7 +62,7 @@ def require_unchanged(plan: Path, content_sha256: str, passport: PlanPassport) -
     if content_sha256 != passport.plan_sha256:
         raise PlanError(
             f"{plan}: is not the plan of its passport {passport_path(plan).name}: expected sha256 "
-            f"{passport.plan_sha256[:16]}…, "
-            f"found {content_sha256[:16]}…: truncated, changed, or replaced without its passport",
+            f"{passport.plan_sha256[:16]}…, found {content_sha256[:16]}…: truncated, changed, or replaced without its "
+            f"passport",
             remedy=_REBUILD,
         )

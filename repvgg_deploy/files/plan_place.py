@@ -1,16 +1,11 @@
-"""Whether a plan can run in an environment, judged from its passport: without a GPU, and before TensorRT sees a byte. Standard library only.
+"""Where a plan can run: judged from its passport, without a GPU, and before TensorRT sees a byte.
+
+First what building and running share of TensorRT: its flavours, its import (when it is asked for) and its log. Then the
+compute capabilities of GPUs by name, for a verdict on a GPU that is not here. Then the verdict.
 
 Sources: the support matrix and the engine compatibility pages of TensorRT 8.6 to 11.4
-(https://docs.nvidia.com/deeplearning/tensorrt) and of TensorRT-RTX (https://docs.nvidia.com/deeplearning/tensorrt-rtx).
-
-What building and running plans share of TensorRT: its flavours, its import, and what it logs.
-
-Standard library only: TensorRT is imported when it is asked for.
-
-Compute capabilities of GPUs by name, for a verdict on a GPU that is not here. Standard library only.
-
-Source: https://developer.nvidia.com/cuda-gpus and https://developer.nvidia.com/cuda/gpus/legacy, NVIDIA's published
-lists.
+(https://docs.nvidia.com/deeplearning/tensorrt) and of TensorRT-RTX (https://docs.nvidia.com/deeplearning/tensorrt-rtx);
+NVIDIA's lists of GPUs, https://developer.nvidia.com/cuda-gpus and https://developer.nvidia.com/cuda/gpus/legacy.
 """
 
 from __future__ import annotations
@@ -21,7 +16,7 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..errors import InputError, MissingDependencyError
@@ -56,13 +51,11 @@ def import_tensorrt(module: str, name: str, *, remedy: str) -> Any:
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         if isinstance(error, ModuleNotFoundError) and error.name == module:
             return None
-        if error.__cause__ is not None and not isinstance(
-            error.__cause__, Exception
-        ):  # Ctrl-C, which its C++ makes an ImportError of
+        # Ctrl-C, which its C++ makes an ImportError of.
+        if error.__cause__ is not None and not isinstance(error.__cause__, Exception):
             raise error.__cause__ from None
-        raise MissingDependencyError(
-            f"{name} is installed but cannot be imported: {' '.join(str(error).split())}", remedy=remedy
-        ) from error
+        said = " ".join(str(error).split())
+        raise MissingDependencyError(f"{name} is installed but cannot be imported: {said}", remedy=remedy) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,20 +158,22 @@ def quote(lines: Iterable[str]) -> str:
 _NAMES: dict[str, tuple[str, ...]] = {
     "7.0": ("V100", "TITAN V", "Quadro GV100"),
     "7.2": ("Jetson AGX Xavier", "Jetson Xavier NX", "Xavier"),
-    "7.5": ("T4", "TITAN RTX", "Quadro RTX 4000", "Quadro RTX 5000", "Quadro RTX 6000", "Quadro RTX 8000", "T1000", "RTX 2060", "RTX 2070",
-            "RTX 2080", "RTX 2080 Ti", "GTX 1650", "GTX 1660", "GTX 1660 Ti"),
+    "7.5": ("T4", "TITAN RTX", "Quadro RTX 4000", "Quadro RTX 5000", "Quadro RTX 6000", "Quadro RTX 8000", "T1000",
+            "RTX 2060", "RTX 2070", "RTX 2080", "RTX 2080 Ti", "GTX 1650", "GTX 1660", "GTX 1660 Ti"),
     "8.0": ("A100", "A30"),
-    "8.6": ("A10", "A10G", "A16", "A2", "A40", "RTX A2000", "RTX A4000", "RTX A4500", "RTX A5000", "RTX A6000", "RTX 3050", "RTX 3060",
-            "RTX 3060 Ti", "RTX 3070", "RTX 3070 Ti", "RTX 3080", "RTX 3080 Ti", "RTX 3090", "RTX 3090 Ti"),
+    "8.6": ("A10", "A10G", "A16", "A2", "A40", "RTX A2000", "RTX A4000", "RTX A4500", "RTX A5000", "RTX A6000",
+            "RTX 3050", "RTX 3060", "RTX 3060 Ti", "RTX 3070", "RTX 3070 Ti", "RTX 3080", "RTX 3080 Ti", "RTX 3090",
+            "RTX 3090 Ti"),
     "8.7": ("Jetson AGX Orin", "Jetson Orin NX", "Jetson Orin Nano", "Orin"),
-    "8.9": ("L4", "L40", "L40S", "RTX 2000 Ada", "RTX 4000 Ada", "RTX 4500 Ada", "RTX 5000 Ada", "RTX 6000 Ada", "RTX 4050", "RTX 4060",
-            "RTX 4060 Ti", "RTX 4070", "RTX 4070 Super", "RTX 4070 Ti", "RTX 4080", "RTX 4080 Super", "RTX 4090"),
+    "8.9": ("L4", "L40", "L40S", "RTX 2000 Ada", "RTX 4000 Ada", "RTX 4500 Ada", "RTX 5000 Ada", "RTX 6000 Ada",
+            "RTX 4050", "RTX 4060", "RTX 4060 Ti", "RTX 4070", "RTX 4070 Super", "RTX 4070 Ti", "RTX 4080",
+            "RTX 4080 Super", "RTX 4090"),
     "9.0": ("H100", "H200", "H20", "GH200"),
     "10.0": ("B200", "GB200"),
     "10.3": ("B300", "GB300"),
     "11.0": ("Jetson AGX Thor", "Jetson T5000", "Jetson T4000", "Thor"),
-    "12.0": ("RTX 5050", "RTX 5060", "RTX 5060 Ti", "RTX 5070", "RTX 5070 Ti", "RTX 5080", "RTX 5090", "RTX PRO 4000 Blackwell",
-             "RTX PRO 4500 Blackwell", "RTX PRO 5000 Blackwell", "RTX PRO 6000 Blackwell"),
+    "12.0": ("RTX 5050", "RTX 5060", "RTX 5060 Ti", "RTX 5070", "RTX 5070 Ti", "RTX 5080", "RTX 5090",
+            "RTX PRO 4000 Blackwell", "RTX PRO 4500 Blackwell", "RTX PRO 5000 Blackwell", "RTX PRO 6000 Blackwell"),
     "12.1": ("GB10", "DGX Spark"),
 }  # fmt: skip
 JETSON = frozenset({"7.2", "8.7", "11.0"})
@@ -199,37 +194,29 @@ def find_gpu(text: str) -> tuple[str | None, str]:
         InputError: No such GPU is known.
     """
     number = re.fullmatch(r"(?:sm_?|cc)?(\d{1,2})\.?(\d)", text.strip().lower())
-    if number is not None and f"{int(number[1])}.{number[2]}" in known_capabilities():
-        return None, f"{int(number[1])}.{number[2]}"
+    capability = f"{int(number[1])}.{number[2]}" if number is not None else ""
+    if capability in _NAMES or capability == "8.8":  # of boards without a name here
+        return None, capability
     found = _BY_NAME.get(_squeeze(text))
     if found is None:
         raise InputError(
             f"no GPU is known by the name {text!r}",
             remedy="give its compute capability from https://developer.nvidia.com/cuda-gpus, such as gpu=8.6, or a "
-            "name "
-            "such as gpu=a10",
+            "name such as gpu=a10",
         )
     return found
 
 
-def known_capabilities() -> frozenset[str]:
-    """Every compute capability in the table, and 8.8 of boards without a name here."""
-    return frozenset({*_NAMES, "8.8"})
-
-
-_LATER_MAJOR = {
-    8: 10,
-    10: 11,
-}  # version-compatible plans may cross from one major version to this other one, no further
+_LATER_MAJOR = {8: 10, 10: 11}
+"""Version-compatible plans may cross from one major version to this other one, no further."""
 _REBUILD = "build it again there from its ONNX"
 
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """Where a plan is to run; None is what is not known, and is not judged.
+    """Where a plan is to run; what is None is not known, and is not judged.
 
     Attributes:
-        flavour: `tensorrt` or `tensorrt_rtx`.
         tensorrt_version: Such as `10.9.0.34`; a part of it (`10.9`) is compared as far as it goes.
         gpu_name: Such as `NVIDIA A10`.
         compute_capability: Such as `8.6`.
@@ -271,37 +258,32 @@ class Incompatible:
     remedy: str
 
 
-@dataclass(slots=True)
-class _Case:
-    passport: PlanPassport
-    environment: Environment
-    warnings: list[str] = field(default_factory=list)
-
-    @property
-    def library(self) -> str:
-        return FLAVOURS[self.passport.flavour]
-
-
 def judge_plan(passport: PlanPassport, environment: Environment) -> Compatible | Incompatible:
     """Compares what a plan was built for with where it is to run."""
-    case = _Case(passport, environment)
-    rules: tuple[Callable[[_Case], Incompatible | None], ...] = (
-        _judge_flavour,
-        _judge_platform,
-        _judge_lean,
-        _judge_version,
-        _judge_gpu,
-    )
-    for rule in rules:
-        found = rule(case)
-        if found is not None:
-            return found
-    _judge_driver(case)
-    return Compatible(tuple(case.warnings))
+    wanted, found = passport.flavour, environment.flavour
+    if found is not None and found != wanted:
+        backend = "rtx" if found == "tensorrt_rtx" else "tensorrt"
+        return Incompatible(
+            f"the plan is of {FLAVOURS[wanted]}, and here is {FLAVOURS[found]}: neither reads the other's plans",
+            f"run it with {FLAVOURS[wanted]}, or build it again with --backend {backend}",
+        )
+    built_on, here = passport.platform, environment.platform
+    if built_on is not None and here is not None and built_on != here:
+        reason = f"the plan was built on {built_on}, and here is {here}: plans do not cross platforms"
+        return Incompatible(reason, _REBUILD)
+    warnings: list[str] = []
+    for judge in (_judge_lean, _judge_version, _judge_gpu):
+        verdict = judge(passport, environment, warnings)
+        if verdict is not None:
+            return verdict
+    built, driver = passport.driver_version, environment.driver_version
+    if built and driver and parse_version(driver)[:1] < parse_version(built)[:1]:
+        warnings.append(f"the driver {driver} is older than {built}, with which the plan was built")
+    return Compatible(tuple(warnings))
 
 
 def platform_here() -> str:
-    """Such as `linux-x86_64`: what a plan is bound to besides GPU and TensorRT."""
+    """What a plan is bound to besides GPU and TensorRT, such as `linux-x86_64`."""
     return f"{sys.platform}-{platform.machine().lower()}"
 
 
@@ -315,141 +297,88 @@ def parse_version(text: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _judge_flavour(case: _Case) -> Incompatible | None:
-    wanted, found = case.passport.flavour, case.environment.flavour
-    if found is None or found == wanted:
+def _judge_lean(passport: PlanPassport, environment: Environment, _: list[str]) -> Incompatible | None:
+    if not environment.lean or passport.config.version_compatible:
         return None
-    return Incompatible(
-        f"the plan is of {FLAVOURS[wanted]}, and here is {FLAVOURS[found]}: neither reads the other's plans",
-        f"run it with {FLAVOURS[wanted]}, or build it again with --backend "
-        f"{'rtx' if found == 'tensorrt_rtx' else 'tensorrt'}",
-    )
-
-
-def _judge_platform(case: _Case) -> Incompatible | None:
-    wanted, found = case.passport.platform, case.environment.platform
-    if wanted is None or found is None or wanted == found:
-        return None
-    return Incompatible(f"the plan was built on {wanted}, and here is {found}: plans do not cross platforms", _REBUILD)
-
-
-def _judge_lean(case: _Case) -> Incompatible | None:
-    environment, library = case.environment, case.library
-    if not environment.lean or case.passport.config.version_compatible:
-        return None
+    library = FLAVOURS[passport.flavour]
     here = f"{library} {environment.tensorrt_version}" if environment.tensorrt_version else library
     return Incompatible(
         f"here is only the lean runtime of {here}, which runs version-compatible plans and no others, and the "
         f"plan is not version-compatible",
         f"build it again with --version-compatible where the whole {library} is; or install the whole {library} "
-        f"{case.passport.tensorrt_version} "
-        f"here: {INSTALL[case.passport.flavour]}",
+        f"{passport.tensorrt_version} here: {INSTALL[passport.flavour]}",
     )
 
 
-def _judge_version(case: _Case) -> Incompatible | None:
-    wanted, found = case.passport.tensorrt_version, case.environment.tensorrt_version
+def _judge_version(passport: PlanPassport, environment: Environment, warnings: list[str]) -> Incompatible | None:
+    library, wanted, found = FLAVOURS[passport.flavour], passport.tensorrt_version, environment.tensorrt_version
     if found is None:
-        case.warnings.append(f"the version of {case.library} was not judged: the plan is of {wanted}")
+        warnings.append(f"the version of {library} was not judged: the plan is of {wanted}")
         return None
     built, here = parse_version(wanted), parse_version(found)
+    flexible = passport.config.version_compatible and passport.flavour == "tensorrt"
     if built == here:
         return None
     if here == built[: len(here)]:
-        case.warnings.append(f"{case.library} {found} is only a part of a version: the plan needs {_needed(case)}")
+        needed = f"{wanted} or later" if flexible else f"{wanted} exactly"
+        warnings.append(f"{library} {found} is only a part of a version: the plan needs {needed}")
         return None
-    if case.passport.config.version_compatible and case.passport.flavour == "tensorrt":
-        return _judge_compatible_version(case, built, here)
-    remedy = f"install {case.library} {wanted} there, or {_REBUILD}"
-    if case.passport.flavour == "tensorrt" and here > built:
-        remedy += "; --version-compatible makes plans that later versions of the same major version run, too"
-    return Incompatible(
-        f"the plan was built with {case.library} {wanted}, and {found} runs plans of its own version only", remedy
-    )
-
-
-def _needed(case: _Case) -> str:
-    flexible = case.passport.config.version_compatible and case.passport.flavour == "tensorrt"
-    return f"{case.passport.tensorrt_version}{' or later' if flexible else ' exactly'}"
-
-
-def _judge_compatible_version(case: _Case, built: tuple[int, ...], here: tuple[int, ...]) -> Incompatible | None:
-    wanted, found = case.passport.tensorrt_version, case.environment.tensorrt_version
+    if not flexible:
+        remedy = f"install {library} {wanted} there, or {_REBUILD}"
+        if passport.flavour == "tensorrt" and here > built:
+            remedy += "; --version-compatible makes plans that later versions of the same major version run, too"
+        reason = f"the plan was built with {library} {wanted}, and {found} runs plans of its own version only"
+        return Incompatible(reason, remedy)
     if here[0] == built[0] and here > built[: len(here)]:
         return None
     if _LATER_MAJOR.get(built[0]) == here[0]:
-        case.warnings.append(
+        warnings.append(
             f"a version-compatible plan of {wanted} on {found} crosses a major version: read the known issues of "
             f"{found}'s release"
         )
         return None
+    distance = "older" if here < built else "too far ahead"
     return Incompatible(
-        f"the plan is version-compatible from {case.library} {wanted} on, and {found} is "
-        f"{'older' if here < built else 'too far ahead'}",
-        f"install {case.library} {wanted} or a later {built[0]}.x there, or {_REBUILD}",
+        f"the plan is version-compatible from {library} {wanted} on, and {found} is {distance}",
+        f"install {library} {wanted} or a later {built[0]}.x there, or {_REBUILD}",
     )
 
 
-def _judge_gpu(case: _Case) -> Incompatible | None:
-    passport, found = case.passport, case.environment.compute_capability
-    wanted = ", ".join(passport.compute_capabilities)
+def _judge_gpu(passport: PlanPassport, environment: Environment, warnings: list[str]) -> Incompatible | None:
+    found, wanted = environment.compute_capability, ", ".join(passport.compute_capabilities)
+    built_on, here = passport.gpu_name, environment.gpu_name
+    hardware_compatible = passport.config.hardware_compatible
     if found is None:
-        case.warnings.append(f"the GPU was not judged: the plan is for compute capability {wanted or 'unknown'}")
+        warnings.append(f"the GPU was not judged: the plan is for compute capability {wanted or 'unknown'}")
         return None
     if found in passport.compute_capabilities:
-        _compare_names(case)
+        is_tuned = passport.flavour != "tensorrt_rtx" and not hardware_compatible
+        if is_tuned and built_on and here and _model(here) != _model(built_on):
+            warnings.append(
+                f"the plan was tuned on {built_on}: on {here} it may be slower than one built there, or need more "
+                f"memory than there is"
+            )
         return None
-    name = (
-        f"{case.environment.gpu_name} (compute capability {found})"
-        if case.environment.gpu_name
-        else f"a GPU of compute capability {found}"
-    )
+    name = f"{here} (compute capability {found})" if here else f"a GPU of compute capability {found}"
     if passport.flavour == "tensorrt_rtx":
-        remedy = (
-            f"build it again with --target sm_{found.replace('.', '')} or, on such a GPU, with --target current or "
-            f"--backend tensorrt"
-        )
-        return Incompatible(f"the plan is for compute capability {wanted}, and here is {name}", remedy)
-    if passport.config.hardware_compatible:
-        return _judge_compatible_hardware(case, name)
-    remedy = f"{_REBUILD}; --hardware-compatible makes plans that run on every GPU from Ampere (8.0) on, if slower"
-    built_on = f" ({passport.gpu_name})" if passport.gpu_name else ""
-    return Incompatible(f"the plan is for compute capability {wanted}{built_on}, and here is {name}", remedy)
-
-
-def _judge_compatible_hardware(case: _Case, name: str) -> Incompatible | None:
-    found = case.environment.compute_capability or ""
-    if found in JETSON:
         return Incompatible(
-            f"here is {name}, and hardware compatibility does not reach Jetson and DRIVE boards", _REBUILD
+            f"the plan is for compute capability {wanted}, and here is {name}",
+            f"build it again with --target sm_{found.replace('.', '')} or, on such a GPU, with --target current or "
+            f"--backend tensorrt",
         )
+    if not hardware_compatible:
+        remedy = f"{_REBUILD}; --hardware-compatible makes plans that run on every GPU from Ampere (8.0) on, if slower"
+        gpu = f" ({built_on})" if built_on else ""
+        return Incompatible(f"the plan is for compute capability {wanted}{gpu}, and here is {name}", remedy)
+    if found in JETSON:
+        reason = f"here is {name}, and hardware compatibility does not reach Jetson and DRIVE boards"
+        return Incompatible(reason, _REBUILD)
     if parse_version(found) < (8, 0):
         return Incompatible(f"the plan runs on every GPU from Ampere (8.0) on, and here is {name}", _REBUILD)
     return None
 
 
-def _compare_names(case: _Case) -> None:
-    built, here = case.passport.gpu_name, case.environment.gpu_name
-    if case.passport.flavour == "tensorrt_rtx" or case.passport.config.hardware_compatible or not built or not here:
-        return
-    if _model(here) != _model(built):
-        case.warnings.append(
-            f"the plan was tuned on {built}: on {here} it may be slower than one built there, or need more "
-            f"memory than there is"
-        )
-
-
 def _model(name: str) -> list[str]:
     """The words that tell one model from another: `NVIDIA A100-SXM4-80GB` → `a100`."""
-    words = re.split(r"[^a-z0-9]+", name.lower())
-    return [
-        word
-        for word in words
-        if not re.fullmatch(r"|nvidia|geforce|tesla|jetson|laptop|gpu|sxm\d?|pcie|nvl|hbm\w+|\d+g[bi]?b?", word)
-    ]
-
-
-def _judge_driver(case: _Case) -> None:
-    built, here = case.passport.driver_version, case.environment.driver_version
-    if built and here and parse_version(here)[:1] < parse_version(built)[:1]:
-        case.warnings.append(f"the driver {here} is older than {built}, with which the plan was built")
+    ignored = r"|nvidia|geforce|tesla|jetson|laptop|gpu|sxm\d?|pcie|nvl|hbm\w+|\d+g[bi]?b?"
+    return [word for word in re.split(r"[^a-z0-9]+", name.lower()) if not re.fullmatch(ignored, word)]

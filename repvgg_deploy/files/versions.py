@@ -1,7 +1,4 @@
-"""Versions of installed packages, for what every artifact says of its making. Standard library only.
-
-Versions of the tools that take part in an export.
-"""
+"""Versions of installed packages: what an artifact says of the tools that made it."""
 
 from __future__ import annotations
 
@@ -22,9 +19,6 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
     return versions
 
 
-_TOOLS = ("torch", "onnx", "onnxsim", "onnxruntime", "onnxruntime-gpu", "numpy")
-
-
 def tool_versions() -> dict[str, str]:
-    """Installed versions by package name; packages that are not installed are left out."""
-    return installed_versions(_TOOLS)
+    """Versions of what takes part in an export."""
+    return installed_versions(("torch", "onnx", "onnxsim", "onnxruntime", "onnxruntime-gpu", "numpy"))

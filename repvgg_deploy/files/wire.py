@@ -1,6 +1,6 @@
-"""Just enough of the Protocol Buffers wire format to read and write the outer layers of an ONNX file without loading its weights.
+"""As much of the Protocol Buffers wire format as it takes to read and write an ONNX file without loading its weights.
 
-The onnx package would hold an 80 M parameter model three times over; and a runtime machine need not have it at all.
+The onnx package would hold an 80 M parameter model three times over, and a runtime machine need not have it.
 Source: https://protobuf.dev/programming-guides/encoding/ and the field numbers of onnx.proto.
 """
 

@@ -1,7 +1,4 @@
-"""What crosses a stage: validated frozen dataclasses, JSON, the variants, the cards of published checkpoints.
-
-Standard library only.
-"""
+"""What crosses a stage: validated frozen dataclasses, JSON, the variants, the cards of published checkpoints."""
 
 from __future__ import annotations
 

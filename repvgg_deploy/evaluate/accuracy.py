@@ -1,11 +1,11 @@
-"""A classifier on labelled images → an AccuracyReport. NumPy only; the caller runs the model."""
+"""A classifier on labelled images → an AccuracyReport. The caller runs the model."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -37,13 +37,7 @@ Run: TypeAlias = Callable[[NDArray[Any]], Answer]
 
 @dataclass(frozen=True, slots=True)
 class Confusion:
-    """How often one class was taken for another.
-
-    Attributes:
-        index: The class that the model said.
-        label: Its name, or None.
-        images: How many images.
-    """
+    """The class that a model named in place of the right one, its name where it is known, and for how many images."""
 
     index: int
     label: str | None
@@ -55,8 +49,7 @@ class ClassAccuracy:
     """The images of one class.
 
     Attributes:
-        index: The class.
-        label: Its name, or None.
+        label: Name of the class, or None.
         images: How many images have this label.
         top1: Share of them whose best class is right, 0 to 1.
         confused_with: What the others were taken for, most frequent first; at most three.
@@ -74,16 +67,14 @@ class AccuracyReport:
     """How well a classifier does on labelled images.
 
     Attributes:
-        images: Evaluated.
-        skipped: Could not be read, and count nowhere else.
+        images: How many were evaluated.
+        skipped: How many could not be read; they count nowhere else.
         top1: Share of images whose best class is right, 0 to 1.
         top5: Share of images whose class is among the best five (or all, of fewer classes).
         top1_standard_error: √(p·(1 − p) / n): other images of the same kind would give a top-1 within twice this in 95
             of 100 cases.
         decode_seconds: Reading, decoding, resizing and normalising.
         inference_seconds: Running the model.
-        decode_images_per_second: Of that part alone.
-        inference_images_per_second: Of that part alone.
         worst: Classes with the lowest top-1, worst first; none of them perfect.
     """
 
@@ -111,7 +102,7 @@ def evaluate(
 
     Args:
         run: The model.
-        batches: As `image_sets.open_images` gives them.
+        batches: As `images.open_images` gives them.
         labels: Names of the classes.
         worst: How many of the worst classes to report.
         progress: Called with the number of images done since the last call.
@@ -120,9 +111,11 @@ def evaluate(
         InputError: There are no images, or they have no labels.
         ModelError: The model answers with NaN or infinities.
     """
-    tally, clock = Tally(), _Clock()
-    skipped = 0
-    for batch in clock.time_reading(batches):
+    tally = Tally()
+    skipped, reading, running = 0, 0.0, 0.0
+    begun = time.perf_counter()
+    for batch in batches:
+        reading += time.perf_counter() - begun
         skipped += len(batch.skipped)
         if len(batch.images):
             if batch.labels is None:
@@ -130,17 +123,19 @@ def evaluate(
                     "the images have no labels to compare with",
                     remedy="give images with labels; see repvgg-trt eval --help",
                 )
-            with clock:
-                answer = run(batch.images)
+            begun = time.perf_counter()
+            answer = run(batch.images)
+            running += time.perf_counter() - begun
             tally.add(rank(answer), batch.labels)
         if progress is not None:
             progress(len(batch.images) + len(batch.skipped))
+        begun = time.perf_counter()
     if not tally.images:
         raise InputError(
             f"no image could be evaluated, {skipped} could not be read",
             remedy="check the images that the warnings name",
         )
-    reading, running = max(clock.reading, 1e-9), max(clock.running, 1e-9)
+    reading, running = max(reading, 1e-9), max(running, 1e-9)
     return AccuracyReport(
         images=tally.images,
         skipped=skipped,
@@ -183,7 +178,7 @@ def standard_error(share: float, count: int) -> float:
 
 
 class Tally:
-    """Counts of right and wrong answers."""
+    """Counts right and wrong answers."""
 
     def __init__(self) -> None:
         self.images = 0
@@ -192,12 +187,7 @@ class Tally:
         self._pairs: Counter[tuple[int, int]] = Counter()
 
     def add(self, ranked: NDArray[np.int64], labels: NDArray[np.int64]) -> None:
-        """Counts one batch.
-
-        Args:
-            ranked: int64 (N, K), best first.
-            labels: int64 (N,).
-        """
+        """Counts one batch: the ranked classes int64 (N, K), best first, against the labels int64 (N,)."""
         self.images += len(labels)
         hits = ranked == labels[:, np.newaxis]
         self._best += int(hits[:, 0].sum())
@@ -224,9 +214,8 @@ class Tally:
                 wrong.setdefault(truth, []).append((-images, said))
         found = []
         for truth, others in wrong.items():
-            best = tuple(
-                Confusion(said, _name(names, said), -images) for images, said in sorted(others)[:_CONFUSED_WITH]
-            )
+            most = sorted(others)[:_CONFUSED_WITH]
+            best = tuple(Confusion(said, _name(names, said), -images) for images, said in most)
             top1 = self._pairs[truth, truth] / totals[truth]
             found.append(ClassAccuracy(truth, _name(names, truth), totals[truth], top1, best))
         return tuple(sorted(found, key=lambda item: (item.top1, -item.images, item.index))[:count])
@@ -234,28 +223,3 @@ class Tally:
 
 def _name(names: Sequence[str] | None, index: int) -> str | None:
     return names[index] if names is not None and 0 <= index < len(names) else None
-
-
-class _Clock:
-    """Time spent on reading images, and on running the model as `with clock:`."""
-
-    def __init__(self) -> None:
-        self.reading = 0.0
-        self.running = 0.0
-        self._started = 0.0
-
-    def time_reading(self, batches: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
-        iterator = iter(batches)
-        while True:
-            started = time.perf_counter()
-            batch = next(iterator, None)
-            self.reading += time.perf_counter() - started
-            if batch is None:
-                return
-            yield batch
-
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.running += time.perf_counter() - self._started

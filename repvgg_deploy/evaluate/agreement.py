@@ -1,9 +1,6 @@
-"""Two models on the same images → an AgreementReport: how often they name the same class, and how far apart their numbers are. NumPy only.
+"""Two models on the same images: how often they agree on the class, and how far their outputs and layers are apart.
 
-Two networks layer by layer: the signal-to-quantization-noise ratio of every layer's output, and where they part. NumPy
-only.
-
-Source: SQNR as in ../agreement: 10·log10(Σ reference² / Σ (reference − other)²).
+The signal-to-quantization-noise ratio (SQNR) is 10·log10(Σ reference² / Σ (reference − other)²), in decibels.
 """
 
 from __future__ import annotations
@@ -17,20 +14,15 @@ from numpy.typing import NDArray
 
 from ..errors import InputError
 from ..images.sets import ImageBatch
-from .accuracy import Answer, Run, Tally, rank, standard_error
+from .accuracy import Run, Tally, rank, standard_error
 
 Kind: TypeAlias = Literal["logits", "probabilities"]
+_LIMIT_DB = 200.0
 
 
 @dataclass(frozen=True, slots=True)
 class ModelAccuracy:
-    """Accuracy of one of the two models.
-
-    Attributes:
-        top1: Share of images whose best class is right, 0 to 1.
-        top1_standard_error: Of that share.
-        top5: Share of images whose class is among the best five.
-    """
+    """Shares of images, 0 to 1, whose class one of the two models gives as its best, or among its best five."""
 
     top1: float
     top1_standard_error: float
@@ -42,12 +34,11 @@ class OutputError:
     """How far the other model's outputs are from the reference's.
 
     Attributes:
-        kind: Of the outputs: logits or probabilities.
+        kind: What the outputs are.
         largest: Largest absolute difference.
         rms: Root of the mean squared difference.
         reference_rms: Root of the mean square of the reference.
-        sqnr_db: 10·log10(Σ reference² / Σ (reference − other)²) over all outputs of all images; 200 where they are
-            equal.
+        sqnr_db: Over all outputs of all images; 200 where they are equal.
     """
 
     kind: Kind
@@ -58,20 +49,35 @@ class OutputError:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerAgreement:
+    """One layer of two networks.
+
+    Attributes:
+        sqnr_db: SQNR of its output before any ReLU, after the channels of the other network were scaled back; 200 where
+            both are equal, 0 where the other carries nothing of the reference.
+        smallest_factor: Smallest factor that a channel was multiplied with to scale it back; 1 where no channel was.
+        largest_factor: Largest such factor.
+    """
+
+    name: str
+    sqnr_db: float
+    smallest_factor: float
+    largest_factor: float
+
+
+@dataclass(frozen=True, slots=True)
 class AgreementReport:
     """What another model makes of the images that a reference model saw.
 
     Attributes:
-        images: Compared.
-        skipped: Could not be read.
+        images: How many were compared.
+        skipped: How many could not be read.
         agreement: Share of images to which both give the same best class, 0 to 1.
-        agreement_standard_error: Of that share.
         output: None where the two do not both give logits or both give probabilities.
         reference: Its accuracy, or None where the images have no labels.
         other: Accuracy of the other model, or None.
         layers: Layer by layer, in order; empty where they were not compared.
-        first_apart: First layer whose signal-to-quantization-noise ratio is below `apart_below_db`, or None.
-        apart_below_db: That bound.
+        first_apart: First layer whose SQNR is below `apart_below_db`, or None.
         layers_note: Why the layers were not compared; empty where they were.
     """
 
@@ -96,12 +102,12 @@ def compare(
     kind: Kind | None = "logits",
     progress: Callable[[int], None] | None = None,
 ) -> AgreementReport:
-    """Runs two models on the same images; memory does not grow with their number. `layers.compare_layers` looks inside them.
+    """Runs two models on the same images; memory does not grow with their number. `compare_layers` looks inside them.
 
     Args:
         reference: Usually the FP32 model.
         other: Usually the typed one.
-        batches: As `image_sets.open_images` gives them; labels are used where there are any.
+        batches: As `images.open_images` gives them; labels are used where there are any.
         kind: What both give; None where they give different things, or the ranked best: then only the classes are
             compared.
         progress: Called with the number of images done since the last call.
@@ -121,7 +127,9 @@ def compare(
             agreeing += int((ranks[0][:, 0] == ranks[1][:, 0]).sum())
             images += len(batch.images)
             if kind is not None:
-                errors.add(*map(_as_array, answers))
+                one, two = answers
+                assert isinstance(one, np.ndarray) and isinstance(two, np.ndarray), "only arrays of scores have a kind"
+                errors.add(one, two)
             labelled = labelled and batch.labels is not None
             if batch.labels is not None:
                 truth.add(ranks[0], batch.labels)
@@ -146,11 +154,6 @@ def compare(
 
 def _accuracy(tally: Tally) -> ModelAccuracy:
     return ModelAccuracy(tally.top1, standard_error(tally.top1, tally.images), tally.top5)
-
-
-def _as_array(answer: Answer) -> NDArray[Any]:
-    assert isinstance(answer, np.ndarray), "only arrays of scores have a kind"
-    return answer
 
 
 class _Errors:
@@ -178,27 +181,6 @@ class _Errors:
     def report(self, kind: Kind) -> OutputError:
         rms = [float(np.sqrt(total / self._count)) for total in (self._noise, self._signal)]
         return OutputError(kind, self._largest, rms[0], rms[1], decibels(self._signal, self._noise))
-
-
-_LIMIT_DB = 200.0
-
-
-@dataclass(frozen=True, slots=True)
-class LayerAgreement:
-    """One layer of two networks.
-
-    Attributes:
-        name: Of the layer.
-        sqnr_db: Of its output before any ReLU, after the channels of the other network were scaled back; 200 where both
-            are equal, 0 where the other carries nothing of the reference.
-        smallest_factor: Smallest factor that a channel was multiplied with to scale it back; 1 where no channel was.
-        largest_factor: Largest such factor.
-    """
-
-    name: str
-    sqnr_db: float
-    smallest_factor: float
-    largest_factor: float
 
 
 def compare_layers(
@@ -229,19 +211,21 @@ def compare_layers(
 
 
 def first_below(layers: Iterable[LayerAgreement], bound_db: float) -> str | None:
-    """The first layer whose ratio is below `bound_db`: where two networks part."""
+    """The first layer whose SQNR is below `bound_db`: where two networks part."""
     return next((layer.name for layer in layers if layer.sqnr_db < bound_db), None)
 
 
 def decibels(signal: float, noise: float) -> float:
-    """10·log10(signal / noise), between −200 and 200; 200 without noise."""
+    """10·log10(signal / noise), between −200 and 200: 200 without noise, −200 where either is NaN."""
+    if np.isnan(signal) or np.isnan(noise):
+        return -_LIMIT_DB
     if noise <= 0:
         return _LIMIT_DB
-    return float(np.clip(10 * np.log10(max(signal, 1e-300) / noise), -_LIMIT_DB, _LIMIT_DB))
+    return float(np.clip(10 * np.log10(max(signal, 1e-300) / max(noise, 1e-300)), -_LIMIT_DB, _LIMIT_DB))
 
 
 class _Sums:
-    """Of one layer and by channel, float64 (C,): reference², reference·other, other²; and over all, the squared difference."""
+    """Sums of one layer by channel, float64 (C,): reference², reference·other, other², and squared differences."""
 
     def __init__(self) -> None:
         self._products: NDArray[np.float64] = np.zeros((3, 1))
@@ -251,9 +235,8 @@ class _Sums:
         assert reference.shape == other.shape, "the caller pairs layers of the same shape"
         axes = (0, *range(2, reference.ndim))
         one, two = reference.astype(np.float64), other.astype(np.float64)
-        self._products = self._products + np.stack(
-            [np.sum(a * b, axis=axes) for a, b in ((one, one), (one, two), (two, two))]
-        )
+        products = [np.sum(a * b, axis=axes) for a, b in ((one, one), (one, two), (two, two))]
+        self._products = self._products + np.stack(products)
         self._noise = self._noise + np.sum(np.square(one - two), axis=axes)
 
     def report(self, name: str, *, rescaled: bool) -> LayerAgreement:
@@ -266,9 +249,6 @@ class _Sums:
         # themselves is exact.
         noise = np.where(factors == 1, self._noise, np.maximum(signal - factors * shared, 0.0))
         used = factors[alive]
-        return LayerAgreement(
-            name,
-            decibels(float(signal.sum()), float(noise.sum())),
-            float(used.min()) if used.size else 1.0,
-            float(used.max()) if used.size else 1.0,
-        )
+        extent = (float(used.min()), float(used.max())) if used.size else (1.0, 1.0)
+        sqnr = decibels(float(signal.sum()), float(noise.sum()))
+        return LayerAgreement(name, sqnr, *extent)

@@ -1,4 +1,4 @@
-"""How the project's pictures look, and how they become files. Matplotlib is imported when one is drawn; no window is ever opened.
+"""How the project's pictures look, and how they become files. Matplotlib is imported to draw one; no window is opened.
 
 Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which people with any colour vision can tell
 apart; where two things share a picture they differ in shape or place as well.
@@ -19,16 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE, YELLOW = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#E69F00",
-    "#F0E442",
-)
-GREY, DARK = "#B8B8B8", "#333333"
+BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+SKY, ORANGE, YELLOW, GREY, DARK = "#56B4E9", "#E69F00", "#F0E442", "#B8B8B8", "#333333"
 SERIES = ((BLUE, "o"), (VERMILION, "s"), (GREEN, "^"), (PURPLE, "D"), (SKY, "v"))
 """Colour and marker of each of several lines."""
 _STYLE: Any = {
@@ -41,35 +33,24 @@ _STYLE: Any = {
 }
 _NAME = "give --plot picture.png"
 _DOTS_PER_INCH = 120
-_LEGEND: dict[str, Any] = {
-    "loc": "lower left",
-    "bbox_to_anchor": (0.0, 1.0),
-    "frameon": False,
-    "fontsize": 9,
-    "borderaxespad": 0.2,
-}
 _MOST_INCHES = 80.0
 
 
 @contextmanager
 def open_figure(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
-    """A figure of so many inches, which no window shows and no global state knows.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-    """
+    """A figure of so many inches with one picture; see `open_panels`."""
     with open_panels(width, height, (1.0,)) as (figure, axes):
         yield figure, axes[0]
 
 
 @contextmanager
 def open_panels(width: float, height: float, shares: Sequence[float]) -> Iterator[tuple[Figure, list[Axes]]]:
-    """The same with several pictures side by side.
+    """A figure with pictures side by side, which no window shows and no global state knows.
 
     Args:
-        width: Of all together.
-        height: In inches, too.
-        shares: Of the width, one for each picture.
+        width: Width of the figure in inches.
+        height: Height in inches.
+        shares: Each picture's share of the width.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -81,9 +62,8 @@ def open_panels(width: float, height: float, shares: Sequence[float]) -> Iterato
     except ImportError as error:
         raise _missing() from error
     with mpl.rc_context(_STYLE):
-        figure = Figure(
-            figsize=(min(width, _MOST_INCHES), min(height, _MOST_INCHES)), dpi=_DOTS_PER_INCH, layout="constrained"
-        )
+        size = (min(width, _MOST_INCHES), min(height, _MOST_INCHES))
+        figure = Figure(figsize=size, dpi=_DOTS_PER_INCH, layout="constrained")
         FigureCanvasAgg(figure)
         axes = list(figure.subplots(1, len(shares), squeeze=False, width_ratios=list(shares))[0])
         for one in axes:
@@ -97,15 +77,12 @@ def draw_grid(axes: Axes, axis: Literal["x", "y"]) -> None:
 
 
 def draw_legend(axes: Axes, *, entries: int, columns: int = 2, handles: list[Any] | None = None) -> None:
-    """The legend between the title, which must be set already, and the data.
-
-    Args:
-        axes: Where.
-        entries: How many it has.
-        columns: Side by side.
-        handles: None takes what was labelled.
-    """
-    axes.legend(handles=axes.get_legend_handles_labels()[0] if handles is None else handles, ncols=columns, **_LEGEND)
+    """The legend between the title, which must be set already, and the data; `handles` None takes what is labelled."""
+    handles = axes.get_legend_handles_labels()[0] if handles is None else handles
+    axes.legend(
+        handles=handles, ncols=columns, loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False, fontsize=9,
+        borderaxespad=0.2,
+    )  # fmt: skip
     axes.set_title(axes.get_title(loc="left"), pad=8 + 15 * -(-entries // columns))
 
 

@@ -1,4 +1,4 @@
-"""Reports as pictures: layers, channel ranges, accuracies, confusions. Each function takes a small dataclass of its own, and gives a Figure."""
+"""Reports as pictures: layers, channel ranges, accuracies, confusions; from a small dataclass each to a Figure."""
 
 from __future__ import annotations
 
@@ -32,17 +32,12 @@ _MOST_DB = 100.0  # what is better is equal for all purposes, and would flatten 
 _NAME_WIDTH = 34
 _NOTE_WIDTH = 46
 _SQNR_HEIGHT, _RANGES_WIDTH = 5.2, 8.0  # inches
+_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
 
 
 @dataclass(frozen=True, slots=True)
 class SqnrSeries:
-    """One model's layers against the reference.
-
-    Attributes:
-        name: Of the model or method.
-        layers: Names, in order; the same for all series of a picture.
-        sqnr_db: Of each layer, in decibels.
-    """
+    """One model or method: the SQNR of each layer in decibels; all series of a picture have the same layers."""
 
     name: str
     layers: tuple[str, ...]
@@ -54,9 +49,8 @@ class ChannelSpread:
     """The channel ranges of one layer's output.
 
     Attributes:
-        name: Of the layer.
-        before: Largest by median channel range, before equalization.
-        after: The same, after.
+        before: Largest divided by median channel range, before equalization.
+        after: The same, after equalization.
         blocked_by: Why it was left as it was, or None.
     """
 
@@ -68,14 +62,7 @@ class ChannelSpread:
 
 @dataclass(frozen=True, slots=True)
 class AccuracyRow:
-    """One method.
-
-    Attributes:
-        method: Its name.
-        top1: 0 to 1.
-        standard_error: Of top1.
-        is_reference: Whether the others are to be compared with it (FP32).
-    """
+    """The top-1 accuracy of one method, 0 to 1; the others are compared with the reference."""
 
     method: str
     top1: float
@@ -85,14 +72,7 @@ class AccuracyRow:
 
 @dataclass(frozen=True, slots=True)
 class ClassBar:
-    """One class and what it was taken for.
-
-    Attributes:
-        name: Of the class.
-        images: How many.
-        right: Share of images that were recognised, 0 to 1.
-        taken_for: Names of other classes, and the share of images taken for each.
-    """
+    """One class: the share of its images that were recognised, 0 to 1, and the share taken for each other class."""
 
     name: str
     images: int
@@ -104,7 +84,7 @@ def draw_layer_sqnr(series: Sequence[SqnrSeries], *, reference: str, bound_db: f
     """Signal-to-quantization-noise ratio of every layer, first to last: where two models part.
 
     Args:
-        series: One or more models, five at most.
+        series: One to five models.
         reference: Name of the model that they are compared with.
         bound_db: Below this the layers are said to part; drawn as a line.
 
@@ -126,15 +106,8 @@ def _fill_sqnr(axes: Axes, series: Sequence[SqnrSeries], reference: str, bound_d
     layers = series[0].layers
     for one, (colour, marker) in zip(series, SERIES, strict=False):
         values = [min(value, _MOST_DB) for value in one.sqnr_db]
-        axes.plot(
-            range(len(layers)),
-            values,
-            color=colour,
-            marker=marker,
-            markersize=6,
-            linewidth=1.6,
-            label=f"{one.name} against {reference}",
-        )
+        label = f"{one.name} against {reference}"
+        axes.plot(range(len(layers)), values, color=colour, marker=marker, markersize=6, linewidth=1.6, label=label)
     if bound_db is not None:
         axes.axhline(bound_db, color=DARK, linestyle="--", linewidth=1, label=f"{bound_db:g} dB: below it, they part")
     axes.set_xticks(range(len(layers)), [shorten(name) for name in layers], rotation=90, fontsize=8.5)
@@ -152,9 +125,6 @@ def _fill_sqnr(axes: Axes, series: Sequence[SqnrSeries], reference: str, bound_d
 
 def draw_ranges(rows: Sequence[ChannelSpread]) -> Figure:
     """How unequal the channels of each layer are before and after equalization.
-
-    Args:
-        rows: In order.
 
     Raises:
         InputError: There is nothing to draw.
@@ -174,24 +144,10 @@ def _fill_ranges(axes: Axes, rows: Sequence[ChannelSpread]) -> None:
     moved = [(place, row) for place, row in enumerate(rows) if row.blocked_by is None]
     for place, row in moved:
         axes.plot([row.before, row.after], [place, place], color=GREY, linewidth=2.5, zorder=1)
-    axes.scatter(
-        [row.before for row in rows],
-        range(len(rows)),
-        s=52,
-        color=VERMILION,
-        marker="s",
-        label="before equalization",
-        zorder=2,
-    )
-    axes.scatter(
-        [row.after for _, row in moved],
-        [place for place, _ in moved],
-        s=52,
-        color=BLUE,
-        marker="o",
-        label="after",
-        zorder=3,
-    )
+    before, label = [row.before for row in rows], "before equalization"
+    axes.scatter(before, range(len(rows)), s=52, color=VERMILION, marker="s", label=label, zorder=2)
+    places, after = [place for place, _ in moved], [row.after for _, row in moved]
+    axes.scatter(after, places, s=52, color=BLUE, marker="o", label="after", zorder=3)
     names = [shorten(row.name) + ("" if row.blocked_by is None else "  (left as it is)") for row in rows]
     axes.set_yticks(range(len(rows)), names, fontsize=9)
     axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -208,11 +164,11 @@ def _fill_ranges(axes: Axes, rows: Sequence[ChannelSpread]) -> None:
 
 
 def draw_quantization(series: Sequence[SqnrSeries], rows: Sequence[ChannelSpread], *, reference: str) -> Figure:
-    """What a quantization did: the ratio of every layer beside the channel ranges before and after equalization; one alone where the other is empty.
+    """What a quantization did: `draw_layer_sqnr` beside `draw_ranges`, or one alone where the other has no data.
 
     Args:
-        series: See `draw_layer_sqnr`; none where nothing was measured.
-        rows: See `draw_ranges`; none where nothing was equalized.
+        series: None where nothing was measured.
+        rows: None where nothing was equalized.
         reference: Name of the model that was quantized.
 
     Raises:
@@ -233,7 +189,7 @@ def draw_accuracy(rows: Sequence[AccuracyRow], *, title: str = "Top-1 accuracy b
 
     Args:
         rows: Top to bottom.
-        title: Of the picture: which model, which images.
+        title: Which model, which images.
 
     Raises:
         InputError: There is nothing to draw.
@@ -250,27 +206,20 @@ def draw_accuracy(rows: Sequence[AccuracyRow], *, title: str = "Top-1 accuracy b
         axes.set_xlim(left, max(ends) + 0.3 * width)
         axes.set_xticks([tick for tick in axes.get_xticks() if left <= tick <= min(100, left + 1.3 * width)])
         for place, (value, error) in enumerate(zip(percent, errors, strict=True)):
-            box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
-            axes.text(
-                value + error + 0.015 * width, place, f"{value:.2f} ± {error:.2f}", va="center", fontsize=9, bbox=box
-            )
+            end, text = value + error + 0.015 * width, f"{value:.2f} ± {error:.2f}"
+            axes.text(end, place, text, va="center", fontsize=9, bbox=_BOX)
         axes.set_yticks(range(len(rows)), [textwrap.fill(row.method, _NAME_WIDTH) for row in rows], fontsize=9)
         axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.set(
-            title=title, xlabel=f"top-1, % ± standard error{' (the axis does not begin at 0)' if left > 0 else ''}"
-        )
+        note = " (the axis does not begin at 0)" if left > 0 else ""
+        axes.set(title=title, xlabel=f"top-1, % ± standard error{note}")
         draw_grid(axes, "x")
-        _mark_reference(axes, [row for row in rows if row.is_reference])
+        references = [row for row in rows if row.is_reference]
+        for row in references:
+            value, label = 100 * row.top1, f"{row.method}, {100 * row.top1:.2f} %"
+            axes.axvline(value, color=DARK, linestyle="--", linewidth=1, label=label)
+        if references:
+            draw_legend(axes, entries=len(references))
     return figure
-
-
-def _mark_reference(axes: Axes, rows: Sequence[AccuracyRow]) -> None:
-    for row in rows:
-        axes.axvline(
-            100 * row.top1, color=DARK, linestyle="--", linewidth=1, label=f"{row.method}, {100 * row.top1:.2f} %"
-        )
-    if rows:
-        draw_legend(axes, entries=len(rows))
 
 
 def draw_confusion(
@@ -280,7 +229,7 @@ def draw_confusion(
 
     Args:
         bars: Worst first.
-        title: Of the picture.
+        title: Title of the picture.
 
     Raises:
         InputError: There is nothing to draw.
@@ -297,8 +246,7 @@ def draw_confusion(
             for share, colour in zip((*shares, rest), (*colours[: len(shares)], GREY), strict=True):
                 axes.barh(place, share, left=left, height=0.62, color=colour, edgecolor="white", linewidth=1)
                 left += share
-            box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
-            axes.text(left + 0.02 * widest, place, _describe(bar, rest), va="center", fontsize=9, bbox=box)
+            axes.text(left + 0.02 * widest, place, _describe(bar, rest), va="center", fontsize=9, bbox=_BOX)
         names = [f"{_clip(bar.name, _NAME_WIDTH)}\n{bar.right:.0%} of {bar.images} right" for bar in bars]
         axes.set_yticks(range(len(bars)), names, fontsize=9)
         axes.set_ylim(len(bars) - 0.4, -0.6)
@@ -309,10 +257,8 @@ def draw_confusion(
         from matplotlib.patches import Patch
 
         used = max(len(bar.taken_for) for bar in bars)
-        looks = [
-            *zip(colours[:used], ("most often", "next", "third"), strict=False),
-            *([(GREY, "all others")] if left_over else []),
-        ]
+        looks = list(zip(colours[:used], ("most often", "next", "third"), strict=False))
+        looks += [(GREY, "all others")] if left_over else []
         draw_legend(axes, entries=4, columns=4, handles=[Patch(color=colour, label=name) for colour, name in looks])
     return figure
 

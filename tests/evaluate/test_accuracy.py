@@ -1,4 +1,4 @@
-"""Accuracy on labelled batches: counts against a count by hand, ties, skipped images, and answers that are no numbers."""
+"""Accuracy on labelled batches: against a count by hand, with ties, skipped images, and answers that are no numbers."""
 
 from __future__ import annotations
 

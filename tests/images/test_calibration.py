@@ -1,20 +1,31 @@
-"""`NAME.calib.npz`: read strictly, whatever stands there."""
+"""Calibration images: drawn from any set, divided, and read strictly from `NAME.calib.npz`."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
+import logging
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from repvgg_deploy.errors import CalibrationError, InputError
-from repvgg_deploy.images.calibration import calibration_path, find_calibration_file, load_calibration_file
+from repvgg_deploy.images.calibration import (
+    CalibrationImages,
+    calibration_path,
+    find_calibration_file,
+    load_calibration,
+    load_calibration_file,
+    split_held_out,
+)
+from repvgg_deploy.images.decode import normalize
 from repvgg_deploy.specs import codec
 from repvgg_deploy.specs.values import CalibrationProvenance
+from tests.images.make_images import PREPROCESSING, draw, make_spec, save_images
 
 PROVENANCE = CalibrationProvenance(
     1, "e" * 64, "a" * 64, "bn_statistics", images=3, seed=0, steps=9, loss=0.5, versions={"torch": "2"}
@@ -171,3 +182,98 @@ def test_provenance_example_of_the_documents_is_one(tmp_path: Path, sample_dir: 
     example = dataclasses.replace(codec.loads(CalibrationProvenance, text), images=3)
     _, found = load_calibration_file(write(tmp_path / "m.calib.npz", provenance=np.array(codec.dumps(example))))
     assert found == example
+
+
+def flatten(images: CalibrationImages) -> NDArray[Any]:
+    return np.concatenate(images.batches)
+
+
+def test_calibration_images_are_chosen_by_seed_and_found_recursively(tmp_path: Path) -> None:
+    save_images(tmp_path, [f"{index % 3}/{index:02}.png" for index in range(40)])
+    one, same, other = (
+        load_calibration(tmp_path, make_spec(), limit=20, batch_size=8, seed=seed) for seed in (0, 0, 1)
+    )
+    assert [len(batch) for batch in one.batches] == [8, 8, 4]
+    assert one.images == 20
+    assert np.array_equal(flatten(one), flatten(same))
+    assert not np.array_equal(flatten(one), flatten(other))
+
+
+def test_calibration_of_a_list_or_an_archive_gives_the_same_images(tmp_path: Path, sample_dir: Path) -> None:
+    paths = save_images(tmp_path / "a", [f"{index:02}.png" for index in range(18)])
+    (tmp_path / "list.txt").write_text("".join(f"a/{path.name}\n" for path in paths))
+    (tmp_path / "list.csv").write_text("label,path\n" + "".join(f"unknown,a/{path.name}\n" for path in paths))
+    np.savez(tmp_path / "set.npz", images=draw(18))
+    expected = normalize(draw(18), PREPROCESSING)
+    for name in ("a", "list.txt", "list.csv", "set.npz"):
+        assert np.array_equal(flatten(load_calibration(tmp_path / name, make_spec())), expected)
+
+
+def test_calibration_respects_a_fixed_batch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    np.savez(tmp_path / "set.npz", images=draw(22))
+    images = load_calibration(tmp_path / "set.npz", make_spec(batch=4, uint8=True))
+    assert [batch.shape for batch in images.batches] == [(4, 8, 8, 3)] * 5
+    assert "last 2 images" in caplog.text
+    few = load_calibration(tmp_path / "set.npz", make_spec(batch=32), limit=3)
+    assert few.batches[0].shape == (32, 3, 8, 8)
+    assert "repeated to fill" in caplog.text
+    divided = split_held_out(images, share=0.4)
+    assert [batch.shape for batch in (*divided.batches, *divided.held_out)] == [(4, 8, 8, 3)] * 5
+    assert len(divided.held_out) == 2
+
+
+def test_calibration_that_cannot_be_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(CalibrationError, match="no such file"):
+        load_calibration(tmp_path / "nowhere", make_spec())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CalibrationError, match="no image found"):
+        load_calibration(tmp_path / "empty", make_spec())
+    np.savez(tmp_path / "alike.npz", images=np.repeat(draw(1), 30, axis=0))
+    with pytest.raises(CalibrationError, match="all 30 images are alike"):
+        load_calibration(tmp_path / "alike.npz", make_spec())
+    np.savez(tmp_path / "nan.npz", images=np.full((20, 3, 8, 8), np.nan, np.float32))
+    with pytest.raises(CalibrationError, match="NaN"):
+        load_calibration(tmp_path / "nan.npz", make_spec())
+    (tmp_path / "broken.png").write_bytes(b"broken")
+    with pytest.raises(CalibrationError, match="cannot be read"):
+        load_calibration(tmp_path / "broken.png", make_spec())
+    np.savez(tmp_path / "bytes.npz", images=draw(20))
+    with pytest.raises(CalibrationError, match="does not say how"):
+        load_calibration(tmp_path / "bytes.npz", dataclasses.replace(make_spec(), preprocessing=None))
+
+
+def test_calibration_with_few_or_unreadable_images_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    paths = save_images(tmp_path, [f"{index:02}.png" for index in range(12)])
+    paths[0].write_bytes(b"")
+    images = load_calibration(tmp_path, make_spec())
+    assert (images.images, images.skipped) == (11, 1)
+    assert "1 of 12 images could not be read" in caplog.text
+    assert "11 images are few" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "held"), [(40, 0.2, 8), (40, 0.5, 20), (7, 0.1, 1), (2, 0.9, 1), (33, 0.99, 32)]
+)
+def test_held_out_share_is_spread_evenly_and_nothing_is_lost(
+    tmp_path: Path, count: int, share: float, held: int
+) -> None:
+    np.savez(tmp_path / "set.npz", images=draw(count))
+    images = load_calibration(tmp_path / "set.npz", make_spec(uint8=True), batch_size=16)
+    divided = split_held_out(images, share=share)
+    assert (divided.images, sum(map(len, divided.held_out))) == (count - held, held)
+    parts = {image.tobytes() for image in np.concatenate((*divided.batches, *divided.held_out))}
+    assert parts == {image.tobytes() for image in flatten(images)}
+    again = split_held_out(images, share=share)
+    assert np.array_equal(np.concatenate(again.held_out), np.concatenate(divided.held_out))
+
+
+def test_held_out_share_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "set.npz", images=draw(1))
+    images = load_calibration(tmp_path / "set.npz", make_spec())
+    with pytest.raises(CalibrationError, match="one image cannot be divided"):
+        split_held_out(images)
+    with pytest.raises(CalibrationError, match="between 0 and 1"):
+        split_held_out(images, share=1.0)

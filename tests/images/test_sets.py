@@ -2,58 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
-from PIL import Image
 
-from repvgg_deploy.errors import CalibrationError, InputError
-from repvgg_deploy.images.calibration import CalibrationImages, load_calibration, split_held_out
-from repvgg_deploy.images.classes import Classes, imagenet_labels, imagenet_wordnet_ids, index_folders, index_labels
+from repvgg_deploy.errors import InputError
+from repvgg_deploy.images.calibration import load_calibration
 from repvgg_deploy.images.decode import load_image, normalize
 from repvgg_deploy.images.sets import SetOptions, choose_evenly, open_images
 from repvgg_deploy.images.sources import NpzSource, find_images
-from repvgg_deploy.specs.values import ModelSpec, Preprocessing, TensorSpec
-
-LABELS = ("cat", "dog", "garbage truck")
-PREPROCESSING = Preprocessing((123.675, 116.28, 103.53), (58.395, 57.12, 57.375), 8, (8, 8))
-
-
-def make_spec(
-    *,
-    uint8: bool = False,
-    batch: int | str = "batch",
-    labels: tuple[str, ...] | None = LABELS,
-    kind: Any = "logits",
-    classes: int = 3,
-) -> ModelSpec:
-    source = (
-        TensorSpec("x", "uint8", (batch, 8, 8, 3), "NHWC")
-        if uint8
-        else TensorSpec("x", "float32", (batch, 3, 8, 8), "NCHW")
-    )
-    preprocessing = dataclasses.replace(PREPROCESSING, in_graph=uint8)
-    return ModelSpec(source, (TensorSpec(kind, "float32", (batch, classes), "NC"),), kind, preprocessing, labels)
-
-
-def draw(count: int = 12, *, size: int = 8, seed: int = 0) -> NDArray[np.uint8]:
-    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
-
-
-def save_images(folder: Path, names: list[str], *, seed: int = 0) -> list[Path]:
-    paths = []
-    for name, image in zip(names, draw(len(names), seed=seed), strict=True):
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
-        paths.append(path)
-    return paths
+from tests.images.make_images import PREPROCESSING, draw, make_spec, save_images
 
 
 @pytest.fixture
@@ -111,25 +72,6 @@ def test_folders_of_numbers_are_indices_not_text_order(tmp_path: Path) -> None:
         open_images(tmp_path, make_spec(classes=5, labels=None))
 
 
-def test_folders_of_wordnet_ids_are_found_in_an_imagenet_model_and_in_labels() -> None:
-    imagenette = ["n01440764", "n02102040", "n03888257"]
-    for labels in (imagenet_labels(), None):
-        indices, how = index_folders(imagenette, Classes(labels, 1000), "set")
-        assert [imagenet_labels()[index] for index in indices] == ["tench", "English springer", "parachute"]
-        assert "WordNet" in how
-    own = Classes(("n02102040 English springer", "n01440764 tench, Tinca tinca", "crane (n03126707)"), 3)
-    assert index_folders(["n01440764", "n02102040", "n03126707"], own, "set")[0] == [1, 0, 2]
-    assert index_folders(["tinca_tinca"], own, "set")[0] == [1]
-    assert list(imagenet_wordnet_ids()) == sorted(imagenet_wordnet_ids())
-
-
-def test_labels_that_name_two_classes_name_none() -> None:
-    classes = Classes(("crane, bird", "crane, machine", "bird"), 3)
-    assert index_labels(["bird"], classes, "csv")[0] == [2]  # a whole label comes before a part of another
-    with pytest.raises(InputError, match="'crane' is no class"):
-        index_labels(["crane"], classes, "csv")
-
-
 @pytest.mark.parametrize("header", ["path,label\n", "", "id,Label,PATH\n"])
 @pytest.mark.parametrize("names", [False, True])
 def test_csv_gives_paths_beside_it_and_labels(tmp_path: Path, header: str, names: bool) -> None:
@@ -164,17 +106,6 @@ def test_csv_that_is_wrong_is_refused_with_the_place(tmp_path: Path, text: str, 
     with pytest.raises(InputError, match=message) as caught:
         open_images(tmp_path / "set.csv", make_spec())
     assert caught.value.remedy
-
-
-def test_npz_rows_are_read_lazily_in_any_subset(tmp_path: Path) -> None:
-    images, labels = draw(50), np.arange(50) % 3
-    for save in (np.savez, np.savez_compressed):
-        save(tmp_path / "set.npz", images=images, labels=labels)
-        opened = open_images(tmp_path / "set.npz", make_spec(uint8=True), SetOptions(limit=20, batch_size=8, seed=3))
-        chosen = list(choose_evenly(50, 20, 3))
-        assert [len(batch.images) for batch in opened] == [8, 8, 4]
-        assert np.array_equal(np.concatenate([batch.images for batch in opened]), images[chosen])
-        assert labels_of(opened) == labels[chosen].tolist()
 
 
 def test_npz_with_names_for_labels_and_of_floats(tmp_path: Path) -> None:
@@ -279,110 +210,26 @@ def test_unreadable_images_are_skipped_with_their_reason_and_refused_above_a_sha
         list(images)
 
 
-def test_links_in_circles_are_followed_once(folder: Path) -> None:
-    (folder / "dog" / "loop").symlink_to(folder)
-    assert len(open_images(folder, make_spec())) == 4
-
-
 @pytest.mark.parametrize("options", [{"limit": 0}, {"batch_size": 0}])
 def test_set_options_that_cannot_hold_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(InputError, match="at least 1, found 0"):
         SetOptions(**options)
 
 
-def flatten(images: CalibrationImages) -> NDArray[Any]:
-    return np.concatenate(images.batches)
+def test_npz_rows_are_read_lazily_in_any_subset(tmp_path: Path) -> None:
+    images, labels = draw(50), np.arange(50) % 3
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "set.npz", images=images, labels=labels)
+        opened = open_images(tmp_path / "set.npz", make_spec(uint8=True), SetOptions(limit=20, batch_size=8, seed=3))
+        chosen = list(choose_evenly(50, 20, 3))
+        assert [len(batch.images) for batch in opened] == [8, 8, 4]
+        assert np.array_equal(np.concatenate([batch.images for batch in opened]), images[chosen])
+        assert labels_of(opened) == labels[chosen].tolist()
 
 
-def test_calibration_images_are_chosen_by_seed_and_found_recursively(tmp_path: Path) -> None:
-    save_images(tmp_path, [f"{index % 3}/{index:02}.png" for index in range(40)])
-    one, same, other = (
-        load_calibration(tmp_path, make_spec(), limit=20, batch_size=8, seed=seed) for seed in (0, 0, 1)
-    )
-    assert [len(batch) for batch in one.batches] == [8, 8, 4]
-    assert one.images == 20
-    assert np.array_equal(flatten(one), flatten(same))
-    assert not np.array_equal(flatten(one), flatten(other))
-
-
-def test_calibration_of_a_list_or_an_archive_gives_the_same_images(tmp_path: Path, sample_dir: Path) -> None:
-    paths = save_images(tmp_path / "a", [f"{index:02}.png" for index in range(18)])
-    (tmp_path / "list.txt").write_text("".join(f"a/{path.name}\n" for path in paths))
-    (tmp_path / "list.csv").write_text("label,path\n" + "".join(f"unknown,a/{path.name}\n" for path in paths))
-    np.savez(tmp_path / "set.npz", images=draw(18))
-    expected = normalize(draw(18), PREPROCESSING)
-    for name in ("a", "list.txt", "list.csv", "set.npz"):
-        assert np.array_equal(flatten(load_calibration(tmp_path / name, make_spec())), expected)
-
-
-def test_calibration_respects_a_fixed_batch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    np.savez(tmp_path / "set.npz", images=draw(22))
-    images = load_calibration(tmp_path / "set.npz", make_spec(batch=4, uint8=True))
-    assert [batch.shape for batch in images.batches] == [(4, 8, 8, 3)] * 5
-    assert "last 2 images" in caplog.text
-    few = load_calibration(tmp_path / "set.npz", make_spec(batch=32), limit=3)
-    assert few.batches[0].shape == (32, 3, 8, 8)
-    assert "repeated to fill" in caplog.text
-    divided = split_held_out(images, share=0.4)
-    assert [batch.shape for batch in (*divided.batches, *divided.held_out)] == [(4, 8, 8, 3)] * 5
-    assert len(divided.held_out) == 2
-
-
-def test_calibration_that_cannot_be_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(CalibrationError, match="no such file"):
-        load_calibration(tmp_path / "nowhere", make_spec())
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(CalibrationError, match="no image found"):
-        load_calibration(tmp_path / "empty", make_spec())
-    np.savez(tmp_path / "alike.npz", images=np.repeat(draw(1), 30, axis=0))
-    with pytest.raises(CalibrationError, match="all 30 images are alike"):
-        load_calibration(tmp_path / "alike.npz", make_spec())
-    np.savez(tmp_path / "nan.npz", images=np.full((20, 3, 8, 8), np.nan, np.float32))
-    with pytest.raises(CalibrationError, match="NaN"):
-        load_calibration(tmp_path / "nan.npz", make_spec())
-    (tmp_path / "broken.png").write_bytes(b"broken")
-    with pytest.raises(CalibrationError, match="cannot be read"):
-        load_calibration(tmp_path / "broken.png", make_spec())
-    np.savez(tmp_path / "bytes.npz", images=draw(20))
-    with pytest.raises(CalibrationError, match="does not say how"):
-        load_calibration(tmp_path / "bytes.npz", dataclasses.replace(make_spec(), preprocessing=None))
-
-
-def test_calibration_with_few_or_unreadable_images_is_warned_of(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.WARNING)
-    paths = save_images(tmp_path, [f"{index:02}.png" for index in range(12)])
-    paths[0].write_bytes(b"")
-    images = load_calibration(tmp_path, make_spec())
-    assert (images.images, images.skipped) == (11, 1)
-    assert "1 of 12 images could not be read" in caplog.text
-    assert "11 images are few" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("count", "share", "held"), [(40, 0.2, 8), (40, 0.5, 20), (7, 0.1, 1), (2, 0.9, 1), (33, 0.99, 32)]
-)
-def test_held_out_share_is_spread_evenly_and_nothing_is_lost(
-    tmp_path: Path, count: int, share: float, held: int
-) -> None:
-    np.savez(tmp_path / "set.npz", images=draw(count))
-    images = load_calibration(tmp_path / "set.npz", make_spec(uint8=True), batch_size=16)
-    divided = split_held_out(images, share=share)
-    assert (divided.images, sum(map(len, divided.held_out))) == (count - held, held)
-    parts = {image.tobytes() for image in np.concatenate((*divided.batches, *divided.held_out))}
-    assert parts == {image.tobytes() for image in flatten(images)}
-    again = split_held_out(images, share=share)
-    assert np.array_equal(np.concatenate(again.held_out), np.concatenate(divided.held_out))
-
-
-def test_held_out_share_that_cannot_be_is_refused(tmp_path: Path) -> None:
-    np.savez(tmp_path / "set.npz", images=draw(1))
-    images = load_calibration(tmp_path / "set.npz", make_spec())
-    with pytest.raises(CalibrationError, match="one image cannot be divided"):
-        split_held_out(images)
-    with pytest.raises(CalibrationError, match="between 0 and 1"):
-        split_held_out(images, share=1.0)
+def test_links_in_circles_are_followed_once(folder: Path) -> None:
+    (folder / "dog" / "loop").symlink_to(folder)
+    assert len(open_images(folder, make_spec())) == 4
 
 
 def test_folder_that_may_not_be_read_is_an_error_and_not_a_class_less(

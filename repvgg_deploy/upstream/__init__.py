@@ -1,4 +1,4 @@
-"""The entry points of the original RepVGG code, by their names, for those who come from it.
+"""The entry points of the original RepVGG code under their own names: the public path for those who come from it.
 
 `from repvgg_deploy.upstream import create_RepVGG_A0, repvgg_model_convert` replaces `from repvgg import …`. State dicts
 have the same keys, so that published checkpoints, and yours, load as before. Where the original fails or misleads, this
@@ -35,13 +35,12 @@ class RepVGGplus(RepVGG):
     """
 
     def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:  # type: ignore[override]
-        """Logits float (N, classes), or in training a dict of them; x is float (N, 3, H, W), normalised RGB."""
+        """Logits float (N, classes), or in training a dict of them, of normalised RGB float (N, 3, H, W)."""
         if self.training and self.form == "training":
             return self.forward_with_auxiliary(x)
         return super().forward(x)
 
-    # Methods and not hooks: a hook is bound to one object, and repvgg_model_convert(do_copy=False) moves what a model
-    # holds into another.
+    # Methods, not hooks: a hook is bound to one object, and repvgg_model_convert moves what a model holds into another.
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """As `nn.Module.state_dict`, under the original key names."""
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
@@ -77,7 +76,7 @@ def _original_prefixes(depths: tuple[int, int, int, int]) -> dict[str, str]:
 
 
 class Factory(Protocol):
-    """What each `create_RepVGG_*` is."""
+    """The type of each `create_RepVGG_*`."""
 
     __name__: str
 
@@ -99,13 +98,13 @@ def _factory(variant: str) -> Factory:
         model.gradient_checkpointing = use_checkpoint
         return model
 
-    create.__name__ = create.__qualname__ = (
-        f"create_{variant.replace('-', '_')}" if kind is RepVGGplus else f"create_RepVGG_{variant}"
-    )
-    create.__doc__ = (
-        f"{variant} with 1,000 classes and random weights, as the original's function of this name; see `Factory`."
-    )
+    create.__name__ = create.__qualname__ = _factory_name(variant)
+    create.__doc__ = f"{variant} with 1,000 classes and random weights, as the original's function; see `Factory`."
     return create
+
+
+def _factory_name(variant: str) -> str:
+    return f"create_{variant.replace('-', '_')}" if variant.startswith("RepVGG") else f"create_RepVGG_{variant}"
 
 
 create_RepVGG_A0 = _factory("A0")
@@ -131,13 +130,10 @@ def get_RepVGG_func_by_name(name: str) -> Factory:
     Raises:
         InputError: No such name; the original raises a bare KeyError.
     """
-    factories = {("" if variant.startswith("RepVGG") else "RepVGG-") + variant: variant for variant in PUBLISHED}
-    if name not in factories:
-        raise InputError(f"unknown model {name!r}", remedy=f"choose one of {', '.join(factories)}")
-    variant = factories[name]
-    factory: Factory = globals()[
-        f"create_{variant.replace('-', '_')}" if variant.startswith("RepVGG") else f"create_RepVGG_{variant}"
-    ]
+    variants = {("" if variant.startswith("RepVGG") else "RepVGG-") + variant: variant for variant in PUBLISHED}
+    if name not in variants:
+        raise InputError(f"unknown model {name!r}", remedy=f"choose one of {', '.join(variants)}")
+    factory: Factory = globals()[_factory_name(variants[name])]
     return factory
 
 
@@ -150,14 +146,10 @@ def repvgg_model_convert(model: M, save_path: str | Path | None = None, do_copy:
 
     Args:
         model: In training form.
-        save_path: Where to write the state dict with `torch.save`; an existing file is replaced, and never left
-            half-written.
+        save_path: Where to write the state dict with `torch.save`. An existing file is replaced as a whole.
         do_copy: False converts `model` itself: it and the modules inside it stay the same objects, except the blocks of
             this project, which become objects of another class (a `TrainingBlock` that is itself the argument is
             returned as a new `DeployBlock`).
-
-    Returns:
-        The converted model: a copy, or `model` itself.
 
     Raises:
         CheckpointError: There is no RepVGG block in it, or one that cannot be folded.
@@ -174,10 +166,9 @@ def repvgg_model_convert(model: M, save_path: str | Path | None = None, do_copy:
 
 
 def _convert(model: M) -> M:
-    if not any(hasattr(module, "rbr_dense") for module in model.modules()) and any(
-        hasattr(module, "rbr_reparam") for module in model.modules()
-    ):
-        return copy.deepcopy(model)
+    has_training_block = any(hasattr(module, "rbr_dense") for module in model.modules())
+    if not has_training_block and any(hasattr(module, "rbr_reparam") for module in model.modules()):
+        return copy.deepcopy(model)  # in deploy form already
     result = reparameterize(model)
     modes = {name: module.training for name, module in model.named_modules()}
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}

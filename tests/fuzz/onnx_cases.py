@@ -1,4 +1,4 @@
-"""Mutated models, one per seed, and a worker that opens each of them: run as a program of its own, so that a crash or a hang is seen.
+"""Mutated models, one per seed, and a worker that opens each: a program of its own, so that a crash or a hang is seen.
 
 python -m tests.fuzz.onnx_cases MODEL FIRST LAST
 """
@@ -108,7 +108,7 @@ def _edit_metadata(data: bytes, chance: random.Random) -> bytes:
 
 
 def _rebind_metadata(data: bytes, chance: random.Random) -> bytes:
-    """Another value somewhere in the JSON, and the digest made to fit: no accident, but it must not end in a traceback either."""
+    """Another value somewhere in the JSON, and the digest made to fit: no accident, but no traceback either."""
     fields = list(wire.walk(data))
     graph = b"".join(data[field.start : field.end] for field in fields if field.number != _METADATA_PROPS)
     value = codec.encode(make_metadata(ModelOptions()))
@@ -118,29 +118,10 @@ def _rebind_metadata(data: bytes, chance: random.Random) -> bytes:
         if not isinstance(place[key], (dict, list)) or not place[key] or chance.random() < 0.2:
             break
         place = place[key]
-    place[key] = chance.choice(
-        [
-            None,
-            0,
-            -1,
-            1,
-            2,
-            5,
-            10**30,
-            0.5,
-            "",
-            "batch",
-            "NHWC",
-            "uint8",
-            "top5",
-            "module",
-            "features",
-            "logits",
-            [],
-            {},
-            [1, 2],
-        ]
-    )
+    place[key] = chance.choice([
+        None, 0, -1, 1, 2, 5, 10**30, 0.5, "", "batch", "NHWC", "uint8", "top5", "module", "features", "logits", [], {},
+        [1, 2],
+    ])  # fmt: skip
     try:
         metadata = codec.decode(ModelMetadata, value)
     except RepVGGDeployError:

@@ -1,4 +1,4 @@
-"""Mutated ONNX files: each is refused with a message of ours, or answers exactly as the original. No crash, no hang, no traceback."""
+"""Mutated ONNX files: each is refused with a message of ours, or answers exactly as the original, and none crashes."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def test_load_truncated_file_is_refused_at_every_length(tmp_path: Path) -> None:
 
 
 def test_load_file_with_a_changed_byte_is_refused_or_reads_the_same(tmp_path: Path) -> None:
-    """The archive's checksums cover the arrays; a changed byte between them (a date, a gap) changes nothing that is read."""
+    """The archive's checksums cover the arrays; a byte between them (a date, a gap) is not read."""
     data = write(tmp_path / "m.calib.npz").read_bytes()
     path = tmp_path / "t.calib.npz"
     generator = np.random.default_rng(0)

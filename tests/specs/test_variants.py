@@ -1,4 +1,4 @@
-"""The published variants, their counts, and variants from files; tests/model/test_network.py counts the real network."""
+"""The published variants, their counts, and variants from files."""
 
 from __future__ import annotations
 

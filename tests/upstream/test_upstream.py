@@ -35,7 +35,7 @@ FLOAT32_TOLERANCE = 1e-5
 
 
 class OriginalBlock(nn.Module):
-    """What the original's block does, written from its description: one object for both states, told apart by its attributes."""
+    """What the original's block does, written from its description: one object for both forms."""
 
     def __init__(self, channels: tuple[int, int], stride: int, groups: int = 1, post_se: int = 0, se: int = 0) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class OriginalBlock(nn.Module):
         return result
 
     def switch_to_deploy(self) -> None:
-        """By probing: the block is affine, so the responses to unit impulses are its kernel and the response to zero its bias."""
+        """By probing: an affine block answers unit impulses with its kernel, and zero with its bias."""
         width = self.channels[0] // self.groups
         conv = nn.Conv2d(*self.channels, 3, self.stride, 1, groups=self.groups).double()
         probe = copy.deepcopy(self).double().eval()
@@ -125,7 +125,7 @@ def original(name: str) -> nn.Module:
 
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Random BatchNorm statistics and affine parameters: with the initial ones every BatchNorm is the identity, and equality proves nothing."""
+    """Random BatchNorm statistics and affine parameters: the initial ones are the identity, and prove nothing."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -46,6 +46,8 @@ IMAGENET_STD = (58.395, 57.12, 57.375)
 """Standard deviation, 0–255: 255 × (0.229, 0.224, 0.225). The 58.624 of some model zoos is a slip for 58.395."""
 _ORIENTATION_TAG = 0x0112
 _WHITE = (255, 255, 255, 255)
+_SHRINK = "shrink or crop it first; a file of few bytes that claims so many pixels is a decompression bomb"
+_COPY = "copy the file again from its source, or leave it out"
 
 
 def default_preprocessing(
@@ -216,10 +218,7 @@ def _require_file(where: str) -> None:
     except (OSError, ValueError) as error:
         raise InputError(f"{where}: cannot be read: {error}", remedy="check the path and its permissions") from error
     if empty:
-        raise InputError(
-            f"{where}: the file is empty, expected an image",
-            remedy="copy the file again from its source, or leave it out",
-        )
+        raise InputError(f"{where}: the file is empty, expected an image", remedy=_COPY)
 
 
 def _decode(source: str | BytesIO, where: str, formats: Sequence[str], max_pixels: int) -> Image.Image:
@@ -241,7 +240,7 @@ def _decode(source: str | BytesIO, where: str, formats: Sequence[str], max_pixel
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(
             f"{where}: more than the {max_pixels:,} pixels that are decoded here: {error}",
-            remedy="shrink or crop it first; a file of few bytes that claims so many pixels is a decompression bomb",
+            remedy=_SHRINK,
         ) from error
     except UnidentifiedImageError as error:
         raise InputError(
@@ -249,10 +248,8 @@ def _decode(source: str | BytesIO, where: str, formats: Sequence[str], max_pixel
             remedy=f"convert it to one of {', '.join(formats)}",
         ) from error
     except Exception as error:  # damaged files: OSError, SyntaxError, ValueError, struct.error, zlib.error and more
-        raise InputError(
-            f"{where}: the image is damaged or truncated: {type(error).__name__}: {error}",
-            remedy="copy the file again from its source, or leave it out",
-        ) from error
+        said = f"{type(error).__name__}: {error}"
+        raise InputError(f"{where}: the image is damaged or truncated: {said}", remedy=_COPY) from error
 
 
 def _check_size(size: tuple[int, int], where: str, what: str, limit: int) -> None:
@@ -260,10 +257,8 @@ def _check_size(size: tuple[int, int], where: str, what: str, limit: int) -> Non
     if min(size) < 1:
         raise InputError(f"{where}: {what} {width}×{height} pixels, expected at least 1×1", remedy="leave the file out")
     if width * height > limit:
-        raise InputError(
-            f"{where}: {what} {width}×{height} = {width * height:,} pixels, expected at most {limit:,}",
-            remedy="shrink or crop it first; a file of few bytes that claims so many pixels is a decompression bomb",
-        )
+        found = f"{width}×{height} = {width * height:,} pixels"
+        raise InputError(f"{where}: {what} {found}, expected at most {limit:,}", remedy=_SHRINK)
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -271,14 +266,9 @@ def _upright(image: Image.Image) -> Image.Image:
     from PIL.Image import Transpose
 
     turns = {
-        2: Transpose.FLIP_LEFT_RIGHT,
-        3: Transpose.ROTATE_180,
-        4: Transpose.FLIP_TOP_BOTTOM,
-        5: Transpose.TRANSPOSE,
-        6: Transpose.ROTATE_270,
-        7: Transpose.TRANSVERSE,
-        8: Transpose.ROTATE_90,
-    }
+        2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
+    }  # fmt: skip
     try:
         turn = turns.get(image.getexif().get(_ORIENTATION_TAG, 1))
     except Exception as error:  # noqa: BLE001 - a damaged EXIF block must not cost the picture; it too raises anything
@@ -365,9 +355,8 @@ def list_images(paths: Iterable[StrPath]) -> tuple[Path, ...]:
             try:
                 entries = sorted(path.iterdir())
             except OSError as error:
-                raise InputError(
-                    f"{path}: cannot be read: {error.strerror}", remedy="make the folder readable"
-                ) from error
+                message = f"{path}: cannot be read: {error.strerror}"
+                raise InputError(message, remedy="make the folder readable") from error
             matches = [entry for entry in entries if entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file()]
         elif not path.exists() and glob.has_magic(text):
             matches = [Path(name) for name in sorted(glob.glob(text, recursive=True)) if Path(name).is_file()]

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from ..errors import InputError
 from ..specs.values import Preprocessing
@@ -35,16 +35,6 @@ _NPZ_ERRORS = (
 """What zipfile and NumPy raise on damaged archives."""
 
 
-class ImageSource(Protocol):
-    """Images that can be read in order, any subset of them."""
-
-    def __len__(self) -> int:
-        """How many images."""
-
-    def read(self, chosen: Sequence[int]) -> Iterator[Image | InputError]:
-        """The images at the ascending indices `chosen`, or an error in the place of one that cannot be read."""
-
-
 @dataclass(frozen=True, slots=True)
 class FileSource:
     """Image files in order, and how each becomes a crop uint8 (H, W, 3)."""
@@ -56,7 +46,7 @@ class FileSource:
         return len(self.paths)
 
     def read(self, chosen: Sequence[int]) -> Iterator[Image | InputError]:
-        """Decodes the files one by one."""
+        """The images at the ascending indices `chosen`, or an error in the place of one that cannot be read."""
         for index in chosen:
             try:
                 yield load_image(self.paths[index], self.preprocessing)
@@ -86,7 +76,7 @@ class NpzSource:
         return self.shape[0]
 
     def read(self, chosen: Sequence[int]) -> Iterator[Image | InputError]:
-        """Reads the rows as they are stored.
+        """The rows at the ascending indices `chosen`, as they are stored.
 
         Raises:
             InputError: The archive is damaged.
@@ -160,6 +150,9 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], str, bool]:
     return tuple(shape), dtype.name if dtype.isnative else dtype.str, bool(fortran)
 
 
+ImageSource: TypeAlias = "FileSource | NpzSource"
+
+
 def find_images(folder: Path) -> tuple[Path, ...]:
     """All image files below a folder, sorted by path; hidden files and folders are left out, links are followed once.
 
@@ -186,14 +179,8 @@ def find_images(folder: Path) -> tuple[Path, ...]:
     return tuple(sorted(found))
 
 
-@dataclass(frozen=True, slots=True)
-class FileList:
-    """A text or CSV file that names images.
-
-    Attributes:
-        paths: Relative ones were taken from the file's own folder.
-        labels: One text a path, or None where the file has one column.
-    """
+class FileList(NamedTuple):
+    """The images that a text or CSV file names, and the label of each, or None where the file has no labels."""
 
     paths: tuple[Path, ...]
     labels: list[str] | None

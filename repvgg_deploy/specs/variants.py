@@ -37,37 +37,21 @@ def _stage_widths(multipliers: tuple[float, float, float, float]) -> tuple[int, 
 
 def alternating_groups(depths: tuple[int, int, int, int], groups: int) -> tuple[int, ...]:
     """`groups` on layers 2, 4, …, 26 and 1 elsewhere (layer 0 is the stem), as in the paper's g2 and g4 variants."""
-    return tuple(
-        groups if index >= 2 and index % 2 == 0 and index < _GROUPED_END else 1 for index in range(1 + sum(depths))
-    )
+    grouped = range(2, _GROUPED_END, 2)
+    return tuple(groups if index in grouped else 1 for index in range(1 + sum(depths)))
 
 
 def _published(name: str, base: str, groups: int = 1, se: SePosition = "none") -> VariantSpec:
-    depths = _DEPTHS[base[0]]
-    plus = se == "after_relu"
-    return VariantSpec(
-        name=name,
-        depths=depths,
-        widths=_stage_widths(_MULTIPLIERS[base]),
-        groups=alternating_groups(depths, groups),
-        se=se,
-        se_reduction=4 if plus else 16,
-        auxiliary_heads=plus,
-    )
+    depths, widths, plus = _DEPTHS[base[0]], _stage_widths(_MULTIPLIERS[base]), se == "after_relu"
+    reduction = 4 if plus else 16
+    return VariantSpec(name, depths, widths, alternating_groups(depths, groups), se, reduction, auxiliary_heads=plus)
 
 
 PUBLISHED: dict[str, VariantSpec] = {
     spec.name: spec
     for spec in (
-        *(_published(name, name) for name in ("A0", "A1", "A2", "B0", "B1")),
-        _published("B1g2", "B1", 2),
-        _published("B1g4", "B1", 4),
-        _published("B2", "B2"),
-        _published("B2g2", "B2", 2),
-        _published("B2g4", "B2", 4),
-        _published("B3", "B3"),
-        _published("B3g2", "B3", 2),
-        _published("B3g4", "B3", 4),
+        *(_published(name, name) for name in ("A0", "A1", "A2", "B0")),
+        *(_published(base + end, base, n) for base in ("B1", "B2", "B3") for end, n in (("", 1), ("g2", 2), ("g4", 4))),
         _published("D2se", "D2", se="before_relu"),
         _published("RepVGGplus-L2pse", "D2", se="after_relu"),
     )

@@ -7,7 +7,6 @@ file is executed.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import zipfile
 import zlib
@@ -35,27 +34,23 @@ _SUFFIX = ".calib.npz"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CalibrationImages:
-    """Images to calibrate with and to judge the result on, as the model takes them.
+    """Images to calibrate with, or to judge the result on, as the model takes them.
 
     Attributes:
-        batches: To calibrate with: uint8 (N, H, W, 3), or float32 (N, 3, H, W), normalised.
+        batches: uint8 (N, H, W, 3), or float32 (N, 3, H, W), normalised.
         skipped: How many images could not be read.
         name: Where they came from.
         fixed_batch: Whether the model has a fixed batch: then all batches have that size, and none is cut.
-        held_out: Batches to judge the result on; none before `split_held_out`.
-        synthetic: Whether `repvgg-export --synthetic-calibration` made them, of this very ONNX.
     """
 
-    batches: Sequence[NDArray[Any]]
+    batches: list[NDArray[Any]]
     skipped: int
     name: str
     fixed_batch: bool
-    held_out: Sequence[NDArray[Any]] = ()
-    synthetic: bool = False
 
     @property
     def images(self) -> int:
-        """How many there are to calibrate with."""
+        """How many there are."""
         return sum(map(len, self.batches))
 
 
@@ -90,8 +85,8 @@ def load_calibration(
     return CalibrationImages(_fill(batches, spec.batch, images.name), skipped, images.name, spec.batch is not None)
 
 
-def split_held_out(images: CalibrationImages, *, share: float = 0.2) -> CalibrationImages:
-    """Keeps some images aside to judge the result on.
+def split_held_out(images: CalibrationImages, *, share: float = 0.2) -> tuple[CalibrationImages, CalibrationImages]:
+    """Divides images into those to calibrate with, and those to judge the result on.
 
     Evenly: with a share of 0.2 every fifth image is held out (with a fixed batch: every fifth batch), so that both
     parts hold all classes. Equal images are always divided alike.
@@ -100,6 +95,9 @@ def split_held_out(images: CalibrationImages, *, share: float = 0.2) -> Calibrat
         images: Not changed.
         share: To hold out, more than 0 and less than 1; at least one image is, and at least one is left.
 
+    Returns:
+        The images to calibrate with, and the held-out ones.
+
     Raises:
         CalibrationError: The share is out of range, or there is only one image (or one fixed batch).
     """
@@ -107,7 +105,7 @@ def split_held_out(images: CalibrationImages, *, share: float = 0.2) -> Calibrat
         raise CalibrationError(
             f"the share to hold out must lie between 0 and 1, found {share}", remedy="give 0.2, or leave it out"
         )
-    units = [batch[np.newaxis] for batch in images.batches] if images.fixed_batch else list(images.batches)
+    units = [batch[np.newaxis] for batch in images.batches] if images.fixed_batch else images.batches
     count = sum(map(len, units))
     if count < 2:
         what = "batch" if images.fixed_batch else "image"
@@ -118,16 +116,15 @@ def split_held_out(images: CalibrationImages, *, share: float = 0.2) -> Calibrat
     held = np.floor(np.arange(1, count + 1) * share) > np.floor(np.arange(count) * share)
     held[-1] |= not held.any()
     held[0] &= not held.all()
-    left, kept = ([part[0] for part in parts] if images.fixed_batch else parts for parts in _divide(units, held))
-    return dataclasses.replace(images, batches=left, held_out=kept)
-
-
-def _divide(units: Sequence[NDArray[Any]], held: NDArray[np.bool_]) -> tuple[list[NDArray[Any]], list[NDArray[Any]]]:
-    """The rows of `units` that are not held out and those that are; a unit that loses no row is not copied."""
     masks = np.split(held, np.cumsum([len(unit) for unit in units])[:-1])
-    left = [unit[~mask] if mask.any() else unit for unit, mask in zip(units, masks, strict=True) if not mask.all()]
-    kept = [unit if mask.all() else unit[mask] for unit, mask in zip(units, masks, strict=True) if mask.any()]
-    return left, kept
+    return _part(images, units, [~mask for mask in masks]), _part(images, units, masks)
+
+
+def _part(images: CalibrationImages, units: Sequence[NDArray[Any]], masks: Sequence[NDArray[Any]]) -> CalibrationImages:
+    """The rows of `units` (images; with a fixed batch, batches) that the masks choose; whole units are not copied."""
+    chosen = [unit if mask.all() else unit[mask] for unit, mask in zip(units, masks, strict=True) if mask.any()]
+    batches = [part[0] for part in chosen] if images.fixed_batch else chosen
+    return CalibrationImages(batches, images.skipped, images.name, images.fixed_batch)
 
 
 def _fill(batches: list[NDArray[Any]], fixed: int | None, name: str) -> list[NDArray[Any]]:

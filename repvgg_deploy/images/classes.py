@@ -25,9 +25,10 @@ def softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
     return probabilities
 
 
-def best_classes(scores: NDArray[Any], count: int) -> NDArray[np.int64]:
-    """The best `count` classes of each image, int64 (N, count), best first; of equal scores, the lower class first."""
-    return np.argsort(-scores.astype(np.float64), axis=-1, kind="stable")[..., :count].astype(np.int64)
+def best_classes(scores: NDArray[Any], top: int) -> NDArray[np.int64]:
+    """The `top` best classes of each image, int64 (…, top), best first; of equal scores, the lower class first."""
+    order = np.argsort(-scores.astype(np.float64), axis=-1, kind="stable")[..., :top]
+    return order.astype(np.int64, copy=False)
 
 
 def read_labels(path: Path) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,7 @@ from .gate import MIN_FP16_DB, Verification, agreement_check, blame_fp16, blame_
 from .int8 import Images, Int8Options, Int8Report, to_int8
 from .metrics import Judgement
 from .options import STATISTICS, QuantizeOptions
+from .run_onnx import count_images
 from .scales import ScaleFile, ScaleOptions, load_scales
 from .typed_model import TypedModel, load_parent, write_typed
 
@@ -55,7 +56,31 @@ _HELD_OUT_SHARE = 0.2
 _DRAWN = 16
 
 
-def gather_images(model: Path, spec: ModelSpec, options: QuantizeOptions) -> CalibrationImages | None:
+@dataclass(frozen=True, slots=True, eq=False)
+class Gathered:
+    """Images as the model takes them.
+
+    Attributes:
+        name: Where they came from.
+        synthetic: Whether `repvgg-export --synthetic-calibration` made them, of this very ONNX.
+        skipped: How many could not be read.
+        batches: To calibrate with; of FP16 to measure ranges on.
+        held_out: To judge on.
+    """
+
+    name: str
+    synthetic: bool
+    skipped: int
+    batches: Sequence[NDArray[Any]]
+    held_out: Sequence[NDArray[Any]]
+
+    @property
+    def images(self) -> int:
+        """How many to calibrate with."""
+        return count_images(self.batches)
+
+
+def gather_images(model: Path, spec: ModelSpec, options: QuantizeOptions) -> Gathered | None:
     """Reads the images that the options name, or those beside the ONNX. None where FP16 has none, or INT8 is to do without.
 
     Raises:
@@ -67,16 +92,17 @@ def gather_images(model: Path, spec: ModelSpec, options: QuantizeOptions) -> Cal
     synthetic = options.calibration is None
     source = _find_beside(model) if synthetic else Path(str(options.calibration))
     limit = options.images + int(options.images * _EXTRA_SHARE)
-    found = dataclasses.replace(load_calibration(source, spec, limit=limit, seed=options.seed), synthetic=synthetic)
+    found = load_calibration(source, spec, limit=limit, seed=options.seed)
     if options.precision == "fp16":
-        return dataclasses.replace(found, held_out=found.batches)
+        return Gathered(found.name, synthetic, found.skipped, found.batches, found.batches)
     if found.images < LEAST_IMAGES:
         raise CalibrationError(
             f"{found.name}: expected at least {LEAST_IMAGES} images to calibrate with and to judge the result, "
             f"found {found.images}",
             remedy="give some hundred images of the training split, and no smaller --images",
         )
-    return split_held_out(found, share=_share(found, options.images))
+    calibrate, held_out = split_held_out(found, share=_share(found, options.images))
+    return Gathered(found.name, synthetic, found.skipped, calibrate.batches, held_out.batches)
 
 
 def _share(found: CalibrationImages, wanted: int) -> float:
@@ -247,14 +273,14 @@ def make_fp16(source: Path, options: QuantizeOptions, clock: Clock) -> Made:
     return Made(_state(typed, checks, said), None if images is None else _use(images), None, report, found, ungated)
 
 
-def _gather(source: Path, options: QuantizeOptions, clock: Clock) -> CalibrationImages | None:
+def _gather(source: Path, options: QuantizeOptions, clock: Clock) -> Gathered | None:
     clock("read images", 0, 1)
     images = gather_images(source, load_parent(source).metadata.spec, options)
     clock("read images", 1, 1)
     return images
 
 
-def _use(images: CalibrationImages) -> ImageUse:
+def _use(images: Gathered) -> ImageUse:
     held_out = 0 if images.held_out is images.batches else sum(map(len, images.held_out))
     return ImageUse(images.name, images.synthetic, images.images, held_out, images.skipped)
 

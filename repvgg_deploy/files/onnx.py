@@ -118,7 +118,7 @@ def _metadata(path: Path, buffer: memoryview) -> ModelMetadata:
             # In pieces: hashing one large slice would hold all of its pages in memory at once.
             for start in range(field.start, field.end, _CHUNK_BYTES):
                 parts.update(buffer[start : min(start + _CHUNK_BYTES, field.end)])
-    found = content_digest(parts, text)
+    found = _content_digest(parts, text)
     if found != metadata.content_sha256:
         raise ModelError(
             f"{path}: was changed after its export: expected content sha256 {metadata.content_sha256[:16]}…, "
@@ -290,7 +290,7 @@ def _read_opset(buffer: memoryview, field: wire.Field) -> int:
     return version if domain in ("", "ai.onnx") else 0
 
 
-def content_digest(parts: hashlib._Hash, text: str) -> str:
+def _content_digest(parts: hashlib._Hash, text: str) -> str:
     """The value of `content_sha256`.
 
     Args:
@@ -306,7 +306,7 @@ def content_digest(parts: hashlib._Hash, text: str) -> str:
 
 def metadata_field(parts: hashlib._Hash, metadata: ModelMetadata) -> bytes:
     """The bytes to append to a file whose other fields were fed to `parts`: its metadata, bound to them."""
-    digest = content_digest(parts, codec.dumps(metadata))
+    digest = _content_digest(parts, codec.dumps(metadata))
     text = codec.dumps(dataclasses.replace(metadata, content_sha256=digest))
     entry = wire.bytes_field(1, METADATA_KEY.encode()) + wire.bytes_field(2, text.encode())
     return wire.bytes_field(_METADATA_PROPS, entry)

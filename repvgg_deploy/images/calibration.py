@@ -26,7 +26,7 @@ from .sets import ImageSet, SetOptions, open_images
 
 logger = logging.getLogger(__name__)
 USUAL_IMAGES = 256
-REMAKE = "make it again: repvgg-export --ckpt CHECKPOINT --out ONNX --synthetic-calibration"
+_REMAKE = "make it again: repvgg-export --ckpt CHECKPOINT --out ONNX --synthetic-calibration"
 _FEW_IMAGES = 16  # fewer are warned of
 _TRAINING = "give images of the training split"
 _SUFFIX = ".calib.npz"
@@ -189,7 +189,7 @@ def load_calibration_file(path: StrPath, onnx_sha256: str | None = None) -> tupl
     if onnx_sha256 is not None and provenance.onnx_sha256 != onnx_sha256:
         raise CalibrationError(
             f"{path}: made for another ONNX: expected sha256 {onnx_sha256[:16]}…, found {provenance.onnx_sha256[:16]}…",
-            remedy="name it with --calib if it suits this ONNX too, or " + REMAKE,
+            remedy="name it with --calib if it suits this ONNX too, or " + _REMAKE,
         )
     _require_images(where, arrays["images"], provenance)
     return arrays["images"], provenance
@@ -197,7 +197,7 @@ def load_calibration_file(path: StrPath, onnx_sha256: str | None = None) -> tupl
 
 def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     if not path.is_file():
-        raise InputError(f"{path}: no such file", remedy="look at the path, or " + REMAKE)
+        raise InputError(f"{path}: no such file", remedy="look at the path, or " + _REMAKE)
     try:
         with zipfile.ZipFile(path) as archive:
             names = sorted(archive.namelist())
@@ -242,5 +242,5 @@ def _require_images(path: Path, images: NDArray[Any], provenance: CalibrationPro
 
 def _not_ours(path: Path, reason: str) -> CalibrationError:
     return CalibrationError(
-        f"{path}: no calibration file that repvgg-export wrote, or a damaged one: {reason}", remedy=REMAKE
+        f"{path}: no calibration file that repvgg-export wrote, or a damaged one: {reason}", remedy=_REMAKE
     )

@@ -281,7 +281,7 @@ class ModelMetadata:
             standard deviation 0 where it is not known); empty where the checkpoint was in deploy form.
         history: The stages, oldest first.
         notes: What was chosen or assumed of the checkpoint, such as strides, in sentences.
-        content_sha256: Binds this value to the graph: see `files.onnx.content_digest`.
+        content_sha256: Binds this value to the graph: see `files.onnx`.
     """
 
     schema: Literal[1]

@@ -393,7 +393,7 @@ class CalibrationProvenance:
         onnx_sha256: The ONNX that the images were made for.
         checkpoint_sha256: The training-form checkpoint whose BatchNorm statistics they match.
         images: How many.
-        seed: Of the random generator.
+        seed: Seed of the random generator.
         steps: Optimisation steps per batch.
         loss: Final mean BatchNorm mismatch.
     """

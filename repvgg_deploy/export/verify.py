@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..errors import MissingDependencyError, ParityError
 from ..files.onnx import open_initializers
+from ..images.classes import softmax
 from ..images.drawn import Batch
 from ..model import parity
 from ..specs.values import Check, ModelSpec
@@ -185,14 +186,6 @@ def _compare(name: str, spec: ModelSpec, result: Arrays, reference: Arrays, *, a
     if spec.kind == "probabilities":
         return [_compare_probabilities(f"ONNX, {name}", result["probabilities"], probabilities, relative)]
     return _compare_top_k(name, result, probabilities, relative)
-
-
-def softmax(logits: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Probabilities of logits (N, classes), float64."""
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    exponentials = np.exp(shifted)
-    total: NDArray[np.float64] = exponentials / exponentials.sum(axis=1, keepdims=True)
-    return total
 
 
 def _compare_probabilities(name: str, result: NDArray[Any], reference: NDArray[Any], relative: float) -> Check:

@@ -190,10 +190,8 @@ def usual_shape(spec: ModelSpec) -> tuple[int, ...]:
         InputError: The model accepts any size.
     """
     sizes = [spec.batch if spec.batch is not None else 1, *spec.input.shape[1:]]
-    axes = {"NCHW": (2, 3), "NHWC": (1, 2)}.get(spec.input.layout, ())
-    if spec.preprocessing is not None:
-        for axis, size in zip(axes, spec.preprocessing.crop, strict=False):
-            sizes[axis] = size if isinstance(sizes[axis], str) else sizes[axis]
+    for axis, size in zip(spec.input.image_axes or (), spec.image_size or (), strict=False):
+        sizes[axis] = size
     known = tuple(size for size in sizes if isinstance(size, int))
     if len(known) != len(sizes):
         raise InputError(

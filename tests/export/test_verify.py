@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from repvgg_deploy.export.verify import _compare, compare_outputs, softmax
+from repvgg_deploy.export.verify import _compare, compare_outputs
+from repvgg_deploy.images.classes import softmax
 from repvgg_deploy.images.decode import default_preprocessing, normalize
 from repvgg_deploy.images.drawn import draw_images, make_batches
 from repvgg_deploy.model import parity

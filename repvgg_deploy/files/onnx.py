@@ -145,6 +145,8 @@ def read_graph(path: Path) -> GraphSummary:
         except (wire.WireError, UnicodeDecodeError) as error:
             raise ModelError(f"{path}: its graph is damaged: {error}", remedy=_REEXPORT) from error
         shapes, types = {t.name: t.shape for t in tensors}, {t.name: t.dtype for t in tensors}
+        if len(shapes) != len(tensors):
+            raise ModelError(f"{path}: its graph is damaged: two initializers have one name", remedy=_REEXPORT)
         return GraphSummary(nodes, shapes, opset, len(buffer), types)
 
 

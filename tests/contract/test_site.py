@@ -173,9 +173,9 @@ def test_reference_has_what_the_programs_call_and_what_rooms_offer(pages: dict[P
     for module in modules():
         for name, _ in references(module) if module.layer == "cli" else ():
             home, _, last = name.rpartition(".")
-            if home.startswith("repvgg_deploy.") and home.split(".")[1] in STAGES:
-                if inspect.isroutine(getattr(importlib.import_module(home), last, None)):
-                    called.add(last)
+            of_a_stage = home.startswith("repvgg_deploy.") and home.split(".")[1] in STAGES
+            if of_a_stage and inspect.isroutine(getattr(importlib.import_module(home), last, None)):
+                called.add(last)
     assert {"write_triton", "validate_repository", "run_benchmark", "advise", "evaluate", "check_plan"} <= called
     assert called - documented == HELPERS
     for room in STAGES:

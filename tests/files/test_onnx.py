@@ -218,6 +218,14 @@ def test_graph_with_damaged_inside_is_refused(path: Path) -> None:
         read_graph(path)
 
 
+def test_graph_with_two_initializers_of_one_name_is_refused(path: Path) -> None:
+    model = onnx.load(path)
+    model.graph.initializer.append(model.graph.initializer[0])
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ModelError, match="two initializers have one name"):
+        read_graph(path)
+
+
 def test_metadata_holding_nan_is_never_written(path: Path) -> None:
     check = METADATA.certificate.checks[0]
     broken = dataclasses.replace(METADATA.certificate, checks=(dataclasses.replace(check, error=float("nan")),))

@@ -35,17 +35,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def find_lazily(package: str, homes: Mapping[str, tuple[str, ...]]) -> Callable[[str], Any]:
+def find_lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
     """A package's `__getattr__`, which imports a public name when it is first asked for (PEP 562).
 
     Args:
         package: The package's `__name__`.
-        homes: By the module below the package, its public names.
+        homes: By the module below the package, its public names, apart by spaces.
 
     Raises:
         AttributeError: (when called) The package has no such name.
     """
-    modules = {name: f"{package}.{module}" for module, names in homes.items() for name in names}
+    modules = {name: f"{package}.{module}" for module, names in homes.items() for name in names.split()}
 
     def find(name: str) -> Any:
         if name == "__all__":
@@ -60,20 +60,20 @@ def find_lazily(package: str, homes: Mapping[str, tuple[str, ...]]) -> Callable[
 __getattr__ = find_lazily(
     __name__,
     {
-        "build.build": ("build_plan",),
-        "build.options": ("BuildOptions",),
-        "errors": ("RepVGGDeployError",),
-        "export.export": ("export_checkpoint",),
-        "export.module": ("export_module",),
-        "model.checkpoint.load": ("build_model", "load_checkpoint"),
-        "model.fold": ("reparameterize",),
-        "precision.fp16": ("Fp16Options", "to_fp16"),
-        "precision.int8": ("Int8Options", "to_int8"),
-        "precision.options": ("QuantizeOptions",),
-        "precision.quantization": ("quantize",),
-        "runtime.engine": ("Engine",),
-        "specs.values": ("BuildConfig", "VariantSpec"),
-        "specs.variants": ("get_variant",),
+        "build.build": "build_plan",
+        "build.options": "BuildOptions",
+        "errors": "RepVGGDeployError",
+        "export.export": "export_checkpoint",
+        "export.module": "export_module",
+        "model.checkpoint.load": "build_model load_checkpoint",
+        "model.fold": "reparameterize",
+        "precision.fp16": "Fp16Options to_fp16",
+        "precision.int8": "Int8Options to_int8",
+        "precision.options": "QuantizeOptions",
+        "precision.quantization": "quantize",
+        "runtime.engine": "Engine",
+        "specs.values": "BuildConfig VariantSpec",
+        "specs.variants": "get_variant",
     },
 )
 

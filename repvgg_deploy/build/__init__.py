@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 __getattr__ = find_lazily(
     __name__,
     {
-        "build": ("BuildResult", "build_plan"),
-        "deliver": ("default_plan_output",),
-        "judge": ("CheckResult", "check_plan"),
-        "options": ("BuildOptions",),
+        "build": "BuildResult build_plan",
+        "deliver": "default_plan_output",
+        "judge": "CheckResult check_plan",
+        "options": "BuildOptions",
     },
 )

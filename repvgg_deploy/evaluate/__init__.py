@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __getattr__ = find_lazily(
     __name__,
     {
-        "accuracy": ("AccuracyReport", "ClassAccuracy", "Confusion", "evaluate"),
-        "agreement": ("AgreementReport", "LayerAgreement", "ModelAccuracy", "OutputError", "compare", "compare_layers"),
+        "accuracy": "AccuracyReport ClassAccuracy Confusion evaluate",
+        "agreement": "AgreementReport LayerAgreement ModelAccuracy OutputError compare compare_layers",
     },
 )

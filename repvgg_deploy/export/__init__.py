@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 __getattr__ = find_lazily(
     __name__,
     {
-        "calibrate": ("CalibrationResult", "write_calibration"),
-        "export": ("ExportOptions", "ExportResult", "export_checkpoint"),
-        "module": ("ModuleOptions", "export_module"),
-        "options": ("GraphOptions",),
-        "synthesize": ("SynthesisOptions",),
+        "calibrate": "CalibrationResult write_calibration",
+        "export": "ExportOptions ExportResult export_checkpoint",
+        "module": "ModuleOptions export_module",
+        "options": "GraphOptions",
+        "synthesize": "SynthesisOptions",
     },
 )

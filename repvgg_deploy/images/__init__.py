@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __getattr__ = find_lazily(
     __name__,
     {
-        "decode": ("decode_image", "default_preprocessing", "list_images", "load_batch", "load_image", "normalize"),
-        "sets": ("ImageBatch", "ImageSet", "SetOptions", "open_images"),
+        "decode": "decode_image default_preprocessing list_images load_batch load_image normalize",
+        "sets": "ImageBatch ImageSet SetOptions open_images",
     },
 )

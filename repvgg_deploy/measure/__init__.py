@@ -44,25 +44,13 @@ if TYPE_CHECKING:
 __getattr__ = find_lazily(
     __name__,
     {
-        "advice": (
-            "Advice",
-            "Assumptions",
-            "Choice",
-            "Measured",
-            "Nearest",
-            "Wish",
-            "advise",
-            "choose_files",
-            "estimate_ms",
-            "find_nearest",
-            "published_accuracy",
-            "unused_models",
-        ),
-        "bench": ("BenchRequest", "run_benchmark"),
-        "peaks": ("GpuPeaks", "find_gpu_peaks", "measure_cpu"),
-        "plots": ("draw_benchmark",),
-        "records": ("Benchmark", "Device", "ModelResult", "Phases", "Point", "read_benchmark", "write_benchmark"),
-        "roofline": ("Ceiling", "LayerBound", "LayerCost", "bound_layers", "count_costs", "total_floor_ms"),
-        "times": ("Latency", "Pace"),
+        "advice": "Advice Assumptions Choice Measured Nearest Wish advise choose_files estimate_ms find_nearest "
+        "published_accuracy unused_models",
+        "bench": "BenchRequest run_benchmark",
+        "peaks": "GpuPeaks find_gpu_peaks measure_cpu",
+        "plots": "draw_benchmark",
+        "records": "Benchmark Device ModelResult Phases Point read_benchmark write_benchmark",
+        "roofline": "Ceiling LayerBound LayerCost bound_layers count_costs total_floor_ms",
+        "times": "Latency Pace",
     },
 )

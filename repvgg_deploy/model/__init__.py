@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __getattr__ = find_lazily(
     __name__,
     {
-        "checkpoint.load": ("Checkpoint", "build_model", "load_checkpoint"),
-        "fold": ("reparameterize",),
+        "checkpoint.load": "Checkpoint build_model load_checkpoint",
+        "fold": "reparameterize",
     },
 )

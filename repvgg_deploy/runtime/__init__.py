@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 __getattr__ = find_lazily(
     __name__,
     {
-        "batcher": ("Batcher",),
-        "cuda.arrays": ("DeviceArray", "DeviceArrays"),
-        "engine": ("Engine",),
-        "options": ("BatcherOptions", "EngineOptions"),
-        "results": ("TopK", "rank_classes"),
-        "statistics": ("Histogram", "Statistics"),
+        "batcher": "Batcher",
+        "cuda.arrays": "DeviceArray DeviceArrays",
+        "engine": "Engine",
+        "options": "BatcherOptions EngineOptions",
+        "results": "TopK rank_classes",
+        "statistics": "Histogram Statistics",
     },
 )

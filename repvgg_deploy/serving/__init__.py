@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 __getattr__ = find_lazily(
     __name__,
     {
-        "kserve": ("InferRequest", "WantedOutput", "decompress", "describe_model", "parse_request", "render_answer"),
-        "options": ("Finding", "RepositoryOptions", "Servable", "ServedFile", "describe_container", "find_container"),
-        "prometheus": ("make_collector",),
-        "repository": ("Stale", "WrittenModel", "WrittenVersion", "find_stale", "remove_models"),
-        "triton": ("TritonResult", "write_triton"),
-        "validate": ("validate_repository",),
+        "kserve": "InferRequest WantedOutput decompress describe_model parse_request render_answer",
+        "options": "Finding RepositoryOptions Servable ServedFile describe_container find_container",
+        "prometheus": "make_collector",
+        "repository": "Stale WrittenModel WrittenVersion find_stale remove_models",
+        "triton": "TritonResult write_triton",
+        "validate": "validate_repository",
     },
 )

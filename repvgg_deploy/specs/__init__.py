@@ -32,26 +32,11 @@ if TYPE_CHECKING:
 __getattr__ = find_lazily(
     __name__,
     {
-        "codec": ("load_build_config",),
-        "values": (
-            "BuildConfig",
-            "CalibrationProvenance",
-            "Certificate",
-            "ChannelStatistics",
-            "Check",
-            "CheckpointSource",
-            "HistoryEntry",
-            "LayerSpec",
-            "METADATA_KEY",
-            "ModelMetadata",
-            "ModelSpec",
-            "PlanPassport",
-            "Preprocessing",
-            "ShapeProfile",
-            "TensorSpec",
-            "VariantSpec",
-        ),
-        "variants": ("get_variant", "load_variant"),
-        "zoo": ("CheckpointCard", "load_cards"),
+        "codec": "load_build_config",
+        "values": "BuildConfig CalibrationProvenance Certificate ChannelStatistics Check CheckpointSource HistoryEntry "
+        "LayerSpec METADATA_KEY ModelMetadata ModelSpec PlanPassport Preprocessing ShapeProfile TensorSpec "
+        "VariantSpec",
+        "variants": "get_variant load_variant",
+        "zoo": "CheckpointCard load_cards",
     },
 )

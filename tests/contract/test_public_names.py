@@ -51,7 +51,7 @@ def test_names_of_a_face_are_typed_and_loaded_from_one_home(module: Module) -> N
         for node in ast.walk(module.tree)
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "find_lazily"
     ]
-    homes = ast.literal_eval(call.args[1])
+    homes = {home: names.split() for home, names in ast.literal_eval(call.args[1]).items()}
     assert typed == {f"{home}.{name}" for home, names in homes.items() for name in names}
     pytest.importorskip("torch")
     for home, names in homes.items():

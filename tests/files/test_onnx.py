@@ -219,7 +219,7 @@ def test_graph_with_damaged_inside_is_refused(path: Path) -> None:
 
 
 def test_graph_with_two_initializers_of_one_name_is_refused(path: Path) -> None:
-    model = onnx.load(path)
+    model = build()
     model.graph.initializer.append(model.graph.initializer[0])
     path.write_bytes(model.SerializeToString())
     with pytest.raises(ModelError, match="two initializers have one name"):

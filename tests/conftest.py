@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-# Before NumPy and torch are loaded, and for the programs that tests start: the networks of the tests are small, and more
-# threads than one spend their time waiting for each other.
+# Before NumPy and torch are loaded, and for the programs that tests start: the networks of the tests are small, and
+# several threads spend their time waiting for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,4 +1,4 @@
-"""One step of the INT8 benchmark in a process of its own: what it takes, its parent measures. The answer is JSON on the last line of stdout."""
+"""One step of the INT8 benchmark in a process of its own, which its parent measures. Ends with a line of JSON."""
 
 from __future__ import annotations
 

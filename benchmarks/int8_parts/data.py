@@ -1,4 +1,4 @@
-"""Models and images of the INT8 benchmark: exported and decoded once into a working folder, which every method then reads.
+"""Models and images of the INT8 benchmark, exported and decoded once into a working folder for all methods.
 
 The folder holds `fp32.onnx`, `evaluation.npy` and `labels.npy`, and for each seed `calibration-SEED.npy`; images are
 uint8 (N, H, W, 3).

@@ -18,9 +18,11 @@ ONNXRUNTIME: dict[str, dict[str, Any]] = {
     "Percentile 99.999": {"CalibPercentile": 99.999, "CalibNumBins": 2048},
     "MinMax, unsigned with zero points": {"ActivationSymmetric": False},
 }
-"""Settings of `quantize_static` that are tried; the last gives what TensorRT refuses, and is the tool's own recommendation for a CPU. In all of them
-weights are INT8 with a scale per output channel, biases stay in floating point, and pairs stand on the inputs of Conv
-and Gemm alone.
+"""Settings of `quantize_static` that are tried.
+
+The last one gives what TensorRT refuses, and is the tool's own recommendation for a CPU. In all of them weights are
+INT8 with a scale per output channel, biases stay in floating point, and pairs stand on the inputs of Conv and Gemm
+alone.
 """
 
 

@@ -1,4 +1,7 @@
-"""Where the benchmark's models are, and whether ModelOpt is installed. The standard library only: the program that measures must stay small."""
+"""Where the benchmark's models are, and whether ModelOpt is installed.
+
+Imports the standard library only: the program that measures must stay small.
+"""
 
 from __future__ import annotations
 

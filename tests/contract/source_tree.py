@@ -13,7 +13,7 @@ PACKAGE = ROOT / "repvgg_deploy"
 
 @dataclass(frozen=True)
 class Module:
-    """One source file: its dotted name below the package (`runtime.engine`; a package's `__init__` has the package's name) and its tree."""
+    """One source file: its dotted name below the package (an `__init__` has its folder's name) and its tree."""
 
     name: str
     path: Path
@@ -36,7 +36,7 @@ def modules() -> list[Module]:
 
 
 def references(module: Module, *, types: bool = True) -> Iterator[tuple[str, int]]:
-    """Absolute name and line of everything that a module imports, also inside functions; `types`: also under TYPE_CHECKING."""
+    """Absolute name and line of all that a module imports, in functions, too; `types`: also under TYPE_CHECKING."""
     package = ["repvgg_deploy", *module.path.relative_to(PACKAGE).parts[:-1]]
     for node in _walk(module.tree, types=types):
         if isinstance(node, ast.Import):

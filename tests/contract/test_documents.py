@@ -222,7 +222,7 @@ def test_python_of_the_docs_is_valid() -> None:
 
 
 def messages(document: str) -> list[str]:
-    """The error messages of the document's tables: what stands as code in the first column below the head `message`, … for what varies."""
+    """The error messages of the document's tables: code in the column `message`, with … for what varies."""
     text = (ROOT / document).read_text(encoding="utf-8")
     tables = re.findall(r"^\| message \|.*\n\|[-| ]+\|\n((?:\|.*\n)+)", text, re.M)
     return [

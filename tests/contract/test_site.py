@@ -1,4 +1,4 @@
-"""The site of docs/: it builds without a warning, is whole, needs no network, and its picture is that of the weights in this repository."""
+"""The site of docs/: it builds without a warning, is whole, needs no network, and draws the weights of the sample."""
 
 from __future__ import annotations
 

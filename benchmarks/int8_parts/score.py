@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from repvgg_deploy.precision.metrics import decibels
+from repvgg_deploy.evaluate.agreement import decibels
 from repvgg_deploy.precision.run_onnx import open_session
 
 from .data import as_batches

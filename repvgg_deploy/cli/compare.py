@@ -157,7 +157,7 @@ def _with_layers(
             note = "layers are not compared: the two have different fixed batches"
             return dataclasses.replace(report, layers_note=note)
         one, two = LayerRun(Path(args.reference)), LayerRun(Path(args.other))
-        shared = one.shared_with(two)
+        one.require_same(two)
     except ImportError:
         note = "that needs the package onnx: pip install 'repvgg-deploy[export,cpu]'"
         return dataclasses.replace(report, layers_note=note)
@@ -168,7 +168,7 @@ def _with_layers(
     options = SetOptions(limit=limit, batch_size=size or _LAYER_BATCH, labels="none")
     images = open_images(args.data, inputs.spec, options)
     with Progress(limit, "layers") as bar:
-        layers = compare_layers(run_pairs(one, two, _pair_inputs(images, inputs, size, bar)), fixed=shared.classifiers)
+        layers = compare_layers(run_pairs(one, two, _pair_inputs(images, inputs, size, bar)), fixed=one.classifiers)
     return dataclasses.replace(report, layers=layers, first_apart=first_below(layers, report.apart_below_db))
 
 

@@ -1,12 +1,14 @@
-"""What an exported RepVGG consists of, as far as changing its precision needs it: layers with weights, and the interfaces between them.
+"""The structure of an exported RepVGG, as far as changing its precision needs it: layers with weights, and the interfaces between them.
 
 An *interface* is everything between one layer's output and the layers that read it. All that may stand there (ReLU,
 global average pooling, Flatten, the multiplication with an SE gate) commutes with a positive factor per channel, so
-that a channel can be rescaled exactly: that is what makes a RepVGG quantizable at all.
+that a channel can be rescaled exactly: that is what makes a RepVGG quantizable at all. A new operator goes into
+`_PASSING` if it commutes with such a factor, else into `_OTHERS`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -19,6 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from ..errors import CalibrationError, ModelError
 
 FloatArray: TypeAlias = NDArray[np.float32]
+Float64: TypeAlias = NDArray[np.float64]
 _PASSING = ("Relu", "GlobalAveragePool", "Flatten")
 _OTHERS = ("Conv", "Gemm", "Mul", "Sigmoid", "Softmax", "TopK", "Cast", "Transpose", "Sub", "Div")
 _EXPORT = "give the FP32 file that repvgg-export wrote"
@@ -30,14 +33,10 @@ class Layer:
 
     Attributes:
         name: Of its node.
-        op_type: `Conv` or `Gemm`.
         input: Tensor that it reads.
         output: Tensor that it writes, before any ReLU.
         weight: Initializer, (out, in / groups, height, width) or (out, in).
         bias: Initializer, (out,).
-        weight_shape: Shape of `weight`.
-        groups: 1 for Gemm.
-        strides: (1, 1) for Gemm.
         pads: Top, left, bottom, right.
     """
 
@@ -79,16 +78,18 @@ class Interface:
     blocked_by: str | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Chain:
-    """The structure of an exported graph.
+    """An FP32 graph with its structure.
 
     Attributes:
+        model: The graph; not changed.
         layers: In the order of execution.
         interfaces: One for each layer, in the same order.
         image: Tensor that the first layer reads: the normalised float32 image.
     """
 
+    model: onnx.ModelProto
     layers: tuple[Layer, ...]
     interfaces: tuple[Interface, ...]
     image: str
@@ -100,6 +101,10 @@ class Chain:
     def quantized_tensors(self) -> tuple[str, ...]:
         """Tensors that layers read, each once, in order."""
         return tuple(dict.fromkeys(layer.input for layer in self.layers))
+
+    def with_weights(self, weights: Mapping[str, NDArray[Any]]) -> Chain:
+        """The same structure around a copy of the graph with other weights."""
+        return dataclasses.replace(self, model=replace_weights(self.model, weights))
 
 
 def read_chain(model: onnx.ModelProto) -> Chain:
@@ -121,23 +126,18 @@ def read_chain(model: onnx.ModelProto) -> Chain:
     if len({layer.name for layer in layers}) != len(layers) or len({layer.weight for layer in layers}) != len(layers):
         raise ModelError("two layers of the graph share a name or a weight", remedy=_EXPORT)
     walk = _Walk(graph, layers)
-    return Chain(layers, tuple(walk.interface(layer) for layer in layers), layers[0].input)
+    return Chain(model, layers, tuple(walk.interface(layer) for layer in layers), layers[0].input)
 
 
 def _refuse_typed(model: onnx.ModelProto) -> None:
-    quantized = [
-        node.name or node.op_type
-        for node in model.graph.node
-        if "QuantizeLinear" in node.op_type or node.op_type.startswith("QLinear")
-    ]
-    half = [
-        tensor.name
-        for tensor in model.graph.initializer
-        if tensor.data_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16)
-    ]
-    if quantized or half:
-        what = f"Q/DQ nodes ({quantized[0]}, …)" if quantized else f"16-bit weights ({half[0]}, …)"
-        raise CalibrationError(f"the graph is typed already: expected FP32, found {what}", remedy=_EXPORT)
+    for node in model.graph.node:
+        if "QuantizeLinear" in node.op_type or node.op_type.startswith("QLinear"):
+            found = f"Q/DQ nodes ({node.name or node.op_type}, …)"
+            raise CalibrationError(f"the graph is typed already: expected FP32, found {found}", remedy=_EXPORT)
+    for tensor in model.graph.initializer:
+        if tensor.data_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16):
+            found = f"16-bit weights ({tensor.name}, …)"
+            raise CalibrationError(f"the graph is typed already: expected FP32, found {found}", remedy=_EXPORT)
 
 
 def _layer(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> Layer:
@@ -204,6 +204,11 @@ class _Walk:
         return len(others) == 1 and others[0] is not None and others[0].op_type == "Sigmoid"
 
 
+def opset_of(model: onnx.ModelProto) -> int:
+    """Version of ONNX's own operator set; 0 where the graph names none."""
+    return max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+
+
 def read_weights(model: onnx.ModelProto) -> dict[str, FloatArray]:
     """The float32 initializers by name; copies, which may be changed."""
     return {
@@ -213,17 +218,38 @@ def read_weights(model: onnx.ModelProto) -> dict[str, FloatArray]:
     }
 
 
-def replace_weights(model: onnx.ModelProto, weights: Mapping[str, NDArray[Any]]) -> onnx.ModelProto:
-    """A copy of `model` with other values of some initializers.
+def read_weight(model: onnx.ModelProto, name: str) -> FloatArray:
+    """One float32 initializer; a copy."""
+    tensor = next(t for t in model.graph.initializer if t.name == name)
+    return np.array(numpy_helper.to_array(tensor), np.float32)
 
-    Args:
-        model: Not changed.
-        weights: By name of the initializer; names that the graph does not have are added.
-    """
+
+def set_weights(model: onnx.ModelProto, weights: Mapping[str, NDArray[Any]]) -> None:
+    """Adds initializers, or changes their values, in place: a copy of a large model for each layer would take most of the time."""
+    there = {tensor.name: tensor for tensor in model.graph.initializer}
+    for name, value in weights.items():
+        tensor = there[name] if name in there else model.graph.initializer.add()
+        tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(value), name))
+
+
+def set_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
+    """Replaces the nodes of a graph in place; the new ones may be its own."""
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(copies)
+
+
+def copy_model(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy, weights and all."""
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    return result
+
+
+def replace_weights(model: onnx.ModelProto, weights: Mapping[str, NDArray[Any]]) -> onnx.ModelProto:
+    """A copy of `model` with other values of some initializers, by name; names that the graph does not have are added."""
     result = copy_without(model, weights)
-    result.graph.initializer.extend(
-        numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in weights.items()
-    )
+    set_weights(result, weights)
     return result
 
 
@@ -232,10 +258,6 @@ def copy_without(model: onnx.ModelProto, names: Container[str]) -> onnx.ModelPro
 
     They are never copied: what is deleted from a message keeps its memory until the whole message goes, and weights are
     most of a model.
-
-    Args:
-        model: Not changed.
-        names: Of the initializers to leave out.
     """
     result = onnx.ModelProto()
     _copy_fields(model, result, leave_out="graph")
@@ -254,20 +276,6 @@ def _copy_fields(source: Any, target: Any, *, leave_out: str) -> None:
             getattr(target, field.name).MergeFrom(value)
 
 
-def read_weight(model: onnx.ModelProto, name: str) -> FloatArray:
-    """One float32 initializer; a copy."""
-    tensor = next(t for t in model.graph.initializer if t.name == name)
-    return np.array(numpy_helper.to_array(tensor), np.float32)
-
-
-def set_weights(model: onnx.ModelProto, weights: Mapping[str, NDArray[Any]]) -> None:
-    """Adds initializers, or changes their values, in place: of a large model, a copy for each layer would take most of the time."""
-    there = {tensor.name: tensor for tensor in model.graph.initializer}
-    for name, value in weights.items():
-        tensor = there[name] if name in there else model.graph.initializer.add()
-        tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(value), name))
-
-
 def scale_inputs(weight: NDArray[Any], groups: int, factors: NDArray[Any]) -> NDArray[Any]:
     """Multiplies each input channel of a weight (out, in / groups, …) by its factor (in,)."""
     out, inner = weight.shape[:2]
@@ -275,7 +283,7 @@ def scale_inputs(weight: NDArray[Any], groups: int, factors: NDArray[Any]) -> ND
     return np.asarray((grouped * factors.reshape(groups, 1, inner, 1)).reshape(weight.shape), weight.dtype)
 
 
-def input_norms(weight: NDArray[Any], groups: int, *, order: Literal["max", "square"]) -> NDArray[np.float64]:
+def input_norms(weight: NDArray[Any], groups: int, *, order: Literal["max", "square"]) -> Float64:
     """Of each input channel of a weight (out, in / groups, …): the largest absolute value, or the sum of squares; float64 (in,)."""
     out, inner = weight.shape[:2]
     grouped = np.abs(weight.reshape(groups, out // groups, inner, -1).astype(np.float64))

@@ -10,6 +10,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from ..errors import CalibrationError
+from .chain import opset_of
 from .halves import SMALLEST_NORMAL
 
 Target: TypeAlias = Literal["trt8", "trt10"]
@@ -40,18 +41,25 @@ def check_quantized(model: onnx.ModelProto, *, target: Target = "trt8", kept: Co
     Raises:
         CalibrationError: It names the node.
     """
-    _check_opset(model, target)
+    opset = opset_of(model)
+    if target == "trt10" and opset < _LOWEST_TRT10:
+        raise CalibrationError(
+            f"opset {opset}: FP16 scales need at least {_LOWEST_TRT10}",
+            remedy="make the graph with mixed.halve_quantized",
+        )
+    if target == "trt8" and opset > _HIGHEST_TRT8:
+        raise CalibrationError(
+            f"opset {opset}: TensorRT 8.5 and 8.6 know {_HIGHEST_TRT8} at most",
+            remedy="export with --opset 17, or quantize for trt10",
+        )
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     producers = {name: node for node in model.graph.node for name in node.output}
     for node in model.graph.node:
         if node.op_type in _PAIR:
             _check_constants(node, constants, TensorProto.FLOAT16 if target == "trt10" else TensorProto.FLOAT)
             _check_granularity(node, constants)
-        if (
-            node.op_type == "QuantizeLinear"
-            and _type_of(producers, node.input[0]) == "Conv"
-            and _feeds_relu(model, node)
-        ):
+        behind_conv = node.op_type == "QuantizeLinear" and _type_of(producers, node.input[0]) == "Conv"
+        if behind_conv and _feeds_relu(model, node):
             raise _refusal(node, "stands between a convolution and its ReLU, which breaks their fusion")
         if node.op_type in ("Conv", "Gemm"):
             _check_layer(node, producers, constants, node.name in kept)
@@ -129,20 +137,6 @@ def _result(node: onnx.NodeProto, read: list[int]) -> int:
 
 def _name(kind: int) -> str:
     return str(TensorProto.DataType.Name(kind))
-
-
-def _check_opset(model: onnx.ModelProto, target: Target) -> None:
-    opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
-    if target == "trt10" and opset < _LOWEST_TRT10:
-        raise CalibrationError(
-            f"opset {opset}: FP16 scales need at least {_LOWEST_TRT10}",
-            remedy="make the graph with mixed.halve_quantized",
-        )
-    if target == "trt8" and opset > _HIGHEST_TRT8:
-        raise CalibrationError(
-            f"opset {opset}: TensorRT 8.5 and 8.6 know {_HIGHEST_TRT8} at most",
-            remedy="export with --opset 17, or quantize for trt10",
-        )
 
 
 def _check_constants(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], kind: int) -> None:

@@ -16,23 +16,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
-from numpy.typing import NDArray
 
 from ..errors import CalibrationError
 from ..specs.values import ChannelStatistics, Preprocessing
-from .chain import Chain, FloatArray, Layer, read_chain, read_weights
+from .chain import Chain, Float64, FloatArray, Layer, read_weights
 from .fp16 import INPUT_SUFFIX, decode_channels
 from .ranges import BINS, Statistics, TensorStatistics
 from .scales import graph_sha256
-from .typed_model import TypedModel
+from .typed_model import Parent
 
 DEVIATIONS = 6.0
 """Largest value of a channel whose distribution before its ReLU is all that is known, in standard deviations above that mean."""
 SEEN_DEVIATIONS = 12.0
 """The same, where a BatchNorm layer has seen the channel after its ReLU. Its tail is longer: most values are 0."""
 _REMEDY = "give --calib with images, or export the training-form checkpoint, whose BatchNorm layers say it"
-Float64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +52,8 @@ class _Normal:
         return mean, np.sqrt(np.maximum(square - np.square(mean), 0.0))
 
 
-def closed_form_statistics(parent: TypedModel) -> tuple[Statistics, dict[str, tuple[Float64, Float64]]]:
-    """What `calibrate.collect` would measure, and mean and standard deviation of every layer's input channels, by tensor name.
+def closed_form_statistics(parent: Parent) -> tuple[Statistics, dict[str, tuple[Float64, Float64]]]:
+    """What `ranges.collect` would measure, and mean and standard deviation of every layer's input channels, by tensor name.
 
     Args:
         parent: FP32, as exported from a training form.
@@ -64,72 +61,61 @@ def closed_form_statistics(parent: TypedModel) -> tuple[Statistics, dict[str, tu
     Raises:
         CalibrationError: The metadata holds no BatchNorm statistics, or none of a layer that needs them.
     """
-    metadata = parent.metadata
+    chain, metadata = parent.chain, parent.metadata
     if not metadata.statistics or metadata.spec.preprocessing is None:
         raise CalibrationError(
             "the ONNX states no BatchNorm statistics: it was exported from a deploy form", remedy=_REMEDY
         )
-    known = _Propagation(parent.model, metadata.statistics, metadata.spec.preprocessing).run()
-    chain = read_chain(parent.model)
+    known = _propagate(chain, metadata.statistics, metadata.spec.preprocessing)
     missing = [name for name in chain.quantized_tensors() if name not in known]
     if missing:
         raise CalibrationError(f"nothing is known of {missing[0]} without images", remedy=_REMEDY)
     stated = _stated_inputs(chain, metadata.statistics)
     tensors = {name: _as_statistics(known[name], stated.get(name)) for name in chain.quantized_tensors()}
     moments = {name: _moments(known[name], stated.get(name)) for name in tensors}
-    return Statistics(tensors, 0, f"statistics:{graph_sha256(parent.model)}"), moments
+    return Statistics(tensors, 0, f"statistics:{graph_sha256(chain.model)}"), moments
 
 
-class _Propagation:
-    """Walks the graph, from the image on."""
+def _propagate(
+    chain: Chain, statistics: Mapping[str, ChannelStatistics], preprocessing: Preprocessing
+) -> dict[str, _Normal]:
+    """Walks the graph, from the image on; by tensor, those of which something is known."""
+    weights, layers = read_weights(chain.model), {layer.name: layer for layer in chain.layers}
+    known = {chain.image: _image(preprocessing)}
+    for node in chain.model.graph.node:
+        if node.name in layers:
+            layer = layers[node.name]
+            found = _behind_layer(layer, known.get(layer.input), statistics.get(layer.output), weights)
+        else:
+            found = _behind(node.op_type, known.get(node.input[0]))
+        if found is not None:
+            known[node.output[0]] = found
+    return known
 
-    def __init__(
-        self, model: onnx.ModelProto, statistics: dict[str, ChannelStatistics], preprocessing: Preprocessing
-    ) -> None:
-        self._model = model
-        self._chain = read_chain(model)
-        self._weights = read_weights(model)
-        self._layers = {layer.name: layer for layer in self._chain.layers}
-        self._statistics = statistics
-        self.known = {self._chain.image: _image(preprocessing)}
 
-    def run(self) -> dict[str, _Normal]:
-        for node in self._model.graph.node:
-            found = self._output_of(node)
-            if found is not None:
-                self.known[node.output[0]] = found
-        return self.known
+def _behind(op_type: str, source: _Normal | None) -> _Normal | None:
+    if source is None or op_type not in ("Relu", "GlobalAveragePool", "Flatten", "Mul"):
+        return None
+    if op_type == "Relu":
+        return _Normal(source.mean, source.std, rectified=True)
+    if op_type == "GlobalAveragePool":
+        # A third of the variance lies between images: pooling averages away what lies within one.
+        mean, std = source.moments()
+        return _Normal(mean, std / np.sqrt(3))
+    return source  # an SE gate (Mul) lies between 0 and 1: the bound holds
 
-    def _output_of(self, node: onnx.NodeProto) -> _Normal | None:
-        if node.name in self._layers:
-            return self._layer(self._layers[node.name])
-        source = self.known.get(node.input[0])
-        if source is None:
-            return None
-        if node.op_type == "Relu":
-            return _Normal(source.mean, source.std, rectified=True)
-        if node.op_type == "GlobalAveragePool":
-            # A third of the variance lies between images: pooling averages away what lies within one.
-            mean, std = source.moments()
-            return _Normal(mean, std / np.sqrt(3))
-        if node.op_type == "Mul":
-            return source  # an SE gate lies between 0 and 1: the bound holds
-        return source if node.op_type == "Flatten" else None
 
-    def _layer(self, layer: Layer) -> _Normal | None:
-        if layer.output in self._statistics:
-            found = self._statistics[layer.output]
-            return _Normal(decode_channels(found.mean), np.maximum(decode_channels(found.std), 1e-6))
-        source = self.known.get(layer.input)
-        if source is None or int(np.prod(layer.weight_shape[2:])) != 1:
-            return None
-        (mean, std), weight = (
-            source.moments(),
-            self._weights[layer.weight].reshape(len(self._weights[layer.weight]), -1).astype(np.float64),
-        )
-        return _Normal(
-            weight @ mean + self._weights[layer.bias], np.maximum(np.sqrt(np.square(weight) @ np.square(std)), 1e-6)
-        )
+def _behind_layer(
+    layer: Layer, source: _Normal | None, stated: ChannelStatistics | None, weights: Mapping[str, FloatArray]
+) -> _Normal | None:
+    if stated is not None:
+        return _Normal(decode_channels(stated.mean), np.maximum(decode_channels(stated.std), 1e-6))
+    if source is None or int(np.prod(layer.weight_shape[2:])) != 1:
+        return None
+    mean, std = source.moments()
+    weight = weights[layer.weight].reshape(layer.out_channels, -1).astype(np.float64)
+    spread = np.sqrt(np.square(weight) @ np.square(std))
+    return _Normal(weight @ mean + weights[layer.bias], np.maximum(spread, 1e-6))
 
 
 def _moments(normal: _Normal, stated: tuple[Float64, Float64] | None) -> tuple[Float64, Float64]:

@@ -13,21 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
 from ..errors import CalibrationError
-from .chain import (
-    Chain,
-    FloatArray,
-    Interface,
-    Layer,
-    input_norms,
-    read_chain,
-    read_weights,
-    replace_weights,
-    scale_inputs,
-)
+from .chain import Chain, Float64, FloatArray, Interface, Layer, input_norms, read_weights, scale_inputs
 
 _LARGEST_RATIO = 2.0**20
 """Factors of one interface span at most this range: beyond it, a channel so weak carries nothing that INT8 could keep."""
@@ -61,7 +50,7 @@ class InterfaceReport:
     """What was done to one interface.
 
     Attributes:
-        source: Layer before it.
+        source: Name of the layer before it.
         exponent: Between weights (0) and activations (1).
         spread_before: Largest by median channel range of its activations, before.
         spread_after: The same, after.
@@ -75,82 +64,59 @@ class InterfaceReport:
     blocked_by: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class EqualizeResult:
-    """A rescaled network.
-
-    Attributes:
-        model: It computes what the original does.
-        factors: By name of a layer's input tensor: what its channels were divided by, float64 (C,).
-        interfaces: One report each.
-    """
-
-    model: onnx.ModelProto
-    factors: dict[str, NDArray[np.float64]]
-    interfaces: tuple[InterfaceReport, ...]
-
-
 def equalize(
-    model: onnx.ModelProto, ranges: Mapping[str, NDArray[np.floating]], options: EqualizeOptions | None = None
-) -> EqualizeResult:
+    chain: Chain, ranges: Mapping[str, NDArray[np.floating]], options: EqualizeOptions | None = None
+) -> tuple[Chain, dict[str, Float64], tuple[InterfaceReport, ...]]:
     """Rescales every interface that allows it.
 
     Args:
-        model: FP32, as exported; not changed.
-        ranges: By name of a layer's input tensor: largest absolute value of each channel, (C,); see
-            `calibrate.collect`.
+        chain: FP32, as exported.
+        ranges: By name of a layer's input tensor: largest absolute value of each channel, (C,); see `ranges.collect`.
         options: Exponents and rounding of the factors.
+
+    Returns:
+        A network that computes what the original does; by name of a layer's input tensor what its channels were divided
+        by, float64 (C,); and a report of each interface.
 
     Raises:
         CalibrationError: Ranges are missing, not finite, or of another shape.
-        ModelError: The graph is not one of ours.
     """
     options = options or EqualizeOptions()
-    chain, weights = read_chain(model), read_weights(model)
-    factors: dict[str, NDArray[np.float64]] = {}
+    weights = read_weights(chain.model)
+    factors: dict[str, Float64] = {}
     reports = []
     for interface in chain.interfaces:
         exponent = (options.by_interface or {}).get(interface.source, options.exponent)
         if interface.blocked_by is not None:
             reports.append(InterfaceReport(interface.source, exponent, 1.0, 1.0, interface.blocked_by))
             continue
-        activation = _range_of(interface, chain, ranges)
-        scale = choose_factors(
-            activation,
-            reader_norms(chain.layer(main_reader(interface, chain)), weights),
-            exponent,
-            powers_of_two=options.powers_of_two,
-        )
+        reader = main_reader(interface, chain)
+        activation = read_range(reader, ranges)
+        norms = reader_norms(reader, weights)
+        scale = choose_factors(activation, norms, exponent, powers_of_two=options.powers_of_two)
         rescale(weights, chain, interface, scale)
         factors |= {chain.layer(name).input: scale for name in interface.readers}
-        reports.append(
-            InterfaceReport(interface.source, exponent, _spread(activation), _spread(activation / scale), None)
-        )
-    return EqualizeResult(replace_weights(model, weights), factors, tuple(reports))
+        before, after = _spread(activation), _spread(activation / scale)
+        reports.append(InterfaceReport(interface.source, exponent, before, after, None))
+    return chain.with_weights(weights), factors, tuple(reports)
 
 
-def apply_factors(model: onnx.ModelProto, factors: Mapping[str, NDArray[np.float64]]) -> onnx.ModelProto:
-    """Rescales interfaces by given factors; a copy.
-
-    Args:
-        model: FP32, as exported.
-        factors: By name of the layer before an interface, (C,), positive.
+def apply_factors(chain: Chain, factors: Mapping[str, Float64]) -> Chain:
+    """Rescales interfaces of an exported network by given factors: positive, (C,), by name of the layer before an interface.
 
     Raises:
         CalibrationError: They are of another graph, or an interface cannot be rescaled.
     """
-    chain, weights = read_chain(model), read_weights(model)
+    weights = read_weights(chain.model)
     interfaces = {interface.source: interface for interface in chain.interfaces if interface.blocked_by is None}
     for source, scale in factors.items():
         if source not in interfaces or scale.shape != (chain.layer(source).out_channels,) or not (scale > 0).all():
             raise CalibrationError(f"saved factors of {source!r} do not suit this graph", remedy="calibrate again")
         rescale(weights, chain, interfaces[source], scale)
-    return replace_weights(model, weights)
+    return chain.with_weights(weights)
 
 
-def choose_factors(
-    activation: NDArray[np.float64], weight: NDArray[np.float64], exponent: float, *, powers_of_two: bool = False
-) -> NDArray[np.float64]:
+def choose_factors(activation: Float64, weight: Float64, exponent: float, *, powers_of_two: bool = False) -> Float64:
     """Factors s, (C,), with geometric mean one: activations are divided by them, weights multiplied.
 
     Args:
@@ -170,7 +136,7 @@ def choose_factors(
     return np.exp2(np.round(logs) if powers_of_two else logs)
 
 
-def rescale(weights: dict[str, FloatArray], chain: Chain, interface: Interface, scale: NDArray[np.float64]) -> None:
+def rescale(weights: dict[str, FloatArray], chain: Chain, interface: Interface, scale: Float64) -> None:
     """Divides the output channels of an interface's source by `scale`, and multiplies them where they are read; changes `weights`."""
     source = chain.layer(interface.source)
     column = scale.reshape(-1, *[1] * (len(source.weight_shape) - 1))
@@ -183,34 +149,32 @@ def rescale(weights: dict[str, FloatArray], chain: Chain, interface: Interface, 
         )
 
 
-def main_reader(interface: Interface, chain: Chain) -> str:
+def main_reader(interface: Interface, chain: Chain) -> Layer:
     """The reader with most weights: of a block's convolution and its SE, the convolution."""
-    return max(interface.readers, key=lambda name: int(np.prod(chain.layer(name).weight_shape)))
+    return max(map(chain.layer, interface.readers), key=lambda layer: int(np.prod(layer.weight_shape)))
 
 
-def _range_of(interface: Interface, chain: Chain, ranges: Mapping[str, NDArray[np.floating]]) -> NDArray[np.float64]:
-    layer = chain.layer(main_reader(interface, chain))
+def read_range(layer: Layer, ranges: Mapping[str, NDArray[np.floating]]) -> Float64:
+    """The range of each of a layer's input channels, float64 (in,).
+
+    Raises:
+        CalibrationError: It is missing, not finite, or of another shape.
+    """
     found = ranges.get(layer.input)
     if found is None or found.shape != (layer.in_channels,) or not np.isfinite(found).all():
-        what = (
-            "nothing"
-            if found is None
-            else f"shape {found.shape}"
-            if found.shape != (layer.in_channels,)
-            else "NaN or infinite values"
-        )
+        what = "nothing" if found is None else f"shape {found.shape}, {int(np.isfinite(found).sum())} of them finite"
         raise CalibrationError(
             f"ranges of {layer.input}: expected {layer.in_channels} finite numbers, found {what}",
-            remedy="collect them with calibrate.collect on this model",
+            remedy="collect them with ranges.collect on this model",
         )
     return np.asarray(found, np.float64)
 
 
-def reader_norms(layer: Layer, weights: Mapping[str, FloatArray]) -> NDArray[np.float64]:
+def reader_norms(layer: Layer, weights: Mapping[str, FloatArray]) -> Float64:
     """Largest absolute weight that reads each input channel, float64 (in,)."""
     return input_norms(weights[layer.weight], layer.groups, order="max")
 
 
-def _spread(ranges: NDArray[np.float64]) -> float:
+def _spread(ranges: Float64) -> float:
     alive = ranges[ranges > 0]
     return float(alive.max() / np.median(alive)) if alive.size else 1.0

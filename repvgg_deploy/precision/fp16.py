@@ -1,16 +1,14 @@
 """FP32 ONNX → FP16 ONNX, strongly typed: weights and everything between the image and the logits are FP16.
 
 FP16 ends at 65504, and loses digits below 6e-5. Where the range of a channel, with a margin, or its weights come near
-either end, the channel is rescaled by a power of two along the chain: exact, and never a clipping.
-
-How large each layer's output may become: measured on images, or, without any, stated by the BatchNorm layers and tried
-on drawn images.
+either end, the channel is rescaled by a power of two along the chain: exact, and never a clipping. The ranges are
+measured on images, or, without any, stated by the BatchNorm layers and tried on drawn images.
 """
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -19,13 +17,15 @@ import onnx
 from numpy.typing import NDArray
 
 from ..errors import CalibrationError, ModelError
+from ..images.decode import normalize
 from ..specs.values import ChannelStatistics, ModelSpec
-from .chain import FloatArray, Interface, Layer, read_chain, read_weights, replace_weights
+from .chain import Chain, Float64, FloatArray, Interface, Layer, read_weights
 from .check import check_halves
 from .equalize import rescale
 from .halves import LARGEST, SMALLEST_NORMAL, Io, half_spec, write_halves
+from .ranges import largest_values, require_finite
 from .run_onnx import count_images, run_tensors
-from .typed_model import StrPath, TypedModel, extend, load_parent
+from .typed_model import Parent, StrPath, TypedModel, extend, load_parent
 
 RangeSource: TypeAlias = Literal["images", "statistics", "synthetic"]
 INPUT_SUFFIX = ".input"
@@ -37,139 +37,6 @@ and rescaling is exact.
 """
 UNSEEN = 32.0
 """How much further real images may reach than drawn ones, where nothing else is known. The same A0: 12 times."""
-
-
-@dataclass(frozen=True, slots=True)
-class OutputRanges:
-    """Largest absolute value of each output channel of every layer, before its ReLU.
-
-    Attributes:
-        values: By name of the layer's output tensor, float64 (C,).
-        source: `images`: measured on the caller's. `statistics`: of the BatchNorm layers, |mean| + 256σ, where they
-            speak (every 3×3 convolution), and 32 times what drawn images gave elsewhere (SE, classifier). `synthetic`:
-            32 times what drawn images gave, everywhere.
-        images: How many images were run.
-    """
-
-    values: dict[str, NDArray[np.float64]]
-    source: RangeSource
-    images: int
-
-
-def find_ranges(parent: TypedModel, batches: Sequence[NDArray[Any]] | None) -> OutputRanges:
-    """Measures the ranges, or bounds them where there are no images.
-
-    Args:
-        parent: FP32.
-        batches: Images as the model takes them; None where there are none.
-
-    Raises:
-        CalibrationError: The images do not do, or there are none and it is not known how an image becomes the input.
-        ModelError: The graph is not one of ours, or its statistics are of another.
-    """
-    if batches is not None:
-        return OutputRanges(measure_ranges(parent.model, batches), "images", count_images(batches))
-    drawn = draw_batches(parent.metadata.spec)
-    found = {name: value * UNSEEN for name, value in measure_ranges(parent.model, drawn).items()}
-    stated = stated_ranges(parent.metadata.statistics)
-    for name, value in stated.items():
-        if name not in found or found[name].shape != value.shape:
-            raise ModelError(
-                f"the metadata states BatchNorm statistics of {name}, which the graph does not have",
-                remedy="export the model again",
-            )
-        # A channel that drawn images drive beyond that must fit, too.
-        found[name] = np.maximum(found[name] / UNSEEN, value)
-    return OutputRanges(found, "statistics" if stated else "synthetic", count_images(drawn))
-
-
-def measure_ranges(model: onnx.ModelProto, batches: Iterable[NDArray[Any]]) -> dict[str, NDArray[np.float64]]:
-    """Largest absolute value of each output channel of every layer, by tensor; float64 (C,).
-
-    Raises:
-        CalibrationError: There are no images, or they hold or give NaN or infinite values.
-        ModelError: The graph is not one of ours.
-    """
-    found: dict[str, NDArray[np.float64]] = {}
-    for values in run_tensors(model, [layer.output for layer in read_chain(model).layers], batches):
-        for name, value in values.items():
-            axes = (0, *range(2, value.ndim))
-            largest = np.maximum(value.max(axis=axes), -value.min(axis=axes)).astype(np.float64)
-            found[name] = np.maximum(found[name], largest) if name in found else largest
-    if not found:
-        raise CalibrationError(
-            "there are no images to measure ranges on", remedy="give some images of the training split"
-        )
-    bad = [name for name, value in found.items() if not np.isfinite(value).all()]
-    if bad:
-        raise CalibrationError(
-            f"the images give NaN or infinite values at {bad[0]}",
-            remedy="look for NaN in the images and in the checkpoint",
-        )
-    return found
-
-
-def stated_ranges(statistics: Mapping[str, ChannelStatistics]) -> dict[str, NDArray[np.float64]]:
-    """|mean| + 256σ of each channel of every layer's output as the BatchNorm layers state them, by tensor; float64 (C,)."""
-    outputs = {name: value for name, value in statistics.items() if not name.endswith(INPUT_SUFFIX)}
-    return {
-        name: np.abs(decode_channels(value.mean)) + DEVIATIONS * decode_channels(value.std)
-        for name, value in outputs.items()
-    }
-
-
-def decode_channels(text: str) -> NDArray[np.float64]:
-    """One number a channel, of `ChannelStatistics`; float64 (C,)."""
-    return np.frombuffer(base64.b64decode(text), "<f4").astype(np.float64)
-
-
-def draw_batches(spec: ModelSpec) -> list[NDArray[Any]]:
-    """Eight drawn images as the model takes them: four smooth ones, noise, a chequerboard, black and white; the same every time.
-
-    Raises:
-        CalibrationError: It is not known how an image becomes the input.
-    """
-    if spec.preprocessing is None:
-        raise CalibrationError(
-            "there are no images, and none can be drawn: how an image becomes this model's input is not known",
-            remedy="give some batches as the model takes them",
-        )
-    sizes = (
-        spec.input.shape[1:3] if spec.input.layout == "NHWC" or spec.input.dtype == "uint8" else spec.input.shape[2:4]
-    )
-    height, width = (
-        size if isinstance(size, int) else usual for size, usual in zip(sizes, spec.preprocessing.crop, strict=True)
-    )
-    images = _draw_images(height, width)
-    if spec.batch is not None:
-        images = np.resize(images, (-(-len(images) // spec.batch) * spec.batch, *images.shape[1:]))
-    if spec.input.dtype != "uint8":
-        mean, std = (np.array(values, np.float32) for values in (spec.preprocessing.mean, spec.preprocessing.std))
-        images = ((images - mean) / std).transpose(0, 3, 1, 2)
-    size = spec.batch or len(images)
-    return [np.ascontiguousarray(images[start : start + size]) for start in range(0, len(images), size)]
-
-
-def _draw_images(height: int, width: int) -> NDArray[Any]:
-    """uint8 (8, H, W, 3).
-
-    Natural images have a power spectrum that falls with frequency (Field 1987); a sum of random gratings with amplitude
-    1/frequency has, too.
-    """
-    random = np.random.default_rng(0)
-    y, x = np.meshgrid(np.arange(height) / height, np.arange(width) / width, indexing="ij")
-    images = np.zeros((8, height, width, 3))
-    for index, frequency in np.ndindex(4, 5):
-        direction, phase = random.uniform(0, 2 * np.pi, (2, 3))
-        along = np.cos(direction) * x[..., None] + np.sin(direction) * y[..., None]
-        images[index] += np.sin(2 * np.pi * 2**frequency * along + phase) / 2**frequency
-    images[:4] += random.normal(0, 0.1, images[:4].shape)
-    images[4] = random.uniform(-1, 1, images[4].shape)
-    images[5] = np.where((np.indices((height, width)) // 8).sum(0) % 2, 1.0, -1.0)[..., None]
-    images[6], images[7] = -1.0, 1.0
-    return np.clip(np.rint(127.5 + 127.5 * images), 0, 255).astype(np.uint8)
-
-
 _COMFORTABLE = 16.0  # where the values of a channel that must be moved are moved to
 _HIGHEST = 4096.0  # where they may lie if its weights would otherwise be subnormal
 _TINY = SMALLEST_NORMAL * 64  # a row whose largest weight is smaller loses digits that matter
@@ -204,7 +71,7 @@ class Fp16Report:
     """What was found and done.
 
     Attributes:
-        source: What the ranges are known from; see `ranges.OutputRanges`.
+        source: What the ranges are known from; see `OutputRanges`.
         images: How many images were run.
         largest: By layer: the largest absolute value that its output may have in FP32, before any rescaling and without
             the margin.
@@ -220,12 +87,14 @@ class Fp16Report:
 
 
 def to_fp16(
-    source: StrPath | onnx.ModelProto, batches: Sequence[NDArray[Any]] | None = None, options: Fp16Options | None = None
+    source: StrPath | onnx.ModelProto | Parent,
+    batches: Sequence[NDArray[Any]] | None = None,
+    options: Fp16Options | None = None,
 ) -> tuple[TypedModel, Fp16Report]:
     """Makes the FP16 graph of an FP32 ONNX that repvgg-export wrote; `typed_model.write_typed` writes it.
 
     Args:
-        source: File, or the model in memory.
+        source: File, the model in memory, or what `load_parent` read.
         batches: Images as the model takes them, in a list: what the ranges are measured on. None: the ranges are taken
             from the BatchNorm statistics that an export of a training form keeps, and from drawn images.
         options: Margin, type of inputs and outputs.
@@ -237,10 +106,9 @@ def to_fp16(
     """
     options = options or Fp16Options()
     parent = load_parent(source)
-    chain = read_chain(parent.model)
     ranges = find_ranges(parent, batches)
-    model, factors = fit_ranges(parent.model, ranges.values, options)
-    typed = write_halves(model, io=options.io)
+    fitted, factors = fit_ranges(parent.chain, ranges.values, options)
+    typed = write_halves(fitted.model, io=options.io)
     check_halves(typed)
     rescaled = {name: int((factor != 1).sum()) for name, factor in factors.items()}
     said: dict[str, str | int | float | bool | None] = {
@@ -253,20 +121,18 @@ def to_fp16(
     report = Fp16Report(
         ranges.source,
         ranges.images,
-        {layer.name: float(ranges.values[layer.output].max()) for layer in chain.layers},
+        {layer.name: float(ranges.values[layer.output].max()) for layer in parent.chain.layers},
         rescaled,
         {name: (float(factor.min()), float(factor.max())) for name, factor in factors.items()},
     )
     return extend(parent, typed, stage="fp16", options=said, spec=half_spec(parent.metadata.spec, options.io)), report
 
 
-def fit_ranges(
-    model: onnx.ModelProto, ranges: Mapping[str, NDArray[np.float64]], options: Fp16Options
-) -> tuple[onnx.ModelProto, dict[str, NDArray[np.float64]]]:
+def fit_ranges(chain: Chain, ranges: Mapping[str, Float64], options: Fp16Options) -> tuple[Chain, dict[str, Float64]]:
     """Rescales channels by powers of two, first layer to last, wherever FP16 could not hold them or the weights that make them.
 
     Args:
-        model: FP32; not changed.
+        chain: FP32.
         ranges: By name of a layer's output: largest absolute value of each channel, (C,).
         options: Margin.
 
@@ -277,8 +143,8 @@ def fit_ranges(
     Raises:
         CalibrationError: What cannot be rescaled does not fit.
     """
-    chain, weights = read_chain(model), read_weights(model)
-    factors: dict[str, NDArray[np.float64]] = {}
+    weights = read_weights(chain.model)
+    factors: dict[str, Float64] = {}
     for layer, interface in zip(chain.layers, chain.interfaces, strict=True):
         values = ranges[layer.output] * options.margin
         wanted = _factors(values, weights[layer.weight], weights[layer.bias])
@@ -287,10 +153,10 @@ def fit_ranges(
             factors[layer.name] = wanted
             values = values / wanted
         _check_fit(layer, interface, values, weights)
-    return replace_weights(model, weights), factors
+    return chain.with_weights(weights), factors
 
 
-def _factors(values: NDArray[np.float64], weight: FloatArray, bias: FloatArray) -> NDArray[np.float64]:
+def _factors(values: Float64, weight: FloatArray, bias: FloatArray) -> Float64:
     """Powers of two by which the channels of a layer's output are to be divided; 1 where FP16 holds them as they are."""
     # Of a row's weights only the largest matters: what is a thousand times smaller than it changes nothing that FP16
     # shows.
@@ -302,18 +168,140 @@ def _factors(values: NDArray[np.float64], weight: FloatArray, bias: FloatArray) 
     return np.where(move, np.exp2(np.round(np.log2(wanted))), 1.0)
 
 
-def _check_fit(
-    layer: Layer, interface: Interface, values: NDArray[np.float64], weights: Mapping[str, FloatArray]
-) -> None:
+def _check_fit(layer: Layer, interface: Interface, values: Float64, weights: Mapping[str, FloatArray]) -> None:
     stored = max(float(np.abs(weights[name]).max()) for name in (layer.weight, layer.bias))
     # A sigmoid makes 1 of infinity, as it makes of 65504.
     largest = stored if interface.blocked_by == "Sigmoid" else max(stored, float(values.max()))
     if largest > LARGEST:
-        why = "its channels cannot be rescaled: " + (
-            interface.blocked_by or "their weights would leave it at the other end"
-        )
+        why = interface.blocked_by or "their weights would leave it at the other end"
         raise CalibrationError(
-            f"{layer.name}: FP16 ends at 65504, and values up to {largest:.3g} are expected; {why}",
+            f"{layer.name}: FP16 ends at 65504, and values up to {largest:.3g} are expected; its channels cannot be "
+            f"rescaled: {why}",
             remedy="keep this model in FP32; if its images cannot drive it so far, give a smaller margin, or images to "
             "measure on",
         )
+
+
+@dataclass(frozen=True, slots=True)
+class OutputRanges:
+    """Largest absolute value of each output channel of every layer, before its ReLU.
+
+    Attributes:
+        values: By name of the layer's output tensor, float64 (C,).
+        source: `images`: measured on the caller's. `statistics`: of the BatchNorm layers, |mean| + 256σ, where they
+            speak (every 3×3 convolution), and 32 times what drawn images gave elsewhere (SE, classifier). `synthetic`:
+            32 times what drawn images gave, everywhere.
+        images: How many images were run.
+    """
+
+    values: dict[str, Float64]
+    source: RangeSource
+    images: int
+
+
+def find_ranges(parent: Parent, batches: Sequence[NDArray[Any]] | None) -> OutputRanges:
+    """Measures the ranges, or bounds them where there are no images.
+
+    Args:
+        parent: FP32.
+        batches: Images as the model takes them; None where there are none.
+
+    Raises:
+        CalibrationError: The images do not do, or there are none and it is not known how an image becomes the input.
+        ModelError: The metadata's statistics are of another graph.
+    """
+    if batches is not None:
+        return OutputRanges(measure_ranges(parent.chain, batches), "images", count_images(batches))
+    drawn = draw_batches(parent.metadata.spec)
+    found = {name: value * UNSEEN for name, value in measure_ranges(parent.chain, drawn).items()}
+    stated = stated_ranges(parent.metadata.statistics)
+    for name, value in stated.items():
+        if name not in found or found[name].shape != value.shape:
+            raise ModelError(
+                f"the metadata states BatchNorm statistics of {name}, which the graph does not have",
+                remedy="export the model again",
+            )
+        # A channel that drawn images drive beyond that must fit, too.
+        found[name] = np.maximum(found[name] / UNSEEN, value)
+    return OutputRanges(found, "statistics" if stated else "synthetic", count_images(drawn))
+
+
+def measure_ranges(chain: Chain, batches: Iterable[NDArray[Any]]) -> dict[str, Float64]:
+    """Largest absolute value of each output channel of every layer, by tensor; float64 (C,).
+
+    Raises:
+        CalibrationError: There are no images, or they hold or give NaN or infinite values.
+    """
+    found: dict[str, Float64] = {}
+    for values in run_tensors(chain.model, [layer.output for layer in chain.layers], batches):
+        for name, value in values.items():
+            largest = largest_values(value)
+            found[name] = np.maximum(found[name], largest) if name in found else largest
+    if not found:
+        raise CalibrationError(
+            "there are no images to measure ranges on", remedy="give some images of the training split"
+        )
+    require_finite(found, "the images give", "look for NaN in the images and in the checkpoint")
+    return found
+
+
+def stated_ranges(statistics: Mapping[str, ChannelStatistics]) -> dict[str, Float64]:
+    """|mean| + 256σ of each channel of every layer's output as the BatchNorm layers state them, by tensor; float64 (C,)."""
+    outputs = {name: value for name, value in statistics.items() if not name.endswith(INPUT_SUFFIX)}
+    return {
+        name: np.abs(decode_channels(value.mean)) + DEVIATIONS * decode_channels(value.std)
+        for name, value in outputs.items()
+    }
+
+
+def decode_channels(text: str) -> Float64:
+    """One number a channel, of `ChannelStatistics`; float64 (C,)."""
+    return np.frombuffer(base64.b64decode(text), "<f4").astype(np.float64)
+
+
+def draw_batches(spec: ModelSpec, draw: Callable[[int, int], NDArray[np.uint8]] | None = None) -> list[NDArray[Any]]:
+    """Drawn images as the model takes them; the same every time.
+
+    Args:
+        spec: Of the model.
+        draw: Gives images, uint8 (N, height, width, 3), for a height and a width. None: eight images: four smooth ones,
+            noise, a chequerboard, black and white.
+
+    Raises:
+        CalibrationError: It is not known how an image becomes the input.
+    """
+    if spec.preprocessing is None:
+        raise CalibrationError(
+            "there are no images, and none can be drawn: how an image becomes this model's input is not known",
+            remedy="give some batches as the model takes them",
+        )
+    last = spec.input.layout == "NHWC" or spec.input.dtype == "uint8"
+    sizes = zip(spec.input.shape[1:3] if last else spec.input.shape[2:4], spec.preprocessing.crop, strict=True)
+    height, width = (size if isinstance(size, int) else usual for size, usual in sizes)
+    images: NDArray[Any] = (draw or _draw_images)(height, width)
+    if spec.batch is not None:
+        images = np.resize(images, (-(-len(images) // spec.batch) * spec.batch, *images.shape[1:]))
+    if spec.input.dtype != "uint8":
+        images = normalize(images, spec.preprocessing)
+    size = spec.batch or len(images)
+    return [images[start : start + size] for start in range(0, len(images), size)]
+
+
+def _draw_images(height: int, width: int) -> NDArray[Any]:
+    """uint8 (8, H, W, 3).
+
+    Natural images have a power spectrum that falls with frequency (Field 1987); a sum of random gratings with amplitude
+    1/frequency has, too.
+    """
+    random = np.random.default_rng(0)
+    y, x = np.meshgrid(np.arange(height) / height, np.arange(width) / width, indexing="ij")
+    images = np.zeros((8, height, width, 3))
+    for index, frequency in np.ndindex(4, 5):
+        direction, phase = random.uniform(0, 2 * np.pi, (2, 3))
+        along = np.cos(direction) * x[..., None] + np.sin(direction) * y[..., None]
+        images[index] += np.sin(2 * np.pi * 2**frequency * along + phase) / 2**frequency
+    images[:4] += random.normal(0, 0.1, images[:4].shape)
+    images[4] = random.uniform(-1, 1, images[4].shape)
+    images[5] = np.where((np.indices((height, width)) // 8).sum(0) % 2, 1.0, -1.0)[..., None]
+    images[6], images[7] = -1.0, 1.0
+    return np.clip(np.rint(127.5 + 127.5 * images), 0, 255).astype(np.uint8)

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ..errors import CalibrationError
 from ..specs.values import ModelSpec, TensorSpec
+from .chain import copy_model, set_nodes
 
 Io: TypeAlias = Literal["fp32", "fp16"]
 LARGEST = float(np.finfo(np.float16).max)
@@ -33,10 +34,9 @@ def write_halves(model: onnx.ModelProto, *, io: Io = "fp32") -> onnx.ModelProto:
         io: Type of the graph's floating-point inputs and outputs. A uint8 image and class numbers stay what they are.
 
     Raises:
-        CalibrationError: A stored value exceeds what FP16 holds; `fp16.fit_ranges` and `mixed.fit_scales` prevent it.
+        CalibrationError: A stored value exceeds what FP16 holds; `fp16.fit_ranges` and `scales.fit_scales` prevent it.
     """
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = copy_model(model)
     _Typing(result.graph, TensorProto.FLOAT16 if io == "fp16" else TensorProto.FLOAT).write()
     return result
 
@@ -81,9 +81,8 @@ class _Typing:
         nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in self._graph.node]
         for node in nodes:
             self._write_node(node)
-        del self._graph.node[:]
+        set_nodes(self._graph, self._nodes)
         del self._graph.value_info[:]
-        self._graph.node.extend(self._nodes)
 
     def _write_node(self, node: onnx.NodeProto) -> None:
         kind = TensorProto.FLOAT if self._is_full(node) else TensorProto.FLOAT16

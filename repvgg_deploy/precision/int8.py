@@ -1,46 +1,54 @@
-"""One INT8 quantization under way: its steps in order, with what each leaves for the next.
-
-How a graph becomes INT8, and what is reported of it.
-
-FP32 ONNX → INT8 ONNX with explicit quantization, as TensorRT wants it.
+"""FP32 ONNX → INT8 ONNX with explicit quantization, as TensorRT wants it.
 
 Pairs stand on the input of every convolution and of the classifier, and nowhere else (none between Conv and ReLU: it
 would break the fusion); weights are INT8 initializers behind DequantizeLinear, one scale per output channel; zero
 points are 0; biases stay floating-point.
 
-The steps, each a function of its own and each can be left out: ranges (`calibrate`, or `closed_form` without images),
-equalization (`search`, `equalize`), scales (`scales`), rounding with bias correction (`round_network`), sensitivity
-(`sensitivity`), types (`mixed`).
+`quantize_graph` is the story: ranges (`ranges`; without images `closed_form`), equalization (`search`, `equalize`),
+scales (`scales`), rounding with bias correction (`round_network`), the bound on what may be lost (`metrics`), and the
+graph with its types (`qdq`, `mixed`). A new step goes between two of these, with its options in `Int8Options`.
 """
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
-import numpy as np
 import onnx
 from numpy.typing import NDArray
 
 from ..errors import CalibrationError
-from .chain import read_chain, read_weights
+from .chain import Chain, Float64, opset_of, read_chain, read_weights
 from .check import Target, check_quantized
 from .closed_form import closed_form_statistics, correct_bias
 from .equalize import EqualizeOptions, InterfaceReport, apply_factors, equalize
 from .halves import Io, half_spec
-from .metrics import Judgement, LayerCost, blank_batch, count_macs, fewest_kept, judge, layer_sqnr, rank_layers
-from .mixed import halve_quantized, round_activation_scales, round_layer_to_half
+from .metrics import (
+    Judge,
+    QuantizationCost,
+    Verification,
+    blank_batch,
+    count_macs,
+    fewest_kept,
+    layer_sqnr,
+    rank_layers,
+)
+from .mixed import halve_quantized, round_activation_scales
 from .qdq import insert_pairs, write_integers
 from .ranges import Statistics, collect, hash_images
 from .round import RoundedLayer, RoundOptions, round_by_prior, round_nearest
 from .round_network import Prepared, round_weights
 from .run_onnx import has_fixed_batch, spread_images
-from .scales import ScaleFile, ScaleOptions, choose_scales, fit_scales, graph_sha256
+from .scales import ScaleFile, ScaleOptions, choose_scales, encode_factors, fit_scales, graph_sha256
 from .search import SearchOptions, choose_exponents
-from .typed_model import StrPath, TypedModel, extend, load_parent
+from .typed_model import Parent, StrPath, TypedModel, extend, load_parent
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Called with what is being done, steps done and steps in all."""
+_REPORT_IMAGES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +66,7 @@ class Int8Options:
         rounding: How weights are rounded.
         keep: Names of layers that stay in floating point.
         max_drop: Keeps the fewest further layers in floating point with which the expected top-1 drop (see
-            `metrics.Judgement`), in points, is at most this; None keeps none.
+            `metrics.Verification`), in points, is at most this; None keeps none.
         sensitivity: Whether layers are ranked by their cost, also without `max_drop`.
     """
 
@@ -94,6 +102,18 @@ class Int8Options:
                 remedy="leave it out",
             )
 
+    @property
+    def half(self) -> bool:
+        """Whether what is not INT8 is FP16."""
+        return self.target == "trt10"
+
+    def without_images(self) -> Int8Options:
+        """These options where nothing can be measured; a normal distribution's tail is no reason to clip."""
+        equalize, scales = self.equalize and EqualizeOptions(0.5), ScaleOptions("max")
+        return dataclasses.replace(
+            self, equalize=equalize, search=None, scales=scales, max_drop=None, sensitivity=False
+        )
+
 
 MAX_CALIBRATION = Int8Options(
     target="trt8",
@@ -107,18 +127,17 @@ FAST = Int8Options(target="trt8", equalize=EqualizeOptions(0.5), search=None, ro
 """Without the second-order rounding and without the search."""
 
 
-def require_layers(keep: Sequence[str], known: Sequence[str]) -> None:
-    """Every name of `keep` must be a layer's.
+@dataclass(frozen=True, slots=True, eq=False)
+class Images:
+    """Images as the model takes them (see `images.calibration.load_calibration`).
 
-    Raises:
-        CalibrationError: One is not.
+    Attributes:
+        batches: To calibrate with.
+        held_out: To judge the result with; without any, the calibration images stand in where a bound is to be met.
     """
-    unknown = sorted(set(keep) - set(known))
-    if unknown:
-        # `repvgg-trt inspect` lists stage1.0, the whole block; its convolution is what can be kept.
-        meant = f"{unknown[0]}.conv"
-        remedy = f"give {meant}" if meant in known else f"its layers are {', '.join(known)}"
-        raise CalibrationError(f"no layer is called {unknown[0]!r}", remedy=remedy)
+
+    batches: Sequence[NDArray[Any]]
+    held_out: Sequence[NDArray[Any]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +145,8 @@ class LayerReport:
     """What INT8 did to one layer.
 
     Attributes:
-        name: The layer.
-        activation_scale: Of its input.
+        name: Of its node.
+        activation_scale: Real value of one integer step of its input.
         sqnr_db: Signal-to-quantization-noise ratio of its output, all layers before it quantized, in decibels.
         kept: Whether it stayed in floating point.
         macs: Multiply-accumulates of one image.
@@ -148,7 +167,7 @@ class Int8Report:
         images: Calibration images.
         source: `images`, or `statistics` for ranges in closed form.
         layers: In order; the last is the classifier, whose figure is that of the logits.
-        interfaces: Of the equalization; empty without.
+        interfaces: What equalization did; empty without.
         scales: To be saved and reused.
         costs: Layers ranked by what each alone costs, the costliest first; empty where it was not asked for.
         kept: Layers that stayed in floating point.
@@ -161,260 +180,14 @@ class Int8Report:
     layers: tuple[LayerReport, ...]
     interfaces: tuple[InterfaceReport, ...]
     scales: ScaleFile
-    costs: tuple[LayerCost, ...] = ()
+    costs: tuple[QuantizationCost, ...] = ()
     kept: tuple[str, ...] = ()
     int8_share: float = 1.0
-    held_out: Judgement | None = None
-
-
-Progress: TypeAlias = Callable[[str, int, int], None]
-"""Called with what is being done, steps done and steps in all."""
-_REPORT_IMAGES = 64
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Images:
-    """Images as the model takes them (`calibration_images.load_calibration`).
-
-    Attributes:
-        batches: To calibrate with.
-        held_out: To judge the result with; without any, the calibration images stand in where a bound is to be met.
-    """
-
-    batches: Sequence[NDArray[Any]]
-    held_out: Sequence[NDArray[Any]] = ()
-
-
-class Int8Work:
-    """One quantization under way.
-
-    Args:
-        model: FP32, as exported.
-        images: May be empty.
-        options: Steps and their methods.
-        progress: Who is told.
-    """
-
-    def __init__(self, model: onnx.ModelProto, images: Images, options: Int8Options, progress: Progress | None) -> None:
-        self._model = model
-        self._images = images
-        self._options = options
-        self._progress = progress
-        self._chain = read_chain(model)
-        self._half = options.target == "trt10"
-        require_layers(options.keep, [layer.name for layer in self._chain.layers])
-        self._prepared = model
-        self._scales: dict[str, float] = {}
-        self._factors: dict[str, NDArray[np.float64]] = {}
-        self._exponents: dict[str, float] = {}
-        self._interfaces: tuple[InterfaceReport, ...] = ()
-        self._data = ("", 0)
-
-    def stage(self, name: str) -> Callable[[int, int], None] | None:
-        """The progress of one stage."""
-        progress = self._progress
-        return None if progress is None else lambda done, total: progress(name, done, total)
-
-    def _tell(self, name: str, done: int, total: int) -> None:
-        if self._progress is not None:
-            self._progress(name, done, total)
-
-    def calibrate(self, statistics: Statistics) -> None:
-        """Equalizes, and chooses the scales."""
-        options = self._options
-        self._data = (statistics.data_sha256, statistics.images)
-        if options.equalize is not None:
-            how = options.equalize
-            if options.search is not None:
-                wanted = dataclasses.replace(options.search, range_percentile=options.range_percentile)
-                self._exponents = choose_exponents(
-                    self._model, self._images.batches, statistics, wanted, progress=self.stage("equalize")
-                )
-                how = dataclasses.replace(how, by_interface={**(how.by_interface or {}), **self._exponents})
-            result = equalize(self._model, statistics.ranges(options.range_percentile), how)
-            self._prepared, self._interfaces, statistics = (
-                result.model,
-                result.interfaces,
-                statistics.rescaled(result.factors),
-            )
-            self._remember(result.factors)
-        if self._half:
-            # With a bound to meet, any layer may become one that is kept.
-            kept = options.keep if options.max_drop is None else tuple(layer.name for layer in self._chain.layers)
-            fit = fit_scales(self._prepared, statistics.ranges(), kept=kept)
-            self._prepared, statistics = fit.model, statistics.rescaled(fit.factors)
-            self._remember(fit.factors)
-        scales = choose_scales(self._prepared, statistics, options.scales)
-        self._scales = round_activation_scales(scales) if self._half else scales
-
-    def _remember(self, factors: dict[str, NDArray[np.float64]]) -> None:
-        for interface in self._chain.interfaces:
-            tensor = self._chain.layer(interface.readers[0]).input if interface.readers else ""
-            if tensor in factors and interface.blocked_by is None:
-                self._factors[interface.source] = self._factors.get(interface.source, 1.0) * factors[tensor]
-
-    def reuse(self, saved: ScaleFile) -> None:
-        """Takes a calibration that was saved."""
-        digest, count = hash_images(self._images.batches)
-        saved.check(graph_sha256(self._model), digest)
-        if self._half and saved.target == "trt8":
-            raise CalibrationError(
-                "the saved scales were made for trt8, and FP16 may not hold them",
-                remedy="calibrate again, or give --target trt8",
-            )
-        missing = set(self._chain.quantized_tensors()) ^ set(saved.scales)
-        if missing:
-            raise CalibrationError(f"the saved scales do not suit this graph: {min(missing)}", remedy="calibrate again")
-        self._data, self._exponents = (digest, count), dict(saved.exponents)
-        self._factors = {
-            name: np.frombuffer(base64.b64decode(text), "<f8").astype(np.float64)
-            for name, text in saved.factors.items()
-        }
-        self._prepared = apply_factors(self._model, self._factors)
-        self._scales = round_activation_scales(saved.scales) if self._half else dict(saved.scales)
-
-    def finish(self) -> tuple[onnx.ModelProto, Int8Report]:
-        """Rounds the weights, meets the bound, writes the graph."""
-        options, batches = self._options, self._images.batches
-        rounded = self._round(options.keep)
-        costs: tuple[LayerCost, ...] = ()
-        kept = options.keep
-        if options.sensitivity or options.max_drop is not None:
-            costs = rank_layers(self._prepared, self._scales, rounded, batches, progress=self.stage("sensitivity"))
-        if options.max_drop is not None:
-            kept, rounded = self._meet(options.max_drop, costs, rounded)
-        graph = self._write(rounded, kept)
-        self._tell("measure layers", 0, 1)
-        measured = layer_sqnr(self._prepared, graph, spread_images(self._model, batches, _REPORT_IMAGES))
-        self._tell("measure layers", 1, 1)
-        judged = judge(self._prepared, graph, self._images.held_out) if len(self._images.held_out) else None
-        report = self._report(
-            kept, measured, count_macs(self._model, batches[0][:1] if not has_fixed_batch(self._model) else batches[0])
-        )
-        return self._typed(graph, kept), dataclasses.replace(report, costs=costs, held_out=judged)
-
-    def finish_without_images(
-        self, statistics: Statistics, moments: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
-    ) -> tuple[onnx.ModelProto, Int8Report]:
-        """Everything, from statistics in closed form and the mean and deviation of each layer's input channels."""
-        check_opset(self._model)
-        self.calibrate(statistics)
-        weights = read_weights(self._prepared)
-        sources = {name: i.source for i in self._chain.interfaces for name in i.readers}
-        rounded: dict[str, RoundedLayer] = {}
-        layers = [layer for layer in self._chain.layers if layer.name not in self._options.keep]
-        for index, layer in enumerate(layers):
-            mean, deviation = (
-                value / self._factors.get(sources.get(layer.name, ""), 1.0) for value in moments[layer.input]
-            )
-            if self._options.rounding.method == "nearest":
-                found = round_nearest(weights[layer.weight], weights[layer.bias])
-            else:
-                found = round_by_prior(
-                    weights[layer.weight], weights[layer.bias], deviation=deviation, groups=layer.groups
-                )
-            if self._options.rounding.bias_correction:
-                bias = correct_bias(weights[layer.weight], found.weight(), found.bias, groups=layer.groups, mean=mean)
-                found = dataclasses.replace(found, bias=bias)
-            rounded[layer.name] = round_layer_to_half(found) if self._half else found
-            self._tell("round", index + 1, len(layers))
-        graph = self._write(rounded, self._options.keep)
-        report = self._report(self._options.keep, {}, count_macs(self._model, blank_batch(self._model)))
-        return self._typed(graph, self._options.keep), dataclasses.replace(report, source="statistics")
-
-    def _round(self, kept: Sequence[str]) -> dict[str, RoundedLayer]:
-        prepared = Prepared(self._prepared, self._scales, tuple(kept), self._half)
-        return round_weights(prepared, self._images.batches, self._options.rounding, progress=self.stage("round"))
-
-    def _meet(
-        self, bound: float, costs: Sequence[LayerCost], rounded: dict[str, RoundedLayer]
-    ) -> tuple[tuple[str, ...], dict[str, RoundedLayer]]:
-        """The layers to keep, and the others' weights."""
-        judges = self._images.held_out if len(self._images.held_out) else self._images.batches
-        always = self._options.keep
-        halvings, tried = len(costs).bit_length() + 1, 0  # `fewest_kept` halves what is left; more are rare
-
-        def drop(kept: tuple[str, ...], weights: dict[str, RoundedLayer]) -> float:
-            nonlocal tried
-            tried += 1
-            self._tell("meet the bound", min(tried, halvings) - 1, halvings)
-            found = judge(
-                self._prepared, self._write({name: w for name, w in weights.items() if name not in kept}, kept), judges
-            )
-            if found is None:
-                raise CalibrationError(
-                    "a largest drop needs a classifier, and this graph gives features", remedy="leave --max-drop out"
-                )
-            return found.expected_drop
-
-        kept = fewest_kept(costs, lambda names: drop((*always, *names), rounded) <= bound)
-        while kept is not None:
-            # The weights after a kept layer are rounded anew: they saw what its quantized form gave.
-            final = self._round((*always, *kept)) if kept else rounded
-            if drop((*always, *kept), final) <= bound:
-                return (*always, *kept), final
-            kept = tuple(cost.name for cost in costs[: len(kept) + 1]) if len(kept) < len(costs) else None
-        raise CalibrationError(
-            f"not even with every layer in floating point is the expected drop at most {bound} points",
-            remedy="give a larger --max-drop",
-        )
-
-    def _write(self, rounded: dict[str, RoundedLayer], kept: Sequence[str]) -> onnx.ModelProto:
-        """With FP32 scales, whatever the target."""
-        return write_integers(insert_pairs(self._prepared, self._scales, kept=kept), rounded)
-
-    def _typed(self, graph: onnx.ModelProto, kept: Sequence[str]) -> onnx.ModelProto:
-        if self._half:
-            return halve_quantized(graph, io=self._options.io, kept=kept)
-        check_quantized(graph, target="trt8", kept=kept)
-        return graph
-
-    def _report(self, kept: Sequence[str], sqnr: dict[str, float], macs: dict[str, int]) -> Int8Report:
-        layers = tuple(
-            LayerReport(
-                layer.name,
-                self._scales[layer.input],
-                sqnr.get(layer.output, 0.0),
-                layer.name in kept,
-                macs.get(layer.name, 0),
-            )
-            for layer in self._chain.layers
-        )
-        total = sum(layer.macs for layer in layers)
-        share = sum(layer.macs for layer in layers if not layer.kept) / total if total else 1.0
-        factors = {
-            name: base64.b64encode(value.astype("<f8").tobytes()).decode("ascii")
-            for name, value in self._factors.items()
-        }
-        scales = ScaleFile(
-            schema=1,
-            graph_sha256=graph_sha256(self._model),
-            data_sha256=self._data[0],
-            images=self._data[1],
-            method=self._options.scales.method,
-            scales=dict(self._scales),
-            factors=factors,
-            exponents=dict(self._exponents),
-            target=self._options.target,
-        )
-        return Int8Report(self._data[1], "images", layers, self._interfaces, scales, kept=tuple(kept), int8_share=share)
-
-
-def check_opset(model: onnx.ModelProto) -> None:
-    """Refuses an opset whose Q/DQ pairs have no scale per channel.
-
-    Raises:
-        CalibrationError: It is older than 13.
-    """
-    opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
-    if opset < 13:
-        raise CalibrationError(
-            f"opset {opset}: scales per output channel need at least 13", remedy="export with --opset 17"
-        )
+    held_out: Verification | None = None
 
 
 def to_int8(
-    source: StrPath | onnx.ModelProto,
+    source: StrPath | onnx.ModelProto | Parent,
     images: Images | Sequence[NDArray[Any]] | None,
     options: Int8Options | None = None,
     *,
@@ -424,10 +197,10 @@ def to_int8(
     """Makes the INT8 graph of an FP32 ONNX that repvgg-export wrote, with its metadata extended; `typed_model.write_typed` writes it.
 
     Args:
-        source: File, or the model in memory.
+        source: File, the model in memory, or what `load_parent` read.
         images: Calibration images, in a list. None: ranges in closed form from the BatchNorm statistics that an export
             of a training form keeps, nothing clipped, and weights rounded by what is true of every image; see
-            `closed_form` and `round_prior`.
+            `closed_form` and `round.round_by_prior`.
         options: Steps and their methods.
         saved: Scales of an earlier calibration of the same graph and images.
         progress: See `Progress`.
@@ -440,40 +213,34 @@ def to_int8(
     options = options or Int8Options()
     parent = load_parent(source)
     if images is None:
-        statistics, moments = closed_form_statistics(parent)
-        # Nothing can be measured; and a normal distribution's tail is no reason to clip.
-        options = dataclasses.replace(
-            options,
-            search=None,
-            sensitivity=False,
-            max_drop=None,
-            equalize=options.equalize and EqualizeOptions(0.5),
-            scales=ScaleOptions("max"),
-        )
-        work = Int8Work(parent.model, Images(()), options, progress)
-        graph, report = work.finish_without_images(statistics, moments)
+        options = options.without_images()
+        graph, report = _quantize_without_images(parent, options, progress or _ignore)
     else:
-        graph, report = quantize_graph(parent.model, images, options, saved=saved, progress=progress)
+        graph, report = quantize_graph(parent.chain, images, options, saved=saved, progress=progress)
+    equalized: str | float | None = None
+    if options.equalize is not None:
+        equalized = "measured" if options.search is not None else options.equalize.exponent
+    prior = images is None and options.rounding.method != "nearest"
     said: dict[str, str | int | float | bool | None] = {
         "target": options.target,
-        "equalize": None
-        if options.equalize is None
-        else "measured"
-        if options.search is not None
-        else options.equalize.exponent,
+        "equalize": equalized,
         "scales": options.scales.method,
-        "rounding": options.rounding.method if images is not None or options.rounding.method == "nearest" else "prior",
+        "rounding": "prior" if prior else options.rounding.method,
         "bias_correction": options.rounding.bias_correction,
         "kept": ", ".join(report.kept) or None,
         "images": report.images,
         "data_sha256": report.scales.data_sha256,
     }
-    spec = half_spec(parent.metadata.spec, options.io) if options.target == "trt10" else None
+    spec = half_spec(parent.metadata.spec, options.io) if options.half else None
     return extend(parent, graph, stage="int8", options=said, spec=spec), report
 
 
+def _ignore(stage: str, done: int, total: int) -> None:
+    """Progress of a caller who does not want to know."""
+
+
 def quantize_graph(
-    model: onnx.ModelProto,
+    model: onnx.ModelProto | Chain,
     images: Images | Sequence[NDArray[Any]],
     options: Int8Options | None = None,
     *,
@@ -483,7 +250,7 @@ def quantize_graph(
     """Makes the INT8 graph of an exported FP32 graph. Its metadata is still the parent's.
 
     Args:
-        model: FP32, as exported; not changed.
+        model: FP32, as exported, or its structure; not changed.
         images: Calibration images.
         options: Steps and their methods.
         saved: Scales of an earlier calibration of the same graph and images.
@@ -494,11 +261,230 @@ def quantize_graph(
             not what TensorRT takes.
         ModelError: The graph is not one of ours.
     """
-    check_opset(model)
-    given = images if isinstance(images, Images) else Images(images)
-    work = Int8Work(model, given, options or Int8Options(), progress)
+    chain = model if isinstance(model, Chain) else read_chain(model)
+    images = images if isinstance(images, Images) else Images(images)
+    options, tell, batches = options or Int8Options(), progress or _ignore, images.batches
+    _require_fit(chain, options)
     if saved is None:
-        work.calibrate(collect(model, given.batches, progress=work.stage("ranges")))
+        statistics = collect(chain, batches, progress=partial(tell, "ranges"))
+        exponents: dict[str, float] = {}
+        if options.equalize is not None and options.search is not None:
+            wanted = dataclasses.replace(options.search, range_percentile=options.range_percentile)
+            exponents = choose_exponents(chain, batches, statistics, wanted, progress=partial(tell, "equalize"))
+        calibrated = _calibrate(chain, statistics, options, exponents)
     else:
-        work.reuse(saved)
-    return work.finish()
+        calibrated = _reuse(chain, batches, saved, options)
+    network = Prepared(calibrated.chain, calibrated.scales.scales, options.keep, options.half)
+    rounded = round_weights(network, batches, options.rounding, progress=partial(tell, "round"))
+    macs = count_macs(chain, batches[0] if has_fixed_batch(chain.model) else batches[0][:1])
+    costs: tuple[QuantizationCost, ...] = ()
+    if options.sensitivity or options.max_drop is not None:
+        costs = rank_layers(network, rounded, batches, macs=macs, progress=partial(tell, "sensitivity"))
+    judge = (
+        Judge(network.chain, images.held_out or batches) if images.held_out or options.max_drop is not None else None
+    )
+    if judge is not None and options.max_drop is not None:
+        network, rounded = _meet_bound(network, rounded, costs, _Bound(options, judge, batches, tell))
+    graph = _write(network, rounded)
+    tell("measure layers", 0, 1)
+    sqnr = layer_sqnr(network.chain, graph, spread_images(chain.model, batches, _REPORT_IMAGES))
+    tell("measure layers", 1, 1)
+    judged = judge.compare(graph) if judge is not None and judge.classifies and len(images.held_out) else None
+    report = dataclasses.replace(_report(calibrated, network, macs, sqnr), costs=costs, held_out=judged)
+    return _type(graph, network, options), report
+
+
+def _quantize_without_images(
+    parent: Parent, options: Int8Options, tell: Progress
+) -> tuple[onnx.ModelProto, Int8Report]:
+    """The same from statistics in closed form and the mean and deviation of each layer's input channels."""
+    chain = parent.chain
+    _require_fit(chain, options)
+    statistics, moments = closed_form_statistics(parent)
+    calibrated = _calibrate(chain, statistics, options, {})
+    network = Prepared(calibrated.chain, calibrated.scales.scales, options.keep, options.half)
+    weights, factors = read_weights(network.chain.model), calibrated.scales.channel_factors()
+    sources = {name: interface.source for interface in chain.interfaces for name in interface.readers}
+    rounded: dict[str, RoundedLayer] = {}
+    layers = [layer for layer in chain.layers if layer.name not in options.keep]
+    for index, layer in enumerate(layers):
+        weight, bias = weights[layer.weight], weights[layer.bias]
+        mean, deviation = (value / factors.get(sources.get(layer.name, ""), 1.0) for value in moments[layer.input])
+        if options.rounding.method == "nearest":
+            found = round_nearest(weight, bias)
+        else:
+            found = round_by_prior(weight, bias, deviation=deviation, groups=layer.groups)
+        if options.rounding.bias_correction:
+            corrected = correct_bias(weight, found.weight(), bias, groups=layer.groups, mean=mean)
+            found = dataclasses.replace(found, bias=corrected)
+        rounded[layer.name] = network.finish(found)
+        tell("round", index + 1, len(layers))
+    report = _report(calibrated, network, count_macs(chain, blank_batch(chain.model)), {})
+    graph = _type(_write(network, rounded), network, options)
+    return graph, dataclasses.replace(report, source="statistics")
+
+
+def _require_fit(chain: Chain, options: Int8Options) -> None:
+    """The graph must have scales per channel, and every layer that is to be kept."""
+    if opset_of(chain.model) < 13:
+        raise CalibrationError(
+            f"opset {opset_of(chain.model)}: scales per output channel need at least 13",
+            remedy="export with --opset 17",
+        )
+    known = [layer.name for layer in chain.layers]
+    unknown = sorted(set(options.keep) - set(known))
+    if unknown:
+        # `repvgg-trt inspect` lists stage1.0, the whole block; its convolution is what can be kept.
+        meant = f"{unknown[0]}.conv"
+        remedy = f"give {meant}" if meant in known else f"its layers are {', '.join(known)}"
+        raise CalibrationError(f"no layer is called {unknown[0]!r}", remedy=remedy)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Calibrated:
+    """A network before its weights are rounded: rescaled, the scales of its activations, and what equalization did."""
+
+    chain: Chain
+    scales: ScaleFile
+    interfaces: tuple[InterfaceReport, ...] = ()
+
+
+def _calibrate(chain: Chain, statistics: Statistics, options: Int8Options, exponents: dict[str, float]) -> _Calibrated:
+    """Equalizes, makes room for FP16, and chooses the scales."""
+    rescaled, factors = chain, dict[str, Float64]()
+    interfaces: tuple[InterfaceReport, ...] = ()
+    if options.equalize is not None:
+        how = options.equalize
+        if exponents:
+            how = dataclasses.replace(how, by_interface={**(how.by_interface or {}), **exponents})
+        rescaled, divided, interfaces = equalize(chain, statistics.ranges(options.range_percentile), how)
+        factors, statistics = _collect_factors(chain, factors, divided), statistics.rescaled(divided)
+    if options.half:
+        # With a bound to meet, any layer may become one that is kept.
+        kept = options.keep if options.max_drop is None else tuple(layer.name for layer in chain.layers)
+        rescaled, divided = fit_scales(rescaled, statistics.ranges(), kept=kept)
+        factors, statistics = _collect_factors(chain, factors, divided), statistics.rescaled(divided)
+    scales = choose_scales(rescaled, statistics, options.scales)
+    file = ScaleFile(
+        schema=1,
+        graph_sha256=graph_sha256(chain.model),
+        data_sha256=statistics.data_sha256,
+        images=statistics.images,
+        method=options.scales.method,
+        scales=round_activation_scales(scales) if options.half else scales,
+        factors=encode_factors(factors),
+        exponents=exponents,
+        target=options.target,
+    )
+    return _Calibrated(rescaled, file, interfaces)
+
+
+def _collect_factors(chain: Chain, before: Mapping[str, Float64], divided: Mapping[str, Float64]) -> dict[str, Float64]:
+    """What the output channels of each layer are divided by in all, by name of the layer; `divided` is by tensor that is read."""
+    found = dict(before)
+    for interface in chain.interfaces:
+        tensor = chain.layer(interface.readers[0]).input if interface.readers else ""
+        if tensor in divided and interface.blocked_by is None:
+            found[interface.source] = found.get(interface.source, 1.0) * divided[tensor]
+    return found
+
+
+def _reuse(chain: Chain, batches: Sequence[NDArray[Any]], saved: ScaleFile, options: Int8Options) -> _Calibrated:
+    """Takes a calibration that was saved."""
+    digest, _ = hash_images(batches)
+    saved.check(graph_sha256(chain.model), digest)
+    if options.half and saved.target == "trt8":
+        raise CalibrationError(
+            "the saved scales were made for trt8, and FP16 may not hold them",
+            remedy="calibrate again, or give --target trt8",
+        )
+    missing = set(chain.quantized_tensors()) ^ set(saved.scales)
+    if missing:
+        raise CalibrationError(f"the saved scales do not suit this graph: {min(missing)}", remedy="calibrate again")
+    scales = round_activation_scales(saved.scales) if options.half else saved.scales
+    file = dataclasses.replace(saved, scales=scales, target=options.target)
+    return _Calibrated(apply_factors(chain, saved.channel_factors()), file)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Bound:
+    """What the expected drop may be, and how it is found."""
+
+    options: Int8Options
+    judge: Judge
+    batches: Sequence[NDArray[Any]]
+    tell: Progress
+
+
+def _meet_bound(
+    network: Prepared, rounded: dict[str, RoundedLayer], costs: Sequence[QuantizationCost], bound: _Bound
+) -> tuple[Prepared, dict[str, RoundedLayer]]:
+    """The network with the fewest further layers kept that meets the bound, and the others' weights."""
+    limit = bound.options.max_drop
+    assert limit is not None
+    if not bound.judge.classifies:
+        raise CalibrationError(
+            "a largest drop needs a classifier, and this graph gives features", remedy="leave --max-drop out"
+        )
+    halvings, tried = len(costs).bit_length() + 1, 0  # `fewest_kept` halves what is left; more are rare
+
+    def keeping(names: Sequence[str]) -> Prepared:
+        return dataclasses.replace(network, kept=(*network.kept, *names))
+
+    def meets(names: Sequence[str], weights: dict[str, RoundedLayer]) -> bool:
+        nonlocal tried
+        tried += 1
+        bound.tell("meet the bound", min(tried, halvings) - 1, halvings)
+        found = bound.judge.compare(_write(keeping(names), weights))
+        assert found.expected_drop is not None
+        return found.expected_drop <= limit
+
+    kept = fewest_kept(costs, lambda names: meets(names, rounded))
+    while kept is not None:
+        # The weights after a kept layer are rounded anew: they saw what its quantized form gave.
+        final = rounded
+        if kept:
+            tell = partial(bound.tell, "round")
+            final = round_weights(keeping(kept), bound.batches, bound.options.rounding, progress=tell)
+        if meets(kept, final):
+            return keeping(kept), final
+        kept = tuple(cost.name for cost in costs[: len(kept) + 1]) if len(kept) < len(costs) else None
+    raise CalibrationError(
+        f"not even with every layer in floating point is the expected drop at most {limit} points",
+        remedy="give a larger --max-drop",
+    )
+
+
+def _write(network: Prepared, rounded: Mapping[str, RoundedLayer]) -> onnx.ModelProto:
+    """The INT8 graph, with FP32 scales and FP32 for the rest, whatever the target."""
+    paired = insert_pairs(network.chain, network.scales, kept=network.kept)
+    return write_integers(paired, {name: layer for name, layer in rounded.items() if name not in network.kept})
+
+
+def _type(graph: onnx.ModelProto, network: Prepared, options: Int8Options) -> onnx.ModelProto:
+    """The graph with the types of its target."""
+    if options.half:
+        return halve_quantized(graph, io=options.io, kept=network.kept)
+    check_quantized(graph, target="trt8", kept=network.kept)
+    return graph
+
+
+def _report(
+    calibrated: _Calibrated, network: Prepared, macs: Mapping[str, int], sqnr: Mapping[str, float]
+) -> Int8Report:
+    layers = tuple(
+        LayerReport(
+            layer.name,
+            network.scales[layer.input],
+            sqnr.get(layer.output, 0.0),
+            layer.name in network.kept,
+            macs.get(layer.name, 0),
+        )
+        for layer in network.chain.layers
+    )
+    total = sum(layer.macs for layer in layers)
+    share = sum(layer.macs for layer in layers if not layer.kept) / total if total else 1.0
+    images, scales = calibrated.scales.images, calibrated.scales
+    return Int8Report(
+        images, "images", layers, calibrated.interfaces, scales, kept=tuple(network.kept), int8_share=share
+    )

@@ -1,10 +1,9 @@
-"""One layer of a graph with what lies behind it, cut out so that it can be run again and again with other weights and another quantization.
+"""Layers of a graph looked at one by one: cut out with what lies behind them, or their outputs given out.
 
-What the layers of exported graphs give, FP32, FP16 or with Q/DQ pairs alike: for a comparison of two graphs layer by
-layer.
-
-Layers are known by the names of their nodes (an unnamed one by its output), which no change of precision touches; the
-tensor that a node writes may have another name and type.
+A `Cut` is one layer with what lies behind it; a `Trial` runs it again and again with other weights and another
+quantization. A `LayerRun` gives the output of every layer of a graph in FP32, FP16 or with Q/DQ pairs alike, for a
+comparison of two graphs. It knows layers by the names of their nodes (an unnamed one by its output), which no change of
+precision touches; the tensor that a node writes may have another name and type.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import onnx
@@ -21,9 +20,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from ..errors import InputError, ModelError
-from .chain import Chain, FloatArray, Layer
-from .run_onnx import open_session, run_session
+from .chain import Chain, Float64, FloatArray, Layer, copy_model, read_weight
+from .run_onnx import Tensors, open_session, run_session
 
+_LAYERS = ("Conv", "Gemm")
+_EXPORT = "export it again with repvgg-export"
 _STEP, _ZERO, _RATIO, _WEIGHT, _BIAS = "cut.step", "cut.zero", "cut.ratio", "cut.weight", "cut.bias"
 
 
@@ -44,25 +45,21 @@ class Cut:
     nodes: tuple[onnx.NodeProto, ...]
 
 
-def cut_after(model: onnx.ModelProto, chain: Chain, layer: Layer, horizon: int) -> Cut:
-    """Cuts out a layer and up to `horizon` layers behind it.
-
-    Args:
-        model: FP32, as exported.
-        chain: Its structure.
-        layer: One of its layers.
-        horizon: How many layers behind it take part; where the network ends before, the classifier's output is the end.
-    """
+def cut_after(chain: Chain, layer: Layer, horizon: int) -> Cut:
+    """Cuts out a layer and up to `horizon` layers behind it; where the network ends before, the classifier's output is the end."""
+    model = chain.model
     index = chain.layers.index(layer)
     reached = {layer.output}
     for node in model.graph.node:
         if reached.intersection(node.input):
             reached.update(node.output)
     later = [other for other in chain.layers[index + 1 :] if other.input in reached]
-    last = (
-        chain.layers[-1].output if chain.layers[-1].output in reached else (later[-1].input if later else layer.output)
-    )
-    end = later[horizon - 1].input if 0 < horizon <= len(later) else last
+    if 0 < horizon <= len(later):
+        end = later[horizon - 1].input
+    elif chain.layers[-1].output in reached:
+        end = chain.layers[-1].output
+    else:
+        end = later[-1].input if later else layer.output
     nodes = _between(model, layer, reached, end)
     made = {name for node in nodes for name in node.output}
     constants = {tensor.name for tensor in model.graph.initializer}
@@ -88,26 +85,20 @@ class Trial:
     """Runs a cut with its layer's input and weight quantized, and measures the error at its end.
 
     Args:
-        model: The graph that the cut is of.
+        model: The graph that the cut is of, FP32.
         cut: See `cut_after`.
-        values: Of each batch: arrays of `cut.given` by name.
+        values: Of each batch: what that graph gives at `cut.given` and `cut.end`.
     """
 
-    def __init__(self, model: onnx.ModelProto, cut: Cut, values: Sequence[Mapping[str, NDArray[Any]]]) -> None:
+    def __init__(self, model: onnx.ModelProto, cut: Cut, values: Sequence[Tensors]) -> None:
         self._cut = cut
         self._values = values
         self._session = _open_cut(model, cut)
         self._neutral = np.ones((1, cut.layer.in_channels, *[1] * (len(cut.layer.weight_shape) - 2)), np.float32)
-        constants = {tensor.name: tensor for tensor in model.graph.initializer}
-        self.weight: FloatArray = np.asarray(numpy_helper.to_array(constants[cut.layer.weight]), np.float32)
-        self._bias: FloatArray = np.asarray(numpy_helper.to_array(constants[cut.layer.bias]), np.float32)
-        reference = open_session(_reference(model, cut))
-        self._truth = [run_session(reference, [cut.end], {name: v[name] for name in cut.given})[0] for v in values]
-        self.signal = float(sum(np.square(truth, dtype=np.float64).sum() for truth in self._truth))
+        self._bias = read_weight(model, cut.layer.bias)
+        self.signal = float(sum(np.square(value[cut.end], dtype=np.float64).sum() for value in values))
 
-    def error(
-        self, step: float, factors: NDArray[np.float64], weight: FloatArray, *, bias: FloatArray | None = None
-    ) -> float:
+    def error(self, step: float, factors: Float64, weight: FloatArray, *, bias: FloatArray | None = None) -> float:
         """Squared error at the cut's end, summed over all batches.
 
         Args:
@@ -120,33 +111,15 @@ class Trial:
         constants = {_STEP: np.array(step, np.float32), _RATIO: ratio, _WEIGHT: np.asarray(weight, np.float32)}
         constants[_BIAS] = self._bias if bias is None else bias
         total = 0.0
-        for value, truth in zip(self._values, self._truth, strict=True):
+        for value in self._values:
             feed = {**{name: value[name] for name in self._cut.given}, **constants}
             found = run_session(self._session, [self._cut.end], feed)[0]
-            total += float(np.square(found - truth, dtype=np.float64).sum())
+            total += float(np.square(found - value[self._cut.end], dtype=np.float64).sum())
         return total
 
 
-def _part(
-    model: onnx.ModelProto, cut: Cut, nodes: Sequence[onnx.NodeProto], extra: Sequence[onnx.ValueInfoProto]
-) -> onnx.ModelProto:
-    used = {name for node in nodes for name in node.input}
-    inputs = [*(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in cut.given), *extra]
-    output = helper.make_tensor_value_info(cut.end, TensorProto.FLOAT, None)
-    initializers = [tensor for tensor in model.graph.initializer if tensor.name in used]
-    initializers.append(numpy_helper.from_array(np.array(0, np.int8), _ZERO))
-    part = helper.make_model(
-        helper.make_graph(list(nodes), "cut", inputs, [output], initializers), opset_imports=model.opset_import
-    )
-    part.ir_version = model.ir_version
-    return part
-
-
-def _reference(model: onnx.ModelProto, cut: Cut) -> onnx.ModelProto:
-    return _part(model, cut, cut.nodes, ())
-
-
 def _open_cut(model: onnx.ModelProto, cut: Cut) -> onnxruntime.InferenceSession:
+    """The cut with its layer's input rescaled and quantized; step, ratio, weight and bias are inputs."""
     nodes = [
         helper.make_node("Mul", [cut.layer.input, _RATIO], ["cut.rescaled"], name="cut.rescale"),
         helper.make_node("QuantizeLinear", ["cut.rescaled", _STEP, _ZERO], ["cut.quantized"], name="cut.quantize"),
@@ -159,27 +132,17 @@ def _open_cut(model: onnx.ModelProto, cut: Cut) -> onnxruntime.InferenceSession:
         if node.name == cut.layer.name:
             copy.input[:] = ["cut.dequantized", _WEIGHT, _BIAS]
         nodes.append(copy)
-    extra = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in (_RATIO, _WEIGHT, _BIAS)]
-    extra.append(helper.make_tensor_value_info(_STEP, TensorProto.FLOAT, []))
-    return open_session(_part(model, cut, nodes, extra))
-
-
-Pair: TypeAlias = "tuple[NDArray[Any], NDArray[Any]]"
-_LAYERS = ("Conv", "Gemm")
-_EXPORT = "export it again with repvgg-export"
-
-
-@dataclass(frozen=True, slots=True)
-class SharedLayers:
-    """Layers that two graphs have in common.
-
-    Attributes:
-        names: In the order of the first.
-        classifiers: Those whose channels nothing may rescale.
-    """
-
-    names: tuple[str, ...]
-    classifiers: frozenset[str]
+    used = {name for node in nodes for name in node.input}
+    given = (*cut.given, _RATIO, _WEIGHT, _BIAS)
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in given]
+    inputs.append(helper.make_tensor_value_info(_STEP, TensorProto.FLOAT, []))
+    output = helper.make_tensor_value_info(cut.end, TensorProto.FLOAT, None)
+    initializers = [tensor for tensor in model.graph.initializer if tensor.name in used]
+    initializers.append(numpy_helper.from_array(np.array(0, np.int8), _ZERO))
+    graph = helper.make_graph(nodes, "cut", inputs, [output], initializers)
+    part = helper.make_model(graph, opset_imports=model.opset_import)
+    part.ir_version = model.ir_version
+    return open_session(part)
 
 
 class LayerRun:
@@ -193,16 +156,24 @@ class LayerRun:
     """
 
     def __init__(self, source: Path | onnx.ModelProto) -> None:
-        model = _load(source)
+        if isinstance(source, onnx.ModelProto):
+            model = copy_model(source)
+        else:
+            try:
+                model = onnx.load(source)
+            except Exception as error:  # protobuf's and onnx's errors share no base class
+                raise ModelError(f"{source}: cannot be read as ONNX: {_first_line(error)}", remedy=_EXPORT) from error
         layers = [node for node in model.graph.node if node.op_type in _LAYERS]
         self.outputs = {_name(node): node.output[0] for node in layers}
-        self.classifiers = frozenset(_name(node) for node in layers if node.op_type == "Gemm")
+        self.classifiers = frozenset(_name(node) for node in layers if node.op_type == "Gemm")  # nothing rescales them
         self._shapes = _weight_shapes(model)
         self._input = model.graph.input[0].name
-        self._session = _open_graph(model, list(self.outputs.values()))
+        del model.graph.output[:]  # ONNX Runtime infers the types of the new ones
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self.outputs.values())
+        self._session = open_session(model, memory_arena=False)
 
-    def shared_with(self, other: LayerRun) -> SharedLayers:
-        """The layers that have the same names in the same order, with weights of the same shape.
+    def require_same(self, other: LayerRun) -> None:
+        """The other must have layers of the same names in the same order, with weights of the same shape.
 
         Raises:
             InputError: The two are different networks.
@@ -215,52 +186,39 @@ class LayerRun:
                 f"the layers cannot be compared: the two are different networks: {missing} is not the same in both",
                 remedy="compare two graphs of one checkpoint",
             )
-        return SharedLayers(tuple(self.outputs), self.classifiers)
 
-    def run(self, batch: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    def run(self, batch: NDArray[Any]) -> Tensors:
         """By name of the layer: its output as float32, (N, C, H, W) or (N, C).
+
+        A float32 batch is given to a graph of float16 as such, as the Engine does.
 
         Raises:
             ModelError: ONNX Runtime failed.
         """
+        half = self._session.get_inputs()[0].type == "tensor(float16)" and batch.dtype == np.float32
         try:
-            values = self._session.run(list(self.outputs.values()), {self._input: self._fit(batch)})
+            feed = {self._input: batch.astype(np.float16) if half else batch}
+            values = self._session.run(list(self.outputs.values()), feed)
         except Exception as error:  # its errors share no base class
             raise ModelError(
                 f"ONNX Runtime failed on {batch.dtype} {batch.shape}: {_first_line(error)}", remedy=_EXPORT
             ) from error
         return {name: np.asarray(value, np.float32) for name, value in zip(self.outputs, values, strict=True)}
 
-    def _fit(self, batch: NDArray[Any]) -> NDArray[Any]:
-        """The batch in the type that the graph takes: float16 where float32 was given, as the Engine does."""
-        half = self._session.get_inputs()[0].type == "tensor(float16)"
-        return batch.astype(np.float16) if half and batch.dtype == np.float32 else batch
-
 
 def run_pairs(
     reference: LayerRun, other: LayerRun, batches: Iterable[tuple[NDArray[Any], NDArray[Any]]]
-) -> Iterator[Mapping[str, Pair]]:
+) -> Iterator[Mapping[str, tuple[NDArray[Any], NDArray[Any]]]]:
     """By name of the layer: what both graphs give, batch by batch; one batch is in memory at a time.
 
     Args:
         reference: The first graph.
-        other: Another of the same network; see `LayerRun.shared_with`.
+        other: Another of the same network; see `LayerRun.require_same`.
         batches: The same images as each takes them.
     """
     for one, two in batches:
         truth, found = reference.run(one), other.run(two)
         yield {name: (truth[name], found[name]) for name in truth}
-
-
-def _load(source: Path | onnx.ModelProto) -> onnx.ModelProto:
-    if isinstance(source, onnx.ModelProto):
-        model = onnx.ModelProto()
-        model.CopyFrom(source)
-        return model
-    try:
-        return onnx.load(source)
-    except Exception as error:  # protobuf's and onnx's errors share no base class
-        raise ModelError(f"{source}: cannot be read as ONNX: {_first_line(error)}", remedy=_EXPORT) from error
 
 
 def _name(node: onnx.NodeProto) -> str:
@@ -279,12 +237,6 @@ def _weight_shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
                 weight = producers[weight].input[0]
             found[_name(node)] = shapes.get(weight, ())
     return found
-
-
-def _open_graph(model: onnx.ModelProto, outputs: list[str]) -> onnxruntime.InferenceSession:
-    del model.graph.output[:]
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)  # ONNX Runtime infers the types
-    return open_session(model, memory_arena=False)
 
 
 def _first_line(error: Exception) -> str:

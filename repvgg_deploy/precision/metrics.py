@@ -1,7 +1,4 @@
-"""What each layer costs when it alone is quantized, and the fewest layers to keep in floating point that meet a bound.
-
-How far a quantized network is from its original.
-"""
+"""How far a quantized network is from its original: as a whole, at every layer, and with each layer quantized alone."""
 
 from __future__ import annotations
 
@@ -12,92 +9,149 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
+from onnx import TensorProto, helper
 
-from .chain import Layer, read_chain
+from ..errors import ParityError
+from ..evaluate.agreement import decibels
+from .chain import Chain, copy_model
 from .layers import Trial, cut_after
 from .round import RoundedLayer
-from .run_onnx import run_tensors, split_batches, spread_images
+from .round_network import Prepared
+from .run_onnx import Tell, Tensors, count_images, open_tensors, run_tensors, split_batches, spread_images, tell_nobody
+
+_IMAGES = 64
 
 
-def decibels(signal: float, noise: float) -> float:
-    """10·log10(signal / noise), between −200 and 200; −200 where either is NaN."""
-    if np.isnan(signal) or np.isnan(noise):
-        return -200.0
-    tiny = 1e-300
-    return float(np.clip(10 * np.log10(max(signal, tiny) / max(noise, tiny)), -200.0, 200.0)) if noise > 0 else 200.0
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """A typed graph against the FP32 graph, on the same images.
+
+    Attributes:
+        images: How many were run.
+        held_out: Whether they took no part in the calibration.
+        agreement: Share of images whose best class is the same, 0 to 1; None where the graph has no classifier.
+        expected_drop: Top-1 that is lost, in points, if FP32's own probabilities are right: the mean over images of
+            what FP32 gives its best class less what it gives the other's. No labels are needed; changing between two
+            classes that FP32 holds for equally likely costs nothing. None without a classifier.
+        sqnr_db: Of the logits, in decibels; without a classifier of all outputs.
+    """
+
+    images: int
+    held_out: bool
+    agreement: float | None
+    expected_drop: float | None
+    sqnr_db: float
+
+    @property
+    def differing(self) -> int:
+        """Images whose best class is another."""
+        return 0 if self.agreement is None else round((1 - self.agreement) * self.images)
 
 
-def layer_sqnr(
-    reference: onnx.ModelProto, quantized: onnx.ModelProto, batches: Iterable[NDArray[Any]]
-) -> dict[str, float]:
+class Judge:
+    """Compares typed graphs with one FP32 graph on the same images. What FP32 gives its classes is computed once.
+
+    Args:
+        chain: FP32.
+        batches: As it takes them.
+        held_out: Whether they took no part in the calibration.
+    """
+
+    def __init__(self, chain: Chain, batches: Sequence[NDArray[Any]], *, held_out: bool = True) -> None:
+        last = chain.layers[-1]
+        self.classifies = last.op_type == "Gemm"
+        self._names = [last.output] if self.classifies else [value.name for value in chain.model.graph.output]
+        self._reference = open_tensors(chain.model, self._names)
+        self._batches = batches
+        self._held_out = held_out
+        self._logits: list[Tensors] = []
+
+    def compare(self, typed: onnx.ModelProto, *, progress: Tell = tell_nobody) -> Verification:
+        """Runs a typed graph; `progress` is called with images done and images in all.
+
+        Raises:
+            ParityError: It gives NaN or infinite values.
+        """
+        signal = noise = lost = 0.0
+        agreeing = done = 0
+        outputs = run_tensors(_accept_floats(typed), self._names, self._batches)
+        for index, (found, batch) in enumerate(zip(outputs, self._batches, strict=True)):
+            truth = self._logits[index] if index < len(self._logits) else self._reference(batch)
+            if self.classifies and index == len(self._logits):
+                self._logits.append(truth)
+            for name in self._names:
+                one, two = truth[name].astype(np.float64), found[name].astype(np.float64)
+                if not np.isfinite(two).all():
+                    raise ParityError(
+                        f"the typed graph gives NaN or infinite values at {name}",
+                        remedy="keep this model in FP32, and please report it",
+                    )
+                signal, noise = signal + float(np.square(one).sum()), noise + float(np.square(one - two).sum())
+                if self.classifies:
+                    agreeing += int((one.argmax(axis=1) == two.argmax(axis=1)).sum())
+                    lost += _lost(one, two)
+            done += len(batch)
+            progress(done, count_images(self._batches))
+        share, drop = (agreeing / done, 100 * lost / done) if self.classifies else (None, None)
+        return Verification(done, self._held_out, share, drop, decibels(signal, noise))
+
+
+def _lost(truth: NDArray[np.float64], found: NDArray[np.float64]) -> float:
+    """What FP32 gives its best classes less what it gives the other's best, as probabilities, summed."""
+    powers = np.exp(truth - truth.max(axis=1, keepdims=True))
+    rows = np.arange(len(truth))
+    return float(((powers[rows, truth.argmax(axis=1)] - powers[rows, found.argmax(axis=1)]) / powers.sum(axis=1)).sum())
+
+
+def _accept_floats(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph with a cast before a float16 input, so that it takes what the FP32 graph takes."""
+    if model.graph.input[0].type.tensor_type.elem_type != TensorProto.FLOAT16:
+        return model
+    result = copy_model(model)
+    given = result.graph.input[0]
+    result.graph.node.insert(0, helper.make_node("Cast", [f"{given.name}.fp32"], [given.name], to=TensorProto.FLOAT16))
+    given.name, given.type.tensor_type.elem_type = f"{given.name}.fp32", TensorProto.FLOAT
+    return result
+
+
+def layer_sqnr(chain: Chain, quantized: onnx.ModelProto, batches: Iterable[NDArray[Any]]) -> dict[str, float]:
     """Signal-to-quantization-noise ratio of every layer's output in decibels, by tensor; 200 where there is no difference.
 
     Args:
-        reference: FP32, with the same factors on its channels as `quantized`.
+        chain: FP32, with the same factors on its channels as `quantized`.
         quantized: With the same tensor names.
         batches: Images.
     """
-    names = [layer.output for layer in read_chain(reference).layers]
+    names = [layer.output for layer in chain.layers]
     signal, noise = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-    kept = split_batches(reference, batches, 4)  # every layer's output of a batch is in memory, twice
-    for truth, found in zip(run_tensors(reference, names, kept), run_tensors(quantized, names, kept), strict=True):
+    small = split_batches(chain.model, batches, 4)  # every layer's output of a batch is in memory, twice
+    for truth, found in zip(run_tensors(chain.model, names, small), run_tensors(quantized, names, small), strict=True):
         for name in names:
             signal[name] += float(np.square(truth[name], dtype=np.float64).sum())
             noise[name] += float(np.square(np.subtract(truth[name], found[name], dtype=np.float64)).sum())
     return {name: decibels(signal[name], noise[name]) for name in names}
 
 
-@dataclass(frozen=True, slots=True)
-class Judgement:
-    """What a quantized network makes of images, against FP32.
-
-    Attributes:
-        images: How many.
-        agreement: Share of images whose best class is the same, 0 to 1.
-        expected_drop: Top-1 that is lost, in points, if FP32's own probabilities are right: the mean over images of
-            what FP32 gives its best class less what it gives the quantized network's. No labels are needed; changing
-            between two classes that FP32 holds for equally likely costs nothing.
-        sqnr_db: Of the logits, in decibels.
-    """
-
-    images: int
-    agreement: float
-    expected_drop: float
-    sqnr_db: float
+def count_macs(chain: Chain, batch: NDArray[Any]) -> dict[str, int]:
+    """Multiply-accumulates of one image by layer name; the size of the batch's images decides."""
+    shapes = open_tensors(chain.model, [layer.output for layer in chain.layers])(batch)
+    return {
+        layer.name: int(np.prod(shapes[layer.output].shape[1:]) * np.prod(layer.weight_shape[1:]))
+        for layer in chain.layers
+    }
 
 
-def judge(reference: onnx.ModelProto, quantized: onnx.ModelProto, batches: Iterable[NDArray[Any]]) -> Judgement | None:
-    """Compares logits.
-
-    Args:
-        reference: FP32.
-        quantized: With FP32 at its logits, and the same name for them.
-        batches: Images that took no part in the calibration.
-
-    Returns:
-        None where the graph has no classifier (features).
-    """
-    last = read_chain(reference).layers[-1]
-    if last.op_type != "Gemm":
-        return None
-    kept = list(batches)
-    pairs = zip(run_tensors(reference, [last.output], kept), run_tensors(quantized, [last.output], kept), strict=True)
-    both = [(truth[last.output], found[last.output]) for truth, found in pairs]
-    truth, found = (np.concatenate([pair[side] for pair in both]).astype(np.float64) for side in (0, 1))
-    powers = np.exp(truth - truth.max(axis=1, keepdims=True))
-    best, named = truth.argmax(axis=1), found.argmax(axis=1)
-    rows = np.arange(len(truth))
-    lost = (powers[rows, best] - powers[rows, named]) / powers.sum(axis=1)
-    sqnr = decibels(float(np.square(truth).sum()), float(np.square(truth - found).sum()))
-    return Judgement(len(truth), float((best == named).mean()), float(100 * lost.mean()), sqnr)
-
-
-_IMAGES = 64
+def blank_batch(model: onnx.ModelProto) -> NDArray[Any]:
+    """A batch of zeros as the model takes it: one image, 224 pixels where any size goes."""
+    kind = model.graph.input[0].type.tensor_type
+    usual = (1, 224, 224, 224)
+    sizes = [dim.dim_value if dim.HasField("dim_value") else n for dim, n in zip(kind.shape.dim, usual, strict=True)]
+    return np.zeros(sizes, onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
 
 
 @dataclass(frozen=True, slots=True)
-class LayerCost:
-    """One layer.
+class QuantizationCost:
+    """What it costs to quantize one layer.
 
     Attributes:
         name: Of its node.
@@ -112,76 +166,44 @@ class LayerCost:
 
 
 def rank_layers(
-    model: onnx.ModelProto,
-    scales: Mapping[str, float],
+    prepared: Prepared,
     rounded: Mapping[str, RoundedLayer],
     batches: Sequence[NDArray[Any]],
     *,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[LayerCost, ...]:
-    """Measures every layer, the costliest first.
+    macs: Mapping[str, int],
+    progress: Tell = tell_nobody,
+) -> tuple[QuantizationCost, ...]:
+    """Measures what every layer costs when it alone is quantized, the costliest first.
 
     Args:
-        model: FP32, equalized or not.
-        scales: Of each layer's input.
+        prepared: FP32, equalized or not, and the scales of its layers' inputs.
         rounded: By name of the layer; layers that it does not have are left out.
         batches: Images; 64 of them are used.
+        macs: By name of the layer.
         progress: Called with layers done and layers in all.
     """
-    chain, images = read_chain(model), spread_images(model, batches, _IMAGES)
-    macs = count_macs(model, images[0])
+    chain, images = prepared.chain, spread_images(prepared.chain.model, batches, _IMAGES)
     costs = []
     for layer in (layer for layer in chain.layers if layer.name in rounded):
-        cut = cut_after(model, chain, layer, len(chain.layers))
-        trial = Trial(model, cut, list(run_tensors(model, cut.given, images)))
-        noise = trial.error(
-            scales[layer.input], np.ones(layer.in_channels), rounded[layer.name].weight(), bias=rounded[layer.name].bias
-        )
-        costs.append(LayerCost(layer.name, decibels(trial.signal, noise), macs[layer.name]))
-        if progress is not None:
-            progress(len(costs), len(rounded))
+        cut, found = cut_after(chain, layer, len(chain.layers)), rounded[layer.name]
+        trial = Trial(chain.model, cut, list(run_tensors(chain.model, (*cut.given, cut.end), images)))
+        step, factors = prepared.scales[layer.input], np.ones(layer.in_channels)
+        noise = trial.error(step, factors, found.weight(), bias=found.bias)
+        costs.append(QuantizationCost(layer.name, decibels(trial.signal, noise), macs[layer.name]))
+        progress(len(costs), len(rounded))
     return tuple(sorted(costs, key=lambda cost: cost.sqnr_db))
 
 
-def count_macs(model: onnx.ModelProto, batch: NDArray[Any]) -> dict[str, int]:
-    """Multiply-accumulates of one image by layer name.
-
-    Args:
-        model: FP32, as exported.
-        batch: One batch as it takes them; its size decides.
-    """
-    layers = read_chain(model).layers
-    shapes = next(iter(run_tensors(model, [layer.output for layer in layers], [batch])))
-    return {layer.name: _macs(layer, shapes[layer.output].shape) for layer in layers}
-
-
-def blank_batch(model: onnx.ModelProto) -> NDArray[Any]:
-    """A batch of zeros as the model takes it: one image, 224 pixels where any size goes."""
-    kind = model.graph.input[0].type.tensor_type
-    sizes = [
-        dim.dim_value if dim.HasField("dim_value") else usual
-        for dim, usual in zip(kind.shape.dim, (1, 224, 224, 224), strict=True)
-    ]
-    return np.zeros(sizes, onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
-
-
-def _macs(layer: Layer, output: tuple[int, ...]) -> int:
-    return int(np.prod(output[1:]) * np.prod(layer.weight_shape[1:]))
-
-
-def fewest_kept(ranked: Sequence[LayerCost], meets: Callable[[tuple[str, ...]], bool]) -> tuple[str, ...] | None:
+def fewest_kept(ranked: Sequence[QuantizationCost], meets: Callable[[tuple[str, ...]], bool]) -> tuple[str, ...] | None:
     """The shortest prefix of the ranking that meets a bound when kept, or None where not even all of them do.
 
     Args:
         ranked: Costliest first.
         meets: Whether the network does with these layers kept; asked about log₂ of their number times.
     """
+    names = tuple(cost.name for cost in ranked)
     low, high = 0, len(ranked)
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if meets(_names(ranked, middle)) else (middle + 1, high)
-    return _names(ranked, low) if meets(_names(ranked, low)) else None
-
-
-def _names(ranked: Sequence[LayerCost], count: int) -> tuple[str, ...]:
-    return tuple(cost.name for cost in ranked[:count])
+        low, high = (low, middle) if meets(names[:middle]) else (middle + 1, high)
+    return names[:low] if meets(names[:low]) else None

@@ -1,7 +1,7 @@
 """INT8 with FP16 for the rest: a Q/DQ graph with FP32 scales → the strongly typed graph that TensorRT 10 and later want.
 
 Scales, biases and everything between the layers become FP16, at opset 19, the first whose Q/DQ operators have FP16
-scales. So that nothing is lost on the way, `fit.fit_scales` rescales the FP32 network before it is quantized, by powers
+scales. So that nothing is lost on the way, `scales.fit_scales` rescales the FP32 network before it is quantized, by powers
 of two (exactly), until scales and values lie well inside FP16; `round_activation_scales` and `round_layer_to_half` make
 the scales exact in FP16; `halve_quantized` then only changes types.
 """
@@ -29,10 +29,7 @@ _WIDENED = ("Cast", "QuantizeLinear", "DequantizeLinear", "Relu", "Mul", "Sub", 
 
 
 def round_scales_to_half(scales: NDArray[np.floating]) -> FloatArray:
-    """The nearest normal FP16 numbers, as float32; what would be subnormal becomes the smallest normal one, 2⁻¹⁴.
-
-    Args:
-        scales: Positive.
+    """The normal FP16 numbers nearest to positive ones, as float32; what would be subnormal becomes the smallest normal one, 2⁻¹⁴.
 
     Raises:
         CalibrationError: One exceeds FP16; see `fit_scales`.
@@ -89,14 +86,6 @@ def halve_quantized(model: onnx.ModelProto, *, io: Io = "fp32", kept: Collection
         CalibrationError: A scale is not exact in FP16 or subnormal, or the result is not what TensorRT takes.
         ModelError: An operator of the graph means something else at opset 19.
     """
-    _check_exact(model)
-    result = write_halves(model, io=io)
-    raise_opset(result, OPSET)
-    check_quantized(result, target="trt10", kept=kept)
-    return result
-
-
-def _check_exact(model: onnx.ModelProto) -> None:
     scales = {node.input[1] for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")}
     for tensor in model.graph.initializer:
         if tensor.name in scales:
@@ -106,6 +95,10 @@ def _check_exact(model: onnx.ModelProto) -> None:
                     f"{tensor.name} is not exact in FP16, or subnormal",
                     remedy="round it first: round_activation_scales, round_layer_to_half",
                 )
+    result = write_halves(model, io=io)
+    raise_opset(result, OPSET)
+    check_quantized(result, target="trt10", kept=kept)
+    return result
 
 
 def raise_opset(model: onnx.ModelProto, opset: int) -> None:

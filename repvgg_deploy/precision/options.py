@@ -1,4 +1,4 @@
-"""How an exported ONNX becomes a typed one, for `quantize`, and which of these wishes cannot hold together."""
+"""How an exported ONNX becomes a typed one, for `quantize`. Options that contradict each other are refused."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class QuantizeOptions:
     """What to make of an exported ONNX.
 
     Attributes:
-        precision: Of the graph to write.
-        calibration: Images (a folder, list, .npz or image; see `calibration_images.load_calibration`), or `statistics`.
+        precision: What the layers of the graph to write compute in.
+        calibration: Images (a folder, list, .npz or image; see `images.calibration.load_calibration`), or `statistics`.
             None: for INT8 the `NAME.calib.npz` beside the ONNX; for FP16 no images.
         images: At most so many to calibrate with. Where there are more, up to half as many again are held out to judge
             the result; else a fifth is.
-        seed: Of the choice of images.
-        int8: Steps of INT8 and their methods; for FP16 without effect.
-        fp16: Margin and types of FP16; for INT8 without effect.
+        seed: Another gives another choice of images.
+        int8: Steps of INT8 and their methods; without effect for FP16.
+        fp16: Margin and types of FP16; without effect for INT8.
         min_agreement: Share of held-out images whose best class must be FP32's, 0 to 1. Of so few images that one alone
             is more than that, one may differ.
         scales: A calibration that was saved (`scales.ScaleFile`), used in place of a new one.
@@ -64,14 +64,13 @@ class QuantizeOptions:
             raise InputError(
                 f"expected at least one image, found {self.images}", remedy="give --images 256, or leave it out"
             )
-        if self.precision == "fp16" and (
-            self.from_statistics or self.scales is not None or self.save_scales is not None
-        ):
+        with_scales = self.scales is not None or self.save_scales is not None
+        if self.precision == "fp16" and (self.from_statistics or with_scales):
             raise InputError(
                 "FP16 has no scales to choose: --calib statistics, --scales and --save-scales are of INT8",
                 remedy="leave them out: without images, FP16 takes the BatchNorm statistics by itself",
             )
-        if self.from_statistics and (self.scales is not None or self.save_scales is not None):
+        if self.from_statistics and with_scales:
             raise InputError(
                 "--calib statistics takes no time, so its scales are neither saved nor reused",
                 remedy="leave the scales out",

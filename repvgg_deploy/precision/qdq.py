@@ -10,7 +10,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from .chain import FloatArray, copy_without, read_chain, replace_weights
+from .chain import Chain, FloatArray, copy_model, copy_without, replace_weights, set_nodes
 from .round import RoundedLayer
 
 
@@ -20,17 +20,15 @@ def fake_quantize(value: NDArray[Any], scale: float) -> FloatArray:
     return np.asarray(np.clip(np.rint(value / step), -128, 127) * step, np.float32)
 
 
-def insert_pairs(model: onnx.ModelProto, scales: Mapping[str, float], *, kept: Collection[str] = ()) -> onnx.ModelProto:
-    """A copy with a Q/DQ pair on every layer's input; weights stay FP32.
+def insert_pairs(chain: Chain, scales: Mapping[str, float], *, kept: Collection[str] = ()) -> onnx.ModelProto:
+    """A copy of an FP32 graph with a Q/DQ pair on every layer's input; weights stay FP32.
 
     Args:
-        model: FP32; not changed.
+        chain: The graph and its layers.
         scales: By name of a layer's input.
         kept: Names of layers that stay in floating point and get none.
     """
-    chain = read_chain(model)
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = copy_model(chain.model)
     readers = {layer.name for layer in chain.layers} - set(kept)
     nodes: list[onnx.NodeProto] = []
     paired: set[str] = set()
@@ -42,30 +40,23 @@ def insert_pairs(model: onnx.ModelProto, scales: Mapping[str, float], *, kept: C
                 paired.add(tensor)
             node.input[0] = f"{tensor}.dequantized"
         nodes.append(node)
-    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del result.graph.node[:]
-    result.graph.node.extend(kept)
+    set_nodes(result.graph, nodes)
     for tensor in (name for name in chain.quantized_tensors() if name in paired):
-        result.graph.initializer.append(
-            numpy_helper.from_array(np.array(scales[tensor], np.float32), f"{tensor}.scale")
-        )
-        result.graph.initializer.append(numpy_helper.from_array(np.array(0, np.int8), f"{tensor}.zero_point"))
+        scale, zero_point = np.array(scales[tensor], np.float32), np.array(0, np.int8)
+        result.graph.initializer.append(numpy_helper.from_array(scale, f"{tensor}.scale"))
+        result.graph.initializer.append(numpy_helper.from_array(zero_point, f"{tensor}.zero_point"))
     return result
 
 
 def _pair(tensor: str) -> list[onnx.NodeProto]:
-    constants = [f"{tensor}.scale", f"{tensor}.zero_point"]
-    quantize = helper.make_node(
-        "QuantizeLinear", [tensor, *constants], [f"{tensor}.quantized"], name=f"{tensor}.quantize"
+    constants, between, after = (
+        [f"{tensor}.scale", f"{tensor}.zero_point"],
+        f"{tensor}.quantized",
+        f"{tensor}.dequantized",
     )
     return [
-        quantize,
-        helper.make_node(
-            "DequantizeLinear",
-            [f"{tensor}.quantized", *constants],
-            [f"{tensor}.dequantized"],
-            name=f"{tensor}.dequantize",
-        ),
+        helper.make_node("QuantizeLinear", [tensor, *constants], [between], name=f"{tensor}.quantize"),
+        helper.make_node("DequantizeLinear", [between, *constants], [after], name=f"{tensor}.dequantize"),
     ]
 
 
@@ -83,21 +74,13 @@ def write_integers(model: onnx.ModelProto, rounded: Mapping[str, RoundedLayer]) 
         if node.name not in rounded:
             continue
         layer, weight = rounded[node.name], node.input[1]
-        constants = [weight, f"{weight}.scale", f"{weight}.zero_point"]
-        arrays |= {
-            weight: layer.integers,
-            constants[1]: layer.scales,
-            constants[2]: np.zeros(len(layer.scales), np.int8),
-            node.input[2]: layer.bias,
-        }
-        dequantizers.append(
-            helper.make_node(
-                "DequantizeLinear", constants, [f"{weight}.dequantized"], name=f"{weight}.dequantize", axis=0
-            )
+        constants, after = [weight, f"{weight}.scale", f"{weight}.zero_point"], f"{weight}.dequantized"
+        arrays |= dict(
+            zip(constants, (layer.integers, layer.scales, np.zeros(len(layer.scales), np.int8)), strict=True)
         )
-        node.input[1] = f"{weight}.dequantized"
-    nodes = [*dequantizers, *result.graph.node]
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del result.graph.node[:]
-    result.graph.node.extend(copies)
+        arrays[node.input[2]] = layer.bias
+        name = f"{weight}.dequantize"
+        dequantizers.append(helper.make_node("DequantizeLinear", constants, [after], name=name, axis=0))
+        node.input[1] = after
+    set_nodes(result.graph, [*dequantizers, *result.graph.node])
     return replace_weights(result, arrays)

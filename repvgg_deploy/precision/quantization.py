@@ -1,148 +1,49 @@
-"""The work of a quantization: images, typed graph, gate; a step for each precision. What it gives may be written.
+"""Exported ONNX → typed ONNX in FP16 or INT8: calibrated, judged, and only then written. Needs no torch.
 
-Where the images of a quantization come from, and which of them are kept aside to judge it.
-
-Exported ONNX → typed ONNX in FP16 or INT8: calibrated, judged, and only then written. Needs no torch.
+`quantize` is the story. A new precision gets a function beside `_make_fp16` and `_make_int8`, and its name in
+`QuantizeOptions.precision`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ..errors import CalibrationError, InputError, ParityError
-from ..files.output import (
-    PendingOutput,
-    atomic_output,
-    explain_os_errors,
-    require_distinct,
-    require_replaceable,
-    sha256_file,
-)
+from ..errors import CalibrationError
+from ..files.output import PendingOutput, atomic_output, require_distinct, require_replaceable
 from ..images.calibration import (
-    CalibrationImages,
     calibration_path,
     find_calibration_file,
     load_calibration,
     load_calibration_file,
     split_held_out,
 )
-from ..images.decode import normalize
 from ..images.drawn import draw_images
 from ..specs import codec
-from ..specs.values import Check, ModelMetadata, ModelSpec
-from .chain import read_chain
-from .fp16 import Fp16Report, to_fp16
-from .gate import MIN_FP16_DB, Verification, agreement_check, blame_fp16, blame_int8, error_check, verify_typed
-from .int8 import Images, Int8Options, Int8Report, to_int8
-from .metrics import Judgement
+from ..specs.values import Check, ModelMetadata
+from .fp16 import Fp16Report, draw_batches, to_fp16
+from .gate import agreement_check, blame_int8, error_check, refuse_fp16, refuse_int8
+from .int8 import Images, Int8Report, Progress, to_int8
+from .metrics import Judge, Verification
 from .options import STATISTICS, QuantizeOptions
-from .run_onnx import count_images
-from .scales import ScaleFile, ScaleOptions, load_scales
-from .typed_model import TypedModel, load_parent, write_typed
+from .scales import ScaleOptions, read_scales
+from .typed_model import Parent, TypedModel, load_parent, write_typed
 
 LEAST_IMAGES = 8
 """Fewer cannot be calibrated with and judged on."""
 _EXTRA_SHARE = 0.5  # held out beyond the images to calibrate with, where there are so many
 _HELD_OUT_SHARE = 0.2
 _DRAWN = 16
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Gathered:
-    """Images as the model takes them.
-
-    Attributes:
-        name: Where they came from.
-        synthetic: Whether `repvgg-export --synthetic-calibration` made them, of this very ONNX.
-        skipped: How many could not be read.
-        batches: To calibrate with; of FP16 to measure ranges on.
-        held_out: To judge on.
-    """
-
-    name: str
-    synthetic: bool
-    skipped: int
-    batches: Sequence[NDArray[Any]]
-    held_out: Sequence[NDArray[Any]]
-
-    @property
-    def images(self) -> int:
-        """How many to calibrate with."""
-        return count_images(self.batches)
-
-
-def gather_images(model: Path, spec: ModelSpec, options: QuantizeOptions) -> Gathered | None:
-    """Reads the images that the options name, or those beside the ONNX. None where FP16 has none, or INT8 is to do without.
-
-    Raises:
-        CalibrationError: There are none, too few or unusable ones; where a file stands beside the ONNX, it is damaged
-            or of another ONNX.
-    """
-    if options.from_statistics or (options.precision == "fp16" and options.calibration is None):
-        return None
-    synthetic = options.calibration is None
-    source = _find_beside(model) if synthetic else Path(str(options.calibration))
-    limit = options.images + int(options.images * _EXTRA_SHARE)
-    found = load_calibration(source, spec, limit=limit, seed=options.seed)
-    if options.precision == "fp16":
-        return Gathered(found.name, synthetic, found.skipped, found.batches, found.batches)
-    if found.images < LEAST_IMAGES:
-        raise CalibrationError(
-            f"{found.name}: expected at least {LEAST_IMAGES} images to calibrate with and to judge the result, "
-            f"found {found.images}",
-            remedy="give some hundred images of the training split, and no smaller --images",
-        )
-    calibrate, held_out = split_held_out(found, share=_share(found, options.images))
-    return Gathered(found.name, synthetic, found.skipped, calibrate.batches, held_out.batches)
-
-
-def _share(found: CalibrationImages, wanted: int) -> float:
-    return max(_HELD_OUT_SHARE, 1 - wanted / found.images)
-
-
-def _find_beside(model: Path) -> Path:
-    path = find_calibration_file(model)
-    if path is None:
-        raise CalibrationError(
-            f"{model}: INT8 needs calibration images: none were given, and {calibration_path(model).name} is not there",
-            remedy=f"repvgg-export --ckpt CHECKPOINT --out {model} --synthetic-calibration makes them of a "
-            f"training-form checkpoint alone; or give "
-            "--calib DIR with images of the training split; or --calib statistics, which takes no time and is "
-            "less exact",
-        )
-    load_calibration_file(path, sha256_file(model))
-    return path
-
-
-def draw_inputs(spec: ModelSpec) -> list[NDArray[Any]]:
-    """Drawn images as the model takes them, others than those that `precision.ranges` measures on; the same every time."""
-    assert spec.preprocessing is not None, "precision.ranges refused the model before"
-    sizes = spec.input.shape[1:3] if spec.input.dtype == "uint8" else spec.input.shape[2:4]
-    height, width = (
-        size if isinstance(size, int) else usual for size, usual in zip(sizes, spec.preprocessing.crop, strict=True)
-    )
-    images: NDArray[Any] = draw_images((height, width), _DRAWN, np.random.default_rng(1))
-    if spec.batch is not None:
-        images = np.resize(images, (-(-len(images) // spec.batch) * spec.batch, *images.shape[1:]))
-    if spec.input.dtype != "uint8":
-        images = normalize(images, spec.preprocessing)
-    size = spec.batch or len(images)
-    return [images[start : start + size] for start in range(0, len(images), size)]
-
-
-Progress = Callable[[str, int, int], None]
-NO_IMAGES = "there are no images: nothing was compared with FP32"
-NO_CLASSIFIER = "the graph has no classifier: there is no best class to agree on"
-DRAWN_ONLY = "there are no images: drawn ones were run, and their error judged"
+_NO_IMAGES = "there are no images: nothing was compared with FP32"
+_NO_CLASSIFIER = "the graph has no classifier: there is no best class to agree on"
+_DRAWN_ONLY = "there are no images: drawn ones were run, and their error judged"
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,177 +71,6 @@ class StageTime:
 
     name: str
     seconds: float
-
-
-class Clock:
-    """Passes progress on, and adds up how long each stage took.
-
-    Args:
-        progress: Who is told.
-    """
-
-    def __init__(self, progress: Progress | None) -> None:
-        self._progress = progress
-        self._seconds: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        """So many steps of a stage are done."""
-        now = time.monotonic()
-        self._seconds[stage] = self._seconds.get(stage, 0.0) + now - self._last
-        self._last = now
-        if self._progress is not None:
-            self._progress(stage, done, total)
-
-    def stages(self) -> tuple[StageTime, ...]:
-        """Each stage with its time, in order."""
-        return tuple(StageTime(name, seconds) for name, seconds in self._seconds.items())
-
-
-@dataclass(frozen=True, slots=True)
-class Made:
-    """A typed graph that may be written."""
-
-    typed: TypedModel
-    images: ImageUse | None
-    int8: Int8Report | None = None
-    fp16: Fp16Report | None = None
-    verification: Verification | None = None
-    ungated: str = ""
-
-
-def make_int8(source: Path, options: QuantizeOptions, clock: Clock) -> Made:
-    """The INT8 graph, if it passes the gate; see `quantize.quantize` for what it raises."""
-    images = _gather(source, options, clock)
-    if images is None:
-        clock("closed form", 0, 1)
-        typed, report = to_int8(source, None, options.int8, progress=clock)
-        clock("closed form", 1, 1)
-        return Made(_state(typed, [], {"calibration": STATISTICS, "verified": None}), None, report, ungated=NO_IMAGES)
-    saved = None if options.scales is None else _read_scales(options.scales)
-    steps = options.int8 if saved is None else _as_saved(options.int8, saved)
-    # What is judged below is the very graph that is written. Held-out images are given here only where a bound is to be
-    # met with them.
-    given = Images(images.batches, images.held_out if steps.max_drop is not None else ())
-    typed, report = to_int8(source, given, steps, saved=saved, progress=clock)
-    reference = load_parent(source).model
-    clock("verify", 0, 1)
-    found = verify_typed(
-        reference,
-        typed.model,
-        images.held_out,
-        held_out=True,
-        progress=lambda done, total: clock("verify", done, total),
-    )
-    checks = []
-    if found.agreement is not None:
-        checks = [agreement_check(found, "int8", options.min_agreement)]
-        if not checks[0].passed:
-            raise _refusal(found, options, blame_int8(reference, report.scales, report.kept, images.batches))
-    said: dict[str, str | float | None] = {
-        "calibration": "synthetic" if images.synthetic else "images",
-        "verified": found.images,
-        "sqnr_db": round(found.sqnr_db, 1),
-    }
-    if found.agreement is not None and found.expected_drop is not None:
-        report = dataclasses.replace(
-            report, held_out=Judgement(found.images, found.agreement, found.expected_drop, found.sqnr_db)
-        )
-    if saved is not None:
-        said |= {"equalize": None if not saved.factors else "measured" if saved.exponents else "saved"}
-    return Made(_state(typed, checks, said), _use(images), report, None, found, "" if checks else NO_CLASSIFIER)
-
-
-def make_fp16(source: Path, options: QuantizeOptions, clock: Clock) -> Made:
-    """The FP16 graph, if it passes the gate; see `quantize.quantize` for what it raises."""
-    images = _gather(source, options, clock)
-    clock("ranges", 0, 1)
-    typed, report = to_fp16(source, None if images is None else images.batches, options.fp16)
-    clock("ranges", 1, 1)
-    parent = load_parent(source)
-    batches = draw_inputs(parent.metadata.spec) if images is None else images.batches
-    found = verify_typed(
-        parent.model, typed.model, batches, held_out=False, progress=lambda done, total: clock("verify", done, total)
-    )
-    checks = [error_check(found, "fp16")]
-    # FP32 itself is undecided on drawn images: there the error counts, not the class.
-    if images is not None and found.agreement is not None:
-        checks.append(agreement_check(found, "fp16", options.min_agreement))
-    if not all(check.passed for check in checks):
-        raise _refusal(found, options, blame_fp16(parent.model, typed.model, batches))
-    ungated = "" if len(checks) > 1 else NO_CLASSIFIER if found.agreement is None else DRAWN_ONLY
-    said = {"verified": found.images, "sqnr_db": round(found.sqnr_db, 1)}
-    return Made(_state(typed, checks, said), None if images is None else _use(images), None, report, found, ungated)
-
-
-def _gather(source: Path, options: QuantizeOptions, clock: Clock) -> Gathered | None:
-    clock("read images", 0, 1)
-    images = gather_images(source, load_parent(source).metadata.spec, options)
-    clock("read images", 1, 1)
-    return images
-
-
-def _use(images: Gathered) -> ImageUse:
-    held_out = 0 if images.held_out is images.batches else sum(map(len, images.held_out))
-    return ImageUse(images.name, images.synthetic, images.images, held_out, images.skipped)
-
-
-def _read_scales(path: Path) -> ScaleFile:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file", remedy="check the path, or make it with --save-scales")
-    with explain_os_errors(path):
-        data = path.read_bytes()
-    try:
-        return load_scales(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: not a calibration that --save-scales wrote: not UTF-8",
-            remedy="calibrate again with --save-scales",
-        ) from error
-    except InputError as error:
-        raise InputError(
-            f"{path}: not a calibration that --save-scales wrote: {error.message}",
-            remedy="calibrate again with --save-scales",
-        ) from error
-
-
-def _as_saved(options: Int8Options, saved: ScaleFile) -> Int8Options:
-    """The options with what the saved calibration was made with, for the history."""
-    return dataclasses.replace(options, scales=ScaleOptions(saved.method, options.scales.percentile))
-
-
-def _state(typed: TypedModel, checks: list[Check], said: Mapping[str, str | int | float | None]) -> TypedModel:
-    """The graph with what was verified of it in its certificate, and how in the last entry of its history."""
-    metadata = typed.metadata
-    entry = dataclasses.replace(metadata.history[-1], options={**metadata.history[-1].options, **said})
-    certificate = dataclasses.replace(metadata.certificate, checks=(*metadata.certificate.checks, *checks))
-    changed = dataclasses.replace(metadata, certificate=certificate, history=(*metadata.history[:-1], entry))
-    return dataclasses.replace(typed, metadata=changed)
-
-
-def _refusal(found: Verification, options: QuantizeOptions, blamed: list[tuple[str, float]]) -> ParityError:
-    worst = ", ".join(f"{name} ({decibels:.1f} dB)" for name, decibels in blamed)
-    what = "held-out images" if found.held_out else "images"
-    if options.precision == "fp16":
-        share = (
-            ""
-            if found.agreement is None
-            else f", same best class on {100 * found.agreement:.2f} % of {found.images} {what}"
-        )
-        return ParityError(
-            f"FP16 is too far from FP32: SQNR {found.sqnr_db:.1f} dB, at least {MIN_FP16_DB:g} expected{share}; "
-            f"they part at {worst}",
-            remedy="keep the model in FP32, or give --calib images of the training split, so that ranges are measured",
-        )
-    assert found.agreement is not None
-    return ParityError(
-        f"INT8 agrees with FP32 on {100 * found.agreement:.2f} % of {found.images} {what}, at least "
-        f"{100 * options.min_agreement:g} % expected; "
-        f"the layers that cost most, each quantized alone: {worst}",
-        remedy=f"keep those layers in floating point (--keep {blamed[0][0]}, or --max-drop 0.3 to find how few are "
-        f"needed); give more images with "
-        "--calib; leave --fast and other short cuts out; or accept it with a lower --min-agreement",
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,7 +123,7 @@ def quantize(
     Args:
         model: The FP32 `.onnx`.
         out: The typed `.onnx`; None: beside `model`, with -fp16 or -int8 added to its name.
-        options: See `QuantizeOptions`.
+        options: The precision, its images and its steps.
         force: Replace different files.
         progress: Called with the name of the stage, steps done and steps in all.
 
@@ -408,26 +138,29 @@ def quantize(
     source = Path(model)
     target = default_typed_output(source, options.precision) if out is None else Path(out)
     _require_distinct(source, target, options)
-    clock = Clock(progress)
-    read_chain(load_parent(source).model)  # refuses what is typed already or not ours, before the images are read
+    clock = _Clock(progress)
+    parent = load_parent(source)  # refuses what is typed already or not ours, before the images are read
+    # Opened before the work: a folder that cannot be written to should not be found out after it. Written both or none.
     saving = nullcontext() if options.save_scales is None else atomic_output(options.save_scales, force=force)
-    # Opened first: a folder that cannot be written to should not be found out after the work. Written both or not at
-    # all.
     with saving as scales_output, atomic_output(target, force=force) as output:
-        work = make_int8 if options.precision == "int8" else make_fp16
-        made = work(source, options, clock)
+        clock("read images", 0, 1)
+        images, use = _gather_images(source, parent, options)
+        clock("read images", 1, 1)
+        make = _make_int8 if options.precision == "int8" else _make_fp16
+        made = make(parent, images, options, clock)
+        typed = _certify(made, options, use)
         clock("write", 0, 1)
         if scales_output is not None:
-            assert made.int8 is not None
+            assert made.int8 is not None, "QuantizeOptions refuses it of FP16"
             scales_output.partial.write_text(codec.dumps(made.int8.scales) + "\n", encoding="utf-8")
             require_replaceable(scales_output, force=force)
-        write_typed(output.partial, made.typed, force=True)
+        write_typed(output.partial, typed, force=True)
         bytes_after = output.partial.stat().st_size
     clock("write", 1, 1)
     return QuantizeResult(
         output,
-        made.typed.metadata,
-        made.images,
+        typed.metadata,
+        use,
         made.int8,
         made.fp16,
         made.verification,
@@ -445,3 +178,143 @@ def _require_distinct(source: Path, target: Path, options: QuantizeOptions) -> N
     if options.calibration is not None and not options.from_statistics:
         inputs.append(Path(options.calibration))
     require_distinct(outputs, inputs)
+
+
+class _Clock:
+    """Passes progress on, and adds up how long each stage took."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self._seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        self._seconds[stage] = self._seconds.get(stage, 0.0) + now - self._last
+        self._last = now
+        if self._progress is not None:
+            self._progress(stage, done, total)
+
+    def stages(self) -> tuple[StageTime, ...]:
+        """Each stage with its time, in order."""
+        return tuple(StageTime(name, seconds) for name, seconds in self._seconds.items())
+
+
+def _gather_images(
+    source: Path, parent: Parent, options: QuantizeOptions
+) -> tuple[Images, ImageUse] | tuple[None, None]:
+    """The images that the options name, or those beside the ONNX. None where FP16 has none, or INT8 is to do without.
+
+    Raises:
+        CalibrationError: There are none, too few or unusable ones; where a file stands beside the ONNX, it is damaged
+            or of another ONNX.
+    """
+    if options.from_statistics or (options.precision == "fp16" and options.calibration is None):
+        return None, None
+    if options.calibration is not None:
+        path, synthetic = Path(options.calibration), False
+    else:
+        path, synthetic = _find_beside(source, parent), True
+    limit = options.images + int(options.images * _EXTRA_SHARE)
+    found = load_calibration(path, parent.metadata.spec, limit=limit, seed=options.seed)
+    if options.precision == "fp16":
+        return Images(found.batches), ImageUse(found.name, synthetic, found.images, 0, found.skipped)
+    if found.images < LEAST_IMAGES:
+        raise CalibrationError(
+            f"{found.name}: expected at least {LEAST_IMAGES} images to calibrate with and to judge the result, "
+            f"found {found.images}",
+            remedy="give some hundred images of the training split, and no smaller --images",
+        )
+    share = max(_HELD_OUT_SHARE, 1 - options.images / found.images)
+    calibrate, held_out = split_held_out(found, share=share)
+    use = ImageUse(found.name, synthetic, calibrate.images, held_out.images, found.skipped)
+    return Images(calibrate.batches, held_out.batches), use
+
+
+def _find_beside(model: Path, parent: Parent) -> Path:
+    path = find_calibration_file(model)
+    if path is None:
+        raise CalibrationError(
+            f"{model}: INT8 needs calibration images: none were given, and {calibration_path(model).name} is not there",
+            remedy=f"repvgg-export --ckpt CHECKPOINT --out {model} --synthetic-calibration makes them of a "
+            "training-form checkpoint alone; or give --calib DIR with images of the training split; or "
+            "--calib statistics, which takes no time and is less exact",
+        )
+    load_calibration_file(path, parent.sha256)
+    return path
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A typed graph that may be written, and what is to be said of it in its metadata."""
+
+    typed: TypedModel
+    checks: Sequence[Check]
+    said: Mapping[str, str | int | float | None]
+    int8: Int8Report | None = None
+    fp16: Fp16Report | None = None
+    verification: Verification | None = None
+    ungated: str = ""
+
+
+def _make_fp16(parent: Parent, images: Images | None, options: QuantizeOptions, clock: _Clock) -> _Made:
+    """The FP16 graph, if it passes the gate."""
+    clock("ranges", 0, 1)
+    typed, report = to_fp16(parent, None if images is None else images.batches, options.fp16)
+    clock("ranges", 1, 1)
+    batches = images.batches if images is not None else draw_batches(parent.metadata.spec, _draw)
+    found = Judge(parent.chain, batches, held_out=False).compare(typed.model, progress=partial(clock, "verify"))
+    checks = [error_check(found, "fp16")]
+    # FP32 itself is undecided on drawn images: there the error counts, not the class.
+    if images is not None and found.agreement is not None:
+        checks.append(agreement_check(found, "fp16", options.min_agreement))
+    if not all(check.passed for check in checks):
+        raise refuse_fp16(found, parent.chain, typed.model, batches)
+    ungated = "" if len(checks) > 1 else _NO_CLASSIFIER if found.agreement is None else _DRAWN_ONLY
+    said = {"verified": found.images, "sqnr_db": round(found.sqnr_db, 1)}
+    return _Made(typed, checks, said, fp16=report, verification=found, ungated=ungated)
+
+
+def _draw(height: int, width: int) -> np.ndarray:
+    """Other images than those that `fp16` measures ranges on."""
+    return draw_images((height, width), _DRAWN, np.random.default_rng(1))
+
+
+def _make_int8(parent: Parent, images: Images | None, options: QuantizeOptions, clock: _Clock) -> _Made:
+    """The INT8 graph, if it passes the gate."""
+    if images is None:
+        clock("closed form", 0, 1)
+        typed, report = to_int8(parent, None, options.int8, progress=clock)
+        clock("closed form", 1, 1)
+        return _Made(typed, [], {"verified": None}, report, ungated=_NO_IMAGES)
+    saved, steps = None if options.scales is None else read_scales(options.scales), options.int8
+    if saved is not None:  # for the history: what the saved calibration was made with
+        steps = dataclasses.replace(steps, scales=ScaleOptions(saved.method, steps.scales.percentile))
+    # What is judged below is the very graph that is written. Held-out images are given here only where a bound is to be
+    # met with them.
+    given = images if steps.max_drop is not None else Images(images.batches)
+    typed, report = to_int8(parent, given, steps, saved=saved, progress=clock)
+    clock("verify", 0, 1)
+    found = Judge(parent.chain, images.held_out).compare(typed.model, progress=partial(clock, "verify"))
+    said: dict[str, str | int | float | None] = {"verified": found.images, "sqnr_db": round(found.sqnr_db, 1)}
+    if saved is not None:
+        said["equalize"] = None if not saved.factors else "measured" if saved.exponents else "saved"
+    if found.agreement is None:
+        return _Made(typed, [], said, report, verification=found, ungated=_NO_CLASSIFIER)
+    check = agreement_check(found, "int8", options.min_agreement)
+    if not check.passed:
+        blamed = blame_int8(parent.chain, report.scales, report.kept, images.batches)
+        raise refuse_int8(found, options.min_agreement, blamed)
+    report = dataclasses.replace(report, held_out=found)
+    return _Made(typed, [check], said, report, verification=found)
+
+
+def _certify(made: _Made, options: QuantizeOptions, use: ImageUse | None) -> TypedModel:
+    """The graph with what was verified of it in its certificate, and how in the last entry of its history."""
+    metadata, said = made.typed.metadata, dict(made.said)
+    if options.precision == "int8":
+        said["calibration"] = STATISTICS if use is None else "synthetic" if use.synthetic else "images"
+    entry = dataclasses.replace(metadata.history[-1], options={**metadata.history[-1].options, **said})
+    certificate = dataclasses.replace(metadata.certificate, checks=(*metadata.certificate.checks, *made.checks))
+    changed = dataclasses.replace(metadata, certificate=certificate, history=(*metadata.history[:-1], entry))
+    return TypedModel(made.typed.model, changed)

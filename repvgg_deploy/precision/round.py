@@ -12,31 +12,29 @@ correction). Three steps:
    best kept, row by row.
 3. Single weights are changed by one step wherever that still lowers the error (coordinate descent).
 
-Weights → INT8 without a single image, from what is true of every image: neighbouring pixels are alike.
-
-What a layer reads is taken as independent from channel to channel, with the deviations that BatchNorm layers state, and
-as correlated between the taps of one channel, ρ to the power of their distance. Its covariance is then the same small
-matrix for every channel, and the second-order rounding of `round` becomes exact and quick: an error in one tap is fed
-forward to the other taps of its channel, so that a kernel's sum, which smooth inputs see, survives. On a trained A0
-that is worth 7 dB over rounding to nearest (`benchmarks/int8.py`, the row without images in closed form).
-
-Source: Frantar et al. 2022, GPTQ, https://arxiv.org/abs/2210.17323, for feeding errors forward; Field 1987 for the
-correlation of natural images.
+Without a single image (`round_by_prior`) the second moments are what is true of every image: neighbouring pixels are
+alike. What a layer reads is taken as independent from channel to channel, with the deviations that BatchNorm layers
+state, and as correlated between the taps of one channel, ρ to the power of their distance. H is then the same small
+matrix for every channel: an error in one tap is fed forward to the other taps of its channel, so that a kernel's sum,
+which smooth inputs see, survives. On a trained A0 that is worth 7 dB over rounding to nearest (`benchmarks/int8.py`,
+the row without images in closed form).
+Source: Field 1987 for the correlation of natural images.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CalibrationError
-from .chain import FloatArray
+from .chain import Float64, FloatArray
 from .ranges import LEVELS, Moments
 
 _BLOCK = 64
+_CORRELATION = 0.6  # of neighbouring pixels of one channel
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +42,7 @@ class RoundOptions:
     """How weights are rounded.
 
     Attributes:
-        method: `second_order`: as described above; `nearest`: each weight by itself.
+        method: `second_order`: as described above. `nearest`: each weight by itself.
         bias_correction: Whether the bias takes up the mean error.
         damping: Added to the diagonal of H, in units of its mean.
         ridge: The same for step 1; larger stays closer to the original weights.
@@ -97,7 +95,7 @@ class RoundedLayer:
         return np.asarray(self.integers * self.scales.reshape(-1, *[1] * (self.integers.ndim - 1)), np.float32)
 
 
-def nearest_scales(rows: NDArray[np.floating]) -> NDArray[np.float64]:
+def nearest_scales(rows: NDArray[np.floating]) -> Float64:
     """The scale of each row that clips nothing; 1 for a row of zeros."""
     largest = np.abs(rows).max(axis=1).astype(np.float64)
     return np.where(largest > 0, np.maximum(largest / LEVELS, float(np.finfo(np.float32).tiny)), 1.0)
@@ -112,14 +110,7 @@ def round_nearest(weight: FloatArray, bias: FloatArray) -> RoundedLayer:
 
 
 def round_layer(weight: FloatArray, bias: FloatArray, moments: Moments, options: RoundOptions) -> RoundedLayer:
-    """Rounds a layer's weights by the moments of its inputs.
-
-    Args:
-        weight: (out, in / groups, …).
-        bias: (out,).
-        moments: With all batches added.
-        options: Method.
-    """
+    """Rounds a layer's weights, (out, in / groups, …), and corrects its bias, (out,), by the moments of its inputs over all batches."""
     groups = moments.layer.groups
     rows = weight.reshape(groups, len(weight) // groups, -1)
     integers, scales, shift = [], [], []
@@ -140,7 +131,7 @@ def round_layer(weight: FloatArray, bias: FloatArray, moments: Moments, options:
 
 def round_rows(
     rows: NDArray[np.floating], covariance: NDArray[np.floating], cross: NDArray[np.floating], options: RoundOptions
-) -> tuple[FloatArray, NDArray[np.float64]]:
+) -> tuple[FloatArray, Float64]:
     """Rounds the rows of one group; see the three steps above.
 
     Args:
@@ -180,25 +171,27 @@ def round_rows(
     return restored.T, scales.astype(np.float64)
 
 
-def _upper_factor(matrix: FloatArray) -> FloatArray:
+def _upper_factor(matrix: NDArray[Any]) -> NDArray[Any]:
     """U with U Uᵀ = `matrix`, upper triangular: the error of the columns up to k is the square of the first k entries of d U, for a difference d."""
     reverse = matrix[::-1, ::-1]
     try:
         lower = np.linalg.cholesky(reverse)
     except np.linalg.LinAlgError:  # moments whose directions differ by more than float32 resolves
-        lower = np.linalg.cholesky(reverse.astype(np.float64)).astype(np.float32)
+        lower = np.linalg.cholesky(reverse.astype(np.float64)).astype(matrix.dtype)
     return np.asarray(lower[::-1, ::-1])
 
 
-def _feed_forward(target: FloatArray, scale: FloatArray, factor: FloatArray) -> tuple[FloatArray, NDArray[np.float64]]:
+def _feed_forward(
+    target: NDArray[Any], scale: NDArray[Any], factor: NDArray[Any]
+) -> tuple[NDArray[Any], NDArray[np.float64]]:
     """Rounds column by column, each to where the error of those rounded before is best made up for by it and by those still free.
 
     That is GPTQ without an inverse: with H = U Uᵀ, U upper triangular, column k of (q − w) U holds only what columns up
     to k give. In blocks, so that the columns beyond are updated by one matrix product a block.
 
     Args:
-        target: float32 (K, out).
-        scale: float32 (out,).
+        target: float32 or float64 (K, out).
+        scale: Of the same type, (out,).
         factor: See `_upper_factor`.
 
     Returns:
@@ -208,10 +201,7 @@ def _feed_forward(target: FloatArray, scale: FloatArray, factor: FloatArray) -> 
     error = np.zeros(len(scale))
     for start in range(0, len(work), _BLOCK):
         stop = min(start + _BLOCK, len(work))
-        change, left = (
-            np.empty((stop - start, len(scale)), np.float32),
-            np.empty((stop - start, len(scale)), np.float32),
-        )
+        change, left = np.empty_like(target[start:stop]), np.empty_like(target[start:stop])
         for index in range(start, stop):
             row, pivot = index - start, factor[index, index]
             result[index] = np.clip(np.rint((target[index] - work[index] / pivot) / scale), -LEVELS, LEVELS)
@@ -223,12 +213,12 @@ def _feed_forward(target: FloatArray, scale: FloatArray, factor: FloatArray) -> 
     return result, error
 
 
-def _descend(integers: FloatArray, scales: FloatArray, target: FloatArray, damped: FloatArray) -> None:
+def _descend(integers: NDArray[Any], scales: NDArray[Any], target: NDArray[Any], damped: NDArray[Any]) -> None:
     """One pass over the columns: each integer moves to where the error, all others held, is least. Changes `integers`, (K, out)."""
     gradient = damped @ (integers * scales - target)
     for start in range(0, len(damped), _BLOCK):
         stop = min(start + _BLOCK, len(damped))
-        local, moves = gradient[start:stop].copy(), np.zeros((stop - start, len(scales)), np.float32)
+        local, moves = gradient[start:stop].copy(), np.zeros_like(target[start:stop])
         for index in range(start, stop):
             wanted = integers[index] - local[index - start] / (damped[index, index] * scales)
             found = np.clip(np.rint(wanted), -LEVELS, LEVELS)
@@ -238,93 +228,37 @@ def _descend(integers: FloatArray, scales: FloatArray, target: FloatArray, dampe
         gradient += damped[:, start:stop] @ moves
 
 
-Float64 = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class PriorOptions:
-    """How weights are rounded without images.
-
-    Attributes:
-        correlation: Of neighbouring pixels of one channel, 0 (rounding to nearest, with the best clip) to less than 1.
-        damping: Added to the diagonal of the covariance, whose entries are 1.
-        clips: Weight scales to try, in units of the one that clips nothing.
-        sweeps: Passes in which single weights are changed by a step wherever that lowers the error.
-    """
-
-    correlation: float = 0.6
-    damping: float = 0.003
-    clips: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
-    sweeps: int = 2
-
-    def __post_init__(self) -> None:
-        if (
-            not 0 <= self.correlation < 1
-            or self.damping <= 0
-            or self.sweeps < 0
-            or not self.clips
-            or not all(0 < clip <= 1 for clip in self.clips)
-        ):
-            raise CalibrationError(
-                f"rounding without images: expected a correlation of 0 to 1 and positive options, found {self}",
-                remedy="leave it out",
-            )
-
-
-def round_by_prior(
-    weight: FloatArray, bias: FloatArray, *, deviation: Float64, groups: int, options: PriorOptions | None = None
-) -> RoundedLayer:
-    """Rounds one layer.
+def round_by_prior(weight: FloatArray, bias: FloatArray, *, deviation: Float64, groups: int) -> RoundedLayer:
+    """Rounds one layer without images; the bias stays.
 
     Args:
         weight: float32 (out, in / groups, height, width) or (out, in).
-        bias: float32 (out,); it stays.
+        bias: float32 (out,).
         deviation: Standard deviation of each input channel, (in,).
         groups: Of the layer.
-        options: Correlation, damping, clips.
     """
-    options = options or PriorOptions()
-    target = weight.reshape(*weight.shape[:2], -1).astype(np.float64)
-    covariance = tap_covariance(weight.shape[2:], options)
-    by_row = np.repeat(np.square(deviation).reshape(groups, -1), len(weight) // groups, axis=0)  # (out, in / groups)
-    factor = np.linalg.cholesky(np.linalg.inv(covariance)).T
-    base = nearest_scales(target.reshape(len(target), -1))
-    best, integers, scales = np.full(len(target), np.inf), np.zeros_like(target), base.copy()
+    options = RoundOptions()
+    out, inner = weight.shape[:2]
+    taps = int(np.prod(weight.shape[2:]))
+    places = np.array(list(np.ndindex(*weight.shape[2:])), np.float64).reshape(taps, weight.ndim - 2)
+    distance = np.sqrt(np.square(places[:, None] - places[None]).sum(axis=2))
+    covariance = np.asarray(_CORRELATION**distance + options.damping * np.eye(len(places)), np.float64)
+    factor = _upper_factor(covariance)
+    base = nearest_scales(weight.reshape(out, -1).astype(np.float64))
+    by_row = np.repeat(np.square(deviation).reshape(groups, -1), out // groups, axis=0)  # (out, in / groups)
+    # A kernel is a row, and its taps are the columns.
+    target = np.ascontiguousarray(weight.reshape(out * inner, -1).T, np.float64)
+    best, integers, scales = np.full(out, np.inf), np.zeros((out, *target.shape[:1], inner)), base.copy()
     for clip in options.clips:
         scale = (base * clip).astype(np.float32).astype(np.float64)
-        found = _feed_forward_taps(target, scale, factor)
+        steps = np.repeat(scale, inner)
+        found, _ = _feed_forward(target, steps, factor)
         for _ in range(options.sweeps):
-            _descend_taps(found, scale, target, covariance)
-        difference = found * scale[:, None, None] - target
-        error = (by_row * ((difference @ covariance) * difference).sum(axis=2)).sum(axis=1)
+            _descend(found, steps, target, covariance)
+        difference = found * steps - target
+        error = (by_row * ((covariance @ difference) * difference).sum(axis=0).reshape(out, inner)).sum(axis=1)
         better = error < best
-        best[better], integers[better], scales[better] = error[better], found[better], scale[better]
-    return RoundedLayer(integers.reshape(weight.shape).astype(np.int8), scales.astype(np.float32), bias)
-
-
-def tap_covariance(kernel: tuple[int, ...], options: PriorOptions) -> Float64:
-    """Covariance of the taps of one channel of deviation 1, (taps, taps): ρ to the power of their distance, damped."""
-    places = np.array(list(np.ndindex(*kernel)), np.float64).reshape(int(np.prod(kernel)), len(kernel))
-    distance = np.sqrt(np.square(places[:, None] - places[None]).sum(axis=2))
-    return np.asarray(options.correlation**distance + options.damping * np.eye(len(places)), np.float64)
-
-
-def _feed_forward_taps(target: Float64, scale: Float64, factor: Float64) -> Float64:
-    """Rounds tap by tap, all channels at once; each error is spread over the taps that are not rounded yet."""
-    work, result, step = target.copy(), np.empty_like(target), scale[:, None]
-    for tap in range(len(factor)):
-        result[:, :, tap] = np.clip(np.rint(work[:, :, tap] / step), -LEVELS, LEVELS)
-        error = (work[:, :, tap] - result[:, :, tap] * step) / factor[tap, tap]
-        work[:, :, tap + 1 :] -= error[:, :, None] * factor[tap, tap + 1 :]
-    return result
-
-
-def _descend_taps(integers: Float64, scale: Float64, target: Float64, covariance: Float64) -> None:
-    """One pass: each integer moves to where the error, all others held, is least. Changes `integers`."""
-    step = scale[:, None]
-    gradient = (integers * step[:, :, None] - target) @ covariance
-    for tap in range(len(covariance)):
-        wanted = integers[:, :, tap] - gradient[:, :, tap] / (covariance[tap, tap] * step)
-        found = np.clip(np.rint(wanted), -LEVELS, LEVELS)
-        gradient += ((found - integers[:, :, tap]) * step)[:, :, None] * covariance[tap]
-        integers[:, :, tap] = found
+        best[better], scales[better] = error[better], scale[better]
+        integers[better] = found.reshape(-1, out, inner).transpose(1, 0, 2)[better]
+    packed = integers.transpose(0, 2, 1).reshape(weight.shape).astype(np.int8)
+    return RoundedLayer(packed, scales.astype(np.float32), bias)

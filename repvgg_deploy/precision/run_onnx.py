@@ -1,17 +1,16 @@
-"""Runs an ONNX graph on the CPU, whole with tensors of its middle given out, or in steps from layer to layer.
+"""Runs an ONNX graph on the CPU, whole with tensors of its middle given out, or layer by layer; and divides batches.
 
 ONNX Runtime up to 1.23 (the last for Python 3.10) cuts digits off in a QuantizeLinear of FP16, where ONNX rounds to
-nearest.
-
-Source: https://github.com/microsoft/onnxruntime/pull/32452. An INT8 graph with FP16 scales would be judged, and look,
-far worse than it is.
+nearest. An INT8 graph with FP16 scales would look far worse than it is, so there it is run with these operators in
+FP32.
+Source: https://github.com/microsoft/onnxruntime/pull/32452.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -20,11 +19,21 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from ..errors import CalibrationError, ModelError
+from .chain import copy_model, set_nodes
+
+Tell: TypeAlias = Callable[[int, int], None]
+"""Called with steps done and steps in all."""
+Tensors: TypeAlias = dict[str, NDArray[Any]]
+"""Values of tensors, by name."""
+
+
+def tell_nobody(done: int, total: int) -> None:
+    """Progress of a caller who does not want to know."""
 
 
 @functools.cache
 def rounds_halves() -> bool:
-    """Whether this ONNX Runtime rounds to nearest in a QuantizeLinear of FP16. Asked of it once, for no version number says it for sure."""
+    """Whether this ONNX Runtime rounds to nearest in a QuantizeLinear of FP16. It is tried once: no version number says it for sure."""
     values = [
         helper.make_tensor_value_info(name, kind, [1])
         for name, kind in (("x", TensorProto.FLOAT16), ("y", TensorProto.INT8))
@@ -40,16 +49,11 @@ def rounds_halves() -> bool:
 
 
 def widen_quantizers(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same function with every FP16 QuantizeLinear done in FP32, where every ONNX Runtime rounds: its input is cast, its scale stored again.
-
-    Args:
-        model: Not changed; given back as it is where it has no such node.
-    """
+    """The same function with every FP16 QuantizeLinear done in FP32, where every ONNX Runtime rounds; the model itself where it has none."""
     halves = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT16}
     if not any(node.op_type == "QuantizeLinear" and node.input[1] in halves for node in model.graph.node):
         return model
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = copy_model(model)
     nodes, scales = [], {}
     for node in result.graph.node:
         if node.op_type == "QuantizeLinear" and node.input[1] in halves:
@@ -58,9 +62,7 @@ def widen_quantizers(model: onnx.ModelProto) -> onnx.ModelProto:
             scales[scale] = numpy_helper.to_array(halves[node.input[1]]).astype(np.float32)
             node.input[0], node.input[1] = cast, scale
         nodes.append(node)
-    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del result.graph.node[:]
-    result.graph.node.extend(kept)
+    set_nodes(result.graph, nodes)
     result.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in scales.items())
     return result
 
@@ -82,12 +84,10 @@ def open_session(model: onnx.ModelProto, *, memory_arena: bool = True) -> onnxru
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.log_severity_level = 3
     options.enable_cpu_mem_arena = memory_arena
-    providers = ["CPUExecutionProvider"]
-    if not rounds_halves():
-        model = widen_quantizers(model)
+    data = (model if rounds_halves() else widen_quantizers(model)).SerializeToString()
     try:
         return onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=providers, disabled_optimizers=["WeightBiasQuantization"]
+            data, options, providers=["CPUExecutionProvider"], disabled_optimizers=["WeightBiasQuantization"]
         )
     except Exception as error:  # its errors share no base class
         raise ModelError(
@@ -96,13 +96,7 @@ def open_session(model: onnx.ModelProto, *, memory_arena: bool = True) -> onnxru
 
 
 def subgraph(model: onnx.ModelProto, inputs: Iterable[str], outputs: Iterable[str]) -> onnx.ModelProto:
-    """The part of a graph that computes `outputs` from `inputs`; intermediate tensors are float32.
-
-    Args:
-        model: Not changed.
-        inputs: Tensors that are given.
-        outputs: Tensors that are wanted.
-    """
+    """The part of a graph that computes tensors `outputs` from tensors `inputs`; those of its middle are float32."""
     given, wanted = list(inputs), list(outputs)
     producers = {name: node for node in model.graph.node for name in node.output}
     needed: set[str] = set()
@@ -127,26 +121,30 @@ def subgraph(model: onnx.ModelProto, inputs: Iterable[str], outputs: Iterable[st
     return part
 
 
-def run_tensors(
-    model: onnx.ModelProto, tensors: Sequence[str], batches: Iterable[NDArray[Any]]
-) -> Iterator[dict[str, NDArray[Any]]]:
+def run_tensors(model: onnx.ModelProto, tensors: Sequence[str], batches: Iterable[NDArray[Any]]) -> Iterator[Tensors]:
     """Values of `tensors` (of the graph's middle or its outputs) for each batch, one batch in memory at a time.
 
     Raises:
         CalibrationError: A batch is not what the graph takes.
         ModelError: ONNX Runtime refuses the graph.
     """
+    yield from map(open_tensors(model, tensors), batches)
+
+
+def open_tensors(model: onnx.ModelProto, tensors: Sequence[str]) -> Callable[[NDArray[Any]], Tensors]:
+    """A function that computes `tensors` of a batch, in one session; it raises what `run_tensors` raises."""
     source = model.graph.input[0].name
     wanted = [name for name in tensors if name != source]
     session = open_session(subgraph(model, [source], wanted)) if wanted else None
-    for batch in batches:
+
+    def run(batch: NDArray[Any]) -> Tensors:
         values = dict(zip(wanted, run_session(session, wanted, {source: batch}), strict=True)) if session else {}
-        yield {name: values.get(name, batch) for name in tensors}
+        return {name: values.get(name, batch) for name in tensors}
+
+    return run
 
 
-def run_session(
-    session: onnxruntime.InferenceSession, wanted: list[str], feed: dict[str, NDArray[Any]]
-) -> list[NDArray[Any]]:
+def run_session(session: onnxruntime.InferenceSession, wanted: list[str], feed: Tensors) -> list[NDArray[Any]]:
     """Runs a session once.
 
     Raises:
@@ -158,11 +156,11 @@ def run_session(
         found = ", ".join(f"{name}: {value.dtype} {value.shape}" for name, value in feed.items())
         raise CalibrationError(
             f"the graph does not take a batch {found}: {str(error).splitlines()[0]}",
-            remedy="make the batches with preprocess.load_batch",
+            remedy="make the batches with images.decode.load_batch",
         ) from error
 
 
-class Steps:
+class LayerWalk:
     """Runs batches through a graph from layer to layer, holding only the tensors that later layers still need.
 
     Where all batches together would take too much memory (the first layers of a large network), fewer are run; the
@@ -180,12 +178,8 @@ class Steps:
         self._batches = list(batches)
         self._budget = budget_bytes
         self._source = model.graph.input[0].name
-        self._live: list[dict[str, NDArray[Any]]] = [{self._source: batch} for batch in self._batches]
+        self._live: list[Tensors] = [{self._source: batch} for batch in self._batches]
         self._done: set[str] = {self._source}
-
-    def update(self, model: onnx.ModelProto) -> None:
-        """Takes another model: what was computed stays, what comes is computed with it. Names of old tensors must stay."""
-        self._model = model
 
     def advance(self, tensor: str) -> Iterator[NDArray[Any]]:
         """Values of `tensor`, batch by batch; consume it wholly. The first batches come first, and all where they fit."""
@@ -209,21 +203,17 @@ class Steps:
             if used + used // (index + 1) > self._budget:
                 break
 
-    def _runner(
-        self, given: list[str], wanted: list[str]
-    ) -> Callable[[dict[str, NDArray[Any]]], dict[str, NDArray[Any]]]:
+    def _runner(self, given: list[str], wanted: list[str]) -> Callable[[Tensors], Tensors]:
         """A function that computes the wanted tensors from the given ones."""
         fresh = [name for name in wanted if name not in given]
         session = open_session(subgraph(self._model, given, fresh)) if fresh else None
         names = {value.name for value in session.get_inputs()} if session else set()
 
-        def run(values: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-            found = (
-                dict(zip(fresh, run_session(session, fresh, {n: values[n] for n in names}), strict=True))
-                if session
-                else {}
-            )
-            return {name: found[name] if name in found else values[name] for name in wanted}
+        def run(values: Tensors) -> Tensors:
+            if session is not None:
+                found = run_session(session, fresh, {name: values[name] for name in names})
+                values = values | dict(zip(fresh, found, strict=True))
+            return {name: values[name] for name in wanted}
 
         return run
 
@@ -259,13 +249,7 @@ def split_batches(model: onnx.ModelProto, batches: Iterable[NDArray[Any]], image
 
 
 def spread_images(model: onnx.ModelProto, batches: Sequence[NDArray[Any]], images: int) -> list[NDArray[Any]]:
-    """About `images` images, taken evenly from all batches; whole batches where the model's batch size is fixed.
-
-    Args:
-        model: Whose input is looked at.
-        batches: As the model takes them.
-        images: How many; all where there are fewer.
-    """
+    """About `images` images (all where there are fewer), taken evenly from all batches; whole batches where the model's batch is fixed."""
     total = count_images(batches)
     if total <= images:
         return list(batches)

@@ -1,205 +1,30 @@
-"""FP32 network → the same network, rescaled by powers of two so that quantization will choose scales that lie well inside FP16.
+"""Scales of activations: how much of a tensor's range 127 integers cover, chosen from its statistics, and saved.
 
-Scales of activations: how much of a tensor's range 127 integers cover, chosen from its statistics, and saved.
+`fit_scales` comes before, where the rest is FP16: FP32 network → the same network, rescaled by powers of two so that the
+scales that quantization will choose lie well inside FP16.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, InputError
+from ..files.output import explain_os_errors
 from ..specs import codec
-from .chain import Chain, FloatArray, Interface, Layer, input_norms, read_chain, read_weights, replace_weights
-from .equalize import rescale
+from .chain import Chain, Float64, FloatArray, Interface, Layer, copy_model, input_norms, read_weights
+from .equalize import read_range, rescale
 from .halves import LARGEST
 from .ranges import LEVELS, Statistics, TensorStatistics
 
-_ROWS = (2.0**-5, 2.0**12)
-"""Largest weight of each row: with half of it clipped, its scale is twice the smallest normal FP16 number, or more."""
-_TOPS = (2.0**-3, 2.0**8)
-"""Largest value of each tensor that is quantized: with nine tenths clipped, its scale is normal."""
-_BOUNDS = (2.0**-24, 2.0**15)
-"""What a layer can give at most, whatever its quantized input."""
-_WEAKEST = 1024.0  # a row that much weaker than its layer's median does not move the whole tensor
-_MARGIN = 8.0  # a layer that is kept in FP16 reads what nothing clips: other images may give as many times more
-_OCTAVES = 40
-
-
-@dataclass(frozen=True, slots=True)
-class ScaleFit:
-    """A network whose scales fit FP16.
-
-    Attributes:
-        model: FP32; it computes what the original does, to the last bit.
-        factors: By name of a layer's input tensor: what its channels were divided by, powers of two, float64 (C,); for
-            `Statistics.rescaled`.
-        moved: By layer: smallest and largest factor of its output; layers that stayed as they were are left out.
-    """
-
-    model: onnx.ModelProto
-    factors: dict[str, NDArray[np.float64]]
-    moved: dict[str, tuple[float, float]]
-
-
-def fit_scales(
-    model: onnx.ModelProto, ranges: Mapping[str, NDArray[np.float64]], *, kept: Collection[str] = ()
-) -> ScaleFit:
-    """Rescales interfaces by powers of two, first layer to last, until the scales that quantization will choose are comfortable in FP16.
-
-    A factor common to a whole tensor changes no INT8 value. Only a row so much weaker than the others of its layer that
-    its scale would still be subnormal is rescaled by itself, as far as its channel does not become the largest of its
-    tensor.
-
-    Args:
-        model: FP32, as exported or equalized; not changed.
-        ranges: By name of a layer's input tensor: largest absolute value of each channel, (C,); see
-            `Statistics.ranges`.
-        kept: Names of layers that will not be quantized.
-
-    Raises:
-        CalibrationError: What cannot be rescaled does not fit.
-        ModelError: The graph is not one of ours.
-    """
-    chain, weights = read_chain(model), read_weights(model)
-    _check_ranges(chain, ranges)
-    fit = _Fit(chain, weights, {name: np.asarray(value, np.float64) for name, value in ranges.items()}, frozenset(kept))
-    moved = {}
-    for layer, interface in zip(chain.layers, chain.interfaces, strict=True):
-        if interface.blocked_by is None:
-            factors = fit.choose(layer, interface)
-            if np.any(factors != 1):
-                fit.apply(interface, factors)
-                moved[layer.name] = (float(factors.min()), float(factors.max()))
-        fit.check(layer, interface)
-    return ScaleFit(replace_weights(model, weights), fit.factors, moved)
-
-
-def _check_ranges(chain: Chain, ranges: Mapping[str, NDArray[np.float64]]) -> None:
-    for layer in chain.layers:
-        found = ranges.get(layer.input)
-        if found is None or found.shape != (layer.in_channels,) or not np.isfinite(found).all():
-            what = (
-                "nothing" if found is None else f"shape {found.shape}, {int(np.isfinite(found).sum())} of them finite"
-            )
-            raise CalibrationError(
-                f"ranges of {layer.input}: expected {layer.in_channels} finite numbers, found {what}",
-                remedy="collect them with calibrate.collect on this model",
-            )
-
-
-class _Fit:
-    """Chooses and applies factors; `weights`, `ranges` and `factors` are what they are after those applied so far."""
-
-    def __init__(
-        self, chain: Chain, weights: dict[str, FloatArray], ranges: dict[str, NDArray[np.float64]], kept: frozenset[str]
-    ) -> None:
-        self.factors: dict[str, NDArray[np.float64]] = {}
-        self._chain = chain
-        self._weights = weights
-        self._ranges = ranges
-        self._kept = kept
-        self._blocked = {interface.source for interface in chain.interfaces if interface.blocked_by is not None}
-
-    def choose(self, layer: Layer, interface: Interface) -> NDArray[np.float64]:
-        """Powers of two, (C,), by which the layer's output is to be divided."""
-        rows, bounds = self._rows(layer), self._bounds(layer)
-        readers = [self._chain.layer(name) for name in interface.readers]
-        ranges = [self._ranges[reader.input] for reader in readers]
-        tops = [max(float(values.max(initial=0.0)), 1e-300) for values in ranges]
-        strong = rows[rows * _WEAKEST >= np.median(rows[rows > 0])] if rows.any() else rows
-        windows = [_window(strong, _ROWS), _window(np.array(tops), _TOPS), _window(bounds, _BOUNDS)]
-        windows += [
-            _window(self._rows(reader), _ROWS, grows=True) for reader in readers if reader.name in self._blocked
-        ]
-        common = 2.0 ** _common_step(windows)
-        room = np.max(
-            [bounds / common / _BOUNDS[1], *(values / top for values, top in zip(ranges, tops, strict=True))], axis=0
-        )
-        return common * _lift(rows / common, room)
-
-    def apply(self, interface: Interface, factors: NDArray[np.float64]) -> None:
-        """Rescales the interface."""
-        rescale(self._weights, self._chain, interface, factors)
-        for tensor in {self._chain.layer(name).input for name in interface.readers}:
-            self._ranges[tensor] = self._ranges[tensor] / factors
-            self.factors[tensor] = factors
-
-    def check(self, layer: Layer, interface: Interface) -> None:
-        """Fails when what the layer stores or gives exceeds FP16."""
-        largest = float(np.abs(self._weights[layer.bias]).max())
-        if layer.name in self._kept:
-            largest = max(largest, float(np.abs(self._weights[layer.weight]).max()))
-        if interface.blocked_by != "Sigmoid":  # which makes 1 of infinity, as it makes of 65504
-            seen = [self._ranges[self._chain.layer(name).input].max() for name in interface.readers]
-            largest = max([largest, *map(float, seen)] if seen else [largest, float(self._bounds(layer).max())])
-        if largest > LARGEST:
-            raise CalibrationError(
-                f"{layer.name}: FP16 ends at 65504, and values up to {largest:.3g} are expected; they cannot be "
-                f"rescaled: {interface.blocked_by}",
-                remedy="quantize for TensorRT 8 (--target trt8), where the rest is FP32",
-            )
-
-    def _rows(self, layer: Layer) -> NDArray[np.float64]:
-        weight = self._weights[layer.weight]
-        return np.asarray(np.abs(weight.reshape(len(weight), -1)).max(axis=1), np.float64)
-
-    def _bounds(self, layer: Layer) -> NDArray[np.float64]:
-        """What each output channel can be at most: a quantized input ends at its scale, so this holds for every image."""
-        weight = np.abs(self._weights[layer.weight]).reshape(layer.out_channels, -1).sum(axis=1, dtype=np.float64)
-        top = float(self._ranges[layer.input].max(initial=0.0)) * (
-            _MARGIN if layer.name in self._kept else 128 / LEVELS
-        )
-        return np.asarray(weight * top + np.abs(self._weights[layer.bias]), np.float64)
-
-
-def _lift(rows: NDArray[np.float64], room: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Powers of two, 1 or less, that rows whose scale would be subnormal are divided by; `room` is how small each may be."""
-    weak = (rows > 0) & (rows < _ROWS[0] / 2)
-    wanted = np.maximum(np.where(weak, rows / _ROWS[0], 1.0), np.maximum(room, 2.0**-_OCTAVES))
-    return np.where(weak, np.exp2(np.minimum(np.ceil(np.log2(wanted)), 0.0)), 1.0)
-
-
-class _Window(NamedTuple):
-    """Where values should lie that shrink by a factor, or grow by it; logarithms to base two."""
-
-    smallest: float
-    largest: float
-    low: float
-    high: float
-    grows: bool = False
-
-    def misfit(self, step: int) -> float:
-        """Octaves that they lie outside, both ends together, once the factor is 2^step."""
-        move = step if self.grows else -step
-        return max(0.0, self.low - self.smallest - move) + max(0.0, self.largest + move - self.high)
-
-
-def _window(values: NDArray[np.float64], limits: tuple[float, float], *, grows: bool = False) -> _Window:
-    logs = np.log2(values[values > 0])
-    low, high = (float(np.log2(limit)) for limit in limits)
-    return (
-        _Window(float(logs.min()), float(logs.max()), low, high, grows)
-        if logs.size
-        else _Window(low, low, low, high, grows)
-    )
-
-
-def _common_step(windows: Iterable[_Window]) -> int:
-    """The smallest power of two with which the windows fit best, counted in whole octaves."""
-    kept = list(windows)
-    steps = sorted(range(-_OCTAVES, _OCTAVES + 1), key=abs)
-    return min(steps, key=lambda step: np.ceil(sum(window.misfit(step) for window in kept)))
-
-
 Method = Literal["max", "percentile", "entropy", "min_error"]
-SCALES_SCHEMA: Literal[1] = 1
 _CANDIDATES = 64
 _SMALLEST_RATIO = 0.1  # candidates for clipping reach from a tenth of the largest value to all of it
 MIN_SCALE = float(np.finfo(np.float32).tiny) * 256
@@ -233,7 +58,6 @@ class ScaleFile:
     """A calibration as saved JSON: `codec.dumps` and `codec.loads`. With it, the same graph is quantized again without measuring it again.
 
     Attributes:
-        schema: SCALES_SCHEMA.
         graph_sha256: Of the FP32 graph, as exported.
         data_sha256: Of the images.
         images: How many.
@@ -255,6 +79,10 @@ class ScaleFile:
     exponents: dict[str, float] = field(default_factory=dict)
     target: Literal["trt8", "trt10"] = "trt10"
 
+    def channel_factors(self) -> dict[str, Float64]:
+        """`factors` as numbers, float64 (C,)."""
+        return {name: np.frombuffer(base64.b64decode(text), "<f8").astype(float) for name, text in self.factors.items()}
+
     def check(self, graph_sha256: str, data_sha256: str | None = None) -> None:
         """Fails when the scales are of another graph, or of other images.
 
@@ -272,52 +100,59 @@ class ScaleFile:
                 )
 
 
+def encode_factors(factors: Mapping[str, Float64]) -> dict[str, str]:
+    """Factors as `ScaleFile.factors` holds them."""
+    return {name: base64.b64encode(value.astype("<f8").tobytes()).decode("ascii") for name, value in factors.items()}
+
+
 def graph_sha256(model: onnx.ModelProto) -> str:
     """SHA-256 of a graph with its weights, without its metadata."""
-    bare = onnx.ModelProto()
-    bare.CopyFrom(model)
-    del bare.metadata_props[:]
-    return hashlib.sha256(bare.SerializeToString(deterministic=True)).hexdigest()
+    if model.metadata_props:
+        model = copy_model(model)
+        del model.metadata_props[:]
+    return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
 
 
-def load_scales(text: str) -> ScaleFile:
+def read_scales(path: Path) -> ScaleFile:
     """Reads saved scales.
 
     Raises:
-        InputError: The text is not such a file.
+        InputError: The file is missing, cannot be read, or is not one that `--save-scales` wrote.
     """
-    return codec.loads(ScaleFile, text)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file", remedy="check the path, or make it with --save-scales")
+    with explain_os_errors(path):
+        data = path.read_bytes()
+    try:
+        return codec.loads(ScaleFile, data.decode("utf-8"))
+    except (UnicodeDecodeError, InputError) as error:
+        why = error.message if isinstance(error, InputError) else "not UTF-8"
+        raise InputError(
+            f"{path}: not a calibration that --save-scales wrote: {why}", remedy="calibrate again with --save-scales"
+        ) from error
 
 
-def choose_scales(
-    model: onnx.ModelProto, statistics: Statistics, options: ScaleOptions | None = None
-) -> dict[str, float]:
+def choose_scales(chain: Chain, statistics: Statistics, options: ScaleOptions | None = None) -> dict[str, float]:
     """The scale of each layer's input: the real value of one integer step, float32.
 
     Args:
-        model: The graph that `statistics` speak of; its weights say how much an error in a channel matters.
-        statistics: See `collect`.
+        chain: The network that `statistics` speak of; its weights say how much an error in a channel matters.
+        statistics: What its layers read.
         options: Method.
     """
     options = options or ScaleOptions()
-    chain, weights = read_chain(model), read_weights(model)
-    scales = {}
+    weights = read_weights(chain.model)
+    scales: dict[str, float] = {}
     for layer in chain.layers:
         if layer.input not in scales:
-            found = statistics.tensors[layer.input]
             importance = input_norms(weights[layer.weight], layer.groups, order="square")
-            scales[layer.input] = float(np.float32(max(choose_limit(found, importance, options) / LEVELS, MIN_SCALE)))
+            limit = choose_limit(statistics.tensors[layer.input], importance, options)
+            scales[layer.input] = float(np.float32(max(limit / LEVELS, MIN_SCALE)))
     return scales
 
 
-def choose_limit(found: TensorStatistics, importance: NDArray[np.float64], options: ScaleOptions) -> float:
-    """The largest value that is not clipped.
-
-    Args:
-        found: The tensor's statistics.
-        importance: What a squared error in each channel costs, (C,).
-        options: Method.
-    """
+def choose_limit(found: TensorStatistics, importance: Float64, options: ScaleOptions) -> float:
+    """The largest value of a tensor that is not clipped; `importance` is what a squared error in each channel costs, (C,)."""
     top = float(found.largest.max(initial=0.0))
     if top <= 0:
         return 1.0  # a dead tensor: any scale holds it
@@ -332,7 +167,7 @@ def choose_limit(found: TensorStatistics, importance: NDArray[np.float64], optio
     return float((np.searchsorted(below, options.percentile / 100) + 1) / len(counts) * top)
 
 
-def _least_error(found: TensorStatistics, importance: NDArray[np.float64]) -> float:
+def _least_error(found: TensorStatistics, importance: Float64) -> float:
     values, weight = found.values(), found.histogram * importance[:, None]
     top = float(found.largest.max())
     limits = top * np.geomspace(_SMALLEST_RATIO, 1.0, _CANDIDATES)
@@ -344,7 +179,7 @@ def _least_error(found: TensorStatistics, importance: NDArray[np.float64]) -> fl
     return float(limits[int(np.argmin(errors))])
 
 
-def _least_divergence(counts: NDArray[np.float64]) -> float:
+def _least_divergence(counts: Float64) -> float:
     """Share of the range at which clipping and rounding to 128 levels changes the distribution least (Kullback–Leibler).
 
     Source: S. Migacz, 8-bit inference with TensorRT, GTC 2017.
@@ -367,3 +202,143 @@ def _least_divergence(counts: NDArray[np.float64]) -> float:
         if divergence < best:
             best, share = divergence, stop / len(counts)
     return share
+
+
+_ROWS = (2.0**-5, 2.0**12)
+"""Largest weight of each row: with half of it clipped, its scale is twice the smallest normal FP16 number, or more."""
+_TOPS = (2.0**-3, 2.0**8)
+"""Largest value of each tensor that is quantized: with nine tenths clipped, its scale is normal."""
+_BOUNDS = (2.0**-24, 2.0**15)
+"""What a layer can give at most, whatever its quantized input."""
+_WEAKEST = 1024.0  # a row that much weaker than its layer's median does not move the whole tensor
+_MARGIN = 8.0  # a layer that is kept in FP16 reads what nothing clips: other images may give as many times more
+_OCTAVES = 40
+
+
+def fit_scales(
+    chain: Chain, ranges: Mapping[str, Float64], *, kept: Collection[str] = ()
+) -> tuple[Chain, dict[str, Float64]]:
+    """Rescales interfaces by powers of two, first layer to last, until the scales that quantization will choose are comfortable in FP16.
+
+    A factor common to a whole tensor changes no INT8 value. Only a row so much weaker than the others of its layer that
+    its scale would still be subnormal is rescaled by itself, as far as its channel does not become the largest of its
+    tensor.
+
+    Args:
+        chain: FP32, as exported or equalized.
+        ranges: By name of a layer's input tensor: largest absolute value of each channel, (C,); see
+            `Statistics.ranges`.
+        kept: Names of layers that will not be quantized.
+
+    Returns:
+        A network that computes what the original does, to the last bit; and by name of a layer's input tensor what its
+        channels were divided by, float64 (C,); tensors that stayed as they were are left out.
+
+    Raises:
+        CalibrationError: What cannot be rescaled does not fit.
+    """
+    weights = read_weights(chain.model)
+    fit = _Fit(chain, weights, {layer.input: read_range(layer, ranges) for layer in chain.layers}, frozenset(kept))
+    for layer, interface in zip(chain.layers, chain.interfaces, strict=True):
+        if interface.blocked_by is None:
+            factors = fit.choose(layer, interface)
+            if np.any(factors != 1):
+                fit.apply(interface, factors)
+        fit.check(layer, interface)
+    return chain.with_weights(weights), fit.factors
+
+
+class _Fit:
+    """Chooses and applies factors; `weights`, `ranges` and `factors` are what they are after those applied so far."""
+
+    def __init__(
+        self, chain: Chain, weights: dict[str, FloatArray], ranges: dict[str, Float64], kept: frozenset[str]
+    ) -> None:
+        self.factors: dict[str, Float64] = {}
+        self._chain = chain
+        self._weights = weights
+        self._ranges = ranges
+        self._kept = kept
+        self._blocked = {interface.source for interface in chain.interfaces if interface.blocked_by is not None}
+
+    def choose(self, layer: Layer, interface: Interface) -> Float64:
+        """Powers of two, (C,), by which the layer's output is to be divided."""
+        rows, bounds = self._rows(layer), self._bounds(layer)
+        readers = [self._chain.layer(name) for name in interface.readers]
+        ranges = [self._ranges[reader.input] for reader in readers]
+        tops = [max(float(values.max(initial=0.0)), 1e-300) for values in ranges]
+        strong = rows[rows * _WEAKEST >= np.median(rows[rows > 0])] if rows.any() else rows
+        windows = [_window(strong, _ROWS), _window(np.array(tops), _TOPS), _window(bounds, _BOUNDS)]
+        windows += [_window(self._rows(r), _ROWS, grows=True) for r in readers if r.name in self._blocked]
+        common = 2.0 ** _common_step(windows)
+        shares = (values / top for values, top in zip(ranges, tops, strict=True))
+        room = np.max([bounds / common / _BOUNDS[1], *shares], axis=0)
+        return common * _lift(rows / common, room)
+
+    def apply(self, interface: Interface, factors: Float64) -> None:
+        rescale(self._weights, self._chain, interface, factors)
+        for tensor in {self._chain.layer(name).input for name in interface.readers}:
+            self._ranges[tensor] = self._ranges[tensor] / factors
+            self.factors[tensor] = factors
+
+    def check(self, layer: Layer, interface: Interface) -> None:
+        """Fails when what the layer stores or gives exceeds FP16."""
+        largest = float(np.abs(self._weights[layer.bias]).max())
+        if layer.name in self._kept:
+            largest = max(largest, float(np.abs(self._weights[layer.weight]).max()))
+        if interface.blocked_by != "Sigmoid":  # which makes 1 of infinity, as it makes of 65504
+            seen = [self._ranges[self._chain.layer(name).input].max() for name in interface.readers]
+            largest = max([largest, *map(float, seen)] if seen else [largest, float(self._bounds(layer).max())])
+        if largest > LARGEST:
+            raise CalibrationError(
+                f"{layer.name}: FP16 ends at 65504, and values up to {largest:.3g} are expected; they cannot be "
+                f"rescaled: {interface.blocked_by}",
+                remedy="quantize for TensorRT 8 (--target trt8), where the rest is FP32",
+            )
+
+    def _rows(self, layer: Layer) -> Float64:
+        weight = self._weights[layer.weight]
+        return np.asarray(np.abs(weight.reshape(len(weight), -1)).max(axis=1), np.float64)
+
+    def _bounds(self, layer: Layer) -> Float64:
+        """What each output channel can be at most: a quantized input ends at its scale, so this holds for every image."""
+        weight = np.abs(self._weights[layer.weight]).reshape(layer.out_channels, -1).sum(axis=1, dtype=np.float64)
+        margin = _MARGIN if layer.name in self._kept else 128 / LEVELS
+        top = float(self._ranges[layer.input].max(initial=0.0)) * margin
+        return np.asarray(weight * top + np.abs(self._weights[layer.bias]), np.float64)
+
+
+def _lift(rows: Float64, room: Float64) -> Float64:
+    """Powers of two, 1 or less, that rows whose scale would be subnormal are divided by; `room` is how small each may be."""
+    weak = (rows > 0) & (rows < _ROWS[0] / 2)
+    wanted = np.maximum(np.where(weak, rows / _ROWS[0], 1.0), np.maximum(room, 2.0**-_OCTAVES))
+    return np.where(weak, np.exp2(np.minimum(np.ceil(np.log2(wanted)), 0.0)), 1.0)
+
+
+class _Window(NamedTuple):
+    """Where values should lie that shrink by a factor, or grow by it; logarithms to base two."""
+
+    smallest: float
+    largest: float
+    low: float
+    high: float
+    grows: bool = False
+
+    def misfit(self, step: int) -> float:
+        """Octaves that they lie outside, both ends together, once the factor is 2^step."""
+        move = step if self.grows else -step
+        return max(0.0, self.low - self.smallest - move) + max(0.0, self.largest + move - self.high)
+
+
+def _window(values: Float64, limits: tuple[float, float], *, grows: bool = False) -> _Window:
+    logs = np.log2(values[values > 0])
+    low, high = (float(np.log2(limit)) for limit in limits)
+    smallest, largest = (float(logs.min()), float(logs.max())) if logs.size else (low, low)
+    return _Window(smallest, largest, low, high, grows)
+
+
+def _common_step(windows: Iterable[_Window]) -> int:
+    """The smallest power of two with which the windows fit best, counted in whole octaves."""
+    kept = list(windows)
+    steps = sorted(range(-_OCTAVES, _OCTAVES + 1), key=abs)
+    return min(steps, key=lambda step: np.ceil(sum(window.misfit(step) for window in kept)))

@@ -7,20 +7,19 @@ layer's error is that of its parts), and judged on other positions than its weig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
 from ..errors import CalibrationError
-from .chain import FloatArray, Layer, input_norms, read_chain, read_weights, scale_inputs
+from .chain import Chain, Float64, FloatArray, Layer, input_norms, read_weights, scale_inputs
 from .equalize import choose_factors, main_reader, reader_norms
 from .ranges import LEVELS, Statistics, columns, pick_positions
 from .round import RoundOptions, round_rows
-from .run_onnx import Steps, count_images, spread_images
+from .run_onnx import LayerWalk, Tell, count_images, spread_images, tell_nobody
 from .scales import ScaleOptions, choose_limit
 
 
@@ -54,19 +53,19 @@ class SearchOptions:
 
 
 def choose_exponents(
-    model: onnx.ModelProto,
+    chain: Chain,
     batches: Sequence[NDArray[Any]],
     statistics: Statistics,
     options: SearchOptions,
     *,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Tell = tell_nobody,
 ) -> dict[str, float]:
     """Chooses an exponent for every interface that can be rescaled.
 
     Args:
-        model: FP32, as exported.
+        chain: FP32, as exported.
         batches: Calibration images.
-        statistics: Of all of them; see `calibrate.collect`.
+        statistics: Of all of them; see `ranges.collect`.
         options: What is tried.
         progress: Called with interfaces done and interfaces in all.
 
@@ -75,45 +74,36 @@ def choose_exponents(
 
     Raises:
         CalibrationError: A batch is not what the graph takes.
-        ModelError: The graph is not one of ours.
     """
-    chain, weights = read_chain(model), read_weights(model)
-    images, ranges = spread_images(model, batches, options.images), statistics.ranges(options.range_percentile)
-    interfaces = [interface for interface in chain.interfaces if interface.blocked_by is None]
-    interfaces.sort(key=lambda interface: chain.layers.index(chain.layer(main_reader(interface, chain))))
-    steps = Steps(model, images)
-    each = max(1, -(-options.positions // count_images(images)))
+    weights, ranges = read_weights(chain.model), statistics.ranges(options.range_percentile)
+    readers = {i.source: main_reader(i, chain) for i in chain.interfaces if i.blocked_by is None}
+    in_order = sorted(readers.items(), key=lambda item: chain.layers.index(item[1]))
+    images = spread_images(chain.model, batches, options.images)
+    walk, each = LayerWalk(chain.model, images), max(1, -(-options.positions // count_images(images)))
     found: dict[str, float] = {}
-    for index, interface in enumerate(interfaces):
-        layer = chain.layer(main_reader(interface, chain))
+    for index, (source, layer) in enumerate(in_order):
         generator = np.random.default_rng(options.seed + index)
-        sample = [
-            columns(value, layer, pick_positions(value, layer, each, generator)) for value in steps.advance(layer.input)
-        ]
-        trial = _Trial(layer, weights[layer.weight], np.concatenate(sample, axis=1), generator)
+        sample = np.concatenate(
+            [columns(v, layer, pick_positions(v, layer, each, generator)) for v in walk.advance(layer.input)], axis=1
+        )
+        trial = _Trial(layer, weights[layer.weight], sample, generator)
         errors = {}
         for exponent in options.exponents:
-            factors = choose_factors(
-                np.asarray(ranges[layer.input], np.float64), reader_norms(layer, weights), exponent
-            )
+            norms = reader_norms(layer, weights)
+            factors = choose_factors(np.asarray(ranges[layer.input], np.float64), norms, exponent)
             rescaled = scale_inputs(weights[layer.weight].astype(np.float64), layer.groups, factors)
             importance = input_norms(rescaled, layer.groups, order="square")
             limit = choose_limit(statistics.tensors[layer.input].rescaled(factors), importance, ScaleOptions())
             errors[exponent] = trial.error(factors, limit / LEVELS, options.channels)
-        found[interface.source] = min(errors, key=lambda exponent: errors[exponent])
-        if progress is not None:
-            progress(index + 1, len(interfaces))
+        found[source] = min(errors, key=lambda exponent: errors[exponent])
+        progress(index + 1, len(in_order))
     return found
 
 
 class _Trial:
-    """A layer's inputs at some positions, in random order, and its weights.
+    """A layer's inputs at some positions, float32 (groups, positions, inner), in random order, and its weights.
 
-    Args:
-        layer: The layer.
-        weight: Its FP32 weights.
-        sample: float32 (groups, positions, inner).
-        generator: Of the order, and of the channels that take part.
+    The generator chooses the order, and the channels that take part.
     """
 
     def __init__(self, layer: Layer, weight: FloatArray, sample: FloatArray, generator: np.random.Generator) -> None:
@@ -123,17 +113,17 @@ class _Trial:
         self._rows = weight.reshape(layer.groups, -1, sample.shape[2])
         self._order = generator.permutation(layer.weight_shape[1])
 
-    def error(self, factors: NDArray[np.float64], step: float, channels: int) -> float:
+    def error(self, factors: Float64, step: float, channels: int) -> float:
         """Squared error of the output with the input rescaled, rounded to multiples of `step`, and the weights rounded for it."""
         picked = np.sort(self._order[:channels])
         inner = (picked[:, None] * self._kernel + np.arange(self._kernel)).ravel()
-        by_group: Mapping[int, NDArray[np.float64]] = dict(enumerate(factors.reshape(self._groups, -1)))
+        by_group = factors.reshape(self._groups, -1)
         return sum(
             self._error_of(group, inner, np.repeat(by_group[group][picked], self._kernel), step)
             for group in range(self._groups)
         )
 
-    def _error_of(self, group: int, inner: NDArray[np.int64], factors: NDArray[np.float64], step: float) -> float:
+    def _error_of(self, group: int, inner: NDArray[np.int64], factors: Float64, step: float) -> float:
         exact = (self._sample[group][:, inner] / factors).astype(np.float32)
         rows = (self._rows[group][:, inner] * factors).astype(np.float32)
         size = np.float32(step)
@@ -142,9 +132,8 @@ class _Trial:
         missing = (exact - rounded) @ rows.T
         seen, lost = rounded[:count], missing[:count]
         mean, error = seen.mean(axis=0, dtype=np.float64), lost.mean(axis=0, dtype=np.float64)
-        centred = (seen - mean).astype(
-            np.float32
-        )  # before the product: of positions that are all alike nothing may be left
+        # Centred before the product: of positions that are all alike nothing may be left.
+        centred = (seen - mean).astype(np.float32)
         covariance = (centred.T @ centred).astype(np.float64) / count
         cross = (lost.T @ centred).astype(np.float64) / count
         integers, scales = round_rows(rows.astype(np.float64), covariance, cross, RoundOptions(clips=(0.8,), sweeps=0))

@@ -1,4 +1,4 @@
-"""A typed graph with its metadata: read from the parent, extended, written and bound to its content."""
+"""The two ends of a change of precision: the parent as it was read, and the typed graph with its metadata as it is written."""
 
 from __future__ import annotations
 
@@ -14,15 +14,31 @@ import onnx
 from ..errors import CalibrationError, InputError, ModelError
 from ..files import onnx as onnx_file
 from ..files import wire
-from ..files.output import atomic_output, explain_os_errors, sha256_file
+from ..files.output import atomic_output
 from ..files.versions import installed_versions
 from ..specs import codec
 from ..specs.values import METADATA_KEY, HistoryEntry, ModelMetadata, ModelSpec
+from .chain import Chain, copy_model, read_chain
 
 StrPath: TypeAlias = str | os.PathLike[str]
 _TOOLS = ("onnx", "onnxruntime", "onnxruntime-gpu", "numpy")
 _METADATA_PROPS = 14
 _MAX_BYTES = (1 << 31) - 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Parent:
+    """An FP32 ONNX of ours, read once: everything that is made of it starts here.
+
+    Attributes:
+        chain: The graph, without metadata of its own, and its structure.
+        metadata: What it carries.
+        sha256: Of the file; None for a model in memory.
+    """
+
+    chain: Chain
+    metadata: ModelMetadata
+    sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,20 +48,21 @@ class TypedModel:
     Attributes:
         model: Without metadata of its own.
         metadata: Its `content_sha256` is set when it is written.
-        sha256: Of the file that it was read from; None for one that was made in memory.
     """
 
     model: onnx.ModelProto
     metadata: ModelMetadata
-    sha256: str | None = None
 
 
-def load_parent(source: StrPath | onnx.ModelProto) -> TypedModel:
-    """Reads an ONNX of ours; of a file, its digest is checked.
+def load_parent(source: StrPath | onnx.ModelProto | Parent) -> Parent:
+    """Reads an FP32 ONNX of ours and its structure. A file is read once, and its digest is checked; a `Parent` is given back.
 
     Raises:
+        CalibrationError: The graph is typed already (FP16 or Q/DQ).
         ModelError: The file is missing, damaged, changed after its export, or not one of ours.
     """
+    if isinstance(source, Parent):
+        return source
     if isinstance(source, onnx.ModelProto):
         text = next((entry.value for entry in source.metadata_props if entry.key == METADATA_KEY), None)
         if text is None:
@@ -58,24 +75,16 @@ def load_parent(source: StrPath | onnx.ModelProto) -> TypedModel:
             raise ModelError(
                 f"the model's metadata is damaged: {error.message}", remedy="load the file that repvgg-export wrote"
             ) from error
-        return TypedModel(_without_metadata(source), metadata)
-    path = Path(source)
-    metadata = onnx_file.read_metadata(path)
-    with explain_os_errors(path):
-        model = onnx.load(path)
-        del model.metadata_props[:]
-        return TypedModel(model, metadata, sha256_file(path))
-
-
-def _without_metadata(model: onnx.ModelProto) -> onnx.ModelProto:
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    del result.metadata_props[:]
-    return result
+        model, digest = copy_model(source), None
+    else:
+        data, metadata = onnx_file.read_whole(Path(source))
+        model, digest = onnx.load_from_string(data), hashlib.sha256(data).hexdigest()
+    del model.metadata_props[:]
+    return Parent(read_chain(model), metadata, digest)
 
 
 def extend(
-    parent: TypedModel,
+    parent: Parent,
     model: onnx.ModelProto,
     *,
     stage: str,
@@ -90,12 +99,11 @@ def extend(
         parent: What `model` was made of.
         model: The typed graph.
         stage: Name of what was done.
-        options: How.
+        options: How it was done.
         spec: Where inputs or outputs have changed.
     """
-    entry = HistoryEntry(
-        stage, installed_versions(_TOOLS), options, parent.sha256 or parent.metadata.content_sha256 or None
-    )
+    digest = parent.sha256 or parent.metadata.content_sha256 or None
+    entry = HistoryEntry(stage, installed_versions(_TOOLS), options, digest)
     changed = dataclasses.replace(
         parent.metadata,
         spec=spec or parent.metadata.spec,
@@ -103,7 +111,7 @@ def extend(
         history=(*parent.metadata.history, entry),
         content_sha256="",
     )
-    return TypedModel(_without_metadata(model), changed)
+    return TypedModel(model, changed)
 
 
 def write_typed(path: Path, typed: TypedModel, *, force: bool = False) -> str:
@@ -111,7 +119,7 @@ def write_typed(path: Path, typed: TypedModel, *, force: bool = False) -> str:
 
     Args:
         path: The `.onnx`.
-        typed: See `extend`.
+        typed: What `to_fp16` or `to_int8` made.
         force: Replace a different file.
 
     Returns:
@@ -128,13 +136,10 @@ def write_typed(path: Path, typed: TypedModel, *, force: bool = False) -> str:
         )
     data = typed.model.SerializeToString(deterministic=True)
     digest = hashlib.sha256()
-    later = []
     for field in wire.walk(data):
+        # Metadata comes last, so that saving the file elsewhere changes nothing.
+        assert field.number < _METADATA_PROPS, f"field {field.number} stands where metadata must"
         digest.update(data[field.start : field.end])
-        later.append(field.number)
-    assert all(number < _METADATA_PROPS for number in later), (
-        "metadata comes last, so that saving the file elsewhere changes nothing"
-    )
     with atomic_output(path, force=force) as output:
         output.partial.write_bytes(data + onnx_file.metadata_field(digest, typed.metadata))
     return output.status

@@ -8,6 +8,7 @@ import onnxruntime
 from onnx import numpy_helper
 
 from repvgg_deploy.precision.chain import read_chain, scale_inputs
+from repvgg_deploy.precision.metrics import Judge, Verification
 from repvgg_deploy.precision.run_onnx import rounds_halves, widen_quantizers
 from tests.precision.make_chain import KINDS, make_batches
 from tests.precision.typed_faults import put
@@ -37,6 +38,10 @@ def stretch(model: onnx.ModelProto, factor: float, source: str = "stage0", *, ev
     for reader in map(chain.layer, interface.readers):
         put(model, reader.weight, scale_inputs(arrays[reader.weight], reader.groups, 1 / channels).astype(np.float32))
     return model
+
+
+def judge(model: onnx.ModelProto, graph: onnx.ModelProto, images: list[np.ndarray]) -> Verification:
+    return Judge(read_chain(model), images).compare(graph)
 
 
 def batches_for(kind: str, io: str, count: int = 64) -> list[np.ndarray]:

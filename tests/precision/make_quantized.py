@@ -42,7 +42,7 @@ def quantize_plainly(
             round_activation_scales(scales),
             {name: round_layer_to_half(layer) for name, layer in rounded.items()},
         )
-    result = write_integers(insert_pairs(model, scales), rounded)
+    result = write_integers(insert_pairs(read_chain(model), scales), rounded)
     for node in result.graph.node:
         if node.name in kept:
             node.input[0] = node.input[0].removesuffix(".dequantized")
@@ -60,5 +60,5 @@ def quantize_mixed(
     model: onnx.ModelProto, batches: list[np.ndarray], *, io: Io = "fp32", kept: Collection[str] = ()
 ) -> onnx.ModelProto:
     """INT8 with FP16 for the rest."""
-    fitted = fit_scales(model, input_ranges(model, batches), kept=kept).model
+    fitted = fit_scales(read_chain(model), input_ranges(model, batches), kept=kept)[0].model
     return halve_quantized(quantize_plainly(fitted, batches, kept=kept, half=True), io=io, kept=kept)

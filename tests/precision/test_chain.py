@@ -49,7 +49,7 @@ def test_chain_exposed_and_tail_outputs_block_their_interfaces() -> None:
 
 def test_chain_typed_graphs_are_refused() -> None:
     model = make_model()
-    pairs = insert_pairs(model, dict.fromkeys(read_chain(model).quantized_tensors(), 0.1))
+    pairs = insert_pairs(read_chain(model), dict.fromkeys(read_chain(model).quantized_tensors(), 0.1))
     with pytest.raises(CalibrationError, match="typed already"):
         read_chain(pairs)
     tensor = model.graph.initializer[0]

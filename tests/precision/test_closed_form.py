@@ -12,12 +12,12 @@ from repvgg_deploy.precision.chain import read_chain
 from repvgg_deploy.precision.check import check_quantized
 from repvgg_deploy.precision.closed_form import DEVIATIONS, closed_form_statistics, correct_bias
 from repvgg_deploy.precision.int8 import Int8Options, to_int8
-from repvgg_deploy.precision.metrics import judge
 from repvgg_deploy.precision.round import round_nearest
 from repvgg_deploy.precision.run_onnx import open_session, run_tensors
-from repvgg_deploy.precision.typed_model import TypedModel
+from repvgg_deploy.precision.typed_model import Parent
 from repvgg_deploy.specs import codec
 from repvgg_deploy.specs.values import METADATA_KEY, ChannelStatistics
+from tests.precision.compare import judge
 from tests.precision.make_chain import KINDS, make_batches, make_model, metadata_of
 
 DRAWN = 200_000
@@ -37,9 +37,9 @@ def statistics_for(model: onnx.ModelProto, seed: int = 0) -> dict[str, tuple[np.
     return found
 
 
-def with_statistics(model: onnx.ModelProto, stated: dict[str, tuple[np.ndarray, np.ndarray]]) -> TypedModel:
+def with_statistics(model: onnx.ModelProto, stated: dict[str, tuple[np.ndarray, np.ndarray]]) -> Parent:
     statistics = {name: ChannelStatistics(encode(mean), encode(std)) for name, (mean, std) in stated.items()}
-    return TypedModel(model, dataclasses.replace(metadata_of(model), statistics=statistics))
+    return Parent(read_chain(model), dataclasses.replace(metadata_of(model), statistics=statistics))
 
 
 def stated_of(model: onnx.ModelProto, batches: list[np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -120,7 +120,7 @@ def test_to_int8_without_images_is_a_whole_graph_of_either_target(kind: str) -> 
         assert typed.metadata.history[-1].options["rounding"] == "prior"
         found = judge(model, to_int8(stamped, None, Int8Options(target="trt8"))[0].model, batches)
         # No image was seen, and channels spread over six octaves.
-        assert found is None or found.sqnr_db > 15, found
+        assert found.agreement is None or found.sqnr_db > 15, found
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])

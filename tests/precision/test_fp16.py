@@ -11,6 +11,7 @@ from onnx import TensorProto, numpy_helper
 from repvgg_deploy import Engine
 from repvgg_deploy.errors import CalibrationError, ModelError
 from repvgg_deploy.files import onnx as onnx_file
+from repvgg_deploy.precision.chain import read_chain
 from repvgg_deploy.precision.fp16 import Fp16Options, draw_batches, measure_ranges, to_fp16
 from repvgg_deploy.precision.halves import write_halves
 from repvgg_deploy.precision.typed_model import write_typed
@@ -98,7 +99,7 @@ def test_fp16_without_images_comes_out_right_and_says_what_it_relied_on(kind: st
     model, batches = stretch(make_model(KINDS[kind]), factor, STRETCHED[kind]), make_batches(KINDS[kind])
     model.metadata_props.add(key=METADATA_KEY, value=codec.dumps(metadata_of(model)))
     if source == "statistics":
-        measured = measure_ranges(model, batches)
+        measured = measure_ranges(read_chain(model), batches)
         state_statistics(
             model, {name: value * 4 for name, value in measured.items() if ".se." not in name and name != "logits"}
         )
@@ -111,7 +112,7 @@ def test_fp16_without_images_comes_out_right_and_says_what_it_relied_on(kind: st
 def test_fp16_statistics_that_drawn_images_do_not_reach_are_believed() -> None:
     model = make_model()
     model.metadata_props.add(key=METADATA_KEY, value=codec.dumps(metadata_of(model)))
-    measured = measure_ranges(model, make_batches())
+    measured = measure_ranges(read_chain(model), make_batches())
     state_statistics(model, {"stage2.conv": measured["stage2.conv"] * 1e5})
     _, report = to_fp16(model)
     assert list(report.rescaled) == ["stage2.conv"]

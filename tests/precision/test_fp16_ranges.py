@@ -13,14 +13,12 @@ from repvgg_deploy.export.export import ExportOptions, export_checkpoint
 from repvgg_deploy.export.options import GraphOptions
 from repvgg_deploy.images.decode import normalize
 from repvgg_deploy.precision.fp16 import UNSEEN, draw_batches, find_ranges, measure_ranges, to_fp16
-from repvgg_deploy.precision.typed_model import TypedModel, load_parent
-from repvgg_deploy.specs import codec
-from repvgg_deploy.specs.values import METADATA_KEY
+from repvgg_deploy.precision.typed_model import Parent, load_parent
 from tests.precision.compare import sqnr, values
 
 
 @pytest.fixture(scope="module")
-def trained(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> TypedModel:
+def trained(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Parent:
     path = tmp_path_factory.mktemp("a0") / "a0.onnx"
     export_checkpoint(
         shared_data / "repvgg-a0-imagenette.pth", path, options=ExportOptions(graph=GraphOptions(image_size=(128, 128)))
@@ -29,7 +27,7 @@ def trained(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Type
 
 
 @pytest.fixture(scope="module")
-def photographs(shared_data: Path, trained: TypedModel) -> list[np.ndarray]:
+def photographs(shared_data: Path, trained: Parent) -> list[np.ndarray]:
     with np.load(shared_data / "imagenette128.npz") as data:
         blob, offset = data["blob"], data["offset"]
         split = data["split"]
@@ -38,27 +36,23 @@ def photographs(shared_data: Path, trained: TypedModel) -> list[np.ndarray]:
     return [normalize(images, trained.metadata.spec.preprocessing)]
 
 
-def test_find_ranges_without_images_bound_what_photographs_give(
-    trained: TypedModel, photographs: list[np.ndarray]
-) -> None:
-    measured = measure_ranges(trained.model, photographs)
+def test_find_ranges_without_images_bound_what_photographs_give(trained: Parent, photographs: list[np.ndarray]) -> None:
+    measured = measure_ranges(trained.chain, photographs)
     bounds = find_ranges(trained, None)
     assert bounds.source == "statistics"
     assert len([name for name in trained.metadata.statistics if name.endswith(".conv")]) == 22
     # Every single channel, before the margin of 8 that to_fp16 adds.
     assert all((measured[name] <= bound).all() for name, bound in bounds.values.items())
-    drawn = measure_ranges(trained.model, draw_batches(trained.metadata.spec))
+    drawn = measure_ranges(trained.chain, draw_batches(trained.metadata.spec))
     assert all(measured[name].max() <= UNSEEN * value.max() for name, value in drawn.items())
 
 
 def test_fp16_trained_network_is_the_same_with_and_without_images(
-    trained: TypedModel, photographs: list[np.ndarray]
+    trained: Parent, photographs: list[np.ndarray]
 ) -> None:
-    model = trained.model
-    model.metadata_props.add(key=METADATA_KEY, value=codec.dumps(trained.metadata))
-    truth = values(model, photographs)[0]
+    truth = values(trained.chain.model, photographs)[0]
     for batches in (photographs, None):
-        typed, report = to_fp16(model, batches)
+        typed, report = to_fp16(trained, batches)
         found = values(typed.model, photographs)[0]
         assert report.rescaled == {}  # nothing in it comes near either end
         # 22 layers, each rounding to 2⁻¹²: measured 63 dB.

@@ -22,8 +22,8 @@ from tests.runtime.make_model import build_quantized
 
 def compare(reference: onnx.ModelProto, other: onnx.ModelProto, batches: list[Any]) -> tuple[LayerAgreement, ...]:
     one, two = LayerRun(reference), LayerRun(other)
-    shared = one.shared_with(two)
-    return compare_layers(run_pairs(one, two, ((batch, batch) for batch in batches)), fixed=shared.classifiers)
+    one.require_same(two)
+    return compare_layers(run_pairs(one, two, ((batch, batch) for batch in batches)), fixed=one.classifiers)
 
 
 def with_metadata(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -103,9 +103,9 @@ def test_int8_with_fp16_around_it_is_computed_as_it_stands() -> None:
 def test_networks_that_are_not_one_are_refused() -> None:
     one = LayerRun(make_model())
     with pytest.raises(InputError, match=r"different networks: stage0\.conv"):
-        one.shared_with(LayerRun(make_model(ChainOptions(widths=(16, 16, 16, 24, 32)))))
+        one.require_same(LayerRun(make_model(ChainOptions(widths=(16, 16, 16, 24, 32)))))
     with pytest.raises(InputError, match="different networks"):
-        one.shared_with(LayerRun(make_model(KINDS["se_after"])))
+        one.require_same(LayerRun(make_model(KINDS["se_after"])))
 
 
 def test_files_and_batches_that_cannot_be_used_are_refused(tmp_path) -> None:

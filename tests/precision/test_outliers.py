@@ -6,16 +6,14 @@ weights and our scales.
 
 from __future__ import annotations
 
-import base64
-
-import numpy as np
 import onnx
 import pytest
 
+from repvgg_deploy.precision.chain import read_chain
 from repvgg_deploy.precision.equalize import apply_factors
 from repvgg_deploy.precision.int8 import MAX_CALIBRATION, Int8Options, Int8Report, quantize_graph
-from repvgg_deploy.precision.metrics import judge
 from repvgg_deploy.precision.qdq import insert_pairs
+from tests.precision.compare import judge
 from tests.precision.make_outliers import NETWORKS, batches, make_trained_like
 
 OURS = Int8Options(target="trt8")
@@ -31,16 +29,9 @@ BELOW_CEILING = 3.0
 NETWORKS_BY_COST = [*("g4", "se"), *(pytest.param(name, marks=pytest.mark.slow) for name in ("g2", "wide"))]
 
 
-def sqnr(model: onnx.ModelProto, graph: onnx.ModelProto, images: list[np.ndarray]) -> float:
-    found = judge(model, graph, images)
-    assert found is not None
-    return found.sqnr_db
-
-
 def ceiling(model: onnx.ModelProto, report: Int8Report) -> onnx.ModelProto:
     """FP32 weights, INT8 activations with the scales of `report`."""
-    factors = {name: np.frombuffer(base64.b64decode(text), "<f8") for name, text in report.scales.factors.items()}
-    return insert_pairs(apply_factors(model, factors), report.scales.scales)
+    return insert_pairs(apply_factors(read_chain(model), report.scales.channel_factors()), report.scales.scales)
 
 
 @pytest.mark.parametrize("outlier", GAINS)
@@ -48,8 +39,8 @@ def ceiling(model: onnx.ModelProto, report: Int8Report) -> onnx.ModelProto:
 def test_outliers_that_ruin_max_calibration_leave_ours_usable(network: str, outlier) -> None:
     model, calibration, fresh = make_trained_like(NETWORKS[network], outlier), batches(256, 1), batches(128, 2)
     graph, report = quantize_graph(model, calibration, OURS)
-    plain = sqnr(model, quantize_graph(model, calibration, MAX_CALIBRATION)[0], fresh)
-    ours, most = sqnr(model, graph, fresh), sqnr(model, ceiling(model, report), fresh)
+    plain = judge(model, quantize_graph(model, calibration, MAX_CALIBRATION)[0], fresh).sqnr_db
+    ours, most = (judge(model, one, fresh).sqnr_db for one in (graph, ceiling(model, report)))
     shown = f"max calibration {plain:.1f} dB, ours {ours:.1f} dB, INT8 activations alone {most:.1f} dB"
     assert plain < (12 if outlier == "heavy weights" else 10), shown
     assert ours >= plain + GAINS[outlier], shown
@@ -59,4 +50,4 @@ def test_outliers_that_ruin_max_calibration_leave_ours_usable(network: str, outl
 def test_outliers_are_what_ruins_it() -> None:
     """Without them the same network keeps more than 10 dB with max calibration: it is not the network that is hard."""
     model, calibration, fresh = make_trained_like(NETWORKS["g4"], "none"), batches(256, 1), batches(128, 2)
-    assert sqnr(model, quantize_graph(model, calibration, MAX_CALIBRATION)[0], fresh) > 12
+    assert judge(model, quantize_graph(model, calibration, MAX_CALIBRATION)[0], fresh).sqnr_db > 12

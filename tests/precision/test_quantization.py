@@ -16,12 +16,13 @@ from repvgg_deploy.files.onnx import read_metadata
 from repvgg_deploy.files.output import sha256_file
 from repvgg_deploy.precision import quantization
 from repvgg_deploy.precision.equalize import EqualizeOptions
-from repvgg_deploy.precision.gate import Verification, agreement_check, allowed_to_differ, blame_int8, verify_typed
+from repvgg_deploy.precision.gate import agreement_check, allowed_to_differ, blame_int8
 from repvgg_deploy.precision.int8 import FAST, MAX_CALIBRATION, Int8Options
+from repvgg_deploy.precision.metrics import Judge, Verification
 from repvgg_deploy.precision.options import QuantizeOptions
 from repvgg_deploy.precision.quantization import QuantizeResult, default_typed_output, quantize
 from repvgg_deploy.precision.round import RoundOptions
-from repvgg_deploy.precision.scales import ScaleFile, ScaleOptions, load_scales
+from repvgg_deploy.precision.scales import ScaleFile, ScaleOptions, read_scales
 from repvgg_deploy.precision.search import SearchOptions
 from repvgg_deploy.precision.typed_model import load_parent
 from repvgg_deploy.specs import codec
@@ -176,12 +177,12 @@ def test_gate_that_fails_names_the_layers_and_writes_nothing(model: Path, pixels
 
 def test_blame_falls_on_the_layer_whose_scale_is_spoilt(model: Path, pixels: Path) -> None:
     scales = int8(model, pixels).int8.scales
-    graph, batches = load_parent(model).model, make_batches(count=32)
+    chain, batches = load_parent(model).chain, make_batches(count=32)
     for layer in ("stage2", "stage3"):
         spoilt = dataclasses.replace(scales, scales={**scales.scales, layer: scales.scales[layer] * 20})
         readers = {"stage2": "stage3.conv", "stage3": "stage4.conv"}
-        assert blame_int8(graph, spoilt, (), batches)[0][0] == readers[layer]
-        assert readers[layer] not in [name for name, _ in blame_int8(graph, spoilt, (readers[layer],), batches)]
+        assert blame_int8(chain, spoilt, (), batches)[0][0] == readers[layer]
+        assert readers[layer] not in [name for name, _ in blame_int8(chain, spoilt, (readers[layer],), batches)]
 
 
 @pytest.mark.parametrize(
@@ -212,11 +213,11 @@ def test_fp16_that_differs_is_refused_and_says_where_they_part(
 
 
 def test_typed_graph_that_gives_nan_is_refused(model: Path) -> None:
-    reference, broken = load_parent(model).model, load_parent(model).model
+    chain, broken = load_parent(model).chain, onnx.load(model)
     bias = next(tensor for tensor in broken.graph.initializer if tensor.name == "linear.bias")
     bias.CopyFrom(onnx.numpy_helper.from_array(np.full_like(onnx.numpy_helper.to_array(bias), np.nan), bias.name))
     with pytest.raises(ParityError, match="NaN or infinite values"):
-        verify_typed(reference, broken, make_batches(count=16), held_out=True)
+        Judge(chain, make_batches(count=16)).compare(broken)
 
 
 def test_statistics_of_an_export_without_them_are_refused(model: Path, tmp_path: Path) -> None:
@@ -249,15 +250,13 @@ def test_saved_calibration_gives_the_same_graph(model: Path, pixels: Path, tmp_p
     saved = tmp_path / "s.json"
     first = int8(model, pixels, chosen, out=tmp_path / "a.onnx", save_scales=saved, min_agreement=0.0)
     assert first.scales_output.status == "written"
-    assert load_scales(saved.read_text()) == first.int8.scales
+    assert read_scales(saved) == first.int8.scales
     stages: list[str] = []
     again = dataclasses.replace(search if steps == "search" else QUICK, rounding=chosen.rounding)
     options = QuantizeOptions("int8", pixels, int8=again, scales=saved, min_agreement=0.0)
     second = quantize(model, tmp_path / "b.onnx", options, progress=lambda stage, done, total: stages.append(stage))
     assert "equalize" not in stages and "ranges" not in stages and "round" in stages
-    graphs = [
-        load_parent(result.output.target).model.SerializeToString(deterministic=True) for result in (first, second)
-    ]
+    graphs = [onnx.load(result.output.target).graph for result in (first, second)]
     assert graphs[0] == graphs[1]
     assert second.metadata.history[-1].options["scales"] == chosen.scales.method
     assert (
@@ -334,7 +333,7 @@ def test_typed_input_is_refused(model: Path, pixels: Path, tmp_path: Path, preci
 
 def test_files_that_are_not_ours_are_refused(tmp_path: Path, pixels: Path) -> None:
     foreign = tmp_path / "foreign.onnx"
-    onnx.save(load_parent(save(tmp_path / "m.onnx", make_model())).model, foreign)
+    onnx.save(make_model(), foreign)
     for path in (foreign, pixels, tmp_path / "nowhere.onnx", tmp_path):
         with pytest.raises(ModelError):
             int8(path, pixels)

@@ -8,7 +8,7 @@ from repvgg_deploy.precision.chain import read_chain, read_weights
 from repvgg_deploy.precision.qdq import insert_pairs, write_integers
 from repvgg_deploy.precision.round import RoundedLayer, RoundOptions, round_nearest
 from repvgg_deploy.precision.round_network import Prepared, round_weights
-from repvgg_deploy.precision.run_onnx import Steps, run_tensors
+from repvgg_deploy.precision.run_onnx import LayerWalk, run_tensors
 from tests.precision.make_chain import KINDS, make_batches, make_model
 from tests.precision.make_quantized import input_ranges
 
@@ -25,8 +25,10 @@ def test_round_weights_every_layers_mean_output_is_that_of_fp32(kind: str, metho
     """Each bias takes up what all the layers before it lost, too: it sees what they give once they are quantized."""
     model, batches = make_model(KINDS[kind]), make_batches(KINDS[kind], 24)
     scales = scales_of(model, batches)
-    rounded = round_weights(Prepared(model, scales), batches, RoundOptions(method=method, samples=EVERYWHERE))
-    graph = write_integers(insert_pairs(model, scales), rounded)
+    rounded = round_weights(
+        Prepared(read_chain(model), scales), batches, RoundOptions(method=method, samples=EVERYWHERE)
+    )
+    graph = write_integers(insert_pairs(read_chain(model), scales), rounded)
     for layer in read_chain(model).layers:
         truth, found = (
             np.concatenate([v[layer.output] for v in run_tensors(m, [layer.output], batches)]) for m in (model, graph)
@@ -43,7 +45,7 @@ def test_round_weights_kept_layers_are_left_out_and_progress_counts_the_others()
     model, batches = make_model(), make_batches(count=16)
     seen: list[tuple[int, int]] = []
     kept = ("stage1.conv", "linear")
-    prepared = Prepared(model, scales_of(model, batches), kept)
+    prepared = Prepared(read_chain(model), scales_of(model, batches), kept)
     found = round_weights(prepared, batches, RoundOptions(), progress=lambda done, total: seen.append((done, total)))
     assert list(found) == ["stage0.conv", "stage2.conv", "stage3.conv", "stage4.conv"]
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
@@ -51,7 +53,9 @@ def test_round_weights_kept_layers_are_left_out_and_progress_counts_the_others()
 
 def test_round_weights_half_gives_scales_and_biases_that_fp16_holds() -> None:
     model, batches = make_model(), make_batches(count=16)
-    for layer in round_weights(Prepared(model, scales_of(model, batches), half=True), batches, RoundOptions()).values():
+    for layer in round_weights(
+        Prepared(read_chain(model), scales_of(model, batches), half=True), batches, RoundOptions()
+    ).values():
         for values in (layer.scales, layer.bias):
             assert np.array_equal(values.astype(np.float16).astype(np.float32), values)
 
@@ -59,7 +63,7 @@ def test_round_weights_half_gives_scales_and_biases_that_fp16_holds() -> None:
 def test_round_weights_nearest_without_correction_needs_no_images() -> None:
     model = make_model()
     weights = read_weights(model)
-    found = round_weights(Prepared(model, {}), [], RoundOptions(method="nearest", bias_correction=False))
+    found = round_weights(Prepared(read_chain(model), {}), [], RoundOptions(method="nearest", bias_correction=False))
     for layer in read_chain(model).layers:
         expected = round_nearest(weights[layer.weight], weights[layer.bias])
         assert same(found[layer.name], expected)
@@ -74,7 +78,7 @@ def test_steps_of_little_memory_give_the_same_tensors_for_fewer_batches_and_catc
     model, batches = make_model(KINDS[kind]), make_batches(KINDS[kind], 48, size=8)
     tensors = read_chain(model).quantized_tensors()
     whole = [list(run_tensors(model, [name], batches)) for name in tensors]
-    steps = Steps(
+    steps = LayerWalk(
         model,
         batches,
         budget_bytes=3 * max(values[0][name].nbytes for name, values in zip(tensors, whole, strict=True)),
@@ -93,7 +97,7 @@ def test_steps_of_little_memory_give_the_same_tensors_for_fewer_batches_and_catc
 
 def test_steps_one_batch_is_run_whatever_it_takes() -> None:
     model, batches = make_model(), make_batches(count=32, size=8)
-    steps = Steps(model, batches, budget_bytes=1)
+    steps = LayerWalk(model, batches, budget_bytes=1)
     assert [len(list(steps.advance(name))) for name in read_chain(model).quantized_tensors()] == [1] * 6
 
 
@@ -101,7 +105,7 @@ def test_steps_that_catch_up_use_the_model_as_it_is_by_then() -> None:
     """Weights are chosen layer by layer; batches that join late run from the image through the layers as they have become."""
     model, other, batches = make_model(), make_model(seed=7), make_batches(count=48, size=8)
     first, last = (list(run_tensors(m, ["flatten"], batches)) for m in (model, other))
-    steps = Steps(model, batches, budget_bytes=30_000)
+    steps = LayerWalk(model, batches, budget_bytes=30_000)
     assert len(list(steps.advance("stage0"))) < 6
     model.graph.CopyFrom(other.graph)
     found = list(steps.advance("flatten"))

@@ -10,9 +10,9 @@ from repvgg_deploy.errors import CalibrationError
 from repvgg_deploy.precision.chain import read_chain, replace_weights
 from repvgg_deploy.precision.equalize import EqualizeOptions
 from repvgg_deploy.precision.int8 import Int8Options, quantize_graph
-from repvgg_deploy.precision.metrics import judge
 from repvgg_deploy.precision.ranges import collect
 from repvgg_deploy.precision.search import SearchOptions, choose_exponents
+from tests.precision.compare import judge
 from tests.precision.make_chain import KINDS, ChainOptions, make_batches, make_model
 
 EXPONENTS = (0.0, 0.3, 0.5, 0.7, 1.0)
@@ -20,7 +20,8 @@ SMALL = SearchOptions(EXPONENTS, images=32, positions=1024)
 
 
 def choose(model: onnx.ModelProto, batches: list[np.ndarray], options: SearchOptions = SMALL) -> dict[str, float]:
-    return choose_exponents(model, batches, collect(model, batches), options)
+    chain = read_chain(model)
+    return choose_exponents(chain, batches, collect(chain, batches), options)
 
 
 def two_layers(spread: float, generator: np.random.Generator) -> onnx.ModelProto:
@@ -49,10 +50,11 @@ def test_choose_exponents_where_activations_differ_and_weights_do_not_makes_acti
 def test_choose_exponents_every_open_interface_gets_a_candidate_every_time_the_same(kind: str) -> None:
     model, batches = make_model(KINDS[kind]), make_batches(KINDS[kind], 48)
     seen: list[tuple[int, int]] = []
+    chain = read_chain(model)
     found = choose_exponents(
-        model, batches, collect(model, batches), SMALL, progress=lambda done, total: seen.append((done, total))
+        chain, batches, collect(chain, batches), SMALL, progress=lambda done, total: seen.append((done, total))
     )
-    open_ = [interface.source for interface in read_chain(model).interfaces if interface.blocked_by is None]
+    open_ = [interface.source for interface in chain.interfaces if interface.blocked_by is None]
     assert sorted(found) == sorted(open_)
     assert set(found.values()) <= set(EXPONENTS)
     assert found == choose(model, batches)

@@ -11,8 +11,10 @@ from repvgg_deploy.errors import CalibrationError
 from repvgg_deploy.precision.chain import read_chain, read_weights
 from repvgg_deploy.precision.check import check_quantized
 from repvgg_deploy.precision.int8 import FAST, MAX_CALIBRATION, Images, Int8Options, quantize_graph
-from repvgg_deploy.precision.metrics import LayerCost, count_macs, fewest_kept, judge, rank_layers
+from repvgg_deploy.precision.metrics import QuantizationCost, count_macs, fewest_kept, rank_layers
 from repvgg_deploy.precision.round import RoundedLayer, round_nearest
+from repvgg_deploy.precision.round_network import Prepared
+from tests.precision.compare import judge
 from tests.precision.make_chain import KINDS, make_batches, make_model
 from tests.precision.make_quantized import input_ranges
 
@@ -21,15 +23,13 @@ TRT10 = dataclasses.replace(FAST, target="trt10")
 
 def rounded_with_damage(
     model: onnx.ModelProto, batches: list[np.ndarray], damaged: str
-) -> tuple[dict[str, float], dict[str, RoundedLayer]]:
+) -> tuple[Prepared, dict[str, RoundedLayer]]:
     """Scales and weights of the plainest calibration; the damaged layer has 3 levels a side in place of 127."""
-    weights = read_weights(model)
+    chain, weights = read_chain(model), read_weights(model)
     scales = {name: float(value.max() / 127) for name, value in input_ranges(model, batches).items()}
-    found = {
-        layer.name: round_nearest(weights[layer.weight], weights[layer.bias]) for layer in read_chain(model).layers
-    }
+    found = {layer.name: round_nearest(weights[layer.weight], weights[layer.bias]) for layer in chain.layers}
     coarse = (np.round(found[damaged].integers / 42) * 42).astype(np.int8)
-    return scales, found | {damaged: dataclasses.replace(found[damaged], integers=coarse)}
+    return Prepared(chain, scales), found | {damaged: dataclasses.replace(found[damaged], integers=coarse)}
 
 
 @pytest.mark.parametrize("damaged", ["stage1.conv", "stage3.conv"])
@@ -39,12 +39,9 @@ def test_rank_layers_puts_a_damaged_layer_first(kind: str, damaged: str) -> None
     options = dataclasses.replace(KINDS[kind], outliers=0.3)
     model, batches = make_model(options), make_batches(options, 32)
     seen: list[tuple[int, int]] = []
-    costs = rank_layers(
-        model,
-        *rounded_with_damage(model, batches, damaged),
-        batches,
-        progress=lambda done, total: seen.append((done, total)),
-    )
+    prepared, rounded = rounded_with_damage(model, batches, damaged)
+    macs = count_macs(prepared.chain, batches[0])
+    costs = rank_layers(prepared, rounded, batches, macs=macs, progress=lambda done, total: seen.append((done, total)))
     assert costs[0].name == damaged
     assert costs[0].sqnr_db < costs[1].sqnr_db - 3
     names = {layer.name for layer in read_chain(model).layers}
@@ -55,14 +52,15 @@ def test_rank_layers_puts_a_damaged_layer_first(kind: str, damaged: str) -> None
 
 def test_rank_layers_features_and_layers_that_are_kept_already() -> None:
     model, batches = make_model(KINDS["features"]), make_batches(KINDS["features"], 16)
-    scales, rounded = rounded_with_damage(model, batches, "stage2.conv")
+    prepared, rounded = rounded_with_damage(model, batches, "stage2.conv")
     del rounded["stage1.conv"]
-    assert [cost.name for cost in rank_layers(model, scales, rounded, batches)] == ["stage2.conv", "stage0.conv"]
+    costs = rank_layers(prepared, rounded, batches, macs=count_macs(prepared.chain, batches[0]))
+    assert [cost.name for cost in costs] == ["stage2.conv", "stage0.conv"]
 
 
 def test_count_macs_are_those_of_the_shapes() -> None:
     options = KINDS["grouped"]
-    macs = count_macs(make_model(options), make_batches(options, 2)[0])
+    macs = count_macs(read_chain(make_model(options)), make_batches(options, 2)[0])
     sides = (8, 8, 4, 4, 4)
     widths, groups = (3, *options.widths), options.groups
     expected = {f"stage{i}.conv": widths[i + 1] * widths[i] // groups[i] * 9 * sides[i] ** 2 for i in range(5)} | {
@@ -73,7 +71,7 @@ def test_count_macs_are_those_of_the_shapes() -> None:
 
 @pytest.mark.parametrize("needed", [*range(8), None])
 def test_fewest_kept_is_the_shortest_prefix_that_meets_the_bound(needed: int | None) -> None:
-    ranked = [LayerCost(f"layer{index}", float(index), 1) for index in range(7)]
+    ranked = [QuantizationCost(f"layer{index}", float(index), 1) for index in range(7)]
     asked: list[int] = []
 
     def meets(names: tuple[str, ...]) -> bool:
@@ -87,9 +85,7 @@ def test_fewest_kept_is_the_shortest_prefix_that_meets_the_bound(needed: int | N
 
 
 def drop_of(model: onnx.ModelProto, graph: onnx.ModelProto, images: list[np.ndarray]) -> float:
-    found = judge(model, graph, images)
-    assert found is not None
-    return found.expected_drop
+    return judge(model, graph, images).expected_drop
 
 
 def test_max_drop_keeps_the_costliest_layers_and_no_more_than_it_takes() -> None:

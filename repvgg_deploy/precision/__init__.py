@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from .fp16 import Fp16Options as Fp16Options
     from .fp16 import Fp16Report as Fp16Report
     from .fp16 import to_fp16 as to_fp16
-    from .gate import Verification as Verification
     from .int8 import Images as Images
     from .int8 import Int8Options as Int8Options
     from .int8 import Int8Report as Int8Report
     from .int8 import LayerReport as LayerReport
     from .int8 import quantize_graph as quantize_graph
     from .int8 import to_int8 as to_int8
+    from .metrics import Verification as Verification
     from .options import QuantizeOptions as QuantizeOptions
     from .quantization import ImageUse as ImageUse
     from .quantization import QuantizeResult as QuantizeResult
@@ -37,8 +37,8 @@ __getattr__ = find_lazily(
     {
         "equalize": "EqualizeOptions",
         "fp16": "Fp16Options Fp16Report to_fp16",
-        "gate": "Verification",
         "int8": "Images Int8Options Int8Report LayerReport quantize_graph to_int8",
+        "metrics": "Verification",
         "options": "QuantizeOptions",
         "quantization": "ImageUse QuantizeResult StageTime default_typed_output quantize",
         "round": "RoundOptions",

@@ -1,4 +1,4 @@
-"""The structure of an exported RepVGG, as far as changing its precision needs it: layers with weights, and the interfaces between them.
+"""The structure of an exported RepVGG: layers with weights, and the interfaces between them.
 
 An *interface* is everything between one layer's output and the layers that read it. All that may stand there (ReLU,
 global average pooling, Flatten, the multiplication with an SE gate) commutes with a positive factor per channel, so
@@ -80,10 +80,9 @@ class Interface:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Chain:
-    """An FP32 graph with its structure.
+    """An FP32 graph, which is not changed, with its structure.
 
     Attributes:
-        model: The graph; not changed.
         layers: In the order of execution.
         interfaces: One for each layer, in the same order.
         image: Tensor that the first layer reads: the normalised float32 image.
@@ -125,8 +124,8 @@ def read_chain(model: onnx.ModelProto) -> Chain:
         raise ModelError("the graph holds no convolution", remedy=_EXPORT)
     if len({layer.name for layer in layers}) != len(layers) or len({layer.weight for layer in layers}) != len(layers):
         raise ModelError("two layers of the graph share a name or a weight", remedy=_EXPORT)
-    walk = _Walk(graph, layers)
-    return Chain(model, layers, tuple(walk.interface(layer) for layer in layers), layers[0].input)
+    by_name = {layer.name: layer for layer in layers}
+    return Chain(model, layers, tuple(_interface(graph, by_name, layer) for layer in layers), layers[0].input)
 
 
 def _refuse_typed(model: onnx.ModelProto) -> None:
@@ -168,40 +167,26 @@ def _layer(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> Layer
     )
 
 
-class _Walk:
+def _interface(graph: onnx.GraphProto, layers: Mapping[str, Layer], layer: Layer) -> Interface:
     """Finds who reads a layer's output, through all that commutes with a factor per channel."""
-
-    def __init__(self, graph: onnx.GraphProto, layers: Iterable[Layer]) -> None:
-        self.outputs = {value.name for value in graph.output}
-        self.producers = {name: node for node in graph.node for name in node.output}
-        self.layers = {layer.name: layer for layer in layers}
-        self.readers: dict[str, list[onnx.NodeProto]] = {}
-        for node in graph.node:
-            for name in dict.fromkeys(node.input):
-                self.readers.setdefault(name, []).append(node)
-
-    def interface(self, layer: Layer) -> Interface:
-        found: dict[str, None] = {}
-        blocked: str | None = None
-        queue = [layer.output]
-        while queue:
-            tensor = queue.pop(0)
-            blocked = blocked or (f"output {tensor}" if tensor in self.outputs else None)
-            for node in self.readers.get(tensor, []):
-                if node.op_type in _PASSING or self._is_gated(node, tensor):
-                    queue.append(node.output[0])
-                elif node.name in self.layers and self.layers[node.name].in_channels == layer.out_channels:
-                    found[node.name] = None
-                else:
-                    blocked = blocked or node.op_type
-        return Interface(layer.name, tuple(found), blocked if blocked or found else "nothing that reads it")
-
-    def _is_gated(self, node: onnx.NodeProto, tensor: str) -> bool:
-        """Whether `node` multiplies `tensor` with an SE gate, and `tensor` is not the gate."""
-        if node.op_type != "Mul" or tensor not in node.input:
-            return False
-        others = [self.producers.get(name) for name in node.input if name != tensor]
-        return len(others) == 1 and others[0] is not None and others[0].op_type == "Sigmoid"
+    outputs = {value.name for value in graph.output}
+    gates = {name for node in graph.node if node.op_type == "Sigmoid" for name in node.output}
+    found: dict[str, None] = {}
+    blocked: str | None = None
+    queue = [layer.output]
+    while queue:
+        tensor = queue.pop(0)
+        blocked = blocked or (f"output {tensor}" if tensor in outputs else None)
+        for node in (node for node in graph.node if tensor in node.input):
+            # Whether an SE gate multiplies the tensor, and the tensor is not the gate.
+            is_gated = node.op_type == "Mul" and {*node.input} - {tensor} <= gates and len({*node.input}) == 2
+            if node.op_type in _PASSING or is_gated:
+                queue.append(node.output[0])
+            elif node.name in layers and layers[node.name].in_channels == layer.out_channels:
+                found[node.name] = None
+            else:
+                blocked = blocked or node.op_type
+    return Interface(layer.name, tuple(found), blocked if blocked or found else "nothing that reads it")
 
 
 def opset_of(model: onnx.ModelProto) -> int:
@@ -225,7 +210,7 @@ def read_weight(model: onnx.ModelProto, name: str) -> FloatArray:
 
 
 def set_weights(model: onnx.ModelProto, weights: Mapping[str, NDArray[Any]]) -> None:
-    """Adds initializers, or changes their values, in place: a copy of a large model for each layer would take most of the time."""
+    """Adds initializers, or changes their values, in place: copying a large model for each layer would be slow."""
     there = {tensor.name: tensor for tensor in model.graph.initializer}
     for name, value in weights.items():
         tensor = there[name] if name in there else model.graph.initializer.add()
@@ -247,17 +232,16 @@ def copy_model(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def replace_weights(model: onnx.ModelProto, weights: Mapping[str, NDArray[Any]]) -> onnx.ModelProto:
-    """A copy of `model` with other values of some initializers, by name; names that the graph does not have are added."""
+    """A copy with other values of some initializers, by name; those that the graph does not have are added."""
     result = copy_without(model, weights)
     set_weights(result, weights)
     return result
 
 
 def copy_without(model: onnx.ModelProto, names: Container[str]) -> onnx.ModelProto:
-    """A copy of `model` without some initializers.
+    """A copy without some initializers, which are never copied.
 
-    They are never copied: what is deleted from a message keeps its memory until the whole message goes, and weights are
-    most of a model.
+    What is deleted from a message keeps its memory until the whole message goes, and weights are most of a model.
     """
     result = onnx.ModelProto()
     _copy_fields(model, result, leave_out="graph")
@@ -284,7 +268,7 @@ def scale_inputs(weight: NDArray[Any], groups: int, factors: NDArray[Any]) -> ND
 
 
 def input_norms(weight: NDArray[Any], groups: int, *, order: Literal["max", "square"]) -> Float64:
-    """Of each input channel of a weight (out, in / groups, …): the largest absolute value, or the sum of squares; float64 (in,)."""
+    """Largest magnitude, or sum of squares, of each input channel of a weight (out, in / groups, …); float64 (in,)."""
     out, inner = weight.shape[:2]
     grouped = np.abs(weight.reshape(groups, out // groups, inner, -1).astype(np.float64))
     reduced = grouped.max(axis=(1, 3)) if order == "max" else np.square(grouped).sum(axis=(1, 3))

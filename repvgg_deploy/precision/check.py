@@ -14,7 +14,8 @@ from .chain import opset_of
 from .halves import SMALLEST_NORMAL
 
 Target: TypeAlias = Literal["trt8", "trt10"]
-"""`trt8`: FP32 scales, opset 17 at most (TensorRT 8.5 and 8.6). `trt10`: strongly typed, FP16 scales, opset 19 at least (10 and later, RTX)."""
+"""`trt8`: FP32 scales, opset 17 at most (TensorRT 8.5 and 8.6).
+`trt10`: strongly typed, FP16 scales, opset 19 at least (TensorRT 10 and later, RTX)."""
 _REMEDY = (
     "quantize the FP32 file with repvgg-trt quantize --int8; in ONNX Runtime's own tool: ActivationSymmetric, "
     "WeightSymmetric, QuantizeBias=False"
@@ -30,13 +31,9 @@ def check_quantized(model: onnx.ModelProto, *, target: Target = "trt8", kept: Co
 
     Refused: integers other than INT8 (an INT32 bias, UINT8), zero points other than 0, scales that are not stored,
     positive and finite, that are not of the target's type, or subnormal; activations with more than one scale, weights
-    without one scale per output channel; a convolution or Gemm whose input or weight has no DequantizeLinear; a pair
-    between a convolution and its ReLU; operands of different types; an opset that the target's scales do not have.
-
-    Args:
-        model: With Q/DQ pairs.
-        target: What it is for.
-        kept: Names of layers that are to stay in floating point: they must have no pair at all.
+    without one scale per output channel; a convolution or Gemm whose input or weight has no DequantizeLinear, but for
+    those in `kept`, which must have none; a pair between a convolution and its ReLU; operands of different types; an
+    opset that the target's scales do not have.
 
     Raises:
         CalibrationError: It names the node.
@@ -67,7 +64,9 @@ def check_quantized(model: onnx.ModelProto, *, target: Target = "trt8", kept: Co
 
 
 def check_halves(model: onnx.ModelProto) -> None:
-    """Fails when a graph is not FP16 from the image to the classifier: a layer in FP32, operands of different types, a stored infinity or NaN.
+    """Fails when a graph is not FP16 from the image to the classifier.
+
+    Refused: a layer in FP32, operands of different types, a stored infinity or NaN.
 
     Raises:
         CalibrationError: It names the node or tensor.
@@ -87,7 +86,7 @@ def check_halves(model: onnx.ModelProto) -> None:
 
 
 def check_types(model: onnx.ModelProto) -> dict[str, int]:
-    """Follows the types through a graph as a strongly typed network does, and fails where an operator reads two of them.
+    """Follows the types through a graph as a strongly typed network does; an operator may not read two of them.
 
     Returns:
         Type of each tensor, by name (TensorProto.DataType).

@@ -1,4 +1,4 @@
-"""Statistics of a network's activations without a single image: what the BatchNorm layers of the training form said of them.
+"""Statistics of a network's activations without a single image: what the BatchNorm layers of the training form say.
 
 What a block reads is taken from the BatchNorm of its identity branch, which has seen it, or, for its mean, from that of
 its 1×1 branch. Where neither is there, a channel is taken as normally distributed before its ReLU, with the mean and
@@ -26,7 +26,7 @@ from .scales import graph_sha256
 from .typed_model import Parent
 
 DEVIATIONS = 6.0
-"""Largest value of a channel whose distribution before its ReLU is all that is known, in standard deviations above that mean."""
+"""Largest value of a channel known before its ReLU only, in standard deviations above its mean there."""
 SEEN_DEVIATIONS = 12.0
 """The same, where a BatchNorm layer has seen the channel after its ReLU. Its tail is longer: most values are 0."""
 _REMEDY = "give --calib with images, or export the training-form checkpoint, whose BatchNorm layers say it"
@@ -34,7 +34,7 @@ _REMEDY = "give --calib with images, or export the training-form checkpoint, who
 
 @dataclass(frozen=True, slots=True)
 class _Normal:
-    """Channels of a tensor: mean and standard deviation of a normal distribution, cut off at zero where `rectified`, and what |x| cannot exceed."""
+    """Channels as normally distributed, cut off at zero where `rectified`; `bound` is what |x| cannot exceed."""
 
     mean: Float64
     std: Float64
@@ -53,10 +53,7 @@ class _Normal:
 
 
 def closed_form_statistics(parent: Parent) -> tuple[Statistics, dict[str, tuple[Float64, Float64]]]:
-    """What `ranges.collect` would measure, and mean and standard deviation of every layer's input channels, by tensor name.
-
-    Args:
-        parent: FP32, as exported from a training form.
+    """What `ranges.collect` would measure, and mean and deviation of the channels that layers read, by tensor.
 
     Raises:
         CalibrationError: The metadata holds no BatchNorm statistics, or none of a layer that needs them.
@@ -170,14 +167,9 @@ def _normal_below(value: Float64) -> Float64:
 
 
 def correct_bias(weight: FloatArray, found: FloatArray, bias: FloatArray, *, groups: int, mean: Float64) -> FloatArray:
-    """The bias that takes up what rounding a weight changes of the mean output, borders left aside.
+    """The bias, (out,), that takes up what rounding `weight` to `found` changes of the mean output, borders left aside.
 
-    Args:
-        weight: (out, in / groups, …).
-        found: The same, rounded.
-        bias: (out,).
-        groups: Of the layer.
-        mean: Of the layer's input channels, (in,).
+    Weights are (out, in / groups, …); `mean` is that of the layer's input channels, (in,).
     """
     change = (weight.astype(np.float64) - found).reshape(groups, len(weight) // groups, weight.shape[1], -1).sum(axis=3)
     shift = np.einsum("goi,gi->go", change, mean.reshape(groups, -1)).reshape(-1)

@@ -1,4 +1,4 @@
-"""Exact rescaling of channels along the chain: an interface's channels get alike ranges, and the network computes the same.
+"""Exact rescaling of channels along the chain: channels get alike ranges, and the network computes the same.
 
 ReLU(x / s) = ReLU(x) / s for s > 0: output channel c of a layer (weight row and bias) is divided by s_c, and input
 channel c of every layer that reads it is multiplied by s_c. Pooling, Flatten and SE gates pass the factor on; a channel
@@ -19,7 +19,7 @@ from ..errors import CalibrationError
 from .chain import Chain, Float64, FloatArray, Interface, Layer, input_norms, read_weights, scale_inputs
 
 _LARGEST_RATIO = 2.0**20
-"""Factors of one interface span at most this range: beyond it, a channel so weak carries nothing that INT8 could keep."""
+"""Factors of one interface span at most this range: a channel that is weaker carries nothing that INT8 could keep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +67,11 @@ class InterfaceReport:
 def equalize(
     chain: Chain, ranges: Mapping[str, NDArray[np.floating]], options: EqualizeOptions | None = None
 ) -> tuple[Chain, dict[str, Float64], tuple[InterfaceReport, ...]]:
-    """Rescales every interface that allows it.
-
-    Args:
-        chain: FP32, as exported.
-        ranges: By name of a layer's input tensor: largest absolute value of each channel, (C,); see `ranges.collect`.
-        options: Exponents and rounding of the factors.
+    """Rescales every interface that allows it, by the range of each channel of each layer's input, (C,), by tensor.
 
     Returns:
-        A network that computes what the original does; by name of a layer's input tensor what its channels were divided
-        by, float64 (C,); and a report of each interface.
+        A network that computes what the original does; what the channels of each layer's input were divided by, float64
+        (C,), by tensor; and a report of each interface.
 
     Raises:
         CalibrationError: Ranges are missing, not finite, or of another shape.
@@ -102,7 +97,7 @@ def equalize(
 
 
 def apply_factors(chain: Chain, factors: Mapping[str, Float64]) -> Chain:
-    """Rescales interfaces of an exported network by given factors: positive, (C,), by name of the layer before an interface.
+    """Rescales interfaces by given factors: positive, (C,), by name of the layer before the interface.
 
     Raises:
         CalibrationError: They are of another graph, or an interface cannot be rescaled.
@@ -117,13 +112,9 @@ def apply_factors(chain: Chain, factors: Mapping[str, Float64]) -> Chain:
 
 
 def choose_factors(activation: Float64, weight: Float64, exponent: float, *, powers_of_two: bool = False) -> Float64:
-    """Factors s, (C,), with geometric mean one: activations are divided by them, weights multiplied.
+    """Factors s = activation^exponent / weight^(1 − exponent), (C,), by their median.
 
-    Args:
-        activation: Range of each channel.
-        weight: Largest absolute weight that reads each channel.
-        exponent: s = activation^exponent / weight^(1 − exponent).
-        powers_of_two: Round to the nearest power of two.
+    Activations are divided by them, weights multiplied; `weight` is the largest magnitude that reads each channel.
     """
     alive = (activation > 0) & (weight > 0)
     if not alive.any():
@@ -137,7 +128,7 @@ def choose_factors(activation: Float64, weight: Float64, exponent: float, *, pow
 
 
 def rescale(weights: dict[str, FloatArray], chain: Chain, interface: Interface, scale: Float64) -> None:
-    """Divides the output channels of an interface's source by `scale`, and multiplies them where they are read; changes `weights`."""
+    """Divides the output channels of an interface by `scale`, and multiplies what reads them; changes `weights`."""
     source = chain.layer(interface.source)
     column = scale.reshape(-1, *[1] * (len(source.weight_shape) - 1))
     weights[source.weight] = (weights[source.weight] / column).astype(np.float32)

@@ -23,18 +23,20 @@ from .chain import Chain, Float64, FloatArray, Interface, Layer, read_weights
 from .check import check_halves
 from .equalize import rescale
 from .halves import LARGEST, SMALLEST_NORMAL, Io, half_spec, write_halves
-from .ranges import largest_values, require_finite
+from .ranges import require_finite, widen_ranges
 from .run_onnx import count_images, run_tensors
 from .typed_model import Parent, StrPath, TypedModel, extend, load_parent
 
 RangeSource: TypeAlias = Literal["images", "statistics", "synthetic"]
+"""What ranges are known from. `images`: measured on the caller's. `statistics`: of the BatchNorm layers, |mean| + 256σ,
+where they speak (every 3×3 convolution), and 32 times what drawn images gave elsewhere (SE, classifier). `synthetic`:
+32 times what drawn images gave, everywhere."""
 INPUT_SUFFIX = ".input"
 """Ends the name under which the metadata states what a block reads."""
 DEVIATIONS = 256.0
-"""Standard deviations that a channel may reach. A trained A0 reaches 130 on 64 photographs: tails are long, and a block's branches, whose variances
-the statistics add as if they were independent, rise together. Too much does no harm: FP16 has digits to spare below,
-and rescaling is exact.
-"""
+"""Standard deviations that a channel may reach. A trained A0 reaches 130 on 64 photographs: tails are long, and a
+block's branches, whose variances the statistics add as if they were independent, rise together. Too much does no harm:
+FP16 has digits to spare below, and rescaling is exact."""
 UNSEEN = 32.0
 """How much further real images may reach than drawn ones, where nothing else is known. The same A0: 12 times."""
 _COMFORTABLE = 16.0  # where the values of a channel that must be moved are moved to
@@ -71,7 +73,7 @@ class Fp16Report:
     """What was found and done.
 
     Attributes:
-        source: What the ranges are known from; see `OutputRanges`.
+        source: What the ranges are known from; see `RangeSource`.
         images: How many images were run.
         largest: By layer: the largest absolute value that its output may have in FP32, before any rescaling and without
             the margin.
@@ -106,22 +108,22 @@ def to_fp16(
     """
     options = options or Fp16Options()
     parent = load_parent(source)
-    ranges = find_ranges(parent, batches)
-    fitted, factors = fit_ranges(parent.chain, ranges.values, options)
+    ranges, known_from, images = find_ranges(parent, batches)
+    fitted, factors = fit_ranges(parent.chain, ranges, options)
     typed = write_halves(fitted.model, io=options.io)
     check_halves(typed)
     rescaled = {name: int((factor != 1).sum()) for name, factor in factors.items()}
     said: dict[str, str | int | float | bool | None] = {
         "margin": options.margin,
         "io": options.io,
-        "ranges": ranges.source,
-        "images": ranges.images,
+        "ranges": known_from,
+        "images": images,
         "rescaled_channels": sum(rescaled.values()),
     }
     report = Fp16Report(
-        ranges.source,
-        ranges.images,
-        {layer.name: float(ranges.values[layer.output].max()) for layer in parent.chain.layers},
+        known_from,
+        images,
+        {layer.name: float(ranges[layer.output].max()) for layer in parent.chain.layers},
         rescaled,
         {name: (float(factor.min()), float(factor.max())) for name, factor in factors.items()},
     )
@@ -129,16 +131,10 @@ def to_fp16(
 
 
 def fit_ranges(chain: Chain, ranges: Mapping[str, Float64], options: Fp16Options) -> tuple[Chain, dict[str, Float64]]:
-    """Rescales channels by powers of two, first layer to last, wherever FP16 could not hold them or the weights that make them.
+    """Rescales channels by powers of two, first layer to last, where FP16 cannot hold them or what makes them.
 
-    Args:
-        chain: FP32.
-        ranges: By name of a layer's output: largest absolute value of each channel, (C,).
-        options: Margin.
-
-    Returns:
-        The same function, and by layer what its output channels were divided by, (C,); layers without any change are
-        left out.
+    Takes ranges by name of a layer's output, (C,). Gives the same function, and by layer what the output channels of
+    each rescaled one were divided by, (C,).
 
     Raises:
         CalibrationError: What cannot be rescaled does not fit.
@@ -157,9 +153,8 @@ def fit_ranges(chain: Chain, ranges: Mapping[str, Float64], options: Fp16Options
 
 
 def _factors(values: Float64, weight: FloatArray, bias: FloatArray) -> Float64:
-    """Powers of two by which the channels of a layer's output are to be divided; 1 where FP16 holds them as they are."""
-    # Of a row's weights only the largest matters: what is a thousand times smaller than it changes nothing that FP16
-    # shows.
+    """Powers of two to divide the channels of a layer's output by; 1 where FP16 holds them as they are."""
+    # Of a row's weights only the largest matters: what is a thousand times smaller changes nothing that FP16 shows.
     rows = np.abs(weight.reshape(len(weight), -1)).max(axis=1).astype(np.float64)
     top = np.maximum(np.maximum(values, rows), np.abs(bias))
     move = (top > LARGEST) | ((rows > 0) & (rows < _TINY))
@@ -182,36 +177,18 @@ def _check_fit(layer: Layer, interface: Interface, values: Float64, weights: Map
         )
 
 
-@dataclass(frozen=True, slots=True)
-class OutputRanges:
-    """Largest absolute value of each output channel of every layer, before its ReLU.
+def find_ranges(parent: Parent, batches: Sequence[NDArray[Any]] | None) -> tuple[dict[str, Float64], RangeSource, int]:
+    """Measures the ranges, or bounds them where there are no images (`batches` is None).
 
-    Attributes:
-        values: By name of the layer's output tensor, float64 (C,).
-        source: `images`: measured on the caller's. `statistics`: of the BatchNorm layers, |mean| + 256σ, where they
-            speak (every 3×3 convolution), and 32 times what drawn images gave elsewhere (SE, classifier). `synthetic`:
-            32 times what drawn images gave, everywhere.
-        images: How many images were run.
-    """
-
-    values: dict[str, Float64]
-    source: RangeSource
-    images: int
-
-
-def find_ranges(parent: Parent, batches: Sequence[NDArray[Any]] | None) -> OutputRanges:
-    """Measures the ranges, or bounds them where there are no images.
-
-    Args:
-        parent: FP32.
-        batches: Images as the model takes them; None where there are none.
+    Gives the largest absolute value of each output channel of every layer before its ReLU, float64 (C,), by tensor;
+    what they are known from; and how many images were run.
 
     Raises:
         CalibrationError: The images do not do, or there are none and it is not known how an image becomes the input.
         ModelError: The metadata's statistics are of another graph.
     """
     if batches is not None:
-        return OutputRanges(measure_ranges(parent.chain, batches), "images", count_images(batches))
+        return measure_ranges(parent.chain, batches), "images", count_images(batches)
     drawn = draw_batches(parent.metadata.spec)
     found = {name: value * UNSEEN for name, value in measure_ranges(parent.chain, drawn).items()}
     stated = stated_ranges(parent.metadata.statistics)
@@ -223,7 +200,7 @@ def find_ranges(parent: Parent, batches: Sequence[NDArray[Any]] | None) -> Outpu
             )
         # A channel that drawn images drive beyond that must fit, too.
         found[name] = np.maximum(found[name] / UNSEEN, value)
-    return OutputRanges(found, "statistics" if stated else "synthetic", count_images(drawn))
+    return found, "statistics" if stated else "synthetic", count_images(drawn)
 
 
 def measure_ranges(chain: Chain, batches: Iterable[NDArray[Any]]) -> dict[str, Float64]:
@@ -234,9 +211,7 @@ def measure_ranges(chain: Chain, batches: Iterable[NDArray[Any]]) -> dict[str, F
     """
     found: dict[str, Float64] = {}
     for values in run_tensors(chain.model, [layer.output for layer in chain.layers], batches):
-        for name, value in values.items():
-            largest = largest_values(value)
-            found[name] = np.maximum(found[name], largest) if name in found else largest
+        widen_ranges(found, values)
     if not found:
         raise CalibrationError(
             "there are no images to measure ranges on", remedy="give some images of the training split"
@@ -246,7 +221,7 @@ def measure_ranges(chain: Chain, batches: Iterable[NDArray[Any]]) -> dict[str, F
 
 
 def stated_ranges(statistics: Mapping[str, ChannelStatistics]) -> dict[str, Float64]:
-    """|mean| + 256σ of each channel of every layer's output as the BatchNorm layers state them, by tensor; float64 (C,)."""
+    """|mean| + 256σ of each channel of every layer's output as the BatchNorm layers state them, by tensor."""
     outputs = {name: value for name, value in statistics.items() if not name.endswith(INPUT_SUFFIX)}
     return {
         name: np.abs(decode_channels(value.mean)) + DEVIATIONS * decode_channels(value.std)
@@ -262,10 +237,8 @@ def decode_channels(text: str) -> Float64:
 def draw_batches(spec: ModelSpec, draw: Callable[[int, int], NDArray[np.uint8]] | None = None) -> list[NDArray[Any]]:
     """Drawn images as the model takes them; the same every time.
 
-    Args:
-        spec: Of the model.
-        draw: Gives images, uint8 (N, height, width, 3), for a height and a width. None: eight images: four smooth ones,
-            noise, a chequerboard, black and white.
+    `draw` gives images, uint8 (N, height, width, 3), of a height and a width; without it there are eight images: four
+    smooth ones, noise, a chequerboard, black and white.
 
     Raises:
         CalibrationError: It is not known how an image becomes the input.

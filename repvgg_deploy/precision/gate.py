@@ -1,4 +1,4 @@
-"""The gate of a quantization: what a typed graph must show against FP32, and what is said of one that does not: which layers are to blame."""
+"""What a typed graph must show against FP32, and what is said of one that does not: which layers are to blame."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from .run_onnx import spread_images
 from .scales import ScaleFile
 
 MIN_FP16_DB = 40.0
-"""FP16 rounds to 66 dB an operation; some thirty layers in a row leave 50 or more. Below 40, a hundredth of the logits, something has overflowed or
-gone subnormal."""
+"""FP16 rounds to 66 dB an operation; some thirty layers in a row leave 50 or more. Below 40, a hundredth of the logits,
+something has overflowed or gone subnormal."""
 _BLAMED = 3
 _BLAME_IMAGES = 16
 
 
 def allowed_to_differ(images: int, min_agreement: float) -> int:
-    """How many of so many images may have another best class: one where even one is more than the share allows, for it says nothing."""
+    """How many of so many images may have another best class: one at least, unless all must agree."""
     allowed = math.floor(images * (1 - min_agreement) + 1e-9)
     return max(allowed, 1) if min_agreement < 1 else 0
 
@@ -64,7 +64,7 @@ def refuse_fp16(
 
 
 def refuse_int8(found: Verification, min_agreement: float, blamed: Sequence[tuple[str, float]]) -> ParityError:
-    """The error of an INT8 graph that does not pass; it names the layers to blame, as `blame_int8` found them."""
+    """The error of an INT8 graph that does not pass; it names what `blame_int8` found."""
     return ParityError(
         f"INT8 agrees with FP32 on {_percent(found)} of {found.images} {_images(found)}, at least "
         f"{100 * min_agreement:g} % expected; the layers that cost most, each quantized alone: {_list(blamed)}",
@@ -85,10 +85,9 @@ def _list(blamed: Sequence[tuple[str, float]]) -> str:
 def blame_int8(
     chain: Chain, scales: ScaleFile, kept: Sequence[str], batches: Sequence[NDArray[Any]]
 ) -> list[tuple[str, float]]:
-    """The layers that cost most when each alone is quantized with the chosen scales, and the SQNR of the logits then, the worst first.
+    """The layers that cost most when each alone is quantized with the chosen scales, the worst first; dB of the logits.
 
-    Weights are rounded to nearest and few images are run, so that it takes a fraction of the time that the quantization
-    took.
+    Weights are rounded to nearest and few images are run: a fraction of the time that the quantization took.
     """
     prepared = Prepared(apply_factors(chain, scales.channel_factors()), scales.scales)
     weights = read_weights(prepared.chain.model)
@@ -102,7 +101,7 @@ def blame_int8(
 def blame_fp16(
     reference: onnx.ModelProto, typed: onnx.ModelProto, batches: Sequence[NDArray[Any]]
 ) -> list[tuple[str, float]]:
-    """The first layers whose outputs have an SQNR too low, rescaled channels scaled back; where none has, those with the lowest."""
+    """The first layers whose outputs have too low an SQNR, or those with the lowest; rescaling is undone."""
     one, two = LayerRun(reference), LayerRun(typed)
     images = spread_images(reference, batches, _BLAME_IMAGES)
     layers = compare_layers(run_pairs(one, two, ((batch, batch) for batch in images)), fixed=one.classifiers)

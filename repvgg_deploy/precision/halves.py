@@ -1,8 +1,8 @@
-"""An FP32 graph, with Q/DQ pairs or without → the strongly typed graph that computes in FP16: which tensors are FP16, and where casts stand.
+"""A graph in FP32, with Q/DQ pairs or without → the strongly typed graph that computes in FP16.
 
 What comes before the first layer (a uint8 image's cast and normalisation) and what follows the classifier (Softmax,
 TopK) stays FP32: it costs nothing there and keeps its digits. All between is FP16, so that every operator reads tensors
-of one type, as a strongly typed network must.
+of one type, as a strongly typed network must; casts stand where the two meet.
 """
 
 from __future__ import annotations
@@ -53,9 +53,7 @@ def half_spec(spec: ModelSpec, io: Io) -> ModelSpec:
 class _Typing:
     """Gives every tensor of a graph its type, node by node, and writes a cast wherever one is read as another.
 
-    Args:
-        graph: Changed in place by `write`.
-        border: FLOAT or FLOAT16: type of its inputs and outputs.
+    `border` is the type of the graph's inputs and outputs, FLOAT or FLOAT16. The graph is changed in place.
     """
 
     def __init__(self, graph: onnx.GraphProto, border: int) -> None:
@@ -78,8 +76,7 @@ class _Typing:
             if value.type.tensor_type.elem_type == TensorProto.FLOAT:
                 value.type.tensor_type.elem_type = self._border
         self._kinds = {value.name: value.type.tensor_type.elem_type for value in self._graph.input}
-        nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in self._graph.node]
-        for node in nodes:
+        for node in self._graph.node:
             self._write_node(node)
         set_nodes(self._graph, self._nodes)
         del self._graph.value_info[:]

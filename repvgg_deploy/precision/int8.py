@@ -21,7 +21,7 @@ import onnx
 from numpy.typing import NDArray
 
 from ..errors import CalibrationError
-from .chain import Chain, Float64, opset_of, read_chain, read_weights
+from .chain import Chain, Float64, Layer, opset_of, read_chain, read_weights
 from .check import Target, check_quantized
 from .closed_form import closed_form_statistics, correct_bias
 from .equalize import EqualizeOptions, InterfaceReport, apply_factors, equalize
@@ -161,7 +161,7 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class Int8Report:
-    """What was done and what it cost, measured on calibration images; without images nothing is measured, and figures are 0.
+    """What was done and what it cost, measured on calibration images; without images figures are 0.
 
     Attributes:
         images: Calibration images.
@@ -194,7 +194,7 @@ def to_int8(
     saved: ScaleFile | None = None,
     progress: Progress | None = None,
 ) -> tuple[TypedModel, Int8Report]:
-    """Makes the INT8 graph of an FP32 ONNX that repvgg-export wrote, with its metadata extended; `typed_model.write_typed` writes it.
+    """Makes the INT8 graph of an FP32 ONNX that repvgg-export wrote; `typed_model.write_typed` writes it.
 
     Args:
         source: File, the model in memory, or what `load_parent` read.
@@ -271,27 +271,24 @@ def quantize_graph(
         if options.equalize is not None and options.search is not None:
             wanted = dataclasses.replace(options.search, range_percentile=options.range_percentile)
             exponents = choose_exponents(chain, batches, statistics, wanted, progress=partial(tell, "equalize"))
-        calibrated = _calibrate(chain, statistics, options, exponents)
+        network, scales, interfaces = _calibrate(chain, statistics, options, exponents)
     else:
-        calibrated = _reuse(chain, batches, saved, options)
-    network = Prepared(calibrated.chain, calibrated.scales.scales, options.keep, options.half)
+        network, scales, interfaces = *_reuse(chain, batches, saved, options), ()
     rounded = round_weights(network, batches, options.rounding, progress=partial(tell, "round"))
     macs = count_macs(chain, batches[0] if has_fixed_batch(chain.model) else batches[0][:1])
     costs: tuple[QuantizationCost, ...] = ()
     if options.sensitivity or options.max_drop is not None:
         costs = rank_layers(network, rounded, batches, macs=macs, progress=partial(tell, "sensitivity"))
-    judge = (
-        Judge(network.chain, images.held_out or batches) if images.held_out or options.max_drop is not None else None
-    )
-    if judge is not None and options.max_drop is not None:
-        network, rounded = _meet_bound(network, rounded, costs, _Bound(options, judge, batches, tell))
+    judge = Judge(network.chain, images.held_out or batches)
+    if options.max_drop is not None:
+        network, rounded = _Bound(options, judge, batches, tell).meet(network, rounded, costs)
     graph = _write(network, rounded)
     tell("measure layers", 0, 1)
     sqnr = layer_sqnr(network.chain, graph, spread_images(chain.model, batches, _REPORT_IMAGES))
     tell("measure layers", 1, 1)
-    judged = judge.compare(graph) if judge is not None and judge.classifies and len(images.held_out) else None
-    report = dataclasses.replace(_report(calibrated, network, macs, sqnr), costs=costs, held_out=judged)
-    return _type(graph, network, options), report
+    judged = judge.compare(graph) if judge.classifies and len(images.held_out) else None
+    report = dataclasses.replace(_report(network, scales, macs, sqnr), interfaces=interfaces, costs=costs)
+    return _type(graph, network, options), dataclasses.replace(report, held_out=judged)
 
 
 def _quantize_without_images(
@@ -301,9 +298,8 @@ def _quantize_without_images(
     chain = parent.chain
     _require_fit(chain, options)
     statistics, moments = closed_form_statistics(parent)
-    calibrated = _calibrate(chain, statistics, options, {})
-    network = Prepared(calibrated.chain, calibrated.scales.scales, options.keep, options.half)
-    weights, factors = read_weights(network.chain.model), calibrated.scales.channel_factors()
+    network, scales, interfaces = _calibrate(chain, statistics, options, {})
+    weights, factors = read_weights(network.chain.model), scales.channel_factors()
     sources = {name: interface.source for interface in chain.interfaces for name in interface.readers}
     rounded: dict[str, RoundedLayer] = {}
     layers = [layer for layer in chain.layers if layer.name not in options.keep]
@@ -319,9 +315,9 @@ def _quantize_without_images(
             found = dataclasses.replace(found, bias=corrected)
         rounded[layer.name] = network.finish(found)
         tell("round", index + 1, len(layers))
-    report = _report(calibrated, network, count_macs(chain, blank_batch(chain.model)), {})
+    report = _report(network, scales, count_macs(chain, blank_batch(chain.model)), {})
     graph = _type(_write(network, rounded), network, options)
-    return graph, dataclasses.replace(report, source="statistics")
+    return graph, dataclasses.replace(report, source="statistics", interfaces=interfaces)
 
 
 def _require_fit(chain: Chain, options: Int8Options) -> None:
@@ -340,16 +336,9 @@ def _require_fit(chain: Chain, options: Int8Options) -> None:
         raise CalibrationError(f"no layer is called {unknown[0]!r}", remedy=remedy)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Calibrated:
-    """A network before its weights are rounded: rescaled, the scales of its activations, and what equalization did."""
-
-    chain: Chain
-    scales: ScaleFile
-    interfaces: tuple[InterfaceReport, ...] = ()
-
-
-def _calibrate(chain: Chain, statistics: Statistics, options: Int8Options, exponents: dict[str, float]) -> _Calibrated:
+def _calibrate(
+    chain: Chain, statistics: Statistics, options: Int8Options, exponents: dict[str, float]
+) -> tuple[Prepared, ScaleFile, tuple[InterfaceReport, ...]]:
     """Equalizes, makes room for FP16, and chooses the scales."""
     rescaled, factors = chain, dict[str, Float64]()
     interfaces: tuple[InterfaceReport, ...] = ()
@@ -376,11 +365,11 @@ def _calibrate(chain: Chain, statistics: Statistics, options: Int8Options, expon
         exponents=exponents,
         target=options.target,
     )
-    return _Calibrated(rescaled, file, interfaces)
+    return Prepared(rescaled, file.scales, options.keep, options.half), file, interfaces
 
 
 def _collect_factors(chain: Chain, before: Mapping[str, Float64], divided: Mapping[str, Float64]) -> dict[str, Float64]:
-    """What the output channels of each layer are divided by in all, by name of the layer; `divided` is by tensor that is read."""
+    """What the output channels of each layer are divided by in all; `divided` is by tensor that is read."""
     found = dict(before)
     for interface in chain.interfaces:
         tensor = chain.layer(interface.readers[0]).input if interface.readers else ""
@@ -389,7 +378,9 @@ def _collect_factors(chain: Chain, before: Mapping[str, Float64], divided: Mappi
     return found
 
 
-def _reuse(chain: Chain, batches: Sequence[NDArray[Any]], saved: ScaleFile, options: Int8Options) -> _Calibrated:
+def _reuse(
+    chain: Chain, batches: Sequence[NDArray[Any]], saved: ScaleFile, options: Int8Options
+) -> tuple[Prepared, ScaleFile]:
     """Takes a calibration that was saved."""
     digest, _ = hash_images(batches)
     saved.check(graph_sha256(chain.model), digest)
@@ -402,57 +393,50 @@ def _reuse(chain: Chain, batches: Sequence[NDArray[Any]], saved: ScaleFile, opti
     if missing:
         raise CalibrationError(f"the saved scales do not suit this graph: {min(missing)}", remedy="calibrate again")
     scales = round_activation_scales(saved.scales) if options.half else saved.scales
+    rescaled = apply_factors(chain, saved.channel_factors())
     file = dataclasses.replace(saved, scales=scales, target=options.target)
-    return _Calibrated(apply_factors(chain, saved.channel_factors()), file)
+    return Prepared(rescaled, scales, options.keep, options.half), file
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Bound:
-    """What the expected drop may be, and how it is found."""
+    """Keeps the fewest further layers in floating point with which the expected drop is at most `options.max_drop`."""
 
     options: Int8Options
     judge: Judge
     batches: Sequence[NDArray[Any]]
     tell: Progress
+    tried: int = 0
 
-
-def _meet_bound(
-    network: Prepared, rounded: dict[str, RoundedLayer], costs: Sequence[QuantizationCost], bound: _Bound
-) -> tuple[Prepared, dict[str, RoundedLayer]]:
-    """The network with the fewest further layers kept that meets the bound, and the others' weights."""
-    limit = bound.options.max_drop
-    assert limit is not None
-    if not bound.judge.classifies:
+    def meet(
+        self, network: Prepared, rounded: dict[str, RoundedLayer], costs: Sequence[QuantizationCost]
+    ) -> tuple[Prepared, dict[str, RoundedLayer]]:
+        """The network with those layers kept, and the others' weights."""
+        if not self.judge.classifies:
+            raise CalibrationError(
+                "a largest drop needs a classifier, and this graph gives features", remedy="leave --max-drop out"
+            )
+        names = [cost.name for cost in costs]
+        found = fewest_kept(costs, lambda kept: self._holds(network.keeping(kept), rounded, len(names)))
+        for count in range(len(names) + 1 if found is None else len(found), len(names) + 1):
+            # The weights after a kept layer are rounded anew: they saw what its quantized form gave.
+            larger, final = network.keeping(names[:count]), rounded
+            if count:
+                tell = partial(self.tell, "round")
+                final = round_weights(larger, self.batches, self.options.rounding, progress=tell)
+            if self._holds(larger, final, len(names)):
+                return larger, final
         raise CalibrationError(
-            "a largest drop needs a classifier, and this graph gives features", remedy="leave --max-drop out"
+            f"not even with every layer in floating point is the expected drop at most {self.options.max_drop} points",
+            remedy="give a larger --max-drop",
         )
-    halvings, tried = len(costs).bit_length() + 1, 0  # `fewest_kept` halves what is left; more are rare
 
-    def keeping(names: Sequence[str]) -> Prepared:
-        return dataclasses.replace(network, kept=(*network.kept, *names))
-
-    def meets(names: Sequence[str], weights: dict[str, RoundedLayer]) -> bool:
-        nonlocal tried
-        tried += 1
-        bound.tell("meet the bound", min(tried, halvings) - 1, halvings)
-        found = bound.judge.compare(_write(keeping(names), weights))
-        assert found.expected_drop is not None
-        return found.expected_drop <= limit
-
-    kept = fewest_kept(costs, lambda names: meets(names, rounded))
-    while kept is not None:
-        # The weights after a kept layer are rounded anew: they saw what its quantized form gave.
-        final = rounded
-        if kept:
-            tell = partial(bound.tell, "round")
-            final = round_weights(keeping(kept), bound.batches, bound.options.rounding, progress=tell)
-        if meets(kept, final):
-            return keeping(kept), final
-        kept = tuple(cost.name for cost in costs[: len(kept) + 1]) if len(kept) < len(costs) else None
-    raise CalibrationError(
-        f"not even with every layer in floating point is the expected drop at most {limit} points",
-        remedy="give a larger --max-drop",
-    )
+    def _holds(self, network: Prepared, rounded: dict[str, RoundedLayer], layers: int) -> bool:
+        halvings = layers.bit_length() + 1  # `fewest_kept` halves what is left; more are rare
+        self.tried += 1
+        self.tell("meet the bound", min(self.tried, halvings) - 1, halvings)
+        drop, limit = self.judge.compare(_write(network, rounded)).expected_drop, self.options.max_drop
+        return drop is not None and limit is not None and drop <= limit
 
 
 def _write(network: Prepared, rounded: Mapping[str, RoundedLayer]) -> onnx.ModelProto:
@@ -469,22 +453,12 @@ def _type(graph: onnx.ModelProto, network: Prepared, options: Int8Options) -> on
     return graph
 
 
-def _report(
-    calibrated: _Calibrated, network: Prepared, macs: Mapping[str, int], sqnr: Mapping[str, float]
-) -> Int8Report:
-    layers = tuple(
-        LayerReport(
-            layer.name,
-            network.scales[layer.input],
-            sqnr.get(layer.output, 0.0),
-            layer.name in network.kept,
-            macs.get(layer.name, 0),
-        )
-        for layer in network.chain.layers
-    )
+def _report(network: Prepared, scales: ScaleFile, macs: Mapping[str, int], sqnr: Mapping[str, float]) -> Int8Report:
+    def report(layer: Layer) -> LayerReport:
+        kept, scale = layer.name in network.kept, network.scales[layer.input]
+        return LayerReport(layer.name, scale, sqnr.get(layer.output, 0.0), kept, macs.get(layer.name, 0))
+
+    layers = tuple(map(report, network.chain.layers))
     total = sum(layer.macs for layer in layers)
     share = sum(layer.macs for layer in layers if not layer.kept) / total if total else 1.0
-    images, scales = calibrated.scales.images, calibrated.scales
-    return Int8Report(
-        images, "images", layers, calibrated.interfaces, scales, kept=tuple(network.kept), int8_share=share
-    )
+    return Int8Report(scales.images, "images", layers, (), scales, kept=tuple(network.kept), int8_share=share)

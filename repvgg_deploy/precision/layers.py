@@ -1,14 +1,14 @@
-"""Layers of a graph looked at one by one: cut out with what lies behind them, or their outputs given out.
+"""Layers of a graph looked at one by one: quantized alone, or their outputs given out.
 
-A `Cut` is one layer with what lies behind it; a `Trial` runs it again and again with other weights and another
-quantization. A `LayerRun` gives the output of every layer of a graph in FP32, FP16 or with Q/DQ pairs alike, for a
-comparison of two graphs. It knows layers by the names of their nodes (an unnamed one by its output), which no change of
-precision touches; the tensor that a node writes may have another name and type.
+A `Cut` is one layer with what lies behind it, which `quantize_alone` runs. A `LayerRun` gives the output of every layer
+of a graph in FP32, FP16 or with Q/DQ pairs alike, for a comparison of two graphs. It knows layers by the names of their
+nodes (an unnamed one by its output), which no change of precision touches; the tensor that a node writes may have
+another name and type.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,57 +20,41 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from ..errors import InputError, ModelError
-from .chain import Chain, Float64, FloatArray, Layer, copy_model, read_weight
-from .run_onnx import Tensors, open_session, run_session
+from .chain import Chain, Layer, copy_model
+from .round import RoundedLayer
+from .run_onnx import Tensors, make_part, open_session, run_session, run_tensors
 
 _LAYERS = ("Conv", "Gemm")
 _EXPORT = "export it again with repvgg-export"
-_STEP, _ZERO, _RATIO, _WEIGHT, _BIAS = "cut.step", "cut.zero", "cut.ratio", "cut.weight", "cut.bias"
+_STEP, _ZERO, _WEIGHT, _BIAS = "cut.step", "cut.zero", "cut.weight", "cut.bias"
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A layer and the nodes between it and a tensor some layers on.
+    """A layer and the nodes behind it, as far as it reaches.
 
     Attributes:
-        layer: The layer.
-        end: The tensor where an error is measured: the input of a later layer, or the classifier's output.
+        end: Where an error is measured: the last layer's output, or the last layer input that is reached.
         given: Tensors that the part reads and does not compute; the layer's input is the first.
-        nodes: Of the part, in order; the first that reads the layer's input is the layer itself.
+        nodes: In order.
     """
 
-    layer: Layer
     end: str
     given: tuple[str, ...]
     nodes: tuple[onnx.NodeProto, ...]
 
 
-def cut_after(chain: Chain, layer: Layer, horizon: int) -> Cut:
-    """Cuts out a layer and up to `horizon` layers behind it; where the network ends before, the classifier's output is the end."""
-    model = chain.model
-    index = chain.layers.index(layer)
+def cut_behind(chain: Chain, layer: Layer) -> Cut:
+    """Cuts out a layer and all that depends on it up to the end."""
+    nodes = chain.model.graph.node
     reached = {layer.output}
-    for node in model.graph.node:
+    for node in nodes:
         if reached.intersection(node.input):
             reached.update(node.output)
-    later = [other for other in chain.layers[index + 1 :] if other.input in reached]
-    if 0 < horizon <= len(later):
-        end = later[horizon - 1].input
-    elif chain.layers[-1].output in reached:
-        end = chain.layers[-1].output
-    else:
-        end = later[-1].input if later else layer.output
-    nodes = _between(model, layer, reached, end)
-    made = {name for node in nodes for name in node.output}
-    constants = {tensor.name for tensor in model.graph.initializer}
-    read = dict.fromkeys([layer.input, *(name for node in nodes for name in node.input)])
-    given = tuple(name for name in read if name and name not in made and name not in constants)
-    return Cut(layer, end, given, nodes)
-
-
-def _between(model: onnx.ModelProto, layer: Layer, reached: set[str], end: str) -> tuple[onnx.NodeProto, ...]:
-    """The nodes that compute `end` and depend on the layer's output, with the layer's own."""
-    producers = {name: node for node in model.graph.node for name in node.output}
+    behind = chain.layers[chain.layers.index(layer) + 1 :]
+    last, inputs = chain.layers[-1].output, [other.input for other in behind if other.input in reached]
+    end = last if last in reached else [layer.output, *inputs][-1]
+    producers = {name: node for node in nodes for name in node.output}
     needed: set[str] = set()
     queue = [end]
     while queue:
@@ -78,70 +62,48 @@ def _between(model: onnx.ModelProto, layer: Layer, reached: set[str], end: str) 
         if name in reached and name not in needed:
             needed.update(producers[name].output)
             queue += producers[name].input
-    return tuple(node for node in model.graph.node if needed.intersection(node.output))
+    part = tuple(node for node in nodes if needed.intersection(node.output))
+    made = {name for node in part for name in node.output} | {tensor.name for tensor in chain.model.graph.initializer}
+    read = dict.fromkeys([layer.input, *(name for node in part for name in node.input)])
+    return Cut(end, tuple(name for name in read if name and name not in made), part)
 
 
-class Trial:
-    """Runs a cut with its layer's input and weight quantized, and measures the error at its end.
+def quantize_alone(
+    chain: Chain, layer: Layer, rounded: RoundedLayer, *, scale: float, images: Iterable[NDArray[Any]]
+) -> tuple[float, float]:
+    """Squared values at an FP32 network's end, and their squared error when one layer alone is quantized, summed up.
 
-    Args:
-        model: The graph that the cut is of, FP32.
-        cut: See `cut_after`.
-        values: Of each batch: what that graph gives at `cut.given` and `cut.end`.
+    `scale` is the real value of one integer of the layer's input.
     """
-
-    def __init__(self, model: onnx.ModelProto, cut: Cut, values: Sequence[Tensors]) -> None:
-        self._cut = cut
-        self._values = values
-        self._session = _open_cut(model, cut)
-        self._neutral = np.ones((1, cut.layer.in_channels, *[1] * (len(cut.layer.weight_shape) - 2)), np.float32)
-        self._bias = read_weight(model, cut.layer.bias)
-        self.signal = float(sum(np.square(value[cut.end], dtype=np.float64).sum() for value in values))
-
-    def error(self, step: float, factors: Float64, weight: FloatArray, *, bias: FloatArray | None = None) -> float:
-        """Squared error at the cut's end, summed over all batches.
-
-        Args:
-            step: Real value of one integer of the rescaled input.
-            factors: What each input channel is divided by, (in,).
-            weight: Of the rescaled layer, in the layer's weight shape.
-            bias: In place of the layer's own.
-        """
-        ratio = (self._neutral * (1 / factors).reshape(self._neutral.shape)).astype(np.float32)
-        constants = {_STEP: np.array(step, np.float32), _RATIO: ratio, _WEIGHT: np.asarray(weight, np.float32)}
-        constants[_BIAS] = self._bias if bias is None else bias
-        total = 0.0
-        for value in self._values:
-            feed = {**{name: value[name] for name in self._cut.given}, **constants}
-            found = run_session(self._session, [self._cut.end], feed)[0]
-            total += float(np.square(found - value[self._cut.end], dtype=np.float64).sum())
-        return total
+    cut = cut_behind(chain, layer)
+    session = _open_cut(chain.model, layer, cut)
+    constants = {_STEP: np.array(scale, np.float32), _WEIGHT: rounded.weight(), _BIAS: rounded.bias}
+    signal = noise = 0.0
+    for values in run_tensors(chain.model, (*cut.given, cut.end), images):
+        truth = values[cut.end]
+        found = run_session(session, [cut.end], {**{name: values[name] for name in cut.given}, **constants})[0]
+        signal += float(np.square(truth, dtype=np.float64).sum())
+        noise += float(np.square(found - truth, dtype=np.float64).sum())
+    return signal, noise
 
 
-def _open_cut(model: onnx.ModelProto, cut: Cut) -> onnxruntime.InferenceSession:
-    """The cut with its layer's input rescaled and quantized; step, ratio, weight and bias are inputs."""
+def _open_cut(model: onnx.ModelProto, layer: Layer, cut: Cut) -> onnxruntime.InferenceSession:
+    """The cut with its layer's input quantized; the scale of that, weight and bias are inputs."""
+    between, after = "cut.quantized", "cut.dequantized"
     nodes = [
-        helper.make_node("Mul", [cut.layer.input, _RATIO], ["cut.rescaled"], name="cut.rescale"),
-        helper.make_node("QuantizeLinear", ["cut.rescaled", _STEP, _ZERO], ["cut.quantized"], name="cut.quantize"),
-        helper.make_node(
-            "DequantizeLinear", ["cut.quantized", _STEP, _ZERO], ["cut.dequantized"], name="cut.dequantize"
-        ),
+        helper.make_node("QuantizeLinear", [layer.input, _STEP, _ZERO], [between], name="cut.quantize"),
+        helper.make_node("DequantizeLinear", [between, _STEP, _ZERO], [after], name="cut.dequantize"),
     ]
     for node in cut.nodes:
         copy = onnx.NodeProto.FromString(node.SerializeToString())
-        if node.name == cut.layer.name:
-            copy.input[:] = ["cut.dequantized", _WEIGHT, _BIAS]
+        if node.name == layer.name:
+            copy.input[:] = [after, _WEIGHT, _BIAS]
         nodes.append(copy)
-    used = {name for node in nodes for name in node.input}
-    given = (*cut.given, _RATIO, _WEIGHT, _BIAS)
+    given = (*cut.given, _WEIGHT, _BIAS)
     inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in given]
     inputs.append(helper.make_tensor_value_info(_STEP, TensorProto.FLOAT, []))
-    output = helper.make_tensor_value_info(cut.end, TensorProto.FLOAT, None)
-    initializers = [tensor for tensor in model.graph.initializer if tensor.name in used]
-    initializers.append(numpy_helper.from_array(np.array(0, np.int8), _ZERO))
-    graph = helper.make_graph(nodes, "cut", inputs, [output], initializers)
-    part = helper.make_model(graph, opset_imports=model.opset_import)
-    part.ir_version = model.ir_version
+    part = make_part(model, nodes, inputs, [helper.make_tensor_value_info(cut.end, TensorProto.FLOAT, None)])
+    part.graph.initializer.append(numpy_helper.from_array(np.array(0, np.int8), _ZERO))
     return open_session(part)
 
 
@@ -209,12 +171,9 @@ class LayerRun:
 def run_pairs(
     reference: LayerRun, other: LayerRun, batches: Iterable[tuple[NDArray[Any], NDArray[Any]]]
 ) -> Iterator[Mapping[str, tuple[NDArray[Any], NDArray[Any]]]]:
-    """By name of the layer: what both graphs give, batch by batch; one batch is in memory at a time.
+    """What both graphs give, by name of the layer, batch by batch; one batch is in memory at a time.
 
-    Args:
-        reference: The first graph.
-        other: Another of the same network; see `LayerRun.require_same`.
-        batches: The same images as each takes them.
+    `batches` are the same images as each takes them; `LayerRun.require_same` says whether the graphs can be compared.
     """
     for one, two in batches:
         truth, found = reference.run(one), other.run(two)

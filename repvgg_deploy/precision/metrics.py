@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from ..errors import ParityError
 from ..evaluate.agreement import decibels
 from .chain import Chain, copy_model
-from .layers import Trial, cut_after
+from .layers import quantize_alone
 from .round import RoundedLayer
 from .round_network import Prepared
 from .run_onnx import Tell, Tensors, count_images, open_tensors, run_tensors, split_batches, spread_images, tell_nobody
@@ -49,19 +49,13 @@ class Verification:
 
 
 class Judge:
-    """Compares typed graphs with one FP32 graph on the same images. What FP32 gives its classes is computed once.
-
-    Args:
-        chain: FP32.
-        batches: As it takes them.
-        held_out: Whether they took no part in the calibration.
-    """
+    """Compares typed graphs with one FP32 graph on the same images. What FP32 gives its classes is computed once."""
 
     def __init__(self, chain: Chain, batches: Sequence[NDArray[Any]], *, held_out: bool = True) -> None:
         last = chain.layers[-1]
         self.classifies = last.op_type == "Gemm"
         self._names = [last.output] if self.classifies else [value.name for value in chain.model.graph.output]
-        self._reference = open_tensors(chain.model, self._names)
+        self._reference = chain.model
         self._batches = batches
         self._held_out = held_out
         self._logits: list[Tensors] = []
@@ -73,12 +67,15 @@ class Judge:
             ParityError: It gives NaN or infinite values.
         """
         signal = noise = lost = 0.0
-        agreeing = done = 0
+        agreeing, done, run = 0, 0, None
         outputs = run_tensors(_accept_floats(typed), self._names, self._batches)
         for index, (found, batch) in enumerate(zip(outputs, self._batches, strict=True)):
-            truth = self._logits[index] if index < len(self._logits) else self._reference(batch)
-            if self.classifies and index == len(self._logits):
-                self._logits.append(truth)
+            if index < len(self._logits):
+                truth = self._logits[index]
+            else:
+                run = run or open_tensors(self._reference, self._names)
+                truth = run(batch)
+                self._logits += [truth] if self.classifies else []
             for name in self._names:
                 one, two = truth[name].astype(np.float64), found[name].astype(np.float64)
                 if not np.isfinite(two).all():
@@ -115,12 +112,9 @@ def _accept_floats(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def layer_sqnr(chain: Chain, quantized: onnx.ModelProto, batches: Iterable[NDArray[Any]]) -> dict[str, float]:
-    """Signal-to-quantization-noise ratio of every layer's output in decibels, by tensor; 200 where there is no difference.
+    """Signal-to-quantization-noise ratio of every layer's output in decibels, by tensor; 200 without any difference.
 
-    Args:
-        chain: FP32, with the same factors on its channels as `quantized`.
-        quantized: With the same tensor names.
-        batches: Images.
+    `chain` is FP32, with the same factors on its channels as `quantized`, which has the same tensor names.
     """
     names = [layer.output for layer in chain.layers]
     signal, noise = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
@@ -173,33 +167,23 @@ def rank_layers(
     macs: Mapping[str, int],
     progress: Tell = tell_nobody,
 ) -> tuple[QuantizationCost, ...]:
-    """Measures what every layer costs when it alone is quantized, the costliest first.
+    """What every layer costs when it alone is quantized, measured on 64 of the images; the costliest first.
 
-    Args:
-        prepared: FP32, equalized or not, and the scales of its layers' inputs.
-        rounded: By name of the layer; layers that it does not have are left out.
-        batches: Images; 64 of them are used.
-        macs: By name of the layer.
-        progress: Called with layers done and layers in all.
+    Layers that `rounded` does not have are left out; `macs` and `rounded` are by name of the layer.
     """
     chain, images = prepared.chain, spread_images(prepared.chain.model, batches, _IMAGES)
     costs = []
     for layer in (layer for layer in chain.layers if layer.name in rounded):
-        cut, found = cut_after(chain, layer, len(chain.layers)), rounded[layer.name]
-        trial = Trial(chain.model, cut, list(run_tensors(chain.model, (*cut.given, cut.end), images)))
-        step, factors = prepared.scales[layer.input], np.ones(layer.in_channels)
-        noise = trial.error(step, factors, found.weight(), bias=found.bias)
-        costs.append(QuantizationCost(layer.name, decibels(trial.signal, noise), macs[layer.name]))
+        found = quantize_alone(chain, layer, rounded[layer.name], scale=prepared.scales[layer.input], images=images)
+        costs.append(QuantizationCost(layer.name, decibels(*found), macs[layer.name]))
         progress(len(costs), len(rounded))
     return tuple(sorted(costs, key=lambda cost: cost.sqnr_db))
 
 
 def fewest_kept(ranked: Sequence[QuantizationCost], meets: Callable[[tuple[str, ...]], bool]) -> tuple[str, ...] | None:
-    """The shortest prefix of the ranking that meets a bound when kept, or None where not even all of them do.
+    """The shortest prefix of the ranking (costliest first) that meets a bound when kept; None where none does.
 
-    Args:
-        ranked: Costliest first.
-        meets: Whether the network does with these layers kept; asked about log₂ of their number times.
+    `meets` says whether the network does with these layers kept; it is asked about log₂ of their number times.
     """
     names = tuple(cost.name for cost in ranked)
     low, high = 0, len(ranked)

@@ -1,9 +1,9 @@
-"""INT8 with FP16 for the rest: a Q/DQ graph with FP32 scales → the strongly typed graph that TensorRT 10 and later want.
+"""INT8 with FP16 for the rest: a Q/DQ graph with FP32 scales → the strongly typed graph for TensorRT 10 and later.
 
 Scales, biases and everything between the layers become FP16, at opset 19, the first whose Q/DQ operators have FP16
-scales. So that nothing is lost on the way, `scales.fit_scales` rescales the FP32 network before it is quantized, by powers
-of two (exactly), until scales and values lie well inside FP16; `round_activation_scales` and `round_layer_to_half` make
-the scales exact in FP16; `halve_quantized` then only changes types.
+scales. So that nothing is lost on the way, `scales.fit_scales` rescales the FP32 network before it is quantized, by
+powers of two (exactly), until scales and values lie well inside FP16; `round_activation_scales` and
+`round_layer_to_half` make the scales exact in FP16; `halve_quantized` then only changes types.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _WIDENED = ("Cast", "QuantizeLinear", "DequantizeLinear", "Relu", "Mul", "Sub", 
 
 
 def round_scales_to_half(scales: NDArray[np.floating]) -> FloatArray:
-    """The normal FP16 numbers nearest to positive ones, as float32; what would be subnormal becomes the smallest normal one, 2⁻¹⁴.
+    """The normal FP16 numbers nearest to positive ones, as float32; the smallest normal one, 2⁻¹⁴, for all below it.
 
     Raises:
         CalibrationError: One exceeds FP16; see `fit_scales`.
@@ -43,7 +43,7 @@ def round_scales_to_half(scales: NDArray[np.floating]) -> FloatArray:
 
 
 def round_activation_scales(scales: Mapping[str, float]) -> dict[str, float]:
-    """Scales by tensor, each exact in FP16; to be rounded before weights are, which then see what the graph will compute.
+    """Scales by tensor, each exact in FP16; rounded before weights are, which then see what the graph will compute.
 
     Raises:
         CalibrationError: One exceeds FP16.
@@ -75,7 +75,7 @@ def round_layer_to_half(rounded: RoundedLayer) -> RoundedLayer:
 
 
 def halve_quantized(model: onnx.ModelProto, *, io: Io = "fp32", kept: Collection[str] = ()) -> onnx.ModelProto:
-    """A copy with FP16 scales, biases and activations, strongly typed, at opset 19 or what the graph has; INT8 weights are unchanged.
+    """A copy with FP16 scales, biases and activations, strongly typed, at opset 19 or higher; INT8 weights stay.
 
     Args:
         model: As `insert_pairs` and `write_integers` make it: FP32 scales, each exact in FP16.
@@ -102,7 +102,7 @@ def halve_quantized(model: onnx.ModelProto, *, io: Io = "fp32", kept: Collection
 
 
 def raise_opset(model: onnx.ModelProto, opset: int) -> None:
-    """Declares a higher opset, in place, with the IR version that came with it; does nothing where the graph's own is as high.
+    """Declares a higher opset, in place, with the IR version that came with it; a graph's own that is as high stays.
 
     Raises:
         ModelError: An operator means something else there.

@@ -21,13 +21,7 @@ def fake_quantize(value: NDArray[Any], scale: float) -> FloatArray:
 
 
 def insert_pairs(chain: Chain, scales: Mapping[str, float], *, kept: Collection[str] = ()) -> onnx.ModelProto:
-    """A copy of an FP32 graph with a Q/DQ pair on every layer's input; weights stay FP32.
-
-    Args:
-        chain: The graph and its layers.
-        scales: By name of a layer's input.
-        kept: Names of layers that stay in floating point and get none.
-    """
+    """A copy of an FP32 graph with a Q/DQ pair on every layer's input but those `kept`; weights stay FP32."""
     result = copy_model(chain.model)
     readers = {layer.name for layer in chain.layers} - set(kept)
     nodes: list[onnx.NodeProto] = []
@@ -61,12 +55,7 @@ def _pair(tensor: str) -> list[onnx.NodeProto]:
 
 
 def write_integers(model: onnx.ModelProto, rounded: Mapping[str, RoundedLayer]) -> onnx.ModelProto:
-    """A copy with INT8 weights behind DequantizeLinear (axis 0), and the corrected biases.
-
-    Args:
-        model: With pairs on the activations.
-        rounded: By name of the layer's node.
-    """
+    """A copy of a graph with pairs, with INT8 weights behind DequantizeLinear (axis 0), and the corrected biases."""
     arrays: dict[str, NDArray[Any]] = {}
     result = copy_without(model, {node.input[1] for node in model.graph.node if node.name in rounded})
     dequantizers = []

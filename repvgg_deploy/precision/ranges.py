@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..errors import CalibrationError
 from .chain import Chain, Float64, FloatArray, Layer
-from .run_onnx import Tell, open_tensors, tell_nobody
+from .run_onnx import Tell, Tensors, open_tensors, tell_nobody
 
 LEVELS = 127
 """Largest integer of symmetric INT8; −128 is not used, so that negation is exact."""
@@ -84,7 +84,7 @@ class Statistics:
     data_sha256: str
 
     def ranges(self, percent: float = 100.0) -> dict[str, Float64]:
-        """Per-channel ranges by tensor, for `equalize`: the largest values, or a percentile of each channel's own."""
+        """Ranges of each channel, by tensor: the largest values, or a percentile of each channel's own."""
         return {
             name: t.largest if percent >= 100 else t.channel_percentile(percent) for name, t in self.tensors.items()
         }
@@ -96,12 +96,9 @@ class Statistics:
 
 
 def collect(chain: Chain, batches: Iterable[NDArray[Any]], *, progress: Tell = tell_nobody) -> Statistics:
-    """Streams the batches through the graph twice: for the ranges, then for the histograms.
+    """Streams the batches (a list: they are read again) through the graph: for the ranges, then for the histograms.
 
-    Args:
-        chain: FP32, as exported.
-        batches: Such as the model takes; must give the same again when iterated again (a list, not a generator).
-        progress: Called with images done and images in all, each counted twice.
+    `progress` is told of images, each counted twice.
 
     Raises:
         CalibrationError: There are no images, they are all alike or hold NaN, or `batches` can be iterated only once.
@@ -115,32 +112,32 @@ def collect(chain: Chain, batches: Iterable[NDArray[Any]], *, progress: Tell = t
     run, done = open_tensors(chain.model, tensors), 0
     largest: dict[str, Float64] = {}
     for batch in batches:
-        for name, value in run(batch).items():
-            found = largest_values(value)
-            largest[name] = np.maximum(largest[name], found) if name in largest else found
+        widen_ranges(largest, run(batch))
         done += len(batch)
         progress(done, 2 * images)
     require_finite(largest, "calibration gives", "look for NaN in the calibration images and in the checkpoint")
     histograms = {name: np.zeros((value.size, BINS), np.int64) for name, value in largest.items()}
     for batch in batches:
         for name, value in run(batch).items():
-            histograms[name] += _histogram(_by_channel(_thin(value)), largest[name])
+            histograms[name] += _histogram(value, largest[name])
         done += len(batch)
         progress(done, 2 * images)
     return Statistics({name: TensorStatistics(largest[name], histograms[name]) for name in tensors}, images, digest)
 
 
-def largest_values(value: NDArray[Any]) -> Float64:
-    """Largest absolute value of each channel of (N, C, …); float64 (C,)."""
-    axes = (0, *range(2, value.ndim))
-    return np.asarray(np.maximum(value.max(axis=axes), -value.min(axis=axes)), np.float64)
+def widen_ranges(ranges: dict[str, Float64], values: Tensors) -> None:
+    """Takes a batch's values, (N, C, …), into the largest absolute value of each channel, float64 (C,), by tensor."""
+    for name, value in values.items():
+        axes = (0, *range(2, value.ndim))
+        largest = np.maximum(value.max(axis=axes), -value.min(axis=axes)).astype(np.float64)
+        ranges[name] = np.maximum(ranges[name], largest) if name in ranges else largest
 
 
 def require_finite(ranges: Mapping[str, Float64], who: str, remedy: str) -> None:
-    """Fails when a range is NaN or infinite.
+    """Fails when a range is NaN or infinite; `who` gave it.
 
     Raises:
-        CalibrationError: It says who gave the value, and names the tensor.
+        CalibrationError: It names the tensor.
     """
     bad = next((name for name, value in ranges.items() if not np.isfinite(value).all()), None)
     if bad is not None:
@@ -173,21 +170,13 @@ def hash_images(batches: Iterable[NDArray[Any]]) -> tuple[str, int]:
     return digest.hexdigest(), images
 
 
-def _thin(value: NDArray[Any]) -> NDArray[Any]:
-    """Every so many pixels of a large map: a histogram needs no more, and neighbours are alike."""
-    if value.ndim < 4:
-        return value
-    stride = max(1, int(np.sqrt(value.shape[2] * value.shape[3] / _MAX_PIXELS)))
-    return value[:, :, ::stride, ::stride]
-
-
-def _by_channel(value: NDArray[Any]) -> NDArray[Any]:
-    """(N, C, …) as (C, N × …)."""
-    return np.asarray(value.reshape(len(value), value.shape[1], -1).transpose(1, 0, 2).reshape(value.shape[1], -1))
-
-
 def _histogram(value: NDArray[Any], largest: Float64) -> NDArray[np.int64]:
-    channels = len(value)
+    """How often |x| falls into each bin, (C, bins), for (N, C, …); of a large map every so many pixels are counted."""
+    if value.ndim == 4:  # neighbours are alike
+        stride = max(1, int(np.sqrt(value.shape[2] * value.shape[3] / _MAX_PIXELS)))
+        value = value[:, :, ::stride, ::stride]
+    channels = value.shape[1]
+    value = value.reshape(len(value), channels, -1).transpose(1, 0, 2).reshape(channels, -1)
     factor = np.where(largest > 0, BINS / np.where(largest > 0, largest, 1.0), 0.0).astype(np.float32)
     index = np.minimum((np.abs(value) * factor[:, None]).astype(np.int32), BINS - 1)
     index += np.arange(channels, dtype=np.int32)[:, None] * BINS
@@ -197,12 +186,7 @@ def _histogram(value: NDArray[Any], largest: Float64) -> NDArray[np.int64]:
 class Moments:
     """Sums over a layer's inputs: of the quantized network (x) and of what the FP32 network differs there.
 
-    Args:
-        layer: Whose inputs.
-        weight: Its FP32 weights.
-        positions: Output positions to take of each image; all where there are fewer.
-        seed: Of their choice.
-        full: Whether second moments are needed, or means only.
+    `positions` output positions of each image are taken; `full` says whether second moments are needed, or means only.
     """
 
     def __init__(self, layer: Layer, weight: FloatArray, *, positions: int, seed: int, full: bool = True) -> None:
@@ -217,9 +201,8 @@ class Moments:
         self.error: Float64 = np.zeros((layer.groups, layer.out_channels // layer.groups))
         self._full = full
         self._closed: set[int] = set()
-        self._origin: FloatArray | None = (
-            None  # near the mean: sums of squares around it lose no digits, and inputs that never change give 0
-        )
+        # Near the mean: sums of squares around it lose no digits, and inputs that never change give 0.
+        self._origin: FloatArray | None = None
         self._rows = weight.reshape(layer.groups, -1, inner)
         self._positions = positions
         self._generator = np.random.default_rng(seed)
@@ -241,10 +224,9 @@ class Moments:
                 self.cross[group] += missing.T @ near
 
     def centred(self, group: int) -> tuple[FloatArray, FloatArray, Float64, Float64]:
-        """Of one group: covariance of x (K, K), covariance of the missing output with x (out, K), mean of x (K,), mean missing output (out,).
+        """Of one group: covariances of x (K, K), of the missing output with x (out, K); means of both, (K,), (out,).
 
-        The covariance takes the place of the sums, which are as large (133 MB of a large layer): nothing can be added
-        any more.
+        The covariance takes the place of the sums, which are as large (133 MB in a large layer): nothing can be added.
         """
         mean, error = self.total[group] / self.count, self.error[group] / self.count
         covariance = self.second[group]
@@ -261,14 +243,7 @@ class Moments:
 
 
 def pick_positions(value: FloatArray, layer: Layer, count: int, generator: np.random.Generator) -> NDArray[np.int64]:
-    """Some output positions of each image, flat indices (N, P): `count` of them, or all where there are fewer.
-
-    Args:
-        value: The layer's input, (N, C, H, W) or (N, C).
-        layer: Kernel, stride and padding.
-        count: How many.
-        generator: Of the choice.
-    """
+    """Output positions of each image, flat indices (N, P): `count` of them at random, or all where there are fewer."""
     if value.ndim == 2:
         return np.zeros((len(value), 1), np.int64)
     height, width = output_size(value.shape, layer)
@@ -285,12 +260,7 @@ def output_size(shape: tuple[int, ...], layer: Layer) -> tuple[int, int]:
 
 
 def columns(value: FloatArray, layer: Layer, picks: NDArray[np.int64]) -> FloatArray:
-    """The inputs that each picked output position sees (im2col), by group.
-
-    Args:
-        value: (N, C, H, W) or (N, C).
-        layer: Kernel, stride, padding and groups.
-        picks: Flat output positions, (N, P).
+    """The inputs that each picked output position, (N, P), sees (im2col), by group.
 
     Returns:
         float32 (groups, N × P, C / groups × kernel height × kernel width).

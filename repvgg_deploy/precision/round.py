@@ -110,7 +110,7 @@ def round_nearest(weight: FloatArray, bias: FloatArray) -> RoundedLayer:
 
 
 def round_layer(weight: FloatArray, bias: FloatArray, moments: Moments, options: RoundOptions) -> RoundedLayer:
-    """Rounds a layer's weights, (out, in / groups, …), and corrects its bias, (out,), by the moments of its inputs over all batches."""
+    """Rounds a layer's weights, (out, in / groups, …), and corrects its bias, (out,), by the moments of its inputs."""
     groups = moments.layer.groups
     rows = weight.reshape(groups, len(weight) // groups, -1)
     integers, scales, shift = [], [], []
@@ -132,16 +132,10 @@ def round_layer(weight: FloatArray, bias: FloatArray, moments: Moments, options:
 def round_rows(
     rows: NDArray[np.floating], covariance: NDArray[np.floating], cross: NDArray[np.floating], options: RoundOptions
 ) -> tuple[FloatArray, Float64]:
-    """Rounds the rows of one group; see the three steps above.
+    """Rounds the rows (out, K) of one group in the three steps above.
 
-    Args:
-        rows: (out, K).
-        covariance: Of the inputs, (K, K).
-        cross: Covariance of the missing output with the inputs, (out, K); see `Moments.centred`.
-        options: Damping, ridge, clips and sweeps.
-
-    Returns:
-        Integers (out, K) and scales (out,).
+    Takes the covariance of the inputs, (K, K), and that of the missing output with them, (out, K); see
+    `Moments.centred`. Gives integers (out, K) and scales (out,).
     """
     level = float(np.trace(covariance)) / len(covariance)
     level = level if level > 0 else 1.0  # inputs that never change: every rounding is as good
@@ -172,7 +166,10 @@ def round_rows(
 
 
 def _upper_factor(matrix: NDArray[Any]) -> NDArray[Any]:
-    """U with U Uᵀ = `matrix`, upper triangular: the error of the columns up to k is the square of the first k entries of d U, for a difference d."""
+    """U with U Uᵀ = `matrix`, upper triangular.
+
+    The error of a difference d in the columns up to k is the square of the first k entries of d U.
+    """
     reverse = matrix[::-1, ::-1]
     try:
         lower = np.linalg.cholesky(reverse)
@@ -184,18 +181,11 @@ def _upper_factor(matrix: NDArray[Any]) -> NDArray[Any]:
 def _feed_forward(
     target: NDArray[Any], scale: NDArray[Any], factor: NDArray[Any]
 ) -> tuple[NDArray[Any], NDArray[np.float64]]:
-    """Rounds column by column, each to where the error of those rounded before is best made up for by it and by those still free.
+    """Rounds column by column; each makes up for the error of those before, as those still free will for its own.
 
-    That is GPTQ without an inverse: with H = U Uᵀ, U upper triangular, column k of (q − w) U holds only what columns up
-    to k give. In blocks, so that the columns beyond are updated by one matrix product a block.
-
-    Args:
-        target: float32 or float64 (K, out).
-        scale: Of the same type, (out,).
-        factor: See `_upper_factor`.
-
-    Returns:
-        Integers (K, out) and each output's squared error (out,).
+    That is GPTQ without an inverse: with H = U Uᵀ, column k of (q − w) U holds only what columns up to k give. In
+    blocks, so that the columns beyond are updated by one matrix product a block. Takes targets (K, out), scales (out,)
+    and U of one float type; gives integers (K, out) and each output's squared error (out,).
     """
     work, result = np.zeros_like(target), np.empty_like(target)  # what is there so far of (q − w) U, and the integers
     error = np.zeros(len(scale))
@@ -214,7 +204,7 @@ def _feed_forward(
 
 
 def _descend(integers: NDArray[Any], scales: NDArray[Any], target: NDArray[Any], damped: NDArray[Any]) -> None:
-    """One pass over the columns: each integer moves to where the error, all others held, is least. Changes `integers`, (K, out)."""
+    """One pass over the columns: each of `integers`, (K, out), moves to where the error, all others held, is least."""
     gradient = damped @ (integers * scales - target)
     for start in range(0, len(damped), _BLOCK):
         stop = min(start + _BLOCK, len(damped))
@@ -229,14 +219,7 @@ def _descend(integers: NDArray[Any], scales: NDArray[Any], target: NDArray[Any],
 
 
 def round_by_prior(weight: FloatArray, bias: FloatArray, *, deviation: Float64, groups: int) -> RoundedLayer:
-    """Rounds one layer without images; the bias stays.
-
-    Args:
-        weight: float32 (out, in / groups, height, width) or (out, in).
-        bias: float32 (out,).
-        deviation: Standard deviation of each input channel, (in,).
-        groups: Of the layer.
-    """
+    """Rounds one layer without images; the bias stays. `deviation` is that of each input channel, (in,)."""
     options = RoundOptions()
     out, inner = weight.shape[:2]
     taps = int(np.prod(weight.shape[2:]))

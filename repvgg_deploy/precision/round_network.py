@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,10 @@ class Prepared:
     kept: tuple[str, ...] = ()
     half: bool = False
 
+    def keeping(self, names: Sequence[str]) -> Prepared:
+        """The same with further layers kept."""
+        return dataclasses.replace(self, kept=(*self.kept, *names))
+
     def finish(self, layer: RoundedLayer) -> RoundedLayer:
         """The layer with scales and bias as the graph will hold them."""
         return round_layer_to_half(layer) if self.half else layer
@@ -43,17 +48,7 @@ class Prepared:
 def round_weights(
     prepared: Prepared, batches: Sequence[NDArray[Any]], options: RoundOptions, *, progress: Tell = tell_nobody
 ) -> dict[str, RoundedLayer]:
-    """Rounds every layer; activations of one layer are in memory at a time.
-
-    Args:
-        prepared: Not changed.
-        batches: Calibration images.
-        options: Method.
-        progress: Called with layers done and layers in all.
-
-    Returns:
-        By name of the layer; without those that are kept.
-    """
+    """Rounds every layer that is not kept, by name; activations of one layer are in memory at a time."""
     model, scales = prepared.chain.model, prepared.scales
     layers = [layer for layer in prepared.chain.layers if layer.name not in prepared.kept]
     rounded: dict[str, RoundedLayer] = {}

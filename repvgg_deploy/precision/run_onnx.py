@@ -33,7 +33,7 @@ def tell_nobody(done: int, total: int) -> None:
 
 @functools.cache
 def rounds_halves() -> bool:
-    """Whether this ONNX Runtime rounds to nearest in a QuantizeLinear of FP16. It is tried once: no version number says it for sure."""
+    """Whether this ONNX Runtime rounds to nearest in a QuantizeLinear of FP16; no version number says it."""
     values = [
         helper.make_tensor_value_info(name, kind, [1])
         for name, kind in (("x", TensorProto.FLOAT16), ("y", TensorProto.INT8))
@@ -49,7 +49,7 @@ def rounds_halves() -> bool:
 
 
 def widen_quantizers(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same function with every FP16 QuantizeLinear done in FP32, where every ONNX Runtime rounds; the model itself where it has none."""
+    """The same function with every FP16 QuantizeLinear done in FP32, where every ONNX Runtime rounds."""
     halves = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT16}
     if not any(node.op_type == "QuantizeLinear" and node.input[1] in halves for node in model.graph.node):
         return model
@@ -106,16 +106,24 @@ def subgraph(model: onnx.ModelProto, inputs: Iterable[str], outputs: Iterable[st
         if node is not None and node.output[0] not in needed:
             needed.add(node.output[0])
             queue += [name for name in node.input if name not in given]
-    nodes = [node for node in model.graph.node if node.output[0] in needed]
-    used = {name for node in nodes for name in node.input}
     known = {value.name: value for value in (*model.graph.input, *model.graph.output)}
     values = [
         [known.get(n) or helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in names]
         for names in (given, wanted)
     ]
-    graph = helper.make_graph(
-        nodes, "part", values[0], values[1], [t for t in model.graph.initializer if t.name in used]
-    )
+    return make_part(model, [node for node in model.graph.node if node.output[0] in needed], *values)
+
+
+def make_part(
+    model: onnx.ModelProto,
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Sequence[onnx.ValueInfoProto],
+    outputs: Sequence[onnx.ValueInfoProto],
+) -> onnx.ModelProto:
+    """A model of its own with these nodes, and those initializers of `model` that they read."""
+    used = {name for node in nodes for name in node.input}
+    constants = [tensor for tensor in model.graph.initializer if tensor.name in used]
+    graph = helper.make_graph(nodes, "part", inputs, outputs, constants)
     part = helper.make_model(graph, opset_imports=model.opset_import)
     part.ir_version = model.ir_version
     return part
@@ -134,12 +142,21 @@ def run_tensors(model: onnx.ModelProto, tensors: Sequence[str], batches: Iterabl
 def open_tensors(model: onnx.ModelProto, tensors: Sequence[str]) -> Callable[[NDArray[Any]], Tensors]:
     """A function that computes `tensors` of a batch, in one session; it raises what `run_tensors` raises."""
     source = model.graph.input[0].name
-    wanted = [name for name in tensors if name != source]
-    session = open_session(subgraph(model, [source], wanted)) if wanted else None
+    run = _open_part(model, [source], tensors)
+    return lambda batch: run({source: batch})
 
-    def run(batch: NDArray[Any]) -> Tensors:
-        values = dict(zip(wanted, run_session(session, wanted, {source: batch}), strict=True)) if session else {}
-        return {name: values.get(name, batch) for name in tensors}
+
+def _open_part(model: onnx.ModelProto, given: Sequence[str], wanted: Sequence[str]) -> Callable[[Tensors], Tensors]:
+    """A function that computes the wanted tensors from the given ones."""
+    fresh = [name for name in wanted if name not in given]
+    session = open_session(subgraph(model, given, fresh)) if fresh else None
+    names = {value.name for value in session.get_inputs()} if session else set()
+
+    def run(values: Tensors) -> Tensors:
+        if session is not None:
+            found = run_session(session, fresh, {name: values[name] for name in names})
+            values = values | dict(zip(fresh, found, strict=True))
+        return {name: values[name] for name in wanted}
 
     return run
 
@@ -163,14 +180,9 @@ def run_session(session: onnxruntime.InferenceSession, wanted: list[str], feed: 
 class LayerWalk:
     """Runs batches through a graph from layer to layer, holding only the tensors that later layers still need.
 
-    Where all batches together would take too much memory (the first layers of a large network), fewer are run; the
-    others are caught up with, from the image on, as soon as the tensors are small enough.
-
-    Args:
-        model: Its weights may be changed between two steps: what was computed stays, what comes is computed with the
-            new ones.
-        batches: All batches; they are kept.
-        budget_bytes: What the tensors of all batches may take together; one batch is run whatever it takes.
+    Where all batches together would take more than `budget_bytes` (the first layers of a large network), fewer are run,
+    one at least; the others are caught up with, from the image on, as soon as the tensors are small enough. The model's
+    weights may be changed between two steps: what was computed stays, what comes is computed with the new ones.
     """
 
     def __init__(self, model: onnx.ModelProto, batches: Iterable[NDArray[Any]], *, budget_bytes: int = 1 << 28) -> None:
@@ -182,53 +194,32 @@ class LayerWalk:
         self._done: set[str] = {self._source}
 
     def advance(self, tensor: str) -> Iterator[NDArray[Any]]:
-        """Values of `tensor`, batch by batch; consume it wholly. The first batches come first, and all where they fit."""
-        given = list(self._live[0])
-        self._mark(tensor)
-        kept = [name for name in sorted(self._done) if self._is_needed(name)]
-        wanted = list(dict.fromkeys([tensor, *kept]))
+        """Values of `tensor`, batch by batch, the first batches first, and all where they fit; consume it wholly."""
+        given, nodes = list(self._live[0]), self._model.graph.node
+        producers = {name: node for node in nodes for name in node.output}
+        queue = [tensor]
+        while queue:
+            name = queue.pop()
+            if name in producers and name not in self._done:
+                self._done.update(producers[name].output)
+                queue += producers[name].input
+        needed = {name for node in nodes if node.output[0] not in self._done for name in node.input}
+        wanted = list(dict.fromkeys([tensor, *sorted(self._done & needed)]))
         previous, self._live = self._live, []
-        run, catch_up = self._runner(given, wanted), None
+        run, catch_up = _open_part(self._model, given, wanted), None
         used = 0
         for index, batch in enumerate(self._batches):
             if index < len(previous):
                 values = run(previous[index])
                 previous[index] = {}
             else:
-                catch_up = catch_up or self._runner([self._source], wanted)
+                catch_up = catch_up or _open_part(self._model, [self._source], wanted)
                 values = catch_up({self._source: batch})
             self._live.append(values)
             used += sum(value.nbytes for value in values.values())
             yield values[tensor]
             if used + used // (index + 1) > self._budget:
                 break
-
-    def _runner(self, given: list[str], wanted: list[str]) -> Callable[[Tensors], Tensors]:
-        """A function that computes the wanted tensors from the given ones."""
-        fresh = [name for name in wanted if name not in given]
-        session = open_session(subgraph(self._model, given, fresh)) if fresh else None
-        names = {value.name for value in session.get_inputs()} if session else set()
-
-        def run(values: Tensors) -> Tensors:
-            if session is not None:
-                found = run_session(session, fresh, {name: values[name] for name in names})
-                values = values | dict(zip(fresh, found, strict=True))
-            return {name: values[name] for name in wanted}
-
-        return run
-
-    def _mark(self, tensor: str) -> None:
-        producers = {name: node for node in self._model.graph.node for name in node.output}
-        queue = [tensor]
-        while queue:
-            name = queue.pop()
-            if name in self._done or name not in producers:
-                continue
-            self._done.update(producers[name].output)
-            queue += producers[name].input
-
-    def _is_needed(self, tensor: str) -> bool:
-        return any(tensor in node.input and node.output[0] not in self._done for node in self._model.graph.node)
 
 
 def count_images(batches: Iterable[NDArray[Any]]) -> int:
@@ -249,7 +240,7 @@ def split_batches(model: onnx.ModelProto, batches: Iterable[NDArray[Any]], image
 
 
 def spread_images(model: onnx.ModelProto, batches: Sequence[NDArray[Any]], images: int) -> list[NDArray[Any]]:
-    """About `images` images (all where there are fewer), taken evenly from all batches; whole batches where the model's batch is fixed."""
+    """About `images` images, taken evenly from all batches; whole batches where the model's batch is fixed."""
     total = count_images(batches)
     if total <= images:
         return list(batches)

@@ -1,7 +1,7 @@
 """Scales of activations: how much of a tensor's range 127 integers cover, chosen from its statistics, and saved.
 
-`fit_scales` comes before, where the rest is FP16: FP32 network → the same network, rescaled by powers of two so that the
-scales that quantization will choose lie well inside FP16.
+`fit_scales` comes before, where the rest is FP16: it rescales the FP32 network by powers of two, so that the scales
+that quantization will choose lie well inside FP16.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class ScaleOptions:
 
 @dataclass(frozen=True, slots=True)
 class ScaleFile:
-    """A calibration as saved JSON: `codec.dumps` and `codec.loads`. With it, the same graph is quantized again without measuring it again.
+    """A calibration as saved JSON. With it, the same graph is quantized again without measuring it again.
 
     Attributes:
         graph_sha256: Of the FP32 graph, as exported.
@@ -133,13 +133,7 @@ def read_scales(path: Path) -> ScaleFile:
 
 
 def choose_scales(chain: Chain, statistics: Statistics, options: ScaleOptions | None = None) -> dict[str, float]:
-    """The scale of each layer's input: the real value of one integer step, float32.
-
-    Args:
-        chain: The network that `statistics` speak of; its weights say how much an error in a channel matters.
-        statistics: What its layers read.
-        options: Method.
-    """
+    """The scale of each layer's input: the real value of one integer step, float32."""
     options = options or ScaleOptions()
     weights = read_weights(chain.model)
     scales: dict[str, float] = {}
@@ -152,7 +146,7 @@ def choose_scales(chain: Chain, statistics: Statistics, options: ScaleOptions | 
 
 
 def choose_limit(found: TensorStatistics, importance: Float64, options: ScaleOptions) -> float:
-    """The largest value of a tensor that is not clipped; `importance` is what a squared error in each channel costs, (C,)."""
+    """The largest value that is not clipped; `importance` is what a squared error in each channel costs, (C,)."""
     top = float(found.largest.max(initial=0.0))
     if top <= 0:
         return 1.0  # a dead tensor: any scale holds it
@@ -180,9 +174,9 @@ def _least_error(found: TensorStatistics, importance: Float64) -> float:
 
 
 def _least_divergence(counts: Float64) -> float:
-    """Share of the range at which clipping and rounding to 128 levels changes the distribution least (Kullback–Leibler).
+    """Share of the range at which clipping and rounding to 128 levels changes the distribution least.
 
-    Source: S. Migacz, 8-bit inference with TensorRT, GTC 2017.
+    Source: S. Migacz, 8-bit inference with TensorRT, GTC 2017 (Kullback–Leibler).
     """
     counts = counts.copy()
     counts[0] = counts[1]  # the zeros of ReLU are exact at every scale and would hide all else
@@ -218,27 +212,18 @@ _OCTAVES = 40
 def fit_scales(
     chain: Chain, ranges: Mapping[str, Float64], *, kept: Collection[str] = ()
 ) -> tuple[Chain, dict[str, Float64]]:
-    """Rescales interfaces by powers of two, first layer to last, until the scales that quantization will choose are comfortable in FP16.
+    """Rescales interfaces by powers of two, first layer to last, until the scales to come are comfortable in FP16.
 
     A factor common to a whole tensor changes no INT8 value. Only a row so much weaker than the others of its layer that
-    its scale would still be subnormal is rescaled by itself, as far as its channel does not become the largest of its
-    tensor.
-
-    Args:
-        chain: FP32, as exported or equalized.
-        ranges: By name of a layer's input tensor: largest absolute value of each channel, (C,); see
-            `Statistics.ranges`.
-        kept: Names of layers that will not be quantized.
-
-    Returns:
-        A network that computes what the original does, to the last bit; and by name of a layer's input tensor what its
-        channels were divided by, float64 (C,); tensors that stayed as they were are left out.
+    its scale would be subnormal is rescaled by itself, as far as its channel does not become the largest of its tensor.
+    Takes ranges of each layer's input, (C,), by tensor, and the names of layers that will not be quantized. Gives what
+    computes the same to the last bit, and what each rescaled input was divided by, (C,), by tensor.
 
     Raises:
         CalibrationError: What cannot be rescaled does not fit.
     """
     weights = read_weights(chain.model)
-    fit = _Fit(chain, weights, {layer.input: read_range(layer, ranges) for layer in chain.layers}, frozenset(kept))
+    fit = _Fit(chain, weights, {layer.input: read_range(layer, ranges) for layer in chain.layers}, kept)
     for layer, interface in zip(chain.layers, chain.interfaces, strict=True):
         if interface.blocked_by is None:
             factors = fit.choose(layer, interface)
@@ -248,46 +233,44 @@ def fit_scales(
     return chain.with_weights(weights), fit.factors
 
 
+@dataclass(slots=True, eq=False)
 class _Fit:
     """Chooses and applies factors; `weights`, `ranges` and `factors` are what they are after those applied so far."""
 
-    def __init__(
-        self, chain: Chain, weights: dict[str, FloatArray], ranges: dict[str, Float64], kept: frozenset[str]
-    ) -> None:
-        self.factors: dict[str, Float64] = {}
-        self._chain = chain
-        self._weights = weights
-        self._ranges = ranges
-        self._kept = kept
-        self._blocked = {interface.source for interface in chain.interfaces if interface.blocked_by is not None}
+    chain: Chain
+    weights: dict[str, FloatArray]
+    ranges: dict[str, Float64]
+    kept: Collection[str]
+    factors: dict[str, Float64] = field(default_factory=dict)
 
     def choose(self, layer: Layer, interface: Interface) -> Float64:
         """Powers of two, (C,), by which the layer's output is to be divided."""
         rows, bounds = self._rows(layer), self._bounds(layer)
-        readers = [self._chain.layer(name) for name in interface.readers]
-        ranges = [self._ranges[reader.input] for reader in readers]
+        readers = [self.chain.layer(name) for name in interface.readers]
+        ranges = [self.ranges[reader.input] for reader in readers]
         tops = [max(float(values.max(initial=0.0)), 1e-300) for values in ranges]
         strong = rows[rows * _WEAKEST >= np.median(rows[rows > 0])] if rows.any() else rows
         windows = [_window(strong, _ROWS), _window(np.array(tops), _TOPS), _window(bounds, _BOUNDS)]
-        windows += [_window(self._rows(r), _ROWS, grows=True) for r in readers if r.name in self._blocked]
+        blocked = {i.source for i in self.chain.interfaces if i.blocked_by is not None}
+        windows += [_window(self._rows(r), _ROWS, grows=True) for r in readers if r.name in blocked]
         common = 2.0 ** _common_step(windows)
         shares = (values / top for values, top in zip(ranges, tops, strict=True))
         room = np.max([bounds / common / _BOUNDS[1], *shares], axis=0)
         return common * _lift(rows / common, room)
 
     def apply(self, interface: Interface, factors: Float64) -> None:
-        rescale(self._weights, self._chain, interface, factors)
-        for tensor in {self._chain.layer(name).input for name in interface.readers}:
-            self._ranges[tensor] = self._ranges[tensor] / factors
+        rescale(self.weights, self.chain, interface, factors)
+        for tensor in {self.chain.layer(name).input for name in interface.readers}:
+            self.ranges[tensor] = self.ranges[tensor] / factors
             self.factors[tensor] = factors
 
     def check(self, layer: Layer, interface: Interface) -> None:
         """Fails when what the layer stores or gives exceeds FP16."""
-        largest = float(np.abs(self._weights[layer.bias]).max())
-        if layer.name in self._kept:
-            largest = max(largest, float(np.abs(self._weights[layer.weight]).max()))
+        largest = float(np.abs(self.weights[layer.bias]).max())
+        if layer.name in self.kept:
+            largest = max(largest, float(np.abs(self.weights[layer.weight]).max()))
         if interface.blocked_by != "Sigmoid":  # which makes 1 of infinity, as it makes of 65504
-            seen = [self._ranges[self._chain.layer(name).input].max() for name in interface.readers]
+            seen = [self.ranges[self.chain.layer(name).input].max() for name in interface.readers]
             largest = max([largest, *map(float, seen)] if seen else [largest, float(self._bounds(layer).max())])
         if largest > LARGEST:
             raise CalibrationError(
@@ -297,19 +280,19 @@ class _Fit:
             )
 
     def _rows(self, layer: Layer) -> Float64:
-        weight = self._weights[layer.weight]
+        weight = self.weights[layer.weight]
         return np.asarray(np.abs(weight.reshape(len(weight), -1)).max(axis=1), np.float64)
 
     def _bounds(self, layer: Layer) -> Float64:
-        """What each output channel can be at most: a quantized input ends at its scale, so this holds for every image."""
-        weight = np.abs(self._weights[layer.weight]).reshape(layer.out_channels, -1).sum(axis=1, dtype=np.float64)
-        margin = _MARGIN if layer.name in self._kept else 128 / LEVELS
-        top = float(self._ranges[layer.input].max(initial=0.0)) * margin
-        return np.asarray(weight * top + np.abs(self._weights[layer.bias]), np.float64)
+        """What each output channel can be at most, on every image: a quantized input ends at its scale."""
+        weight = np.abs(self.weights[layer.weight]).reshape(layer.out_channels, -1).sum(axis=1, dtype=np.float64)
+        margin = _MARGIN if layer.name in self.kept else 128 / LEVELS
+        top = float(self.ranges[layer.input].max(initial=0.0)) * margin
+        return np.asarray(weight * top + np.abs(self.weights[layer.bias]), np.float64)
 
 
 def _lift(rows: Float64, room: Float64) -> Float64:
-    """Powers of two, 1 or less, that rows whose scale would be subnormal are divided by; `room` is how small each may be."""
+    """Powers of two, 1 or less and at least `room`, to divide rows by whose scale would be subnormal."""
     weak = (rows > 0) & (rows < _ROWS[0] / 2)
     wanted = np.maximum(np.where(weak, rows / _ROWS[0], 1.0), np.maximum(room, 2.0**-_OCTAVES))
     return np.where(weak, np.exp2(np.minimum(np.ceil(np.log2(wanted)), 0.0)), 1.0)

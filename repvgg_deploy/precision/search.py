@@ -1,4 +1,4 @@
-"""The exponent of every interface, by measurement: its layer is really quantized and rounded with each candidate, and the least error wins.
+"""The exponent of every interface, by measurement: each candidate is really quantized, and the least error wins.
 
 A factor on an interface changes the integers of the layers that read it and of no others, so that interfaces can be
 decided one by one. The layer is tried on positions of calibration images, on a part of its input channels (a large
@@ -60,17 +60,9 @@ def choose_exponents(
     *,
     progress: Tell = tell_nobody,
 ) -> dict[str, float]:
-    """Chooses an exponent for every interface that can be rescaled.
+    """An exponent for every interface that can be rescaled, by name of the layer before it.
 
-    Args:
-        chain: FP32, as exported.
-        batches: Calibration images.
-        statistics: Of all of them; see `ranges.collect`.
-        options: What is tried.
-        progress: Called with interfaces done and interfaces in all.
-
-    Returns:
-        By name of the layer before the interface, for `EqualizeOptions.by_interface`.
+    `statistics` are those of all calibration images (`ranges.collect`); `progress` is told of interfaces.
 
     Raises:
         CalibrationError: A batch is not what the graph takes.
@@ -101,42 +93,40 @@ def choose_exponents(
 
 
 class _Trial:
-    """A layer's inputs at some positions, float32 (groups, positions, inner), in random order, and its weights.
-
-    The generator chooses the order, and the channels that take part.
-    """
+    """A layer's inputs at some positions, float32 (groups, positions, inner), in random order, and its weights."""
 
     def __init__(self, layer: Layer, weight: FloatArray, sample: FloatArray, generator: np.random.Generator) -> None:
-        self._groups = layer.groups
         self._kernel = int(np.prod(layer.weight_shape[2:]))
         self._sample = sample[:, generator.permutation(sample.shape[1])]
         self._rows = weight.reshape(layer.groups, -1, sample.shape[2])
         self._order = generator.permutation(layer.weight_shape[1])
 
     def error(self, factors: Float64, step: float, channels: int) -> float:
-        """Squared error of the output with the input rescaled, rounded to multiples of `step`, and the weights rounded for it."""
+        """Squared error of the output with the input rounded to multiples of `step`, and the weights rounded for it."""
         picked = np.sort(self._order[:channels])
         inner = (picked[:, None] * self._kernel + np.arange(self._kernel)).ravel()
-        by_group = factors.reshape(self._groups, -1)
+        parts = zip(self._sample, self._rows, factors.reshape(len(self._rows), -1), strict=True)
         return sum(
-            self._error_of(group, inner, np.repeat(by_group[group][picked], self._kernel), step)
-            for group in range(self._groups)
+            _error(sample[:, inner], rows[:, inner], np.repeat(factor[picked], self._kernel), step)
+            for sample, rows, factor in parts
         )
 
-    def _error_of(self, group: int, inner: NDArray[np.int64], factors: Float64, step: float) -> float:
-        exact = (self._sample[group][:, inner] / factors).astype(np.float32)
-        rows = (self._rows[group][:, inner] * factors).astype(np.float32)
-        size = np.float32(step)
-        rounded = np.clip(np.rint(exact / size), -LEVELS - 1, LEVELS) * size
-        count = max(1, len(exact) * 3 // 4)
-        missing = (exact - rounded) @ rows.T
-        seen, lost = rounded[:count], missing[:count]
-        mean, error = seen.mean(axis=0, dtype=np.float64), lost.mean(axis=0, dtype=np.float64)
-        # Centred before the product: of positions that are all alike nothing may be left.
-        centred = (seen - mean).astype(np.float32)
-        covariance = (centred.T @ centred).astype(np.float64) / count
-        cross = (lost.T @ centred).astype(np.float64) / count
-        integers, scales = round_rows(rows.astype(np.float64), covariance, cross, RoundOptions(clips=(0.8,), sweeps=0))
-        change = rows - integers * scales[:, None]
-        left = missing[count:] - error + (rounded[count:] - mean) @ change.T
-        return float(np.square(left, dtype=np.float64).sum())
+
+def _error(sample: FloatArray, rows: FloatArray, factors: Float64, step: float) -> float:
+    """Of one group: the squared error at a quarter of the positions, the weights rounded by the others."""
+    exact = (sample / factors).astype(np.float32)
+    rows = (rows * factors).astype(np.float32)
+    size = np.float32(step)
+    rounded = np.clip(np.rint(exact / size), -LEVELS - 1, LEVELS) * size
+    count = max(1, len(exact) * 3 // 4)
+    missing = (exact - rounded) @ rows.T
+    seen, lost = rounded[:count], missing[:count]
+    mean, error = seen.mean(axis=0, dtype=np.float64), lost.mean(axis=0, dtype=np.float64)
+    # Centred before the product: of positions that are all alike nothing may be left.
+    centred = (seen - mean).astype(np.float32)
+    covariance = (centred.T @ centred).astype(np.float64) / count
+    cross = (lost.T @ centred).astype(np.float64) / count
+    integers, scales = round_rows(rows.astype(np.float64), covariance, cross, RoundOptions(clips=(0.8,), sweeps=0))
+    change = rows - integers * scales[:, None]
+    left = missing[count:] - error + (rounded[count:] - mean) @ change.T
+    return float(np.square(left, dtype=np.float64).sum())

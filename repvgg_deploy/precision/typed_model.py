@@ -1,4 +1,4 @@
-"""The two ends of a change of precision: the parent as it was read, and the typed graph with its metadata as it is written."""
+"""The two ends of a change of precision: the parent as it was read, and the typed graph as it is written."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class TypedModel:
 
 
 def load_parent(source: StrPath | onnx.ModelProto | Parent) -> Parent:
-    """Reads an FP32 ONNX of ours and its structure. A file is read once, and its digest is checked; a `Parent` is given back.
+    """Reads an FP32 ONNX of ours and its structure; a file is read once. A `Parent` is given back as it is.
 
     Raises:
         CalibrationError: The graph is typed already (FP16 or Q/DQ).
@@ -91,16 +91,10 @@ def extend(
     options: dict[str, str | int | float | bool | None],
     spec: ModelSpec | None = None,
 ) -> TypedModel:
-    """The typed graph with its parent's metadata and one more history entry.
+    """The typed graph, made of `parent`, with its metadata and one more history entry: the stage and how it was done.
 
-    Statistics are left out: they speak of the channels as they were before any rescaling.
-
-    Args:
-        parent: What `model` was made of.
-        model: The typed graph.
-        stage: Name of what was done.
-        options: How it was done.
-        spec: Where inputs or outputs have changed.
+    Statistics are left out: they speak of the channels as they were before any rescaling. `spec` is given where inputs
+    or outputs have changed.
     """
     digest = parent.sha256 or parent.metadata.content_sha256 or None
     entry = HistoryEntry(stage, installed_versions(_TOOLS), options, digest)

@@ -14,7 +14,9 @@ import pytest
 from repvgg_deploy.errors import ArtifactError, CalibrationError, InputError, ModelError, ParityError
 from repvgg_deploy.files.onnx import read_metadata
 from repvgg_deploy.files.output import sha256_file
-from repvgg_deploy.precision import quantization
+from repvgg_deploy.precision import int8 as int8_steps
+from repvgg_deploy.precision import quantization, typed_model
+from repvgg_deploy.precision.chain import Chain, read_chain
 from repvgg_deploy.precision.equalize import EqualizeOptions
 from repvgg_deploy.precision.gate import agreement_check, allowed_to_differ, blame_int8
 from repvgg_deploy.precision.int8 import FAST, MAX_CALIBRATION, Int8Options
@@ -28,6 +30,8 @@ from repvgg_deploy.precision.typed_model import load_parent
 from repvgg_deploy.specs import codec
 from repvgg_deploy.specs.values import CalibrationProvenance
 from tests.precision.make_chain import KINDS, ChainOptions, make_batches, make_model, save
+from tests.precision.test_closed_form import statistics_for, with_statistics
+from tests.runtime.make_model import write_bound
 
 QUICK = dataclasses.replace(FAST, target="trt10")
 BOTH = ("fp16", "int8")
@@ -392,6 +396,39 @@ def test_scale_file_is_text_of_one_line(model: Path, pixels: Path, tmp_path: Pat
     text = (tmp_path / "s.json").read_text()
     assert text.endswith("}\n") and text.count("\n") == 1
     assert isinstance(codec.loads(ScaleFile, text), ScaleFile)
+
+
+@pytest.fixture(scope="module")
+def opened() -> list[str]:
+    """The files that are opened from now on. An audit hook stays for good, so there is one, and it only takes notes."""
+    names: list[str] = []
+    sys.addaudithook(lambda event, args: names.append(str(args[0])) if event == "open" else None)
+    return names
+
+
+@pytest.mark.parametrize("calibration", ["images", None, "statistics", "fp16"])
+def test_parent_and_its_chain_are_read_once(tmp_path: Path, opened: list[str], calibration, monkeypatch) -> None:
+    graph = make_model(KINDS["plain"])
+    metadata = with_statistics(graph, statistics_for(graph)).metadata
+    source = write_bound(tmp_path / "m.onnx", graph.SerializeToString(deterministic=True), metadata)
+    write_beside(source)
+    if calibration == "images":
+        calibration = write_pixels(tmp_path / "pixels.npz")
+    chains: list[onnx.ModelProto] = []
+
+    def read(model: onnx.ModelProto) -> Chain:
+        chains.append(model)
+        return read_chain(model)
+
+    for module in (typed_model, int8_steps):
+        monkeypatch.setattr(module, "read_chain", read)
+    opened.clear()
+    if calibration == "fp16":
+        quantize(source, None, QuantizeOptions("fp16"))
+    else:
+        int8(source, calibration, min_agreement=0.0)
+    assert opened.count(str(source)) == 1
+    assert len(chains) == 1
 
 
 def test_quantize_needs_no_torch() -> None:

@@ -57,7 +57,7 @@ def test_where_onnx_runtime_truncates_graphs_are_run_widened(monkeypatch) -> Non
 
     def widen(given: onnx.ModelProto) -> onnx.ModelProto:
         seen.append(given)
-        return run_onnx.widen_quantizers(given)
+        return widen_quantizers(given)
 
     monkeypatch.setattr(run_onnx, "rounds_halves", lambda: False)
     monkeypatch.setattr(run_onnx, "widen_quantizers", widen)

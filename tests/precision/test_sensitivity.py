@@ -85,7 +85,9 @@ def test_fewest_kept_is_the_shortest_prefix_that_meets_the_bound(needed: int | N
 
 
 def drop_of(model: onnx.ModelProto, graph: onnx.ModelProto, images: list[np.ndarray]) -> float:
-    return judge(model, graph, images).expected_drop
+    drop = judge(model, graph, images).expected_drop
+    assert drop is not None
+    return drop
 
 
 def test_max_drop_keeps_the_costliest_layers_and_no_more_than_it_takes() -> None:

@@ -371,6 +371,8 @@ def _as_json(args: argparse.Namespace, result: QuantizeResult) -> dict[str, obje
     int8 = None if result.int8 is None else encode(result.int8)
     if int8 is not None:
         del int8["scales"]
+        if int8["held_out"] is not None:
+            del int8["held_out"]["held_out"]  # which says nothing here
     return {
         "model": str(args.model),
         "out": str(result.output.target),

@@ -15,9 +15,9 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from repvgg_deploy.precision.chain import Layer, read_chain, read_weights, replace_weights, scale_inputs
+from repvgg_deploy.precision.chain import Layer, read_chain, read_weights, replace_weights, scale_inputs, set_weights
 from repvgg_deploy.precision.ranges import columns, pick_positions
-from repvgg_deploy.precision.run_onnx import run_tensors
+from repvgg_deploy.precision.run_onnx import LayerWalk
 from repvgg_deploy.specs.values import VariantSpec
 from repvgg_deploy.specs.variants import alternating_groups
 from tests.precision.make_variant import make_variant
@@ -108,8 +108,9 @@ def make_trained_like(
     images = np.array_split(drawn, 8)
     chain = read_chain(model)
     blocks = [layer for layer in chain.layers if layer.op_type == "Conv" and layer.weight_shape[2] == 3]
+    walk = LayerWalk(model, images, budget_bytes=1 << 40)
     for layer in chain.layers:
-        x = np.concatenate([values[layer.input] for values in run_tensors(model, [layer.input], images)])
+        x = np.concatenate(list(walk.advance(layer.input)))
         if layer.op_type == "Gemm":
             changed = dict(zip((layer.weight, layer.bias), _fit_head(x, classes), strict=True))
         elif layer in blocks:
@@ -119,7 +120,7 @@ def make_trained_like(
             changed = dict(
                 zip((layer.weight, layer.bias), _fit_gate(layer, read_weights(model)[layer.weight], x), strict=True)
             )
-        model = replace_weights(model, changed)
+        set_weights(model, changed)
     return _spread(model, generator, strength.octaves) if outlier == "channel scales" else model
 
 

@@ -6,14 +6,15 @@ weights and our scales.
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 import pytest
 
 from repvgg_deploy.precision.chain import read_chain
 from repvgg_deploy.precision.equalize import apply_factors
 from repvgg_deploy.precision.int8 import MAX_CALIBRATION, Int8Options, Int8Report, quantize_graph
+from repvgg_deploy.precision.metrics import Judge
 from repvgg_deploy.precision.qdq import insert_pairs
-from tests.precision.compare import judge
 from tests.precision.make_outliers import NETWORKS, batches, make_trained_like
 
 OURS = Int8Options(target="trt8")
@@ -29,6 +30,16 @@ BELOW_CEILING = 3.0
 NETWORKS_BY_COST = [*("g4", "se"), *(pytest.param(name, marks=pytest.mark.slow) for name in ("g2", "wide"))]
 
 
+@pytest.fixture(scope="module")
+def calibration() -> list[np.ndarray]:
+    return batches(256, 1)
+
+
+@pytest.fixture(scope="module")
+def fresh() -> list[np.ndarray]:
+    return batches(128, 2)
+
+
 def ceiling(model: onnx.ModelProto, report: Int8Report) -> onnx.ModelProto:
     """FP32 weights, INT8 activations with the scales of `report`."""
     return insert_pairs(apply_factors(read_chain(model), report.scales.channel_factors()), report.scales.scales)
@@ -36,18 +47,22 @@ def ceiling(model: onnx.ModelProto, report: Int8Report) -> onnx.ModelProto:
 
 @pytest.mark.parametrize("outlier", GAINS)
 @pytest.mark.parametrize("network", NETWORKS_BY_COST)
-def test_outliers_that_ruin_max_calibration_leave_ours_usable(network: str, outlier) -> None:
-    model, calibration, fresh = make_trained_like(NETWORKS[network], outlier), batches(256, 1), batches(128, 2)
+def test_outliers_that_ruin_max_calibration_leave_ours_usable(
+    network: str, outlier, calibration: list[np.ndarray], fresh: list[np.ndarray]
+) -> None:
+    model = make_trained_like(NETWORKS[network], outlier)
     graph, report = quantize_graph(model, calibration, OURS)
-    plain = judge(model, quantize_graph(model, calibration, MAX_CALIBRATION)[0], fresh).sqnr_db
-    ours, most = (judge(model, one, fresh).sqnr_db for one in (graph, ceiling(model, report)))
+    bare, _ = quantize_graph(model, calibration, MAX_CALIBRATION)
+    judge = Judge(read_chain(model), fresh)
+    plain, ours, most = (judge.compare(one).sqnr_db for one in (bare, graph, ceiling(model, report)))
     shown = f"max calibration {plain:.1f} dB, ours {ours:.1f} dB, INT8 activations alone {most:.1f} dB"
     assert plain < (12 if outlier == "heavy weights" else 10), shown
     assert ours >= plain + GAINS[outlier], shown
     assert ours >= most - BELOW_CEILING, shown
 
 
-def test_outliers_are_what_ruins_it() -> None:
+def test_outliers_are_what_ruins_it(calibration: list[np.ndarray], fresh: list[np.ndarray]) -> None:
     """Without them the same network keeps more than 10 dB with max calibration: it is not the network that is hard."""
-    model, calibration, fresh = make_trained_like(NETWORKS["g4"], "none"), batches(256, 1), batches(128, 2)
-    assert judge(model, quantize_graph(model, calibration, MAX_CALIBRATION)[0], fresh).sqnr_db > 12
+    model = make_trained_like(NETWORKS["g4"], "none")
+    graph, _ = quantize_graph(model, calibration, MAX_CALIBRATION)
+    assert Judge(read_chain(model), fresh).compare(graph).sqnr_db > 12

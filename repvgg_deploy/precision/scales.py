@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -253,7 +253,9 @@ class _Fit:
         windows = [_window(strong, _ROWS), _window(np.array(tops), _TOPS), _window(bounds, _BOUNDS)]
         blocked = {i.source for i in self.chain.interfaces if i.blocked_by is not None}
         windows += [_window(self._rows(r), _ROWS, grows=True) for r in readers if r.name in blocked]
-        common = 2.0 ** _common_step(windows)
+        # The smallest power of two with which the windows fit best, counted in whole octaves.
+        steps = sorted(range(-_OCTAVES, _OCTAVES + 1), key=abs)
+        common = 2.0 ** min(steps, key=lambda step: np.ceil(sum(window.misfit(step) for window in windows)))
         shares = (values / top for values, top in zip(ranges, tops, strict=True))
         room = np.max([bounds / common / _BOUNDS[1], *shares], axis=0)
         return common * _lift(rows / common, room)
@@ -318,10 +320,3 @@ def _window(values: Float64, limits: tuple[float, float], *, grows: bool = False
     low, high = (float(np.log2(limit)) for limit in limits)
     smallest, largest = (float(logs.min()), float(logs.max())) if logs.size else (low, low)
     return _Window(smallest, largest, low, high, grows)
-
-
-def _common_step(windows: Iterable[_Window]) -> int:
-    """The smallest power of two with which the windows fit best, counted in whole octaves."""
-    kept = list(windows)
-    steps = sorted(range(-_OCTAVES, _OCTAVES + 1), key=abs)
-    return min(steps, key=lambda step: np.ceil(sum(window.misfit(step) for window in kept)))

@@ -27,7 +27,7 @@ STRETCHED = {**FREE, "features": "stage0"}  # stage1 is one of its outputs
 
 
 def stretch(model: onnx.ModelProto, factor: float, source: str = "stage0", *, every: int = 2) -> onnx.ModelProto:
-    """Every second (or so) of a layer's channels grown or shrunk by `factor`, and the columns that read them the other way: the same function."""
+    """Every second (or so) of a layer's channels times `factor`, the columns that read them the other way: the same."""
     chain = read_chain(model)
     interface = next(i for i in chain.interfaces if i.source == f"{source}.conv")
     channels = np.where(np.arange(chain.layer(interface.source).out_channels) % every, 1.0, factor)
@@ -50,7 +50,7 @@ def batches_for(kind: str, io: str, count: int = 64) -> list[np.ndarray]:
 
 
 def values(model: onnx.ModelProto, batches: list[np.ndarray]) -> list[np.ndarray]:
-    """Outputs but class numbers. One optimizer of ONNX Runtime quantizes biases to INT32, which the graph does not say: it is off."""
+    """Outputs but class numbers. An optimizer of ONNX Runtime that quantizes biases to INT32 by itself is off."""
     model = model if rounds_halves() else widen_quantizers(model)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

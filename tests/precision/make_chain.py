@@ -1,4 +1,4 @@
-"""Small RepVGG graphs as repvgg-export writes them, made without torch, their weights with the faults that trained ones have."""
+"""Small RepVGG graphs as repvgg-export writes them, made without torch, with the faults of trained weights."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def _head(graph: _Graph) -> str:
 
 
 def _spread(graph: _Graph) -> None:
-    """Channels of very different scale, as trained networks have: equalization could undo them, per-tensor activations cannot hold them."""
+    """Channels of very different scale, as trained networks have: one scale cannot hold them."""
     names = [f"stage{index}" for index in range(len(graph.options.widths))]
     for before, after, groups in zip(names, names[1:], graph.options.groups[1:], strict=False):
         weight = graph.arrays[f"{before}.weight"]

@@ -1,4 +1,4 @@
-"""RepVGG graphs with the statistics of trained ones, made layer by layer as reparameterization makes them, and with outliers injected.
+"""RepVGG graphs with the statistics of trained ones, made layer by layer as folding makes them, with outliers injected.
 
 Every block is the sum of a 3×3, a 1×1 and, where shapes allow, an identity branch, each with a BatchNorm whose running
 statistics are those of its own output on drawn images: γ and β are drawn, and what is stored is the fused kernel. That
@@ -125,7 +125,7 @@ def make_trained_like(
 
 
 def _fit_head(x: NDArray[np.float32], classes: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Weights and bias of a classifier that is really fitted: ridge regression, so that logits are what training makes them."""
+    """Weights and bias of a classifier fitted by ridge regression, so that logits are what training makes them."""
     centred = x.astype(np.float64) - x.mean(axis=0)
     wanted = 10.0 * (np.eye(CLASSES)[classes] - 1 / CLASSES)
     gram = centred.T @ centred
@@ -136,7 +136,7 @@ def _fit_head(x: NDArray[np.float32], classes: NDArray[np.int64]) -> tuple[NDArr
 def _fit_gate(
     layer: Layer, weight: NDArray[np.float32], x: NDArray[np.float32]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """A convolution of an SE block, so scaled that its output varies by 0.3 around 0.5: no gate is always open or shut."""
+    """A convolution of an SE block, scaled so that its output varies by 0.3 around 0.5: no gate is stuck."""
     given = x.reshape(x.shape[:2]).astype(np.float64) @ weight.reshape(layer.out_channels, -1).T
     scale = 0.3 / np.sqrt(given.var(axis=0) + 1e-12)
     return (weight * scale.reshape(-1, 1, 1, 1)).astype(np.float32), (0.5 - scale * given.mean(axis=0)).astype(
@@ -175,14 +175,14 @@ class _Block:
         return kernel, bias
 
     def _make_heavy(self, rows: NDArray[np.float64]) -> None:
-        """In each row one weight dwarfs the others; it reads an input that hardly varies, so that it carries no more than they do."""
+        """In each row one weight dwarfs the others; it reads an input that hardly varies, and so carries no more."""
         for group, own in enumerate(rows):
             still = np.argsort(self._seen[group].std(axis=0))[: max(1, own.shape[1] // 10)]
             picks = self._generator.choice(still, len(own))
             own[np.arange(len(own)), picks] = self._strength.heavy * np.abs(own).max(axis=1)
 
     def _draw(self, shape: tuple[int, ...]) -> NDArray[np.float64]:
-        """Random weights of a spectrum that falls, as that of trained ones does: what a layer gives lies in few directions."""
+        """Random weights of a falling spectrum, as trained ones have: what a layer gives lies in few directions."""
         out, inner = shape[0] // self._layer.groups, int(np.prod(shape[1:]))
         rank = min(out, inner)
         falling = np.arange(1, rank + 1) ** -DECAY

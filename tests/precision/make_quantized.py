@@ -1,4 +1,4 @@
-"""Q/DQ graphs with the plainest calibration (largest values, weights to nearest): for tests of a graph's form, not of its accuracy."""
+"""Q/DQ graphs with the plainest calibration (largest values, weights to nearest): for tests of a graph's form."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ import pytest
 WHY_NOT = (
     ""
     if importlib.util.find_spec("tensorrt_rtx")
-    else "TensorRT-RTX is not installed; the `dev` extra brings it on Linux x86-64 with Python 3.10 to 3.14, and this is "
-    f"Python {platform.python_version()} on {sys.platform} {platform.machine()}"
+    else "TensorRT-RTX is not installed; the `dev` extra brings it on Linux x86-64 with Python 3.10 to 3.14, and this "
+    f"is Python {platform.python_version()} on {sys.platform} {platform.machine()}"
 )
 needs_rtx = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 PROFILE = (1, 8, 32)

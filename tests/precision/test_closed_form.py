@@ -28,7 +28,7 @@ def encode(values: np.ndarray) -> str:
 
 
 def statistics_for(model: onnx.ModelProto, seed: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Random means and deviations of what every 3×3 convolution gives, of very different scale and from always off to always on."""
+    """Random means and deviations of what 3×3 convolutions give, from always off to always on."""
     generator, found = np.random.default_rng(seed), {}
     for layer in read_chain(model).layers:
         if layer.op_type == "Conv" and layer.weight_shape[2] == 3:
@@ -125,7 +125,7 @@ def test_to_int8_without_images_is_a_whole_graph_of_either_target(kind: str) -> 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_correct_bias_restores_the_mean_output(groups: int) -> None:
-    """Checked by convolving: inputs that are the same everywhere are their own mean, and away from the border nothing else enters."""
+    """Checked by convolving an input that is the same everywhere, and so its own mean, away from the border."""
     from onnx import TensorProto, helper
 
     generator = np.random.default_rng(groups)

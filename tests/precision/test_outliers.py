@@ -1,7 +1,7 @@
-"""INT8 of networks with the outliers that make RepVGG collapse: ours beside per-channel max calibration, on images that no calibration saw.
+"""INT8 of networks with the outliers that make RepVGG collapse: ours beside per-channel max calibration.
 
-Logits cannot be better than INT8 activations allow, whatever is done to the weights: `ceiling` is the network with FP32
-weights and our scales.
+Images that no calibration saw judge. Logits cannot be better than INT8 activations allow, whatever is done to the
+weights: `ceiling` is the network with FP32 weights and our scales.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ OURS = Int8Options(target="trt8")
 GAINS = {
     "channel scales": 15.0,
     "grown activations": 15.0,
-    "centre tap": 12.0,  # 14 to 20 dB measured: of a channel that hardly varies around its mean, INT8 activations keep few levels
+    "centre tap": 12.0,  # 14 to 20 dB measured: INT8 keeps few levels of a channel that hardly varies around its mean
     "heavy weights": 6.0,  # 8 to 12 dB measured: max calibration keeps 6 to 11 dB, and activations alone leave 17 to 24
 }
 """Decibels of logits that ours keeps beyond max calibration; the reason where it is not 15."""

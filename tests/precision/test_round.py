@@ -20,7 +20,7 @@ def layer(groups: int = 1, stride: int = 1, channels: int = 8, out: int = 12) ->
 
 
 def problem(conv: Layer) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
-    """Weights with a heavy centre tap, a bias, and inputs whose channels and neighbours are correlated, as ReLU gives them."""
+    """Weights with a heavy centre tap, a bias, and inputs whose channels and neighbours are correlated."""
     generator = np.random.default_rng(GENERATOR_SEED)
     weight = generator.standard_normal(conv.weight_shape)
     weight[:, :, 1, 1] *= 8

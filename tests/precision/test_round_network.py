@@ -102,7 +102,7 @@ def test_steps_one_batch_is_run_whatever_it_takes() -> None:
 
 
 def test_steps_that_catch_up_use_the_model_as_it_is_by_then() -> None:
-    """Weights are chosen layer by layer; batches that join late run from the image through the layers as they have become."""
+    """Weights are chosen layer by layer; batches that join late run through the layers as they have become."""
     model, other, batches = make_model(), make_model(seed=7), make_batches(count=48, size=8)
     first, last = (list(run_tensors(m, ["flatten"], batches)) for m in (model, other))
     steps = LayerWalk(model, batches, budget_bytes=30_000)

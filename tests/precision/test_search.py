@@ -25,7 +25,7 @@ def choose(model: onnx.ModelProto, batches: list[np.ndarray], options: SearchOpt
 
 
 def two_layers(spread: float, generator: np.random.Generator) -> onnx.ModelProto:
-    """The first layer copies the image's colours into channels of different size; the second weighs all of them alike, up to the sign."""
+    """The first layer copies the image's colours into channels of different size; the second weighs them alike."""
     model = make_model(ChainOptions(widths=(12, 16), groups=(1, 1), outliers=0.0))
     copies = np.zeros((12, 3, 3, 3), np.float32)
     copies[np.arange(12), np.arange(12) % 3, 1, 1] = np.exp2(generator.uniform(-spread, spread, 12))
@@ -37,7 +37,7 @@ def two_layers(spread: float, generator: np.random.Generator) -> onnx.ModelProto
 
 @pytest.mark.parametrize("seed", range(4))
 def test_choose_exponents_where_activations_differ_and_weights_do_not_makes_activations_alike(seed: int) -> None:
-    """Pixels of 0 and 1: with channels alike every activation is exact, and in three colours the weights have room; 0 would not touch them."""
+    """Pixels of 0 and 1: with channels alike every activation is exact, and in three colours the weights have room."""
     generator = np.random.default_rng(seed)
     pixels = generator.integers(0, 2, (64, 3, 8, 8)).repeat(2, 2).repeat(2, 3).astype(np.float32)
     found = choose(
@@ -64,7 +64,7 @@ def test_choose_exponents_every_open_interface_gets_a_candidate_every_time_the_s
 
 @pytest.mark.parametrize("kind", ["plain", "grouped"])
 def test_choose_exponents_are_about_as_good_as_the_best_of_all(kind: str) -> None:
-    """On other images, by the logits. In so narrow layers the candidates lie 2 to 5 dB apart, and a trial of a thousand positions errs by a part."""
+    """On other images, by the logits. In so narrow layers the candidates lie 2 to 5 dB apart; a small trial errs."""
     model, batches, others = (
         make_model(KINDS[kind]),
         make_batches(KINDS[kind], 128),

@@ -1,4 +1,4 @@
-"""INT8 graphs in ONNX Runtime and in OpenVINO: two implementations that share no code agree on what a typed graph computes."""
+"""INT8 graphs in ONNX Runtime and in OpenVINO: two implementations that share no code agree."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_int8_graph_of_a_grouped_variant_onnx_runtime_and_openvino_agree(typing:
 
 @pytest.mark.parametrize("kind", ["plain", "se_after", "grouped"])
 def test_mixed_graph_computes_in_fp32_what_the_graph_with_fp32_scales_does(kind: str) -> None:
-    """OpenVINO in FP32 sees only the values of the scales: they are the same in both, so nothing but the biases' rounding is left."""
+    """OpenVINO in FP32 sees only the values of the scales, which are the same: only the biases' rounding is left."""
     model, batches = make_model(KINDS[kind]), make_batches(KINDS[kind], 16)
     before = quantize_plainly(model, batches, half=True)
     assert sqnr(in_openvino(quantize_mixed(model, batches), batches), in_openvino(before, batches)) > 60

@@ -147,7 +147,7 @@ def quantize(
         images, use = _gather_images(source, parent, options)
         clock("read images", 1, 1)
         make = _make_int8 if options.precision == "int8" else _make_fp16
-        made = make(parent, images, options, clock)
+        made = make(parent, images, options, clock)  # and judged: what does not pass is refused there
         typed = _certify(made, options, use)
         clock("write", 0, 1)
         if scales_output is not None:
@@ -258,7 +258,7 @@ class _Made:
 
 
 def _make_fp16(parent: Parent, images: Images | None, options: QuantizeOptions, clock: _Clock) -> _Made:
-    """The FP16 graph, if it passes the gate."""
+    """Makes the FP16 graph, judges it, and refuses it if it does not pass the gate."""
     clock("ranges", 0, 1)
     typed, report = to_fp16(parent, None if images is None else images.batches, options.fp16)
     clock("ranges", 1, 1)
@@ -270,7 +270,9 @@ def _make_fp16(parent: Parent, images: Images | None, options: QuantizeOptions, 
         checks.append(agreement_check(found, "fp16", options.min_agreement))
     if not all(check.passed for check in checks):
         raise refuse_fp16(found, parent.chain, typed.model, batches)
-    ungated = "" if len(checks) > 1 else _NO_CLASSIFIER if found.agreement is None else _DRAWN_ONLY
+    ungated = _DRAWN_ONLY if images is None else ""
+    if found.agreement is None:
+        ungated = _NO_CLASSIFIER
     said = {"verified": found.images, "sqnr_db": round(found.sqnr_db, 1)}
     return _Made(typed, checks, said, fp16=report, verification=found, ungated=ungated)
 
@@ -281,7 +283,7 @@ def _draw(height: int, width: int) -> np.ndarray:
 
 
 def _make_int8(parent: Parent, images: Images | None, options: QuantizeOptions, clock: _Clock) -> _Made:
-    """The INT8 graph, if it passes the gate."""
+    """Makes the INT8 graph, judges it, and refuses it if it does not pass the gate."""
     if images is None:
         clock("closed form", 0, 1)
         typed, report = to_int8(parent, None, options.int8, progress=clock)
@@ -298,7 +300,8 @@ def _make_int8(parent: Parent, images: Images | None, options: QuantizeOptions, 
     found = Judge(parent.chain, images.held_out).compare(typed.model, progress=partial(clock, "verify"))
     said: dict[str, str | int | float | None] = {"verified": found.images, "sqnr_db": round(found.sqnr_db, 1)}
     if saved is not None:
-        said["equalize"] = None if not saved.factors else "measured" if saved.exponents else "saved"
+        how = "measured" if saved.exponents else "saved"
+        said["equalize"] = how if saved.factors else None
     if found.agreement is None:
         return _Made(typed, [], said, report, verification=found, ungated=_NO_CLASSIFIER)
     check = agreement_check(found, "int8", options.min_agreement)
@@ -313,7 +316,8 @@ def _certify(made: _Made, options: QuantizeOptions, use: ImageUse | None) -> Typ
     """The graph with what was verified of it in its certificate, and how in the last entry of its history."""
     metadata, said = made.typed.metadata, dict(made.said)
     if options.precision == "int8":
-        said["calibration"] = STATISTICS if use is None else "synthetic" if use.synthetic else "images"
+        source = "synthetic" if use is not None and use.synthetic else "images"
+        said["calibration"] = STATISTICS if use is None else source
     entry = dataclasses.replace(metadata.history[-1], options={**metadata.history[-1].options, **said})
     certificate = dataclasses.replace(metadata.certificate, checks=(*metadata.certificate.checks, *made.checks))
     changed = dataclasses.replace(metadata, certificate=certificate, history=(*metadata.history[:-1], entry))

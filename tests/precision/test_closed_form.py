@@ -70,8 +70,7 @@ def test_closed_form_means_and_ranges_are_those_of_drawn_rectified_normals(kind:
         assert (np.abs(moments[tensor][1] - drawn.std(axis=1)) <= 0.011 * std).all()
         found = statistics.tensors[tensor]
         np.testing.assert_allclose(found.largest, np.maximum(mean + DEVIATIONS * std, 0.0), rtol=1e-5, atol=1e-6)
-        for percent in (90.0, 99.0):
-            truth = np.percentile(drawn, percent, axis=1)
+        for percent, truth in zip((90.0, 99.0), np.percentile(drawn, (90.0, 99.0), axis=1), strict=True):
             # A bin's width above, and what 2,000 draws beyond the percentile leave open.
             assert (np.abs(found.channel_percentile(percent) - truth) <= found.largest / 1024 + 0.06 * std).all()
         share_of_zeros = found.histogram[:, 0] / found.histogram.sum(axis=1)
@@ -118,7 +117,9 @@ def test_to_int8_without_images_is_a_whole_graph_of_either_target(kind: str) -> 
         check_quantized(typed.model, target=target)
         assert (report.source, report.images, report.kept) == ("statistics", 0, ())
         assert typed.metadata.history[-1].options["rounding"] == "prior"
-        found = judge(model, to_int8(stamped, None, Int8Options(target="trt8"))[0].model, batches)
+        if target == "trt10":
+            continue
+        found = judge(model, typed.model, batches)
         # No image was seen, and channels spread over six octaves.
         assert found.agreement is None or found.sqnr_db > 15, found
 

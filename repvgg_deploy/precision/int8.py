@@ -265,6 +265,7 @@ def quantize_graph(
     images = images if isinstance(images, Images) else Images(images)
     options, tell, batches = options or Int8Options(), progress or _ignore, images.batches
     _require_fit(chain, options)
+    # Ranges, equalization and scales; or those of before.
     if saved is None:
         statistics = collect(chain, batches, progress=partial(tell, "ranges"))
         exponents: dict[str, float] = {}
@@ -274,14 +275,16 @@ def quantize_graph(
         network, scales, interfaces = _calibrate(chain, statistics, options, exponents)
     else:
         network, scales, interfaces = *_reuse(chain, batches, saved, options), ()
+    # Weights; and which layers must stay in floating point.
     rounded = round_weights(network, batches, options.rounding, progress=partial(tell, "round"))
     macs = count_macs(chain, batches[0] if has_fixed_batch(chain.model) else batches[0][:1])
     costs: tuple[QuantizationCost, ...] = ()
     if options.sensitivity or options.max_drop is not None:
         costs = rank_layers(network, rounded, batches, macs=macs, progress=partial(tell, "sensitivity"))
-    judge = Judge(network.chain, images.held_out or batches)
+    judge = Judge(network.chain, images.held_out if len(images.held_out) else batches)
     if options.max_drop is not None:
         network, rounded = _Bound(options, judge, batches, tell).meet(network, rounded, costs)
+    # The graph, and what it costs.
     graph = _write(network, rounded)
     tell("measure layers", 0, 1)
     sqnr = layer_sqnr(network.chain, graph, spread_images(chain.model, batches, _REPORT_IMAGES))

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 
 from ..errors import ParityError
 from ..evaluate.agreement import decibels
+from ..images.classes import softmax
 from .chain import Chain, copy_model
 from .layers import quantize_alone
 from .round import RoundedLayer
@@ -95,9 +96,8 @@ class Judge:
 
 def _lost(truth: NDArray[np.float64], found: NDArray[np.float64]) -> float:
     """What FP32 gives its best classes less what it gives the other's best, as probabilities, summed."""
-    powers = np.exp(truth - truth.max(axis=1, keepdims=True))
-    rows = np.arange(len(truth))
-    return float(((powers[rows, truth.argmax(axis=1)] - powers[rows, found.argmax(axis=1)]) / powers.sum(axis=1)).sum())
+    shares, rows = softmax(truth), np.arange(len(truth))
+    return float((shares[rows, truth.argmax(axis=1)] - shares[rows, found.argmax(axis=1)]).sum())
 
 
 def _accept_floats(model: onnx.ModelProto) -> onnx.ModelProto:

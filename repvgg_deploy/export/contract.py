@@ -37,9 +37,9 @@ def check_contract(model: onnx.ModelProto, variant: VariantSpec, options: GraphO
     found = describe_graph(model, spec.input.name)
     if expected != found:
         difference = list(difflib.unified_diff(expected, found, "expected", "found", n=1, lineterm=""))[2:]
-        shown = "\n".join(f"    {line}" for line in difference[:40]) + (
-            "" if len(difference) <= 40 else f"\n    … {len(difference) - 40} more lines"
-        )
+        shown = "\n".join(f"    {line}" for line in difference[:40])
+        if len(difference) > 40:
+            shown += f"\n    … {len(difference) - 40} more lines"
         raise ContractError(
             f"the graph of {variant.name} is not the plain chain that was expected (- expected, + found):\n{shown}",
             remedy="export with the tested versions of constraints.txt; if they are installed, report the model",
@@ -110,24 +110,19 @@ def _tensor_spec(value: onnx.ValueInfoProto) -> TensorSpec:
 def _detail(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]], constants: dict[str, onnx.TensorProto]) -> str:
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     weights = [shapes[name] for name in node.input if name in shapes and name not in constants]
-    text = (
-        [_conv_text(weights, attributes)]
-        if node.op_type == "Conv" and weights
-        else ["×".join(map(str, shape)) for shape in weights]
-    )
-    if node.op_type != "Conv":
+    if node.op_type == "Conv":
+        text = [_conv_text(weights, attributes)] if weights else []
+    else:
         defaults = {"alpha": 1.0, "beta": 1.0, "transA": 0}
+        text = ["×".join(map(str, shape)) for shape in weights]
         text += [f"{name}={_value(value)}" for name, value in sorted(attributes.items()) if defaults.get(name) != value]
     text += [f"k={numpy_helper.to_array(constants[name]).tolist()}" for name in node.input if name in constants]
     return " ".join(text)
 
 
 def _value(value: Any) -> str:
-    return (
-        str(list(value))
-        if isinstance(value, (list, tuple)) or type(value).__name__.startswith("Repeated")
-        else str(value)
-    )
+    repeated = isinstance(value, (list, tuple)) or type(value).__name__.startswith("Repeated")
+    return str(list(value)) if repeated else str(value)
 
 
 def _conv_text(weights: list[tuple[int, ...]], attributes: dict[str, object]) -> str:
@@ -148,15 +143,10 @@ class _Writer:
         self.lines.append(_line(len(self.lines), op_type, operands, detail))
         return f"%{len(self.lines) - 1}"
 
-    def conv(
-        self, source: str, shape: tuple[int, int, int, int], *, stride: int = 1, dilation: int = 1, groups: int = 1
-    ) -> str:
-        pad = dilation if shape[2] == 3 else 0
-        detail = (
-            f"{'×'.join(map(str, shape))} bias strides=[{stride}, {stride}] pads=[{pad}, {pad}, {pad}, {pad}] "
-            f"dilations=[{dilation}, {dilation}]"
-        )
-        return self.add("Conv", [source], f"{detail} group={groups}")
+    def conv(self, source: str, shape: tuple[int, int, int, int], *, stride: int = 1, groups: int = 1) -> str:
+        pad = 1 if shape[2] == 3 else 0
+        detail = f"{'×'.join(map(str, shape))} bias strides=[{stride}, {stride}] pads=[{pad}, {pad}, {pad}, {pad}]"
+        return self.add("Conv", [source], f"{detail} dilations=[1, 1] group={groups}")
 
 
 def _expected_nodes(variant: VariantSpec, options: GraphOptions, spec: ModelSpec) -> Iterator[str]:
@@ -170,9 +160,10 @@ def _expected_nodes(variant: VariantSpec, options: GraphOptions, spec: ModelSpec
     stages: dict[int, str] = {}
     for layer in variant.layers():
         x = stages[layer.stage] = _expect_block(writer, x, layer, variant)
-    sources = (
-        [stages[stage] for stage in (1, 2, 3, 4)] if options.features else _expect_head(writer, x, variant, options)
-    )
+    if options.features:
+        sources = [stages[stage] for stage in (1, 2, 3, 4)]
+    else:
+        sources = _expect_head(writer, x, variant, options)
     yield from writer.lines
     yield from (_signature("output", tensor, source) for tensor, source in zip(spec.outputs, sources, strict=True))
 

@@ -1,9 +1,8 @@
-"""Checkpoint → verified ONNX: the stages in order, and no logic of their own."""
+"""Checkpoint → verified ONNX: the stages in order."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -15,11 +14,10 @@ from ..files.versions import tool_versions
 from ..images.calibration import calibration_path
 from ..images.classes import IMAGENET_CLASSES, imagenet_labels
 from ..images.decode import default_preprocessing
-from ..images.drawn import Batch, make_batches
+from ..images.drawn import make_batches
 from ..model.checkpoint.load import Checkpoint, build_model, load_checkpoint, write_deploy
 from ..model.fold import reparameterize
-from ..model.network import RepVGG
-from ..model.parity import FormReport, compare_forms, reference_of_deploy, require_passed
+from ..model.parity import compare_forms, reference_of_deploy, require_passed
 from ..specs.values import (
     METADATA_SCHEMA,
     Certificate,
@@ -33,12 +31,12 @@ from ..specs.values import (
     VariantSpec,
 )
 from ..specs.zoo import find_card
-from .calibrate import CalibrationResult, Steps, write_calibration
+from .calibrate import CalibrationResult, write_calibration
 from .contract import check_contract
-from .graph import drop_weight_inputs, rename, simplify, to_onnx
+from .graph import rename, simplify, to_onnx
 from .options import GraphOptions, model_spec
 from .statistics import collect_statistics
-from .synthesize import SynthesisOptions, plan_synthesis
+from .synthesize import Steps, SynthesisOptions, plan_synthesis
 from .verify import require_same_weights, verify_onnx
 from .writer import append_metadata, write_model
 
@@ -119,9 +117,9 @@ def export_checkpoint(
     """Checkpoint → verified ONNX. Nothing is written that did not pass its verification.
 
     Args:
-        ckpt: A RepVGG checkpoint of any family (`reference.families`), in training or deploy form.
+        ckpt: A RepVGG checkpoint of any family, in training or deploy form.
         out: The `.onnx`.
-        options: See `ExportOptions`.
+        options: How it is exported.
         progress: Called with the name of each stage when it begins.
         calibration_progress: Called with the optimisation steps done and in all, while calibration images are
             synthesised.
@@ -133,38 +131,15 @@ def export_checkpoint(
         ParityError: The deploy form or the ONNX does not give what the training-mode model gives.
         ArtifactError: A file cannot be written, or exists and differs.
     """
-    options, report = options or ExportOptions(), progress or _silent
-    out, deploy_path = Path(out), options.save_deploy
-    outputs = [
-        out,
-        *([] if deploy_path is None else [deploy_path]),
-        *([] if options.calibration is None else [calibration_path(out)]),
-    ]
-    require_distinct(outputs, [Path(ckpt)])
+    ckpt, out, options, report = Path(ckpt), Path(out), options or ExportOptions(), progress or _silent
+    beside = [] if options.calibration is None else [calibration_path(out)]
+    deploy_out = options.save_deploy
+    require_distinct([out, *beside] if deploy_out is None else [out, deploy_out, *beside], [ckpt])
     # Opened first: a folder that cannot be written to should not be found out after the work. Written both or not at
     # all.
-    deploying = nullcontext() if deploy_path is None else atomic_output(deploy_path, force=options.force)
+    deploying = nullcontext() if deploy_out is None else atomic_output(deploy_out, force=options.force)
     with deploying as deploy_output, atomic_output(out, force=options.force) as output:
-        report("read the checkpoint")
-        checkpoint, model = _load(ckpt, options)
-        preprocessing, labels = _preprocessing(checkpoint, options), _labels(checkpoint, options)
-        graph = dataclasses.replace(options.graph, image_size=preprocessing.crop)
-        spec = model_spec(checkpoint.spec, graph, preprocessing, labels)
-        _require_statistics(checkpoint, spec, options.calibration)
-        batches = make_batches(preprocessing, [preprocessing.crop, *_SMALL_SIZES])
-        proven = _prove_forms(model, batches, report)
-        del model  # the training form has served; its memory is needed
-        release_freed_memory()
-        _write_deploy(proven.deploy, deploy_output, options.force)
-        report("export and simplify the graph")
-        digest = _write_graph(proven, output.partial, spec, graph)
-        release_freed_memory()
-        report("verify the ONNX in ONNX Runtime")
-        forms = proven.forms
-        checks = verify_onnx(output.partial, spec, batches, forms.references, training_error=forms.training_error)
-        require_passed(checks, f"{checkpoint.path.name}: the {checkpoint.form} form against the ONNX")
-        metadata = _metadata(checkpoint, (*forms.checks, *checks), spec, statistics=proven.statistics, graph=graph)
-        append_metadata(output.partial, digest, metadata)
+        metadata = _write_verified(ckpt, output.partial, deploy_output, options=options, report=report)
     calibration = None
     if options.calibration is not None:
         report("synthesise calibration images")
@@ -172,29 +147,64 @@ def export_checkpoint(
         calibration = write_calibration(
             ckpt, out, options=options.calibration, force=options.force, progress=calibration_progress
         )
-    return ExportResult(output, metadata, checkpoint.notes, deploy_output, calibration)
+    return ExportResult(output, metadata, metadata.notes, deploy_output, calibration)
 
 
 def _silent(stage: str) -> None:
     """No progress wanted."""
 
 
-@dataclass(slots=True)
-class _Proven:
-    """The deploy form, and what was found when it was compared with the training form. `deploy` is taken out when its memory is needed."""
-
-    forms: FormReport
-    statistics: dict[str, ChannelStatistics]
-    deploy: RepVGG | None
-
-
-def _load(ckpt: Path | str, options: ExportOptions) -> tuple[Checkpoint, RepVGG]:
+def _write_verified(
+    ckpt: Path, path: Path, deploy_output: PendingOutput | None, *, options: ExportOptions, report: Progress
+) -> ModelMetadata:
+    """The export itself: writes the ONNX to `path`, and the deploy form where it is wanted."""
+    report("read the checkpoint")
     checkpoint = load_checkpoint(ckpt, arch=options.arch)
     model = build_model(checkpoint)
-    return dataclasses.replace(checkpoint, state={}), model  # the model holds the only reference to the weights
+    checkpoint = dataclasses.replace(checkpoint, state={})  # the model holds the only reference to the weights
+    preprocessing = _choose_preprocessing(checkpoint, options)
+    graph = dataclasses.replace(options.graph, image_size=preprocessing.crop)
+    spec = model_spec(checkpoint.spec, graph, preprocessing, _choose_labels(checkpoint, options))
+    _require_statistics(checkpoint, spec, options.calibration)
+    batches = make_batches(preprocessing, [preprocessing.crop, *_SMALL_SIZES])
+    arrays = {batch.name: batch.array for batch in batches}
+    small = [batch.name for batch in batches if batch.array[0, 0].size <= _SMALL_PIXELS]
+    if model.form == "deploy":
+        report("measure the float32 error of the deploy form")
+        deploy, statistics = model, {}
+        forms = reference_of_deploy(model, arrays, small=small)
+    else:
+        report("reparameterize")
+        deploy, statistics = reparameterize(model), collect_statistics(model)
+        report("verify the deploy form against the training form")
+        forms = compare_forms(model, deploy, arrays, small=small)
+        require_passed(forms.checks, "the deploy form against the training form")
+    del model  # the training form has served; its memory is needed
+    release_freed_memory()
+    if deploy_output is not None:
+        write_deploy(deploy, deploy_output.partial)
+        require_replaceable(deploy_output, force=options.force)
+
+    report("export and simplify the graph")
+    traced, tensors = to_onnx(deploy, graph, spec)
+    plain = simplify(traced)
+    names = rename(plain)
+    check_contract(plain, deploy.spec, graph, spec)
+    weights = {new: tensors[old].numpy() for old, new in names.items()}
+    digest = write_model(path, plain, weights)
+    require_same_weights(path, weights)
+    del deploy, tensors, weights
+    release_freed_memory()
+
+    report("verify the ONNX in ONNX Runtime")
+    checks = verify_onnx(path, spec, batches, forms.references, training_error=forms.training_error)
+    require_passed(checks, f"{checkpoint.path.name}: the {checkpoint.form} form against the ONNX")
+    metadata = _make_metadata(checkpoint, spec, graph, checks=(*forms.checks, *checks), statistics=statistics)
+    append_metadata(path, digest, metadata)
+    return metadata
 
 
-def _preprocessing(checkpoint: Checkpoint, options: ExportOptions) -> Preprocessing:
+def _choose_preprocessing(checkpoint: Checkpoint, options: ExportOptions) -> Preprocessing:
     own = checkpoint.preprocessing
     card = find_card(checkpoint.sha256)
     usual = (224, 224) if card is None else (card.input_size, card.input_size)
@@ -208,7 +218,7 @@ def _preprocessing(checkpoint: Checkpoint, options: ExportOptions) -> Preprocess
     return dataclasses.replace(found, mean=options.mean or found.mean, std=options.std or found.std)
 
 
-def _labels(checkpoint: Checkpoint, options: ExportOptions) -> tuple[str, ...] | None:
+def _choose_labels(checkpoint: Checkpoint, options: ExportOptions) -> tuple[str, ...] | None:
     labels = options.labels or checkpoint.labels
     card = find_card(checkpoint.sha256)
     if labels is None and card is not None and card.classes == IMAGENET_CLASSES:
@@ -236,48 +246,13 @@ def _require_statistics(checkpoint: Checkpoint, spec: ModelSpec, calibration: Sy
     plan_synthesis(checkpoint.spec, spec.preprocessing.crop, calibration, multiple=spec.batch or 1)
 
 
-def _prove_forms(model: RepVGG, batches: tuple[Batch, ...], report: Progress) -> _Proven:
-    arrays = {batch.name: batch.array for batch in batches}
-    small = [batch.name for batch in batches if batch.array[0, 0].size <= _SMALL_PIXELS]
-    if model.form == "deploy":
-        report("measure the float32 error of the deploy form")
-        return _Proven(reference_of_deploy(model, arrays, small=small), {}, model)
-    report("reparameterize")
-    deploy = reparameterize(model)
-    report("verify the deploy form against the training form")
-    forms = compare_forms(model, deploy, arrays, small=small)
-    require_passed(forms.checks, "the deploy form against the training form")
-    return _Proven(forms, collect_statistics(model), deploy)
-
-
-def _write_deploy(deploy: RepVGG | None, output: PendingOutput | None, force: bool) -> None:
-    if output is not None:
-        assert deploy is not None
-        write_deploy(deploy, output.partial)
-        require_replaceable(output, force=force)
-
-
-def _write_graph(proven: _Proven, path: Path, spec: ModelSpec, graph: GraphOptions) -> hashlib._Hash:
-    deploy, proven.deploy = proven.deploy, None
-    assert deploy is not None
-    model, tensors = to_onnx(deploy, graph, spec)
-    model = simplify(model)
-    names = rename(model)
-    check_contract(model, deploy.spec, graph, spec)
-    drop_weight_inputs(model, spec.input.name)
-    weights = {new: tensors[old].numpy() for old, new in names.items()}
-    digest = write_model(path, model, weights)
-    require_same_weights(path, weights)
-    return digest
-
-
-def _metadata(
+def _make_metadata(
     checkpoint: Checkpoint,
-    checks: tuple[Check, ...],
     spec: ModelSpec,
-    *,
-    statistics: dict[str, ChannelStatistics],
     graph: GraphOptions,
+    *,
+    checks: tuple[Check, ...],
+    statistics: dict[str, ChannelStatistics],
 ) -> ModelMetadata:
     versions = tool_versions()
     reference = TRAINING_REFERENCE if checkpoint.form == "training" else DEPLOY_REFERENCE

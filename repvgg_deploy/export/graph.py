@@ -1,4 +1,4 @@
-"""Deploy form → ONNX graph without its weights.
+"""Deploy form → simplified ONNX graph without its weights, with names that a person can read.
 
 The exporter is told not to write parameters: it emits the graph with each weight as a named input, a few kilobytes
 whatever the model's size. Simplification and the contract work on that; the weights go from the model's memory straight
@@ -11,8 +11,6 @@ afterwards, and the contract checks each of them.
 Why the TorchScript exporter: it writes the operators that the plain chain consists of (GlobalAveragePool, Flatten,
 Gemm) at the operator set that is asked for. The newer one starts at 18, writes ReduceMean and Reshape instead, and
 needs six seconds where this needs half of one.
-
-onnxsim, then names a person can read. Works on the graph without its weights.
 """
 
 from __future__ import annotations
@@ -31,23 +29,50 @@ from torch import Tensor, nn
 from .. import __version__
 from ..errors import ExportError, MissingDependencyError, SimplifyError
 from ..model.network import RepVGG
-from ..specs.values import ModelSpec, Preprocessing, TensorSpec, VariantSpec
+from ..specs.values import ModelSpec, Preprocessing, TensorSpec
 from .options import IR_VERSIONS, TOP_K, GraphOptions
 
-_TRACE_SIZE = (
-    32,
-    32,
-)  # the graph does not depend on the image size (sizes are set by `_stamp`), and a small one is traced faster
+# The graph does not depend on the image size (`stamp` sets the sizes), and a small one is traced faster.
+_TRACE_SIZE = (32, 32)
 
 
-class DeployGraph(nn.Module):
-    """What is exported: preprocessing, network, output.
+def to_onnx(network: RepVGG, options: GraphOptions, spec: ModelSpec) -> tuple[onnx.ModelProto, dict[str, Tensor]]:
+    """Traces the graph.
 
     Args:
-        network: In deploy form.
+        network: In deploy form, `eval()`.
         options: What to export.
-        preprocessing: Whose mean and standard deviation a uint8 graph holds.
+        spec: Inputs and outputs that `options` lead to (`options.model_spec`).
+
+    Returns:
+        The model, its weights being graph inputs, and those weights by name.
+
+    Raises:
+        ExportError: torch's exporter failed.
     """
+    assert spec.preprocessing is not None
+    variant = network.spec
+    width = math.lcm(*variant.groups) * (variant.se_reduction if variant.se != "none" else 1)
+    narrow = dataclasses.replace(variant, widths=(width,) * 5)
+    twin = _DeployGraph(RepVGG(narrow, "deploy"), options, spec.preprocessing).eval()
+    batch = options.batch or 1
+    if options.input == "uint8":
+        x = torch.zeros((batch, *_TRACE_SIZE, 3), dtype=torch.uint8)
+    else:
+        x = torch.zeros((batch, 3, *_TRACE_SIZE))
+    values = (spec.input, *spec.outputs)
+    model = trace(twin, x, opset=options.opset, tensors=values)
+    full = _DeployGraph(network, options, spec.preprocessing)
+    tensors = {name: tensor.detach() for name, tensor in (*full.named_parameters(), *full.named_buffers())}
+    for value in model.graph.input:
+        if value.name in tensors:
+            _set_shape(value, tuple(tensors[value.name].shape))
+    stamp(model, options.opset, values)
+    return model, tensors
+
+
+class _DeployGraph(nn.Module):
+    """What is exported: preprocessing (of uint8 input only), network, output."""
 
     def __init__(self, network: RepVGG, options: GraphOptions, preprocessing: Preprocessing) -> None:
         super().__init__()
@@ -78,44 +103,6 @@ class DeployGraph(nn.Module):
         return scores, classes
 
 
-def to_onnx(network: RepVGG, options: GraphOptions, spec: ModelSpec) -> tuple[onnx.ModelProto, dict[str, Tensor]]:
-    """Traces the graph.
-
-    Args:
-        network: In deploy form, `eval()`.
-        options: What to export.
-        spec: Inputs and outputs that `options` lead to (`options.model_spec`).
-
-    Returns:
-        The model, its weights being graph inputs, and those weights by name.
-
-    Raises:
-        ExportError: torch's exporter failed.
-    """
-    assert spec.preprocessing is not None
-    size = _TRACE_SIZE
-    dtype = torch.uint8 if options.input == "uint8" else torch.float32
-    shape = (options.batch or 1, *size, 3) if options.input == "uint8" else (options.batch or 1, 3, *size)
-    twin = DeployGraph(RepVGG(_narrow(network.spec), "deploy"), options, spec.preprocessing).eval()
-    model = trace(twin, torch.zeros(shape, dtype=dtype), opset=options.opset, tensors=(spec.input, *spec.outputs))
-    tensors = module_tensors(DeployGraph(network, options, spec.preprocessing))
-    for value in model.graph.input:
-        if value.name in tensors:
-            set_shape(value, tuple(tensors[value.name].shape))
-    return _stamp(model, options, spec), tensors
-
-
-def _narrow(spec: VariantSpec) -> VariantSpec:
-    """The same layers with as few channels as groups and SE allow."""
-    width = math.lcm(*spec.groups) * (spec.se_reduction if spec.se != "none" else 1)
-    return dataclasses.replace(spec, widths=(width,) * 5)
-
-
-def module_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by the names that the exporter gives them."""
-    return {name: tensor.detach() for name, tensor in (*module.named_parameters(), *module.named_buffers())}
-
-
 def trace(
     module: nn.Module, x: Tensor, *, opset: int, tensors: tuple[TensorSpec, ...], with_weights: bool = False
 ) -> onnx.ModelProto:
@@ -135,17 +122,16 @@ def trace(
     axes = {t.name: {axis: size for axis, size in enumerate(t.shape) if isinstance(size, str)} for t in tensors}
     buffer = io.BytesIO()
     try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-        ):  # on an error torch prints the whole graph
+        # On an error torch prints the whole graph.
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             # Deprecated in favour of the exporter that cannot write this graph (see above); tracer warnings about
             # constants are checked by parity.
             warnings.simplefilter("ignore")
             torch.onnx.export(
                 module, (x,), buffer, dynamo=False,  # type: ignore[arg-type]  # a file object is documented
                 export_params=with_weights, do_constant_folding=with_weights, opset_version=opset,
-                input_names=names[:1], output_names=names[1:], dynamic_axes={name: sizes for name, sizes in axes.items() if sizes},
+                input_names=names[:1], output_names=names[1:],
+                dynamic_axes={name: sizes for name, sizes in axes.items() if sizes},
             )  # fmt: skip
     except (RuntimeError, TypeError, ValueError, torch.onnx.OnnxExporterError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -156,27 +142,24 @@ def trace(
     return onnx.load_from_string(buffer.getvalue())
 
 
-def _stamp(model: onnx.ModelProto, options: GraphOptions, spec: ModelSpec) -> onnx.ModelProto:
-    stamp_header(model, options.opset)
-    for value, tensor in zip(
-        [next(v for v in model.graph.input if v.name == spec.input.name), *model.graph.output],
-        (spec.input, *spec.outputs),
-        strict=True,
-    ):
-        set_shape(value, tensor.shape)
-    return model
+def stamp(model: onnx.ModelProto, opset: int, tensors: tuple[TensorSpec, ...]) -> None:
+    """Sets producer, IR version and graph name, the same on every machine, and the shapes of input and outputs.
 
-
-def stamp_header(model: onnx.ModelProto, opset: int) -> None:
-    """Sets producer, IR version and graph name, the same on every machine."""
+    Args:
+        model: Changed in place.
+        opset: Its operator set.
+        tensors: The input, then the outputs in the order of the graph.
+    """
     model.producer_name, model.producer_version = "repvgg-deploy", __version__
     model.ir_version = IR_VERSIONS[opset]
     model.graph.name = "repvgg"
     model.graph.doc_string = model.doc_string = ""
+    image = next(value for value in model.graph.input if value.name == tensors[0].name)
+    for value, tensor in zip((image, *model.graph.output), tensors, strict=True):
+        _set_shape(value, tensor.shape)
 
 
-def set_shape(value: onnx.ValueInfoProto, shape: tuple[int | str, ...]) -> None:
-    """Replaces the shape of a graph input or output."""
+def _set_shape(value: onnx.ValueInfoProto, shape: tuple[int | str, ...]) -> None:
     dims = value.type.tensor_type.shape.dim
     del dims[:]
     for size in shape:
@@ -259,7 +242,7 @@ def _weight_name(name: str) -> str:
 
 
 def _node_name(node: onnx.NodeProto) -> str:
-    """From the weight, where there is one, else from the path that torch recorded: `/network/stage1/stage1.0/se/Sigmoid`."""
+    """From the weight, if there is one, else from torch's path, such as `/network/stage1/stage1.0/se/Sigmoid`."""
     if node.op_type in ("Conv", "Gemm"):
         owner = _weight_name(node.input[1]).removesuffix(".weight")
         return f"{owner}.conv" if node.op_type == "Conv" else owner
@@ -278,12 +261,3 @@ def _node_name(node: onnx.NodeProto) -> str:
 def _unique(name: str, counts: dict[str, int]) -> str:
     counts[name] = counts.get(name, 0) + 1
     return name if counts[name] == 1 else f"{name}_{counts[name]}"
-
-
-def drop_weight_inputs(model: onnx.ModelProto, input_name: str) -> None:
-    """Leaves the image as the only graph input, in place: the weights become initializers when the file is written."""
-    image = next(value for value in model.graph.input if value.name == input_name)
-    kept = onnx.ValueInfoProto()
-    kept.CopyFrom(image)
-    del model.graph.input[:]
-    model.graph.input.append(kept)

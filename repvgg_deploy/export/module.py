@@ -1,7 +1,4 @@
-"""Export of any module that contains RepVGG blocks: a segmentation or detection network with a RepVGG backbone.
-
-Any module with RepVGG blocks → verified ONNX: the stages in order, and no logic of their own.
-"""
+"""Any module with RepVGG blocks, such as a detector on a RepVGG backbone → verified ONNX: the stages in order."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -22,7 +18,6 @@ from ..files.versions import tool_versions
 from ..model import parity
 from ..model.block import TrainingBlock
 from ..model.fold import foreign_names, reparameterize
-from ..model.parity import require_passed
 from ..specs.values import (
     METADATA_SCHEMA,
     Certificate,
@@ -34,11 +29,12 @@ from ..specs.values import (
 )
 from .contract import check_module_contract
 from .export import TRAINING_REFERENCE, ExportResult
-from .graph import set_shape, simplify, stamp_header, trace
-from .options import IR_VERSIONS, OPSETS
+from .graph import simplify, stamp, trace
+from .options import require_opset
 from .verify import compare_outputs, run_onnx
-from .writer import append_metadata, write_with_initializers
+from .writer import append_metadata, write_model
 
+_DEPLOY_REFERENCE = "the module as it was given, in deploy form (no training form was given)"
 _VARIATIONS = 2  # inputs besides the example: same shape, other values
 
 
@@ -67,10 +63,66 @@ class ModuleOptions:
     force: bool = False
 
     def __post_init__(self) -> None:
-        if self.opset not in OPSETS:
-            raise InputError(
-                f"opset must be one of {', '.join(map(str, OPSETS))}, found {self.opset}", remedy="leave it at 17"
-            )
+        require_opset(self.opset)
+
+
+@torch.no_grad()
+def export_module(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Tensor, ...],
+    out: Path | str,
+    *,
+    options: ModuleOptions | None = None,
+) -> ExportResult:
+    """Reparameterizes (if need be), exports, simplifies and verifies a module, and writes one ONNX file.
+
+    Args:
+        model: Contains RepVGG blocks, ours or others' by their names, in training or deploy form; used in `eval()` and
+            not changed.
+        example_inputs: One float32 tensor (N, C, H, W) (or a tuple of one), as the module is called.
+        out: The `.onnx`.
+        options: How it is exported.
+
+    Returns:
+        The file and its metadata; `Engine(out)` runs it.
+
+    Raises:
+        InputError: The inputs or outputs are of a kind that cannot be exported.
+        ExportError: torch, onnxsim or the graph contract refuse the graph.
+        ParityError: The ONNX does not give what the training-mode model gives.
+        ArtifactError: The file cannot be written.
+    """
+    options = options or ModuleOptions()
+    x = _single_input(example_inputs)
+    with atomic_output(Path(out), force=options.force) as output:
+        found = any(isinstance(part, TrainingBlock) or foreign_names(part) is not None for part in model.modules())
+        deploy = (reparameterize(model) if found else copy.deepcopy(model)).eval()
+        spec = _module_spec(deploy, x, options)
+        tensors = (spec.input, *spec.outputs)
+        graph = simplify(trace(_Flat(deploy), x, opset=options.opset, tensors=tensors, with_weights=True))
+        stamp(graph, options.opset, tensors)
+        if not options.allow_batchnorm:
+            check_module_contract(graph)
+        digest = write_model(output.partial, graph)
+
+        inputs = _vary_input(x, options)
+        references, training_error = _reference_outputs(options.reference or model, inputs, spec)
+        results = run_onnx(output.partial, {name: {spec.input.name: value.numpy()} for name, value in inputs.items()})
+        checks = compare_outputs(results, references, training_error=training_error)
+        parity.require_passed(checks, f"{type(model).__name__} against its ONNX")
+        known = found or options.reference is not None
+        certificate = Certificate(TRAINING_REFERENCE if known else _DEPLOY_REFERENCE, checks, tool_versions())
+        metadata = ModelMetadata(
+            schema=METADATA_SCHEMA,
+            spec=spec,
+            variant=None,
+            source=None,
+            certificate=certificate,
+            statistics={},
+            history=(HistoryEntry("export_module", certificate.versions, {"opset": options.opset}),),
+        )
+        append_metadata(output.partial, digest, metadata)
+    return ExportResult(output, metadata)
 
 
 class _Flat(nn.Module):
@@ -81,15 +133,11 @@ class _Flat(nn.Module):
         self.module = module
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(flatten_outputs(self.module(x)).values())
+        return tuple(_flatten_outputs(self.module(x)).values())
 
 
-def flatten_outputs(outputs: object) -> dict[str, Tensor]:
-    """Tensors of a module's result by name: a dict's keys, or `output`, or `output_0` and so on.
-
-    Raises:
-        InputError: The result holds something else than tensors.
-    """
+def _flatten_outputs(outputs: object) -> dict[str, Tensor]:
+    """Tensors of a module's result by name: a dict's keys, or `output`, or `output_0` and so on."""
     if isinstance(outputs, Tensor):
         return {"output": outputs}
     if isinstance(outputs, Mapping):
@@ -107,18 +155,7 @@ def flatten_outputs(outputs: object) -> dict[str, Tensor]:
     return named
 
 
-def to_deploy_form(model: nn.Module) -> tuple[nn.Module, bool]:
-    """The module with every RepVGG block folded, and whether there was a block in training form to fold; the argument is not changed."""
-    found = any(isinstance(module, TrainingBlock) or foreign_names(module) is not None for module in model.modules())
-    return (reparameterize(model) if found else copy.deepcopy(model)).eval(), found
-
-
-def single_input(example_inputs: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """The one image tensor among the example inputs.
-
-    Raises:
-        InputError: There is not exactly one float32 tensor (N, C, H, W).
-    """
+def _single_input(example_inputs: Tensor | tuple[Tensor, ...]) -> Tensor:
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or inputs[0].ndim != 4 or inputs[0].dtype != torch.float32:
         raise InputError(
@@ -129,15 +166,9 @@ def single_input(example_inputs: Tensor | tuple[Tensor, ...]) -> Tensor:
     return inputs[0].detach()
 
 
-@torch.no_grad()
-def trace_module(deploy: nn.Module, x: Tensor, options: ModuleOptions) -> tuple[ModelSpec, onnx.ModelProto]:
-    """Exports and simplifies a module, weights included.
-
-    Raises:
-        InputError: An output is of a dtype that ONNX inputs and outputs of ours do not have.
-        ExportError: torch, onnxsim or the contract refuse the graph.
-    """
-    outputs = flatten_outputs(deploy(x))
+def _module_spec(deploy: nn.Module, x: Tensor, options: ModuleOptions) -> ModelSpec:
+    """Input and outputs of a module as its ONNX will have them."""
+    outputs = _flatten_outputs(deploy(x))
     names = list(options.output_names or outputs)
     if len(set(names)) != len(names) or "input" in names:
         raise InputError(
@@ -150,15 +181,7 @@ def trace_module(deploy: nn.Module, x: Tensor, options: ModuleOptions) -> tuple[
         )
     image = TensorSpec("input", "float32", _shape(x, "input", options), "NCHW")
     tensors = tuple(_output_spec(name, tensor, options) for name, tensor in zip(names, outputs.values(), strict=True))
-    model = trace(_Flat(deploy), x, opset=options.opset, tensors=(image, *tensors), with_weights=True)
-    model = simplify(model)
-    stamp_header(model, options.opset)
-    for value, tensor in zip((model.graph.input[0], *model.graph.output), (image, *tensors), strict=True):
-        set_shape(value, tensor.shape)
-    assert model.ir_version == IR_VERSIONS[options.opset]
-    if not options.allow_batchnorm:
-        check_module_contract(model)
-    return ModelSpec(image, tensors, "module", options.preprocessing), model
+    return ModelSpec(image, tensors, "module", options.preprocessing)
 
 
 def _shape(tensor: Tensor, name: str, options: ModuleOptions) -> tuple[int | str, ...]:
@@ -188,8 +211,8 @@ def _output_spec(name: str, tensor: Tensor, options: ModuleOptions) -> TensorSpe
     return TensorSpec(name, dtypes[tensor.dtype], _shape(tensor, name, options), layout)  # type: ignore[arg-type]
 
 
-def vary_input(x: Tensor, options: ModuleOptions) -> dict[str, Tensor]:
-    """The example input and random ones of the same mean and spread, by name; of another batch and another size, where these are dynamic."""
+def _vary_input(x: Tensor, options: ModuleOptions) -> dict[str, Tensor]:
+    """The example and random inputs of its mean and spread, by name; where dynamic, also another batch and size."""
     generator = torch.Generator().manual_seed(0)
     others = {
         f"variation {i + 1}": torch.randn(x.shape, generator=generator) * x.std().clamp(min=0.1) + x.mean()
@@ -203,27 +226,18 @@ def vary_input(x: Tensor, options: ModuleOptions) -> dict[str, Tensor]:
     return {"example": x.contiguous(), **others}
 
 
-@torch.no_grad()
-def reference_outputs(
+def _reference_outputs(
     reference: nn.Module, inputs: Mapping[str, Tensor], spec: ModelSpec
 ) -> tuple[dict[str, dict[str, NDArray[np.generic]]], float]:
-    """Outputs of the training-mode model by batch and name, and its own float32 error against a float64 copy.
-
-    Raises:
-        ParityError: They are not finite, or do not depend on the input.
-    """
+    """Outputs of the training-mode model by batch and name, and its own float32 error against a float64 copy."""
     names = [tensor.name for tensor in spec.outputs]
-    narrow = {name: [t.numpy() for t in flatten_outputs(reference(x)).values()] for name, x in inputs.items()}
+    narrow = {name: [t.numpy() for t in _flatten_outputs(reference(x)).values()] for name, x in inputs.items()}
     wide_model = copy.deepcopy(reference).double()
     error = 0.0
     for name, x in inputs.items():
-        wide = [t.numpy() for t in flatten_outputs(wide_model(x.double())).values()]
-        error = max(
-            [
-                error,
-                *(parity.relative_error(n, w) for n, w in zip(narrow[name], wide, strict=True) if n.dtype.kind == "f"),
-            ]
-        )
+        wide = [t.numpy() for t in _flatten_outputs(wide_model(x.double())).values()]
+        pairs = [(n, w) for n, w in zip(narrow[name], wide, strict=True) if n.dtype.kind == "f"]
+        error = max([error, *(parity.relative_error(n, w) for n, w in pairs)])
     if not all(np.isfinite(array).all() for arrays in narrow.values() for array in arrays):
         raise ParityError(
             "the training-mode model gives NaN or infinity",
@@ -235,60 +249,3 @@ def reference_outputs(
             "the training-mode model's output does not depend on its input", remedy="give a trained model"
         )
     return {name: dict(zip(names, arrays, strict=True)) for name, arrays in narrow.items()}, error
-
-
-def module_metadata(spec: ModelSpec, certificate: Certificate, options: ModuleOptions) -> ModelMetadata:
-    """The metadata of an exported module: no variant, no checkpoint."""
-    history = HistoryEntry("export_module", certificate.versions, {"opset": options.opset})
-    return ModelMetadata(
-        schema=METADATA_SCHEMA,
-        spec=spec,
-        variant=None,
-        source=None,
-        certificate=certificate,
-        statistics={},
-        history=(history,),
-    )
-
-
-DEPLOY_MODULE_REFERENCE = "the module as it was given, in deploy form (no training form was given)"
-Tensors = torch.Tensor | tuple[torch.Tensor, ...]
-
-
-def export_module(
-    model: nn.Module, example_inputs: Tensors, out: Path | str, *, options: ModuleOptions | None = None
-) -> ExportResult:
-    """Reparameterizes (if need be), exports, simplifies and verifies a module, and writes one ONNX file.
-
-    Args:
-        model: Contains RepVGG blocks, ours or others' by their names, in training or deploy form; used in `eval()` and
-            not changed.
-        example_inputs: One float32 tensor (N, C, H, W) (or a tuple of one), as the module is called.
-        out: The `.onnx`.
-        options: See `ModuleOptions`.
-
-    Returns:
-        The file and its metadata; `Engine(out)` runs it.
-
-    Raises:
-        InputError: The inputs or outputs are of a kind that cannot be exported.
-        ExportError: torch, onnxsim or the graph contract refuse the graph.
-        ParityError: The ONNX does not give what the training-mode model gives.
-        ArtifactError: The file cannot be written.
-    """
-    options = options or ModuleOptions()
-    x = single_input(example_inputs)
-    with atomic_output(Path(out), force=options.force) as output:
-        deploy, folded = to_deploy_form(model)
-        spec, graph = trace_module(deploy, x, options)
-        inputs = vary_input(x, options)
-        references, training_error = reference_outputs(options.reference or model, inputs, spec)
-        digest = write_with_initializers(output.partial, graph)
-        results = run_onnx(output.partial, {name: {spec.input.name: value.numpy()} for name, value in inputs.items()})
-        checks = compare_outputs(results, references, training_error=training_error)
-        require_passed(checks, f"{type(model).__name__} against its ONNX")
-        known = folded or options.reference is not None
-        certificate = Certificate(TRAINING_REFERENCE if known else DEPLOY_MODULE_REFERENCE, checks, tool_versions())
-        metadata = module_metadata(spec, certificate, options)
-        append_metadata(output.partial, digest, metadata)
-    return ExportResult(output, metadata)

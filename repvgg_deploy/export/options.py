@@ -1,16 +1,17 @@
-"""What an export is asked for."""
+"""What an export is asked for, and which inputs and outputs that gives."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from ..errors import InputError
 from ..specs.values import InputKind, ModelSpec, OutputKind, Preprocessing, TensorSpec, VariantSpec
 
-OPSETS = (17, 18, 19, 20)
 IR_VERSIONS = {17: 8, 18: 8, 19: 9, 20: 9}
-"""The IR version that came with each operator set. Source: the version table of https://github.com/onnx/onnx/blob/main/docs/Versioning.md."""
+"""The operator sets that are exported to, and the IR version that came with each.
+
+Source: the version table of https://github.com/onnx/onnx/blob/main/docs/Versioning.md
+"""
 TOP_K = 5
 
 
@@ -37,11 +38,7 @@ class GraphOptions:
     features: bool = False
 
     def __post_init__(self) -> None:
-        if self.opset not in OPSETS:
-            raise InputError(
-                f"opset must be one of {', '.join(map(str, OPSETS))}, found {self.opset}",
-                remedy="give --opset 17 (the default)",
-            )
+        require_opset(self.opset)
         if self.batch is not None and self.batch < 1:
             raise InputError(
                 f"the fixed batch must be at least 1, found {self.batch}", remedy="give --batch 8, or --batch dynamic"
@@ -57,10 +54,18 @@ class GraphOptions:
                 remedy="leave one of the two out",
             )
 
-    @property
-    def kind(self) -> Literal["logits", "probabilities", "top5", "features"]:
-        """What the outputs are."""
-        return "features" if self.features else self.output
+
+def require_opset(opset: int) -> None:
+    """Refuses an operator set that is not exported to.
+
+    Raises:
+        InputError: It is another than 17 to 20.
+    """
+    if opset not in IR_VERSIONS:
+        raise InputError(
+            f"opset must be one of {', '.join(map(str, IR_VERSIONS))}, found {opset}",
+            remedy="give 17, the default (--opset 17)",
+        )
 
 
 def model_spec(
@@ -82,27 +87,24 @@ def model_spec(
         image = TensorSpec("input", "uint8", (batch, height, width, 3), "NHWC")
     else:
         image = TensorSpec("input", "float32", (batch, 3, height, width), "NCHW")
-    return ModelSpec(image, _outputs(variant, options, batch, preprocessing.crop), options.kind, preprocessing, labels)
+    kind = "features" if options.features else options.output
+    outputs = _outputs(variant, options, batch, preprocessing.crop)
+    return ModelSpec(image, outputs, kind, preprocessing, labels)
 
 
 def _outputs(
     variant: VariantSpec, options: GraphOptions, batch: int | str, size: tuple[int, int]
 ) -> tuple[TensorSpec, ...]:
-    if options.features:
-        return tuple(
-            _stage_output(variant, None if options.dynamic_size else size, batch, stage) for stage in (1, 2, 3, 4)
-        )
     if options.output == "top5":
         k = min(TOP_K, variant.num_classes)
         return (TensorSpec("scores", "float32", (batch, k), "NK"), TensorSpec("classes", "int64", (batch, k), "NK"))
-    return (TensorSpec(options.output, "float32", (batch, variant.num_classes), "NC"),)
-
-
-def _stage_output(variant: VariantSpec, size: tuple[int, int] | None, batch: int | str, stage: int) -> TensorSpec:
-    name, channels = f"stage{stage}", variant.widths[stage]
-    if size is None:
-        return TensorSpec(name, "float32", (batch, channels, f"{name}_height", f"{name}_width"), "NCHW")
-    height, width = size
-    for stride in variant.strides[: stage + 1]:
-        height, width = -(-height // stride), -(-width // stride)
-    return TensorSpec(name, "float32", (batch, channels, height, width), "NCHW")
+    if not options.features:
+        return (TensorSpec(options.output, "float32", (batch, variant.num_classes), "NC"),)
+    height, width = (-(-side // variant.strides[0]) for side in size)
+    outputs = []
+    for stage in (1, 2, 3, 4):
+        height, width = (-(-side // variant.strides[stage]) for side in (height, width))
+        name = f"stage{stage}"
+        sides = (f"{name}_height", f"{name}_width") if options.dynamic_size else (height, width)
+        outputs.append(TensorSpec(name, "float32", (batch, variant.widths[stage], *sides), "NCHW"))
+    return tuple(outputs)

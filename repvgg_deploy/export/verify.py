@@ -16,8 +16,131 @@ from ..images.drawn import Batch
 from ..model import parity
 from ..specs.values import Check, ModelSpec
 
-_MAX_PROBABILITY_TOLERANCE = 0.01
+_MAX_PROBABILITY_TOLERANCE = 0.01  # relative
 Arrays = Mapping[str, NDArray[Any]]
+
+
+def verify_onnx(
+    path: Path, spec: ModelSpec, batches: tuple[Batch, ...], references: Mapping[str, Arrays], *, training_error: float
+) -> tuple[Check, ...]:
+    """Compares an exported model with the training-mode model's outputs.
+
+    Args:
+        path: The `.onnx`.
+        spec: Its inputs and outputs.
+        batches: What to run; those that do not fit its fixed batch, size or input are left out, and at least one must
+            fit.
+        references: By batch name: the training-mode model's `logits` and `stage1` … `stage4`.
+        training_error: Its own float32 error.
+
+    Raises:
+        ParityError: ONNX Runtime refuses the model, or no batch fits.
+    """
+    usable = [batch for batch in batches if batch.name in references and _fits(batch, spec)]
+    if not usable:
+        raise ParityError(
+            f"no verification batch fits the input {spec.input.shape}", remedy="report the export options"
+        )
+    fixed = spec.batch
+    feeds = {}
+    for batch in usable:
+        array = batch.input_for(spec.input.dtype)
+        filled = array if fixed is None else np.resize(array, (fixed, *array.shape[1:]))
+        feeds[batch.name] = {spec.input.name: filled}
+    results = run_onnx(path, feeds)
+    allowed = parity.allow_float32(training_error)
+    checks: list[Check] = []
+    for batch in usable:
+        count = len(batch.array) if fixed is None else min(fixed, len(batch.array))
+        reference = {name: array[:count] for name, array in references[batch.name].items()}
+        result = {name: array[:count] for name, array in results[batch.name].items()}
+        checks += _compare(batch.name, spec, result, reference, allowed=allowed)
+    if not checks:
+        raise ParityError(
+            "no verification batch gives probabilities that can be compared: the logits are too large",
+            remedy="export with --output logits",
+        )
+    return tuple(checks)
+
+
+def _fits(batch: Batch, spec: ModelSpec) -> bool:
+    if spec.input.dtype == "uint8" and batch.images is None:
+        return False
+    wanted = spec.input.shape[1:3] if spec.input.layout == "NHWC" else spec.input.shape[2:4]
+    return all(isinstance(want, str) or want == size for want, size in zip(wanted, batch.array.shape[2:], strict=True))
+
+
+def _compare(name: str, spec: ModelSpec, result: Arrays, reference: Arrays, *, allowed: float) -> list[Check]:
+    """The checks of one batch; none where they could not fail."""
+    if spec.kind == "features":
+        return [
+            parity.compare(f"ONNX, {output.name}, {name}", result[output.name], reference[output.name], allowed)
+            for output in spec.outputs
+        ]
+    logits = reference["logits"]
+    if spec.kind == "logits":
+        return [parity.compare(f"ONNX, {name}", result["logits"], logits, allowed)]
+    # An error d of every logit changes a probability by a factor of at most exp(2·d).
+    relative = float(np.expm1(2 * allowed * parity.largest(logits)))
+    if relative > _MAX_PROBABILITY_TOLERANCE:
+        return []  # logits so large that rounding alone decides the probabilities
+    probabilities, tolerance = softmax(logits), relative + parity.FLOAT32_FLOOR
+    if spec.kind == "probabilities":
+        return [parity.compare(f"ONNX, {name}", result["probabilities"], probabilities, tolerance)]
+    # Scores against the largest probabilities, and against the probability of each class that was named: ties may be in
+    # any order.
+    scores, classes = result["scores"], result["classes"]
+    best = -np.sort(-probabilities, axis=1)[:, : scores.shape[1]]
+    named = np.take_along_axis(probabilities, np.clip(classes, 0, probabilities.shape[1] - 1), axis=1)
+    return [
+        parity.compare(f"ONNX, top-{scores.shape[1]} scores, {name}", scores, best, tolerance),
+        parity.compare(f"ONNX, top-{scores.shape[1]} classes, {name}", scores, named, tolerance),
+    ]
+
+
+def compare_outputs(
+    results: Mapping[str, Arrays], references: Mapping[str, Arrays], *, training_error: float
+) -> tuple[Check, ...]:
+    """Every output of every batch against its reference, as equal as float32 allows.
+
+    Args:
+        results: By batch and output name.
+        references: By batch and output name.
+        training_error: Float32 error of the model that gave the references.
+    """
+    allowed = parity.allow_float32(training_error)
+    return tuple(
+        parity.compare(
+            f"ONNX, {name}, {batch}", results[batch][name].astype(np.float64), reference.astype(np.float64), allowed
+        )
+        for batch, outputs in references.items()
+        for name, reference in outputs.items()
+    )
+
+
+def require_same_weights(path: Path, weights: Arrays) -> None:
+    """Compares every weight of the file with what it was written from, bit for bit: no run excites all of them.
+
+    Args:
+        path: The `.onnx`.
+        weights: By initializer name; float32, C-contiguous.
+
+    Raises:
+        ParityError: A weight is missing, of another shape or differs.
+    """
+    different = []
+    with open_initializers(path) as found:
+        for name, array in weights.items():
+            shape, data = found.get(name, ((), memoryview(b"")))
+            expected = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            if shape != array.shape or not np.array_equal(np.frombuffer(data, np.uint8), expected):
+                different.append(name)
+    if different:
+        raise ParityError(
+            f"the deploy form against the ONNX: {len(different)} of {len(weights)} weights differ, first "
+            f"{different[0]}",
+            remedy="the model was not written; report the checkpoint and the versions",
+        )
 
 
 def run_onnx(path: Path, feeds: Mapping[str, Mapping[str, NDArray[Any]]]) -> dict[str, dict[str, NDArray[Any]]]:
@@ -70,134 +193,3 @@ def _open(path: Path) -> Any:
         raise ParityError(
             f"ONNX Runtime refuses {path.name}: {error}", remedy="report the model and the versions"
         ) from error
-
-
-def require_same_weights(path: Path, weights: Arrays) -> None:
-    """Every weight of the file against what it was written from, bit for bit. A run shows only what its inputs excite; this shows all.
-
-    Args:
-        path: The `.onnx`.
-        weights: By initializer name; float32, C-contiguous.
-
-    Raises:
-        ParityError: A weight is missing, of another shape or differs.
-    """
-    with open_initializers(path) as found:
-        different = [name for name, array in weights.items() if name not in found or not _same(found[name], array)]
-    if different:
-        raise ParityError(
-            f"the deploy form against the ONNX: {len(different)} of {len(weights)} weights differ, first "
-            f"{different[0]}",
-            remedy="the model was not written; report the checkpoint and the versions",
-        )
-
-
-def _same(found: tuple[tuple[int, ...], memoryview], array: NDArray[Any]) -> bool:
-    shape, data = found
-    return shape == array.shape and bool(
-        np.array_equal(np.frombuffer(data, np.uint8), np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-    )
-
-
-def verify_onnx(
-    path: Path, spec: ModelSpec, batches: tuple[Batch, ...], references: Mapping[str, Arrays], *, training_error: float
-) -> tuple[Check, ...]:
-    """Compares an exported model with the training-mode model's outputs.
-
-    Args:
-        path: The `.onnx`.
-        spec: Its inputs and outputs.
-        batches: What to run; those that do not fit its fixed batch, size or input are left out, and at least one must
-            fit.
-        references: By batch name: the training-mode model's `logits` and `stage1` … `stage4`.
-        training_error: Its own float32 error.
-
-    Raises:
-        ParityError: ONNX Runtime refuses the model, or no batch fits.
-    """
-    usable = [batch for batch in batches if batch.name in references and _fits(batch, spec)]
-    if not usable:
-        raise ParityError(
-            f"no verification batch fits the input {spec.input.shape}", remedy="report the export options"
-        )
-    fixed = spec.batch
-    feeds = {batch.name: {spec.input.name: _fit_batch(batch.input_for(spec.input.dtype), fixed)} for batch in usable}
-    results = run_onnx(path, feeds)
-    allowed = parity.allow_float32(training_error)
-    checks: list[Check] = []
-    for batch in usable:
-        count = len(batch.array) if fixed is None else min(fixed, len(batch.array))
-        reference = {name: array[:count] for name, array in references[batch.name].items()}
-        result = {name: array[:count] for name, array in results[batch.name].items()}
-        checks += _compare(batch.name, spec, result, reference, allowed=allowed)
-    if not checks:
-        raise ParityError(
-            "no verification batch gives probabilities that can be compared: the logits are too large",
-            remedy="export with --output logits",
-        )
-    return tuple(checks)
-
-
-def compare_outputs(
-    results: Mapping[str, Arrays], references: Mapping[str, Arrays], *, training_error: float
-) -> tuple[Check, ...]:
-    """Every output of every batch against its reference, as equal as float32 allows.
-
-    Args:
-        results: By batch and output name.
-        references: By batch and output name.
-        training_error: Float32 error of the model that gave the references.
-    """
-    allowed = parity.allow_float32(training_error)
-    return tuple(
-        parity.compare(
-            f"ONNX, {name}, {batch}", results[batch][name].astype(np.float64), reference.astype(np.float64), allowed
-        )
-        for batch, outputs in references.items()
-        for name, reference in outputs.items()
-    )
-
-
-def _fits(batch: Batch, spec: ModelSpec) -> bool:
-    if spec.input.dtype == "uint8" and batch.images is None:
-        return False
-    wanted = spec.input.shape[1:3] if spec.input.layout == "NHWC" else spec.input.shape[2:4]
-    return all(isinstance(want, str) or want == size for want, size in zip(wanted, batch.array.shape[2:], strict=True))
-
-
-def _fit_batch(array: NDArray[Any], fixed: int | None) -> NDArray[Any]:
-    return array if fixed is None else np.resize(array, (fixed, *array.shape[1:]))
-
-
-def _compare(name: str, spec: ModelSpec, result: Arrays, reference: Arrays, *, allowed: float) -> list[Check]:
-    if spec.kind == "features":
-        return [
-            parity.compare(f"ONNX, {output.name}, {name}", result[output.name], reference[output.name], allowed)
-            for output in spec.outputs
-        ]
-    logits = reference["logits"]
-    if spec.kind == "logits":
-        return [parity.compare(f"ONNX, {name}", result["logits"], logits, allowed)]
-    # An error d of every logit changes a probability by a factor of at most exp(2·d).
-    relative = float(np.expm1(2 * allowed * parity.largest(logits)))
-    if relative > _MAX_PROBABILITY_TOLERANCE:
-        return []  # logits so large that rounding alone decides the probabilities: such a check could not fail
-    probabilities = softmax(logits)
-    if spec.kind == "probabilities":
-        return [_compare_probabilities(f"ONNX, {name}", result["probabilities"], probabilities, relative)]
-    return _compare_top_k(name, result, probabilities, relative)
-
-
-def _compare_probabilities(name: str, result: NDArray[Any], reference: NDArray[Any], relative: float) -> Check:
-    return parity.compare(name, result, reference, relative + parity.FLOAT32_FLOOR)
-
-
-def _compare_top_k(name: str, result: Arrays, probabilities: NDArray[np.float64], relative: float) -> list[Check]:
-    """Scores against the largest probabilities, and the probability of each class that was named against its score: ties may be in any order."""
-    scores, classes = result["scores"], result["classes"]
-    best = -np.sort(-probabilities, axis=1)[:, : scores.shape[1]]
-    named = np.take_along_axis(probabilities, np.clip(classes, 0, probabilities.shape[1] - 1), axis=1)
-    return [
-        _compare_probabilities(f"ONNX, top-{scores.shape[1]} scores, {name}", scores, best, relative),
-        _compare_probabilities(f"ONNX, top-{scores.shape[1]} classes, {name}", scores, named, relative),
-    ]

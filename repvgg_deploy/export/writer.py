@@ -7,7 +7,7 @@ file elsewhere gives the same bytes. The metadata comes last: it is appended whe
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -37,13 +37,15 @@ class _Tee:
         self.digest.update(data)
 
 
-def write_model(path: Path, model: onnx.ModelProto, weights: Mapping[str, NDArray[np.generic]]) -> hashlib._Hash:
-    """Writes `model` with `weights` as its initializers.
+def write_model(
+    path: Path, model: onnx.ModelProto, weights: Mapping[str, NDArray[np.generic]] | None = None
+) -> hashlib._Hash:
+    """Writes a model, its weights as initializers.
 
     Args:
         path: The file; overwritten.
-        model: Its own initializers must be small; `weights` must not be among its graph inputs any more.
-        weights: By name; C-contiguous arrays are written from where they are.
+        model: Stays as it is; initializers of its own are copied in memory.
+        weights: By name; in the file they are no graph inputs. C-contiguous arrays are written from where they are.
 
     Returns:
         SHA-256 fed with all that was written, for `append_metadata`.
@@ -52,10 +54,9 @@ def write_model(path: Path, model: onnx.ModelProto, weights: Mapping[str, NDArra
         ExportError: The file would exceed the 2 GiB that Protocol Buffers can hold.
         OSError: The file cannot be written.
     """
-    small = {
-        tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer
-    }  # constants of the graph, such as the k of a TopK
-    arrays = {name: _little_endian(array) for name, array in {**small, **weights}.items()}
+    weights = weights or {}
+    own = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    arrays: dict[str, NDArray[np.generic]] = {**own, **weights}
     headers = {name: _tensor_header(name, array) for name, array in arrays.items()}
     sizes = {
         name: len(headers[name]) + len(wire.bytes_header(_RAW_DATA, a.nbytes)) + a.nbytes for name, a in arrays.items()
@@ -63,9 +64,11 @@ def write_model(path: Path, model: onnx.ModelProto, weights: Mapping[str, NDArra
     shell = onnx.ModelProto()
     shell.CopyFrom(model)
     del shell.graph.initializer[:]
-    del shell.metadata_props[
-        :
-    ]  # onnxsim leaves its options there; ours is the only entry, and the digest does not cover the field
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    del shell.graph.input[:]
+    shell.graph.input.extend(inputs)
+    # onnxsim leaves its options there; ours is the only entry, and the digest does not cover the field.
+    del shell.metadata_props[:]
     graph = shell.graph.SerializeToString(deterministic=True)
     early, late = _split(graph, _INITIALIZER)
     total = len(graph) + sum(len(wire.bytes_header(_INITIALIZER, size)) + size for size in sizes.values())
@@ -85,24 +88,17 @@ def write_model(path: Path, model: onnx.ModelProto, weights: Mapping[str, NDArra
                 + headers[name]
                 + wire.bytes_header(_RAW_DATA, array.nbytes)
             )
-            tee.write(array.reshape(-1).view(np.uint8).data if array.nbytes else b"")
+            if array.nbytes:
+                plain = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))
+                tee.write(plain.reshape(-1).view(np.uint8).data)
         tee.write(late + after)
     return tee.digest
-
-
-def write_with_initializers(path: Path, model: onnx.ModelProto) -> hashlib._Hash:
-    """As `write_model`, for a model that holds all of its weights itself."""
-    return write_model(path, model, {})
 
 
 def append_metadata(path: Path, digest: hashlib._Hash, metadata: ModelMetadata) -> None:
     """Adds the metadata to a file that `write_model` wrote, bound to its content."""
     with path.open("ab") as file:
         file.write(metadata_field(digest, metadata))
-
-
-def _little_endian(array: NDArray[np.generic]) -> NDArray[np.generic]:
-    return np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False)).reshape(array.shape)
 
 
 def _tensor_header(name: str, array: NDArray[np.generic]) -> bytes:
@@ -113,6 +109,5 @@ def _tensor_header(name: str, array: NDArray[np.generic]) -> bytes:
 
 def _split(message: bytes, number: int) -> tuple[bytes, bytes]:
     """The fields before `number` and those after it."""
-    fields: Iterable[wire.Field] = wire.walk(message)
-    cut = next((field.start for field in fields if field.number > number), len(message))
+    cut = next((field.start for field in wire.walk(message) if field.number > number), len(message))
     return message[:cut], message[cut:]

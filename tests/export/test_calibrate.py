@@ -1,4 +1,4 @@
-"""`--synthetic-calibration`: written beside the ONNX, bound to it, resumed after an interruption, and worth as much as real images."""
+"""`--synthetic-calibration`: written beside the ONNX, bound to it, all or nothing, and worth as much as real images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from repvgg_deploy import Engine
 from repvgg_deploy.cli.export import main
 from repvgg_deploy.errors import ArtifactError, CalibrationError, InputError
 from repvgg_deploy.export import calibrate as pipeline
-from repvgg_deploy.export.calibrate import partial_path, write_calibration
+from repvgg_deploy.export.calibrate import write_calibration
 from repvgg_deploy.export.export import ExportOptions, export_checkpoint
 from repvgg_deploy.export.options import GraphOptions
 from repvgg_deploy.export.synthesize import SynthesisOptions, SynthesisPlan
@@ -51,10 +51,6 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def three_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "plan_synthesis", lambda *_, **__: SynthesisPlan((2, 2, 2), 5))
-
-
 def test_export_with_calibration_writes_images_bound_to_the_onnx(checkpoint: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     result = export_checkpoint(
@@ -81,7 +77,7 @@ def test_calibration_again_is_up_to_date_without_work_and_other_needs_force(
     assert write_calibration(checkpoint, exported, options=QUICK).output.status == "written"
     stamp, content = out.stat().st_mtime_ns, out.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_optimise", None)
+        patch.setattr(pipeline, "synthesize_images", None)
         assert write_calibration(checkpoint, exported, options=QUICK).output.status == "up to date"
     assert out.stat().st_mtime_ns == stamp
     other = SynthesisOptions(images=6, steps=5, seed=1)
@@ -98,75 +94,23 @@ def test_calibration_again_is_up_to_date_without_work_and_other_needs_force(
     assert files(exported.parent) == ["m.calib.npz", "m.onnx", "model.pth"]
 
 
-@pytest.mark.parametrize("stop_at", [0, 3, 5, 7, 12, 15])
-def test_calibration_interrupted_and_resumed_gives_the_bytes_of_an_uninterrupted_run(
+@pytest.mark.parametrize("stop_at", [0, 7, 15])
+def test_calibration_interrupted_leaves_nothing_and_begins_anew(
     exported: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
 ) -> None:
-    three_batches(monkeypatch)
-    checkpoint, out = exported.with_name("model.pth"), exported.with_name("m.calib.npz")
-    write_calibration(checkpoint, exported)
-    whole = out.read_bytes()
-    out.unlink()
+    monkeypatch.setattr(pipeline, "plan_synthesis", lambda *_, **__: SynthesisPlan((2, 2, 2), 5))
+    seen: list[int] = []
 
     def interrupt(done: int, total: int) -> None:
+        seen.append(done)
         if done >= stop_at:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        write_calibration(checkpoint, exported, progress=interrupt)
-    assert files(exported.parent) == ["m.calib.partial.npz", "m.onnx", "model.pth"]
-    seen: list[int] = []
-    write_calibration(checkpoint, exported, progress=lambda done, total: seen.append(done))
-    assert stop_at == 15 or seen[0] == stop_at
-    assert out.read_bytes() == whole
-    assert files(exported.parent) == ["m.calib.npz", "m.onnx", "model.pth"]
-
-
-def test_calibration_killed_goes_on_from_what_was_saved(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a process that is killed outright, what the last saving wrote is left."""
-    three_batches(monkeypatch)
-    monkeypatch.setattr(pipeline, "_SAVE_SECONDS", 0.0)
-    kept: list[bytes] = []
-
-    def copy(done: int, total: int) -> None:
-        if done == 8:
-            kept.append(partial_path(exported).read_bytes())
-
-    checkpoint, out = exported.with_name("model.pth"), exported.with_name("m.calib.npz")
-    write_calibration(checkpoint, exported, progress=copy)
-    whole = out.read_bytes()
-    out.unlink()
-    partial_path(exported).write_bytes(kept[0])
-    seen: list[int] = []
-    write_calibration(checkpoint, exported, progress=lambda done, total: seen.append(done))
-    assert seen[0] == 7
-    assert out.read_bytes() == whole
-
-
-@pytest.mark.parametrize("damage", ["other options", "other onnx", "truncated", "foreign", "empty"])
-def test_calibration_state_of_other_work_or_damaged_is_not_used(exported: Path, damage: str) -> None:
-    checkpoint, out = exported.with_name("model.pth"), exported.with_name("m.calib.npz")
-    write_calibration(checkpoint, exported, options=QUICK)
-    whole = out.read_bytes()
-    out.unlink()
-
-    def interrupt(done: int, total: int) -> None:
-        if done >= 3:
-            raise KeyboardInterrupt
-
-    seed = 1 if damage == "other options" else 0
-    with pytest.raises(KeyboardInterrupt):
-        write_calibration(checkpoint, exported, options=SynthesisOptions(6, seed, 5), progress=interrupt)
-    state = partial_path(exported)
-    if damage == "other onnx":
-        options = ExportOptions(GraphOptions(image_size=(32, 32), opset=18), force=True)
-        export_checkpoint(checkpoint, exported, options=options)
-    elif damage != "other options":
-        state.write_bytes({"truncated": state.read_bytes()[:-50], "foreign": b"text" * 99, "empty": b""}[damage])
-    seen: list[int] = []
-    write_calibration(checkpoint, exported, options=QUICK, progress=lambda done, total: seen.append(done))
-    assert seen[0] == 0
-    assert (out.read_bytes() == whole) == (damage != "other onnx")
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            write_calibration(exported.with_name("model.pth"), exported, progress=interrupt)
+        assert files(exported.parent) == ["m.onnx", "model.pth"]
+    assert seen.count(0) == 2 and seen[-1] == stop_at
 
 
 @pytest.mark.parametrize("case", TRAINING, ids=lambda case: case.id)
@@ -235,8 +179,16 @@ def test_program_writes_says_and_repeats(checkpoint: Path, capsys: pytest.Captur
     assert data["calibration"]["out"].endswith("model.calib.npz") and data["calibration"]["provenance"]["seed"] == 7
 
 
-@pytest.mark.parametrize("wrong", [["--synthetic-calibration", "0"], ["--synthetic-calibration", "-3"], ["--synthetic-calibration", "x"],
-                                   ["--calibration-seed", "1"], ["--calibration-steps", "9"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--synthetic-calibration", "0"],
+        ["--synthetic-calibration", "-3"],
+        ["--synthetic-calibration", "x"],
+        ["--calibration-seed", "1"],
+        ["--calibration-steps", "9"],
+    ],
+)
 def test_program_with_an_option_that_cannot_hold_is_a_usage_error(
     checkpoint: Path, capsys: pytest.CaptureFixture[str], wrong: list[str]
 ) -> None:
@@ -246,32 +198,17 @@ def test_program_with_an_option_that_cannot_hold_is_a_usage_error(
     capsys.readouterr()
 
 
-def test_program_terminated_leaves_its_state_and_the_same_command_goes_on(
-    checkpoint: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+def test_program_terminated_leaves_the_onnx_only(
+    checkpoint: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    arguments = [
-        "--ckpt",
-        str(checkpoint),
-        "--image-size",
-        "32",
-        "--synthetic-calibration",
-        "4",
-        "--calibration-steps",
-        "40",
-    ]
-    stage, marker = (
-        Stage("repvgg_deploy.export.calibrate", "Synthesizer.advance", before=7),
-        tmp_path_factory.mktemp("marker") / "reached",
-    )
+    arguments = ["--ckpt", str(checkpoint), "--image-size", "32", "--synthetic-calibration", "4"]
+    stage = Stage("repvgg_deploy.export.synthesize", "StatisticsMismatch.__call__", before=7)
+    marker = tmp_path_factory.mktemp("marker") / "reached"
     process = start_endless("repvgg_deploy.cli.export", arguments, stage, marker)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 143
-    assert files(tmp_path) == ["model.calib.partial.npz", "model.onnx", "model.pth"]
-    with np.load(tmp_path / "model.calib.partial.npz") as stored:
-        assert int(stored["step"]) == 7
-    assert main(arguments) == 0
-    assert files(tmp_path) == ["model.calib.npz", "model.onnx", "model.pth"]
+    assert files(tmp_path) == ["model.onnx", "model.pth"]
 
 
 def test_sample_int8_from_synthetic_images_agrees_as_well_as_from_real_ones(sample_dir: Path, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ FLOAT32 = 1e-5
 
 @torch.no_grad()
 def set_gain(model: RepVGG, gain: float) -> None:
-    """Scales every BatchNorm and opens every SE gate: with random weights alone, 28 to 48 layers amplify until float32 is noise."""
+    """Scales BatchNorms and opens SE gates: random weights alone amplify through 48 layers until float32 is noise."""
     for name, module in model.named_modules():
         if isinstance(module, nn.BatchNorm2d):
             module.weight *= gain
@@ -366,7 +366,7 @@ GOLDEN = Path(__file__).parent.parent / "golden" / "sample_logits.json"
 
 
 def test_export_sample_gives_the_golden_logits(tmp_path: Path, sample_dir: Path) -> None:
-    """The committed sample on its images, as its training form gave it in float64 when it was recorded (`tests/golden/record.py`)."""
+    """The committed sample on its images, as its training form gave it in float64 (`tests/golden/record.py`)."""
     golden = json.loads(GOLDEN.read_text())
     export_checkpoint(sample_dir / "repvgg-sample.pth", tmp_path / "s.onnx")
     with Engine(tmp_path / "s.onnx") as engine:

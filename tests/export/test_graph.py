@@ -14,7 +14,7 @@ import torch
 
 from repvgg_deploy.errors import ContractError, ExportError, InputError
 from repvgg_deploy.export.contract import check_contract, describe_graph
-from repvgg_deploy.export.graph import drop_weight_inputs, rename, simplify, stamp_header, to_onnx
+from repvgg_deploy.export.graph import rename, simplify, stamp, to_onnx
 from repvgg_deploy.export.graph import trace as trace_module
 from repvgg_deploy.export.options import GraphOptions, model_spec
 from repvgg_deploy.export.writer import write_model
@@ -50,7 +50,6 @@ def trace(network: RepVGG, options: GraphOptions) -> tuple[onnx.ModelProto, Mode
 def write(path: Path, network: RepVGG, options: GraphOptions) -> ModelSpec:
     model, spec, tensors = trace(network, options)
     check_contract(model, network.spec, options, spec)
-    drop_weight_inputs(model, "input")
     write_model(path, model, {name: tensor.numpy() for name, tensor in tensors.items()})
     return spec
 
@@ -157,12 +156,8 @@ def test_write_model_above_two_gigabytes_is_refused(tmp_path: Path) -> None:
     model, _, _ = trace(random_model(small_variant(), "deploy"), options_of({}))
     huge = np.broadcast_to(np.float32(0), (600_000_000,))  # no memory behind it
     with pytest.raises(ExportError, match=r"2\.1 GB"):
-        write_model(tmp_path / "m.onnx", model, _Lazy({"huge": huge}))
+        write_model(tmp_path / "m.onnx", model, {"huge": huge})
     assert not (tmp_path / "m.onnx").exists()
-
-
-class _Lazy(dict[str, Any]):
-    """Keeps the broadcast array from being made contiguous before its size is looked at."""
 
 
 def graph_and_spec(**changes: Any) -> tuple[onnx.ModelProto, VariantSpec, GraphOptions, ModelSpec]:
@@ -262,7 +257,7 @@ def test_contract_unreparameterized_block_fails() -> None:
     spec = model_spec(variant, options, default_preprocessing(*SIZE), None)
     model = trace_module(network, torch.zeros(1, 3, *SIZE), opset=17, tensors=(spec.input, *spec.outputs))
     model = simplify(model)
-    stamp_header(model, 17)
+    stamp(model, 17, (spec.input, *spec.outputs))
     with pytest.raises(ContractError, match="Add"):
         check_contract(model, variant, options, spec)
 

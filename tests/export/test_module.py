@@ -22,7 +22,7 @@ from tests.model.test_fold import OfficialBlock
 
 
 class PyramidPooling(nn.Module):
-    """The pyramid pooling of PSPNet (Zhao et al. 2017): averages over 1×1 and 2×2 cells, projected, enlarged, concatenated."""
+    """PSPNet's pyramid pooling (Zhao et al. 2017): means over 1×1 and 2×2 cells, projected, enlarged, concatenated."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -217,13 +217,13 @@ def test_export_module_bad_outputs_and_options_are_refused(network: SmallPSPNet,
 def test_export_module_mutated_file_is_caught(
     network: SmallPSPNet, image: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = pipeline.write_with_initializers
+    original = pipeline.write_model
 
     def write(path: Path, model: onnx.ModelProto) -> object:
         tensor = next(t for t in model.graph.initializer if len(t.dims) == 4)
         tensor.raw_data = (onnx.numpy_helper.to_array(tensor) * np.float32(1.001)).tobytes()
         return original(path, model)
 
-    monkeypatch.setattr(pipeline, "write_with_initializers", write)
+    monkeypatch.setattr(pipeline, "write_model", write)
     with pytest.raises(ParityError, match="against its ONNX"):
         export_module(network, image, tmp_path / "m.onnx")

@@ -41,7 +41,7 @@ def test_collect_statistics_every_kind_has_every_channel() -> None:
 
 
 def test_collect_statistics_describe_a_network_in_train_mode() -> None:
-    """After BatchNorm in train(), each branch has mean β and standard deviation |γ| by construction; so has their sum, in the mean."""
+    """In train() each branch has mean β and standard deviation |γ| by construction; so has their sum, in the mean."""
     model = random_model(small_variant()).train()
     block = model.blocks()["stage2.0"]
     assert isinstance(block, TrainingBlock)

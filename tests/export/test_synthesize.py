@@ -13,14 +13,15 @@ from repvgg_deploy.errors import CalibrationError, InputError
 from repvgg_deploy.export.synthesize import (
     StatisticsMismatch,
     SynthesisOptions,
-    Synthesizer,
+    SynthesisPlan,
     image_bytes,
     plan_synthesis,
+    synthesize_images,
 )
 from repvgg_deploy.images.decode import default_preprocessing
 from repvgg_deploy.model.block import TrainingBlock
 from repvgg_deploy.model.network import RepVGG
-from repvgg_deploy.specs.values import BlockKind, SePosition, VariantSpec
+from repvgg_deploy.specs.values import Preprocessing, VariantSpec
 from repvgg_deploy.specs.variants import PUBLISHED
 from tests.model.generated import SMALL_PLUS, random_model
 from tests.model.random_blocks import small_variant
@@ -105,19 +106,19 @@ def learned(variant: VariantSpec) -> RepVGG:
     return model
 
 
-def synthesise(model: RepVGG, *, images: int = 16, steps: int = 60, seed: int = 0) -> tuple[np.ndarray, float, float]:
-    synthesizer = Synthesizer(model, SIZE, seed=seed, steps=steps)
-    state = synthesizer.start(0, images)
-    _, before = synthesizer.finish(state)
-    for _ in range(steps):
-        state = synthesizer.advance(state)
-    result, after = synthesizer.finish(state)
-    return result, before, after
+def synthesise(
+    model: RepVGG, *, images: int = 16, steps: int = 60, seed: int = 0, preprocessing: Preprocessing = SIZE
+) -> tuple[np.ndarray, float]:
+    """One batch and its mismatch; without steps, as it begins."""
+    plan = SynthesisPlan((images,), steps)
+    return next(synthesize_images(StatisticsMismatch(model), preprocessing, plan, seed=seed))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_synthesised_images_match_statistics_far_better_than_their_start(name: str) -> None:
-    images, before, after = synthesise(learned(VARIANTS[name]))
+    model = learned(VARIANTS[name])
+    _, before = synthesise(model, steps=0)
+    images, after = synthesise(model)
     assert images.dtype == np.uint8 and images.shape == (16, 32, 32, 3)
     # A fifth is what the slowest kind keeps with a third of the usual steps; noise alone stays at 1.
     assert after < 0.2 * before, (before, after)
@@ -126,7 +127,7 @@ def test_synthesised_images_match_statistics_far_better_than_their_start(name: s
 @torch.no_grad()
 def test_synthesised_images_have_the_means_and_deviations_of_the_running_statistics() -> None:
     model = learned(VARIANTS["repvgg"])
-    images, _, _ = synthesise(model, steps=150)
+    images, _ = synthesise(model, steps=150)
     x = (torch.from_numpy(images).permute(0, 3, 1, 2) - torch.tensor(SIZE.mean).reshape(3, 1, 1)) / torch.tensor(
         SIZE.std
     ).reshape(3, 1, 1)
@@ -148,25 +149,17 @@ def test_synthesis_is_deterministic_and_seeds_and_batches_differ() -> None:
     one, again, other = (synthesise(model, images=4, steps=5, seed=seed)[0] for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, again)
     assert (one != other).mean() > 0.5
-    synthesizer = Synthesizer(model, SIZE, seed=0, steps=5)
-    assert not torch.equal(synthesizer.start(0, 4).pixels, synthesizer.start(1, 4).pixels)
-
-
-def test_synthesis_step_leaves_its_state_unchanged() -> None:
-    synthesizer = Synthesizer(learned(VARIANTS["repvgg"]), SIZE, seed=0, steps=5)
-    state = synthesizer.start(0, 2)
-    kept = state.pixels.clone()
-    following = synthesizer.advance(state)
-    assert torch.equal(state.pixels, kept) and not state.first.any() and state.step == 0
-    assert following.step == 1 and not torch.equal(following.pixels, kept)
+    both = [
+        images for images, _ in synthesize_images(StatisticsMismatch(model), SIZE, SynthesisPlan((4, 4), 0), seed=0)
+    ]
+    assert (both[0] != both[1]).mean() > 0.5
 
 
 def test_synthesis_with_another_normalisation_makes_pixels_of_the_same_kind() -> None:
-    """A model that takes pixels / 255: what is optimised is the same, and so are the images of a network that normalises by itself."""
+    """A model that takes pixels / 255: what is optimised is the same."""
     model = learned(VARIANTS["repvgg"])
     plain = dataclasses.replace(SIZE, mean=(0.0, 0.0, 0.0), std=(255.0, 255.0, 255.0))
-    images = Synthesizer(model, plain, seed=0, steps=5)
-    pixels, _ = images.finish(images.start(0, 8))
+    pixels, _ = synthesise(model, images=8, steps=0, preprocessing=plain)
     assert 80 < pixels.mean() < 160 and pixels.std() > 30
 
 
@@ -180,9 +173,8 @@ def test_synthesis_in_a_network_that_overflows_is_refused() -> None:
     with torch.no_grad():
         for block in model.blocks().values():
             block.rbr_dense.bn.weight.fill_(1e12)
-    synthesizer = Synthesizer(model, SIZE, seed=0, steps=2)
     with pytest.raises(CalibrationError, match="leave float32"):
-        synthesizer.finish(synthesizer.advance(synthesizer.start(0, 2)))
+        synthesise(model, images=2, steps=1)
 
 
 @pytest.mark.parametrize(
@@ -218,12 +210,3 @@ def test_plan_fills_a_fixed_batch() -> None:
     with pytest.raises(InputError, match="fixed batch of 48") as caught:
         plan_synthesis(spec, (128, 128), SynthesisOptions(images=50), multiple=48)
     assert "--synthetic-calibration 96" in caught.value.remedy
-
-
-def kinds() -> list[tuple[BlockKind, SePosition]]:
-    return [(spec.block, spec.se) for spec in VARIANTS.values()]
-
-
-def test_variants_of_these_tests_have_every_kind_of_block() -> None:
-    assert {kind for kind, _ in kinds()} == {"repvgg", "qarepvgg_v1", "qarepvgg_v2", "plain"}
-    assert {se for _, se in kinds()} == {"none", "before_relu", "after_relu"}

@@ -15,9 +15,9 @@ PREPROCESSING = default_preprocessing(40, 56)
 
 def test_make_batches_kinds_sizes_and_normalisation() -> None:
     batches = {batch.name: batch for batch in make_batches(PREPROCESSING, [(40, 56), (33, 20), (64, 64)])}
-    assert list(batches) == [
-        "image-like 40×56", "borders 40×56", "large constant 40×56", "image-like 33×20", "borders 33×20", "large constant 33×20", "image-like 64×64",
-    ]  # fmt: skip
+    sizes = ("40×56", "33×20")
+    names = [f"{kind} {size}" for size in sizes for kind in ("image-like", "borders", "large constant")]
+    assert list(batches) == [*names, "image-like 64×64"]
     for name, batch in batches.items():
         height, width = map(int, name.rsplit(" ", 1)[1].split("×"))
         assert batch.array.dtype == np.float32

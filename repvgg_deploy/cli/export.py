@@ -96,7 +96,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     calibration.add_argument("--synthetic-calibration", type=count, nargs="?", const=0, metavar="N",
                              help="synthesise N images (left out: as many as take about ten minutes, 128 at most) from "
                                   "the BatchNorm statistics of a training-form checkpoint, and write them beside the "
-                                  "ONNX as NAME.calib.npz; the same command resumes")
+                                  "ONNX as NAME.calib.npz")
     calibration.add_argument("--calibration-seed", type=int, metavar="SEED", help="other images (default: 0)")
     calibration.add_argument("--calibration-steps", type=count, metavar="STEPS",
                              help="optimisation steps a batch (default: by the cost of the network)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,29 +22,32 @@ from repvgg_deploy.files.output import sha256_file
 from repvgg_deploy.images.calibration import find_calibration_file, load_calibration_file
 from repvgg_deploy.images.decode import normalize
 from repvgg_deploy.model.checkpoint.load import load_checkpoint
-from repvgg_deploy.precision.int8 import to_int8
+from repvgg_deploy.precision.int8 import Int8Options, to_int8
 from repvgg_deploy.precision.typed_model import write_typed
-from tests.endless import Stage, start_endless
-from tests.model.generated import CASES, Case, random_model, write_case
+from tests.model.generated import random_model
 from tests.model.random_blocks import small_variant
-from tests.waiting import PATIENCE_SECONDS
 
 GRAPH = GraphOptions(image_size=(32, 32))
 QUICK = SynthesisOptions(images=6, steps=5)
-TRAINING = list({case.family: case for case in CASES if case.form == "training"}.values())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint and its ONNX, made once and copied by each test."""
+    folder = tmp_path_factory.mktemp("calibrate")
+    torch.save(random_model(small_variant()).state_dict(), folder / "model.pth")
+    export_checkpoint(folder / "model.pth", folder / "m.onnx", options=ExportOptions(GRAPH))
+    return folder
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    path = tmp_path / "model.pth"
-    torch.save(random_model(small_variant()).state_dict(), path)
-    return path
+def checkpoint(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(folder / "model.pth", tmp_path))
 
 
 @pytest.fixture
-def exported(checkpoint: Path) -> Path:
-    export_checkpoint(checkpoint, checkpoint.with_name("m.onnx"), options=ExportOptions(GRAPH))
-    return checkpoint.with_name("m.onnx")
+def exported(folder: Path, checkpoint: Path) -> Path:
+    return Path(shutil.copy(folder / "m.onnx", checkpoint.parent))
 
 
 def files(folder: Path) -> list[str]:
@@ -111,15 +114,6 @@ def test_calibration_interrupted_leaves_nothing_and_begins_anew(
             write_calibration(exported.with_name("model.pth"), exported, progress=interrupt)
         assert files(exported.parent) == ["m.onnx", "model.pth"]
     assert seen.count(0) == 2 and seen[-1] == stop_at
-
-
-@pytest.mark.parametrize("case", TRAINING, ids=lambda case: case.id)
-def test_calibration_from_every_family_in_training_form(tmp_path: Path, case: Case) -> None:
-    checkpoint = write_case(case, random_model(case.spec), tmp_path)
-    options = ExportOptions(GRAPH, calibration=SynthesisOptions(images=2, steps=2))
-    result = export_checkpoint(checkpoint, tmp_path / "m.onnx", options=options)
-    assert result.calibration is not None and np.isfinite(result.calibration.provenance.loss)
-    assert load_calibration_file(tmp_path / "m.calib.npz")[0].shape == (2, 32, 32, 3)
 
 
 def test_calibration_of_deploy_form_is_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -198,19 +192,6 @@ def test_program_with_an_option_that_cannot_hold_is_a_usage_error(
     capsys.readouterr()
 
 
-def test_program_terminated_leaves_the_onnx_only(
-    checkpoint: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    arguments = ["--ckpt", str(checkpoint), "--image-size", "32", "--synthetic-calibration", "4"]
-    stage = Stage("repvgg_deploy.export.synthesize", "StatisticsMismatch.__call__", before=7)
-    marker = tmp_path_factory.mktemp("marker") / "reached"
-    process = start_endless("repvgg_deploy.cli.export", arguments, stage, marker)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=PATIENCE_SECONDS)
-    assert process.returncode == 143
-    assert files(tmp_path) == ["model.onnx", "model.pth"]
-
-
 def test_sample_int8_from_synthetic_images_agrees_as_well_as_from_real_ones(sample_dir: Path, tmp_path: Path) -> None:
     path = tmp_path / "sample.onnx"
     export_checkpoint(
@@ -225,13 +206,14 @@ def test_sample_int8_from_synthetic_images_agrees_as_well_as_from_real_ones(samp
     real = np.load(sample_dir / "calib.npz")["images"][::4]
     for name, images in (("real", real), ("synthetic", load_calibration_file(path.with_name("sample.calib.npz"))[0])):
         batch = normalize(images, preprocessing)
-        typed, _ = to_int8(path, [batch[start : start + 32] for start in range(0, 64, 32)])
+        # Without the search for an exponent, which takes half of the time: the images are compared, not the methods.
+        typed, _ = to_int8(path, [batch[start : start + 32] for start in (0, 32)], Int8Options(search=None))
         write_typed(tmp_path / f"{name}.onnx", typed)
         with Engine(tmp_path / f"{name}.onnx") as engine:
             logits = engine.infer(evaluation)
         error = 10 * np.log10(np.square(truth).sum() / np.square(truth - logits).sum())
         found[name] = (error, (truth.argmax(1) == logits.argmax(1)).mean())
-    # 37.3 and 37.0 dB when this was written. Half a decibel or so is the choice of images, real or not; 2 dB are no
+    # 37.5 and 36.3 dB when this was written. Half a decibel or so is the choice of images, real or not; 2 dB are no
     # chance.
     assert found["synthetic"][0] > found["real"][0] - 2, found
     assert found["synthetic"][0] > 33 and found["synthetic"][1] >= 0.995, found

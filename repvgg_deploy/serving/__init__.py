@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from .kserve import describe_model as describe_model
     from .kserve import parse_request as parse_request
     from .kserve import render_answer as render_answer
-    from .options import Finding as Finding
     from .options import RepositoryOptions as RepositoryOptions
     from .options import Servable as Servable
     from .options import ServedFile as ServedFile
@@ -27,16 +26,17 @@ if TYPE_CHECKING:
     from .repository import remove_models as remove_models
     from .triton import TritonResult as TritonResult
     from .triton import write_triton as write_triton
+    from .validate import Finding as Finding
     from .validate import validate_repository as validate_repository
 
 __getattr__ = find_lazily(
     __name__,
     {
         "kserve": "InferRequest WantedOutput decompress describe_model parse_request render_answer",
-        "options": "Finding RepositoryOptions Servable ServedFile describe_container find_container",
+        "options": "RepositoryOptions Servable ServedFile describe_container find_container",
         "prometheus": "make_collector",
         "repository": "Stale WrittenModel WrittenVersion find_stale remove_models",
         "triton": "TritonResult write_triton",
-        "validate": "validate_repository",
+        "validate": "Finding validate_repository",
     },
 )

@@ -1,16 +1,10 @@
-"""A model → its `config.pbtxt`, as a message of Triton's schema. Pure: nothing is read or written.
+"""A model → its `config.pbtxt`, as a message of Triton's schema; and the models of an ensemble that takes JPEG files.
+
+The schema is the generated module that the package tritonclient brings: what it does not know, Triton would refuse. A
+JPEG is a thirtieth of the float tensor that it becomes, and a client needs neither Pillow nor the normalisation
+constants; a model of Triton's python backend decodes it.
 
 Source: https://github.com/triton-inference-server/server/blob/main/docs/user_guide/model_configuration.md
-
-Triton's own schema of `config.pbtxt`: what it does not know, Triton would refuse.
-
-The schema is the generated module that the package tritonclient brings. It is loaded by its file, because importing it
-as a part of tritonclient would import grpc, too, which nothing here calls.
-
-An ensemble that takes JPEG files: a model of Triton's python backend that decodes them, and the two as one.
-
-A JPEG is a thirtieth of the float tensor that it becomes, and a client needs neither Pillow nor the normalisation
-constants.
 """
 
 from __future__ import annotations
@@ -24,11 +18,197 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import InputError, MissingDependencyError
-from ..specs.values import TensorSpec
-from .options import RepositoryOptions, Servable, ServedFile, require_name
+from .options import DATATYPES, RepositoryOptions, Servable, ServedFile, require_name, wire_shape
 
-_NAME = "repvgg_deploy.serving._model_config_pb2"
+LABELS_FILE = "labels.txt"
+PREFIX = "repvgg_deploy."
+"""Of the parameters that this project writes; all others are the user's."""
+WRITTEN_BY, WRITTEN_VERSIONS = f"{PREFIX}written_by", f"{PREFIX}written_versions"
+"""Who wrote a model, and which of its versions: others may have put more beside them."""
+_IMAGE = "image"  # the ensemble's input: one JPEG file a row
+_ONNX_MAX_BATCH = 32
+_ANY_SIDE = 224  # of a warm-up image where any size is taken and none is the model's own
+_SCHEMA = "repvgg_deploy.serving._model_config_pb2"
 _INSTALL = "pip install 'repvgg-deploy[serving]'"
+
+
+def make_config(model: Servable, options: RepositoryOptions) -> Any:
+    """The configuration, a ModelConfig.
+
+    Raises:
+        InputError: A batch size that was asked for does not fit the model.
+        MissingDependencyError: The schema is not installed.
+    """
+    config = load_schema().ModelConfig(name=model.name, platform=model.platform)
+    config.version_policy.latest.num_versions = 2
+    config.max_batch_size = _choose_max_batch(model, options)
+    batched, source = config.max_batch_size > 0, model.spec.input
+    config.input.add(name=source.name, data_type=data_type(source.dtype), dims=wire_shape(source, batched=batched))
+    for tensor in model.spec.outputs:
+        dims = wire_shape(tensor, batched=batched)
+        output = config.output.add(name=tensor.name, data_type=data_type(tensor.dtype), dims=dims)
+        if has_labels(model):
+            output.label_filename = LABELS_FILE
+    group = config.instance_group.add(count=options.instances)
+    group.kind = type(group).KIND_AUTO
+    if model.platform == "tensorrt_plan":
+        group.kind = type(group).KIND_GPU
+        group.profile.append("0")
+        if options.cuda_graphs:
+            config.optimization.cuda.graphs = True
+    if batched:
+        _add_batching(config, options, _choose_preferred(model, options, config.max_batch_size))
+    elif options.preferred_batch:
+        raise InputError(
+            f"{model.name}: takes one batch size only, so that Triton cannot put requests together",
+            remedy="leave --preferred-batch out",
+        )
+    for capability, name in sorted(model.capability_files.items()):
+        config.cc_model_filenames[capability] = name
+    if not model.capability_files:
+        config.default_model_filename = model.files[0].name
+    for batch in dict.fromkeys((1, max(1, config.max_batch_size))):
+        warm_up = config.model_warmup.add(name=f"batch {batch}", batch_size=batch, count=1)
+        value = warm_up.inputs[source.name]
+        value.data_type = config.input[0].data_type
+        value.dims.extend(_warm_up_dims(model)[1 if batched else 0 :])
+        value.zero_data = True
+    for name, value in sorted(model.provenance.items()):
+        config.parameters[f"{PREFIX}{name}"].string_value = value
+    return config
+
+
+def data_type(dtype: str) -> str:
+    """The schema's name of a NumPy type."""
+    return f"TYPE_{DATATYPES[dtype]}"
+
+
+def _choose_max_batch(model: Servable, options: RepositoryOptions) -> int:
+    """`max_batch_size`: 0 where Triton may not put requests together."""
+    wanted = options.max_batch
+    if not model.batches:
+        if wanted is not None:
+            raise InputError(
+                f"{model.name}: takes batches of {model.spec.batch or 'one size'} only, found --max-batch {wanted}",
+                remedy="leave --max-batch out, or export it with a dynamic batch",
+            )
+        return 0
+    largest = model.max_batch
+    if wanted is not None and largest is not None and wanted > largest:
+        raise InputError(
+            f"{model.name}: the plan takes batches up to {largest}, found --max-batch {wanted}",
+            remedy=f"give at most {largest}, or build the plan with --max-batch {wanted}",
+        )
+    return wanted or largest or _ONNX_MAX_BATCH
+
+
+def _choose_preferred(model: Servable, options: RepositoryOptions, largest: int) -> tuple[int, ...]:
+    if options.preferred_batch is not None:
+        over = [size for size in options.preferred_batch if size > largest]
+        if over:
+            raise InputError(
+                f"{model.name}: preferred batch {over[0]} is above the largest, {largest}",
+                remedy=f"give at most {largest}",
+            )
+        return tuple(sorted(set(options.preferred_batch)))
+    return tuple(sorted({min(model.opt_batch, largest), largest})) if model.opt_batch is not None else ()
+
+
+def _add_batching(config: Any, options: RepositoryOptions, preferred: tuple[int, ...]) -> None:
+    """Dynamic batching with a queue that refuses what it cannot serve in time."""
+    batching = config.dynamic_batching
+    batching.max_queue_delay_microseconds = options.max_queue_delay_us
+    batching.preferred_batch_size.extend(preferred)
+    policy = batching.default_queue_policy
+    policy.timeout_action = type(policy).REJECT
+    policy.default_timeout_microseconds = options.queue_timeout_us
+    policy.allow_timeout_override = True
+    policy.max_queue_size = options.max_queue or 8 * config.max_batch_size
+
+
+def has_labels(model: Servable) -> bool:
+    """Whether Triton's classification extension can name the classes: one score a class."""
+    return model.spec.labels is not None and model.spec.kind in ("logits", "probabilities")
+
+
+def _warm_up_dims(model: Servable) -> list[int]:
+    """The input's dimensions with a number for each that is dynamic: the crop's height and width, if it is known."""
+    preprocessing = model.spec.preprocessing
+    sides = list(preprocessing.crop if preprocessing is not None else (_ANY_SIDE, _ANY_SIDE))
+    result = []
+    for index, size in enumerate(model.spec.input.shape):
+        if isinstance(size, int):
+            result.append(size)
+        else:
+            result.append(1 if index == 0 or not sides else sides.pop(0))
+    return result
+
+
+def make_jpeg_models(
+    model: Servable, options: RepositoryOptions, config: Any
+) -> list[tuple[Any, tuple[ServedFile, ...]]]:
+    """Configuration and version folder of `NAME_decode` and of the ensemble `NAME_jpeg`.
+
+    Args:
+        model: What is behind them.
+        options: How the model is to be served.
+        config: The model's own configuration.
+
+    Raises:
+        InputError: The model does not say how an image becomes its input, or takes no batches.
+    """
+    preprocessing = model.spec.preprocessing
+    if preprocessing is None or not config.max_batch_size or model.spec.input.layout not in ("NCHW", "NHWC"):
+        raise InputError(
+            f"{model.name}: --ensemble jpeg needs a model that says how an image becomes its input, and that "
+            f"takes any batch",
+            remedy="export it with repvgg-export and a dynamic batch, or leave --ensemble out",
+        )
+    row = [*preprocessing.crop, 3] if model.spec.input.layout == "NHWC" else [3, *preprocessing.crop]
+    decoder = _decoder_config(model, options, config.max_batch_size, row)
+    names = ("mean", "std", "resize_short", "crop", "interpolation", "in_graph")
+    settings = json.dumps({name: getattr(preprocessing, name) for name in names}, indent=2)
+    code = resources.files("repvgg_deploy").joinpath("data/triton_jpeg.py.txt").read_bytes()
+    files = (ServedFile("model.py", code), ServedFile("preprocessing.json", settings.encode() + b"\n"))
+    return [(decoder, files), (_ensemble_config(model, decoder, config), ())]
+
+
+def _decoder_config(model: Servable, options: RepositoryOptions, max_batch: int, row: list[int]) -> Any:
+    config = load_schema().ModelConfig(
+        name=require_name(f"{model.name}_decode"), backend="python", max_batch_size=max_batch
+    )
+    config.default_model_filename = "model.py"
+    config.input.add(name=_IMAGE, data_type="TYPE_STRING", dims=[1])
+    config.output.add(name=model.spec.input.name, data_type=data_type(model.spec.input.dtype), dims=row)
+    group = config.instance_group.add(count=options.instances)
+    group.kind = type(group).KIND_CPU
+    _add_batching(config, options, ())
+    # Nothing is gained by decoding together what can be decoded at once: requests wait for company once, in front of
+    # the model.
+    config.dynamic_batching.max_queue_delay_microseconds = 0
+    return config
+
+
+def _ensemble_config(model: Servable, decoder: Any, config: Any) -> Any:
+    ensemble = load_schema().ModelConfig(
+        name=require_name(f"{model.name}_jpeg"), platform="ensemble", max_batch_size=config.max_batch_size
+    )
+    ensemble.input.add(name=_IMAGE, data_type="TYPE_STRING", dims=[1])
+    for output in config.output:
+        ensemble.output.add(
+            name=output.name,
+            data_type=output.data_type,
+            dims=output.dims,
+            label_filename=output.label_filename and LABELS_FILE,
+        )
+    decode = ensemble.ensemble_scheduling.step.add(model_name=decoder.name, model_version=-1)
+    decode.input_map[_IMAGE] = _IMAGE
+    decode.output_map[decoder.output[0].name] = "pixels"
+    run = ensemble.ensemble_scheduling.step.add(model_name=model.name, model_version=-1)
+    run.input_map[model.spec.input.name] = "pixels"
+    for tensor in model.spec.outputs:
+        run.output_map[tensor.name] = tensor.name
+    return ensemble
 
 
 def load_schema() -> ModuleType:
@@ -39,12 +219,12 @@ def load_schema() -> ModuleType:
 
     Source: https://github.com/triton-inference-server/common/blob/main/protobuf/model_config.proto
     """
-    if _NAME in sys.modules:
-        return sys.modules[_NAME]
+    if _SCHEMA in sys.modules:
+        return sys.modules[_SCHEMA]
     package = importlib.util.find_spec("tritonclient")
     places = list(package.submodule_search_locations or ()) if package is not None else []
     path = Path(places[0]) / "grpc" / "model_config_pb2.py" if places else None
-    spec = importlib.util.spec_from_file_location(_NAME, path) if path is not None and path.is_file() else None
+    spec = importlib.util.spec_from_file_location(_SCHEMA, path) if path is not None and path.is_file() else None
     if spec is None or spec.loader is None:
         raise MissingDependencyError(
             "tritonclient, which holds Triton's schema of config.pbtxt, is not installed", remedy=_INSTALL
@@ -57,7 +237,7 @@ def load_schema() -> ModuleType:
         raise MissingDependencyError(
             f"Triton's schema cannot be loaded with the protobuf that is here: {text}", remedy=_INSTALL
         ) from error
-    sys.modules[_NAME] = module
+    sys.modules[_SCHEMA] = module
     return module
 
 
@@ -89,242 +269,3 @@ def parse_config(text: str, where: Path) -> Any:
         raise InputError(
             f"{where}: Triton cannot parse it: line {error}", remedy="correct that line, or write the repository again"
         ) from error
-
-
-SETTINGS_FILE = "preprocessing.json"
-IMAGE = "image"
-"""Name of the ensemble's input: one JPEG file a row."""
-
-
-def make_jpeg_models(
-    model: Servable, options: RepositoryOptions, config: Any
-) -> list[tuple[Any, tuple[ServedFile, ...]]]:
-    """Configuration and version folder of `NAME_decode` and of the ensemble `NAME_jpeg`.
-
-    Args:
-        model: What is behind them.
-        options: How the model is to be served.
-        config: The model's own configuration.
-
-    Raises:
-        InputError: The model does not say how an image becomes its input, or takes no batches.
-    """
-    preprocessing = model.spec.preprocessing
-    if preprocessing is None or not config.max_batch_size or model.spec.input.layout not in ("NCHW", "NHWC"):
-        raise InputError(
-            f"{model.name}: --ensemble jpeg needs a model that says how an image becomes its input, and that "
-            f"takes any batch",
-            remedy="export it with repvgg-export and a dynamic batch, or leave --ensemble out",
-        )
-    row = (
-        [preprocessing.crop[0], preprocessing.crop[1], 3]
-        if model.spec.input.layout == "NHWC"
-        else [3, *preprocessing.crop]
-    )
-    decoder = _decoder_config(model, options, config.max_batch_size, row)
-    settings = {
-        "mean": preprocessing.mean,
-        "std": preprocessing.std,
-        "resize_short": preprocessing.resize_short,
-        "crop": preprocessing.crop,
-        "interpolation": preprocessing.interpolation,
-        "in_graph": preprocessing.in_graph,
-    }
-    code = resources.files("repvgg_deploy").joinpath("data/triton_jpeg.py.txt").read_bytes()
-    files = (ServedFile("model.py", code), ServedFile(SETTINGS_FILE, json.dumps(settings, indent=2).encode() + b"\n"))
-    return [(decoder, files), (_ensemble_config(model, decoder, config), ())]
-
-
-def _decoder_config(model: Servable, options: RepositoryOptions, max_batch: int, row: list[int]) -> Any:
-    config = load_schema().ModelConfig(
-        name=require_name(f"{model.name}_decode"), backend="python", max_batch_size=max_batch
-    )
-    config.default_model_filename = "model.py"
-    config.input.add(name=IMAGE, data_type="TYPE_STRING", dims=[1])
-    config.output.add(name=model.spec.input.name, data_type=data_type(model.spec.input.dtype), dims=row)
-    group = config.instance_group.add(count=options.instances)
-    group.kind = type(group).KIND_CPU
-    add_batching(config, options, ())
-    # Nothing is gained by decoding together what can be decoded at once: requests wait for company once, in front of
-    # the model.
-    config.dynamic_batching.max_queue_delay_microseconds = 0
-    return config
-
-
-def _ensemble_config(model: Servable, decoder: Any, config: Any) -> Any:
-    ensemble = load_schema().ModelConfig(
-        name=require_name(f"{model.name}_jpeg"), platform="ensemble", max_batch_size=config.max_batch_size
-    )
-    ensemble.input.add(name=IMAGE, data_type="TYPE_STRING", dims=[1])
-    for output in config.output:
-        ensemble.output.add(
-            name=output.name,
-            data_type=output.data_type,
-            dims=output.dims,
-            label_filename=output.label_filename and LABELS_FILE,
-        )
-    decode = ensemble.ensemble_scheduling.step.add(model_name=decoder.name, model_version=-1)
-    decode.input_map[IMAGE] = IMAGE
-    decode.output_map[decoder.output[0].name] = "pixels"
-    run = ensemble.ensemble_scheduling.step.add(model_name=model.name, model_version=-1)
-    run.input_map[model.spec.input.name] = "pixels"
-    for tensor in model.spec.outputs:
-        run.output_map[tensor.name] = tensor.name
-    return ensemble
-
-
-LABELS_FILE = "labels.txt"
-PREFIX = "repvgg_deploy."
-"""Of the parameters that this project writes; all others are the user's."""
-WRITTEN_BY, WRITTEN_VERSIONS = f"{PREFIX}written_by", f"{PREFIX}written_versions"
-"""Who wrote a model, and which of its versions: others may have put more beside them."""
-_ONNX_MAX_BATCH = 32
-_TYPES = {
-    "float32": "TYPE_FP32",
-    "float16": "TYPE_FP16",
-    "uint8": "TYPE_UINT8",
-    "int64": "TYPE_INT64",
-    "int32": "TYPE_INT32",
-}
-_ANY_SIDE = 224  # of a warm-up image where any size is taken and none is the model's own
-
-
-def data_type(dtype: str) -> str:
-    """Triton's name of a NumPy type."""
-    return _TYPES[dtype]
-
-
-def make_config(model: Servable, options: RepositoryOptions) -> Any:
-    """The configuration.
-
-    Raises:
-        InputError: A batch size that was asked for does not fit the model.
-        MissingDependencyError: The schema is not installed.
-    """
-    schema = load_schema()
-    config = schema.ModelConfig(name=model.name, platform=model.platform)
-    config.version_policy.latest.num_versions = 2
-    config.max_batch_size = choose_max_batch(model, options)
-    _add_tensors(config, model)
-    _add_instances(config, model, options)
-    if config.max_batch_size:
-        add_batching(config, options, _preferred(model, options, config.max_batch_size))
-    elif options.preferred_batch:
-        raise InputError(
-            f"{model.name}: takes one batch size only, so that Triton cannot put requests together",
-            remedy="leave --preferred-batch out",
-        )
-    _add_files(config, model)
-    for batch in dict.fromkeys((1, max(1, config.max_batch_size))):
-        _add_warm_up(config, model, batch)
-    if options.cuda_graphs and model.platform == "tensorrt_plan":
-        config.optimization.cuda.graphs = True
-    for name, value in sorted(model.provenance.items()):
-        config.parameters[f"{PREFIX}{name}"].string_value = value
-    return config
-
-
-def choose_max_batch(model: Servable, options: RepositoryOptions) -> int:
-    """`max_batch_size`: 0 where Triton may not put requests together.
-
-    Raises:
-        InputError: More is asked for than the model takes.
-    """
-    wanted = options.max_batch
-    if not model.batches:
-        if wanted is not None:
-            raise InputError(
-                f"{model.name}: takes batches of {model.spec.batch or 'one size'} only, found --max-batch {wanted}",
-                remedy="leave --max-batch out, or export it with a dynamic batch",
-            )
-        return 0
-    largest = model.max_batch
-    if wanted is not None and largest is not None and wanted > largest:
-        raise InputError(
-            f"{model.name}: the plan takes batches up to {largest}, found --max-batch {wanted}",
-            remedy=f"give at most {largest}, or build the plan with --max-batch {wanted}",
-        )
-    return wanted or largest or _ONNX_MAX_BATCH
-
-
-def _preferred(model: Servable, options: RepositoryOptions, largest: int) -> tuple[int, ...]:
-    if options.preferred_batch is not None:
-        over = [size for size in options.preferred_batch if size > largest]
-        if over:
-            raise InputError(
-                f"{model.name}: preferred batch {over[0]} is above the largest, {largest}",
-                remedy=f"give at most {largest}",
-            )
-        return tuple(sorted(set(options.preferred_batch)))
-    return tuple(sorted({min(model.opt_batch, largest), largest})) if model.opt_batch is not None else ()
-
-
-def _dims(tensor: TensorSpec, batched: bool) -> list[int]:
-    shape = tensor.shape[1:] if batched else tensor.shape
-    return [size if isinstance(size, int) else -1 for size in shape]
-
-
-def _add_tensors(config: Any, model: Servable) -> None:
-    batched = config.max_batch_size > 0
-    source = model.spec.input
-    config.input.add(name=source.name, data_type=_TYPES[source.dtype], dims=_dims(source, batched))
-    for tensor in model.spec.outputs:
-        output = config.output.add(name=tensor.name, data_type=_TYPES[tensor.dtype], dims=_dims(tensor, batched))
-        if has_labels(model):
-            output.label_filename = LABELS_FILE
-
-
-def has_labels(model: Servable) -> bool:
-    """Whether Triton's classification extension can name the classes: one score a class."""
-    return model.spec.labels is not None and model.spec.kind in ("logits", "probabilities")
-
-
-def _add_instances(config: Any, model: Servable, options: RepositoryOptions) -> None:
-    group = config.instance_group.add(count=options.instances)
-    if model.platform == "tensorrt_plan":
-        group.kind = type(group).KIND_GPU
-        group.profile.append("0")
-    else:
-        group.kind = type(group).KIND_AUTO
-
-
-def add_batching(config: Any, options: RepositoryOptions, preferred: tuple[int, ...]) -> None:
-    """Dynamic batching with a queue that refuses what it cannot serve in time."""
-    batching = config.dynamic_batching
-    batching.max_queue_delay_microseconds = options.max_queue_delay_us
-    batching.preferred_batch_size.extend(preferred)
-    policy = batching.default_queue_policy
-    policy.timeout_action = type(policy).REJECT
-    policy.default_timeout_microseconds = options.queue_timeout_us
-    policy.allow_timeout_override = True
-    policy.max_queue_size = options.max_queue or 8 * config.max_batch_size
-
-
-def _add_files(config: Any, model: Servable) -> None:
-    if model.capability_files:
-        for capability, name in sorted(model.capability_files.items()):
-            config.cc_model_filenames[capability] = name
-    else:
-        config.default_model_filename = model.files[0].name
-
-
-def _add_warm_up(config: Any, model: Servable, batch: int) -> None:
-    warm_up = config.model_warmup.add(name=f"batch {batch}", batch_size=batch, count=1)
-    tensor = model.spec.input
-    value = warm_up.inputs[tensor.name]
-    value.data_type = config.input[0].data_type
-    value.dims.extend(_warm_up_dims(model, config.max_batch_size > 0))
-    value.zero_data = True
-
-
-def _warm_up_dims(model: Servable, batched: bool) -> list[int]:
-    """The input's dimensions with a number for each that is dynamic: the crop's height and width, where it is known."""
-    tensor, preprocessing = model.spec.input, model.spec.preprocessing
-    sides = list(preprocessing.crop if preprocessing is not None else (_ANY_SIDE, _ANY_SIDE))
-    result = []
-    for index, size in enumerate(tensor.shape):
-        if isinstance(size, int):
-            result.append(size)
-        else:
-            result.append(1 if index == 0 else sides.pop(0) if sides else 1)
-    return result[1:] if batched else result

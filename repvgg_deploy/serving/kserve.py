@@ -1,4 +1,4 @@
-"""The KServe v2 inference protocol: requests → batches, results → answers, as JSON and as binary tensors. No server, no model.
+"""The KServe v2 inference protocol: requests → batches, results → answers, as JSON and as binary tensors.
 
 Source: https://github.com/kserve/open-inference-protocol (REST), and Triton's extensions `binary_tensor_data`,
 `classification` and `schedule_policy` (its `timeout`),
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ..errors import InputError
 from ..images.classes import best_classes
 from ..specs.values import ModelSpec, TensorSpec
+from .options import DATATYPES, wire_shape
 
 if TYPE_CHECKING:
     from ..runtime.results import Result
@@ -29,8 +30,7 @@ ONLY_VERSION = "1"
 EXTENSIONS = ("binary_tensor_data", "classification", "schedule_policy")
 HEADER = "Inference-Header-Content-Length"
 MAX_JSON_BYTES = 8 << 20
-"""Numbers in JSON take many times their size in memory while they are read; who has so many sends them as a binary tensor."""
-_DATATYPES = {"float32": "FP32", "float16": "FP16", "uint8": "UINT8", "int32": "INT32", "int64": "INT64"}
+"""While JSON is read, its numbers take many times their size in memory; a tensor that is larger is sent as bytes."""
 _REMEDY = "compare the request with the KServe v2 protocol, or send it with tritonclient"
 _WINDOW_BITS = {"gzip": 31, "deflate": 15}
 
@@ -40,9 +40,9 @@ class WantedOutput:
     """One output that a client asks for.
 
     Attributes:
-        name: Of the output.
+        name: Its name.
         binary: Whether its bytes follow the JSON; else its numbers stand in it.
-        classes: So many `score:index:label` in place of the tensor; 0: the tensor.
+        classes: How many `score:index:label` are wanted in place of the tensor; 0: the tensor.
     """
 
     name: str
@@ -71,7 +71,7 @@ def decompress(body: bytes | bytearray, encoding: str, limit: int) -> bytes:
     """Undoes Content-Encoding; of more than `limit` bytes, the first limit + 1.
 
     Args:
-        body: Of the request.
+        body: Of the request, compressed.
         encoding: What its header `Content-Encoding` says.
         limit: Bytes that a request may have.
 
@@ -147,10 +147,7 @@ def _read_json(body: bytes | bytearray, length: int) -> dict[str, Any]:
     )
     try:
         head = json.loads(body[:length])
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # ValueError: malformed, not UTF-8, or a number of thousands of digits
+    except (ValueError, RecursionError) as error:  # malformed, not UTF-8, or a number of thousands of digits
         raise InputError(
             f"the request is not JSON: {error}",
             remedy=f"{_REMEDY}; where binary data follows, the header {HEADER} is needed",
@@ -170,12 +167,11 @@ def _read_tensor(tensor: Mapping[str, Any], body: bytes | bytearray, offset: int
         tensor.get("name") == spec.name, f"input {str(tensor.get('name'))[:80]!r}: this model's is called {spec.name!r}"
     )
     datatype = tensor.get("datatype")
-    dtype = (
-        np.dtype("float32") if spec.dtype == "float16" and datatype == "FP32" else np.dtype(spec.dtype)
-    )  # the Engine rounds it
+    # A model of float16 takes float32, too: the Engine rounds it.
+    dtype = np.dtype("float32" if spec.dtype == "float16" and datatype == "FP32" else spec.dtype)
     _require(
-        datatype == _DATATYPES[dtype.name],
-        f"{spec.name}: datatype: expected {_DATATYPES[spec.dtype]}, found {str(datatype)[:80]}",
+        datatype == DATATYPES[dtype.name],
+        f"{spec.name}: datatype: expected {DATATYPES[spec.dtype]}, found {str(datatype)[:80]}",
     )
     shape: Any = tensor.get("shape")
     whole = isinstance(shape, list) and 0 < len(shape) <= 32 and all(_is_count(size) and size for size in shape)
@@ -205,7 +201,7 @@ def _read_numbers(data: object, name: str, dtype: np.dtype[Any], shape: Sequence
     fits = array.dtype.kind in "iu" and (array.size == 0 or (0 <= array.min() and array.max() <= 255))
     _require(
         fits if dtype.kind == "u" else array.dtype.kind in "fiu",
-        f"{name}: data: expected numbers of datatype {_DATATYPES[dtype.name]}",
+        f"{name}: data: expected numbers of datatype {DATATYPES[dtype.name]}",
     )
     _require(
         array.size == math.prod(shape),
@@ -237,15 +233,6 @@ def _read_outputs(head: Mapping[str, Any], spec: ModelSpec, *, all_binary: bool)
     return tuple(found)
 
 
-def by_name(result: Result, spec: ModelSpec) -> dict[str, NDArray[Any]]:
-    """What `Engine.infer` gives, by output name."""
-    if isinstance(result, dict):
-        return result
-    if isinstance(result, np.ndarray):
-        return {spec.outputs[0].name: result}
-    return dict(zip((output.name for output in spec.outputs), (result.scores, result.classes), strict=True))
-
-
 def render_answer(request: InferRequest, result: Result, spec: ModelSpec, model: str) -> tuple[bytes, dict[str, str]]:
     """The body of an answer and its headers.
 
@@ -255,25 +242,25 @@ def render_answer(request: InferRequest, result: Result, spec: ModelSpec, model:
         spec: Of the model.
         model: What clients call it.
     """
-    arrays = by_name(result, spec)
+    arrays = _by_name(result, spec)
     outputs, tail = [], []
     for wanted in request.outputs:
         array = _classify(arrays[wanted.name], wanted.classes, spec.labels) if wanted.classes else arrays[wanted.name]
         texts = array.dtype.kind == "S"
         output: dict[str, Any] = {
             "name": wanted.name,
-            "datatype": "BYTES" if texts else _DATATYPES[array.dtype.name],
+            "datatype": "BYTES" if texts else DATATYPES[array.dtype.name],
             "shape": list(array.shape),
         }
-        if wanted.binary:
-            tail.append(
-                _pack(array.ravel().tolist())
-                if texts
-                else array.astype(array.dtype.newbyteorder("<"), "C", copy=False).tobytes()
-            )
-            output["parameters"] = {"binary_data_size": len(tail[-1])}
+        values = array.ravel().tolist() if texts or not wanted.binary else []
+        if not wanted.binary:
+            output["data"] = [text.decode() for text in values] if texts else values
+        elif texts:
+            tail.append(b"".join(struct.pack("<I", len(text)) + text for text in values))
         else:
-            output["data"] = [text.decode() for text in array.ravel().tolist()] if texts else array.ravel().tolist()
+            tail.append(array.astype(array.dtype.newbyteorder("<"), "C", copy=False).tobytes())
+        if wanted.binary:
+            output["parameters"] = {"binary_data_size": len(tail[-1])}
         outputs.append(output)
     head = {
         "model_name": model,
@@ -287,6 +274,15 @@ def render_answer(request: InferRequest, result: Result, spec: ModelSpec, model:
     return b"".join([data, *tail]), {"Content-Type": "application/octet-stream", HEADER: str(len(data))}
 
 
+def _by_name(result: Result, spec: ModelSpec) -> dict[str, NDArray[Any]]:
+    """What `Engine.infer` gives, by output name."""
+    if isinstance(result, dict):
+        return result
+    if isinstance(result, np.ndarray):
+        return {spec.outputs[0].name: result}
+    return dict(zip((output.name for output in spec.outputs), (result.scores, result.classes), strict=True))
+
+
 def _classify(scores: NDArray[Any], classes: int, labels: Sequence[str] | None) -> NDArray[np.bytes_]:
     """(N, K) of `score:index:label`, best first."""
     order = best_classes(scores, classes)
@@ -295,10 +291,6 @@ def _classify(scores: NDArray[Any], classes: int, labels: Sequence[str] | None) 
         for row, best in zip(scores, order, strict=True)
     ]
     return np.array([[text.encode() for text in row] for row in rows])
-
-
-def _pack(texts: Sequence[bytes]) -> bytes:
-    return b"".join(struct.pack("<I", len(text)) + text for text in texts)
 
 
 def describe_model(spec: ModelSpec, name: str, platform: str) -> dict[str, Any]:
@@ -319,9 +311,5 @@ def describe_model(spec: ModelSpec, name: str, platform: str) -> dict[str, Any]:
 
 
 def _describe(tensor: TensorSpec, *, widened: bool = False) -> dict[str, Any]:
-    shape = [size if isinstance(size, int) else -1 for size in tensor.shape]
-    return {
-        "name": tensor.name,
-        "datatype": _DATATYPES["float32" if widened and tensor.dtype == "float16" else tensor.dtype],
-        "shape": shape,
-    }
+    dtype = "float32" if widened and tensor.dtype == "float16" else tensor.dtype
+    return {"name": tensor.name, "datatype": DATATYPES[dtype], "shape": wire_shape(tensor)}

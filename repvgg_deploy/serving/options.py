@@ -1,11 +1,7 @@
-"""What is asked for, and what is to be served. Standard library only.
+"""What is asked for and what is served, Triton's names of data types, and which of its containers has which TensorRT.
 
-What a check of a repository finds. Standard library only.
-
-Which Triton container holds which TensorRT. Standard library only.
-
-A plan runs on the TensorRT that built it, so the container must have that very version; tags of releases whose TensorRT
-could be confirmed are listed, and for every other version the user is told where NVIDIA publishes it.
+A plan runs on the TensorRT that built it, so the container must have that very version. Releases whose TensorRT could
+be confirmed are listed; for every other version the user is told where NVIDIA publishes it.
 """
 
 from __future__ import annotations
@@ -16,70 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import InputError
-from ..specs.values import ModelSpec
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that is wrong.
-
-    Attributes:
-        severity: `error`: Triton would not load the model, or would answer wrongly; `warning`: it loads, and probably
-            not as meant.
-        model: Folder of the model.
-        message: What is wrong, where.
-        remedy: What to do.
-    """
-
-    severity: Literal["error", "warning"]
-    model: str
-    message: str
-    remedy: str
-
-
-CONTAINERS = {
-    "22.11": "8.5.1",  # release notes of Triton
-    "23.04": "8.6.1.2",  # issue 5812
-    "23.05": "8.6.1.2",  # issue 5975
-    "24.02": "8.6.3",  # issues 6959 and 7221
-    "24.03": "8.6.3",  # issue 7221
-    "24.04": "8.6.3",  # issue 7221
-    "24.05": "10.0.1.6",  # issue 7374
-    "24.08": "10.3.0.26",  # release notes of the containers that share its base image, as those below
-    "24.10": "10.5",
-    "24.12": "10.7.0.23",
-    "25.06": "10.11.0.33",
-}
-"""TensorRT by release of the container `RELEASE-py3`, each with its source. Not complete: no others could be confirmed.
-
-Issues are those of https://github.com/triton-inference-server/server/issues, whose reporters saw the version in that
-very container. The `trtllm` containers of the same releases hold other versions (docs/introduction/compatibility.md
-there), and so may the TensorRT containers (issue 5975).
-"""
-MATRIX = "https://docs.nvidia.com/deeplearning/frameworks/support-matrix/index.html"
-
-
-def find_container(tensorrt_version: str) -> str | None:
-    """The newest listed image whose TensorRT is this one, such as `nvcr.io/nvidia/tritonserver:24.12-py3`; None where none is listed.
-
-    Args:
-        tensorrt_version: Such as `10.7.0.23`. Where a release is only known as `10.5`, the numbers that are known must
-            agree. The Python packages of 10.0 to 10.7 call themselves `10.7.0`, and each was built once: the three
-            numbers are enough.
-    """
-    wanted = tensorrt_version.split(".")
-    for release, version in sorted(CONTAINERS.items(), reverse=True):
-        known = version.split(".")
-        if wanted[: len(known)] == known or (len(wanted) == 3 and wanted[0] == "10" and known[:3] == wanted):
-            return f"nvcr.io/nvidia/tritonserver:{release}-py3"
-    return None
-
-
-def describe_container(tensorrt_version: str) -> str:
-    """The image to use, or how to find it."""
-    found = find_container(tensorrt_version)
-    return found or f"the tritonserver image with TensorRT {tensorrt_version} (not listed here; see {MATRIX})"
-
+from ..specs.values import ModelSpec, TensorSpec
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -100,8 +33,8 @@ class RepositoryOptions:
         queue_timeout_us: How long a request may wait in all before it is refused.
         cuda_graphs: Let Triton's TensorRT backend capture CUDA graphs.
         ensemble: `jpeg` adds a model that decodes and one that takes JPEG files.
-        written_by: Who writes it, kept in the parameters of each of the models: `serving.prune` takes out only what
-            carries the same name.
+        written_by: Who writes it, kept in the parameters of each of the models: `find_stale` finds only what carries
+            the same name.
     """
 
     name: str | None = None
@@ -119,32 +52,20 @@ class RepositoryOptions:
     def __post_init__(self) -> None:
         if self.name is not None:
             require_name(self.name)
-        counts = {
-            "version": self.version,
-            "max_batch": self.max_batch,
-            "instances": self.instances,
-            "max_queue": self.max_queue,
-        }
+        counts = {name: getattr(self, name) for name in ("version", "max_batch", "instances", "max_queue")}
+        delays = {name: getattr(self, name) for name in ("max_queue_delay_us", "queue_timeout_us")}
         wrong = [f"{name} {value}" for name, value in counts.items() if value is not None and value < 1]
-        wrong += [f"{name} {value}" for name, value in self._delays().items() if value < 0]
+        wrong += [f"{name} {value}" for name, value in delays.items() if value < 0]
         wrong += [f"preferred_batch {value}" for value in self.preferred_batch or () if value < 1]
         if wrong:
             raise InputError(
                 f"expected at least 1 (a delay: at least 0), found {', '.join(wrong)}", remedy="give a larger number"
             )
 
-    def _delays(self) -> dict[str, int]:
-        return {"max_queue_delay_us": self.max_queue_delay_us, "queue_timeout_us": self.queue_timeout_us}
-
 
 @dataclass(frozen=True, slots=True)
 class ServedFile:
-    """One file of a version folder.
-
-    Attributes:
-        name: In the folder, such as `model.plan`.
-        source: Where it is copied from, or its bytes.
-    """
+    """One file of a version folder: its name there, such as `model.plan`, and where it is copied from, or its bytes."""
 
     name: str
     source: Path | bytes
@@ -155,10 +76,10 @@ class Servable:
     """A model as Triton gets it: all that the configuration is made of.
 
     Attributes:
-        name: In Triton.
-        platform: `tensorrt_plan` or `onnxruntime_onnx`.
+        name: Its name in Triton.
+        platform: What Triton runs it with.
         spec: Inputs, outputs and labels.
-        files: Of the version folder.
+        files: What the version folder holds.
         max_batch: Largest batch that the model takes; None for any.
         opt_batch: The batch that it is tuned for; None where it is tuned for none.
         capability_files: File by compute capability, where there are several GPU types; else empty.
@@ -193,3 +114,57 @@ def require_name(name: str) -> str:
             remedy="give another with --name",
         )
     return name
+
+
+DATATYPES = {"float32": "FP32", "float16": "FP16", "uint8": "UINT8", "int32": "INT32", "int64": "INT64"}
+"""The protocol's name of each NumPy type; Triton's configuration has `TYPE_` before it."""
+
+
+def wire_shape(tensor: TensorSpec, *, batched: bool = False) -> list[int]:
+    """A shape as Triton writes it: -1 for a dynamic size; `batched`: without the first dimension, which Triton adds."""
+    shape = tensor.shape[1:] if batched else tensor.shape
+    return [size if isinstance(size, int) else -1 for size in shape]
+
+
+CONTAINERS = {
+    "22.11": "8.5.1",  # release notes of Triton
+    "23.04": "8.6.1.2",  # issue 5812
+    "23.05": "8.6.1.2",  # issue 5975
+    "24.02": "8.6.3",  # issues 6959 and 7221
+    "24.03": "8.6.3",  # issue 7221
+    "24.04": "8.6.3",  # issue 7221
+    "24.05": "10.0.1.6",  # issue 7374
+    "24.08": "10.3.0.26",  # release notes of the containers that share its base image, as those below
+    "24.10": "10.5",
+    "24.12": "10.7.0.23",
+    "25.06": "10.11.0.33",
+}
+"""TensorRT by release of the container `RELEASE-py3`, each with its source. Not complete: no others could be confirmed.
+
+Issues are those of https://github.com/triton-inference-server/server/issues, whose reporters saw the version in that
+very container. The `trtllm` containers of the same releases hold other versions (docs/introduction/compatibility.md
+there), and so may the TensorRT containers (issue 5975).
+"""
+_MATRIX = "https://docs.nvidia.com/deeplearning/frameworks/support-matrix/index.html"
+
+
+def find_container(tensorrt_version: str) -> str | None:
+    """The newest listed image with this TensorRT, such as `nvcr.io/nvidia/tritonserver:24.12-py3`, or None.
+
+    Args:
+        tensorrt_version: Such as `10.7.0.23`. Where a release is only known as `10.5`, the numbers that are known must
+            agree. The Python packages of 10.0 to 10.7 call themselves `10.7.0`, and each was built once: the three
+            numbers are enough.
+    """
+    wanted = tensorrt_version.split(".")
+    for release, version in sorted(CONTAINERS.items(), reverse=True):
+        known = version.split(".")
+        if wanted[: len(known)] == known or (len(wanted) == 3 and wanted[0] == "10" and known[:3] == wanted):
+            return f"nvcr.io/nvidia/tritonserver:{release}-py3"
+    return None
+
+
+def describe_container(tensorrt_version: str) -> str:
+    """The image to use, or how to find it."""
+    found = find_container(tensorrt_version)
+    return found or f"the tritonserver image with TensorRT {tensorrt_version} (not listed here; see {_MATRIX})"

@@ -1,4 +1,4 @@
-"""The statistics of an Engine or a batcher as Prometheus reads them, taken when they are asked for; for a service of one's own (extra `service`)."""
+"""The statistics of an Engine or a batcher as Prometheus reads them, for a service of your own (extra `service`)."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 _BATCH_SIZES = tuple(1 << power for power in range(10))
 _COUNTERS = {
-    "requests": "Answered",
+    "requests": "Requests: Answered",
     "images": "Of the requests that were answered",
-    "failures": "That ended with an error of the backend",
-    "refused": "That found the queue full",
-    "expired": "Whose deadline passed before they were run",
-    "cancelled": "Whose client went away before they were run",
+    "failures": "Requests: That ended with an error of the backend",
+    "refused": "Requests: That found the queue full",
+    "expired": "Requests: Whose deadline passed before they were run",
+    "cancelled": "Requests: Whose client went away before they were run",
 }
 
 
 def make_collector(prefix: str, read: Callable[[], Statistics]) -> Collector:
-    """Statistics that only grow, as counters and histograms of Prometheus: `registry.register(make_collector("repvgg_engine", engine.statistics))`.
+    """Counters and histograms of Prometheus: `registry.register(make_collector("repvgg_engine", engine.statistics))`.
 
     Args:
         prefix: Of each name.
@@ -56,8 +56,7 @@ def _collect(prefix: str, found: Statistics) -> Iterator[Metric]:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
     for name, text in _COUNTERS.items():
-        unit = "" if name == "images" else "Requests: "
-        yield CounterMetricFamily(f"{prefix}_{name}", unit + text, value=getattr(found, name))
+        yield CounterMetricFamily(f"{prefix}_{name}", text, value=getattr(found, name))
     yield GaugeMetricFamily(f"{prefix}_waiting_images", "In the queue now", value=found.waiting)
     yield _seconds(f"{prefix}_queue_seconds", "From a request's arrival until it was run", found.queue_ms)
     yield _seconds(f"{prefix}_run_seconds", "Of each batch in the backend", found.run_ms)

@@ -1,10 +1,7 @@
-"""Writes a model into a Triton repository: version folder, labels, configuration, in the order in which a server may see them.
+"""Writes models into a Triton repository, in the order in which a server may see the files, and takes models out.
 
-Version folders that appear whole or not at all. Standard library only.
-
-A folder is filled under a hidden name that Triton takes for no version, and renamed.
-
-Takes models out of a repository, of those that somebody wrote there and no longer wants; what others put there stays.
+A version folder appears whole or not at all: it is filled under a hidden name, which Triton takes for no version, and
+renamed. What is taken out is what somebody wrote here and no longer wants; what others put there stays.
 """
 
 from __future__ import annotations
@@ -33,6 +30,7 @@ from .config import (
 )
 from .options import RepositoryOptions, Servable, ServedFile
 
+CONFIG_FILE = "config.pbtxt"
 PARTIAL_SUFFIX = ".partial"
 
 
@@ -50,78 +48,194 @@ class WrittenVersion:
 
     @property
     def number(self) -> int:
-        """Of the version."""
+        """The version."""
         return int(self.folder.name)
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenModel:
+    """One model of a repository.
+
+    Attributes:
+        name: Its name in Triton.
+        version: Its version folder.
+        config: Its `config.pbtxt`.
+        max_batch: `max_batch_size`; 0 where Triton may not put requests together.
+    """
+
+    name: str
+    version: WrittenVersion
+    config: Path
+    max_batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """One model that is to be written; `standing` where its version is there already."""
+
+    folder: Path
+    config: Any
+    labels: str | None
+    files: tuple[ServedFile, ...]
+    version: int
+    standing: bool
+
+
+def write_repository(
+    model: Servable, out: Path, options: RepositoryOptions, *, force: bool = False
+) -> tuple[WrittenModel, ...]:
+    """Writes a model, and with `ensemble` the two that stand before it. Nothing is written if any of it may not be.
+
+    Args:
+        model: What is to be served.
+        out: The repository; made if it is not there.
+        options: How.
+        force: Replace what is there and differs.
+
+    Returns:
+        The models, that of the plan or ONNX first.
+
+    Raises:
+        InputError: The options do not fit the model.
+        ArtifactError: It cannot be written, or something else stands there.
+        MissingDependencyError: The schema is not installed.
+    """
+    labels = None
+    if has_labels(model):
+        labels = "".join(" ".join(label.split()) + "\n" for label in model.spec.labels or ())
+    served = make_config(model, options)
+    wanted = [(served, model.files, labels, options.version)]
+    if options.ensemble is not None:
+        before = make_jpeg_models(model, options, served)
+        wanted += [(config, files, None if files else labels, 1) for config, files in before]
+    drafts = []
+    for config, files, names, number in wanted:
+        if options.written_by is not None:
+            config.parameters[WRITTEN_BY].string_value = options.written_by
+        version, standing = find_version(out / config.name, files, number)
+        drafts.append(_Draft(out / config.name, config, names, files, version, standing))
+        if not force:
+            _require_no_other(drafts[-1])
+    with explain_os_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    return tuple(_write_model(draft, force) for draft in drafts)
+
+
+def find_version(model_folder: Path, files: Sequence[ServedFile], version: int | None) -> tuple[int, bool]:
+    """The version folder to write, and whether it stands there with these very files.
+
+    The number is the one that is asked for; else the highest if it holds these files, the next one if it holds others,
+    1 if there is none.
+    """
+    number = version or max(list_versions(model_folder), default=0)
+    standing = number > 0 and _holds(model_folder / str(number), files)
+    return (number, standing) if standing or version is not None else (number + 1, False)
 
 
 def list_versions(model_folder: Path) -> tuple[int, ...]:
     """The numbers of the version folders, as Triton finds them: names that are numbers without a leading zero."""
-    if not model_folder.is_dir():
-        return ()
-    names = [entry.name for entry in model_folder.iterdir() if entry.is_dir()]
+    names = list_models(model_folder)
     return tuple(
         sorted(int(name) for name in names if name.isascii() and name.isdecimal() and not name.startswith("0"))
     )
 
 
-def choose_version(model_folder: Path, files: Sequence[ServedFile], version: int | None) -> int:
-    """The number that is asked for; else the highest if it holds these files, one more if it holds others, 1 if there is none."""
-    if version is not None:
-        return version
-    highest = max(list_versions(model_folder), default=0)
-    if highest and _holds(model_folder / str(highest), files):
-        return highest
-    return highest + 1
+def list_models(repository: Path) -> tuple[str, ...]:
+    """The folders that are not hidden, by name; none where there is no repository."""
+    if not repository.is_dir():
+        return ()
+    return tuple(
+        sorted(entry.name for entry in repository.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    )
 
 
-def require_version_replaceable(folder: Path, files: Sequence[ServedFile], *, force: bool) -> None:
-    """Finds out before anything is written that a version folder may not be replaced.
-
-    Raises:
-        ArtifactError: It holds other files, and `force` is not given.
-    """
-    if folder.exists() and not force and not _holds(folder, files):
+def _require_no_other(draft: _Draft) -> None:
+    """Finds out before anything is written that something else stands there."""
+    folder = draft.folder / str(draft.version)
+    if folder.exists() and not draft.standing:
         remedy = (
             "leave --version out for the next number, which Triton can load while the old one serves, or give "
             "--force to replace it"
         )
         raise ArtifactError(f"{folder}: exists and holds other files", remedy=remedy)
+    path, labels = draft.folder / CONFIG_FILE, draft.folder / LABELS_FILE
+    if path.exists():
+        found = _read_config(draft.folder)
+        if found is None or _without_provenance(found) != _without_provenance(draft.config):
+            raise ArtifactError(
+                f"{path}: exists and configures the model otherwise, for all of its versions",
+                remedy="give the options that it was written with, another --name, or --force to replace it",
+            )
+    if draft.labels is not None and labels.exists() and labels.read_bytes() != draft.labels.encode():
+        raise ArtifactError(
+            f"{labels}: exists and names other classes, for all versions",
+            remedy="give another --name, or --force to replace it",
+        )
 
 
-def write_version(folder: Path, files: Sequence[ServedFile], *, force: bool) -> WrittenVersion:
-    """Writes a version folder.
+def _without_provenance(config: Any) -> Any:
+    copy = type(config)()
+    copy.CopyFrom(config)
+    for name in [name for name in copy.parameters if name.startswith(PREFIX)]:
+        del copy.parameters[name]
+    return copy
+
+
+def _write_model(draft: _Draft, force: bool) -> WrittenModel:
+    folder, config = draft.folder, draft.config
+    with explain_os_errors(folder):
+        folder.mkdir(exist_ok=True)
+    try:
+        if draft.labels is not None:
+            write_text(folder / LABELS_FILE, draft.labels, force=force)
+        version = folder / str(draft.version)
+        if not draft.standing:
+            write_version(version, draft.files)
+        if WRITTEN_BY in config.parameters:
+            versions, found = {draft.version}, _read_config(folder)
+            if found is not None and _read_writer(found) == config.parameters[WRITTEN_BY].string_value:
+                versions |= set(_read_written_versions(found)) & set(list_versions(folder))
+            config.parameters[WRITTEN_VERSIONS].string_value = ",".join(map(str, sorted(versions)))
+    except BaseException:
+        # tritonserver does not start on a repository with a model that has no version: of a new one nothing stays.
+        with contextlib.suppress(OSError):
+            if {entry.name for entry in folder.iterdir()} <= {LABELS_FILE}:
+                (folder / LABELS_FILE).unlink(missing_ok=True)
+                folder.rmdir()
+        raise
+    # Last, so that a server that polls finds no model whose files are not there yet. What differs was allowed above, or
+    # is provenance.
+    write_text(folder / CONFIG_FILE, print_config(config), force=True)
+    written = WrittenVersion(version, "up to date" if draft.standing else "written")
+    return WrittenModel(config.name, written, folder / CONFIG_FILE, config.max_batch_size)
+
+
+def write_version(folder: Path, files: Sequence[ServedFile]) -> None:
+    """Writes a version folder; where another stands there, for a moment there is none.
 
     Args:
         folder: Where it shall stand; the folder around it exists.
         files: What it shall hold.
-        force: Replace a different one; for a moment there is none then.
 
     Raises:
-        ArtifactError: It cannot be written, or a different one stands there already.
+        ArtifactError: It cannot be written.
     """
-    require_version_replaceable(folder, files, force=force)
-    if _holds(folder, files):
-        return WrittenVersion(folder, "up to date")
     with explain_os_errors(folder):
         partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=PARTIAL_SUFFIX))
         try:
             for file in files:
-                _write_file(partial / file.name, file.source)
+                path = partial / file.name
+                if isinstance(file.source, bytes):
+                    path.write_bytes(file.source)
+                else:
+                    shutil.copyfile(file.source, path)
+                with path.open("rb+") as written:
+                    os.fsync(written.fileno())
+                path.chmod(0o644)
             os.chmod(partial, 0o755)
             _put_in_place(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    return WrittenVersion(folder, "written")
-
-
-def _write_file(path: Path, source: Path | bytes) -> None:
-    if isinstance(source, bytes):
-        path.write_bytes(source)
-    else:
-        shutil.copyfile(source, path)
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-    path.chmod(0o644)
 
 
 def _put_in_place(partial: Path, folder: Path) -> None:
@@ -144,15 +258,35 @@ def _holds(folder: Path, files: Sequence[ServedFile]) -> bool:
     """Whether a folder holds exactly these files."""
     if not folder.is_dir() or {entry.name for entry in folder.iterdir()} != {file.name for file in files}:
         return False
-    return all(_same(folder / file.name, file.source) for file in files)
+    return all(_is_same(folder / file.name, file.source) for file in files)
 
 
-def _same(path: Path, source: Path | bytes) -> bool:
+def _is_same(path: Path, source: Path | bytes) -> bool:
     if not path.is_file():
         return False
     if isinstance(source, bytes):
         return path.read_bytes() == source
     return path.stat().st_size == source.stat().st_size and sha256_file(path) == sha256_file(source)
+
+
+def _read_config(folder: Path) -> Any:
+    """The configuration in a model's folder; None where none can be read."""
+    path = folder / CONFIG_FILE
+    try:
+        return parse_config(path.read_text(encoding="utf-8"), path)
+    except (OSError, UnicodeDecodeError, InputError):
+        return None
+
+
+def _read_writer(config: Any) -> str | None:
+    """`RepositoryOptions.written_by` of when it was written; None where nobody was named."""
+    return str(config.parameters[WRITTEN_BY].string_value) if WRITTEN_BY in config.parameters else None
+
+
+def _read_written_versions(config: Any) -> tuple[int, ...]:
+    """The versions that this writer wrote."""
+    text = config.parameters[WRITTEN_VERSIONS].string_value if WRITTEN_VERSIONS in config.parameters else ""
+    return tuple(int(number) for number in text.split(",") if number.isdecimal())
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,21 +313,14 @@ def find_stale(repository: Path, written_by: str, wanted: Collection[str]) -> St
     Raises:
         MissingDependencyError: The schema is not installed.
     """
-    folders = (
-        sorted(entry for entry in repository.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        if repository.is_dir()
-        else []
-    )
-    configs = {folder.name: read_config(folder) for folder in folders}
+    configs = {name: _read_config(repository / name) for name in list_models(repository)}
     stale = [
         name
         for name, config in configs.items()
-        if name not in wanted and config is not None and read_writer(config) == written_by
+        if name not in wanted and config is not None and _read_writer(config) == written_by
     ]
     foreign = {name: _find_foreign(repository / name, configs[name]) for name in stale}
-    kept = {
-        name: f"it holds {other}, which somebody else put there" for name, other in foreign.items() if other is not None
-    }
+    kept = {name: f"it holds {other}, which somebody else put there" for name, other in foreign.items() if other}
     for name, user in _needed(configs, stale, kept):
         kept[name] = f"the ensemble {user} needs it"
     removable = [name for name in stale if name not in kept]
@@ -221,15 +348,9 @@ def remove_models(repository: Path, names: Collection[str]) -> None:
 
 def _find_foreign(folder: Path, config: Any) -> str | None:
     """A file or folder beside what this writer wrote."""
-    ours = {CONFIG_FILE, LABELS_FILE, *map(str, read_written_versions(config))}
-    return next(
-        (
-            entry.name
-            for entry in sorted(folder.iterdir())
-            if entry.name not in ours and not entry.name.endswith(PARTIAL_SUFFIX)
-        ),
-        None,
-    )
+    ours = {CONFIG_FILE, LABELS_FILE, *map(str, _read_written_versions(config))}
+    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.endswith(PARTIAL_SUFFIX))
+    return next((name for name in names if name not in ours), None)
 
 
 def _needed(configs: Mapping[str, Any], stale: Collection[str], kept: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -244,159 +365,3 @@ def _needed(configs: Mapping[str, Any], stale: Collection[str], kept: Mapping[st
                 seen.add(step.model_name)
                 staying.append(step.model_name)
                 yield step.model_name, user
-
-
-CONFIG_FILE = "config.pbtxt"
-
-
-@dataclass(frozen=True, slots=True)
-class WrittenModel:
-    """One model of a repository.
-
-    Attributes:
-        name: In Triton.
-        version: Its version folder.
-        config: Its `config.pbtxt`.
-        max_batch: `max_batch_size`; 0 where Triton may not put requests together.
-    """
-
-    name: str
-    version: WrittenVersion
-    config: Path
-    max_batch: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Draft:
-    """One model that is to be written: its configuration, version folder and labels."""
-
-    config: Any
-    files: tuple[ServedFile, ...]
-    version: int | None
-    labels: tuple[str, ...] | None = None
-
-
-def write_repository(
-    model: Servable, out: Path, options: RepositoryOptions, *, force: bool = False
-) -> tuple[WrittenModel, ...]:
-    """Writes a model, and with `ensemble` the two that stand before it. Nothing is written if any of it may not be.
-
-    Args:
-        model: What is to be served.
-        out: The repository; made if it is not there.
-        options: How.
-        force: Replace what is there and differs.
-
-    Returns:
-        The models, that of the plan or ONNX first.
-
-    Raises:
-        InputError: The options do not fit the model.
-        ArtifactError: It cannot be written, or something else stands there.
-        MissingDependencyError: The schema is not installed.
-    """
-    labels = model.spec.labels if has_labels(model) else None
-    drafts = [_Draft(make_config(model, options), model.files, options.version, labels)]
-    if options.ensemble is not None:
-        before = make_jpeg_models(model, options, drafts[0].config)
-        drafts += [_Draft(config, files, 1, labels if not files else None) for config, files in before]
-    for draft in drafts if options.written_by is not None else ():
-        draft.config.parameters[WRITTEN_BY].string_value = options.written_by
-    for draft in drafts:
-        _require_replaceable(draft, out / draft.config.name, force=force)
-    with explain_os_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-    return tuple(_write_draft(draft, out / draft.config.name, force=force) for draft in drafts)
-
-
-def _require_replaceable(draft: _Draft, folder: Path, *, force: bool) -> None:
-    version = choose_version(folder, draft.files, draft.version)
-    require_version_replaceable(folder / str(version), draft.files, force=force)
-    if force:
-        return
-    config, labels = folder / CONFIG_FILE, folder / LABELS_FILE
-    if config.exists() and not _serves_the_same(config, draft.config):
-        raise ArtifactError(
-            f"{config}: exists and configures the model otherwise, for all of its versions",
-            remedy="give the options that it was written with, another --name, or --force to replace it",
-        )
-    if draft.labels is not None and labels.exists() and labels.read_bytes() != _labels_text(draft.labels).encode():
-        raise ArtifactError(
-            f"{labels}: exists and names other classes, for all versions",
-            remedy="give another --name, or --force to replace it",
-        )
-
-
-def _serves_the_same(path: Path, config: Any) -> bool:
-    """Whether a configuration on disk differs in nothing but the provenance that we state in it."""
-    found = read_config(path.parent)
-    return found is not None and bool(_without_provenance(found) == _without_provenance(config))
-
-
-def _without_provenance(config: Any) -> Any:
-    copy = type(config)()
-    copy.CopyFrom(config)
-    for name in [name for name in copy.parameters if name.startswith(PREFIX)]:
-        del copy.parameters[name]
-    return copy
-
-
-def _write_draft(draft: _Draft, folder: Path, *, force: bool) -> WrittenModel:
-    with explain_os_errors(folder):
-        folder.mkdir(exist_ok=True)
-    try:
-        if draft.labels is not None:
-            write_text(folder / LABELS_FILE, _labels_text(draft.labels), force=force)
-        number = choose_version(folder, draft.files, draft.version)
-        version = write_version(folder / str(number), draft.files, force=force)
-        _note_version(draft, folder, number)
-    except BaseException:
-        _remove_beginning(folder)
-        raise
-    # Last, so that a server that polls finds no model whose files are not there yet. What differs was allowed above, or
-    # is provenance.
-    write_text(folder / CONFIG_FILE, print_config(draft.config), force=True)
-    return WrittenModel(draft.config.name, version, folder / CONFIG_FILE, draft.config.max_batch_size)
-
-
-def _note_version(draft: _Draft, folder: Path, number: int) -> None:
-    """Adds a version to those that the same writer wrote before."""
-    if WRITTEN_BY not in draft.config.parameters:
-        return
-    versions = {number}
-    found = read_config(folder)
-    if found is not None and read_writer(found) == draft.config.parameters[WRITTEN_BY].string_value:
-        versions |= set(read_written_versions(found)) & set(list_versions(folder))
-    draft.config.parameters[WRITTEN_VERSIONS].string_value = ",".join(map(str, sorted(versions)))
-
-
-def read_config(folder: Path) -> Any:
-    """The configuration in a model's folder; None where none can be read."""
-    path = folder / CONFIG_FILE
-    try:
-        return parse_config(path.read_text(encoding="utf-8"), path)
-    except (OSError, UnicodeDecodeError, InputError):
-        return None
-
-
-def read_writer(config: Any) -> str | None:
-    """`RepositoryOptions.written_by` of when it was written; None where nobody was named."""
-    return str(config.parameters[WRITTEN_BY].string_value) if WRITTEN_BY in config.parameters else None
-
-
-def read_written_versions(config: Any) -> tuple[int, ...]:
-    """The versions that this writer wrote."""
-    text = config.parameters[WRITTEN_VERSIONS].string_value if WRITTEN_VERSIONS in config.parameters else ""
-    return tuple(int(number) for number in text.split(",") if number.isdecimal())
-
-
-def _remove_beginning(folder: Path) -> None:
-    """Removes a model's folder that holds labels at most: tritonserver does not start on a repository with a model that has no version."""
-    with contextlib.suppress(OSError):
-        if {entry.name for entry in folder.iterdir()} <= {LABELS_FILE}:
-            (folder / LABELS_FILE).unlink(missing_ok=True)
-            folder.rmdir()
-
-
-def _labels_text(labels: Sequence[str]) -> str:
-    return "".join(" ".join(label.split()) + "\n" for label in labels)

@@ -1,4 +1,4 @@
-"""Plans or an ONNX → a Triton model repository."""
+"""Plans or an ONNX → a Triton model repository: what is read, and what of it goes together."""
 
 from __future__ import annotations
 
@@ -55,23 +55,21 @@ def write_triton(
     paths, options = [Path(model) for model in models], options if options is not None else RepositoryOptions()
     if not paths:
         raise InputError("expected a model, found none", remedy="give an .onnx, or a .plan for each GPU type")
-    kinds = {is_plan(path) for path in paths}
-    if kinds != {True} and len(paths) > 1:
+    kinds = [is_plan(path) for path in paths]
+    if not all(kinds) and len(paths) > 1:
         raise InputError(
             f"several models must be plans of one network for several GPU types, found {', '.join(map(str, paths))}",
             remedy="write each model by itself; one repository holds any number of them",
         )
-    servable = _read_plans(paths, options) if kinds == {True} else _read_onnx(paths[0], options)
+    servable = _read_plans(paths, options) if all(kinds) else _read_onnx(paths[0], options)
     if options.ensemble is not None and " " in str(Path(out).absolute()):
         logger.warning(
             "%s: has a space in its path, below which Triton's python backend, which decodes the images, may not start",
             out,
         )
-    if kinds == {True}:
-        container = describe_container(servable.provenance["tensorrt_version"])
-    else:
-        container = "any tritonserver image with the ONNX Runtime backend"
-    return TritonResult(write_repository(servable, Path(out), options, force=force), servable, container)
+    written = write_repository(servable, Path(out), options, force=force)
+    container = servable.provenance.get("container", "any tritonserver image with the ONNX Runtime backend")
+    return TritonResult(written, servable, container)
 
 
 def _name(path: Path, options: RepositoryOptions) -> str:
@@ -96,40 +94,34 @@ def _read_onnx(path: Path, options: RepositoryOptions) -> Servable:
 
 def _read_plans(paths: Sequence[Path], options: RepositoryOptions) -> Servable:
     passports = [_read_passport(path) for path in paths]
-    _require_one_network(paths, passports)
     first = passports[0]
+    _require_one_network(paths, passports)
     capability_files = _capability_files(paths, passports) if len(paths) > 1 else {}
     names = list(dict.fromkeys(capability_files.values())) or ["model.plan"]
     files = [ServedFile(name, path) for name, path in zip(names, paths, strict=True)]
     files += [ServedFile(f"{name}.json", passport_path(path)) for name, path in zip(names, paths, strict=True)]
     largest = min(passport.config.profile.max_batch for passport in passports)
     usual = min(passport.config.profile.opt_batch for passport in passports)
-    return Servable(
-        _name(paths[0], options),
-        "tensorrt_plan",
-        first.spec,
-        tuple(files),
-        largest,
-        min(usual, largest),
-        capability_files,
-        _provenance(passports),
-    )
-
-
-def _provenance(passports: Sequence[PlanPassport]) -> dict[str, str]:
-    first = passports[0]
-    return {
+    capabilities = dict.fromkeys(name for passport in passports for name in passport.compute_capabilities)
+    seen = None if first.precision == "not_inspected" else first.precision
+    provenance = {
         "source_sha256": first.onnx_sha256,
         "plan_sha256": ",".join(passport.plan_sha256 for passport in passports),
-        "precision": first.precision
-        if first.precision != "not_inspected"
-        else first.config.precision or "as its graph",
+        "precision": seen or first.config.precision or "as its graph",
         "tensorrt_version": first.tensorrt_version,
-        "compute_capabilities": ",".join(
-            dict.fromkeys(name for passport in passports for name in passport.compute_capabilities)
-        ),
+        "compute_capabilities": ",".join(capabilities),
         "container": describe_container(first.tensorrt_version),
     }
+    return Servable(
+        name=_name(paths[0], options),
+        platform="tensorrt_plan",
+        spec=first.spec,
+        files=tuple(files),
+        max_batch=largest,
+        opt_batch=min(usual, largest),
+        capability_files=capability_files,
+        provenance=provenance,
+    )
 
 
 def _read_passport(path: Path) -> PlanPassport:

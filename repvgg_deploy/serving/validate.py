@@ -1,215 +1,149 @@
-"""What Triton would refuse in a configuration that its schema allows. Pure: nothing is read.
+"""What Triton would refuse in a repository, found without Triton, a GPU or ONNX Runtime.
+
+Three things are judged: the configuration by itself, the files of the versions that would be served against it, and the
+models of an ensemble against one another.
 
 Source: https://github.com/triton-inference-server/core/blob/main/src/model_config_utils.cc for what is refused; a test
 shows each to a real server.
-
-What Triton would refuse in a version folder: the files, and what they are, against the configuration.
-
-What Triton would refuse in a repository, found without Triton, a GPU or ONNX Runtime.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
-from ..errors import ForeignModelError, InputError, ModelError, RepVGGDeployError
+from ..errors import ForeignModelError, InputError, ModelError, PlanError, RepVGGDeployError
 from ..files.onnx import read_metadata
 from ..files.output import sha256_file
-from ..specs import codec
+from ..files.passport import read_passport
 from ..specs.values import ModelSpec, PlanPassport, TensorSpec
 from .config import data_type, load_schema, parse_config
-from .options import Finding
-from .repository import CONFIG_FILE, PARTIAL_SUFFIX, list_versions
+from .repository import CONFIG_FILE, PARTIAL_SUFFIX, list_models, list_versions
 
 _REWRITE = "write the repository again with repvgg-trt triton"
+_BACKENDS = {"tensorrt_plan": "tensorrt", "onnxruntime_onnx": "onnxruntime"}  # by platform, of those written here
+_OTHER_PLATFORMS = ("ensemble", "pytorch_libtorch", "tensorflow_graphdef", "tensorflow_savedmodel")
+# What a backend looks for in a version folder where the configuration names no file.
+_DEFAULT_FILES = {"tensorrt": "model.plan", "onnxruntime": "model.onnx", "python": "model.py"}
+Severity: TypeAlias = Literal["error", "warning"]
+_Fault: TypeAlias = tuple[Severity, str, str]  # of one model: severity, message, remedy
 
 
-def check_version(folder: Path, config: Any, model: str) -> Iterator[Finding]:
-    """What is wrong with one version.
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong.
+
+    Attributes:
+        severity: `error`: Triton would not load the model, or would answer wrongly; `warning`: it loads, and probably
+            not as meant.
+        model: Folder of the model.
+        message: What is wrong, where.
+        remedy: What to do.
+    """
+
+    severity: Severity
+    model: str
+    message: str
+    remedy: str
+
+
+def validate_repository(repository: Path) -> tuple[tuple[str, ...], tuple[Finding, ...]]:
+    """Checks every model of a repository.
 
     Args:
-        folder: The version folder.
-        config: The model's configuration.
-        model: Name of the model's folder.
+        repository: The folder that `tritonserver --model-repository` gets.
+
+    Returns:
+        The models, and what is wrong with them, errors first.
+
+    Raises:
+        InputError: It is no folder, holds no model, or may not be read.
+        MissingDependencyError: The extra `serving` is not installed.
     """
-    backend = backend_of(config)
-    names = sorted(set(config.cc_model_filenames.values()))
-    if config.default_model_filename or not names:
-        names.append(config.default_model_filename or DEFAULT_FILES.get(backend, ""))
-    for name in filter(None, names):
-        path = folder / name
-        where = f"version {folder.name}: {name}"
-        if not path.exists():
-            yield Finding(
-                "error", model, f"{where} is not there", "copy the file there, or correct its name in config.pbtxt"
-            )
-        elif path.is_file() and not path.stat().st_size:
-            yield Finding("error", model, f"{where} is empty", "copy the file again")
-        elif backend == "onnxruntime" and path.is_file():
-            yield from _check_onnx(path, config, model, where)
-        elif backend == "tensorrt":
-            yield from _check_plan(path, config, model, where)
-
-
-def check_unconfigured_version(folder: Path, model: str) -> Iterator[Finding]:
-    """What is wrong with the file that Triton would take by its name where there is no configuration.
-
-    Args:
-        folder: The version folder.
-        model: Name of the model's folder.
-    """
-    for backend in ("tensorrt", "onnxruntime"):
-        path = folder / DEFAULT_FILES[backend]
-        read = _read_plan if backend == "tensorrt" else _read_onnx
-        if path.is_file():
-            yield from read(path, model, f"version {folder.name}: {path.name}")
-
-
-def _check_onnx(path: Path, config: Any, model: str, where: str) -> Iterator[Finding]:
-    spec = yield from _read_onnx(path, model, where)
-    if spec is not None:
-        yield from _check_interface(spec, config, model, where)
-
-
-def _read_onnx(path: Path, model: str, where: str) -> Generator[Finding, None, ModelSpec | None]:
+    load_schema()
     try:
-        return read_metadata(path).spec
-    except ForeignModelError:
-        yield Finding(
-            "warning",
-            model,
-            f"{where} is not of repvgg-export, so that it was not checked",
-            "let Triton load it, or export it again",
+        models = _list_models(repository)
+        configs = {name: _read_config(repository / name) for name in models}
+        faults = [(name, fault) for name in models for fault in _check_model(repository / name, configs[name])]
+        faults += [(name, ("error", *found)) for name in models for found in _check_steps(name, configs)]
+    except RepVGGDeployError:
+        raise
+    except OSError as error:
+        remedy = "run it as the user that tritonserver runs as, and let that user read all of the repository"
+        raise InputError(f"{error.filename or repository}: cannot be read: {error.strerror}", remedy=remedy) from error
+    findings = [Finding(severity, name, message, remedy) for name, (severity, message, remedy) in faults]
+    return models, tuple(sorted(findings, key=lambda finding: (finding.severity, finding.model)))
+
+
+def _list_models(repository: Path) -> tuple[str, ...]:
+    if not repository.is_dir():
+        raise InputError(f"{repository}: is no folder", remedy="give the folder that holds a folder for each model")
+    if (repository / CONFIG_FILE).exists():
+        raise InputError(
+            f"{repository}: is one model and no repository",
+            remedy=f"give the folder around it: {repository.absolute().parent}",
         )
-        return None
-    except ModelError as error:
-        yield Finding("error", model, f"{where}: {error.message}", error.remedy)
-        return None
+    models = list_models(repository)
+    if not models:
+        raise InputError(
+            f"{repository}: holds no model", remedy="write one with repvgg-trt triton MODEL --out REPOSITORY"
+        )
+    return models
 
 
-def _read_plan(path: Path, model: str, where: str) -> Generator[Finding, None, PlanPassport | None]:
-    """The passport of a plan that any configuration could name."""
-    passport_file = path.with_name(f"{path.name}.json")
+def _read_config(folder: Path) -> Any:
+    """The configuration, or the fault that stands in its place."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        if list_versions(folder):
+            message = f"has no {CONFIG_FILE}: Triton would make one up, without batching or labels"
+            return "warning", message, "write one"
+        return "error", f"has neither a {CONFIG_FILE} nor a version folder", "move it out of the repository"
     try:
-        passport = codec.loads(PlanPassport, passport_file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        yield Finding("warning", model, f"{where} has no passport beside it, so that it was not checked", _REWRITE)
-        return None
-    except (OSError, UnicodeDecodeError, InputError) as error:
-        yield Finding("error", model, f"{where}: its passport cannot be read: {error}", _REWRITE)
-        return None
-    if sha256_file(path) != passport.plan_sha256:
-        yield Finding("error", model, f"{where} is truncated or changed: it is not the plan of its passport", _REWRITE)
-    if passport.flavour != "tensorrt":
-        yield Finding(
-            "error", model, f"{where} is of TensorRT-RTX, which Triton cannot load", "build it with --backend tensorrt"
-        )
-    return passport
+        return parse_config(path.read_text(encoding="utf-8"), path)
+    except InputError as error:
+        return "error", error.message, error.remedy
+    except (OSError, UnicodeDecodeError) as error:
+        return "error", f"{CONFIG_FILE} cannot be read: {error}", "make it a UTF-8 text file that Triton may read"
 
 
-def _check_plan(path: Path, config: Any, model: str, where: str) -> Iterator[Finding]:
-    passport = yield from _read_plan(path, model, where)
-    if passport is None:
+def _check_model(folder: Path, config: Any) -> Iterator[_Fault]:
+    versions = list_versions(folder)
+    if isinstance(config, tuple):
+        yield config
+        for number in versions[-1:] if config[0] == "warning" else ():
+            yield from _check_unconfigured_version(folder / str(number))
         return
-    profile = passport.config.profile
-    if config.max_batch_size > profile.max_batch:
-        message = f"{where} takes batches up to {profile.max_batch}, and max_batch_size is {config.max_batch_size}"
-        yield Finding(
-            "error",
-            model,
-            message,
-            f"set max_batch_size to {profile.max_batch}, or build the plan with --max-batch {config.max_batch_size}",
-        )
-    if config.max_batch_size and profile.min_batch > 1:
-        yield Finding(
-            "error",
-            model,
-            f"{where} takes no batch below {profile.min_batch}, and Triton sends such",
-            "build it with --min-batch 1",
-        )
-    yield from _check_interface(passport.spec, config, model, where)
-
-
-def _check_interface(spec: ModelSpec, config: Any, model: str, where: str) -> Iterator[Finding]:
-    """Names, types and shapes of the file's tensors against those of the configuration."""
-    batched = config.max_batch_size > 0
-    if batched and spec.batch is not None:
-        yield Finding(
-            "error",
-            model,
-            f"{where} takes batches of {spec.batch} only, and max_batch_size is {config.max_batch_size}",
-            _REWRITE,
-        )
+    for rule in (_check_backend, _check_tensors, _check_batching, _check_instances, _check_warm_up, _check_ensemble):
+        for message, remedy in rule(config):
+            yield "error", message, remedy
+    if config.name not in ("", folder.name):
+        message = f"config.pbtxt names the model {config.name!r}, and its folder is {folder.name!r}"
+        yield "error", message, "make the two names the same"
+    for message, remedy in _find_oddities(config):
+        yield "warning", message, remedy
+    yield from _check_labels(folder, config)
+    yield from _check_leftovers(folder)
+    if not versions:
+        yield "error", "has no version folder, such as 1", f"mkdir {folder / '1'} and put the model there"
         return
-    for kind, tensors, stated in (("input", (spec.input,), config.input), ("output", spec.outputs, config.output)):
-        known = {tensor.name: tensor for tensor in tensors}
-        for item in stated:
-            tensor = known.get(item.name)
-            if tensor is None:
-                message = f"{where} has no {kind} {item.name!r}: it has {', '.join(known)}"
-                yield Finding("error", model, message, "correct its name in config.pbtxt")
-            else:
-                yield from (
-                    Finding("error", model, f"{where}: {text}", _REWRITE)
-                    for text in _differences(kind, tensor, item, batched)
-                )
-        for name in sorted(set(known) - {item.name for item in stated}) if kind == "input" else ():
-            yield Finding("error", model, f"{where}: config.pbtxt lacks the input {name!r}", _REWRITE)
+    policy = config.version_policy
+    wanted = set(policy.specific.versions) if policy.HasField("specific") else set()
+    for number in sorted(wanted - set(versions)):
+        message = f"version_policy wants version {number}, which is not there"
+        yield "error", message, "correct the policy, or add the version"
+    if wanted:
+        versions = tuple(sorted(wanted & set(versions)))
+    elif not policy.HasField("all"):
+        versions = versions[-(policy.latest.num_versions or 1) :]
+    if _backend_of(config) != "ensemble":
+        for number in versions:
+            yield from _check_version(folder / str(number), config)
 
 
-def _differences(kind: str, tensor: TensorSpec, item: Any, batched: bool) -> Iterator[str]:
-    stated = type(item).DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number[item.data_type].name
-    if stated != data_type(tensor.dtype):
-        yield f"{kind} {tensor.name!r} is {data_type(tensor.dtype)}, and config.pbtxt says {stated}"
-    shape = tensor.shape[1:] if batched else tensor.shape
-    dims = list(item.reshape.shape) if item.HasField("reshape") else list(item.dims)
-    agree = len(shape) == len(dims) and all(
-        not isinstance(size, int) or size == dim for size, dim in zip(shape, dims, strict=True)
-    )
-    if not agree:
-        yield f"{kind} {tensor.name!r} is {list(shape)}, and config.pbtxt says {dims}"
-
-
-BACKENDS = {"tensorrt_plan": "tensorrt", "onnxruntime_onnx": "onnxruntime"}
-"""Backend by platform, of the platforms that are written here."""
-OTHER_PLATFORMS = ("ensemble", "pytorch_libtorch", "tensorflow_graphdef", "tensorflow_savedmodel")
-"""What else Triton knows by this name."""
-DEFAULT_FILES = {"tensorrt": "model.plan", "onnxruntime": "model.onnx", "python": "model.py"}
-"""What a backend looks for in a version folder where the configuration names no file."""
-Rule = Callable[[Any], "Iterator[tuple[str, str]]"]
-
-
-def check_config(config: Any, model: str) -> list[Finding]:
-    """The rules that a configuration breaks.
-
-    Args:
-        config: A ModelConfig.
-        model: Name of the model's folder.
-    """
-    errors = [Finding("error", model, *found) for rule in _RULES for found in rule(config)]
-    return errors + _check_name(config, model) + [Finding("warning", model, *found) for found in _find_oddities(config)]
-
-
-def backend_of(config: Any) -> str:
-    """The backend that a configuration names, by itself or through its platform; `ensemble` for an ensemble, else empty."""
-    if config.platform == "ensemble":
-        return "ensemble"
-    return str(config.backend or BACKENDS.get(config.platform, ""))
-
-
-def _check_name(config: Any, model: str) -> list[Finding]:
-    if config.name in ("", model):
-        return []
-    return [
-        Finding(
-            "error",
-            model,
-            f"config.pbtxt names the model {config.name!r}, and its folder is {model!r}",
-            "make the two names the same",
-        )
-    ]
+# -- the configuration by itself: message and remedy of each error
 
 
 def _find_oddities(config: Any) -> Iterator[tuple[str, str]]:
@@ -217,7 +151,7 @@ def _find_oddities(config: Any) -> Iterator[tuple[str, str]]:
     if not config.platform and not config.backend:
         yield (
             "config.pbtxt names neither platform nor backend: Triton guesses it from the file's name",
-            f"set platform, to {' or '.join(BACKENDS)}",
+            f"set platform, to {' or '.join(_BACKENDS)}",
         )
     if not config.output:
         yield "config.pbtxt has no output, so that nothing can be answered", "name every output of the model"
@@ -228,21 +162,24 @@ def _find_oddities(config: Any) -> Iterator[tuple[str, str]]:
         )
 
 
+def _backend_of(config: Any) -> str:
+    """The backend that is named, directly or by the platform; `ensemble` for an ensemble, else empty."""
+    if config.platform == "ensemble":
+        return "ensemble"
+    return str(config.backend or _BACKENDS.get(config.platform, ""))
+
+
 def _check_backend(config: Any) -> Iterator[tuple[str, str]]:
-    if config.platform in BACKENDS and config.backend not in ("", BACKENDS[config.platform]):
+    if config.platform in _BACKENDS and config.backend not in ("", _BACKENDS[config.platform]):
         yield (
             f"platform {config.platform!r} and backend {config.backend!r} contradict each other",
             "leave one of the two out",
         )
-    if config.platform not in ("", *BACKENDS, *OTHER_PLATFORMS) and _is_of_ours(config):
-        yield f"Triton knows no platform {config.platform!r}", f"set it to {' or '.join(BACKENDS)}"
-
-
-def _is_of_ours(config: Any) -> bool:
-    """Whether a backend that is judged here would be taken whatever the platform is called: the python backend takes any name."""
-    return config.backend in BACKENDS.values() or (
-        not config.backend and config.default_model_filename.endswith((".onnx", ".plan"))
-    )
+    # The python backend takes any name: only where one of ours would be taken is another platform an error.
+    named = config.backend in _BACKENDS.values()
+    guessed = not config.backend and config.default_model_filename.endswith((".onnx", ".plan"))
+    if config.platform not in ("", *_BACKENDS, *_OTHER_PLATFORMS) and (named or guessed):
+        yield f"Triton knows no platform {config.platform!r}", f"set it to {' or '.join(_BACKENDS)}"
 
 
 def _check_tensors(config: Any) -> Iterator[tuple[str, str]]:
@@ -274,10 +211,7 @@ def _check_batching(config: Any) -> Iterator[tuple[str, str]]:
             f"max_batch_size is {config.max_batch_size}",
             "give 0 for a model that takes one size only, else its largest batch",
         )
-    if not config.HasField("dynamic_batching"):
-        return
-    batching = config.dynamic_batching
-    for size in batching.preferred_batch_size:
+    for size in config.dynamic_batching.preferred_batch_size:
         if size < 1 or size > max(config.max_batch_size, 0):
             yield (
                 f"preferred batch {size} lies outside 1 to max_batch_size {config.max_batch_size}",
@@ -289,7 +223,7 @@ def _check_instances(config: Any) -> Iterator[tuple[str, str]]:
     for group in config.instance_group:
         if group.kind == type(group).KIND_CPU and group.gpus:
             yield "an instance_group of KIND_CPU names GPUs", "leave gpus out, or make it KIND_GPU"
-        if group.kind == type(group).KIND_CPU and backend_of(config) == "tensorrt":
+        if group.kind == type(group).KIND_CPU and _backend_of(config) == "tensorrt":
             yield "a TensorRT plan in an instance_group of KIND_CPU: plans run on a GPU only", "make it KIND_GPU"
 
 
@@ -331,189 +265,161 @@ def _check_ensemble(config: Any) -> Iterator[tuple[str, str]]:
             yield f"no step gives the output {tensor.name!r}", "map it in an output_map"
 
 
-_RULES: tuple[Rule, ...] = (
-    _check_backend,
-    _check_tensors,
-    _check_batching,
-    _check_instances,
-    _check_warm_up,
-    _check_ensemble,
-)
+# -- the files of a version
 
 
-def validate_repository(repository: Path) -> tuple[tuple[str, ...], tuple[Finding, ...]]:
-    """Checks every model of a repository.
+def _check_version(folder: Path, config: Any) -> Iterator[_Fault]:
+    backend = _backend_of(config)
+    names = sorted(set(config.cc_model_filenames.values()))
+    if config.default_model_filename or not names:
+        names.append(config.default_model_filename or _DEFAULT_FILES.get(backend, ""))
+    for name in filter(None, names):
+        path = folder / name
+        where = f"version {folder.name}: {name}"
+        spec = None
+        if not path.exists():
+            yield "error", f"{where} is not there", "copy the file there, or correct its name in config.pbtxt"
+        elif path.is_file() and not path.stat().st_size:
+            yield "error", f"{where} is empty", "copy the file again"
+        elif backend == "onnxruntime" and path.is_file():
+            spec = yield from _read_onnx(path, where)
+        elif backend == "tensorrt":
+            passport = yield from _read_plan(path, where)
+            if passport is not None:
+                spec = passport.spec
+                yield from _check_profile(passport, config, where)
+        if spec is not None:
+            yield from _check_interface(spec, config, where)
 
-    Args:
-        repository: The folder that `tritonserver --model-repository` gets.
 
-    Returns:
-        The models, and what is wrong with them, errors first.
+def _check_unconfigured_version(folder: Path) -> Iterator[_Fault]:
+    """The file that Triton would take by its name where there is no configuration."""
+    for backend, read in (("tensorrt", _read_plan), ("onnxruntime", _read_onnx)):
+        path = folder / _DEFAULT_FILES[backend]
+        if path.is_file():
+            yield from read(path, f"version {folder.name}: {path.name}")
 
-    Raises:
-        InputError: It is no folder, holds no model, or may not be read.
-        MissingDependencyError: The extra `serving` is not installed.
-    """
-    load_schema()
+
+def _read_onnx(path: Path, where: str) -> Generator[_Fault, None, ModelSpec | None]:
     try:
-        return _check_repository(repository)
-    except RepVGGDeployError:
-        raise
-    except OSError as error:
-        remedy = "run it as the user that tritonserver runs as, and let that user read all of the repository"
-        raise InputError(f"{error.filename or repository}: cannot be read: {error.strerror}", remedy=remedy) from error
+        return read_metadata(path).spec
+    except ForeignModelError:
+        message = f"{where} is not of repvgg-export, so that it was not checked"
+        yield "warning", message, "let Triton load it, or export it again"
+    except ModelError as error:
+        yield "error", f"{where}: {error.message}", error.remedy
+    return None
 
 
-def _check_repository(repository: Path) -> tuple[tuple[str, ...], tuple[Finding, ...]]:
-    if not repository.is_dir():
-        raise InputError(f"{repository}: is no folder", remedy="give the folder that holds a folder for each model")
-    if (repository / CONFIG_FILE).exists():
-        raise InputError(
-            f"{repository}: is one model and no repository",
-            remedy=f"give the folder around it: {repository.absolute().parent}",
-        )
-    models = tuple(
-        sorted(entry.name for entry in repository.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    )
-    if not models:
-        raise InputError(
-            f"{repository}: holds no model", remedy="write one with repvgg-trt triton MODEL --out REPOSITORY"
-        )
-    configs = {name: _read_config(repository / name) for name in models}
-    findings = [finding for name in models for finding in _check_model(repository / name, configs[name])]
-    findings += [finding for name in models for finding in _check_steps(name, configs)]
-    return models, tuple(sorted(findings, key=lambda finding: (finding.severity, finding.model)))
-
-
-def _read_config(folder: Path) -> Any:
-    """The configuration, or the Finding that stands in its place."""
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        if list_versions(folder):
-            return Finding(
-                "warning",
-                folder.name,
-                f"has no {CONFIG_FILE}: Triton would make one up, without batching or labels",
-                "write one",
-            )
-        return Finding(
-            "error", folder.name, f"has neither a {CONFIG_FILE} nor a version folder", "move it out of the repository"
-        )
+def _read_plan(path: Path, where: str) -> Generator[_Fault, None, PlanPassport | None]:
+    """The passport of a plan that any configuration could name."""
     try:
-        return parse_config(path.read_text(encoding="utf-8"), path)
-    except InputError as error:
-        return Finding("error", folder.name, error.message, error.remedy)
-    except (OSError, UnicodeDecodeError) as error:
-        return Finding(
-            "error",
-            folder.name,
-            f"{CONFIG_FILE} cannot be read: {error}",
-            "make it a UTF-8 text file that Triton may read",
-        )
+        passport = read_passport(path)
+    except PlanError as error:
+        yield "error", f"{where}: its passport cannot be read: {error.message}", _REWRITE
+        return None
+    if passport is None:
+        yield "warning", f"{where} has no passport beside it, so that it was not checked", _REWRITE
+        return None
+    if sha256_file(path) != passport.plan_sha256:
+        yield "error", f"{where} is truncated or changed: it is not the plan of its passport", _REWRITE
+    if passport.flavour != "tensorrt":
+        yield "error", f"{where} is of TensorRT-RTX, which Triton cannot load", "build it with --backend tensorrt"
+    return passport
 
 
-def _check_model(folder: Path, config: Any) -> Iterator[Finding]:
-    if isinstance(config, Finding):
-        yield config
-        for number in list_versions(folder)[-1:] if config.severity == "warning" else ():
-            yield from check_unconfigured_version(folder / str(number), folder.name)
+def _check_profile(passport: PlanPassport, config: Any, where: str) -> Iterator[_Fault]:
+    profile, largest = passport.config.profile, config.max_batch_size
+    if largest > profile.max_batch:
+        message = f"{where} takes batches up to {profile.max_batch}, and max_batch_size is {largest}"
+        remedy = f"set max_batch_size to {profile.max_batch}, or build the plan with --max-batch {largest}"
+        yield "error", message, remedy
+    if largest and profile.min_batch > 1:
+        message = f"{where} takes no batch below {profile.min_batch}, and Triton sends such"
+        yield "error", message, "build it with --min-batch 1"
+
+
+def _check_interface(spec: ModelSpec, config: Any, where: str) -> Iterator[_Fault]:
+    """Names, types and shapes of the file's tensors against those of the configuration."""
+    batched = config.max_batch_size > 0
+    if batched and spec.batch is not None:
+        message = f"{where} takes batches of {spec.batch} only, and max_batch_size is {config.max_batch_size}"
+        yield "error", message, _REWRITE
         return
-    yield from check_config(config, folder.name)
-    yield from _check_labels(folder, config)
-    yield from _check_leftovers(folder)
-    versions = list_versions(folder)
-    if not versions:
-        yield Finding(
-            "error", folder.name, "has no version folder, such as 1", f"mkdir {folder / '1'} and put the model there"
-        )
-        return
-    policy = config.version_policy
-    wanted = set(policy.specific.versions) if policy.HasField("specific") else set()
-    for number in sorted(wanted - set(versions)):
-        yield Finding(
-            "error",
-            folder.name,
-            f"version_policy wants version {number}, which is not there",
-            "correct the policy, or add the version",
-        )
-    latest = policy.latest.num_versions or 1
-    served = (
-        sorted(wanted & set(versions))
-        if wanted
-        else list(versions)
-        if policy.HasField("all")
-        else list(versions)[-latest:]
+    for kind, tensors, stated in (("input", (spec.input,), config.input), ("output", spec.outputs, config.output)):
+        known = {tensor.name: tensor for tensor in tensors}
+        for item in stated:
+            if item.name in known:
+                for text in _differences(kind, known[item.name], item, batched):
+                    yield "error", f"{where}: {text}", _REWRITE
+            else:
+                message = f"{where} has no {kind} {item.name!r}: it has {', '.join(known)}"
+                yield "error", message, "correct its name in config.pbtxt"
+        for name in sorted(set(known) - {item.name for item in stated}) if kind == "input" else ():
+            yield "error", f"{where}: config.pbtxt lacks the input {name!r}", _REWRITE
+
+
+def _differences(kind: str, tensor: TensorSpec, item: Any, batched: bool) -> Iterator[str]:
+    stated = load_schema().DataType.Name(item.data_type)
+    if stated != data_type(tensor.dtype):
+        yield f"{kind} {tensor.name!r} is {data_type(tensor.dtype)}, and config.pbtxt says {stated}"
+    shape = tensor.shape[1:] if batched else tensor.shape
+    dims = list(item.reshape.shape) if item.HasField("reshape") else list(item.dims)
+    agree = len(shape) == len(dims) and all(
+        not isinstance(size, int) or size == dim for size, dim in zip(shape, dims, strict=True)
     )
-    if backend_of(config) != "ensemble":
-        for number in served:
-            yield from check_version(folder / str(number), config, folder.name)
+    if not agree:
+        yield f"{kind} {tensor.name!r} is {list(shape)}, and config.pbtxt says {dims}"
 
 
-def _check_labels(folder: Path, config: Any) -> Iterator[Finding]:
+# -- what stands beside the versions, and the models of an ensemble
+
+
+def _check_labels(folder: Path, config: Any) -> Iterator[_Fault]:
     for output in config.output:
         if not output.label_filename:
             continue
         path = folder / output.label_filename
         if not path.is_file():
-            yield Finding(
-                "error",
-                folder.name,
-                f"the labels {path.name} of {output.name!r} are not there",
-                "add the file, or leave label_filename out",
-            )
+            message = f"the labels {path.name} of {output.name!r} are not there"
+            yield "error", message, "add the file, or leave label_filename out"
             continue
         count, classes = len(path.read_bytes().splitlines()), output.dims[-1] if output.dims else -1
         if classes not in (-1, count):
-            yield Finding(
-                "warning",
-                folder.name,
-                f"{path.name} names {count} classes, and {output.name!r} has {classes}",
-                "give one line a class, in order",
-            )
+            message = f"{path.name} names {count} classes, and {output.name!r} has {classes}"
+            yield "warning", message, "give one line a class, in order"
 
 
-def _check_leftovers(folder: Path) -> Iterator[Finding]:
+def _check_leftovers(folder: Path) -> Iterator[_Fault]:
     for entry in sorted(folder.iterdir()):
         if entry.name.endswith((PARTIAL_SUFFIX, ".tmp")):
-            yield Finding("warning", folder.name, f"{entry.name} was left by an interrupted copy", f"rm -r {entry}")
+            yield "warning", f"{entry.name} was left by an interrupted copy", f"rm -r {entry}"
         elif entry.is_dir() and entry.name.isdecimal() and entry.name.startswith("0"):
-            yield Finding(
-                "warning",
-                folder.name,
-                f"the folder {entry.name} is no version for Triton: it begins with 0",
-                "rename it, such as to 1",
-            )
+            message = f"the folder {entry.name} is no version for Triton: it begins with 0"
+            yield "warning", message, "rename it, such as to 1"
 
 
-def _check_steps(name: str, configs: dict[str, Any]) -> Iterator[Finding]:
-    """The models of an ensemble must be there, and have the tensors that it maps."""
+def _check_steps(name: str, configs: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Message and remedy of each error: the models of an ensemble must be there, with the tensors that it maps."""
     config = configs[name]
-    if isinstance(config, Finding) or config.platform != "ensemble":
+    if isinstance(config, tuple) or config.platform != "ensemble":
         return
     for step in config.ensemble_scheduling.step:
-        other = configs.get(step.model_name)
-        if other is None:
-            yield Finding(
-                "error",
-                name,
-                f"needs the model {step.model_name!r}, which is not in the repository",
-                "add it, or correct its name",
-            )
+        if step.model_name not in configs:
+            message = f"needs the model {step.model_name!r}, which is not in the repository"
+            yield message, "add it, or correct its name"
             continue
-        if isinstance(other, Finding):
+        other = configs[step.model_name]
+        if isinstance(other, tuple):
             continue
         maps = ((step.input_map, other.input, "input"), (step.output_map, other.output, "output"))
         for mapped, tensors, kind in maps:
             for key in sorted(set(mapped) - {tensor.name for tensor in tensors}):
-                yield Finding(
-                    "error",
-                    name,
-                    f"maps the {kind} {key!r} of {step.model_name!r}, which has none of that name",
-                    f"correct {kind}_map",
-                )
+                message = f"maps the {kind} {key!r} of {step.model_name!r}, which has none of that name"
+                yield message, f"correct {kind}_map"
         if 0 < other.max_batch_size < config.max_batch_size:
             message = (
                 f"takes batches up to {config.max_batch_size}, and its step {step.model_name!r} only up to "
                 f"{other.max_batch_size}"
             )
-            yield Finding("error", name, message, "give it the smallest max_batch_size of its steps")
+            yield message, "give it the smallest max_batch_size of its steps"

@@ -9,7 +9,7 @@ import pytest
 from repvgg_deploy.errors import ArtifactError
 from repvgg_deploy.serving import repository
 from repvgg_deploy.serving.options import ServedFile
-from repvgg_deploy.serving.repository import choose_version, list_versions, write_version
+from repvgg_deploy.serving.repository import find_version, list_versions, write_version
 
 FILES = (ServedFile("model.onnx", b"weights"), ServedFile("model.json", b"{}"))
 OTHER = (ServedFile("model.onnx", b"other weights"),)
@@ -24,31 +24,20 @@ def test_write_version_writes_every_file_and_leaves_nothing_else(tmp_path: Path)
     source.write_bytes(b"from a file")
     model = tmp_path / "m"
     model.mkdir()
-    written = write_version(model / "3", (*FILES, ServedFile("plan", source)), force=False)
-    assert (written.number, written.status) == (3, "written")
+    write_version(model / "3", (*FILES, ServedFile("plan", source)))
     assert content(model / "3") == {"model.onnx": b"weights", "model.json": b"{}", "plan": b"from a file"}
     assert [entry.name for entry in model.iterdir()] == ["3"]
 
 
 def test_write_version_is_readable_by_the_user_of_the_server(tmp_path: Path) -> None:
-    write_version(tmp_path / "1", FILES, force=False)
+    write_version(tmp_path / "1", FILES)
     assert (tmp_path / "1").stat().st_mode & 0o777 == 0o755
     assert (tmp_path / "1" / "model.onnx").stat().st_mode & 0o777 == 0o644
 
 
-def test_write_version_again_is_up_to_date(tmp_path: Path) -> None:
-    write_version(tmp_path / "1", FILES, force=False)
-    before = (tmp_path / "1").stat().st_ino
-    assert write_version(tmp_path / "1", FILES, force=True).status == "up to date"
-    assert (tmp_path / "1").stat().st_ino == before
-
-
-def test_write_version_over_another_needs_force(tmp_path: Path) -> None:
-    write_version(tmp_path / "1", FILES, force=False)
-    with pytest.raises(ArtifactError, match="holds other files"):
-        write_version(tmp_path / "1", OTHER, force=False)
-    assert content(tmp_path / "1") == {"model.onnx": b"weights", "model.json": b"{}"}
-    assert write_version(tmp_path / "1", OTHER, force=True).status == "written"
+def test_write_version_replaces_another(tmp_path: Path) -> None:
+    write_version(tmp_path / "1", FILES)
+    write_version(tmp_path / "1", OTHER)
     assert content(tmp_path / "1") == {"model.onnx": b"other weights"}
     assert [entry.name for entry in tmp_path.iterdir()] == ["1"]
 
@@ -68,14 +57,14 @@ def test_write_version_that_fails_leaves_no_version(
 
     monkeypatch.setattr(repository.shutil, "copyfile", fail)
     with pytest.raises((ArtifactError, KeyboardInterrupt)):
-        write_version(tmp_path / "m" / "1", (*FILES, ServedFile("plan", source)), force=False)
+        write_version(tmp_path / "m" / "1", (*FILES, ServedFile("plan", source)))
     assert list((tmp_path / "m").iterdir()) == []
 
 
 def test_write_version_that_cannot_be_put_in_place_keeps_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_version(tmp_path / "1", FILES, force=False)
+    write_version(tmp_path / "1", FILES)
     rename, calls = os.rename, []
 
     def fail_second(start: Path, to: Path) -> None:
@@ -86,7 +75,7 @@ def test_write_version_that_cannot_be_put_in_place_keeps_the_old_one(
 
     monkeypatch.setattr(repository.os, "rename", fail_second)
     with pytest.raises(ArtifactError, match="Input/output error"):
-        write_version(tmp_path / "1", OTHER, force=True)
+        write_version(tmp_path / "1", OTHER)
     assert content(tmp_path / "1") == {"model.onnx": b"weights", "model.json": b"{}"}
     assert [entry.name for entry in tmp_path.iterdir()] == ["1"]
 
@@ -99,9 +88,11 @@ def test_versions_are_numbers_as_triton_reads_them(tmp_path: Path) -> None:
     assert list_versions(tmp_path / "nowhere") == ()
 
 
-def test_choose_version_counts_on_unless_the_highest_holds_the_same(tmp_path: Path) -> None:
-    assert choose_version(tmp_path, FILES, None) == 1
-    write_version(tmp_path / "2", FILES, force=False)
-    assert choose_version(tmp_path, FILES, None) == 2
-    assert choose_version(tmp_path, OTHER, None) == 3
-    assert choose_version(tmp_path, OTHER, 1) == 1
+def test_find_version_counts_on_unless_the_highest_holds_the_same(tmp_path: Path) -> None:
+    assert find_version(tmp_path, FILES, None) == (1, False)
+    write_version(tmp_path / "2", FILES)
+    assert find_version(tmp_path, FILES, None) == (2, True)
+    assert find_version(tmp_path, OTHER, None) == (3, False)
+    assert find_version(tmp_path, OTHER, 1) == (1, False)
+    assert find_version(tmp_path, OTHER, 2) == (2, False)
+    assert find_version(tmp_path, FILES, 2) == (2, True)

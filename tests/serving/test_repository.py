@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,17 @@ def test_writing_again_changes_nothing(onnx: Path, tmp_path: Path) -> None:
     assert files_below(tmp_path / "repo") == before
 
 
+def test_version_that_holds_other_files_needs_force(onnx: Path, tmp_path: Path) -> None:
+    write(onnx, tmp_path, version=1)
+    before = files_below(tmp_path / "repo")
+    make_onnx(onnx, seed=1)
+    with pytest.raises(ArtifactError, match="holds other files"):
+        write(onnx, tmp_path, version=1)
+    assert files_below(tmp_path / "repo") == before
+    write(onnx, tmp_path, version=1, force=True)
+    assert (tmp_path / "repo/tiny/1/model.onnx").read_bytes() == onnx.read_bytes()
+
+
 def test_another_file_becomes_the_next_version_and_says_so(onnx: Path, tmp_path: Path) -> None:
     first = write(onnx, tmp_path).parameters["repvgg_deploy.source_sha256"].string_value
     make_onnx(onnx, seed=1)
@@ -324,7 +336,7 @@ def test_print_config_and_parse_config_are_inverse() -> None:
 
 
 def test_load_schema_without_tritonclient_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(config.sys.modules, config._NAME, raising=False)
+    monkeypatch.delitem(config.sys.modules, config._SCHEMA, raising=False)
     monkeypatch.setattr(config.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(MissingDependencyError, match="tritonclient") as caught:
         load_schema()
@@ -359,7 +371,7 @@ def test_new_model_that_does_not_fit_on_the_disk_leaves_nothing_that_a_server_wo
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("repvgg_deploy.serving.repository._write_file", fail)
+    monkeypatch.setattr(shutil, "copyfile", fail)
     with pytest.raises(ArtifactError, match="No space left"):
         write(onnx, tmp_path, name="new")
     assert list((tmp_path / "repo").iterdir()) == []

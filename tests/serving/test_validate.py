@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from repvgg_deploy.errors import InputError
-from repvgg_deploy.serving.options import Finding, RepositoryOptions
+from repvgg_deploy.serving.options import RepositoryOptions
 from repvgg_deploy.serving.triton import write_triton
-from repvgg_deploy.serving.validate import validate_repository
+from repvgg_deploy.serving.validate import Finding, validate_repository
 from repvgg_deploy.specs.values import ShapeProfile
 from tests.runtime.make_model import ModelOptions, make_onnx
 from tests.serving.broken_configs import BROKEN

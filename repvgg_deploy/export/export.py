@@ -256,20 +256,10 @@ def _make_metadata(
 ) -> ModelMetadata:
     versions = tool_versions()
     reference = TRAINING_REFERENCE if checkpoint.form == "training" else DEPLOY_REFERENCE
-    history = HistoryEntry(
-        "export",
-        versions,
-        {
-            "opset": graph.opset,
-            "batch": graph.batch,
-            "image_size": "x".join(map(str, graph.image_size or ())),
-            "dynamic_size": graph.dynamic_size,
-            "input": graph.input,
-            "output": graph.output,
-            "features": graph.features,
-        },
-        parent_sha256=checkpoint.sha256,
-    )
+    names = ("opset", "batch", "dynamic_size", "input", "output", "features")
+    asked = {name: getattr(graph, name) for name in names}
+    asked["image_size"] = "x".join(map(str, graph.image_size or ()))
+    history = HistoryEntry("export", versions, asked, parent_sha256=checkpoint.sha256)
     return ModelMetadata(
         schema=METADATA_SCHEMA,
         spec=spec,

@@ -149,17 +149,13 @@ def _check_model(folder: Path, config: Any) -> Iterator[_Fault]:
 def _find_oddities(config: Any) -> Iterator[tuple[str, str]]:
     """What Triton loads, and what is hardly meant."""
     if not config.platform and not config.backend:
-        yield (
-            "config.pbtxt names neither platform nor backend: Triton guesses it from the file's name",
-            f"set platform, to {' or '.join(_BACKENDS)}",
-        )
+        message = "config.pbtxt names neither platform nor backend: Triton guesses it from the file's name"
+        yield message, f"set platform, to {' or '.join(_BACKENDS)}"
     if not config.output:
         yield "config.pbtxt has no output, so that nothing can be answered", "name every output of the model"
     if config.max_batch_size == 0 and config.HasField("dynamic_batching"):
-        yield (
-            "dynamic_batching with max_batch_size 0: there is nothing that could be put together",
-            "give max_batch_size, or leave it out",
-        )
+        message = "dynamic_batching with max_batch_size 0: there is nothing that could be put together"
+        yield message, "give max_batch_size, or leave it out"
 
 
 def _backend_of(config: Any) -> str:
@@ -171,10 +167,8 @@ def _backend_of(config: Any) -> str:
 
 def _check_backend(config: Any) -> Iterator[tuple[str, str]]:
     if config.platform in _BACKENDS and config.backend not in ("", _BACKENDS[config.platform]):
-        yield (
-            f"platform {config.platform!r} and backend {config.backend!r} contradict each other",
-            "leave one of the two out",
-        )
+        message = f"platform {config.platform!r} and backend {config.backend!r} contradict each other"
+        yield message, "leave one of the two out"
     # The python backend takes any name: only where one of ours would be taken is another platform an error.
     named = config.backend in _BACKENDS.values()
     guessed = not config.backend and config.default_model_filename.endswith((".onnx", ".plan"))
@@ -207,16 +201,12 @@ def _check_tensor(kind: str, tensor: Any) -> Iterator[tuple[str, str]]:
 
 def _check_batching(config: Any) -> Iterator[tuple[str, str]]:
     if config.max_batch_size < 0:
-        yield (
-            f"max_batch_size is {config.max_batch_size}",
-            "give 0 for a model that takes one size only, else its largest batch",
-        )
+        message = f"max_batch_size is {config.max_batch_size}"
+        yield message, "give 0 for a model that takes one size only, else its largest batch"
     for size in config.dynamic_batching.preferred_batch_size:
         if size < 1 or size > max(config.max_batch_size, 0):
-            yield (
-                f"preferred batch {size} lies outside 1 to max_batch_size {config.max_batch_size}",
-                "leave it out, or raise max_batch_size",
-            )
+            message = f"preferred batch {size} lies outside 1 to max_batch_size {config.max_batch_size}"
+            yield message, "leave it out, or raise max_batch_size"
 
 
 def _check_instances(config: Any) -> Iterator[tuple[str, str]]:
@@ -234,17 +224,13 @@ def _check_warm_up(config: Any) -> Iterator[tuple[str, str]]:
             missing = ", ".join(sorted(names - set(warm_up.inputs)))
             yield f"warm-up {warm_up.name!r} lacks the input {missing}", "give every input of the model"
         if warm_up.batch_size > max(config.max_batch_size, 1):
-            yield (
-                f"warm-up {warm_up.name!r} has a batch of {warm_up.batch_size}, above max_batch_size "
-                f"{config.max_batch_size}",
-                "give a batch that the model takes",
-            )
+            largest = f"above max_batch_size {config.max_batch_size}"
+            message = f"warm-up {warm_up.name!r} has a batch of {warm_up.batch_size}, {largest}"
+            yield message, "give a batch that the model takes"
         for name, value in warm_up.inputs.items():
             if any(size < 1 for size in value.dims):
-                yield (
-                    f"warm-up {warm_up.name!r}: input {name!r} has a dimension that is no number of at least 1",
-                    "give a whole shape",
-                )
+                message = f"warm-up {warm_up.name!r}: input {name!r} has a dimension that is no number of at least 1"
+                yield message, "give a whole shape"
 
 
 def _check_ensemble(config: Any) -> Iterator[tuple[str, str]]:
@@ -365,10 +351,8 @@ def _differences(kind: str, tensor: TensorSpec, item: Any, batched: bool) -> Ite
         yield f"{kind} {tensor.name!r} is {data_type(tensor.dtype)}, and config.pbtxt says {stated}"
     shape = tensor.shape[1:] if batched else tensor.shape
     dims = list(item.reshape.shape) if item.HasField("reshape") else list(item.dims)
-    agree = len(shape) == len(dims) and all(
-        not isinstance(size, int) or size == dim for size, dim in zip(shape, dims, strict=True)
-    )
-    if not agree:
+    fixed = [(size, dim) for size, dim in zip(shape, dims, strict=False) if isinstance(size, int)]
+    if len(shape) != len(dims) or any(size != dim for size, dim in fixed):
         yield f"{kind} {tensor.name!r} is {list(shape)}, and config.pbtxt says {dims}"
 
 
@@ -418,8 +402,6 @@ def _check_steps(name: str, configs: dict[str, Any]) -> Iterator[tuple[str, str]
                 message = f"maps the {kind} {key!r} of {step.model_name!r}, which has none of that name"
                 yield message, f"correct {kind}_map"
         if 0 < other.max_batch_size < config.max_batch_size:
-            message = (
-                f"takes batches up to {config.max_batch_size}, and its step {step.model_name!r} only up to "
-                f"{other.max_batch_size}"
-            )
+            step_takes = f"its step {step.model_name!r} only up to {other.max_batch_size}"
+            message = f"takes batches up to {config.max_batch_size}, and {step_takes}"
             yield message, "give it the smallest max_batch_size of its steps"

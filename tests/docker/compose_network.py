@@ -1,4 +1,4 @@
-"""A network as Compose makes one: its DNS knows the services that run. For Prometheus with its own configuration, unchanged.
+"""A network as Compose makes one, for Prometheus with its configuration unchanged: its DNS knows the running services.
 
     unshare --user --map-root-user --mount --net python compose_network.py PROMETHEUS CONFIGURATION FOLDER
 

@@ -1,4 +1,4 @@
-"""A Dockerfile's instructions, and what of them can be done without Docker: its lines are run in a folder that stands for the image's `/`."""
+"""A Dockerfile's instructions, and what of them can be done without Docker, in a folder that stands for `/`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PATH = re.compile(rf"(?<![\w.}})/-])/(?={TOP})")
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction: its name, what follows it with continued lines joined, its line (from 1), and the number of its stage (ARGs before it: −1)."""
+    """One instruction: name, arguments (lines joined), line (from 1), number of its stage (before any: −1)."""
 
     name: str
     value: str
@@ -67,7 +67,7 @@ def defaults(name: str) -> dict[str, str]:
 
 
 class Image:
-    """One Dockerfile, carried out in a folder: COPY copies, RUN runs in a shell, its `python` and `pip` those of a clean environment.
+    """One Dockerfile, carried out in a folder: COPY copies, RUN runs in a shell in a clean Python environment.
 
     Args:
         name: Of the Dockerfile.

@@ -111,8 +111,9 @@ def test_without_a_gpu_the_onnx_is_served_and_no_gpu_is_asked_for() -> None:
 
 def test_variables_of_the_user_reach_the_services() -> None:
     given = {
-        "MODELS": "/srv/models", "ENGINES": "/srv/engines", "USER_ID": "1234", "GROUP_ID": "55", "ADDRESS": "0.0.0.0", "TRITON_OPTIONS": "",
-        "BUILD_OPTIONS": "--max-batch 64", "TRITON_RELEASE": "24.12", "TENSORRT_VERSION": "10.7.0", "CUDA_MAJOR": "12",
+        "MODELS": "/srv/models", "ENGINES": "/srv/engines", "USER_ID": "1234", "GROUP_ID": "55", "ADDRESS": "0.0.0.0",
+        "TRITON_OPTIONS": "", "BUILD_OPTIONS": "--max-batch 64", "TRITON_RELEASE": "24.12",
+        "TENSORRT_VERSION": "10.7.0", "CUDA_MAJOR": "12",
     }  # fmt: skip
     triton = read_compose(**given)["services"]["triton"]
     assert [volume["source"] for volume in triton["volumes"]] == ["/srv/models", "/srv/engines"]

@@ -1,4 +1,4 @@
-"""docker/first_start.py, run as a container runs it: with TensorRT-RTX, which builds without a GPU, or with builds that are recorded."""
+"""docker/first_start.py as a container runs it: with TensorRT-RTX, which builds without a GPU, or recorded builds."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ class Container:
         """Runs it to its end."""
         return subprocess.run(
             [sys.executable, str(PROGRAM), *(arguments or SHOW)],
-            env={**self.environment, **environment}, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS,
+            env={**self.environment, **environment}, capture_output=True, text=True, check=False,
+            timeout=PATIENCE_SECONDS,
         )  # fmt: skip
 
     def popen(self, *arguments: str) -> subprocess.Popen[str]:
@@ -403,7 +404,7 @@ class BecameError(Exception):
 
 
 class Machine:
-    """first_start.py in this process, on a GPU that is not there; `build` writes bytes with a passport in place of a plan."""
+    """first_start.py in this process, on a GPU that is not there; `build` writes bytes with a passport, and no plan."""
 
     def __init__(self, container: Container, monkeypatch: pytest.MonkeyPatch) -> None:
         self.built: list[Path] = []

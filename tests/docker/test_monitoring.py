@@ -1,4 +1,4 @@
-"""The triton image's command with a real tritonserver, watched by a real Prometheus with the real configuration: does every panel show something?"""
+"""The triton image's command with a real tritonserver, watched by a real Prometheus: every panel shows something."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_panels_of_what_is_not_here_are_expressions_that_prometheus_understands(
 
 
 def test_numbers_of_the_panels_are_what_was_sent(prometheus: Prometheus) -> None:
-    """Eight clients at once, one image each, all answered, put together by Triton: more than one in a batch, and at most eight."""
+    """Eight clients at once, one image each, all answered: Triton puts more than one in a batch, and at most eight."""
     assert prometheus.value(TRITON["Server A"]) == 1
     assert prometheus.value(TRITON["Failed A"]) == 0
     # Up to a scrape between the two counters of one batch, a few in a hundred of what 8 s bring.

@@ -1,4 +1,4 @@
-"""The example service, whose batches wait while a file is there (TEST_GATE), and whose times to wait end once another is (TEST_GRACE_IS_OVER)."""
+"""The example service; its batches wait while the file TEST_GATE is there, its grace ends with TEST_GRACE_IS_OVER."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ class RunningService:
 
     @contextlib.contextmanager
     def hold(self, batches: Sequence[np.ndarray[Any, Any]]) -> Iterator[list[Future[Answer]]]:
-        """Requests from a thread each, none of which is run before the gate is opened; at the end each has its answer."""
+        """Requests from a thread each, none of which is run before the gate is opened; at the end all are answered."""
         self.gate.close()
         with ThreadPoolExecutor(len(batches)) as pool:
             try:
@@ -127,8 +127,9 @@ def read_tensor(answer: Answer) -> np.ndarray[Any, Any]:
 
 @contextlib.contextmanager
 def serve(path: Path, *, held: bool = False, **settings: object) -> Iterator[RunningService]:
-    """A service that answers; killed at the end if it still runs. `held`: its batches go through a gate, which is open, and its grace can be ended.
+    """A service that answers; killed at the end if it still runs.
 
+    `held`: its batches go through a gate, which is open, and its grace can be ended.
     One thread computes, and nothing is too late, unless the settings say otherwise: tests share few cores with others.
     """
     usual = {"threads": 1, "grace_seconds": 0, "drain_seconds": 600, "timeout_ms": 600_000, "body_seconds": 600}

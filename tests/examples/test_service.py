@@ -1,4 +1,4 @@
-"""The example service as a real process: the real tritonclient gets what the Engine gives, and nothing is lost when there is too much."""
+"""The example service as a process: the real tritonclient gets what the Engine gives, and no load loses a request."""
 
 from __future__ import annotations
 
@@ -465,7 +465,7 @@ def test_sigterm_without_grace_refuses_what_is_new_and_answers_what_is_under_way
 
 
 def test_sigterm_under_load_loses_no_request(model: Path) -> None:
-    """Clients behind a balancer, which asks for readiness and opens no connection once it is off: every request gets its answer."""
+    """Clients behind a balancer that opens no connection once readiness is off: every request gets its answer."""
     outcomes: Counter[object] = Counter()
     off = threading.Event()
 

@@ -1,4 +1,4 @@
-"""Configurations that Triton refuses, each made from a good one by one change: for the validator, and for the real server."""
+"""Configurations that Triton refuses, each made from a good one by one change: for validator and real server."""
 
 from __future__ import annotations
 

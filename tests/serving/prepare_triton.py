@@ -1,4 +1,4 @@
-"""Makes `.triton/`: a real tritonserver from PyPI in an environment of its own, with ONNX Runtime behind its python backend, and HAProxy.
+"""Makes `.triton/`: a real tritonserver from PyPI, with ONNX Runtime behind its python backend, and HAProxy.
 
     python tests/serving/prepare_triton.py
 

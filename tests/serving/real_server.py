@@ -68,7 +68,7 @@ class RealServer:
         return self.process.wait(PATIENCE_SECONDS)
 
     def kill(self) -> None:
-        """Ends it and what it started, if it still runs, and frees the shared memory that its python backend would leave behind."""
+        """Ends it and what it started, if it still runs, and frees the shared memory of its python backend."""
         shared = _shared_memory(self.process.pid)
         # The whole session: the interpreters of its python backend would outlive a server that is killed.
         with contextlib.suppress(ProcessLookupError):
@@ -127,7 +127,7 @@ def _is_ready(server: RealServer) -> bool:
 
 
 def free_ports(count: int) -> int:
-    """The first of so many consecutive ports that are free, and that the system gives to no outgoing connection until they are bound."""
+    """The first of so many consecutive ports that are free, and that the system gives to no outgoing connection."""
     try:
         end = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""A real tritonserver serves what is written, as it is. ONNX Runtime stands behind its python backend; all else is Triton's own."""
+"""A real tritonserver serves what is written. ONNX Runtime is behind its python backend; all else is Triton's own."""
 
 from __future__ import annotations
 

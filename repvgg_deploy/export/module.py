@@ -195,20 +195,13 @@ def _shape(tensor: Tensor, name: str, options: ModuleOptions) -> tuple[int | str
 
 
 def _output_spec(name: str, tensor: Tensor, options: ModuleOptions) -> TensorSpec:
-    dtypes = {
-        torch.float32: "float32",
-        torch.float16: "float16",
-        torch.int64: "int64",
-        torch.int32: "int32",
-        torch.uint8: "uint8",
-    }
-    if tensor.dtype not in dtypes:
+    dtype, known = str(tensor.dtype).removeprefix("torch."), ("float32", "float16", "int64", "int32", "uint8")
+    if dtype not in known:
         raise InputError(
-            f"output {name} is {tensor.dtype}",
-            remedy=f"convert it to one of {', '.join(dtypes.values())} in the module",
+            f"output {name} is {tensor.dtype}", remedy=f"convert it to one of {', '.join(known)} in the module"
         )
-    layout = "NCHW" if tensor.ndim == 4 else "NC" if tensor.ndim == 2 else "other"
-    return TensorSpec(name, dtypes[tensor.dtype], _shape(tensor, name, options), layout)  # type: ignore[arg-type]
+    layout = {4: "NCHW", 2: "NC"}.get(tensor.ndim, "other")
+    return TensorSpec(name, dtype, _shape(tensor, name, options), layout)  # type: ignore[arg-type]
 
 
 def _vary_input(x: Tensor, options: ModuleOptions) -> dict[str, Tensor]:

@@ -172,10 +172,10 @@ def synthesize_images(
     # The model's own normalisation of a pixel, in one affine step.
     mean, std = _channels(preprocessing.mean), _channels(preprocessing.std)
     gain, offset = spread / std, (centre - mean) / std
-    report = progress or _silent
+    total = len(plan.batches) * plan.steps
     for index, count in enumerate(plan.batches):
-        before, total = index * plan.steps, len(plan.batches) * plan.steps
-        report(before, total)
+        if progress is not None:
+            progress(index * plan.steps, total)
         stream = np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0]
         noise = _photo_noise((count, 3, *preprocessing.crop), torch.Generator().manual_seed(int(stream >> 1)))
         pixels = torch.clamp(noise, lowest, highest).contiguous(memory_format=torch.channels_last)
@@ -190,7 +190,8 @@ def synthesize_images(
             root = (second / (1 - _SECOND_MOMENTUM**step)).sqrt_().add_(_EPSILON)
             moved = pixels.detach() - rate / (1 - _MOMENTUM**step) * first / root
             pixels = torch.clamp(moved, lowest, highest)
-            report(before + step, total)
+            if progress is not None:
+                progress(index * plan.steps + step, total)
         with torch.no_grad():
             rounded = (pixels * spread + centre).round_().clamp_(0, 255)
             left = float(mismatch((rounded - centre) / spread * gain + offset))
@@ -202,10 +203,6 @@ def synthesize_images(
             )
         _LOG.info("calibration images: batch %d of %d, mismatch %.4f", index + 1, len(plan.batches), left)
         yield np.ascontiguousarray(rounded.permute(0, 2, 3, 1).to(torch.uint8).numpy()), left
-
-
-def _silent(done: int, total: int) -> None:
-    """No progress wanted."""
 
 
 def _channels(values: tuple[float, float, float]) -> Tensor:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 from ..errors import ExportError
 from ..files import wire
@@ -23,18 +23,6 @@ from ..specs.values import ModelMetadata
 
 _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
 _MAX_BYTES = (1 << 31) - 1
-
-
-class _Tee:
-    """Writes to a file and feeds a digest."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.digest = hashlib.sha256()
-
-    def write(self, data: bytes | memoryview) -> None:
-        self.file.write(data)
-        self.digest.update(data)
 
 
 def write_model(
@@ -57,10 +45,12 @@ def write_model(
     weights = weights or {}
     own = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     arrays: dict[str, NDArray[np.generic]] = {**own, **weights}
-    headers = {name: _tensor_header(name, array) for name, array in arrays.items()}
-    sizes = {
-        name: len(headers[name]) + len(wire.bytes_header(_RAW_DATA, a.nbytes)) + a.nbytes for name, a in arrays.items()
-    }
+    headers = {}
+    for name, array in arrays.items():
+        tensor = onnx.TensorProto(name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(array.dtype))
+        tensor_bytes = bytes(tensor.SerializeToString(deterministic=True))  # up to its raw data
+        header = tensor_bytes + wire.bytes_header(_RAW_DATA, array.nbytes)
+        headers[name] = wire.bytes_header(_INITIALIZER, len(header) + array.nbytes) + header
     shell = onnx.ModelProto()
     shell.CopyFrom(model)
     del shell.graph.initializer[:]
@@ -71,7 +61,7 @@ def write_model(
     del shell.metadata_props[:]
     graph = shell.graph.SerializeToString(deterministic=True)
     early, late = _split(graph, _INITIALIZER)
-    total = len(graph) + sum(len(wire.bytes_header(_INITIALIZER, size)) + size for size in sizes.values())
+    total = len(graph) + sum(len(headers[name]) + array.nbytes for name, array in arrays.items())
     if total > _MAX_BYTES:
         raise ExportError(
             f"{path.name}: {total / 1e9:.1f} GB of weights, and an ONNX file holds 2.1 GB",
@@ -79,20 +69,17 @@ def write_model(
         )
     shell.ClearField("graph")
     before, after = _split(shell.SerializeToString(deterministic=True), _GRAPH)
+    pieces = chain(
+        [before + wire.bytes_header(_GRAPH, total) + early],
+        chain.from_iterable((headers[name], _raw_bytes(array)) for name, array in arrays.items()),
+        [late + after],
+    )
+    digest = hashlib.sha256()
     with path.open("wb") as file:
-        tee = _Tee(file)
-        tee.write(before + wire.bytes_header(_GRAPH, total) + early)
-        for name, array in arrays.items():
-            tee.write(
-                wire.bytes_header(_INITIALIZER, sizes[name])
-                + headers[name]
-                + wire.bytes_header(_RAW_DATA, array.nbytes)
-            )
-            if array.nbytes:
-                plain = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))
-                tee.write(plain.reshape(-1).view(np.uint8).data)
-        tee.write(late + after)
-    return tee.digest
+        for piece in pieces:
+            file.write(piece)
+            digest.update(piece)
+    return digest
 
 
 def append_metadata(path: Path, digest: hashlib._Hash, metadata: ModelMetadata) -> None:
@@ -101,10 +88,12 @@ def append_metadata(path: Path, digest: hashlib._Hash, metadata: ModelMetadata) 
         file.write(metadata_field(digest, metadata))
 
 
-def _tensor_header(name: str, array: NDArray[np.generic]) -> bytes:
-    """A TensorProto up to its raw data: dims, data type, name."""
-    tensor = onnx.TensorProto(name=name, dims=array.shape, data_type=onnx.helper.np_dtype_to_tensor_dtype(array.dtype))
-    return bytes(tensor.SerializeToString(deterministic=True))
+def _raw_bytes(array: NDArray[np.generic]) -> bytes | memoryview:
+    """Little-endian values in C order; of a contiguous array a view."""
+    if not array.nbytes:
+        return b""
+    plain = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))
+    return plain.reshape(-1).view(np.uint8).data
 
 
 def _split(message: bytes, number: int) -> tuple[bytes, bytes]:

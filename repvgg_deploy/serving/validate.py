@@ -81,15 +81,12 @@ def _list_models(repository: Path) -> tuple[str, ...]:
     if not repository.is_dir():
         raise InputError(f"{repository}: is no folder", remedy="give the folder that holds a folder for each model")
     if (repository / CONFIG_FILE).exists():
-        raise InputError(
-            f"{repository}: is one model and no repository",
-            remedy=f"give the folder around it: {repository.absolute().parent}",
-        )
+        remedy = f"give the folder around it: {repository.absolute().parent}"
+        raise InputError(f"{repository}: is one model and no repository", remedy=remedy)
     models = list_models(repository)
     if not models:
-        raise InputError(
-            f"{repository}: holds no model", remedy="write one with repvgg-trt triton MODEL --out REPOSITORY"
-        )
+        remedy = "write one with repvgg-trt triton MODEL --out REPOSITORY"
+        raise InputError(f"{repository}: holds no model", remedy=remedy)
     return models
 
 
@@ -184,19 +181,16 @@ def _check_tensors(config: Any) -> Iterator[tuple[str, str]]:
         for name in sorted({name for name in names if names.count(name) > 1}):
             yield f"{kind} {name!r} stands there twice", "leave one of them out"
         for tensor in tensors:
-            yield from _check_tensor(kind, tensor)
-
-
-def _check_tensor(kind: str, tensor: Any) -> Iterator[tuple[str, str]]:
-    if not tensor.name:
-        yield f"an {kind} has no name", "name it as the model does"
-    if tensor.data_type == 0:
-        yield f"{kind} {tensor.name!r} has no data_type", "give one such as TYPE_FP32"
-    if not tensor.dims and not tensor.HasField("reshape"):
-        yield f"{kind} {tensor.name!r} has no dims", "give its shape without the batch, such as [ 3, 224, 224 ]"
-    wrong = [size for size in tensor.dims if size < 1 and size != -1]
-    if wrong:
-        yield f"{kind} {tensor.name!r} has a dimension of {wrong[0]}", "give sizes of at least 1, or -1 for any"
+            which = f"{kind} {tensor.name!r}"
+            if not tensor.name:
+                yield f"an {kind} has no name", "name it as the model does"
+            if tensor.data_type == 0:
+                yield f"{which} has no data_type", "give one such as TYPE_FP32"
+            if not tensor.dims and not tensor.HasField("reshape"):
+                yield f"{which} has no dims", "give its shape without the batch, such as [ 3, 224, 224 ]"
+            wrong = [size for size in tensor.dims if size < 1 and size != -1]
+            if wrong:
+                yield f"{which} has a dimension of {wrong[0]}", "give sizes of at least 1, or -1 for any"
 
 
 def _check_batching(config: Any) -> Iterator[tuple[str, str]]:
@@ -356,9 +350,6 @@ def _differences(kind: str, tensor: TensorSpec, item: Any, batched: bool) -> Ite
         yield f"{kind} {tensor.name!r} is {list(shape)}, and config.pbtxt says {dims}"
 
 
-# -- what stands beside the versions, and the models of an ensemble
-
-
 def _check_labels(folder: Path, config: Any) -> Iterator[_Fault]:
     for output in config.output:
         if not output.label_filename:
@@ -368,7 +359,8 @@ def _check_labels(folder: Path, config: Any) -> Iterator[_Fault]:
             message = f"the labels {path.name} of {output.name!r} are not there"
             yield "error", message, "add the file, or leave label_filename out"
             continue
-        count, classes = len(path.read_bytes().splitlines()), output.dims[-1] if output.dims else -1
+        count = len(path.read_bytes().splitlines())
+        classes = output.dims[-1] if output.dims else -1
         if classes not in (-1, count):
             message = f"{path.name} names {count} classes, and {output.name!r} has {classes}"
             yield "warning", message, "give one line a class, in order"

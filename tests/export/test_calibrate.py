@@ -192,11 +192,11 @@ def test_program_with_an_option_that_cannot_hold_is_a_usage_error(
     capsys.readouterr()
 
 
-def test_sample_int8_from_synthetic_images_agrees_as_well_as_from_real_ones(sample_dir: Path, tmp_path: Path) -> None:
-    path = tmp_path / "sample.onnx"
-    export_checkpoint(
-        sample_dir / "repvgg-sample.pth", path, options=ExportOptions(calibration=SynthesisOptions(images=64))
-    )
+def test_sample_int8_from_synthetic_images_agrees_as_well_as_from_real_ones(
+    exported_sample: Path, sample_dir: Path, tmp_path: Path
+) -> None:
+    path = Path(shutil.copy(exported_sample, tmp_path))
+    write_calibration(sample_dir / "repvgg-sample.pth", path, options=SynthesisOptions(images=64))
     with Engine(path) as engine:
         assert engine.spec.preprocessing is not None
         preprocessing = engine.spec.preprocessing

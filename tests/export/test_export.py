@@ -368,11 +368,10 @@ def test_export_trained_a0_agrees_with_its_training_form_on_photos(shared_data: 
 GOLDEN = Path(__file__).parent.parent / "golden" / "sample_logits.json"
 
 
-def test_export_sample_gives_the_golden_logits(tmp_path: Path, sample_dir: Path) -> None:
+def test_export_sample_gives_the_golden_logits(exported_sample: Path, sample_dir: Path) -> None:
     """The committed sample on its images, as its training form gave it in float64 (`tests/golden/record.py`)."""
     golden = json.loads(GOLDEN.read_text())
-    export_checkpoint(sample_dir / "repvgg-sample.pth", tmp_path / "s.onnx")
-    with Engine(tmp_path / "s.onnx") as engine:
+    with Engine(exported_sample) as engine:
         images = [sample_dir / "images" / name for name in golden]
         assert len(images) == 10
         # float32 error of 14 layers, in units of the logits, which are about 10

@@ -71,14 +71,12 @@ class WrittenModel:
 
 @dataclass(frozen=True, slots=True)
 class _Draft:
-    """One model that is to be written; `standing` where its version is there already."""
+    """One model that is to be written; `version` is the one that is asked for."""
 
-    folder: Path
     config: Any
-    labels: str | None
     files: tuple[ServedFile, ...]
-    version: int
-    standing: bool
+    labels: str | None
+    version: int | None
 
 
 def write_repository(
@@ -103,33 +101,48 @@ def write_repository(
     labels = None
     if has_labels(model):
         labels = "".join(" ".join(label.split()) + "\n" for label in model.spec.labels or ())
-    served = make_config(model, options)
-    wanted = [(served, model.files, labels, options.version)]
+    config = make_config(model, options)
+    drafts = [_Draft(config, model.files, labels, options.version)]
     if options.ensemble is not None:
-        before = make_jpeg_models(model, options, served)
-        wanted += [(config, files, None if files else labels, 1) for config, files in before]
-    drafts = []
-    for config, files, names, number in wanted:
+        before = make_jpeg_models(model, options, config)
+        drafts += [_Draft(other, files, None if files else labels, 1) for other, files in before]
+    for draft in drafts:
         if options.written_by is not None:
-            config.parameters[WRITTEN_BY].string_value = options.written_by
-        version, standing = find_version(out / config.name, files, number)
-        drafts.append(_Draft(out / config.name, config, names, files, version, standing))
+            draft.config.parameters[WRITTEN_BY].string_value = options.written_by
         if not force:
-            _require_no_other(drafts[-1])
+            _require_no_other(draft, out / draft.config.name)
     with explain_os_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    return tuple(_write_model(draft, force) for draft in drafts)
+    return tuple(_write_model(draft, out / draft.config.name, force=force) for draft in drafts)
 
 
-def find_version(model_folder: Path, files: Sequence[ServedFile], version: int | None) -> tuple[int, bool]:
+def find_version(
+    model_folder: Path, files: Sequence[ServedFile], version: int | None, *, force: bool = False
+) -> tuple[int, bool]:
     """The version folder to write, and whether it stands there with these very files.
 
-    The number is the one that is asked for; else the highest if it holds these files, the next one if it holds others,
-    1 if there is none.
+    Args:
+        model_folder: The folder around it.
+        files: What it shall hold.
+        version: The number that is asked for; None: the highest if it holds these files, else the next one.
+        force: Whether a version that is asked for and holds other files may be replaced.
+
+    Raises:
+        ArtifactError: It may not.
     """
     number = version or max(list_versions(model_folder), default=0)
-    standing = number > 0 and _holds(model_folder / str(number), files)
-    return (number, standing) if standing or version is not None else (number + 1, False)
+    folder = model_folder / str(number)
+    if number and _holds(folder, files):
+        return number, True
+    if version is None:
+        return number + 1, False
+    if folder.exists() and not force:
+        remedy = (
+            "leave --version out for the next number, which Triton can load while the old one serves, or give "
+            "--force to replace it"
+        )
+        raise ArtifactError(f"{folder}: exists and holds other files", remedy=remedy)
+    return number, False
 
 
 def list_versions(model_folder: Path) -> tuple[int, ...]:
@@ -149,18 +162,12 @@ def list_models(repository: Path) -> tuple[str, ...]:
     )
 
 
-def _require_no_other(draft: _Draft) -> None:
+def _require_no_other(draft: _Draft, folder: Path) -> None:
     """Finds out before anything is written that something else stands there."""
-    folder = draft.folder / str(draft.version)
-    if folder.exists() and not draft.standing:
-        remedy = (
-            "leave --version out for the next number, which Triton can load while the old one serves, or give "
-            "--force to replace it"
-        )
-        raise ArtifactError(f"{folder}: exists and holds other files", remedy=remedy)
-    path, labels = draft.folder / CONFIG_FILE, draft.folder / LABELS_FILE
+    find_version(folder, draft.files, draft.version)
+    path, labels = folder / CONFIG_FILE, folder / LABELS_FILE
     if path.exists():
-        found = _read_config(draft.folder)
+        found = _read_config(folder)
         if found is None or _without_provenance(found) != _without_provenance(draft.config):
             raise ArtifactError(
                 f"{path}: exists and configures the model otherwise, for all of its versions",
@@ -181,18 +188,19 @@ def _without_provenance(config: Any) -> Any:
     return copy
 
 
-def _write_model(draft: _Draft, force: bool) -> WrittenModel:
-    folder, config = draft.folder, draft.config
+def _write_model(draft: _Draft, folder: Path, *, force: bool) -> WrittenModel:
+    config = draft.config
     with explain_os_errors(folder):
         folder.mkdir(exist_ok=True)
     try:
         if draft.labels is not None:
             write_text(folder / LABELS_FILE, draft.labels, force=force)
-        version = folder / str(draft.version)
-        if not draft.standing:
-            write_version(version, draft.files)
+        # Looked up again: another writer may have been here meanwhile.
+        number, standing = find_version(folder, draft.files, draft.version, force=force)
+        if not standing:
+            write_version(folder / str(number), draft.files)
         if WRITTEN_BY in config.parameters:
-            versions, found = {draft.version}, _read_config(folder)
+            versions, found = {number}, _read_config(folder)
             if found is not None and _read_writer(found) == config.parameters[WRITTEN_BY].string_value:
                 versions |= set(_read_written_versions(found)) & set(list_versions(folder))
             config.parameters[WRITTEN_VERSIONS].string_value = ",".join(map(str, sorted(versions)))
@@ -206,7 +214,7 @@ def _write_model(draft: _Draft, force: bool) -> WrittenModel:
     # Last, so that a server that polls finds no model whose files are not there yet. What differs was allowed above, or
     # is provenance.
     write_text(folder / CONFIG_FILE, print_config(config), force=True)
-    written = WrittenVersion(version, "up to date" if draft.standing else "written")
+    written = WrittenVersion(folder / str(number), "up to date" if standing else "written")
     return WrittenModel(config.name, written, folder / CONFIG_FILE, config.max_batch_size)
 
 

@@ -94,5 +94,7 @@ def test_find_version_counts_on_unless_the_highest_holds_the_same(tmp_path: Path
     assert find_version(tmp_path, FILES, None) == (2, True)
     assert find_version(tmp_path, OTHER, None) == (3, False)
     assert find_version(tmp_path, OTHER, 1) == (1, False)
-    assert find_version(tmp_path, OTHER, 2) == (2, False)
+    assert find_version(tmp_path, OTHER, 2, force=True) == (2, False)
+    with pytest.raises(ArtifactError, match="holds other files"):
+        find_version(tmp_path, OTHER, 2)
     assert find_version(tmp_path, FILES, 2) == (2, True)

@@ -66,7 +66,7 @@ def verify_onnx(
 def _fits(batch: Batch, spec: ModelSpec) -> bool:
     if spec.input.dtype == "uint8" and batch.images is None:
         return False
-    wanted = spec.input.shape[1:3] if spec.input.layout == "NHWC" else spec.input.shape[2:4]
+    wanted = [spec.input.shape[axis] for axis in spec.input.image_axes or ()]
     return all(isinstance(want, str) or want == size for want, size in zip(wanted, batch.array.shape[2:], strict=True))
 
 

@@ -15,9 +15,5 @@ if TYPE_CHECKING:
 
 __getattr__ = find_lazily(
     __name__,
-    {
-        "onnx": "read_metadata",
-        "passport": "read_passport",
-        "plan_place": "Compatible Environment Incompatible",
-    },
+    {"onnx": "read_metadata", "passport": "read_passport", "plan_place": "Compatible Environment Incompatible"},
 )

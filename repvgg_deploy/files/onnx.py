@@ -109,8 +109,7 @@ def _metadata(path: Path, buffer: memoryview) -> ModelMetadata:
         metadata = codec.loads(ModelMetadata, text)
     except InputError as error:
         raise ModelError(
-            f"{path}: its {METADATA_KEY} metadata is damaged or of another version: {error.message}",
-            remedy=_REEXPORT,
+            f"{path}: its {METADATA_KEY} metadata is damaged or of another version: {error.message}", remedy=_REEXPORT
         ) from error
     parts = hashlib.sha256()
     for field in fields:

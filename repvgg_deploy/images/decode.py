@@ -239,8 +239,7 @@ def _decode(source: str | BytesIO, where: str, formats: Sequence[str], max_pixel
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(
-            f"{where}: more than the {max_pixels:,} pixels that are decoded here: {error}",
-            remedy=_SHRINK,
+            f"{where}: more than the {max_pixels:,} pixels that are decoded here: {error}", remedy=_SHRINK
         ) from error
     except UnidentifiedImageError as error:
         raise InputError(

@@ -274,9 +274,7 @@ def _measure(
 ) -> dict[_Lane, Turns]:
     calls = {lane: lane.make_call(batch) for lane in lanes}
     return measure_in_turns(
-        calls,
-        request.pace,
-        progress=lambda lane: progress(f"{lane.subject.path.name}, {lane.way}, batch {batch}"),
+        calls, request.pace, progress=lambda lane: progress(f"{lane.subject.path.name}, {lane.way}, batch {batch}")
     )
 
 

@@ -17,9 +17,5 @@ if TYPE_CHECKING:
     from .fold import reparameterize as reparameterize
 
 __getattr__ = find_lazily(
-    __name__,
-    {
-        "checkpoint.load": "Checkpoint build_model load_checkpoint",
-        "fold": "reparameterize",
-    },
+    __name__, {"checkpoint.load": "Checkpoint build_model load_checkpoint", "fold": "reparameterize"}
 )

@@ -70,7 +70,7 @@ def test_what_the_documentation_names_as_api_is_reachable_from_a_room() -> None:
     known = {f"{'.'.join(filter(None, ('repvgg_deploy', face.name)))}" for face in faces()} | {"repvgg_deploy.errors"}
     assert len(named) > 100
     assert {name for name in named if name not in known and name.rpartition(".")[0] not in known} <= {
-        "repvgg_deploy.evaluate.plots",  # a page of one module: it draws
+        "repvgg_deploy.evaluate.plots"  # a page of one module: it draws
     }
 
 

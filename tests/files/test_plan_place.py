@@ -8,14 +8,7 @@ import pytest
 
 from repvgg_deploy.errors import InputError
 from repvgg_deploy.files import plan_place
-from repvgg_deploy.files.plan_place import (
-    Compatible,
-    Environment,
-    Incompatible,
-    find_gpu,
-    judge_plan,
-    parse_version,
-)
+from repvgg_deploy.files.plan_place import Compatible, Environment, Incompatible, find_gpu, judge_plan, parse_version
 from tests.files.make_passport import make_passport
 
 RTX: dict[str, Any] = {

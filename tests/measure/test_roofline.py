@@ -8,14 +8,7 @@ import math
 import onnx
 import pytest
 
-from repvgg_deploy.measure.roofline import (
-    ITEM_BYTES,
-    Ceiling,
-    LayerCost,
-    bound_layers,
-    count_costs,
-    total_floor_ms,
-)
+from repvgg_deploy.measure.roofline import ITEM_BYTES, Ceiling, LayerCost, bound_layers, count_costs, total_floor_ms
 from repvgg_deploy.specs.values import Precision, VariantSpec
 from repvgg_deploy.specs.variants import PUBLISHED, count_macs, get_variant
 from tests.precision.make_variant import SMALL_G4, make_variant

@@ -100,10 +100,7 @@ def test_warm_up_runs_one_image_and_the_largest_batch(onnx: Path, tmp_path: Path
     config = write(onnx, tmp_path)
     assert [
         (w.batch_size, list(w.inputs["images"].dims), type_name(w.inputs["images"])) for w in config.model_warmup
-    ] == [
-        (1, [3, 16, 16], "TYPE_FP32"),
-        (32, [3, 16, 16], "TYPE_FP32"),
-    ]
+    ] == [(1, [3, 16, 16], "TYPE_FP32"), (32, [3, 16, 16], "TYPE_FP32")]
 
 
 def test_uint8_model_of_any_size_keeps_its_type_and_warms_up_at_its_own_size(tmp_path: Path) -> None:

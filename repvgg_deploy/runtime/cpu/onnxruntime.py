@@ -96,8 +96,7 @@ class OnnxRuntimeBackend:
         except Exception as error:
             kind = CudaError if self._device == "cuda" else ModelError
             raise kind(
-                f"ONNX Runtime failed on a batch of {batch.dtype} {batch.shape}: {one_line(error)}",
-                remedy=RUN_REMEDY,
+                f"ONNX Runtime failed on a batch of {batch.dtype} {batch.shape}: {one_line(error)}", remedy=RUN_REMEDY
             ) from error
         return outputs
 

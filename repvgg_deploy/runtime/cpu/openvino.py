@@ -98,8 +98,7 @@ class OpenVinoBackend:
             return [np.array(request.get_output_tensor(index).data) for index in range(self._count)]
         except Exception as error:
             raise ModelError(
-                f"OpenVINO failed on a batch of {batch.dtype} {batch.shape}: {one_line(error)}",
-                remedy=RUN_REMEDY,
+                f"OpenVINO failed on a batch of {batch.dtype} {batch.shape}: {one_line(error)}", remedy=RUN_REMEDY
             ) from error
         finally:
             self._idle.append(request)

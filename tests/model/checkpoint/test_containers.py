@@ -310,9 +310,7 @@ def test_zip_bomb_is_refused(tmp_path):
     torch.save({"a": torch.zeros(4)}, tmp_path / "m.pth")
     bomb = bytes(100 << 20)
     path = rewrite_zip(
-        tmp_path,
-        lambda name, data: bomb if name.endswith("data/0") else data,
-        compression=zipfile.ZIP_DEFLATED,
+        tmp_path, lambda name, data: bomb if name.endswith("data/0") else data, compression=zipfile.ZIP_DEFLATED
     )
     with pytest.raises(CheckpointError, match="inflate"):
         read_file(path)

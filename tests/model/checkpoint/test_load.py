@@ -23,16 +23,7 @@ from repvgg_deploy.model.network import RepVGG
 from repvgg_deploy.specs import codec
 from repvgg_deploy.specs.values import Preprocessing
 from repvgg_deploy.specs.variants import count_parameters, get_variant
-from tests.model.generated import (
-    SMALL,
-    SMALL_PLUS,
-    Case,
-    images,
-    outputs,
-    random_model,
-    rename,
-    write_case,
-)
+from tests.model.generated import SMALL, SMALL_PLUS, Case, images, outputs, random_model, rename, write_case
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -15,14 +15,7 @@ import pytest
 from repvgg_deploy.errors import InputError, MissingDependencyError, ModelError
 from repvgg_deploy.runtime.engine import Engine
 from repvgg_deploy.runtime.options import EngineOptions
-from tests.runtime.make_model import (
-    ModelOptions,
-    make_metadata,
-    make_onnx,
-    random_batch,
-    strip_metadata,
-    write_bound,
-)
+from tests.runtime.make_model import ModelOptions, make_metadata, make_onnx, random_batch, strip_metadata, write_bound
 
 # FP32 in another order of additions.
 TOLERANCE = 1e-5

@@ -11,12 +11,7 @@ import numpy as np
 import pytest
 
 from repvgg_deploy import Engine
-from repvgg_deploy.errors import (
-    CudaContextError,
-    CudaError,
-    CudaMemoryError,
-    InputError,
-)
+from repvgg_deploy.errors import CudaContextError, CudaError, CudaMemoryError, InputError
 from repvgg_deploy.runtime.results import TopK
 from tests.fakes.tensorrt import Faults
 from tests.runtime.gpu_world import Setting, World, assert_answers, make_world

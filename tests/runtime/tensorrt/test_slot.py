@@ -14,9 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from repvgg_deploy.errors import (
-    CudaError,
-)
+from repvgg_deploy.errors import CudaError
 from tests.fakes.cuda import FakeCuda
 from tests.fakes.tensorrt import Faults
 from tests.runtime.gpu_world import Setting, World, assert_answers, make_world

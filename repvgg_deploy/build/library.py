@@ -88,9 +88,6 @@ class BuildLog:
     Attributes:
         errors: The first errors, as they came.
         trt_logger: What TensorRT is given.
-
-    Args:
-        trt: The module.
     """
 
     def __init__(self, trt: Any) -> None:
@@ -140,17 +137,11 @@ def look_for_gpu(index: int = 0) -> GpuSearch:
 
 _LIBRARIES = {
     "CUDNN": ("cudnnGetVersion", "cudnnGetProperty", ("libcudnn.so.8", "cudnn64_8.dll")),
-    "CUBLAS": (
-        "cublasCreate_v2",
-        "cublasGetProperty",
-        ("libcublas.so.11", "libcublas.so.12", "cublas64_11.dll", "cublas64_12.dll"),
-    ),
-    "CUBLAS_LT": (
-        "cublasLtCreate",
-        "cublasLtGetProperty",
-        ("libcublasLt.so.11", "libcublasLt.so.12", "cublasLt64_11.dll", "cublasLt64_12.dll"),
-    ),
-}
+    "CUBLAS": ("cublasCreate_v2", "cublasGetProperty",
+               ("libcublas.so.11", "libcublas.so.12", "cublas64_11.dll", "cublas64_12.dll")),
+    "CUBLAS_LT": ("cublasLtCreate", "cublasLtGetProperty",
+                  ("libcublasLt.so.11", "libcublasLt.so.12", "cublasLt64_11.dll", "cublasLt64_12.dll")),
+}  # fmt: skip
 """By tactic source: a function that its library has, the one that tells the version, and the library's file names."""
 _OTHERS = ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
 _UNKNOWN = "unknown version"

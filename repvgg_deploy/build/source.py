@@ -25,9 +25,7 @@ class Source:
     """An ONNX that was read.
 
     Attributes:
-        path: The file.
-        data: All of its bytes.
-        sha256: Digest of `data`.
+        sha256: Digest of `data`, all of the file.
         metadata: Ours, checked against the content.
         graph: Without the weights.
         precision: The lowest that its convolutions compute in.

@@ -42,13 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Inputs:
-    """How one set of images becomes the inputs of two models.
-
-    Attributes:
-        spec: What the set is read for.
-        reference: Its batches → those of the first model.
-        other: Its batches → those of the second.
-    """
+    """How one set of images, read for `spec`, becomes the inputs of two models: a function for each."""
 
     spec: ModelSpec
     reference: Convert
@@ -137,14 +131,7 @@ def _require_same_classes(args: argparse.Namespace, reference: ModelSpec, other:
 def _with_layers(
     report: AgreementReport, inputs: _Inputs, fixed: set[int], args: argparse.Namespace
 ) -> AgreementReport:
-    """The report with a comparison layer by layer, or with the reason why there is none.
-
-    Args:
-        report: How the answers compare.
-        inputs: How images become the inputs of both models.
-        fixed: The fixed batch sizes of the two models.
-        args: The models, the images and how many of them.
-    """
+    """The report with a comparison layer by layer, or with the reason why there is none."""
     from ..evaluate.agreement import compare_layers, first_below
     from ..images.sets import SetOptions, open_images
 

@@ -44,8 +44,6 @@ class NodeSummary:
     Attributes:
         op_type: Such as `Conv`.
         name: May be empty.
-        inputs: Names of its inputs.
-        outputs: Names of its outputs.
         integers: Its attributes that are one whole number, not negative, such as `to` of a Cast.
     """
 
@@ -61,10 +59,8 @@ class GraphSummary:
     """A graph without its weights.
 
     Attributes:
-        nodes: In order.
         initializers: Shape by name.
         opset: Version of the default operator set.
-        file_bytes: Size of the file.
         types: Number type of each initializer by name: `float32`, `float16`, `int8` and so on; a type that no model of
             ours has by its number in ONNX.
     """
@@ -292,13 +288,10 @@ def _read_opset(buffer: memoryview, field: wire.Field) -> int:
 
 
 def _content_digest(parts: hashlib._Hash, text: str) -> str:
-    """The value of `content_sha256`.
+    """The value of `content_sha256`: of every top-level field but `metadata_props`, which `parts` has seen, and `text`.
 
-    Args:
-        parts: SHA-256 fed with every top-level field of the file except `metadata_props`, as written; not changed.
-        text: The metadata as it stands in the file; its own `content_sha256` is taken as empty. The text and not its
-            meaning, so that a later version of this project, with more fields, still finds the files of this one
-            unchanged.
+    The metadata's text counts, its own `content_sha256` empty, and not its meaning: a later version of this project,
+    with more fields, still finds the files of this one unchanged.
     """
     digest = parts.copy()
     digest.update(_DIGEST_FIELD.sub('"content_sha256":""', text, count=1).encode())

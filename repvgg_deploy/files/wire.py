@@ -20,7 +20,6 @@ class Field(NamedTuple):
     """One field of a message.
 
     Attributes:
-        number: The field's number.
         wire_type: VARINT, FIXED64, BYTES or FIXED32.
         start: Offset of the field, its tag included.
         payload: Offset of the value (after the length, for BYTES).

@@ -253,14 +253,7 @@ class ImageSet:
 
 
 def _to_input(images: Sequence[NDArray[Any]], spec: ModelSpec, name: str) -> NDArray[Any]:
-    """Stacks images to a batch as the model takes it: uint8 (N, H, W, 3), or float32 (N, 3, H, W), normalised.
-
-    Args:
-        images: All uint8 (H, W, 3) or (3, H, W), RGB, 0–255; or all float32 of either layout, normalised. None give a
-            batch of none.
-        spec: Its input is uint8 NHWC, or floating-point NCHW.
-        name: Names the set, for messages.
-    """
+    """Stacks images, uint8 RGB or normalised float32 of either layout, to a batch as the model takes it."""
     takes_bytes = spec.input.dtype == "uint8"
     if not images:
         return np.empty((0, 0, 0, 3) if takes_bytes else (0, 3, 0, 0), np.uint8 if takes_bytes else np.float32)

@@ -42,15 +42,8 @@ from .times import (
 
 logger = logging.getLogger(__name__)
 _PACKAGES = (
-    "numpy",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "openvino",
-    "tensorrt",
-    "tensorrt-rtx-cu13",
-    "cuda-bindings",
-    "torch",
-)
+    "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx-cu13", "cuda-bindings", "torch",
+)  # fmt: skip
 _PHASE_CALLS = 50
 
 

@@ -217,8 +217,7 @@ def _exact_deploy(block: TrainingBlock, other: DeployBlock) -> DeployBlock:
 def _compare_kernels(name: str, block: TrainingBlock, other: DeployBlock, exact: DeployBlock) -> Check:
     """The weights that will be shipped against the float64 fold: each output channel in units of its own largest value.
 
-    Half an epsilon is the one rounding to float32. A channel far smaller than the others, or one that no input excites,
-    shows here and nowhere else.
+    Half an epsilon is the rounding to float32. A channel that no input excites shows here and nowhere else.
     """
     worst = 0.0
     for part in ("weight", "bias"):

@@ -32,7 +32,6 @@ class Layer:
     """A convolution or the classifier.
 
     Attributes:
-        name: Of its node.
         input: Tensor that it reads.
         output: Tensor that it writes, before any ReLU.
         weight: Initializer, (out, in / groups, height, width) or (out, in).

@@ -261,11 +261,7 @@ def draw_batches(spec: ModelSpec, draw: Callable[[int, int], NDArray[np.uint8]] 
 
 
 def _draw_images(height: int, width: int) -> NDArray[Any]:
-    """uint8 (8, H, W, 3).
-
-    Natural images have a power spectrum that falls with frequency (Field 1987); a sum of random gratings with amplitude
-    1/frequency has, too.
-    """
+    """uint8 (8, H, W, 3), with a power spectrum that falls with frequency, as natural images have (Field 1987)."""
     random = np.random.default_rng(0)
     y, x = np.meshgrid(np.arange(height) / height, np.arange(width) / width, indexing="ij")
     images = np.zeros((8, height, width, 3))

@@ -80,14 +80,11 @@ class QuantizeResult:
     Attributes:
         output: The typed ONNX, and whether it was written or stood there already.
         metadata: What it carries.
-        images: None where there were none.
-        int8: Report of INT8, or None.
-        fp16: Report of FP16, or None.
+        images: What images took part; None where there were none.
         verification: The written graph against the FP32 graph; None without images to run.
         ungated: Why no agreement was demanded; empty where it was.
         bytes_before: Size of the FP32 file.
         bytes_after: Size of the typed file.
-        stages: In order.
         scales_output: The saved calibration, if that was asked for.
     """
 

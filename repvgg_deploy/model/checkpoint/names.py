@@ -51,11 +51,8 @@ _PLUS_STAGE = r"stage(?P<stage>[124]|3_first|3_second)\.blocks\.(?P<index>\d{1,5
 _PLUS = Naming("repvggplus", "stage0.", _PLUS_STAGE, _PLUS_STAGE + _BRANCH, _OFFICIAL_PARTS)
 _TIMM_STAGE = r"stages\.(?P<stage>[0-3])\.(?P<index>\d{1,5})\."
 _TIMM = Naming(
-    name="timm",
-    stem="stem.",
-    stage=_TIMM_STAGE,
-    telling=rf"(?:stem\.|{_TIMM_STAGE})(?:conv_kxk\.(?:conv|bn)|conv_1x1\.conv|reparam_conv)\.",
-    parts={
+    "timm", "stem.", _TIMM_STAGE, rf"(?:stem\.|{_TIMM_STAGE})(?:conv_kxk\.(?:conv|bn)|conv_1x1\.conv|reparam_conv)\.",
+    {
         "conv_kxk.conv.": "rbr_dense.conv.",
         "conv_kxk.bn.": "rbr_dense.bn.",
         "conv_1x1.conv.": "rbr_1x1.conv.",
@@ -65,15 +62,12 @@ _TIMM = Naming(
         "attn.fc1.": "se.down.",
         "attn.fc2.": "se.up.",
     },
-    head="head.fc",
-)
+    "head.fc",
+)  # fmt: skip
 _MMPRETRAIN_STAGE = r"stage_(?P<stage>[1-4])\.(?P<index>\d{1,5})\."
 _MMPRETRAIN = Naming(
-    name="mmpretrain",
-    stem="stem.",
-    stage=_MMPRETRAIN_STAGE,
-    telling=rf"(?:stem\.|{_MMPRETRAIN_STAGE})branch_(?:3x3|reparam|1x1)\.",
-    parts={
+    "mmpretrain", "stem.", _MMPRETRAIN_STAGE, rf"(?:stem\.|{_MMPRETRAIN_STAGE})branch_(?:3x3|reparam|1x1)\.",
+    {
         "branch_3x3.conv.": "rbr_dense.conv.",
         "branch_3x3.norm.": "rbr_dense.bn.",
         "branch_1x1.conv.": "rbr_1x1.conv.",
@@ -83,8 +77,8 @@ _MMPRETRAIN = Naming(
         "se_layer.conv1.conv.": "se.down.",
         "se_layer.conv2.conv.": "se.up.",
     },
-    head="head.fc",
-)
+    "head.fc",
+)  # fmt: skip
 # RepOpt-VGG. `_ADDED` are its training-only modes: constant scales between convolutions and one BatchNorm.
 _ADDED = Naming("repopt (csla or hyper-search)", "stage0.", _STAGE, _BLOCK + r"scale_(?:conv|1x1|identity)\.", parts={})
 _POST_SE = {"post_se.down.": "post_se.down.", "post_se.up.": "post_se.up."}

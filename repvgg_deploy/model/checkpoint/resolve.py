@@ -35,16 +35,8 @@ from .structure import (
 METADATA_KEY = "repvgg_deploy"
 _EMA_KEYS = ("state_dict_ema", "model_ema", "ema", "ema_model", "model_ema_state_dict")
 _PLAIN_KEYS = (
-    "state_dict",
-    "model_state_dict",
-    "model_state",
-    "model",
-    "module",
-    "net",
-    "network",
-    "weights",
-    "params",
-)
+    "state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights", "params",
+)  # fmt: skip
 _SKIPPED_KEYS = frozenset(["optimizer", "optimizers", "optimizer_states", "lr_scheduler", "lr_schedulers", "scheduler",
                            "scaler", "amp", "callbacks", "loops", "hyper_parameters", "config", "args", "meta",
                            "message_hub", "ema_state_dict", METADATA_KEY])  # fmt: skip

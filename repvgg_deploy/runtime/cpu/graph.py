@@ -34,7 +34,6 @@ class Node:
     Attributes:
         op_type: Such as `Conv`.
         inputs: Names; an empty one for an input that is left out.
-        outputs: Names.
         rest: Its other fields as they are in a file: name, attributes.
         domain: The operator's; empty for ONNX's own.
     """

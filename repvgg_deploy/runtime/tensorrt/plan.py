@@ -57,7 +57,6 @@ class OpenPlan:
 
     Attributes:
         library: The TensorRT that runs it.
-        log: What it logs.
         runtime: TensorRT's IRuntime, which lives at least as long as the engine.
         engine: TensorRT's ICudaEngine.
         interface: Input, outputs and profile, outputs in the order of `spec`.

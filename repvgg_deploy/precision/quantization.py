@@ -79,12 +79,9 @@ class QuantizeResult:
 
     Attributes:
         output: The typed ONNX, and whether it was written or stood there already.
-        metadata: What it carries.
         images: What images took part; None where there were none.
         verification: The written graph against the FP32 graph; None without images to run.
         ungated: Why no agreement was demanded; empty where it was.
-        bytes_before: Size of the FP32 file.
-        bytes_after: Size of the typed file.
         scales_output: The saved calibration, if that was asked for.
     """
 

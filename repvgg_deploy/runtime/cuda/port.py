@@ -36,7 +36,6 @@ class DeviceInfo:
         compute_capability: Such as `8.6`.
         driver_version: Such as `580.95.05`; empty where the system does not say.
         cuda_version: The newest CUDA that the driver knows, such as `13.0`.
-        memory_bytes: All memory of the GPU.
     """
 
     name: str

@@ -56,7 +56,6 @@ class OpenPlan:
     """A plan that TensorRT has taken.
 
     Attributes:
-        library: The TensorRT that runs it.
         runtime: TensorRT's IRuntime, which lives at least as long as the engine.
         engine: TensorRT's ICudaEngine.
         interface: Input, outputs and profile, outputs in the order of `spec`.

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from .. import find_lazily
 
 if TYPE_CHECKING:
+    from .calibration import Images as Images
+    from .calibration import load_calibration as load_calibration
     from .decode import decode_image as decode_image
     from .decode import default_preprocessing as default_preprocessing
     from .decode import list_images as list_images
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 __getattr__ = find_lazily(
     __name__,
     {
+        "calibration": "Images load_calibration",
         "decode": "decode_image default_preprocessing list_images load_batch load_image normalize",
         "sets": "ImageBatch ImageSet SetOptions open_images",
     },

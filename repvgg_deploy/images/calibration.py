@@ -11,7 +11,7 @@ import logging
 import zipfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,30 +33,32 @@ _SUFFIX = ".calib.npz"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class CalibrationImages:
-    """Images to calibrate with, or to judge the result on, as the model takes them.
+class Images:
+    """Images to calibrate with and to judge the result on, as the model takes them.
 
     Attributes:
-        batches: uint8 (N, H, W, 3), or float32 (N, 3, H, W), normalised.
-        skipped: How many images could not be read.
+        batches: To calibrate with: uint8 (N, H, W, 3), or float32 (N, 3, H, W), normalised.
+        held_out: To judge the result with, likewise; without any, those to calibrate with stand in.
         name: Where they came from.
+        skipped: How many images could not be read.
         fixed_batch: Whether the model has a fixed batch: then all batches have that size, and none is cut.
     """
 
-    batches: list[NDArray[Any]]
-    skipped: int
-    name: str
-    fixed_batch: bool
+    batches: Sequence[NDArray[Any]]
+    held_out: Sequence[NDArray[Any]] = ()
+    name: str = ""
+    skipped: int = 0
+    fixed_batch: bool = False
 
     @property
     def images(self) -> int:
-        """How many there are."""
+        """How many there are to calibrate with."""
         return sum(map(len, self.batches))
 
 
 def load_calibration(
     path: StrPath, spec: ModelSpec, *, limit: int = USUAL_IMAGES, batch_size: int = 32, seed: int = 0
-) -> CalibrationImages:
+) -> Images:
     """Reads images to calibrate with; labels are not looked at.
 
     Args:
@@ -82,10 +84,11 @@ def load_calibration(
     _require_usable(batches, images)
     if skipped:
         logger.warning("%s: %d of %d images could not be read and were left out", images.name, skipped, len(images))
-    return CalibrationImages(_fill(batches, spec.batch, images.name), skipped, images.name, spec.batch is not None)
+    filled = _fill(batches, spec.batch, images.name)
+    return Images(filled, (), images.name, skipped, spec.batch is not None)
 
 
-def split_held_out(images: CalibrationImages, *, share: float = 0.2) -> tuple[CalibrationImages, CalibrationImages]:
+def split_held_out(images: Images, *, share: float = 0.2) -> Images:
     """Divides images into those to calibrate with, and those to judge the result on.
 
     Evenly: with a share of 0.2 every fifth image is held out (with a fixed batch: every fifth batch), so that both
@@ -94,9 +97,6 @@ def split_held_out(images: CalibrationImages, *, share: float = 0.2) -> tuple[Ca
     Args:
         images: Not changed.
         share: To hold out, more than 0 and less than 1; at least one image is, and at least one is left.
-
-    Returns:
-        The images to calibrate with, and the held-out ones.
 
     Raises:
         CalibrationError: The share is out of range, or there is only one image (or one fixed batch).
@@ -117,14 +117,14 @@ def split_held_out(images: CalibrationImages, *, share: float = 0.2) -> tuple[Ca
     held[-1] |= not held.any()
     held[0] &= not held.all()
     masks = np.split(held, np.cumsum([len(unit) for unit in units])[:-1])
-    return _part(images, units, [~mask for mask in masks]), _part(images, units, masks)
+    left, held_out = _part(images, units, [~mask for mask in masks]), _part(images, units, masks)
+    return replace(images, batches=left, held_out=held_out)
 
 
-def _part(images: CalibrationImages, units: Sequence[NDArray[Any]], masks: Sequence[NDArray[Any]]) -> CalibrationImages:
+def _part(images: Images, units: Sequence[NDArray[Any]], masks: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
     """The rows of `units` (images; with a fixed batch, batches) that the masks choose; whole units are not copied."""
     chosen = [unit if mask.all() else unit[mask] for unit, mask in zip(units, masks, strict=True) if mask.any()]
-    batches = [part[0] for part in chosen] if images.fixed_batch else chosen
-    return CalibrationImages(batches, images.skipped, images.name, images.fixed_batch)
+    return [part[0] for part in chosen] if images.fixed_batch else chosen
 
 
 def _fill(batches: list[NDArray[Any]], fixed: int | None, name: str) -> list[NDArray[Any]]:

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from .fp16 import Fp16Options as Fp16Options
     from .fp16 import Fp16Report as Fp16Report
     from .fp16 import to_fp16 as to_fp16
-    from .int8 import Images as Images
     from .int8 import Int8Options as Int8Options
     from .int8 import Int8Report as Int8Report
     from .int8 import LayerReport as LayerReport
@@ -37,7 +36,7 @@ __getattr__ = find_lazily(
     {
         "equalize": "EqualizeOptions",
         "fp16": "Fp16Options Fp16Report to_fp16",
-        "int8": "Images Int8Options Int8Report LayerReport quantize_graph to_int8",
+        "int8": "Int8Options Int8Report LayerReport quantize_graph to_int8",
         "metrics": "Verification",
         "options": "QuantizeOptions",
         "quantization": "ImageUse QuantizeResult StageTime default_typed_output quantize",

@@ -21,6 +21,7 @@ import onnx
 from numpy.typing import NDArray
 
 from ..errors import CalibrationError
+from ..images.calibration import Images
 from .chain import Chain, Float64, Layer, opset_of, read_chain, read_weights
 from .check import Target, check_quantized
 from .closed_form import closed_form_statistics, correct_bias
@@ -125,19 +126,6 @@ MAX_CALIBRATION = Int8Options(
 """What most tools do: per-channel weights, per-tensor activations, nothing clipped."""
 FAST = Int8Options(target="trt8", equalize=EqualizeOptions(0.5), search=None, rounding=RoundOptions(method="nearest"))
 """Without the second-order rounding and without the search."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Images:
-    """Images as the model takes them (see `images.calibration.load_calibration`).
-
-    Attributes:
-        batches: To calibrate with.
-        held_out: To judge the result with; without any, the calibration images stand in where a bound is to be met.
-    """
-
-    batches: Sequence[NDArray[Any]]
-    held_out: Sequence[NDArray[Any]] = ()
 
 
 @dataclass(frozen=True, slots=True)

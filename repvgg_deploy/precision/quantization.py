@@ -19,6 +19,7 @@ import numpy as np
 from ..errors import CalibrationError
 from ..files.output import PendingOutput, atomic_output, require_distinct, require_replaceable
 from ..images.calibration import (
+    Images,
     calibration_path,
     find_calibration_file,
     load_calibration,
@@ -30,7 +31,7 @@ from ..specs import codec
 from ..specs.values import Check, ModelMetadata
 from .fp16 import Fp16Report, draw_batches, to_fp16
 from .gate import agreement_check, blame_int8, error_check, refuse_fp16, refuse_int8
-from .int8 import Images, Int8Report, Progress, to_int8
+from .int8 import Int8Report, Progress, to_int8
 from .metrics import Judge, Verification
 from .options import STATISTICS, QuantizeOptions
 from .scales import ScaleOptions, read_scales
@@ -212,7 +213,7 @@ def _gather_images(
     limit = options.images + int(options.images * _EXTRA_SHARE)
     found = load_calibration(path, parent.metadata.spec, limit=limit, seed=options.seed)
     if options.precision == "fp16":
-        return Images(found.batches), ImageUse(found.name, synthetic, found.images, 0, found.skipped)
+        return found, ImageUse(found.name, synthetic, found.images, 0, found.skipped)
     if found.images < LEAST_IMAGES:
         raise CalibrationError(
             f"{found.name}: expected at least {LEAST_IMAGES} images to calibrate with and to judge the result, "
@@ -220,9 +221,9 @@ def _gather_images(
             remedy="give some hundred images of the training split, and no smaller --images",
         )
     share = max(_HELD_OUT_SHARE, 1 - options.images / found.images)
-    calibrate, held_out = split_held_out(found, share=share)
-    use = ImageUse(found.name, synthetic, calibrate.images, held_out.images, found.skipped)
-    return Images(calibrate.batches, held_out.batches), use
+    images = split_held_out(found, share=share)
+    held_out = sum(map(len, images.held_out))
+    return images, ImageUse(found.name, synthetic, images.images, held_out, found.skipped)
 
 
 def _find_beside(model: Path, parent: Parent) -> Path:
@@ -288,7 +289,7 @@ def _make_int8(parent: Parent, images: Images | None, options: QuantizeOptions, 
         steps = dataclasses.replace(steps, scales=ScaleOptions(saved.method, steps.scales.percentile))
     # What is judged below is the very graph that is written. Held-out images are given here only where a bound is to be
     # met with them.
-    given = images if steps.max_drop is not None else Images(images.batches)
+    given = images if steps.max_drop is not None else dataclasses.replace(images, held_out=())
     typed, report = to_int8(parent, given, steps, saved=saved, progress=clock)
     clock("verify", 0, 1)
     found = Judge(parent.chain, images.held_out).compare(typed.model, progress=partial(clock, "verify"))

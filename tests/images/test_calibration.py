@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from repvgg_deploy.errors import CalibrationError, InputError
 from repvgg_deploy.images.calibration import (
-    CalibrationImages,
+    Images,
     calibration_path,
     find_calibration_file,
     load_calibration,
@@ -184,7 +184,7 @@ def test_provenance_example_of_the_documents_is_one(tmp_path: Path, sample_dir: 
     assert found == example
 
 
-def flatten(images: CalibrationImages) -> NDArray[Any]:
+def flatten(images: Images) -> NDArray[Any]:
     return np.concatenate(images.batches)
 
 
@@ -217,9 +217,9 @@ def test_calibration_respects_a_fixed_batch(tmp_path: Path, caplog: pytest.LogCa
     few = load_calibration(tmp_path / "set.npz", make_spec(batch=32), limit=3)
     assert few.batches[0].shape == (32, 3, 8, 8)
     assert "repeated to fill" in caplog.text
-    left, held = split_held_out(images, share=0.4)
-    assert [batch.shape for batch in (*left.batches, *held.batches)] == [(4, 8, 8, 3)] * 5
-    assert len(held.batches) == 2
+    divided = split_held_out(images, share=0.4)
+    assert [batch.shape for batch in (*divided.batches, *divided.held_out)] == [(4, 8, 8, 3)] * 5
+    assert len(divided.held_out) == 2
 
 
 def test_calibration_that_cannot_be_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -262,12 +262,13 @@ def test_held_out_share_is_spread_evenly_and_nothing_is_lost(
 ) -> None:
     np.savez(tmp_path / "set.npz", images=draw(count))
     images = load_calibration(tmp_path / "set.npz", make_spec(uint8=True), batch_size=16)
-    left, out = split_held_out(images, share=share)
-    assert (left.images, out.images) == (count - held, held)
+    divided = split_held_out(images, share=share)
+    out = np.concatenate(divided.held_out)
+    assert (divided.images, len(out)) == (count - held, held)
     whole = {image.tobytes() for image in flatten(images)}
-    assert {image.tobytes() for image in flatten(left)} | {image.tobytes() for image in flatten(out)} == whole
+    assert {image.tobytes() for image in flatten(divided)} | {image.tobytes() for image in out} == whole
     again = split_held_out(images, share=share)
-    assert np.array_equal(flatten(again[1]), flatten(out))
+    assert np.array_equal(np.concatenate(again.held_out), out)
 
 
 def test_held_out_share_that_cannot_be_is_refused(tmp_path: Path) -> None:

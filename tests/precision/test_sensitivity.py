@@ -8,9 +8,10 @@ import onnx
 import pytest
 
 from repvgg_deploy.errors import CalibrationError
+from repvgg_deploy.images.calibration import Images
 from repvgg_deploy.precision.chain import read_chain, read_weights
 from repvgg_deploy.precision.check import check_quantized
-from repvgg_deploy.precision.int8 import FAST, MAX_CALIBRATION, Images, Int8Options, quantize_graph
+from repvgg_deploy.precision.int8 import FAST, MAX_CALIBRATION, Int8Options, quantize_graph
 from repvgg_deploy.precision.metrics import QuantizationCost, count_macs, fewest_kept, rank_layers
 from repvgg_deploy.precision.round import RoundedLayer, round_nearest
 from repvgg_deploy.precision.round_network import Prepared

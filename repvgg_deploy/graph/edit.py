@@ -1,0 +1,137 @@
+"""An ONNX graph as it is read and edited: who makes a tensor, who reads it, what is constant, how many channels it has.
+
+A graph is never changed in place: `rebuild` writes a new one from a list of nodes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper, shape_inference
+
+
+class GraphView:
+    """A model's main graph with its lookups.
+
+    Args:
+        model: Not changed, and not to be changed while the view is used.
+
+    Attributes:
+        nodes: In topological order, as ONNX demands.
+        made_by: By the name of a tensor, the node that makes it.
+        readers: By the name of a tensor, the nodes that read it, once each; subgraphs of If and Loop count.
+        kept: Tensors that must exist whatever is folded: the graph's outputs, and what subgraphs read.
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+        graph = model.graph
+        self.nodes: list[onnx.NodeProto] = list(graph.node)
+        self.made_by = {output: node for node in self.nodes for output in node.output if output}
+        self.readers: dict[str, list[onnx.NodeProto]] = {}
+        self.kept = {value.name for value in graph.output}
+        for node in self.nodes:
+            for name in dict.fromkeys(node.input):
+                self.readers.setdefault(name, []).append(node)
+            self.kept.update(_read_in_subgraphs(node))
+        self._initializers = {tensor.name: tensor for tensor in graph.initializer}
+        self._shapes = _infer_shapes(model)
+        self._names = itertools.count()
+        self._taken = set(self.made_by) | set(self._initializers) | {value.name for value in graph.input}
+
+    def constant(self, name: str) -> NDArray[np.float64] | None:
+        """A floating-point constant in float64, of an initializer or a Constant node; None for all else.
+
+        An initializer that is also an input may be replaced by the caller: it is none.
+        """
+        array = self.raw_constant(name)
+        return None if array is None or array.dtype.kind != "f" else array.astype(np.float64)
+
+    def raw_constant(self, name: str) -> NDArray[np.generic] | None:
+        """A constant of any type as it is stored, or None."""
+        if name in self._initializers:
+            replaceable = any(value.name == name for value in self.model.graph.input)
+            return None if replaceable else np.asarray(numpy_helper.to_array(self._initializers[name]))
+        node = self.made_by.get(name)
+        if node is not None and node.op_type == "Constant" and node.attribute[0].name == "value":
+            return np.asarray(numpy_helper.to_array(node.attribute[0].t))
+        return None
+
+    def shape(self, name: str) -> tuple[int | None, ...] | None:
+        """A tensor's shape, None for a dynamic dimension; None where the rank is not known."""
+        return self._shapes.get(name)
+
+    def new_name(self, near: str) -> str:
+        """A name that no tensor has, made of another."""
+        while (name := f"{near}.folded{next(self._names) or ''}") in self._taken:
+            pass
+        self._taken.add(name)
+        return name
+
+    def rebuild(self, nodes: Sequence[onnx.NodeProto], added: Sequence[onnx.TensorProto]) -> onnx.ModelProto:
+        """A model of other nodes, in any order. What leads to no output, and constants that nobody reads, go.
+
+        Args:
+            nodes: All that is to remain, and what is new.
+            added: New initializers.
+        """
+        makers = {output: node for node in nodes for output in node.output if output}
+        ordered: list[onnx.NodeProto] = []
+        done: set[int] = set()
+        stack: list[tuple[onnx.NodeProto, bool]] = []
+        wanted = [value.name for value in self.model.graph.output]
+        for name in wanted:
+            if name in makers:
+                stack.append((makers[name], False))
+            while stack:
+                node, ready = stack.pop()
+                if id(node) in done:
+                    continue
+                if ready:
+                    done.add(id(node))
+                    ordered.append(node)
+                    continue
+                stack.append((node, True))
+                needs = [*node.input, *_read_in_subgraphs(node)]
+                stack.extend(
+                    (makers[need], False) for need in reversed(needs) if need in makers and id(makers[need]) not in done
+                )
+        copy = onnx.ModelProto()
+        copy.CopyFrom(self.model)
+        del copy.graph.node[:]
+        del copy.graph.initializer[:]
+        del copy.graph.value_info[:]
+        copy.graph.node.extend(ordered)
+        read = {name for node in ordered for name in [*node.input, *_read_in_subgraphs(node)]} | set(wanted)
+        copy.graph.initializer.extend(t for t in (*self._initializers.values(), *added) if t.name in read)
+        return copy
+
+
+def attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    """A node's attributes by name, as Python values."""
+    return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
+def _read_in_subgraphs(node: onnx.NodeProto) -> Iterator[str]:
+    for attribute in node.attribute:
+        for graph in [*([attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else []), *attribute.graphs]:
+            for inner in graph.node:
+                yield from inner.input
+                yield from _read_in_subgraphs(inner)
+            yield from (value.name for value in graph.output)
+
+
+def _infer_shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
+    """Of all tensors whose rank ONNX can tell."""
+    graph = shape_inference.infer_shapes(model).graph
+    shapes = {}
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        if value.type.HasField("tensor_type") and value.type.tensor_type.HasField("shape"):
+            dims = value.type.tensor_type.shape.dim
+            shapes[value.name] = tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in dims)
+    return shapes

@@ -1,0 +1,217 @@
+"""Linear regions become fewer convolutions, equal at the borders, too; what would not be equal or not pay is left."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import helper
+
+from repvgg_deploy.errors import ParityError
+from repvgg_deploy.graph import regions
+from repvgg_deploy.graph.fold import fold_branches
+from repvgg_deploy.graph.linear import Form
+from tests.graph.make_blocks import BLOCKS, CHANNELS, Draw, make_block
+
+SIZES = ((1, 15, 14), (2, 9, 9), (1, 16, 20))
+
+
+def run(model: onnx.ModelProto, x: np.ndarray) -> list[np.ndarray]:
+    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(
+        None, {"x": x}
+    )
+
+
+def assert_equal(model: onnx.ModelProto, folded: onnx.ModelProto) -> None:
+    """Within 1e-5 of the largest value: float32 sums of at most a few hundred terms, added in another order."""
+    onnx.checker.check_model(folded, full_check=True)
+    for count, height, width in SIZES:
+        x = np.random.default_rng(3).standard_normal((count, CHANNELS, height, width)).astype(np.float32)
+        for one, other in zip(run(model, x), run(folded, x), strict=True):
+            np.testing.assert_allclose(other, one, rtol=0, atol=1e-5 * float(np.abs(one).max() + 1e-30))
+
+
+def kinds(model: onnx.ModelProto) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph.node)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_block_of_a_network_becomes_one_convolution(name: str) -> None:
+    model = make_block(name)
+    before = model.SerializeToString()
+    folded, report = fold_branches(model)
+    assert kinds(folded) == {"Relu": 2, "Conv": 1} and model.SerializeToString() == before
+    assert [one.kernel_after for one in report.folds] == [BLOCKS[name][1]] and report.left == ()
+    assert report.folds[0].error < 2.0**-23 and report.folds[0].macs_after < report.folds[0].macs_before
+    assert_equal(model, folded)
+
+
+def test_result_that_is_folded_again_stays_as_it_is() -> None:
+    once, _ = fold_branches(make_block("MobileOne depthwise"))
+    twice, report = fold_branches(once)
+    assert report.folds == () and twice.graph == once.graph
+
+
+LEFT_ALONE = {
+    "a spatial kernel before a padded one": lambda d, x: d.sum(d.conv(d.conv(x)), d.conv(x, kernel=1)),
+    "a bias before padding": lambda d, x: d.sum(d.conv(d.conv(x, kernel=1, bias=True)), d.conv(x)),
+    "pooling that does not count zeros": lambda d, x: d.sum(d.pool(x, count_include_pad=0), d.conv(x)),
+    "pooling with ceil_mode": lambda d, x: d.sum(
+        d.pool(x, 2, pads=[0] * 4, ceil_mode=1), d.conv(x, kernel=2, pads=[0] * 4)
+    ),
+    "a dense branch beside a large depthwise one": lambda d, x: d.sum(
+        d.conv(x, kernel=1), d.conv(x, kernel=7, group=8)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_ALONE)
+def test_sum_that_would_not_be_equal_or_not_pay_remains_with_its_reason(name: str) -> None:
+    draw = Draw()
+    model = draw.model(draw.node("Relu", [LEFT_ALONE[name](draw, "x")]))
+    folded, report = fold_branches(model)
+    assert kinds(folded) == kinds(model)
+    ((tensor, reason),) = report.left
+    assert tensor in draw.channels and len(reason) > 20
+    assert_equal(model, folded)
+
+
+def test_depthwise_part_folds_where_the_product_with_the_pointwise_one_would_not_pay() -> None:
+    draw = Draw()
+    token = draw.bn(draw.sum(draw.conv_bn("x", group=8), draw.conv("x", kernel=1, group=8), "x"))
+    model = draw.model(draw.conv_bn(token, 16, kernel=1))
+    folded, report = fold_branches(model)
+    assert [one.kernel_after for one in report.folds] == ["3×3 depthwise", "1×1"]
+    assert_equal(model, folded)
+
+
+def test_some_branches_fold_together_and_the_others_are_added() -> None:
+    draw = Draw()
+    model = draw.model(
+        draw.sum(draw.conv_bn("x", kernel=1), draw.conv_bn("x", kernel=7, group=8), draw.conv_bn("x", group=8))
+    )
+    folded, report = fold_branches(model)
+    assert kinds(folded) == {"Conv": 2, "Add": 1}
+    assert sorted(one.kernel_after for one in report.folds) == ["1×1", "7×7 depthwise"]
+    assert_equal(model, folded)
+
+
+def test_tensor_that_is_an_output_or_read_elsewhere_is_still_made() -> None:
+    draw = Draw()
+    inner = draw.conv_bn("x")
+    model = draw.model(draw.sum(inner, draw.conv_bn("x", kernel=1)), inner, draw.node("Sigmoid", [draw.bn(inner)]))
+    folded, _ = fold_branches(model)
+    assert [value.name for value in folded.graph.output] == [value.name for value in model.graph.output]
+    assert_equal(model, folded)
+
+
+def test_weights_that_two_convolutions_share_stay_right() -> None:
+    draw = Draw()
+    first = draw.conv("x")
+    second = draw.node("Conv", [first, draw.nodes[0].input[1]], pads=[1] * 4)
+    model = draw.model(draw.node("Relu", [draw.sum(draw.bn(first), "x")]), draw.node("Relu", [draw.bn(second)]))
+    folded, _ = fold_branches(model)
+    assert_equal(model, folded)
+
+
+def test_sum_of_a_tensor_with_itself_and_differences_are_right() -> None:
+    draw = Draw()
+    conv = draw.conv("x")
+    model = draw.model(draw.node("Sub", [draw.node("Neg", [draw.node("Add", [conv, conv])]), draw.conv("x", kernel=1)]))
+    folded, report = fold_branches(model)
+    assert kinds(folded) == {"Conv": 1} and len(report.folds) == 1
+    assert_equal(model, folded)
+
+
+@pytest.mark.parametrize("auto", ["SAME_UPPER", "SAME_LOWER", "VALID"])
+def test_automatic_padding_is_read(auto: str) -> None:
+    draw = Draw()
+    plain, other = (draw.conv("x", kernel=n, auto_pad=auto, pads=[0] * 4) for n in (3, 3))
+    for node in draw.nodes:
+        del node.attribute[[a.name for a in node.attribute].index("pads")]
+    model = draw.model(draw.sum(plain, other))
+    folded, _ = fold_branches(model)
+    assert kinds(folded) == {"Conv": 1}
+    assert_equal(model, folded)
+
+
+def test_batch_normalisation_of_training_is_no_constant() -> None:
+    draw = Draw()
+    name = draw.conv_bn("x")
+    draw.nodes[-1].attribute.append(helper.make_attribute("training_mode", 1))
+    model = draw.model(name)
+    assert fold_branches(model)[0].graph.node == model.graph.node
+
+
+@st.composite
+def linear_graphs(draw: st.DrawFn) -> onnx.ModelProto:
+    """Random operators on random tensors before, ending in a sum of some of them."""
+    graph = Draw(draw(st.integers(0, 2**16)))
+    names = ["x"]
+    for _ in range(draw(st.integers(2, 8))):
+        x = draw(st.sampled_from(names))
+        kind = draw(
+            st.sampled_from(
+                ["conv", "point", "depthwise", "grouped", "bn", "pool", "scale", "shift", "add", "sub", "relu"]
+            )
+        )
+        names.append(
+            {
+                "conv": lambda x=x: graph.conv(x, bias=draw(st.booleans())),
+                "point": lambda x=x: graph.conv(x, kernel=1, bias=draw(st.booleans())),
+                "depthwise": lambda x=x: graph.conv(x, group=8, dilations=[draw(st.integers(1, 2))] * 2),
+                "grouped": lambda x=x: graph.conv(x, kernel=(1, 3), group=draw(st.sampled_from([2, 4]))),
+                "bn": lambda x=x: graph.bn(x),
+                "pool": lambda x=x: graph.pool(x),
+                "scale": lambda x=x: graph.node("Mul", [x, graph.constant(graph.random.standard_normal((8, 1, 1)))]),
+                "shift": lambda x=x: graph.node(
+                    "Sub", [graph.constant(graph.random.standard_normal((1, 8, 1, 1))), x], 8
+                ),
+                "add": lambda x=x: graph.node("Add", [x, draw(st.sampled_from(names))]),
+                "sub": lambda x=x: graph.node("Sub", [x, draw(st.sampled_from(names))]),
+                "relu": lambda x=x: graph.node("Relu", [x]),
+            }[kind]()
+        )
+    return graph.model(names[-1], *draw(st.lists(st.sampled_from(names[1:-1] or names[1:]), max_size=1)))
+
+
+@settings(max_examples=60)
+@given(linear_graphs())
+def test_random_graph_is_equal_after_folding_and_never_costs_more(model: onnx.ModelProto) -> None:
+    folded, report = fold_branches(model)
+    assert all(one.macs_after <= one.macs_before for one in report.folds)
+    assert_equal(model, folded)
+
+
+MUTATIONS = {
+    "a sign": lambda kernel, bias: (-kernel, bias),
+    "a shifted kernel": lambda kernel, bias: (np.roll(kernel, 1, axis=3), bias),
+    "a dropped branch": lambda kernel, bias: (kernel * (np.arange(9).reshape(3, 3) != 4), bias),
+    "a wrong border": lambda kernel, bias: (kernel * (np.arange(9).reshape(3, 3) > 2), bias),
+    "a bias of one channel": lambda kernel, bias: (kernel, bias + np.eye(len(bias))[0]),
+    "one weight off by 1e-5": lambda kernel, bias: (
+        kernel + 1e-5 * (np.arange(kernel.size) == 0).reshape(kernel.shape),
+        bias,
+    ),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_fold_that_is_wrong_is_refused(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = regions.add
+
+    def spoiled(forms: list[Form]) -> Form:
+        form = honest(forms)
+        assert isinstance(form, Form)
+        return replace(form, weights=lambda: MUTATIONS[mutation](*form.weights()))
+
+    monkeypatch.setattr(regions, "add", spoiled)
+    model = make_block("RepVGG")
+    with pytest.raises(ParityError, match="differs from its region"):
+        fold_branches(model)

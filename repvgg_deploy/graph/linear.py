@@ -1,10 +1,10 @@
 """Linear operators of an ONNX graph as convolutions of one source, and their algebra: in sequence and in sum.
 
 A `Form` says: output position i of channel o is Σ kernel[o, c, r] · source[c, i·stride + r] + bias[o], with zeros
-outside the source. Rows and columns behave alike; their taps r are positions relative to i·stride, negative inside the padding.
-Convolution, BatchNormalization in inference, average pooling with counted zeros, scaling, shifts and zero padding have
-such a form, and so have their sequences, where the second operator reads no padding that the first would have filled with
-something else than zero, and their sums.
+outside the source. Rows and columns behave alike; their taps r are positions relative to i·stride, negative inside
+the padding. Convolution, BatchNormalization in inference, average pooling with counted zeros, scaling, shifts and
+zero padding have such a form. So have their sequences, where the second operator reads no padding that the first
+would have filled with something else than zero, and their sums.
 
 Source: Ding et al. 2021, RepVGG, arXiv:2101.03697; Ding et al. 2021, Diverse Branch Block, arXiv:2103.13425 (the six
 transforms, of which these two rules are the general case).
@@ -100,7 +100,7 @@ class Form:
 
     @property
     def vanishes_outside(self) -> bool:
-        """Whether it gives zeros beyond its output, as its source has zeros beyond its own: a padded operator may follow."""
+        """Whether it gives zeros beyond its output where its source is zero: a padded operator may follow."""
         return len(self.rows.taps) == 1 and len(self.columns.taps) == 1 and not self.biased
 
 
@@ -194,7 +194,7 @@ def _regroup(kernel: NDArray[np.float64], groups: int, fewer: int) -> NDArray[np
 
 
 def _compose(a: NDArray[np.float64], b: NDArray[np.float64], groups: int, first: Form) -> NDArray[np.float64]:
-    """Kernel of `b` after `a`, both with the same groups; the stride of `first`, the form of `a`, spreads the taps of `b`."""
+    """Kernel of `b` after `a`, both with the same groups; `first`, the form of `a`, spreads the taps of `b`."""
     row_stride, column_stride = first.rows.stride, first.columns.stride
     shape = ((b.shape[2] - 1) * row_stride + a.shape[2], (b.shape[3] - 1) * column_stride + a.shape[3])
     blocks_a = a.reshape(groups, -1, *a.shape[1:])

@@ -134,7 +134,8 @@ def _window_pads(
     if auto in (b"SAME_UPPER", b"SAME_LOWER"):
         total = [max((-(-size[a] // strides[a]) - 1) * strides[a] + extent[a] - size[a], 0) for a in (0, 1)]
         small, large = [value // 2 for value in total], [value - value // 2 for value in total]
-        return (*small, *large) if auto == b"SAME_UPPER" else (*large, *small)
+        first, last = (small, large) if auto == b"SAME_UPPER" else (large, small)
+        return first[0], first[1], last[0], last[1]
     pads = (0, 0, 0, 0) if auto == b"VALID" else named.get("pads") or (0, 0, 0, 0)
     top, left, bottom, right = pads
     return top, left, bottom, right

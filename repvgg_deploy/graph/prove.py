@@ -62,6 +62,9 @@ class _Run:
         """The value of a tensor; made of the source, however deep the region is."""
         stack = [name]
         while stack:
+            if stack[-1] in self._known:
+                stack.pop()
+                continue
             node = self._view.made_by[stack[-1]]
             missing = [i for i in node.input if i and i not in self._known and self._view.raw_constant(i) is None]
             if missing:

@@ -31,6 +31,10 @@ class Draw:
         self.constants.append(numpy_helper.from_array(np.asarray(values, np.float32), name))
         return name
 
+    def random_constant(self, *shape: int) -> str:
+        """A constant of normally distributed values."""
+        return self.constant(self.random.standard_normal(shape))
+
     def node(self, kind: str, inputs: Sequence[str], channels: int | None = None, **attributes: Any) -> str:
         """Any operator; as many channels as its first input, unless said otherwise."""
         name = f"t{len(self.nodes)}"
@@ -106,7 +110,7 @@ def _alpha(d: Draw, x: str) -> str:
 
 
 def _real_vgg(d: Draw, x: str) -> str:
-    scaled = d.node("Mul", [x, d.constant(d.random.standard_normal((1, 8, 1, 1)))])
+    scaled = d.node("Mul", [x, d.random_constant(1, 8, 1, 1)])
     return d.bn(d.sum(d.conv(x, bias=True), d.node("Mul", [d.conv(x, kernel=1), d.constant(1.5)]), scaled))
 
 

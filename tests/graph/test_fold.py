@@ -19,6 +19,10 @@ from repvgg_deploy.graph.fold import fold_branches
 from repvgg_deploy.graph.linear import Form
 from tests.graph.make_blocks import BLOCKS, CHANNELS, Draw, make_block
 
+OPERATORS = [
+    *("conv", "half", "half pool", "point", "depthwise", "grouped", "bn"),
+    *("pool", "scale", "shift", "add", "add", "sub", "relu"),
+]
 SIZES = ((1, 15, 14), (2, 9, 9), (1, 16, 20))
 
 
@@ -151,34 +155,31 @@ def test_batch_normalisation_of_training_is_no_constant() -> None:
 
 @st.composite
 def linear_graphs(draw: st.DrawFn) -> onnx.ModelProto:
-    """Random operators on random tensors before, ending in a sum of some of them."""
+    """Random operators on random tensors made before, two strides of them; only tensors of one size are added."""
     graph = Draw(draw(st.integers(0, 2**16)))
-    names = ["x"]
+    halvings = {"x": 0}
     for _ in range(draw(st.integers(2, 8))):
-        x = draw(st.sampled_from(names))
-        kind = draw(
-            st.sampled_from(
-                ["conv", "point", "depthwise", "grouped", "bn", "pool", "scale", "shift", "add", "sub", "relu"]
-            )
-        )
-        names.append(
-            {
-                "conv": lambda x=x: graph.conv(x, bias=draw(st.booleans())),
-                "point": lambda x=x: graph.conv(x, kernel=1, bias=draw(st.booleans())),
-                "depthwise": lambda x=x: graph.conv(x, group=8, dilations=[draw(st.integers(1, 2))] * 2),
-                "grouped": lambda x=x: graph.conv(x, kernel=(1, 3), group=draw(st.sampled_from([2, 4]))),
-                "bn": lambda x=x: graph.bn(x),
-                "pool": lambda x=x: graph.pool(x),
-                "scale": lambda x=x: graph.node("Mul", [x, graph.constant(graph.random.standard_normal((8, 1, 1)))]),
-                "shift": lambda x=x: graph.node(
-                    "Sub", [graph.constant(graph.random.standard_normal((1, 8, 1, 1))), x], 8
-                ),
-                "add": lambda x=x: graph.node("Add", [x, draw(st.sampled_from(names))]),
-                "sub": lambda x=x: graph.node("Sub", [x, draw(st.sampled_from(names))]),
-                "relu": lambda x=x: graph.node("Relu", [x]),
-            }[kind]()
-        )
-    return graph.model(names[-1], *draw(st.lists(st.sampled_from(names[1:-1] or names[1:]), max_size=1)))
+        x = draw(st.sampled_from(list(halvings)))
+        other = draw(st.sampled_from([name for name, count in halvings.items() if count == halvings[x]]))
+        kind = draw(st.sampled_from(OPERATORS))
+        name = {
+            "conv": lambda x=x: graph.conv(x, bias=draw(st.booleans())),
+            "half": lambda x=x: graph.conv(x, kernel=draw(st.sampled_from([1, 3])), strides=[2, 2]),
+            "half pool": lambda x=x: graph.pool(x, strides=[2, 2]),
+            "point": lambda x=x: graph.conv(x, kernel=1, bias=draw(st.booleans())),
+            "depthwise": lambda x=x: graph.conv(x, group=8, dilations=[draw(st.integers(1, 2))] * 2),
+            "grouped": lambda x=x: graph.conv(x, kernel=(1, 3), group=draw(st.sampled_from([2, 4]))),
+            "bn": lambda x=x: graph.bn(x),
+            "pool": lambda x=x: graph.pool(x),
+            "scale": lambda x=x: graph.node("Mul", [x, graph.random_constant(8, 1, 1)]),
+            "shift": lambda x=x: graph.node("Sub", [graph.random_constant(1, 8, 1, 1), x], 8),
+            "add": lambda x=x, other=other: graph.node("Add", [x, other]),
+            "sub": lambda x=x, other=other: graph.node("Sub", [x, other]),
+            "relu": lambda x=x: graph.node("Relu", [x]),
+        }[kind]()
+        halvings[name] = halvings[x] + kind.startswith("half")
+    names = list(halvings)
+    return graph.model(names[-1], *draw(st.lists(st.sampled_from(names[1:-1]), max_size=1)))
 
 
 @settings(max_examples=60)

@@ -7,12 +7,32 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper, shape_inference
+
+
+@dataclass(frozen=True, slots=True)
+class Border:
+    """A padding with constants.
+
+    Attributes:
+        data: The tensor that is padded.
+        before: Rows above and columns to the left.
+        after: Rows below and columns to the right.
+        values: float64 (C,), what the border holds.
+        inner: Tensors between data and result, which nothing else reads.
+    """
+
+    data: str
+    before: tuple[int, int]
+    after: tuple[int, int]
+    values: NDArray[np.float64]
+    inner: frozenset[str]
 
 
 class GraphView:
@@ -26,6 +46,7 @@ class GraphView:
         made_by: By the name of a tensor, the node that makes it.
         readers: By the name of a tensor, the nodes that read it, once each; subgraphs of If and Loop count.
         kept: Tensors that must exist whatever is folded: the graph's outputs, and what subgraphs read.
+        borders: By their results, paddings with constants; `border.find_borders` fills it.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
@@ -34,6 +55,7 @@ class GraphView:
         self.nodes: list[onnx.NodeProto] = list(graph.node)
         self.made_by = {output: node for node in self.nodes for output in node.output if output}
         self.readers: dict[str, list[onnx.NodeProto]] = {}
+        self.borders: dict[str, Border] = {}
         self.kept = {value.name for value in graph.output}
         for node in self.nodes:
             for name in dict.fromkeys(node.input):

@@ -16,6 +16,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from ..errors import ParityError
+from .border import find_borders
 from .edit import GraphView, attributes
 from .linear import Form
 from .prove import TOLERANCE, measure_fold
@@ -77,6 +78,7 @@ def fold_branches(model: onnx.ModelProto) -> tuple[onnx.ModelProto, FoldReport]:
         ParityError: A fold differs from the region that it was to replace: a fault of this program.
     """
     view = GraphView(model)
+    view.borders.update(find_borders(view))
     regions = Regions(view)
     writer = _Writer(view, regions)
     for node in view.nodes:

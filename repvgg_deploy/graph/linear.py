@@ -78,6 +78,7 @@ class Form:
         columns: Along the width.
         biased: Whether a constant may be added.
         weights: Makes kernel and bias; costly, so that plans are compared without.
+        border: Of a padding: the constants that it writes, float64 (C,); None for zeros.
     """
 
     in_channels: int
@@ -87,6 +88,7 @@ class Form:
     columns: Axis
     biased: bool
     weights: Callable[[], Weights]
+    border: NDArray[np.float64] | None = None
 
     @property
     def macs(self) -> int:
@@ -97,6 +99,11 @@ class Form:
     def area(self) -> int:
         """Source pixels for one output pixel."""
         return self.rows.stride * self.columns.stride
+
+    @property
+    def is_point(self) -> bool:
+        """Whether it is a 1×1 convolution without padding, which gives its bias where its source is zero."""
+        return all(axis.taps == (0,) and axis.pads == (0, 0) for axis in (self.rows, self.columns))
 
     @property
     def vanishes_outside(self) -> bool:
@@ -116,10 +123,19 @@ def scaling(factor: NDArray[np.float64], shift: NDArray[np.float64]) -> Form:
     return Form(channels, channels, channels, POINT, POINT, bool(np.any(shift)), lambda: weights)
 
 
+def padding(channels: int, before: tuple[int, int], after: tuple[int, int], border: NDArray[np.float64] | None) -> Form:
+    """Rows and columns of zeros, or of one constant for each channel, around an image."""
+    rows, columns = (Axis((-first,), 1, first + last - 1) for first, last in zip(before, after, strict=True))
+    return replace(identity(channels), rows=rows, columns=columns, border=border)
+
+
 def chain(first: Form, second: Form) -> Form | str:
     """`second` applied to what `first` gives, or why that is no convolution of the source."""
     padded = any(axis.pads != (0, 0) for axis in (second.rows, second.columns))
-    if padded and not first.vanishes_outside:
+    if second.border is not None:
+        if not first.is_point or not np.allclose(first.weights()[1], second.border, rtol=1e-5, atol=1e-7):
+            return "its border holds something else than what the operator before it would give for zeros"
+    elif padded and not first.vanishes_outside:
         cause = "adds a constant" if first.biased else "is a spatial kernel"
         return f"a padded operator reads zeros where the one before it, which {cause}, would give something else"
 
@@ -292,10 +308,8 @@ def _read_pad(view: GraphView, node: onnx.NodeProto) -> tuple[str, Form] | str:
         w < 0 for pair in widths.values() for w in pair
     ):
         return "it pads the batch or the channels, or cuts off"
-    rows, columns = (
-        Axis((-before,), 1, before + after - 1) for before, after in (widths.get(2, (0, 0)), widths.get(3, (0, 0)))
-    )
-    return node.input[0], replace(identity(channels), rows=rows, columns=columns)
+    (top, bottom), (left, right) = widths.get(2, (0, 0)), widths.get(3, (0, 0))
+    return node.input[0], padding(channels, (top, left), (bottom, right), None)
 
 
 def _read_scaling(view: GraphView, node: onnx.NodeProto) -> tuple[str, Form] | str:

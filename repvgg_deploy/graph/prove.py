@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from .edit import GraphView, attributes
+from .edit import Border, GraphView, attributes
 
 Array = NDArray[np.float64]
 TOLERANCE = 2.0**-22
@@ -65,6 +65,13 @@ class _Run:
             if stack[-1] in self._known:
                 stack.pop()
                 continue
+            border = self._view.borders.get(stack[-1])
+            if border is not None:
+                if border.data in self._known:
+                    self._known[stack.pop()] = self._surround(border)
+                else:
+                    stack.append(border.data)
+                continue
             node = self._view.made_by[stack[-1]]
             missing = [i for i in node.input if i and i not in self._known and self._view.raw_constant(i) is None]
             if missing:
@@ -100,6 +107,14 @@ class _Run:
             return value[0] / value[1]
         assert kind == "Identity", kind
         return value[0]
+
+    def _surround(self, border: Border) -> Array:
+        x, values = self._known[border.data], border.values.reshape(1, -1, 1, 1)
+        (top, left), (bottom, right) = border.before, border.after
+        size = (*x.shape[:2], x.shape[2] + top + bottom, x.shape[3] + left + right)
+        result: Array = np.broadcast_to(np.abs(values) if self._absolute else values, size).copy()
+        result[:, :, top : size[2] - bottom, left : size[3] - right] = x
+        return result
 
     def _value(self, name: str) -> Array:
         if name in self._known:

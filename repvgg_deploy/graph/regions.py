@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 
 from .edit import GraphView
-from .linear import Form, add, chain, identity, read_operator, scaling
+from .linear import Form, add, chain, identity, padding, read_operator, scaling
 
 _MOST_BRANCHES = 6  # partitions of so many branches are compared one by one (203 of 6); of more, the sum of all only
 
@@ -62,6 +62,7 @@ class Regions:
         """By a tensor: why its operator, or all that leads to it, is no convolution."""
         self.broken: dict[str, str] = {}
         """By a sum: why one of its branches is not linear."""
+        self._owners = {inner: name for name, border in view.borders.items() for inner in border.inner}
         for node in view.nodes:
             self._read(node)
         self._sum = functools.cache(self._sum_form)
@@ -70,7 +71,13 @@ class Regions:
         if len(node.output) != 1:
             return
         name = node.output[0]
-        found = read_operator(self.view, node)
+        if name in self._owners:
+            return
+        if border := self.view.borders.get(name):
+            form = padding(len(border.values), border.before, border.after, border.values)
+            found: tuple[str, Form] | str | None = (border.data, form)
+        else:
+            found = read_operator(self.view, node)
         if isinstance(found, tuple):
             data, form = found
             self.inputs[name], self.operators[name] = [Term(data, 1)], form
@@ -99,7 +106,12 @@ class Regions:
 
     def _leaves(self, name: str) -> bool:
         readers = self.view.readers.get(name, [])
-        return name in self.view.kept or any(reader.output[0] not in self.inputs for reader in readers)
+        return name in self.view.kept or any(self._owner(reader) not in self.inputs for reader in readers)
+
+    def _owner(self, reader: onnx.NodeProto) -> str:
+        """What a reader makes; of a node within a padding with constants, the padding's result."""
+        name: str = reader.output[0]
+        return self._owners.get(name, name)
 
     def between(self, result: str, source: str) -> set[str]:
         """The linear tensors on the paths from a source to a result, without the source."""
@@ -116,7 +128,7 @@ class Regions:
         """Whether nothing outside reads what lies between, so that one convolution makes all of it superfluous."""
         inside = self.between(result, source)
         return not any(
-            self._leaves(name) or any(reader.output[0] not in inside for reader in self.view.readers[name])
+            self._leaves(name) or any(self._owner(reader) not in inside for reader in self.view.readers[name])
             for name in inside - {result}
         )
 
@@ -135,7 +147,10 @@ class Regions:
             first = None if before == source else self.form(before, source)
             if isinstance(first, str):
                 return first
-            return self.operators[result] if first is None else chain(first, self.operators[result])
+            if first is None:
+                alone = self.operators[result]
+                return alone if alone.border is None else "a padding with constants is no convolution by itself"
+            return chain(first, self.operators[result])
         return self._sum(source, tuple(self.inputs[result]))
 
     def _sum_form(self, source: str, terms: tuple[Term, ...]) -> Form | str:
@@ -195,7 +210,7 @@ class Regions:
     def as_it_is(self, result: str) -> Plan:
         """An operator of one input as it stands."""
         form = self.operators[result]
-        free = self.view.made_by[result].op_type in ("Identity", "Pad")
+        free = self.view.made_by[result].op_type in ("Identity", "Pad") or form.border is not None
         return Plan(Fraction(0) if free else Fraction(form.macs, form.area), 1)
 
     def _split(self, result: str, source: str) -> Iterator[Plan]:
@@ -242,7 +257,7 @@ class Regions:
         if not any(self.view.made_by[name].op_type in ("Conv", "AveragePool") for name in inside):
             return None
         for name in inside:
-            outside = [reader for reader in self.view.readers[name] if reader.output[0] not in inside]
+            outside = [reader for reader in self.view.readers[name] if self._owner(reader) not in inside]
             if self._leaves(name) or (outside and (name not in names or len(self.view.readers[name]) > 1)):
                 return None
         form = self._sum(source, terms)

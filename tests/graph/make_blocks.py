@@ -114,6 +114,38 @@ def _real_vgg(d: Draw, x: str) -> str:
     return d.bn(d.sum(d.conv(x, bias=True), d.node("Mul", [d.conv(x, kernel=1), d.constant(1.5)]), scaled))
 
 
+def _zero_answer(d: Draw, name: str) -> np.ndarray:
+    """What a BatchNorm that was drawn last gives for zeros: float32 (C,)."""
+    scale, shift, mean, variance = (numpy_helper.to_array(tensor) for tensor in d.constants[-4:])
+    assert d.nodes[-1].output[0] == name
+    return np.asarray(shift - mean * scale / np.sqrt(variance + 1e-3), np.float32)
+
+
+def _scattered(d: Draw, x: str, *, size: tuple[int, int] = (9, 10)) -> str:
+    """A 1×1, its BatchNorm, and a border of one pixel that is overwritten with what that gives for zeros."""
+    inner = d.conv_bn(x, kernel=1)
+    value = _zero_answer(d, inner)
+    padded = d.node("Pad", [inner, "pads"])
+    rows, columns = size[0] + 2, size[1] + 2
+    grid = np.stack(np.meshgrid([0], range(8), range(rows), range(columns), indexing="ij"), -1)
+    for edge in (grid[:, :, :1], grid[:, :, -1:], grid[:, :, :, :1], grid[:, :, :, -1:]):
+        name = f"edge{len(d.constants)}"
+        d.constants.append(numpy_helper.from_array(np.ascontiguousarray(edge), name))
+        filling = d.constant(np.broadcast_to(value.reshape(1, -1, 1, 1), edge.shape[:-1]))
+        padded = d.node("ScatterND", [padded, name, filling], 8)
+    return padded
+
+
+def _concatenated(d: Draw, x: str, *, size: tuple[int, int] = (9, 10)) -> str:
+    """The same border, put around by two Concat."""
+    inner = d.conv_bn(x, kernel=1)
+    value = _zero_answer(d, inner).reshape(1, -1, 1, 1)
+    side = d.constant(np.broadcast_to(value, (1, 8, size[0], 1)))
+    wide = d.node("Concat", [side, inner, side], 8, axis=3)
+    edge = d.constant(np.broadcast_to(value, (1, 8, 1, size[1] + 2)))
+    return d.node("Concat", [edge, wide, edge], 8, axis=2)
+
+
 BLOCKS: dict[str, tuple[Callable[[Draw, str], str], str]] = {
     "RepVGG": (lambda d, x: d.sum(d.conv_bn(x), d.conv_bn(x, kernel=1), d.bn(x)), "3×3"),
     "RepVGG of stride 2 in groups": (
@@ -183,6 +215,27 @@ BLOCKS: dict[str, tuple[Callable[[Draw, str], str], str]] = {
     ),
 }
 """By the network, a block that sums branches of `x`, and the one kernel that it is."""
+
+
+BORDERS: dict[str, Callable[[Draw, str], str]] = {"scattered": _scattered, "concatenated": _concatenated}
+
+
+def make_border(name: str, *, seed: int = 0, spoil: float = 0.0) -> onnx.ModelProto:
+    """A Diverse Branch Block for images of 9×10, batch 1; `spoil` is added to a value of its first border."""
+    draw = Draw(seed)
+    draw.constants.append(numpy_helper.from_array(np.array([0, 0, 1, 1, 0, 0, 1, 1]), "pads"))
+    start = draw.node("Relu", ["x"])
+    branches = [draw.conv_bn(BORDERS[name](draw, start), pads=[0] * 4)]
+    branches.append(draw.bn(draw.pool(BORDERS[name](draw, start), pads=[0] * 4)))
+    model = draw.model(draw.node("Relu", [draw.sum(*branches, draw.conv_bn(start), draw.conv_bn(start, kernel=1))]))
+    for dim, size in zip(model.graph.input[0].type.tensor_type.shape.dim, (1, 8, 9, 10), strict=True):
+        dim.dim_value = size
+    if spoil:
+        tensor = next(t for t in model.graph.initializer if list(t.dims) in ([1, 8, 1, 12], [1, 8, 9, 1]))
+        values = numpy_helper.to_array(tensor).copy()
+        values[0, 3] += spoil
+        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    return model
 
 
 def make_block(name: str, *, seed: int = 0) -> onnx.ModelProto:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,7 @@ from repvgg_deploy.errors import ParityError
 from repvgg_deploy.graph import regions
 from repvgg_deploy.graph.fold import fold_branches
 from repvgg_deploy.graph.linear import Form
-from tests.graph.make_blocks import BLOCKS, CHANNELS, Draw, make_block
+from tests.graph.make_blocks import BLOCKS, BORDERS, CHANNELS, Draw, make_block, make_border
 
 OPERATORS = [
     *("conv", "half", "half pool", "point", "depthwise", "grouped", "bn"),
@@ -32,10 +33,12 @@ def run(model: onnx.ModelProto, x: np.ndarray) -> list[np.ndarray]:
     )
 
 
-def assert_equal(model: onnx.ModelProto, folded: onnx.ModelProto) -> None:
+def assert_equal(
+    model: onnx.ModelProto, folded: onnx.ModelProto, *, sizes: Sequence[tuple[int, int, int]] = SIZES
+) -> None:
     """Within 1e-5 of the largest value: float32 sums of at most a few hundred terms, added in another order."""
     onnx.checker.check_model(folded, full_check=True)
-    for count, height, width in SIZES:
+    for count, height, width in sizes:
         x = np.random.default_rng(3).standard_normal((count, CHANNELS, height, width)).astype(np.float32)
         for one, other in zip(run(model, x), run(folded, x), strict=True):
             np.testing.assert_allclose(other, one, rtol=0, atol=1e-5 * float(np.abs(one).max() + 1e-30))
@@ -54,6 +57,22 @@ def test_block_of_a_network_becomes_one_convolution(name: str) -> None:
     assert [one.kernel_after for one in report.folds] == [BLOCKS[name][1]] and report.left == ()
     assert report.folds[0].error < 2.0**-23 and report.folds[0].macs_after < report.folds[0].macs_before
     assert_equal(model, folded)
+
+
+@pytest.mark.parametrize("name", BORDERS)
+def test_border_that_holds_what_zeros_would_give_makes_a_diverse_branch_block_one_convolution(name: str) -> None:
+    model = make_border(name)
+    folded, report = fold_branches(model)
+    assert kinds(folded) == {"Relu": 2, "Conv": 1} and report.folds[0].branches == 4
+    assert_equal(model, folded, sizes=[(1, 9, 10)])
+
+
+@pytest.mark.parametrize("name", BORDERS)
+def test_border_of_other_values_is_left_alone(name: str) -> None:
+    model = make_border(name, spoil=1e-3)
+    folded, _ = fold_branches(model)
+    assert kinds(folded)["Conv"] > 1
+    assert_equal(model, folded, sizes=[(1, 9, 10)])
 
 
 def test_result_that_is_folded_again_stays_as_it_is() -> None:

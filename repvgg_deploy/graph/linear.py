@@ -140,12 +140,11 @@ def chain(first: Form, second: Form) -> Form | str:
         return f"a padded operator reads zeros where the one before it, which {cause}, would give something else"
 
     def weights() -> Weights:
-        groups = math.gcd(first.groups, second.groups)
-        (a, a_bias), (b, b_bias) = first.weights(), second.weights()
-        kernel = _compose(_regroup(a, first.groups, groups), _regroup(b, second.groups, groups), groups, first)
+        (_, a_bias), (b, b_bias) = first.weights(), second.weights()
         taps = b.sum((2, 3))  # what a constant input gives: no tap reads padding, or the constant is zero
         blocks = a_bias.reshape(second.groups, -1)
         shift = np.einsum("goi,gi->go", taps.reshape(second.groups, -1, taps.shape[1]), blocks).reshape(-1)
+        kernel = _compose(first, second, math.gcd(first.groups, second.groups))
         return kernel, shift + b_bias
 
     return Form(
@@ -209,20 +208,34 @@ def _regroup(kernel: NDArray[np.float64], groups: int, fewer: int) -> NDArray[np
     return result.reshape(out, ratio * width, rows, columns)
 
 
-def _compose(a: NDArray[np.float64], b: NDArray[np.float64], groups: int, first: Form) -> NDArray[np.float64]:
-    """Kernel of `b` after `a`, both with the same groups; `first`, the form of `a`, spreads the taps of `b`."""
+def _compose(first: Form, second: Form, groups: int) -> NDArray[np.float64]:
+    """The kernel of `second` after `first`; the stride of `first` spreads the taps of `second`."""
+    a, b = first.weights()[0], second.weights()[0]
     row_stride, column_stride = first.rows.stride, first.columns.stride
-    shape = ((b.shape[2] - 1) * row_stride + a.shape[2], (b.shape[3] - 1) * column_stride + a.shape[3])
-    blocks_a = a.reshape(groups, -1, *a.shape[1:])
-    blocks_b = b.reshape(groups, -1, *b.shape[1:])
-    result = np.zeros((groups, blocks_b.shape[1], a.shape[1], *shape))
+    span = ((b.shape[2] - 1) * row_stride + a.shape[2], (b.shape[3] - 1) * column_stride + a.shape[3])
+    if second.groups == second.in_channels == second.out_channels:  # a factor for each of the first's outputs
+
+        def product(tap: NDArray[np.float64]) -> NDArray[np.float64]:
+            return tap[:, 0, None, None, None] * a
+    elif first.groups == first.in_channels == first.out_channels:  # and for each of the second's inputs
+        per_input = a[:, 0].reshape(second.groups, 1, -1, *a.shape[2:])
+
+        def product(tap: NDArray[np.float64]) -> NDArray[np.float64]:
+            blocks = tap.reshape(second.groups, -1, tap.shape[1], 1, 1)
+            return (blocks * per_input).reshape(len(tap), tap.shape[1], *a.shape[2:])
+    else:
+        a, b = _regroup(a, first.groups, groups), _regroup(b, second.groups, groups)
+        flat = a.reshape(groups, a.shape[0] // groups, -1)
+
+        def product(tap: NDArray[np.float64]) -> NDArray[np.float64]:
+            return (tap.reshape(groups, -1, tap.shape[1]) @ flat).reshape(len(tap), *a.shape[1:])
+
+    result = np.zeros((len(b), first.in_channels // groups, *span))
     for row in range(b.shape[2]):
         for column in range(b.shape[3]):
             top, left = row * row_stride, column * column_stride
-            result[:, :, :, top : top + a.shape[2], left : left + a.shape[3]] += np.einsum(
-                "goi,gicrs->gocrs", blocks_b[:, :, :, row, column], blocks_a, optimize=True
-            )
-    return result.reshape(-1, *result.shape[2:])
+            result[:, :, top : top + a.shape[2], left : left + a.shape[3]] += product(b[:, :, row, column])
+    return result
 
 
 def read_operator(view: GraphView, node: onnx.NodeProto) -> tuple[str, Form] | str | None:

@@ -26,7 +26,8 @@ def measure_fold(
 ) -> float:
     """Largest difference of a convolution from the region it is to replace, as a share of the sum of absolute terms.
 
-    Both run on the smallest map that has every case of border and, inside it, each phase of the stride.
+    Both run on a small map with every case of border and an inner position; its height ends in another phase of the
+    stride than its width.
 
     Args:
         view: The original graph.
@@ -37,12 +38,10 @@ def measure_fold(
     """
     kernel, bias = weights
     named = attributes(folded)
-    strides, dilations, pads, groups = (named[name] for name in ("strides", "dilations", "pads", "group"))
-    size = [
-        (kernel.shape[2 + axis] - 1) * dilations[axis] + 1 + pads[axis] + pads[axis + 2] + 2 * strides[axis]
-        for axis in (0, 1)
-    ]
-    x = np.random.default_rng(0).standard_normal((1, kernel.shape[1] * groups, *size))
+    strides, dilations, groups = (named[name] for name in ("strides", "dilations", "group"))
+    extent = [(kernel.shape[2 + axis] - 1) * dilations[axis] + 1 for axis in (0, 1)]
+    height, width = (extent[a] + strides[a] + a for a in (0, 1))
+    x = np.random.default_rng(0).standard_normal((1, kernel.shape[1] * groups, height, width))
     truth = sum(sign * _Run(view, source, x, absolute=False).tensor(name) for name, sign in terms)
     scale = sum(_Run(view, source, np.abs(x), absolute=True).tensor(name) for name, _ in terms)
     found = _convolve(folded, x, kernel, bias)
@@ -132,16 +131,14 @@ def _convolve(node: onnx.NodeProto, x: Array, kernel: Array, bias: Array, *, gro
     top, left, bottom, right = _window_pads(named, x.shape[2:], extent, strides)
     x = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)))
     height, width = ((x.shape[2 + axis] - extent[axis]) // strides[axis] + 1 for axis in (0, 1))
-    blocks, parts = np.split(x, groups, axis=1), np.split(kernel, groups)
     results = []
-    for block, part in zip(blocks, parts, strict=True):
-        total = np.zeros((len(x), len(part), height, width))
-        for row in range(kernel.shape[2]):
-            for column in range(kernel.shape[3]):
-                first = (row * dilations[0], column * dilations[1])
-                seen = block[:, :, first[0] :: strides[0], first[1] :: strides[1]][:, :, :height, :width]
-                total += np.einsum("nchw,oc->nohw", seen, part[:, :, row, column], optimize=True)
-        results.append(total)
+    for block, part in zip(np.split(x, groups, axis=1), np.split(kernel, groups), strict=True):
+        seen = np.empty((len(x), block.shape[1], *kernel.shape[2:], height, width))
+        for row, column in np.ndindex(*kernel.shape[2:]):
+            shifted = block[:, :, row * dilations[0] :: strides[0], column * dilations[1] :: strides[1]]
+            seen[:, :, row, column] = shifted[:, :, :height, :width]
+        product = part.reshape(len(part), -1) @ seen.reshape(len(x), -1, height * width)
+        results.append(product.reshape(len(x), -1, height, width))
     return np.concatenate(results, axis=1) + bias.reshape(1, -1, 1, 1)
 
 

@@ -17,7 +17,8 @@ from ..images.decode import default_preprocessing
 from ..images.drawn import make_batches
 from ..model.checkpoint.load import Checkpoint, build_model, load_checkpoint, write_deploy
 from ..model.fold import reparameterize
-from ..model.parity import compare_forms, reference_of_deploy, require_passed
+from ..model.parity import compare_forms, reference_of_deploy
+from ..model.tolerance import require_passed
 from ..specs.values import (
     METADATA_SCHEMA,
     Certificate,

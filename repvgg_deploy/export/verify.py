@@ -13,7 +13,7 @@ from ..errors import MissingDependencyError, ParityError
 from ..files.onnx import open_initializers
 from ..images.classes import softmax
 from ..images.drawn import Batch
-from ..model import parity
+from ..model.tolerance import FLOAT32_FLOOR, allow_float32, compare, largest
 from ..specs.values import Check, ModelSpec
 
 _MAX_PROBABILITY_TOLERANCE = 0.01  # relative
@@ -48,7 +48,7 @@ def verify_onnx(
         filled = array if fixed is None else np.resize(array, (fixed, *array.shape[1:]))
         feeds[batch.name] = {spec.input.name: filled}
     results = run_onnx(path, feeds)
-    allowed = parity.allow_float32(training_error)
+    allowed = allow_float32(training_error)
     checks: list[Check] = []
     for batch in usable:
         count = len(batch.array) if fixed is None else min(fixed, len(batch.array))
@@ -74,27 +74,27 @@ def _compare(name: str, spec: ModelSpec, result: Arrays, reference: Arrays, *, a
     """The checks of one batch; none where they could not fail."""
     if spec.kind == "features":
         return [
-            parity.compare(f"ONNX, {output.name}, {name}", result[output.name], reference[output.name], allowed)
+            compare(f"ONNX, {output.name}, {name}", result[output.name], reference[output.name], allowed)
             for output in spec.outputs
         ]
     logits = reference["logits"]
     if spec.kind == "logits":
-        return [parity.compare(f"ONNX, {name}", result["logits"], logits, allowed)]
+        return [compare(f"ONNX, {name}", result["logits"], logits, allowed)]
     # An error d of every logit changes a probability by a factor of at most exp(2·d).
-    relative = float(np.expm1(2 * allowed * parity.largest(logits)))
+    relative = float(np.expm1(2 * allowed * largest(logits)))
     if relative > _MAX_PROBABILITY_TOLERANCE:
         return []  # logits so large that rounding alone decides the probabilities
-    probabilities, tolerance = softmax(logits), relative + parity.FLOAT32_FLOOR
+    probabilities, tolerance = softmax(logits), relative + FLOAT32_FLOOR
     if spec.kind == "probabilities":
-        return [parity.compare(f"ONNX, {name}", result["probabilities"], probabilities, tolerance)]
+        return [compare(f"ONNX, {name}", result["probabilities"], probabilities, tolerance)]
     # Scores against the largest probabilities, and against the probability of each class that was named: ties may be in
     # any order.
     scores, classes = result["scores"], result["classes"]
     best = -np.sort(-probabilities, axis=1)[:, : scores.shape[1]]
     named = np.take_along_axis(probabilities, np.clip(classes, 0, probabilities.shape[1] - 1), axis=1)
     return [
-        parity.compare(f"ONNX, top-{scores.shape[1]} scores, {name}", scores, best, tolerance),
-        parity.compare(f"ONNX, top-{scores.shape[1]} classes, {name}", scores, named, tolerance),
+        compare(f"ONNX, top-{scores.shape[1]} scores, {name}", scores, best, tolerance),
+        compare(f"ONNX, top-{scores.shape[1]} classes, {name}", scores, named, tolerance),
     ]
 
 
@@ -108,9 +108,9 @@ def compare_outputs(
         references: By batch and output name.
         training_error: Float32 error of the model that gave the references.
     """
-    allowed = parity.allow_float32(training_error)
+    allowed = allow_float32(training_error)
     return tuple(
-        parity.compare(
+        compare(
             f"ONNX, {name}, {batch}", results[batch][name].astype(np.float64), reference.astype(np.float64), allowed
         )
         for batch, outputs in references.items()
@@ -143,12 +143,15 @@ def require_same_weights(path: Path, weights: Arrays) -> None:
         )
 
 
-def run_onnx(path: Path, feeds: Mapping[str, Mapping[str, NDArray[Any]]]) -> dict[str, dict[str, NDArray[Any]]]:
+def run_onnx(
+    path: Path, feeds: Mapping[str, Mapping[str, NDArray[Any]]], *, content: bytes | None = None
+) -> dict[str, dict[str, NDArray[Any]]]:
     """Runs an ONNX file in ONNX Runtime on the CPU.
 
     Args:
         path: The file.
         feeds: By batch name: arrays by input name.
+        content: Run this in place of what the file holds; messages name the file.
 
     Returns:
         By batch name: arrays by output name.
@@ -157,7 +160,7 @@ def run_onnx(path: Path, feeds: Mapping[str, Mapping[str, NDArray[Any]]]) -> dic
         MissingDependencyError: ONNX Runtime is not installed.
         ParityError: ONNX Runtime refuses the file or a batch.
     """
-    session = _open(path)
+    session = _open(path, content)
     names = [output.name for output in session.get_outputs()]
     results = {}
     for batch, arrays in feeds.items():
@@ -171,7 +174,7 @@ def run_onnx(path: Path, feeds: Mapping[str, Mapping[str, NDArray[Any]]]) -> dic
     return results
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path, content: bytes | None) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
@@ -188,7 +191,7 @@ def _open(path: Path) -> Any:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.add_session_config_entry("session.disable_prepacking", "1")
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(content or str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise ParityError(
             f"ONNX Runtime refuses {path.name}: {error}", remedy="report the model and the versions"

@@ -75,14 +75,14 @@ class GraphView:
         return None if array is None or array.dtype.kind != "f" else array.astype(np.float64)
 
     def raw_constant(self, name: str) -> NDArray[np.generic] | None:
-        """A constant of any type as it is stored, or None."""
+        """A constant of any type as it is stored, also behind an Identity, with which exporters share it; or None."""
         if name in self._initializers:
             replaceable = any(value.name == name for value in self.model.graph.input)
             return None if replaceable else np.asarray(numpy_helper.to_array(self._initializers[name]))
         node = self.made_by.get(name)
         if node is not None and node.op_type == "Constant" and node.attribute[0].name == "value":
             return np.asarray(numpy_helper.to_array(node.attribute[0].t))
-        return None
+        return self.raw_constant(node.input[0]) if node is not None and node.op_type == "Identity" else None
 
     def shape(self, name: str) -> tuple[int | None, ...] | None:
         """A tensor's shape, None for a dynamic dimension; None where the rank is not known."""

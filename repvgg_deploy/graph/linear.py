@@ -325,7 +325,7 @@ def _read_pad(view: GraphView, node: onnx.NodeProto) -> tuple[str, Form] | str:
     return node.input[0], padding(channels, (top, left), (bottom, right), None)
 
 
-def _read_scaling(view: GraphView, node: onnx.NodeProto) -> tuple[str, Form] | str:
+def _read_scaling(view: GraphView, node: onnx.NodeProto) -> tuple[str, Form] | str | None:
     """Mul, Div, Add or Sub of a tensor and a constant for each channel or for all; Neg."""
     kind = node.op_type
     if kind == "Neg":
@@ -336,13 +336,13 @@ def _read_scaling(view: GraphView, node: onnx.NodeProto) -> tuple[str, Form] | s
             else (node.input[0], scaling(-np.ones(channels), np.zeros(channels)))
         )
     constants = [view.constant(name) for name in node.input]
-    if constants[0] is not None and kind == "Div":
-        return "it divides by what varies"
+    if all(constant is None for constant in constants) or (constants[0] is not None and kind == "Div"):
+        return None  # a product of two that vary, such as a gate, is no scaling
     index = 0 if constants[0] is not None else 1
     data, value = node.input[1 - index], constants[index]
     channels = _channels(view, data)
     if value is None or channels is None:
-        return "it has two inputs that vary" if value is None else "its number of channels is not known"
+        return "its number of channels is not known"
     shape = (1,) * (4 - value.ndim) + value.shape
     if value.ndim > 4 or shape[0] != 1 or shape[1] not in (1, channels) or shape[2:] != (1, 1):
         return "its constant varies over the image"
@@ -355,7 +355,7 @@ def _read_scaling(view: GraphView, node: onnx.NodeProto) -> tuple[str, Form] | s
     return data, scaling(one, -flat) if index == 1 else scaling(-one, flat)
 
 
-_READERS: dict[str, Callable[[GraphView, onnx.NodeProto], tuple[str, Form] | str]] = {
+_READERS: dict[str, Callable[[GraphView, onnx.NodeProto], tuple[str, Form] | str | None]] = {
     "Conv": _read_conv,
     "AveragePool": _read_pool,
     "BatchNormalization": _read_batch_norm,

@@ -78,6 +78,8 @@ class Regions:
             found: tuple[str, Form] | str | None = (border.data, form)
         else:
             found = read_operator(self.view, node)
+        if isinstance(found, tuple) and self.view.raw_constant(found[0]) is not None:
+            return  # a constant made of another
         if isinstance(found, tuple):
             data, form = found
             self.inputs[name], self.operators[name] = [Term(data, 1)], form

@@ -24,61 +24,23 @@ from ..specs.values import Check
 from .arithmetic import fold_in_float64
 from .block import DeployBlock, TrainingBlock
 from .network import RepVGG
+from .tolerance import FLOAT32_FACTOR, allow_float32, allow_float64, compare, largest, relative_error
 
 B = TypeVar("B", TrainingBlock, DeployBlock)
 Outputs = dict[str, NDArray[np.floating]]
 logger = logging.getLogger(__name__)
 
-# Two float32 computations of one function differ by rounding alone, but sum in different orders and with folded
-# weights. On two trained networks and on A0 and B2 with random BatchNorm, the whole deploy form erred 0.8–3.8 times as
-# much as the training form; ten times leaves room for other processors' kernels, and is still some hundred times below
-# what a wrong BatchNorm epsilon (1e-3 for 1e-5) does.
-_FACTOR = 10.0
-FLOAT32_FLOOR = 16 * float(np.finfo(np.float32).eps)
-"""Relative error that is always allowed: a few roundings, where the training-mode model happened to err less."""
 # The same for a single block on random input. Its training form rounds each branch once, at the branch's own size, and
 # often errs by one epsilon only; the folded kernel's centre taps are larger than any branch's, and fast convolution
 # algorithms mix them into all others. On the trained networks a block erred by up to 19 epsilons, 20 times its training
 # form.
 _BLOCK_FLOOR = 64 * float(np.finfo(np.float32).eps)
-FLOAT64_FLOOR = 64 * float(np.finfo(np.float64).eps)
-"""The same for float64 comparisons: sums of thousands of products round more often than a handful of values shows."""
-_EPS_RATIO = float(np.finfo(np.float64).eps / np.finfo(np.float32).eps)
 _BLOCK_INPUT = (1, 7, 6)  # images, height, width: not square, odd and even, and all borders
 # Some hundred times what trained networks have; ten times as much is still allowed to the deploy form.
 _MAX_TRAINING_ERROR = 1e-4
 _HALF_EPSILON = 0.51 * float(np.finfo(np.float32).eps)
 _SMALLEST = float(np.finfo(np.float32).tiny)  # below it float32 has fewer digits
 _MIN_SPREAD = 10.0  # outputs must move by ten tolerances from image to image, or agreement shows nothing
-
-
-def largest(array: NDArray[np.floating]) -> float:
-    """Largest absolute value; NaN where there is one."""
-    return float(np.max(np.abs(array), initial=0.0))
-
-
-def relative_error(result: NDArray[np.floating], reference: NDArray[np.floating]) -> float:
-    """Largest absolute difference, in units of the reference's largest absolute value (at least 1e-30)."""
-    scale = max(largest(reference), 1e-30)
-    return float(np.max(np.abs(np.subtract(result, reference, dtype=np.float64)), initial=0.0)) / scale
-
-
-def allow_float32(training_error: float) -> float:
-    """Tolerance of a float32 comparison, given the training-mode model's own float32 error (relative)."""
-    return max(_FACTOR * training_error, FLOAT32_FLOOR)
-
-
-def allow_float64(training_error: float) -> float:
-    """Tolerance of a float64 comparison: rounding errors scale with the machine epsilon."""
-    return max(_FACTOR * training_error * _EPS_RATIO, FLOAT64_FLOOR)
-
-
-def compare(name: str, result: NDArray[np.floating], reference: NDArray[np.floating], tolerance: float) -> Check:
-    """One check. A NaN in the result makes its error infinite, so that it fails and can be written as JSON."""
-    error = relative_error(result, reference) if result.shape == reference.shape else float("inf")
-    if not np.isfinite(error):
-        error = float(np.finfo(np.float64).max)
-    return Check(name, error, tolerance, largest(reference))
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,23 +113,6 @@ def reference_of_deploy(
         chain = [wide(x) for x in chain]
     truth = _classify64(deploy.linear, chain)
     return FormReport((), *_run_reference(deploy, inputs, dict(zip(small, truth, strict=True))))
-
-
-def require_passed(checks: Sequence[Check], what: str) -> None:
-    """The gate.
-
-    Raises:
-        ParityError: A check failed; the message names the worst.
-    """
-    failed = [check for check in checks if not check.passed]
-    if failed:
-        worst = max(failed, key=lambda check: check.error / check.tolerance)
-        raise ParityError(
-            f"{what}: {len(failed)} of {len(checks)} comparisons failed; worst: {worst.name}: "
-            f"relative error {worst.error:.3g}, allowed {worst.tolerance:.3g}",
-            remedy="the model was not written; report the checkpoint, or check that its BatchNorm epsilon and strides "
-            "are those of --arch",
-        )
 
 
 def _compare_blocks(
@@ -246,7 +191,7 @@ def _compare_block(
         reference, result = (out.numpy() for out in narrow_outputs)
         error = relative_error(reference, truth)
         checks.append(compare(f"{label} {name}, float64", exact, truth, allow_float64(error)))
-        checks.append(compare(f"{label} {name}, float32", result, truth, max(_FACTOR * error, _BLOCK_FLOOR)))
+        checks.append(compare(f"{label} {name}, float32", result, truth, max(FLOAT32_FACTOR * error, _BLOCK_FLOOR)))
         narrow_outputs = [block.finish(out) for block, out in zip(narrow, narrow_outputs, strict=True)]
         wide_outputs = [block.finish(out) for block, out in zip(wide, wide_outputs, strict=True)]
     return checks

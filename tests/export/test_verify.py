@@ -7,7 +7,7 @@ from repvgg_deploy.export.verify import _compare, compare_outputs
 from repvgg_deploy.images.classes import softmax
 from repvgg_deploy.images.decode import default_preprocessing, normalize
 from repvgg_deploy.images.drawn import draw_images, make_batches
-from repvgg_deploy.model import parity
+from repvgg_deploy.model import tolerance
 from repvgg_deploy.specs.values import Certificate, ModelSpec, TensorSpec
 
 PREPROCESSING = default_preprocessing(40, 56)
@@ -53,18 +53,18 @@ def test_input_for_uint8_gives_pixels_and_refuses_what_is_no_image() -> None:
 
 
 def test_tolerance_comes_from_the_training_error_and_has_a_floor() -> None:
-    assert parity.allow_float32(1e-5) == pytest.approx(1e-4)
-    assert parity.allow_float32(0.0) == parity.FLOAT32_FLOOR
-    assert parity.allow_float64(1e-5) == pytest.approx(1e-4 * 2**-29, rel=1e-6)
-    assert parity.allow_float64(0.0) == parity.FLOAT64_FLOOR
+    assert tolerance.allow_float32(1e-5) == pytest.approx(1e-4)
+    assert tolerance.allow_float32(0.0) == tolerance.FLOAT32_FLOOR
+    assert tolerance.allow_float64(1e-5) == pytest.approx(1e-4 * 2**-29, rel=1e-6)
+    assert tolerance.allow_float64(0.0) == tolerance.FLOAT64_FLOOR
 
 
 def test_compare_nan_wrong_shape_and_infinity_fail() -> None:
     reference = np.ones((2, 3))
     for wrong in (np.full((2, 3), np.nan), np.full((2, 3), np.inf), np.ones((2, 4))):
-        check = parity.compare("x", wrong, reference, 1e9)
+        check = tolerance.compare("x", wrong, reference, 1e9)
         assert not check.passed
-    assert parity.compare("x", reference + 1e-7, reference, 1e-6).passed
+    assert tolerance.compare("x", reference + 1e-7, reference, 1e-6).passed
 
 
 def test_certificate_without_checks_has_not_passed() -> None:

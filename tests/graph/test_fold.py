@@ -143,6 +143,24 @@ def test_weights_that_two_convolutions_share_stay_right() -> None:
     assert_equal(model, folded)
 
 
+def test_weights_behind_an_identity_are_constants_and_stay_where_a_convolution_stays() -> None:
+    draw = Draw()
+    shared = draw.node("Identity", [draw.random_constant(8, 8, 1, 1)], 8)
+    first = draw.node("Conv", ["x", shared])
+    last = draw.node("Conv", [draw.node("Relu", [draw.sum(first, draw.bn("x"))]), shared])
+    model = draw.model(draw.node("Relu", [last]))
+    folded, report = fold_branches(model)
+    assert kinds(folded) == {"Conv": 2, "Relu": 2, "Identity": 1} and len(report.folds) == 1
+    assert_equal(model, folded)
+
+
+def test_gate_in_a_sum_is_no_branch_that_remains() -> None:
+    draw = Draw()
+    gate = draw.node("Mul", ["x", draw.node("Sigmoid", ["x"])])
+    model = draw.model(draw.sum("x", gate))
+    assert fold_branches(model)[1].left == ()
+
+
 def test_sum_of_a_tensor_with_itself_and_differences_are_right() -> None:
     draw = Draw()
     conv = draw.conv("x")

@@ -13,7 +13,8 @@ from repvgg_deploy.images.decode import default_preprocessing
 from repvgg_deploy.images.drawn import make_batches
 from repvgg_deploy.model.fold import reparameterize
 from repvgg_deploy.model.network import RepVGG
-from repvgg_deploy.model.parity import FormReport, _keep_stable, compare_forms, reference_of_deploy, require_passed
+from repvgg_deploy.model.parity import FormReport, _keep_stable, compare_forms, reference_of_deploy
+from repvgg_deploy.model.tolerance import require_passed
 from tests.model.random_blocks import randomise, small_variant
 
 BATCHES = {batch.name: batch.array for batch in make_batches(default_preprocessing(64, 64), [(64, 64), (33, 47)])}

@@ -18,7 +18,12 @@ from ..errors import ContractError
 from ..specs.values import LayerSpec, ModelSpec, TensorSpec, VariantSpec
 from .options import IR_VERSIONS, TOP_K, GraphOptions
 
-_FORBIDDEN_IN_MODULES = ("BatchNormalization", "Dropout", "Identity", "If", "Loop", "Scan")
+_FORBIDDEN_IN_MODULES = {
+    "BatchNormalization": "give the BatchNorm running statistics (track_running_stats=True), for it normalises by the "
+    "batch",
+    "Dropout": "make the dropout depend on self.training, for it works in eval(), too",
+    **dict.fromkeys(("If", "Loop", "Scan"), "leave torch.jit.script out: what is traced has no control flow"),
+}
 
 
 def check_contract(model: onnx.ModelProto, variant: VariantSpec, options: GraphOptions, spec: ModelSpec) -> None:
@@ -47,17 +52,24 @@ def check_contract(model: onnx.ModelProto, variant: VariantSpec, options: GraphO
 
 
 def check_module_contract(model: onnx.ModelProto) -> None:
-    """Fails when a graph of a user's own module holds what a deploy form must not: BatchNorm, dropout, control flow.
+    """Fails when a graph of a user's own module holds what no deployed network may: training mode, or control flow.
+
+    A BatchNorm that no convolution could take up, such as one behind a ReLU, is as it should be.
 
     Raises:
         ContractError: It names the nodes.
     """
-    found = [f"{node.op_type} {node.name}" for node in model.graph.node if node.op_type in _FORBIDDEN_IN_MODULES]
+    found = [
+        node
+        for node in model.graph.node
+        if node.op_type in _FORBIDDEN_IN_MODULES
+        and (node.op_type != "BatchNormalization" or any(a.name == "training_mode" and a.i for a in node.attribute))
+    ]
     if found:
+        names = ", ".join(f"{node.op_type} {node.name}" for node in found[:5])
         raise ContractError(
-            f"{len(found)} nodes are left that a deploy form should not have: {', '.join(found[:5])}",
-            remedy="call eval() and reparameterize() first; for BatchNorm that no convolution precedes, give "
-            "allow_batchnorm=True",
+            f"{len(found)} nodes are left that a deployed network should not have: {names}",
+            remedy=_FORBIDDEN_IN_MODULES[found[0].op_type],
         )
 
 

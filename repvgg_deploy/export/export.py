@@ -11,6 +11,7 @@ from pathlib import Path
 from ..errors import CalibrationError, InputError
 from ..files.output import PendingOutput, atomic_output, release_freed_memory, require_distinct, require_replaceable
 from ..files.versions import tool_versions
+from ..graph.fold import FoldReport
 from ..images.calibration import calibration_path
 from ..images.classes import IMAGENET_CLASSES, imagenet_labels
 from ..images.decode import default_preprocessing
@@ -98,6 +99,7 @@ class ExportResult:
         notes: What a person should know of the checkpoint.
         deploy_output: The deploy-form checkpoint, if one was asked for.
         calibration: The synthetic calibration images, if they were asked for.
+        folded: What was folded by algebra (of `export_module` only).
     """
 
     output: PendingOutput
@@ -105,6 +107,7 @@ class ExportResult:
     notes: tuple[str, ...] = ()
     deploy_output: PendingOutput | None = None
     calibration: CalibrationResult | None = None
+    folded: FoldReport | None = None
 
 
 def export_checkpoint(

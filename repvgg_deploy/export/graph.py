@@ -130,10 +130,11 @@ def trace(
             torch.onnx.export(
                 module, (x,), buffer, dynamo=False,  # type: ignore[arg-type]  # a file object is documented
                 export_params=with_weights, do_constant_folding=with_weights, opset_version=opset,
-                input_names=names[:1], output_names=names[1:],
+                # Else it would merge BatchNorm into weights in place, wrongly where two layers share them.
+                training=torch.onnx.TrainingMode.PRESERVE, input_names=names[:1], output_names=names[1:],
                 dynamic_axes={name: sizes for name, sizes in axes.items() if sizes},
             )  # fmt: skip
-    except (RuntimeError, TypeError, ValueError, torch.onnx.OnnxExporterError) as error:
+    except (RuntimeError, TypeError, ValueError, AssertionError, torch.onnx.OnnxExporterError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ExportError(
             f"torch {torch.__version__} cannot export the model at opset {opset}: {first}",

@@ -1,4 +1,4 @@
-"""Any module with RepVGG blocks, such as a detector on a RepVGG backbone → verified ONNX: the stages in order."""
+"""Any module, such as a detector with re-parameterizable blocks → folded, verified ONNX: the stages in order."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -15,9 +16,8 @@ from torch import Tensor, nn
 from ..errors import InputError, ParityError
 from ..files.output import atomic_output
 from ..files.versions import tool_versions
-from ..model import parity
-from ..model.block import TrainingBlock
-from ..model.fold import foreign_names, reparameterize
+from ..graph.fold import FoldReport, fold_branches
+from ..model.tolerance import relative_error, require_passed
 from ..specs.values import (
     METADATA_SCHEMA,
     Certificate,
@@ -29,12 +29,13 @@ from ..specs.values import (
 )
 from .contract import check_module_contract
 from .export import TRAINING_REFERENCE, ExportResult
+from .fold import check_folds, count_folds, describe_folding
 from .graph import simplify, stamp, trace
 from .options import require_opset
 from .verify import compare_outputs, run_onnx
 from .writer import append_metadata, write_model
 
-_DEPLOY_REFERENCE = "the module as it was given, in deploy form (no training form was given)"
+_GIVEN_REFERENCE = "the module as it was given, in eval mode"
 _VARIATIONS = 2  # inputs besides the example: same shape, other values
 
 
@@ -44,12 +45,11 @@ class ModuleOptions:
 
     Attributes:
         opset: 17 to 20.
-        reference: The training-mode model, where `model` is already in deploy form and the two are to be compared.
+        reference: The training-mode model, where `model` is a conversion of it and the two are to be compared.
         output_names: In the order of the outputs; None takes a dict's keys, or `output` (`output_0`, … for several).
         dynamic_batch: Accept any batch size.
         dynamic_size: Accept any height and width.
         preprocessing: How an image becomes the input, for `Engine.infer_images`.
-        allow_batchnorm: Accept BatchNorm that no convolution precedes.
         force: Replace a different file.
     """
 
@@ -59,7 +59,6 @@ class ModuleOptions:
     dynamic_batch: bool = True
     dynamic_size: bool = False
     preprocessing: Preprocessing | None = None
-    allow_batchnorm: bool = False
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -74,44 +73,44 @@ def export_module(
     *,
     options: ModuleOptions | None = None,
 ) -> ExportResult:
-    """Reparameterizes (if need be), exports, simplifies and verifies a module, and writes one ONNX file.
+    """Exports, folds by algebra, simplifies and verifies a module, and writes one ONNX file.
+
+    What becomes one convolution is decided by the graph, not by the names of classes: see `graph.fold_branches`.
 
     Args:
-        model: Contains RepVGG blocks, ours or others' by their names, in training or deploy form; used in `eval()` and
-            not changed.
+        model: In training form (or its own conversion, see `ModuleOptions.reference`); used in `eval()` and not
+            changed.
         example_inputs: One float32 tensor (N, C, H, W) (or a tuple of one), as the module is called.
         out: The `.onnx`.
         options: How it is exported.
 
     Returns:
-        The file and its metadata; `Engine(out)` runs it.
+        The file, its metadata and what was folded; `Engine(out)` runs it.
 
     Raises:
         InputError: The inputs or outputs are of a kind that cannot be exported.
         ExportError: torch, onnxsim or the graph contract refuse the graph.
-        ParityError: The ONNX does not give what the training-mode model gives.
+        ParityError: The ONNX does not give what the module, or its reference, gives.
         ArtifactError: The file cannot be written.
     """
     options = options or ModuleOptions()
     x = _single_input(example_inputs)
     with atomic_output(Path(out), force=options.force) as output:
-        found = any(isinstance(part, TrainingBlock) or foreign_names(part) is not None for part in model.modules())
-        deploy = (reparameterize(model) if found else copy.deepcopy(model)).eval()
-        spec = _module_spec(deploy, x, options)
+        given = copy.deepcopy(model).eval()
+        spec = _module_spec(given, x, options)
         tensors = (spec.input, *spec.outputs)
-        graph = simplify(trace(_Flat(deploy), x, opset=options.opset, tensors=tensors, with_weights=True))
+        graph, report = _fold(trace(_Flat(given), x, opset=options.opset, tensors=tensors, with_weights=True))
         stamp(graph, options.opset, tensors)
-        if not options.allow_batchnorm:
-            check_module_contract(graph)
+        check_module_contract(graph)
         digest = write_model(output.partial, graph)
-
         inputs = _vary_input(x, options)
-        references, training_error = _reference_outputs(options.reference or model, inputs, spec)
+        references, training_error = _reference_outputs(options.reference or given, inputs, spec)
         results = run_onnx(output.partial, {name: {spec.input.name: value.numpy()} for name, value in inputs.items()})
-        checks = compare_outputs(results, references, training_error=training_error)
-        parity.require_passed(checks, f"{type(model).__name__} against its ONNX")
-        known = found or options.reference is not None
-        certificate = Certificate(TRAINING_REFERENCE if known else _DEPLOY_REFERENCE, checks, tool_versions())
+        checks = (*check_folds(report), *compare_outputs(results, references, training_error=training_error))
+        require_passed(checks, f"{type(model).__name__} against its ONNX")
+        against = _GIVEN_REFERENCE if options.reference is None else TRAINING_REFERENCE
+        certificate = Certificate(f"{against}: {describe_folding(report)}", checks, tool_versions())
+        said = {"opset": options.opset, **count_folds(report)}
         metadata = ModelMetadata(
             schema=METADATA_SCHEMA,
             spec=spec,
@@ -119,10 +118,25 @@ def export_module(
             source=None,
             certificate=certificate,
             statistics={},
-            history=(HistoryEntry("export_module", certificate.versions, {"opset": options.opset}),),
+            history=(HistoryEntry("export_module", certificate.versions, said),),
         )
         append_metadata(output.partial, digest, metadata)
-    return ExportResult(output, metadata)
+    return ExportResult(output, metadata, folded=report)
+
+
+def _fold(graph: onnx.ModelProto) -> tuple[onnx.ModelProto, FoldReport]:
+    """Folds and simplifies until nothing is left to fold.
+
+    Folded first, because onnxsim merges BatchNorm in float32; then again, because constants and shapes that it computes
+    may be what a region lacked.
+    """
+    graph, report = fold_branches(graph)
+    folds = [*report.folds]
+    while True:
+        graph, report = fold_branches(simplify(graph))
+        folds += report.folds
+        if not report.folds:
+            return graph, FoldReport(tuple(folds), report.left)
 
 
 class _Flat(nn.Module):
@@ -230,7 +244,7 @@ def _reference_outputs(
     for name, x in inputs.items():
         wide = [t.numpy() for t in _flatten_outputs(wide_model(x.double())).values()]
         pairs = [(n, w) for n, w in zip(narrow[name], wide, strict=True) if n.dtype.kind == "f"]
-        error = max([error, *(parity.relative_error(n, w) for n, w in pairs)])
+        error = max([error, *(relative_error(n, w) for n, w in pairs)])
     if not all(np.isfinite(array).all() for arrays in narrow.values() for array in arrays):
         raise ParityError(
             "the training-mode model gives NaN or infinity",

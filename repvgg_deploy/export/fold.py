@@ -1,0 +1,325 @@
+"""Somebody's ONNX in training form → the same network folded by algebra and verified against the file. Needs no torch.
+
+What was folded is told here in words, too, for this and for the export of modules.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper, version_converter
+from onnx.external_data_helper import load_external_data_for_model, uses_external_data
+
+from ..errors import ForeignModelError, InputError, ModelError, ParityError
+from ..files.onnx import read_graph, read_metadata
+from ..files.output import PendingOutput, atomic_output, require_distinct, sha256_file
+from ..files.versions import installed_versions
+from ..graph.fold import Fold, FoldReport, fold_branches
+from ..graph.prove import TOLERANCE
+from ..model.tolerance import relative_error, require_passed
+from ..specs.values import METADATA_SCHEMA, Certificate, Check, HistoryEntry, ModelMetadata, ModelSpec, TensorSpec
+from .options import IR_VERSIONS
+from .verify import compare_outputs, run_onnx
+from .writer import append_metadata, write_model
+
+_OLDEST_OPSET, _NEWEST_OPSET = 11, 22
+_MAX_BYTES = (1 << 31) - 1
+_FOLD_FIRST = "fold the FP32 file first, then quantize the result"
+_HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization")
+_FREE_SIZES = ((128, 192), (192, 128))  # multiples of 64, the largest stride of usual detectors
+_TOOLS = ("onnx", "onnxruntime", "onnxruntime-gpu", "numpy")
+_FEW = 3
+_Arrays = dict[str, NDArray[np.generic]]
+
+
+@dataclass(frozen=True, slots=True)
+class FoldResult:
+    """What `fold_onnx` did.
+
+    Attributes:
+        report: What was folded, and what remains.
+        checks: The folds and the whole network against the file; empty where nothing was written.
+        notes: What else became of the file, in sentences.
+        output: The folded file; None where it was only described.
+        metadata: What the file carries; None where it is none that the Engine takes (`notes` says why).
+    """
+
+    report: FoldReport
+    checks: tuple[Check, ...] = ()
+    notes: tuple[str, ...] = ()
+    output: PendingOutput | None = None
+    metadata: ModelMetadata | None = None
+
+
+def fold_onnx(model: Path | str, out: Path | str | None = None, *, force: bool = False) -> FoldResult:
+    """Folds an ONNX file by algebra, verifies the result against the file and writes it as one file.
+
+    Args:
+        model: An FP32 ONNX of anybody, operator set 11 to 22; external data is read.
+        out: The `.onnx`; None writes nothing and only says what would be folded.
+        force: Replace a different file.
+
+    Raises:
+        ModelError: The file cannot be read, is too large, or of another operator set.
+        InputError: It is typed (FP16, Q/DQ), or `out` is `model`.
+        ParityError: The folded file does not give what the file gives, or ONNX Runtime cannot run it.
+        ArtifactError: The result cannot be written.
+    """
+    path = Path(model)
+    given = _read(path)
+    _require_float32(path, given)
+    parent = _read_own_metadata(path)
+    graph, notes = _set_opset(path, given)
+    notes += _free_inputs(graph)
+    folded, report = fold_branches(graph)
+    if out is None:
+        return FoldResult(report, notes=tuple(notes))
+    require_distinct([Path(out)], [path])
+    with atomic_output(Path(out), force=force) as output:
+        _name_dimensions(folded)
+        folded.producer_name, folded.producer_version = "repvgg-deploy", installed_versions(())["repvgg-deploy"]
+        folded.ir_version = IR_VERSIONS[_opset(folded)]
+        digest = write_model(output.partial, folded)
+        references, checks = _verify(path, given, output.partial, notes)
+        checks = (*check_folds(report), *checks)
+        require_passed(checks, f"{path.name} against the folded file")
+        spec = parent.spec if parent is not None else _read_spec(folded, references)
+        metadata = None
+        if isinstance(spec, str):
+            notes.append(f"no metadata for the Engine: {spec}")
+        else:
+            versions = installed_versions(_TOOLS)
+            options = {"opset": _opset(folded), **count_folds(report)}
+            entry = HistoryEntry("fold", versions, options, sha256_file(path))
+            reference = f"the file as it was given: {describe_folding(report)}"
+            metadata = ModelMetadata(
+                METADATA_SCHEMA, spec, None, None, Certificate(reference, checks, versions), {}, (entry,)
+            )
+            if parent is not None:
+                both = replace(parent.certificate, checks=(*parent.certificate.checks, *checks))
+                metadata = replace(parent, certificate=both, history=(*parent.history, entry), content_sha256="")
+            append_metadata(output.partial, digest, metadata)
+    return FoldResult(report, checks, tuple(notes), output, metadata)
+
+
+def describe_folding(report: FoldReport) -> str:
+    """What was folded and which sums of branches remain, with a few reasons, such as `2 regions folded`."""
+    count = len(report.folds)
+    text = f"{count} region{'s' if count > 1 else ''} folded" if count else "nothing to fold"
+    if report.left:
+        few = ", ".join(f"{name} ({reason})" for name, reason in report.left[:_FEW])
+        more = f" and {len(report.left) - _FEW} more" if len(report.left) > _FEW else ""
+        text += f"; sums of branches that remain: {few}{more}"
+    return text
+
+
+def describe_kernels(fold: Fold) -> str:
+    """Kernels before and after, such as `3×3 + 1×1 → 3×3`."""
+    counts = Counter(fold.kernels_before)
+    return f"{' + '.join(f'{n} of {kind}' if n > 1 else kind for kind, n in counts.items())} → {fold.kernel_after}"
+
+
+def check_folds(report: FoldReport) -> tuple[Check, ...]:
+    """Each fold's own proof as a check of a certificate."""
+    return tuple(Check(f"fold {f.output}: {describe_kernels(f)}", f.error, TOLERANCE, 1.0) for f in report.folds)
+
+
+def count_folds(report: FoldReport) -> dict[str, str | int | float | bool | None]:
+    """What the history says of a folding."""
+    return {
+        "regions_folded": len(report.folds),
+        "sums_left": len(report.left),
+        "weight_bytes_saved": sum(fold.bytes_saved for fold in report.folds),
+    }
+
+
+def _read(path: Path) -> onnx.ModelProto:
+    """The model with all its weights."""
+    size = read_graph(path).file_bytes  # says what is wrong with a file that is no ONNX
+    model = onnx.load_model(path, load_external_data=False) if size <= _MAX_BYTES else onnx.ModelProto()
+    outside = [tensor for tensor in model.graph.initializer if uses_external_data(tensor)]
+    size += sum(int(np.prod(t.dims)) * helper.tensor_dtype_to_np_dtype(t.data_type).itemsize for t in outside)
+    if size > _MAX_BYTES:
+        raise ModelError(
+            f"{path}: {size / 1e9:.1f} GB of weights, and an ONNX file holds 2.1 GB", remedy="fold a smaller model"
+        )
+    try:
+        load_external_data_for_model(model, str(path.parent))
+    except (OSError, ValueError, onnx.checker.ValidationError) as error:
+        raise ModelError(
+            f"{path}: its external data cannot be read: {' '.join(str(error).split())}",
+            remedy="put the data files that came with it into the same folder",
+        ) from error
+    return model
+
+
+def _require_float32(path: Path, model: onnx.ModelProto) -> None:
+    """Refuses what is typed already: its scales belong to the graph that they were made for."""
+    found = [
+        node.op_type for node in model.graph.node if node.op_type.startswith(("Quantize", "Dequantize", "QLinear"))
+    ]
+    values = (*model.graph.input, *model.graph.output)
+    kinds = {t.data_type for t in model.graph.initializer} | {value.type.tensor_type.elem_type for value in values}
+    found += [TensorProto.DataType.Name(kind) for kind in _HALVES if kind in kinds]
+    weights = {node.input[1] for node in model.graph.node if node.op_type == "Conv"}
+    found += ["DOUBLE" for t in model.graph.initializer if t.name in weights and t.data_type == TensorProto.DOUBLE]
+    if found:
+        raise InputError(f"{path}: expected an FP32 graph, found {found[0]} in it", remedy=_FOLD_FIRST)
+
+
+def _read_own_metadata(path: Path) -> ModelMetadata | None:
+    try:
+        return read_metadata(path)
+    except ForeignModelError:
+        return None
+
+
+def _opset(model: onnx.ModelProto) -> int:
+    return max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+
+
+def _set_opset(path: Path, model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
+    """The model at an operator set from 17 to 20, and what was done to it."""
+    opset, wanted = _opset(model), min(max(_opset(model), min(IR_VERSIONS)), max(IR_VERSIONS))
+    remedy = f"export the model at an operator set from {min(IR_VERSIONS)} to {max(IR_VERSIONS)}"
+    if not _OLDEST_OPSET <= opset <= _NEWEST_OPSET:
+        raise ModelError(
+            f"{path}: expected operator set {_OLDEST_OPSET} to {_NEWEST_OPSET}, found {opset}", remedy=remedy
+        )
+    if opset == wanted:
+        copy = onnx.ModelProto()
+        copy.CopyFrom(model)
+        return copy, []
+    try:
+        return version_converter.convert_version(model, wanted), [f"operator set {opset} became {wanted}"]
+    except (RuntimeError, ValueError, onnx.checker.ValidationError) as error:
+        raise ModelError(
+            f"{path}: onnx {onnx.__version__} cannot convert operator set {opset} to {wanted}: "
+            f"{' '.join(str(error).split())}",
+            remedy=remedy,
+        ) from error
+
+
+def _free_inputs(model: onnx.ModelProto) -> list[str]:
+    """Makes constants of weights that old exporters list among the inputs, in place."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    count = len(model.graph.input) - len(inputs)
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    return [f"{count} weights that a caller could have replaced are constants now"] if count else []
+
+
+def _name_dimensions(model: onnx.ModelProto) -> None:
+    """Gives the dynamic dimensions of images names, in place."""
+    for value in model.graph.input:
+        dims = value.type.tensor_type.shape.dim
+        for dim, name in zip(dims, ("batch", "channels", "height", "width"), strict=False):
+            if len(dims) == 4 and not dim.HasField("dim_value") and not dim.dim_param:
+                dim.dim_param = name
+
+
+def _verify(
+    path: Path, given: onnx.ModelProto, folded: Path, notes: list[str]
+) -> tuple[dict[str, _Arrays], tuple[Check, ...]]:
+    """What the file gives on drawn inputs, and how far from it the folded file is."""
+    feeds = dict(_draw_feeds(path, given))
+    references = {}
+    for name, feed in feeds.items():
+        try:
+            references.update(run_onnx(path, {name: feed}))
+        except ParityError:
+            if name.startswith("image"):
+                raise
+            notes.append(f"the file as it was given does not run {name}: not verified")
+    used = {name: feeds[name] for name in references}
+    first, second = references["image 1"].values(), references["image 2"].values()
+    finite = all(np.isfinite(array).all() for arrays in references.values() for array in arrays.values())
+    if not finite or all(np.array_equal(a, b) for a, b in zip(first, second, strict=True)):
+        raise ParityError(
+            f"{path}: its outputs on drawn inputs are {'all the same' if finite else 'not finite'}, so that nothing "
+            "can be verified",
+            remedy="give a trained model",
+        )
+    nudged = run_onnx(path, used, content=_nudge(given).SerializeToString())
+    pairs = [(nudged[batch][name], a) for batch, arrays in references.items() for name, a in arrays.items()]
+    noise = max(relative_error(found, array) for found, array in pairs if array.dtype.kind == "f")
+    return references, compare_outputs(run_onnx(folded, used), references, training_error=noise)
+
+
+def _nudge(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with every weight moved to a float32 beside it.
+
+    A fold rounds each weight once more and changes the order of sums, which is as much. How far such a step moves the
+    outputs is the file's own float32 noise, the yardstick of the comparison (`model.tolerance.allow_float32`).
+    """
+    nudged = onnx.ModelProto()
+    nudged.CopyFrom(model)
+    weights = {name for node in model.graph.node if node.op_type in _WEIGHTED for name in node.input[1:]}
+    constants = [n.attribute[0].t for n in nudged.graph.node if n.op_type == "Constant" and n.output[0] in weights]
+    random = np.random.default_rng(0)
+    for tensor in (*(t for t in nudged.graph.initializer if t.name in weights), *constants):
+        if tensor.data_type == TensorProto.FLOAT:
+            array = numpy_helper.to_array(tensor)
+            towards = np.where(random.random(array.shape) < 0.5, -np.inf, np.inf).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(np.nextafter(array, towards), tensor.name))
+    return nudged
+
+
+def _draw_feeds(path: Path, model: onnx.ModelProto) -> Iterator[tuple[str, _Arrays]]:
+    """Inputs by batch name: two images; where dynamic, also another batch and another size."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    free = {axis for v in inputs for axis, d in enumerate(_dims(v)) if len(_dims(v)) == 4 and not isinstance(d, int)}
+    plans = {"image 1": (1, 0), "image 2": (1, 0)}
+    plans |= {"another batch": (3, 0)} if 0 in free else {}
+    plans |= {"another size": (1, 1)} if free & {2, 3} else {}
+    for seed, (name, (batch, size)) in enumerate(plans.items()):
+        random = np.random.default_rng(seed)
+        feed: _Arrays = {}
+        for value in inputs:
+            usual = (batch, 3, *_FREE_SIZES[size])
+            shape = [
+                dim if isinstance(dim, int) else usual[axis] if len(_dims(value)) == 4 or axis == 0 else 1
+                for axis, dim in enumerate(_dims(value))
+            ]
+            dtype = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+            if dtype.kind == "f":
+                feed[value.name] = random.standard_normal(shape).astype(dtype)
+            else:
+                feed[value.name] = random.integers(0, 256 if dtype == np.uint8 else 2, shape).astype(dtype)
+        yield name, feed
+
+
+def _dims(value: onnx.ValueInfoProto) -> list[int | str]:
+    """Sizes of a tensor; an empty text for a dimension without size or name."""
+    return [d.dim_value if d.HasField("dim_value") else d.dim_param for d in value.type.tensor_type.shape.dim]
+
+
+def _read_spec(model: onnx.ModelProto, results: Mapping[str, _Arrays]) -> ModelSpec | str:
+    """Input and outputs as the metadata state them, or why they cannot."""
+    if len(model.graph.input) != 1:
+        return f"it has {len(model.graph.input)} inputs, expected one image"
+    image = model.graph.input[0]
+    shape, kind = tuple(_dims(image)), image.type.tensor_type.elem_type
+    if len(shape) != 4 or kind != TensorProto.FLOAT or not isinstance(shape[1], int):
+        return f"its input {image.name} is no float32 image (N, C, H, W) with a known number of channels"
+    outputs = []
+    for value in model.graph.output:
+        array = results["image 1"][value.name]
+        dims = _dims(value) if len(_dims(value)) == array.ndim else [""] * array.ndim
+        if len({arrays[value.name].ndim for arrays in results.values()}) > 1 or not array.ndim:
+            return f"its output {value.name} has no fixed number of dimensions"
+        sizes = [size or (shape[0] if not axis else f"{value.name}_{axis}") for axis, size in enumerate(dims)]
+        if array.dtype.name not in ("float32", "float16", "int64", "int32", "uint8"):
+            return f"its output {value.name} is {array.dtype}"
+        layout = {4: "NCHW", 2: "NC"}.get(array.ndim, "other")
+        outputs.append(TensorSpec(value.name, array.dtype.name, tuple(sizes), layout))  # type: ignore[arg-type]
+    return ModelSpec(TensorSpec(image.name, "float32", shape, "NCHW"), tuple(outputs), "module")

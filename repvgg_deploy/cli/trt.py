@@ -12,13 +12,14 @@ from .check import COMMAND as CHECK
 from .common import Command, HelpFormatter, parent_parser, run
 from .compare import COMMAND as COMPARE
 from .eval import COMMAND as EVAL
+from .fold import COMMAND as FOLD
 from .infer import COMMAND as INFER
 from .inspect import COMMAND as INSPECT
 from .quantize import COMMAND as QUANTIZE
 from .triton import COMMAND as TRITON
 
 DESCRIPTION = "Quantizes, builds, runs, measures and describes models that repvgg-export wrote."
-COMMANDS = (INFER, INSPECT, QUANTIZE, BUILD, CHECK, TRITON, EVAL, COMPARE, BENCH, ADVISE)
+COMMANDS = (INFER, INSPECT, FOLD, QUANTIZE, BUILD, CHECK, TRITON, EVAL, COMPARE, BENCH, ADVISE)
 
 
 def main(argv: list[str] | None = None) -> int:

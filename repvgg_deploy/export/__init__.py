@@ -1,6 +1,7 @@
-"""Checkpoint or module → verified ONNX. The entries are `export_checkpoint` and `export_module`.
+"""Checkpoint, module or ONNX in training form → verified ONNX.
 
-Needs torch, onnx and onnxsim.
+The entries are `export_checkpoint`, `export_module` and `fold_onnx`. Needs torch, onnx and onnxsim; `fold_onnx` needs
+onnx and ONNX Runtime only.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from .export import ExportOptions as ExportOptions
     from .export import ExportResult as ExportResult
     from .export import export_checkpoint as export_checkpoint
+    from .fold import FoldResult as FoldResult
+    from .fold import fold_onnx as fold_onnx
     from .module import ModuleOptions as ModuleOptions
     from .module import export_module as export_module
     from .options import GraphOptions as GraphOptions
@@ -25,6 +28,7 @@ __getattr__ = find_lazily(
     {
         "calibrate": "CalibrationResult write_calibration",
         "export": "ExportOptions ExportResult export_checkpoint",
+        "fold": "FoldResult fold_onnx",
         "module": "ModuleOptions export_module",
         "options": "GraphOptions",
         "synthesize": "SynthesisOptions",

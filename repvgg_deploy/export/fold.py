@@ -5,7 +5,6 @@ What was folded is told here in words, too, for this and for the export of modul
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from ..errors import ForeignModelError, InputError, ModelError, ParityError
 from ..files.onnx import read_graph, read_metadata
 from ..files.output import PendingOutput, atomic_output, require_distinct, sha256_file
 from ..files.versions import installed_versions
-from ..graph.fold import Fold, FoldReport, fold_branches
+from ..graph.fold import FoldReport, fold_branches
 from ..graph.prove import TOLERANCE
 from ..model.tolerance import relative_error, require_passed
 from ..specs.values import METADATA_SCHEMA, Certificate, Check, HistoryEntry, ModelMetadata, ModelSpec, TensorSpec
@@ -32,10 +31,17 @@ _OLDEST_OPSET, _NEWEST_OPSET = 11, 22
 _MAX_BYTES = (1 << 31) - 1
 _FOLD_FIRST = "fold the FP32 file first, then quantize the result"
 _HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+_INTEGER = ("Quantize", "Dequantize", "DynamicQuantize", "QLinear", "ConvInteger", "MatMulInteger")
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization")
 _FREE_SIZES = ((128, 192), (192, 128))  # multiples of 64, the largest stride of usual detectors
+_BATCH = 3
 _TOOLS = ("onnx", "onnxruntime", "onnxruntime-gpu", "numpy")
 _FEW = 3
+FOLD_REMEDY = (
+    "nothing was written; an output behind TopK, ArgMax or NonMaxSuppression may jump where two values are as good as "
+    "equal: make the tensors before it the outputs; else report the model"
+)
+"""Where a folded network differs from what was given."""
 _Arrays = dict[str, NDArray[np.generic]]
 
 
@@ -89,7 +95,7 @@ def fold_onnx(model: Path | str, out: Path | str | None = None, *, force: bool =
         digest = write_model(output.partial, folded)
         references, checks = _verify(path, given, output.partial, notes)
         checks = (*check_folds(report), *checks)
-        require_passed(checks, f"{path.name} against the folded file")
+        require_passed(checks, f"{path.name} against the folded file", remedy=FOLD_REMEDY)
         spec = parent.spec if parent is not None else _read_spec(folded, references)
         metadata = None
         if isinstance(spec, str):
@@ -120,15 +126,9 @@ def describe_folding(report: FoldReport) -> str:
     return text
 
 
-def describe_kernels(fold: Fold) -> str:
-    """Kernels before and after, such as `3×3 + 1×1 → 3×3`."""
-    counts = Counter(fold.kernels_before)
-    return f"{' + '.join(f'{n} of {kind}' if n > 1 else kind for kind, n in counts.items())} → {fold.kernel_after}"
-
-
 def check_folds(report: FoldReport) -> tuple[Check, ...]:
     """Each fold's own proof as a check of a certificate."""
-    return tuple(Check(f"fold {f.output}: {describe_kernels(f)}", f.error, TOLERANCE, 1.0) for f in report.folds)
+    return tuple(Check(f"fold {f.output}: {f.kernels}", f.error, TOLERANCE, 1.0) for f in report.folds)
 
 
 def count_folds(report: FoldReport) -> dict[str, str | int | float | bool | None]:
@@ -143,7 +143,12 @@ def count_folds(report: FoldReport) -> dict[str, str | int | float | bool | None
 def _read(path: Path) -> onnx.ModelProto:
     """The model with all its weights."""
     size = read_graph(path).file_bytes  # says what is wrong with a file that is no ONNX
-    model = onnx.load_model(path, load_external_data=False) if size <= _MAX_BYTES else onnx.ModelProto()
+    model = onnx.ModelProto()
+    if size <= _MAX_BYTES:
+        try:
+            model = onnx.load_model(path, load_external_data=False)
+        except Exception as error:  # protobuf's own class, of a package that is not ours to import
+            raise ModelError(f"{path}: is damaged: {error}", remedy="export or copy it again") from error
     outside = [tensor for tensor in model.graph.initializer if uses_external_data(tensor)]
     size += sum(int(np.prod(t.dims)) * helper.tensor_dtype_to_np_dtype(t.data_type).itemsize for t in outside)
     if size > _MAX_BYTES:
@@ -152,10 +157,11 @@ def _read(path: Path) -> onnx.ModelProto:
         )
     try:
         load_external_data_for_model(model, str(path.parent))
+        onnx.checker.check_model(model)
     except (OSError, ValueError, onnx.checker.ValidationError) as error:
         raise ModelError(
-            f"{path}: its external data cannot be read: {' '.join(str(error).split())}",
-            remedy="put the data files that came with it into the same folder",
+            f"{path}: is no valid ONNX, or its external data cannot be read: {' '.join(str(error).split())}",
+            remedy="put the data files that came with it into the same folder, or export it again",
         ) from error
     return model
 
@@ -279,7 +285,7 @@ def _draw_feeds(path: Path, model: onnx.ModelProto) -> Iterator[tuple[str, _Arra
     inputs = [value for value in model.graph.input if value.name not in weights]
     free = {axis for v in inputs for axis, d in enumerate(_dims(v)) if len(_dims(v)) == 4 and not isinstance(d, int)}
     plans = {"image 1": (1, 0), "image 2": (1, 0)}
-    plans |= {"another batch": (3, 0)} if 0 in free else {}
+    plans |= {"another batch": (_BATCH, 0)} if 0 in free else {}
     plans |= {"another size": (1, 1)} if free & {2, 3} else {}
     for seed, (name, (batch, size)) in enumerate(plans.items()):
         random = np.random.default_rng(seed)
@@ -317,7 +323,9 @@ def _read_spec(model: onnx.ModelProto, results: Mapping[str, _Arrays]) -> ModelS
         dims = _dims(value) if len(_dims(value)) == array.ndim else [""] * array.ndim
         if len({arrays[value.name].ndim for arrays in results.values()}) > 1 or not array.ndim:
             return f"its output {value.name} has no fixed number of dimensions"
-        sizes = [size or (shape[0] if not axis else f"{value.name}_{axis}") for axis, size in enumerate(dims)]
+        sizes = [size or f"{value.name}_{axis}" for axis, size in enumerate(dims)]
+        if isinstance(sizes[0], str) and len(results.get("another batch", results["image 1"])[value.name]) == _BATCH:
+            sizes[0] = shape[0]  # a row an image
         if array.dtype.name not in ("float32", "float16", "int64", "int32", "uint8"):
             return f"its output {value.name} is {array.dtype}"
         layout = {4: "NCHW", 2: "NC"}.get(array.ndim, "other")

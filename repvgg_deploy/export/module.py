@@ -29,7 +29,7 @@ from ..specs.values import (
 )
 from .contract import check_module_contract
 from .export import TRAINING_REFERENCE, ExportResult
-from .fold import check_folds, count_folds, describe_folding
+from .fold import FOLD_REMEDY, check_folds, count_folds, describe_folding
 from .graph import simplify, stamp, trace
 from .options import require_opset
 from .verify import compare_outputs, run_onnx
@@ -107,7 +107,7 @@ def export_module(
         references, training_error = _reference_outputs(options.reference or given, inputs, spec)
         results = run_onnx(output.partial, {name: {spec.input.name: value.numpy()} for name, value in inputs.items()})
         checks = (*check_folds(report), *compare_outputs(results, references, training_error=training_error))
-        require_passed(checks, f"{type(model).__name__} against its ONNX")
+        require_passed(checks, f"{type(model).__name__} against its ONNX", remedy=FOLD_REMEDY)
         against = _GIVEN_REFERENCE if options.reference is None else TRAINING_REFERENCE
         certificate = Certificate(f"{against}: {describe_folding(report)}", checks, tool_versions())
         said = {"opset": options.opset, **count_folds(report)}

@@ -7,6 +7,7 @@ replaces (`prove`), in float64, before it is taken.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -50,6 +51,15 @@ class Fold:
     macs_before: Fraction
     macs_after: Fraction
     bytes_saved: int
+
+    @property
+    def kernels(self) -> str:
+        """Kernels before and after, such as `2 of 3×3 + 1×1 → 3×3 depthwise`; what holds for all is said once."""
+        before, shared = list(self.kernels_before), " depthwise"
+        if all(kind.endswith(shared) for kind in (*before, self.kernel_after)):
+            before = [kind.removesuffix(shared) for kind in before]
+        counts = Counter(before)
+        return f"{' + '.join(f'{n} of {kind}' if n > 1 else kind for kind, n in counts.items())} → {self.kernel_after}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,8 +54,13 @@ def compare(name: str, result: NDArray[np.floating], reference: NDArray[np.float
     return Check(name, error, tolerance, largest(reference))
 
 
-def require_passed(checks: Sequence[Check], what: str) -> None:
+def require_passed(checks: Sequence[Check], what: str, *, remedy: str | None = None) -> None:
     """The gate.
+
+    Args:
+        checks: All must have passed.
+        what: Was compared with what.
+        remedy: None gives that of a checkpoint.
 
     Raises:
         ParityError: A check failed; the message names the worst.
@@ -66,6 +71,7 @@ def require_passed(checks: Sequence[Check], what: str) -> None:
         raise ParityError(
             f"{what}: {len(failed)} of {len(checks)} comparisons failed; worst: {worst.name}: "
             f"relative error {worst.error:.3g}, allowed {worst.tolerance:.3g}",
-            remedy="the model was not written; report the checkpoint, or check that its BatchNorm epsilon and strides "
-            "are those of --arch",
+            remedy=remedy
+            or "the model was not written; report the checkpoint, or check that its BatchNorm epsilon and strides are "
+            "those of --arch",
         )

@@ -121,6 +121,7 @@ def help_texts() -> dict[str, str]:
             [],
             ["infer"],
             ["inspect"],
+            ["fold"],
             ["quantize"],
             ["build"],
             ["check"],

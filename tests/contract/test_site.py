@@ -161,7 +161,7 @@ HELPERS = {
     "run_pairs",
     "save_figure",
 }
-STAGES = {"build", "evaluate", "export", "images", "measure", "precision", "runtime", "serving"}
+STAGES = {"build", "evaluate", "export", "graph", "images", "measure", "precision", "runtime", "serving"}
 
 
 @needs_mkdocs

@@ -1,0 +1,118 @@
+"""`repvgg-trt fold`, as a user calls it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+
+from repvgg_deploy.cli.trt import main
+from tests.graph.make_blocks import BLOCKS, Draw
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """Two blocks, and a sum that cannot be one convolution."""
+    draw = Draw()
+    x = draw.node("Relu", [BLOCKS["MobileOne depthwise"][0](draw, "x")])
+    x = draw.node("Relu", [draw.sum(draw.conv_bn(x), draw.conv_bn(x, kernel=1), draw.bn(x))])
+    x = draw.node("Relu", [draw.sum(draw.conv_bn(x), draw.pool(x, count_include_pad=0))])
+    path = tmp_path / "m.onnx"
+    onnx.save(draw.model(x), path)
+    return path
+
+
+def test_fold_writes_a_file_and_a_table_of_what_it_saves(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = model.with_name("out.onnx")
+    assert main(["fold", str(model), "--out", str(out)]) == 0
+    printed = capsys.readouterr()
+    for part in (
+        "regions folded",
+        "count_include_pad=0",
+        "  region  branches  kernels",
+        "1×1 + 4 of 3×3 → 3×3 depthwise",
+        "3×3 + 1×1 → 3×3 ",
+        "checks against the file as it was given",
+        f"written   {out} (",
+        "  total",
+    ):
+        assert part in printed.out
+    table = printed.out[printed.out.index("  region") :]
+    assert max(len(line) for line in table.splitlines()) <= 80
+    assert printed.err == f"next: repvgg-trt inspect {out}\n"
+    assert main(["inspect", str(out)]) == 0
+    assert "fold: opset 17, regions_folded" in capsys.readouterr().out
+
+
+def test_fold_table_fits_80_columns_whatever_the_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw = Draw()
+    kernels = [draw.conv_bn("x", kernel=n, group=g) for n, g in ((1, 8), (3, 2), (5, 4), (7, 2), (9, 2), (1, 2))]
+    given = draw.model(draw.sum(*kernels, draw.bn("x")))
+    for node in given.graph.node:
+        for names in (node.input, node.output):
+            for index, name in enumerate(names):
+                if name.startswith("t"):
+                    names[index] = f"/model/backbone/stage4/blocks.12/very/long/{name}"
+    given.graph.output[0].name = given.graph.node[-1].output[0]
+    onnx.save(given, tmp_path / "m.onnx")
+    assert main(["fold", str(tmp_path / "m.onnx"), "--describe"]) == 0
+    table = capsys.readouterr().out.partition("\n")[2]
+    assert "…" in table and max(len(line) for line in table.splitlines()) <= 80
+
+
+def test_fold_describe_writes_nothing(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fold", str(model), "--describe"]) == 0
+    printed = capsys.readouterr()
+    assert "regions to fold" in printed.out and "written" not in printed.out
+    assert printed.err == f"next: repvgg-trt fold {model} --out OUT.onnx\n"
+    assert [path.name for path in model.parent.iterdir()] == ["m.onnx"]
+
+
+def test_fold_with_json_prints_one_object(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = model.with_name("out.onnx")
+    assert main(["fold", str(model), "--out", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["status"], found["bytes_after"]) == ("written", out.stat().st_size)
+    assert [one["kernel_after"] for one in found["folds"]][:2] == ["3×3 depthwise", "3×3"]
+    assert found["folds"][1]["macs_before"] > found["folds"][1]["macs_after"] == 576
+    assert "count_include_pad=0" in found["left"][0]["reason"]
+    assert main(["fold", str(model), "--describe", "--json"]) == 0
+    described = json.loads(capsys.readouterr().out)
+    assert (described["status"], described["metadata"], described["checks"]) == ("described", None, [])
+    assert described["folds"] == found["folds"]
+
+
+def test_fold_with_nothing_to_fold_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw = Draw()
+    onnx.save(draw.model(draw.node("Relu", [draw.conv("x")])), tmp_path / "m.onnx")
+    assert main(["fold", str(tmp_path / "m.onnx"), "--describe"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.endswith(": nothing to fold\n") and printed.err == ""
+
+
+def test_fold_of_what_exists_needs_force(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = model.with_name("out.onnx")
+    out.write_bytes(b"other")
+    assert main(["fold", str(model), "--out", str(out)]) == 1
+    assert "exists and differs" in capsys.readouterr().err
+    assert main(["fold", str(model), "--out", str(out), "--force"]) == 0
+    assert main(["fold", str(model), "--out", str(out)]) == 0
+    assert "up to date" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give --out OUT.onnx, or --describe"),
+        (["--describe", "--out", "o.onnx"], "cannot hold with --out"),
+        (["--describe", "--force"], "cannot hold with --force"),
+    ],
+)
+def test_fold_options_that_cannot_hold_together_exit_2(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["fold", "m.onnx", *options])
+    assert caught.value.code == 2 and message in capsys.readouterr().err

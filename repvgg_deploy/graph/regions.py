@@ -68,18 +68,15 @@ class Regions:
         self._sum = functools.cache(self._sum_form)
 
     def _read(self, node: onnx.NodeProto) -> None:
-        if len(node.output) != 1:
+        is_constant = all(self.view.raw_constant(name) is not None for name in node.input if name)
+        if len(node.output) != 1 or node.output[0] in self._owners or is_constant:
             return
         name = node.output[0]
-        if name in self._owners:
-            return
         if border := self.view.borders.get(name):
             form = padding(len(border.values), border.before, border.after, border.values)
             found: tuple[str, Form] | str | None = (border.data, form)
         else:
             found = read_operator(self.view, node)
-        if isinstance(found, tuple) and self.view.raw_constant(found[0]) is not None:
-            return  # a constant made of another
         if isinstance(found, tuple):
             data, form = found
             self.inputs[name], self.operators[name] = [Term(data, 1)], form

@@ -154,10 +154,7 @@ BLOCKS: dict[str, tuple[Callable[[Draw, str], str], str]] = {
         ),
         "3×3 in 4 groups",
     ),
-    "QARepVGG v2": (
-        lambda d, x: d.bn(d.sum(d.conv_bn(x), d.conv(x, kernel=1), x, d.pool(x))),
-        "3×3",
-    ),
+    "QARepVGG v2": (lambda d, x: d.bn(d.sum(d.conv_bn(x), d.conv(x, kernel=1), x, d.pool(x))), "3×3"),
     "QARepVGG GRE": (lambda d, x: d.sum(d.conv_bn(x), d.bn(d.sum(d.conv(x, kernel=1), x))), "3×3"),
     "PP-YOLOE+": (_alpha, "3×3"),
     "YOLO-NAS": (
@@ -165,26 +162,17 @@ BLOCKS: dict[str, tuple[Callable[[Draw, str], str], str]] = {
         "3×3",
     ),
     "RT-DETR, D-FINE": (lambda d, x: d.sum(d.conv_bn(x, 16), d.conv_bn(x, 16, kernel=1)), "3×3"),
-    "YOLOv10": (
-        lambda d, x: d.sum(d.conv_bn(x, kernel=7, group=8), d.conv_bn(x, group=8)),
-        "7×7 depthwise",
-    ),
+    "YOLOv10": (lambda d, x: d.sum(d.conv_bn(x, kernel=7, group=8), d.conv_bn(x, group=8)), "7×7 depthwise"),
     "RepViT": (
         lambda d, x: d.bn(d.sum(d.conv_bn(x, group=8), d.conv(x, kernel=1, group=8, bias=True), x)),
         "3×3 depthwise",
     ),
     "MobileOne depthwise": (_mobileone, "3×3 depthwise"),
-    "MobileOne pointwise": (
-        lambda d, x: d.sum(d.bn(x), *(d.conv_bn(x, kernel=1) for _ in range(4))),
-        "1×1",
-    ),
+    "MobileOne pointwise": (lambda d, x: d.sum(d.bn(x), *(d.conv_bn(x, kernel=1) for _ in range(4))), "1×1"),
     "FastViT": (_repmixer, "3×3 depthwise"),
     "RepGhost": (lambda d, x: d.sum(d.conv_bn(x, group=8), d.bn(x)), "3×3 depthwise"),
     "RealVGG": (_real_vgg, "3×3"),
-    "ACNet": (
-        lambda d, x: d.sum(d.conv_bn(x), d.conv_bn(x, kernel=(3, 1)), d.conv_bn(x, kernel=(1, 3))),
-        "3×3",
-    ),
+    "ACNet": (lambda d, x: d.sum(d.conv_bn(x), d.conv_bn(x, kernel=(3, 1)), d.conv_bn(x, kernel=(1, 3))), "3×3"),
     "UniRepLKNet": (
         lambda d, x: d.sum(
             d.conv_bn(x, kernel=9, group=8),
@@ -194,23 +182,11 @@ BLOCKS: dict[str, tuple[Callable[[Draw, str], str], str]] = {
         ),
         "9×9 depthwise",
     ),
-    "dilated alike": (
-        lambda d, x: d.sum(d.conv_bn(x, dilations=[2, 2]), d.conv_bn(x, kernel=1)),
-        "3×3 dilated by 2",
-    ),
-    "1×1 without any bias before 3×3": (
-        lambda d, x: d.sum(d.conv_bn(d.conv(x, kernel=1)), d.conv_bn(x)),
-        "3×3",
-    ),
-    "1×1 before average pooling": (
-        lambda d, x: d.sum(d.bn(d.pool(d.conv(x, kernel=1))), d.conv_bn(x)),
-        "3×3",
-    ),
+    "dilated alike": (lambda d, x: d.sum(d.conv_bn(x, dilations=[2, 2]), d.conv_bn(x, kernel=1)), "3×3 dilated by 2"),
+    "1×1 without any bias before 3×3": (lambda d, x: d.sum(d.conv_bn(d.conv(x, kernel=1)), d.conv_bn(x)), "3×3"),
+    "1×1 before average pooling": (lambda d, x: d.sum(d.bn(d.pool(d.conv(x, kernel=1))), d.conv_bn(x)), "3×3"),
     "zeros padded apart": (
-        lambda d, x: d.sum(
-            d.conv_bn(d.node("Pad", [x, "pads"]), pads=[0, 0, 0, 0]),
-            d.conv_bn(x, kernel=1),
-        ),
+        lambda d, x: d.sum(d.conv_bn(d.node("Pad", [x, "pads"]), pads=[0, 0, 0, 0]), d.conv_bn(x, kernel=1)),
         "3×3",
     ),
 }

@@ -1,0 +1,79 @@
+"""Every RepVGG variant in training form, folded by algebra: a second opinion on `reparameterize`, and the reverse."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from repvgg_deploy import Engine, reparameterize
+from repvgg_deploy.export.fold import fold_onnx
+from repvgg_deploy.export.graph import trace
+from repvgg_deploy.model.network import RepVGG
+from repvgg_deploy.specs.values import TensorSpec, VariantSpec
+from repvgg_deploy.specs.variants import PUBLISHED
+from tests.model.random_blocks import randomise, small_variant
+
+IMAGE = TensorSpec("input", "float32", ("batch", 3, 64, 96), "NCHW")
+LOGITS = TensorSpec("logits", "float32", ("batch", 10), "NC")
+
+
+def narrow(variant: VariantSpec) -> VariantSpec:
+    """The same layers of a few channels each."""
+    width = math.lcm(*variant.groups) * (4 * variant.se_reduction if variant.se != "none" else 2)
+    return dataclasses.replace(variant, widths=(width,) * 5, num_classes=10)
+
+
+VARIANTS = {
+    "small": small_variant(num_classes=10),
+    "small QARepVGG v1": small_variant("qarepvgg_v1", num_classes=10),
+    "small QARepVGG v2": small_variant("qarepvgg_v2", num_classes=10),
+    "small with SE": small_variant(se="before_relu", num_classes=10),
+}
+SLOW = {name: narrow(variant) for name, variant in PUBLISHED.items()} | {
+    "A0 of full width": dataclasses.replace(PUBLISHED["A0"], num_classes=10)
+}
+
+
+@pytest.mark.parametrize(
+    "name", [*VARIANTS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+)  # fmt: skip
+def test_fold_onnx_of_a_variant_in_training_form_has_the_kernels_of_reparameterize(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = RepVGG({**VARIANTS, **SLOW}[name], "training").eval()
+    with torch.no_grad():
+        randomise(network)
+        given = trace(Logits(network), torch.zeros(2, 3, 64, 96), opset=17, tensors=(IMAGE, LOGITS), with_weights=True)
+        onnx.save(given, tmp_path / "training.onnx")
+        result = fold_onnx(tmp_path / "training.onnx", tmp_path / "deploy.onnx")
+        deploy = reparameterize(network)
+        x = torch.randn(3, 3, 64, 96)
+        expected = deploy(x).numpy()
+    blocks = deploy.blocks()
+    assert len(result.report.folds) == len(blocks) and result.report.left == ()
+    graph = onnx.load(tmp_path / "deploy.onnx").graph
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    convolutions = [node for node in graph.node if node.op_type == "Conv" and len(stored[node.input[1]][0, 0]) == 3]
+    for node, (where, block) in zip(convolutions, blocks.items(), strict=True):
+        for input_name, ours in zip(node.input[1:], block.rbr_reparam.parameters(), strict=True):  # type: ignore[union-attr, operator]
+            # Both are sums in float64, in another order, rounded once.
+            np.testing.assert_allclose(stored[input_name], ours.detach().numpy(), rtol=2e-7, atol=1e-10, err_msg=where)
+    with Engine(tmp_path / "deploy.onnx") as engine:
+        np.testing.assert_allclose(engine.infer(x.numpy()), expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+class Logits(nn.Module):
+    """The classifier's output alone."""
+
+    def __init__(self, network: RepVGG) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (self.network.classify(self.network.stage_outputs(x)["stage4"]),)

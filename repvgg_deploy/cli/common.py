@@ -462,3 +462,12 @@ def parse_size(text: str) -> tuple[int, int]:
             f"expected an image size such as 224 or 512x1024 (height x width, from 1 to 99999), found {text!r}"
         )
     return size
+
+
+def parse_triple(text: str) -> tuple[float, float, float]:
+    """Reads `123.675,116.28,103.53`, a number for each of RGB."""
+    try:
+        first, second, third = (float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected three numbers separated by commas, found {text!r}") from None
+    return first, second, third

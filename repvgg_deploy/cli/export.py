@@ -20,6 +20,7 @@ from .common import (
     format_table,
     parent_parser,
     parse_size,
+    parse_triple,
     parse_whole,
     run,
 )
@@ -86,10 +87,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     images.add_argument("--labels", type=Path, metavar="FILE|imagenet1k",
                         help="text file with one class name a line, kept in the ONNX; imagenet1k: the 1,000 names of "
                              "ImageNet")
-    images.add_argument("--mean", type=_triple, metavar="R,G,B",
+    images.add_argument("--mean", type=parse_triple, metavar="R,G,B",
                         help="mean in 0-255 units (default: the checkpoint's own, else ImageNet's "
                              "123.675,116.28,103.53)")
-    images.add_argument("--std", type=_triple, metavar="R,G,B",
+    images.add_argument("--std", type=parse_triple, metavar="R,G,B",
                         help="standard deviation in 0-255 units (default: likewise 58.395,57.12,57.375)")
     calibration = parser.add_argument_group("calibration without images (for INT8)")
     count = partial(parse_whole, most=100_000)
@@ -124,14 +125,6 @@ def _batch(text: str) -> int | None:
         return None if text == "dynamic" else parse_whole(text)
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"expected a positive number or 'dynamic', found {text!r}") from None
-
-
-def _triple(text: str) -> tuple[float, float, float]:
-    try:
-        first, second, third = (float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected three numbers separated by commas, found {text!r}") from None
-    return first, second, third
 
 
 def find_conflict(args: argparse.Namespace) -> str | None:

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .common import Command, Output, format_pairs, format_table, show_bytes
+from .common import Command, Output, format_pairs, format_table, parse_triple, parse_whole, show_bytes
 
 if TYPE_CHECKING:
     from ..export.fold import FoldResult
@@ -27,22 +27,40 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="OUT.onnx", help="the folded file")
     parser.add_argument("--describe", action="store_true", help="only say what would be folded, and write nothing")
     parser.add_argument("--force", action="store_true", help="replace a different file")
+    stated = parser.add_argument_group("images and classes, which the file does not state")
+    stated.add_argument("--mean", type=parse_triple, metavar="R,G,B", help="mean in 0-255 units")
+    stated.add_argument("--std", type=parse_triple, metavar="R,G,B", help="standard deviation in 0-255 units")
+    stated.add_argument("--resize", type=parse_whole, metavar="N",
+                        help="short side in pixels before the centre crop (default: the crop's own)")
+    stated.add_argument("--labels", type=Path, metavar="FILE|imagenet1k",
+                        help="text file with one class name a line, kept in the ONNX; imagenet1k: the 1,000 names of "
+                             "ImageNet")
 # fmt: on
 
 
 def find_conflict(args: argparse.Namespace) -> str | None:
     """What is wrong with options that cannot hold together, or None."""
+    if (args.mean is None) != (args.std is None):
+        return "--mean and --std belong together"
+    if args.resize is not None and args.mean is None:
+        return "--resize needs --mean and --std"
     if not args.describe:
         return None if args.out is not None else "give --out OUT.onnx, or --describe"
-    given = "--out" if args.out is not None else "--force" if args.force else None
-    return given and f"--describe writes nothing: it cannot hold with {given}"
+    others = {"--out": args.out, "--mean": args.mean, "--labels": args.labels, "--force": args.force or None}
+    given = [name for name, value in others.items() if value is not None]
+    return f"--describe writes nothing: it cannot hold with {given[0]}" if given else None
 
 
 def execute(args: argparse.Namespace) -> Output:
     """Folds the file, and says what was folded and what it saves."""
-    from ..export.fold import fold_onnx
+    from ..export.fold import FoldOptions, fold_onnx
+    from ..images.classes import imagenet_labels, read_labels
 
-    result = fold_onnx(args.model, args.out, force=args.force)
+    labels = None
+    if args.labels is not None:
+        labels = imagenet_labels() if str(args.labels) == "imagenet1k" else read_labels(args.labels)
+    options = FoldOptions(args.mean, args.std, args.resize, labels, args.force)
+    result = fold_onnx(args.model, args.out, options=options)
     sizes = (args.model.stat().st_size, None if args.out is None else args.out.stat().st_size)
     follow = f"inspect {shlex.quote(str(args.out))}" if result.metadata is not None else None
     if args.describe and result.report.folds:

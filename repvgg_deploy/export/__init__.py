@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .export import ExportOptions as ExportOptions
     from .export import ExportResult as ExportResult
     from .export import export_checkpoint as export_checkpoint
+    from .fold import FoldOptions as FoldOptions
     from .fold import FoldResult as FoldResult
     from .fold import fold_onnx as fold_onnx
     from .module import ModuleOptions as ModuleOptions
@@ -28,7 +29,7 @@ __getattr__ = find_lazily(
     {
         "calibrate": "CalibrationResult write_calibration",
         "export": "ExportOptions ExportResult export_checkpoint",
-        "fold": "FoldResult fold_onnx",
+        "fold": "FoldOptions FoldResult fold_onnx",
         "module": "ModuleOptions export_module",
         "options": "GraphOptions",
         "synthesize": "SynthesisOptions",

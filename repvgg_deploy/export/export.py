@@ -36,7 +36,7 @@ from ..specs.zoo import find_card
 from .calibrate import CalibrationResult, write_calibration
 from .contract import check_contract
 from .graph import rename, simplify, to_onnx
-from .options import GraphOptions, model_spec
+from .options import GraphOptions, model_spec, require_units_of_255
 from .statistics import collect_statistics
 from .synthesize import Steps, SynthesisOptions, plan_synthesis
 from .verify import require_same_weights, verify_onnx
@@ -78,15 +78,7 @@ class ExportOptions:
     calibration: SynthesisOptions | None = None
 
     def __post_init__(self) -> None:
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            # torchvision and timm write 0.485 for 123.675: no gate could see it, for both forms would get the same
-            # wrong pixels.
-            if values is not None and 0 < max(values) < 1:
-                scaled = ",".join(f"{255 * value:.6g}" for value in values)
-                raise InputError(
-                    f"{name} {values} is in units of 0–1, expected 0–255",
-                    remedy=f"give --{name} {scaled}, which is 255 times as much",
-                )
+        require_units_of_255(self.mean, self.std)
 
 
 @dataclass(frozen=True, slots=True)

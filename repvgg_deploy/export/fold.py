@@ -22,8 +22,17 @@ from ..files.versions import installed_versions
 from ..graph.fold import FoldReport, fold_branches
 from ..graph.prove import TOLERANCE
 from ..model.tolerance import relative_error, require_passed
-from ..specs.values import METADATA_SCHEMA, Certificate, Check, HistoryEntry, ModelMetadata, ModelSpec, TensorSpec
-from .options import IR_VERSIONS
+from ..specs.values import (
+    METADATA_SCHEMA,
+    Certificate,
+    Check,
+    HistoryEntry,
+    ModelMetadata,
+    ModelSpec,
+    Preprocessing,
+    TensorSpec,
+)
+from .options import IR_VERSIONS, require_units_of_255
 from .verify import compare_outputs, run_onnx
 from .writer import append_metadata, write_model
 
@@ -64,21 +73,48 @@ class FoldResult:
     metadata: ModelMetadata | None = None
 
 
-def fold_onnx(model: Path | str, out: Path | str | None = None, *, force: bool = False) -> FoldResult:
+@dataclass(frozen=True, slots=True)
+class FoldOptions:
+    """What is stated of a file that does not say it itself.
+
+    Attributes:
+        mean: Per RGB channel, 0–255 units, as the caller must normalise images.
+        std: Likewise.
+        resize_short: Images are resized to this short side before the centre crop; None takes the crop's own.
+        labels: Names of the classes.
+        force: Replace a different file.
+
+    Raises:
+        InputError: `mean` or `std` is in units of 0–1, or one is given without the other.
+    """
+
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    resize_short: int | None = None
+    labels: tuple[str, ...] | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        require_units_of_255(self.mean, self.std)
+        if (self.mean is None) != (self.std is None) or (self.mean is None and self.resize_short is not None):
+            raise InputError("mean and std belong together, and resize to them", remedy="give --mean and --std")
+
+
+def fold_onnx(model: Path | str, out: Path | str | None = None, *, options: FoldOptions | None = None) -> FoldResult:
     """Folds an ONNX file by algebra, verifies the result against the file and writes it as one file.
 
     Args:
         model: An FP32 ONNX of anybody, operator set 11 to 22; external data is read.
         out: The `.onnx`; None writes nothing and only says what would be folded.
-        force: Replace a different file.
+        options: What the file does not say.
 
     Raises:
         ModelError: The file cannot be read, is too large, or of another operator set.
-        InputError: It is typed (FP16, Q/DQ), or `out` is `model`.
+        InputError: It is typed (FP16, Q/DQ), `out` is `model`, or what is stated does not fit it.
         ParityError: The folded file does not give what the file gives, or ONNX Runtime cannot run it.
         ArtifactError: The result cannot be written.
     """
-    path = Path(model)
+    path, options = Path(model), options or FoldOptions()
     given = _read(path)
     _require_float32(path, given)
     parent = _read_own_metadata(path)
@@ -88,7 +124,7 @@ def fold_onnx(model: Path | str, out: Path | str | None = None, *, force: bool =
     if out is None:
         return FoldResult(report, notes=tuple(notes))
     require_distinct([Path(out)], [path])
-    with atomic_output(Path(out), force=force) as output:
+    with atomic_output(Path(out), force=options.force) as output:
         _name_dimensions(folded)
         folded.producer_name, folded.producer_version = "repvgg-deploy", installed_versions(())["repvgg-deploy"]
         folded.ir_version = IR_VERSIONS[_opset(folded)]
@@ -98,12 +134,14 @@ def fold_onnx(model: Path | str, out: Path | str | None = None, *, force: bool =
         require_passed(checks, f"{path.name} against the folded file", remedy=FOLD_REMEDY)
         spec = parent.spec if parent is not None else _read_spec(folded, references)
         metadata = None
+        if options.mean is not None or options.labels is not None:
+            spec = _state(spec, folded, options)
         if isinstance(spec, str):
             notes.append(f"no metadata for the Engine: {spec}")
         else:
             versions = installed_versions(_TOOLS)
-            options = {"opset": _opset(folded), **count_folds(report)}
-            entry = HistoryEntry("fold", versions, options, sha256_file(path))
+            said = {"opset": _opset(folded), **count_folds(report)}
+            entry = HistoryEntry("fold", versions, said, sha256_file(path))
             reference = f"the file as it was given: {describe_folding(report)}"
             metadata = ModelMetadata(
                 METADATA_SCHEMA, spec, None, None, Certificate(reference, checks, versions), {}, (entry,)
@@ -331,3 +369,29 @@ def _read_spec(model: onnx.ModelProto, results: Mapping[str, _Arrays]) -> ModelS
         layout = {4: "NCHW", 2: "NC"}.get(array.ndim, "other")
         outputs.append(TensorSpec(value.name, array.dtype.name, tuple(sizes), layout))  # type: ignore[arg-type]
     return ModelSpec(TensorSpec(image.name, "float32", shape, "NCHW"), tuple(outputs), "module")
+
+
+def _state(spec: ModelSpec | str, model: onnx.ModelProto, options: FoldOptions) -> ModelSpec:
+    """The specification with what is stated of a classifier."""
+    if isinstance(spec, str):
+        raise InputError(f"nothing can be stated of this file: {spec}", remedy="leave --mean, --std and --labels out")
+    size, scores = spec.input.shape[2:], spec.outputs[0]
+    preprocessing = spec.preprocessing
+    if options.mean is not None and options.std is not None:
+        if not isinstance(size[0], int) or not isinstance(size[1], int) or spec.input.shape[1] != 3:
+            raise InputError(
+                f"the input {spec.input.shape} says no size of RGB images",
+                remedy="give a file with a fixed height and width, or leave --mean and --std out",
+            )
+        short = options.resize_short or min(size[0], size[1])
+        preprocessing = Preprocessing(options.mean, options.std, short, (size[0], size[1]))
+    if options.labels is not None and [len(options.labels)] != [output.shape[-1] for output in spec.outputs]:
+        raise InputError(
+            f"{len(options.labels)} labels for the outputs {', '.join(f'{o.name} {o.shape}' for o in spec.outputs)}",
+            remedy="give --labels a file with one line a class, in the classifier's order",
+        )
+    kind = spec.kind
+    if len(spec.outputs) == 1 and scores.layout == "NC" and scores.dtype == "float32" and kind == "module":
+        maker = next((node.op_type for node in model.graph.node if scores.name in node.output), "")
+        kind = "probabilities" if maker == "Softmax" else "logits"
+    return replace(spec, kind=kind, preprocessing=preprocessing, labels=options.labels or spec.labels)

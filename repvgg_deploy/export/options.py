@@ -108,3 +108,20 @@ def _outputs(
         sides = (f"{name}_height", f"{name}_width") if options.dynamic_size else (height, width)
         outputs.append(TensorSpec(name, "float32", (batch, variant.widths[stage], *sides), "NCHW"))
     return tuple(outputs)
+
+
+def require_units_of_255(mean: tuple[float, float, float] | None, std: tuple[float, float, float] | None) -> None:
+    """Refuses a mean or standard deviation of pixels from 0 to 1.
+
+    torchvision and timm write 0.485 for 123.675: no gate could see it, for both forms would get the same wrong pixels.
+
+    Raises:
+        InputError: One is in units of 0–1.
+    """
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None and 0 < max(values) < 1:
+            scaled = ",".join(f"{255 * value:.6g}" for value in values)
+            raise InputError(
+                f"{name} {values} is in units of 0–1, expected 0–255",
+                remedy=f"give --{name} {scaled}, which is 255 times as much",
+            )

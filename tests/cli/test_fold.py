@@ -9,7 +9,9 @@ import onnx
 import pytest
 
 from repvgg_deploy.cli.trt import main
+from repvgg_deploy.files.onnx import read_metadata
 from tests.graph.make_blocks import BLOCKS, Draw
+from tests.runtime.make_model import make_onnx
 
 
 @pytest.fixture
@@ -102,12 +104,38 @@ def test_fold_of_what_exists_needs_force(model: Path, capsys: pytest.CaptureFixt
     assert "up to date" in capsys.readouterr().out
 
 
+def test_fold_with_what_a_classifier_does_not_state_makes_it_recognise_images(
+    tmp_path: Path, sample_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign = onnx.load(make_onnx(tmp_path / "ours.onnx"))
+    del foreign.metadata_props[:]
+    given, out, names = tmp_path / "given.onnx", tmp_path / "out.onnx", tmp_path / "names.txt"
+    onnx.save(foreign, given)
+    names.write_text("".join(f"kind {index}\n" for index in range(7)), encoding="utf-8")
+    stated = ["--mean", "123.675,116.28,103.53", "--std", "58.395,57.12,57.375", "--labels", str(names)]
+    assert main(["fold", str(given), "--out", str(out), *stated, "--resize", "20"]) == 0
+    spec = read_metadata(out).spec
+    assert (spec.kind, spec.labels) == ("logits", tuple(f"kind {index}" for index in range(7)))
+    assert spec.preprocessing is not None
+    assert (spec.preprocessing.resize_short, spec.preprocessing.crop) == (20, (16, 16))
+    capsys.readouterr()
+    assert main(["infer", str(out), str(sample_dir / "images")]) == 0
+    assert "kind " in capsys.readouterr().out
+    names.write_text("one\n", encoding="utf-8")
+    assert main(["fold", str(given), "--out", str(out), "--labels", str(names), "--force"]) == 1
+    assert "1 labels for the outputs logits" in capsys.readouterr().err
+    assert main(["fold", str(given), "--out", str(out), "--mean", "0.5,0.5,0.5", "--std", "0.5,0.5,0.5"]) == 1
+    assert "in units of 0–1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ([], "give --out OUT.onnx, or --describe"),
         (["--describe", "--out", "o.onnx"], "cannot hold with --out"),
         (["--describe", "--force"], "cannot hold with --force"),
+        (["--out", "o.onnx", "--std", "1,1,1"], "--mean and --std belong together"),
+        (["--out", "o.onnx", "--resize", "256"], "--resize needs --mean and --std"),
     ],
 )
 def test_fold_options_that_cannot_hold_together_exit_2(

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper, version_converter
 from repvgg_deploy import Engine
 from repvgg_deploy.errors import ArtifactError, InputError, ModelError, ParityError
 from repvgg_deploy.export import fold
-from repvgg_deploy.export.fold import describe_folding, fold_onnx
+from repvgg_deploy.export.fold import FoldOptions, describe_folding, fold_onnx
 from repvgg_deploy.files.onnx import read_metadata
 from repvgg_deploy.graph.fold import FoldReport
 from tests.contract.source_tree import ROOT
@@ -227,11 +227,11 @@ def test_fold_onnx_that_is_wrong_is_not_written(given: Path, tmp_path: Path, mon
 
 def test_fold_onnx_never_replaces_its_input_nor_another_file(given: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="would replace"):
-        fold_onnx(given, given, force=True)
+        fold_onnx(given, given, options=FoldOptions(force=True))
     (tmp_path / "out.onnx").write_bytes(b"other")
     with pytest.raises(ArtifactError, match="exists and differs"):
         fold_onnx(given, tmp_path / "out.onnx")
-    assert fold_onnx(given, tmp_path / "out.onnx", force=True).output is not None
+    assert fold_onnx(given, tmp_path / "out.onnx", options=FoldOptions(force=True)).output is not None
     again = fold_onnx(given, tmp_path / "out.onnx").output
     assert again is not None and again.status == "up to date"
 
@@ -241,6 +241,16 @@ def test_fold_onnx_dead_network_is_refused(tmp_path: Path) -> None:
     onnx.save(draw.model(draw.node("Mul", ["x", draw.constant(0.0)])), tmp_path / "given.onnx")
     with pytest.raises(ParityError, match="all the same"):
         fold_onnx(tmp_path / "given.onnx", tmp_path / "out.onnx")
+
+
+def test_fold_onnx_what_is_stated_and_does_not_fit_is_refused(given: Path, tmp_path: Path) -> None:
+    half = (127.5, 127.5, 127.5)
+    with pytest.raises(InputError, match="belong together"):
+        FoldOptions(mean=half)
+    with pytest.raises(InputError, match="says no size of RGB images"):
+        fold_onnx(given, tmp_path / "out.onnx", options=FoldOptions(mean=half, std=half))
+    with pytest.raises(InputError, match="2 labels for the outputs t8"):
+        fold_onnx(given, tmp_path / "out.onnx", options=FoldOptions(labels=("a", "b")))
 
 
 def test_fold_onnx_loads_no_torch(given: Path) -> None:

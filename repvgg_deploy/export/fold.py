@@ -19,6 +19,7 @@ from ..errors import ForeignModelError, InputError, ModelError, ParityError
 from ..files.onnx import read_graph, read_metadata
 from ..files.output import PendingOutput, atomic_output, require_distinct, sha256_file
 from ..files.versions import installed_versions
+from ..graph.edit import resolve_sizes
 from ..graph.fold import FoldReport, fold_branches
 from ..graph.prove import TOLERANCE
 from ..model.tolerance import relative_error, require_passed
@@ -120,7 +121,7 @@ def fold_onnx(model: Path | str, out: Path | str | None = None, *, options: Fold
     parent = _read_own_metadata(path)
     graph, notes = _set_opset(path, given)
     notes += _free_inputs(graph)
-    folded, report = fold_branches(graph)
+    folded, report = fold_branches(resolve_sizes(graph))
     if out is None:
         return FoldResult(report, notes=tuple(notes))
     require_distinct([Path(out)], [path])

@@ -171,11 +171,12 @@ def _set_shape(value: onnx.ValueInfoProto, shape: tuple[int | str, ...]) -> None
             dim.dim_param = size
 
 
-def simplify(model: onnx.ModelProto) -> onnx.ModelProto:
+def simplify(model: onnx.ModelProto, *, keep_batchnorm: bool = False) -> onnx.ModelProto:
     """Simplifies a graph with onnxsim.
 
     Args:
         model: Its weights may be graph inputs.
+        keep_batchnorm: Do not merge BatchNorm into convolutions, which onnxsim does in float32.
 
     Returns:
         A new model with the same inputs and outputs.
@@ -192,7 +193,7 @@ def simplify(model: onnx.ModelProto) -> onnx.ModelProto:
         ) from error
     remedy = "report the model; the graph that torch wrote is not touched by it"
     try:
-        simplified, valid = onnxsim.simplify(model)
+        simplified, valid = onnxsim.simplify(model, skip_fuse_bn=keep_batchnorm)
     except (RuntimeError, ValueError, TypeError, onnx.checker.ValidationError) as error:
         raise SimplifyError(f"onnxsim {onnxsim.__version__} failed: {error}", remedy=remedy) from error
     if not valid:

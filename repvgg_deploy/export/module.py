@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import InputError, ParityError
 from ..files.output import atomic_output
 from ..files.versions import tool_versions
-from ..graph.fold import FoldReport, fold_branches
+from ..graph.fold import Fold, FoldReport, fold_branches
 from ..model.tolerance import relative_error, require_passed
 from ..specs.values import (
     METADATA_SCHEMA,
@@ -125,15 +125,10 @@ def export_module(
 
 
 def _fold(graph: onnx.ModelProto) -> tuple[onnx.ModelProto, FoldReport]:
-    """Folds and simplifies until nothing is left to fold.
-
-    Folded first, because onnxsim merges BatchNorm in float32; then again, because constants and shapes that it computes
-    may be what a region lacked.
-    """
-    graph, report = fold_branches(graph)
-    folds = [*report.folds]
+    """Simplifies, so that constants and sizes are known, and folds; until nothing is left to fold."""
+    folds: list[Fold] = []
     while True:
-        graph, report = fold_branches(simplify(graph))
+        graph, report = fold_branches(simplify(graph, keep_batchnorm=True))
         folds += report.folds
         if not report.folds:
             return graph, FoldReport(tuple(folds), report.left)

@@ -14,6 +14,9 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper, shape_inference
+from onnx.reference import ReferenceEvaluator
+
+_OF_SIZES = ("Add", "Sub", "Mul", "Div", "Concat", "Unsqueeze", "Squeeze", "Cast")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +140,47 @@ class GraphView:
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:
     """A node's attributes by name, as Python values."""
     return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
+def resolve_sizes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with integers that follow from known sizes as constants.
+
+    Exporters cut a tensor into halves by the size of its shape, and ONNX's own inference does not follow that.
+    """
+    while True:
+        view = GraphView(model)
+        known: dict[str, NDArray[np.generic]] = {}
+        for node in view.nodes:
+            value = _evaluate_sizes(view, node, known)
+            if value is not None and node.op_type not in ("Constant", "Identity"):
+                known[node.output[0]] = value
+        if not known:
+            return model
+        added = [numpy_helper.from_array(np.asarray(value), name) for name, value in known.items()]
+        model = view.rebuild([node for node in view.nodes if node.output[0] not in known], added)
+
+
+def _evaluate_sizes(
+    view: GraphView, node: onnx.NodeProto, known: dict[str, NDArray[np.generic]]
+) -> NDArray[np.generic] | None:
+    """What a node of integers gives, if that is known; of a shape, one of its sizes."""
+    maker = view.made_by.get(node.input[0]) if node.input else None
+    constants = [known[name] if name in known else view.raw_constant(name) for name in node.input]
+    if node.op_type == "Gather" and maker is not None and maker.op_type == "Shape" and not maker.attribute:
+        shape, index = view.shape(maker.input[0]), constants[1]
+        size = shape[int(index.reshape(-1)[0])] if shape is not None and index is not None and index.size == 1 else None
+        return None if size is None or index is None else np.full(index.shape, size, np.int64)
+    if node.op_type not in _OF_SIZES or len(node.output) != 1 or not constants:
+        return None
+    arrays = {name: value for name, value in zip(node.input, constants, strict=True) if value is not None}
+    if len(arrays) != len(set(node.input)) or any(value.dtype.kind != "i" for value in arrays.values()):
+        return None
+    inputs = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.INT64, a.shape) for n, a in arrays.items()]
+    result = onnx.helper.make_tensor_value_info(node.output[0], onnx.TensorProto.INT64, None)
+    graph = onnx.helper.make_graph([node], "sizes", inputs, [result])
+    alone = onnx.helper.make_model(graph, opset_imports=view.model.opset_import, ir_version=view.model.ir_version)
+    found = np.asarray(ReferenceEvaluator(alone).run(None, arrays)[0])  # type: ignore[index]
+    return found if found.dtype.kind == "i" else None
 
 
 def _read_in_subgraphs(node: onnx.NodeProto) -> Iterator[str]:

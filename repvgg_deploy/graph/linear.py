@@ -296,7 +296,7 @@ def _read_batch_norm(view: GraphView, node: onnx.NodeProto) -> tuple[str, Form] 
     if _integer(node, "training_mode", 0):
         return "training_mode=1: it normalises by the batch"
     if len(view.shape(node.input[0]) or ()) != 4:
-        return "its input is no batch of images"
+        return "its input is no batch of images, or its shape is not known"
     scale, shift, mean, variance = (np.asarray(value, np.float64) for value in values)
     factor = scale / np.sqrt(variance + float(_number(node, "epsilon", 1e-5)))
     return node.input[0], scaling(factor, shift - mean * factor)

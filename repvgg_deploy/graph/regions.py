@@ -84,20 +84,28 @@ class Regions:
             return
         if node.op_type in ("Add", "Sub", "Sum") and node.domain in ("", "ai.onnx"):
             terms = [Term(data, -1 if node.op_type == "Sub" and index else 1) for index, data in enumerate(node.input)]
-            shapes = {self.view.shape(data) for data in node.input}
-            if any(shape is None or len(shape) != 4 or shape[1] is None for shape in shapes):
-                return
-            if len({shape[1] for shape in shapes if shape is not None}) != 1:
-                return
             own = [[*self.sources.get(term.name, []), term.name] for term in terms]
             common = [source for source in own[0] if all(source in other for other in own[1:])]
-            if common:
+            shapes = {self.view.shape(data) for data in node.input}
+            channels = {self._channels(data) for data in node.input}
+            is_image = all(shape is not None and len(shape) == 4 for shape in shapes) and None not in channels
+            if is_image and common and len(channels) == 1:
                 self.inputs[name], self.sources[name] = terms, common
+            elif common and None in channels and all(shape is None or len(shape) == 4 for shape in shapes):
+                self.broken[name] = "the number of channels of a branch is not known"
             for term in terms:
-                if term.name in self.refused and term.name not in self.inputs and not common:
-                    self.broken[name] = f"{self.view.made_by[term.name].op_type}: {self.refused[term.name]}"
+                if term.name in self.refused and not common:
+                    kind = self.view.made_by[term.name].op_type
+                    if is_image or (None in shapes and kind in ("Conv", "BatchNormalization", "AveragePool")):
+                        self.broken[name] = f"{kind}: {self.refused[term.name]}"
         elif isinstance(found, str):
             self.refused[name] = found
+
+    def _channels(self, name: str) -> int | None:
+        """Of a tensor: by its operator, whose weights say it, or by its shape."""
+        shape = self.view.shape(name)
+        found = shape[1] if shape is not None and len(shape) == 4 else None
+        return self.operators[name].out_channels if name in self.operators else found
 
     def results(self) -> list[str]:
         """Linear tensors that something reads which is not linear, or that are outputs."""

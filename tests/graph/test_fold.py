@@ -12,10 +12,11 @@ import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from repvgg_deploy.errors import ParityError
 from repvgg_deploy.graph import regions
+from repvgg_deploy.graph.edit import resolve_sizes
 from repvgg_deploy.graph.fold import fold_branches
 from repvgg_deploy.graph.linear import Form
 from tests.graph.make_blocks import BLOCKS, BORDERS, CHANNELS, Draw, make_block, make_border
@@ -253,3 +254,18 @@ def test_fold_that_is_wrong_is_refused(mutation: str, monkeypatch: pytest.Monkey
     model = make_block("RepVGG")
     with pytest.raises(ParityError, match="differs from its region"):
         fold_branches(model)
+
+
+def test_half_of_the_channels_by_a_computed_size_is_known() -> None:
+    """As a chunk is exported: Slice up to Div(Gather(Shape))."""
+    draw = Draw()
+    integers = {"zero": [0], "one": 1, "two": [2], "first": [1]}
+    draw.constants += [numpy_helper.from_array(np.array(value), name) for name, value in integers.items()]
+    channels = draw.node("Gather", [draw.node("Shape", [draw.node("Relu", ["x"])]), "one"])
+    half = draw.node("Div", [draw.node("Unsqueeze", [channels, "zero"]), "two"])
+    x = draw.node("Slice", [draw.nodes[0].output[0], "zero", half, "first"], 4)
+    model = draw.model(draw.node("Relu", [draw.sum(draw.conv_bn(x), x)]))
+    assert fold_branches(model)[1].left[0][1] == "the number of channels of a branch is not known"
+    folded, report = fold_branches(resolve_sizes(model))
+    assert kinds(folded) == {"Relu": 2, "Slice": 1, "Conv": 1} and report.left == ()
+    assert_equal(model, folded)

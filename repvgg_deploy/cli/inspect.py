@@ -83,7 +83,10 @@ def execute(args: argparse.Namespace) -> Output:
 
 def _describe_metadata(metadata: ModelMetadata, operators: dict[str, int]) -> list[tuple[str, str]]:
     spec, source = metadata.spec, metadata.source
+    first = metadata.history[0] if metadata.history else None
     origin = "none: weights from memory"
+    if first is not None and first.stage == "fold":
+        origin = f"none: an ONNX of others\nsha256 {first.parent_sha256}"
     if source is not None:
         origin = f"{source.file}, {source.family} family, {source.form} form\nsha256 {source.sha256}"
     return [

@@ -68,7 +68,7 @@ def check_module_contract(model: onnx.ModelProto) -> None:
     if found:
         names = ", ".join(f"{node.op_type} {node.name}" for node in found[:5])
         raise ContractError(
-            f"{len(found)} nodes are left that a deployed network should not have: {names}",
+            f"{len(found)} nodes are left that a deploy form should not have: {names}",
             remedy=_FORBIDDEN_IN_MODULES[found[0].op_type],
         )
 

@@ -45,7 +45,8 @@ def test_fold_writes_a_file_and_a_table_of_what_it_saves(model: Path, capsys: py
     assert max(len(line) for line in table.splitlines()) <= 80
     assert printed.err == f"next: repvgg-trt inspect {out}\n"
     assert main(["inspect", str(out)]) == 0
-    assert "fold: opset 17, regions_folded" in capsys.readouterr().out
+    described = capsys.readouterr().out
+    assert "fold: opset 17, regions_folded" in described and "checkpoint     none: an ONNX of others" in described
 
 
 def test_fold_table_fits_80_columns_whatever_the_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

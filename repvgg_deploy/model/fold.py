@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ParityError
 from .arithmetic import Branch, KernelBias, fold_in_float64
 from .block import DeployBlock, TrainingBlock
 from .network import RepVGG
@@ -53,6 +53,7 @@ def reparameterize(model: M) -> M:
 
     Raises:
         CheckpointError: There is no block in training form in it, or a block has parts that cannot be folded.
+        ParityError: A block of another project does not give what it gave before, on random input.
     """
     if isinstance(model, TrainingBlock):
         return cast(M, fold_block(model).eval())
@@ -61,13 +62,14 @@ def reparameterize(model: M) -> M:
         if isinstance(module, TrainingBlock):
             memo[id(module)] = fold_block(module)
         elif (names := foreign_names(module)) is not None:
-            memo[id(module)] = _fold_foreign(module, names, name)
+            memo[id(module)] = _fold_foreign(module, names, name or type(module).__name__)
         elif isinstance(module, RepVGG):
             memo.update({id(child): None for name, child in module.named_children() if name.endswith("_aux")})
     if not memo:
         raise CheckpointError(
             f"{type(model).__name__} holds no RepVGG block in training form",
-            remedy="give the model as it was trained; a model in deploy form needs no conversion",
+            remedy="give the model as it was trained; a model in deploy form needs no conversion; export_module folds "
+            "blocks of other names, by algebra",
         )
     result = copy.deepcopy(model, memo).eval()
     for module in result.modules():
@@ -124,7 +126,41 @@ def _fold_foreign(block: nn.Module, names: BlockNames, where: str) -> nn.Module:
     like = (dense.stride, dense.padding, dense.dilation, dense.groups)
     conv = nn.Conv2d(dense.in_channels, dense.out_channels, 3, *like, device="meta")  # type: ignore[arg-type]
     _assign(conv, folded)
-    return _with_folded(block, names, conv)
+    result = _with_folded(block, names, conv)
+    _require_equal(block, result, names, where)
+    return result
+
+
+def _require_equal(block: nn.Module, folded: nn.Module, names: BlockNames, where: str) -> None:
+    """Runs a folded block beside the original, both in float64: names do not tell what is done with the parts."""
+    parts = (names.dense, names.pointwise, names.identity, names.folded, *(("bn",) if names is _OFFICIAL_NAMES else ()))
+    plain = (nn.Identity, nn.ReLU, nn.SiLU, nn.GELU, nn.Hardswish)
+    others = [name for name, child in block.named_children() if name not in parts and not isinstance(child, plain)]
+    others += [name for name, _ in block.named_parameters(recurse=False)]
+    unknown = f"; parts that are not folded: {', '.join(others)}" if others else ""
+    remedy = "export_module folds such a block by algebra, whatever its parts are called"
+    dense = _conv_of(dict(block.named_children())[names.dense])
+    assert dense is not None
+    size = [12 + 2 * dilation for dilation in dense.dilation]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, dense.in_channels, *size, generator=generator, dtype=torch.float64).to(dense.weight.device)
+    try:
+        with torch.no_grad():
+            truth, found = (copy.deepcopy(module).eval().double()(x) for module in (block, folded))
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        message = f"{where}: cannot be run beside its folded form: {type(error).__name__}: {error}{unknown}"
+        raise CheckpointError(message, remedy=remedy) from error
+    # The folded weights were rounded once to the block's dtype; sums of a few thousand such errors of random sign.
+    allowed = max(1e-5, 32 * torch.finfo(dense.weight.dtype).eps)
+    largest = float(truth.abs().max())
+    same = found.shape == truth.shape and largest > 0
+    difference = float((found - truth).abs().max()) / largest if same else float("inf")
+    if not difference <= allowed:
+        raise ParityError(
+            f"{where}: its folded form differs from it by {difference:.1e} of its largest output, at most "
+            f"{allowed:.0e} is rounding: its forward does more than sum its branches{unknown}",
+            remedy=remedy,
+        )
 
 
 def _branch_of(branch: nn.Module, names: BlockNames, where: str) -> Branch:

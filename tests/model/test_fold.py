@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from repvgg_deploy.errors import CheckpointError
+from repvgg_deploy.errors import CheckpointError, ParityError
 from repvgg_deploy.model.block import BlockSpec, TrainingBlock
 from repvgg_deploy.model.fold import fold_block, reparameterize
 from repvgg_deploy.model.network import RepVGG
@@ -201,3 +201,53 @@ def test_reparameterize_qarepvgg_with_se_names_the_reason() -> None:
     block.se = nn.Conv2d(4, 4, 1)
     with pytest.raises(CheckpointError, match="after the SE block"):
         reparameterize(nn.Sequential(block))
+
+
+class OneMore(nn.Module):
+    """A block of the original's names whose forward does something that the names do not tell."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.rbr_dense = nn.Sequential()
+        self.rbr_dense.add_module("conv", nn.Conv2d(4, 4, 3, padding=1, bias=False))
+        self.rbr_dense.add_module("bn", nn.BatchNorm2d(4))
+        self.rbr_1x1 = nn.Conv2d(4, 4, 1, bias=False)
+        self.rbr_identity = nn.Identity()
+        if kind == "pooling":
+            self.rbr_avg = nn.AvgPool2d(3, 1, 1)
+        if kind == "alpha":
+            self.alpha = nn.Parameter(torch.tensor([0.6]))
+        if kind == "se":
+            self.se_layer = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if hasattr(self, "rbr_reparam"):
+            return torch.relu(self.rbr_reparam(x))
+        total = self.rbr_dense(x) + self.rbr_identity(x)
+        if self.kind == "pooling":
+            return torch.relu(total + self.rbr_1x1(x) + self.rbr_avg(x))
+        if self.kind == "alpha":
+            return torch.relu(total + self.alpha * self.rbr_1x1(x))
+        total = total + self.rbr_1x1(x)
+        return total * torch.sigmoid(self.se_layer(total.mean((2, 3), keepdim=True))) if self.kind == "se" else total
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"), [("pooling", "rbr_avg"), ("alpha", "alpha"), ("se", "se_layer"), ("no ReLU", "does more than")]
+)
+def test_reparameterize_block_that_does_more_than_its_names_tell_is_refused(kind: str, part: str) -> None:
+    torch.manual_seed(0)
+    block = OneMore(kind)
+    randomise(block)
+    with pytest.raises(ParityError, match=f"^1: its folded form differs.*{part}"):
+        reparameterize(nn.Sequential(nn.Conv2d(3, 4, 1), block))
+
+
+def test_reparameterize_block_that_cannot_run_folded_is_refused() -> None:
+    class NoDeployPath(OneMore):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rbr_dense(x) + self.rbr_1x1(x) + x
+
+    with pytest.raises(CheckpointError, match="cannot be run beside its folded form: AttributeError"):
+        reparameterize(NoDeployPath("none"))

@@ -22,11 +22,17 @@ from tests.runtime.make_model import ModelOptions, make_onnx, random_batch
 from tests.waiting import wait_until
 
 WORKERS = 8
+FACTOR = float(os.environ.get("REPVGG_SOAK_FACTOR", "1"))  # of the long forms; `make long` sets it
 # Resident memory after warm-up; allocators keep some of what threads freed. One batch that leaked in each call would be
 # 300 MB after 100,000.
 GROWTH_BYTES = 24 << 20
 # What Python itself holds: counters grow to a fixed size, nothing else stays.
 PYTHON_GROWTH_BYTES = 300_000
+
+
+def long(count: int) -> Any:
+    """A long form, marked `slow`, with its count times REPVGG_SOAK_FACTOR and the time for it."""
+    return pytest.param(round(count * FACTOR), marks=[pytest.mark.slow, pytest.mark.timeout(1200 * max(1.0, FACTOR))])
 
 
 def resident_bytes() -> int:
@@ -50,7 +56,7 @@ def backend(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
-@pytest.mark.parametrize("calls", [3_000, pytest.param(100_000, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+@pytest.mark.parametrize("calls", [3_000, long(100_000)])
 def test_long_run_from_many_threads_keeps_memory_and_threads(tmp_path: Path, backend: Any, calls: int) -> None:
     options = ModelOptions()
     path = make_onnx(tmp_path / "m.onnx", options)
@@ -77,7 +83,7 @@ def test_long_run_from_many_threads_keeps_memory_and_threads(tmp_path: Path, bac
         assert engine.statistics().failures == 0
 
 
-@pytest.mark.parametrize("calls", [2_000, pytest.param(50_000, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+@pytest.mark.parametrize("calls", [2_000, long(50_000)])
 def test_submissions_and_batches_leave_nothing_behind(tmp_path: Path, calls: int) -> None:
     options = ModelOptions()
     image = random_batch(options, 1)
@@ -105,7 +111,7 @@ def test_submissions_and_batches_leave_nothing_behind(tmp_path: Path, calls: int
                 assert own_threads() <= engine._options.workers + 1
 
 
-@pytest.mark.parametrize("rounds", [20, pytest.param(500, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+@pytest.mark.parametrize("rounds", [20, long(500)])
 def test_engines_opened_and_closed_leave_no_thread_and_no_model(tmp_path: Path, backend: Any, rounds: int) -> None:
     path = make_onnx(tmp_path / "m.onnx")
     image = random_batch(ModelOptions(), 1)

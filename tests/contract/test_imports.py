@@ -93,10 +93,12 @@ def known_imports(module: Module) -> set[str]:
 def test_modules_import_each_other_in_no_circle() -> None:
     # A room's `__init__` counts as the rooms' face: what it imports, whoever imports the room imports.
     graph = {module.name: known_imports(module) for module in MODULES if module.name not in ALONE}
+    circle: list[str] = []
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
-        pytest.fail(f"a circle of imports: {' → '.join(error.args[1])}")
+        circle = error.args[1]
+    assert circle == []
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m.layer not in ALONE], ids=lambda m: m.name)

@@ -130,3 +130,13 @@ def test_module_begins_with_a_docstring(module: Module) -> None:
 
 def test_package_is_marked_as_typed() -> None:
     assert (Path(repvgg_deploy.__file__).parent / "py.typed").exists()
+
+
+def test_package_run_as_a_program_lists_the_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    from repvgg_deploy.__main__ import main
+
+    assert main() == 0
+    text = capsys.readouterr().out
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    assert len(scripts) == 2 and all(name in text for name in scripts)
+    assert repvgg_deploy.__version__ in text and max(map(len, text.splitlines())) <= 80

@@ -123,9 +123,23 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     try:
         return (yield)
     except ImportError as error:
-        if MISSING & _names_of(error):
-            pytest.skip(f"needs {', '.join(sorted(MISSING & _names_of(error)))}, which is not installed")
+        _skip_if_missing(error)
         raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(request: pytest.FixtureRequest) -> Iterator[object]:
+    """Skips the tests of a fixture that reaches for a missing optional package."""
+    try:
+        return (yield)
+    except ImportError as error:
+        _skip_if_missing(error)
+        raise
+
+
+def _skip_if_missing(error: ImportError) -> None:
+    if MISSING & _names_of(error):
+        pytest.skip(f"needs {', '.join(sorted(MISSING & _names_of(error)))}, which is not installed")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

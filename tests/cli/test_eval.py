@@ -114,6 +114,7 @@ def test_eval_skips_an_unreadable_image_with_a_warning(
 def test_eval_draws_a_picture_and_does_not_overwrite_another(
     folder: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("matplotlib")
     picture = tmp_path / "p.png"
     arguments = ["eval", str(model), "--data", str(folder), "--plot", str(picture)]
     assert main(arguments) == 0
@@ -132,6 +133,7 @@ def test_eval_draws_a_picture_and_does_not_overwrite_another(
 
 
 def test_eval_that_is_perfect_draws_its_accuracy(tmp_path: Path, model: Path, folder: Path) -> None:
+    pytest.importorskip("matplotlib")
     with Engine(model) as engine:
         file = next(folder.rglob("*.png"))
         best = int(engine.infer_images([file]).argmax())

@@ -93,11 +93,19 @@ def exported_sample(tmp_path_factory: pytest.TempPathFactory, sample_dir: Path) 
     return path
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup() -> None:
-    """What a test draws from torch's own generator does not depend on the tests before it."""
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_setup() -> Iterator[None]:
+    """What a test draws from torch's own generator does not depend on the tests before it.
+
+    A fixture that reaches for a missing optional package skips the test.
+    """
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+    try:
+        return (yield)
+    except ImportError as error:
+        _skip_if_missing(error)
+        raise
 
 
 def pytest_collection_finish() -> None:
@@ -120,16 +128,6 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Skips a test that reaches for a missing optional package only while it runs."""
-    try:
-        return (yield)
-    except ImportError as error:
-        _skip_if_missing(error)
-        raise
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_fixture_setup(request: pytest.FixtureRequest) -> Iterator[object]:
-    """Skips the tests of a fixture that reaches for a missing optional package."""
     try:
         return (yield)
     except ImportError as error:

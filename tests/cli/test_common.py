@@ -358,3 +358,48 @@ def test_fold_leaves_tables_long_words_and_short_lines_as_they_are() -> None:
 def test_fold_of_a_long_line_without_a_gap_ends() -> None:
     # With a pattern that backtracks, this does not.
     assert fold_lines("a b " * 2000, 80).count("\n") > 90
+
+
+class Lost(io.StringIO):
+    """A standard output that takes nothing any more."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__()
+        self._error = error
+
+    def write(self, text: str) -> int:
+        raise self._error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [(BrokenPipeError(), 141, ""), (OSError(28, "No space left on device"), 1, "standard output: cannot be written")],
+)
+def test_run_whose_output_is_lost_ends_with_a_code_and_no_traceback(
+    error: OSError, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdout", Lost(error))
+    assert run(lambda _: Output(data={}, text="done"), argparse.Namespace()) == code
+    heard = capsys.readouterr().err
+    assert said in heard and "Traceback" not in heard
+
+
+def test_run_that_a_signal_ends_says_which(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(raising(common.Terminated(signal.SIGTERM)), argparse.Namespace()) == 143
+    assert "terminated by SIGTERM" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["many", "nan", "-1", "11"])
+def test_number_outside_its_bounds_is_named(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="a share"):
+        common.parse_number(text, least=0, most=10, what="a share from 0 to 10")
+
+
+def test_help_keeps_the_lines_of_examples_and_folds_all_else() -> None:
+    from repvgg_deploy.cli.trt import build_parser
+
+    (commands,) = [action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    for name, parser in commands.choices.items():
+        text = parser.format_help()
+        assert f"usage: repvgg-trt {name}" in text, name
+        assert (parser.epilog or "") in text, name

@@ -218,6 +218,20 @@ def test_graph_with_damaged_inside_is_refused(path: Path) -> None:
         read_graph(path)
 
 
+def test_sizes_of_a_tensor_are_read_packed_as_well(path: Path) -> None:
+    """proto3 packs repeated numbers: one field of bytes in place of a field each; other writers do so."""
+    tensor = wire.bytes_field(1, b"\x04\x83\x01") + b"\x10\x01" + wire.bytes_field(8, b"w")  # dims, float32, name
+    path.write_bytes(b"\x08\x08" + wire.bytes_field(7, wire.bytes_field(5, tensor)))
+    graph = read_graph(path)
+    assert (graph.initializers, graph.types) == ({"w": (4, 131)}, {"w": "float32"})
+
+
+def test_path_below_a_file_cannot_be_read(path: Path) -> None:
+    write_ours(path)
+    with pytest.raises(ModelError, match="cannot be read"):
+        read_graph(path / "m.onnx")
+
+
 def test_graph_with_two_initializers_of_one_name_is_refused(path: Path) -> None:
     model = build()
     model.graph.initializer.append(model.graph.initializer[0])

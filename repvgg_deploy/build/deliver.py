@@ -185,8 +185,8 @@ def leave(standing: Standing) -> Delivered:
     """The files of the very plan that is asked for, as they stand."""
     plan, passport = standing.plan, standing.passport
     assert passport is not None, "what stands there was compared with its passport"
-    output, paper = (PendingOutput(path, path, "up to date") for path in (plan, passport_path(plan)))
-    return output, paper, passport
+    output, beside = (PendingOutput(path, path, "up to date") for path in (plan, passport_path(plan)))
+    return output, beside, passport
 
 
 def deliver(plan: Path, data: bytes | memoryview, passport: PlanPassport, *, force: bool) -> Delivered:
@@ -198,15 +198,15 @@ def deliver(plan: Path, data: bytes | memoryview, passport: PlanPassport, *, for
     Raises:
         ArtifactError: A file cannot be written, or a different one stands there.
     """
-    with pending_output(passport_path(plan)) as paper, pending_output(plan) as output:
+    with pending_output(passport_path(plan)) as beside, pending_output(plan) as output:
         with output.partial.open("wb") as file:
             file.write(data)
         with locked(plan):
             require_replaceable(output, force=force)
             kept = _keep(plan, passport)
-            paper.partial.write_text(codec.dumps(kept) + "\n", encoding="utf-8")
-            publish_pair(output, paper)
-    return output, paper, kept
+            beside.partial.write_text(codec.dumps(kept) + "\n", encoding="utf-8")
+            publish_pair(output, beside)
+    return output, beside, kept
 
 
 def _keep(plan: Path, passport: PlanPassport) -> PlanPassport:

@@ -1,4 +1,4 @@
-"""What a caller asks of a build, which of these wishes contradict the graph, and the request that follows from them."""
+"""What a caller asks of a build, which options contradict the graph, and the request that follows."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class SynthesisOptions:
 
     Attributes:
         images: How many; None chooses by the cost of the network.
-        seed: Of the random generator, 0 to 2⁶³ − 1.
+        seed: Starts the random generator; 0 to 2⁶³ − 1.
         steps: Optimisation steps a batch; None chooses.
     """
 
@@ -155,10 +155,10 @@ def synthesize_images(
     """Optimises one batch of images after the other.
 
     Args:
-        mismatch: Of the model.
+        mismatch: What is made small.
         preprocessing: The model's normalisation and image size.
         plan: Batches and steps.
-        seed: Of the random generator; each batch has a stream of its own.
+        seed: Starts the random generator; each batch has a stream of its own.
         progress: Called before the first step of a batch and after each.
 
     Yields:

@@ -33,8 +33,8 @@ class Fold:
         source: The tensor that it reads.
         replaced: Names (or, where a node has none, outputs) of the nodes that it replaces.
         branches: Paths that were summed; 1 for a sequence.
-        kernels_before: Of the convolutions and poolings in the region, such as `3×3 depthwise dilated by 2`.
-        kernel_after: Of the convolution.
+        kernels_before: Each convolution and pooling in the region, such as `3×3 depthwise dilated by 2`.
+        kernel_after: The folded convolution, in the same words.
         error: Largest difference from the region, as a share of the sum of the absolute values of its terms.
         macs_before: Multiply-accumulates per source pixel; BatchNorm, Mul, Add count as one per element.
         macs_after: Likewise.

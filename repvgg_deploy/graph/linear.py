@@ -71,9 +71,9 @@ class Form:
     """A linear map from one tensor to another, as a convolution.
 
     Attributes:
-        in_channels: Of the source.
-        out_channels: Of the result.
-        groups: Of the convolution; `in_channels` for what treats each channel alone.
+        in_channels: How many the source has.
+        out_channels: How many the result has.
+        groups: As in ONNX; `in_channels` for what treats each channel alone.
         rows: Along the height.
         columns: Along the width.
         biased: Whether a constant may be added.

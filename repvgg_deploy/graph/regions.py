@@ -29,7 +29,7 @@ class Plan:
     Attributes:
         cost: Multiply-accumulates per source pixel.
         count: Nodes.
-        form: Of the one convolution, or None.
+        form: The one convolution that does it; None for several nodes.
         through: Tensors in between that are made on the way: first the source's side.
         blocks: Of a sum: which terms go together.
     """

@@ -26,8 +26,8 @@ class BlockSpec:
     """What a block is made of.
 
     Attributes:
-        stride: Of the 3×3 and the 1×1 convolution.
-        dilation: Of the 3×3 convolution; its padding is the same number.
+        stride: Pixels from one output to the next, the same in the 3×3 and the 1×1 convolution.
+        dilation: Pixels between two taps of the 3×3 convolution; its padding is the same number.
         groups: Of both convolutions.
         has_identity: Whether the training form has an identity branch.
         kind: Which branches and BatchNorms the training form has.

@@ -49,7 +49,7 @@ class RoundOptions:
         clips: Weight scales to try, in units of the one that clips nothing.
         sweeps: Passes of step 3.
         samples: Positions (of all images together) that H is summed over.
-        seed: Of the choice of positions.
+        seed: Chooses positions.
     """
 
     method: Literal["second_order", "nearest"] = "second_order"

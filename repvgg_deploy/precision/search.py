@@ -33,7 +33,7 @@ class SearchOptions:
         positions: Output positions, of all images together; a quarter of them judges.
         channels: Input channels that take part, of each group.
         range_percentile: Of each channel's values, taken as its range.
-        seed: Of the choice of positions and channels.
+        seed: Chooses positions and channels.
     """
 
     exponents: tuple[float, ...] = (0.3, 0.5, 0.6, 0.7, 0.85, 1.0)

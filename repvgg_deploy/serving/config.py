@@ -252,7 +252,7 @@ def parse_config(text: str, where: Path) -> Any:
     """The ModelConfig that a `config.pbtxt` states.
 
     Args:
-        text: Of the file.
+        text: The content of the file.
         where: For the message.
 
     Raises:

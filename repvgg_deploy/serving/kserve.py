@@ -71,7 +71,7 @@ def decompress(body: bytes | bytearray, encoding: str, limit: int) -> bytes:
     """Undoes Content-Encoding; of more than `limit` bytes, the first limit + 1.
 
     Args:
-        body: Of the request, compressed.
+        body: The request as it came, compressed.
         encoding: What its header `Content-Encoding` says.
         limit: Bytes that a request may have.
 
@@ -96,9 +96,9 @@ def parse_request(body: bytes | bytearray, json_bytes: str | None, spec: ModelSp
     """Reads a request.
 
     Args:
-        body: Of the request, uncompressed. The batch of a binary request is a view of it.
+        body: The request, uncompressed. The batch of a binary request is a view of it.
         json_bytes: What the header `Inference-Header-Content-Length` says; None: all of it is JSON.
-        spec: Of the model.
+        spec: What the model takes and gives.
 
     Raises:
         InputError: It is malformed, or not of this model.
@@ -239,7 +239,7 @@ def render_answer(request: InferRequest, result: Result, spec: ModelSpec, model:
     Args:
         request: What it answers.
         result: Of `Engine.infer`.
-        spec: Of the model.
+        spec: What the model takes and gives.
         model: What clients call it.
     """
     arrays = _by_name(result, spec)
@@ -297,7 +297,7 @@ def describe_model(spec: ModelSpec, name: str, platform: str) -> dict[str, Any]:
     """The model's metadata: what tritonclient's `get_model_metadata` shows.
 
     Args:
-        spec: Of the model.
+        spec: What the model takes and gives.
         name: What clients call it.
         platform: What runs it.
     """

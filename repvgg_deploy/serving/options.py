@@ -22,7 +22,7 @@ class RepositoryOptions:
     """How a model is to be served.
 
     Attributes:
-        name: Of the model in Triton; None takes the file's.
+        name: The model's name in Triton; None takes the file's.
         version: Number of the version folder; None: one more than the highest, or the highest if that holds the same
             files.
         max_batch: Largest batch that Triton may make; None: the plan's own, 32 for an ONNX.

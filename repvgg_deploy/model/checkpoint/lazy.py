@@ -118,7 +118,7 @@ def array_tensor(
     Args:
         data: The elements; a str holds them as Latin-1 (how Python 3 writes bytes at protocol 2).
         dtype: With byte order.
-        shape: Of the array.
+        shape: Size of each dimension.
         fortran: Whether the first index varies fastest.
 
     Raises:

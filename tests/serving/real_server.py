@@ -121,8 +121,9 @@ def _shared_memory(process: int) -> set[Path]:
 
 
 def _is_ready(server: RealServer) -> bool:
+    """Triton opens gRPC first, then HTTP, then the metrics: the last says that all three answer."""
     with contextlib.suppress(OSError):
-        return server.get("/v2/health/ready")[0] == 200
+        return server.get("/v2/health/ready")[0] == 200 and server.get("/metrics", port=server.port + 2)[0] == 200
     return False
 
 

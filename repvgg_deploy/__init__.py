@@ -44,6 +44,7 @@ def find_lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
 
     Raises:
         AttributeError: (when called) The package has no such name.
+        MissingDependencyError: (when called) It needs an optional package that is not installed.
     """
     modules = {name: f"{package}.{module}" for module, names in homes.items() for name in names.split()}
 
@@ -52,7 +53,12 @@ def find_lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
             return sorted(modules)
         if name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(modules[name]), name)
+        try:
+            return getattr(importlib.import_module(modules[name]), name)
+        except ImportError as error:
+            from .errors import explain_missing
+
+            raise (explain_missing(error, modules[name]) or error) from error
 
     return find
 

@@ -26,6 +26,8 @@ A message says what, where, expected against found; the remedy is the command or
 
 from __future__ import annotations
 
+import importlib.util
+
 
 class RepVGGDeployError(Exception):
     """Base of all errors raised on purpose.
@@ -51,6 +53,11 @@ class RepVGGDeployError(Exception):
 
 def _rebuild(kind: type[RepVGGDeployError], message: str, remedy: str) -> RepVGGDeployError:
     return kind(message, remedy=remedy)
+
+
+def say_install(extras: str) -> str:
+    """The command that installs extras, such as `export,cpu`. The package is in no registry: it works from a clone."""
+    return f"pip install '.[{extras}]' in the repository's folder"
 
 
 class CheckpointError(RepVGGDeployError):
@@ -127,3 +134,43 @@ class CudaContextError(CudaError):
 
 class MissingDependencyError(RepVGGDeployError, ImportError):
     """An optional package is not installed."""
+
+
+EXTRAS = {
+    "torch": "export",
+    "onnxscript": "export",
+    "onnxsim": "export",
+    "safetensors": "export",
+    "onnx": "quantize",
+    "onnxruntime": "cpu",
+    "PIL": "cpu",
+    "openvino": "openvino",
+    "tensorrt": "tensorrt",
+    "tensorrt_rtx": "rtx",
+    "pycuda": "pycuda",
+    "google": "serving",
+    "tritonclient": "serving",
+    "prometheus_client": "service",
+    "matplotlib": "plot",
+}
+"""The extra that brings each optional package. (Of `cpu`, a machine with an NVIDIA GPU takes `gpu` in its place.)"""
+
+
+def explain_missing(error: ImportError, module: str = "") -> MissingDependencyError | None:
+    """A failed import of an optional package as the error that says which extra brings it; None for other imports.
+
+    Args:
+        error: The failed import.
+        module: Which module of ours asked for it: those of `export` need all of their extra.
+    """
+    package = (error.name or "").partition(".")[0]
+    extra = EXTRAS.get(package)
+    if extra is None:
+        return None
+    if extra == "quantize" and ".export." in module:
+        extra = "export"
+    # Only an ONNX Runtime that is not there is added: those of `cpu` and `gpu` share one folder.
+    if extra in ("export", "quantize") and importlib.util.find_spec("onnxruntime") is None:
+        extra += ",cpu"
+    reason = "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be imported: {error}"
+    return MissingDependencyError(f"this needs {package}, which {reason}", remedy=say_install(extra))

@@ -245,7 +245,7 @@ def measure_engine(path: Path, threads: int, batch_size: int = 32) -> float:
 
 def main() -> int:
     """Runs the load and the comparison; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description="Loads the service: throughput, latency, nothing lost.")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the service (%(default)s)")
     parser.add_argument("--name", default="sample", help="of the model there (%(default)s)")
     parser.add_argument("--images", type=Path, nargs="+", required=True, help="image files, or folders of them")

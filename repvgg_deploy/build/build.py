@@ -146,7 +146,7 @@ def _make_request(source: Source, options: BuildOptions) -> BuildRequest:
 
 
 def _choose_typing(library: Library, options: BuildOptions) -> QuantizeOptions:
-    from ..precision.options import QuantizeOptions
+    from ..precision import QuantizeOptions  # its face says what to install where onnx is missing
 
     precision = options.config.precision
     assert precision in ("fp16", "int8"), "what must be typed was FP32"
@@ -206,7 +206,7 @@ def _type_source(
     request: BuildRequest, options: QuantizeOptions, tell: Callable[[str, int, int], None]
 ) -> tuple[BuildRequest, QuantizeResult]:
     """Quantizes an FP32 ONNX in a temporary folder: the request with the typed ONNX in its place."""
-    from ..precision.quantization import quantize
+    from ..precision import quantize
 
     source = request.source
     with tempfile.TemporaryDirectory(prefix="repvgg-build-") as folder:

@@ -28,7 +28,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, TextIO
 
 from .. import __version__
-from ..errors import ArtifactError, RepVGGDeployError
+from ..errors import ArtifactError, RepVGGDeployError, explain_missing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -135,7 +135,10 @@ def run(body: Body, args: argparse.Namespace) -> int:
     """
     verbose: int = getattr(args, "verbose", 0)
     as_json: bool = getattr(args, "json", False)
+    _fill_closed_streams()
     try:
+        if sys.stdout is None:
+            raise ArtifactError("standard output: is closed", remedy="redirect it, if only to /dev/null")
         with _signals_raise(), _logging(verbose), warnings.catch_warnings():
             # What is wrong with an image is said by our own error, once.
             warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -157,21 +160,39 @@ def run(body: Body, args: argparse.Namespace) -> int:
         remedy = "give a smaller batch or model, or run it where more memory is free"
         return _report("out of memory", remedy, verbose, as_json)
     except Exception as error:  # noqa: BLE001 - the border of the program: whatever was not foreseen becomes one line
+        missing = explain_missing(error) if isinstance(error, ImportError) else None
+        if missing is not None:
+            return _report(missing.message, missing.remedy, verbose, as_json)
         message = f"unexpected {type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
         return _report(message, "please report this; run it again with -vv for the traceback", verbose, as_json)
+
+
+def _fill_closed_streams() -> None:
+    """Opens the standard streams that are closed (`2>&-`) on nothing: else the next file would take their number.
+
+    What a library writes to standard error would then land in a model. `sys.stdout` stays None where it was closed.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.set_inheritable(number, True)
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 (as long as the process)
 
 
 def _report(message: str, remedy: str, verbose: int, as_json: bool) -> int:
     if as_json:
         with contextlib.suppress(BrokenPipeError, ArtifactError):
             _write_stdout(json.dumps({"error": message, "remedy": remedy}, indent=2))
-    if not as_json or verbose > 1:
+    if not as_json or verbose > 1 or sys.stdout is None:
         _complain(f"error: {message}\n  remedy: {remedy}", verbose)
     return EXIT_ERROR
 
 
 def _complain(text: str, verbose: int) -> None:
-    with contextlib.suppress(OSError):  # standard error may be closed, and then nobody is left to tell
+    with contextlib.suppress(OSError):  # standard error may be full or gone, and then nobody is left to tell
         if verbose > 1:
             traceback.print_exc(file=sys.stderr)
         print(text, file=sys.stderr, flush=True)
@@ -185,9 +206,9 @@ def _print_output(output: Output, as_json: bool) -> None:
         return
     _write_stdout(fold_lines(output.text, terminal_columns(sys.stdout)) if sys.stdout.isatty() else output.text)
     for error in output.errors:
-        print(f"error: {error}", file=sys.stderr)
+        _complain(f"error: {error}", 0)
     if output.next_command:
-        print(f"next: {output.next_command}", file=sys.stderr)
+        _complain(f"next: {output.next_command}", 0)
 
 
 def _write_stdout(text: str) -> None:

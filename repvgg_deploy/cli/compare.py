@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
+from ..errors import InputError, say_install
 from .common import Command, Output, Progress, format_pairs, format_table, parse_whole, save_plot
 from .eval import add_data_options, infer, open_engine, show_share
 
@@ -146,7 +146,7 @@ def _with_layers(
         one, two = LayerRun(Path(args.reference)), LayerRun(Path(args.other))
         one.require_same(two)
     except ImportError:
-        note = "that needs the package onnx: pip install 'repvgg-deploy[export,cpu]'"
+        note = f"that needs the package onnx: {say_install('quantize,cpu')}"
         return dataclasses.replace(report, layers_note=note)
     except InputError as error:
         return dataclasses.replace(report, layers_note=error.message)

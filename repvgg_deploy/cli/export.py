@@ -188,7 +188,7 @@ def _export(args: argparse.Namespace) -> Output:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     out = args.out or default_output(args.ckpt)
     with Progress(_STAGES, "start") as bar:
-        from ..export.export import export_checkpoint
+        from ..export import export_checkpoint
 
         result = export_checkpoint(
             args.ckpt,

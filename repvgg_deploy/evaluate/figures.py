@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import InputError, MissingDependencyError
+from ..errors import InputError, MissingDependencyError, say_install
 from ..files.output import atomic_output
 
 if TYPE_CHECKING:
@@ -130,6 +130,4 @@ def require_drawable(path: Path) -> None:
 
 
 def _missing() -> MissingDependencyError:
-    return MissingDependencyError(
-        "drawing needs matplotlib, which is not installed", remedy="pip install 'repvgg-deploy[plot]'"
-    )
+    return MissingDependencyError("drawing needs matplotlib, which is not installed", remedy=say_install("plot"))

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..errors import ExportError, MissingDependencyError, SimplifyError
+from ..errors import ExportError, MissingDependencyError, SimplifyError, say_install
 from ..model.network import RepVGG
 from ..specs.values import ModelSpec, Preprocessing, TensorSpec
 from .options import IR_VERSIONS, TOP_K, GraphOptions
@@ -188,9 +188,7 @@ def simplify(model: onnx.ModelProto, *, keep_batchnorm: bool = False) -> onnx.Mo
     try:
         import onnxsim
     except ImportError as error:
-        raise MissingDependencyError(
-            "onnxsim is not installed", remedy="pip install 'repvgg-deploy[export]'"
-        ) from error
+        raise MissingDependencyError("onnxsim is not installed", remedy=say_install("export")) from error
     remedy = "report the model; the graph that torch wrote is not touched by it"
     try:
         simplified, valid = onnxsim.simplify(model, skip_fuse_bn=keep_batchnorm)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import MissingDependencyError, ParityError
+from ..errors import MissingDependencyError, ParityError, say_install
 from ..files.onnx import open_initializers
 from ..images.classes import softmax
 from ..images.drawn import Batch
@@ -180,7 +180,7 @@ def _open(path: Path, content: bytes | None) -> Any:
     except ImportError as error:
         raise MissingDependencyError(
             "ONNX Runtime is not installed, and nothing is written that was not verified",
-            remedy="pip install 'repvgg-deploy[export,cpu]'",
+            remedy=say_install("export,cpu"),
         ) from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

@@ -19,15 +19,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..errors import InputError, MissingDependencyError
+from ..errors import InputError, MissingDependencyError, say_install
 from ..specs.values import PlanPassport
 
 Flavour = Literal["tensorrt", "tensorrt_rtx"]
 FLAVOURS: dict[Flavour, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
-INSTALL: dict[Flavour, str] = {
-    "tensorrt": "pip install 'repvgg-deploy[tensorrt]'",
-    "tensorrt_rtx": "pip install 'repvgg-deploy[rtx]'",
-}
+INSTALL: dict[Flavour, str] = {"tensorrt": say_install("tensorrt"), "tensorrt_rtx": say_install("rtx")}
 BROKEN_VERSION = (10, 2)
 LEAN = "tensorrt_lean"
 """The module of TensorRT's lean runtime: it runs version-compatible plans, and builds none."""

@@ -18,7 +18,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from ..errors import InputError, MissingDependencyError
+from ..errors import InputError, MissingDependencyError, say_install
 from ..specs.values import ModelSpec, Preprocessing
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ def _decode(source: str | BytesIO, where: str, formats: Sequence[str], max_pixel
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
         raise MissingDependencyError(
-            "reading image files needs Pillow, which is not installed", remedy="pip install 'repvgg-deploy[cpu]'"
+            "reading image files needs Pillow, which is not installed", remedy=say_install("cpu")
         ) from error
     Image.init()
     try:

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 
 from numpy.typing import NDArray
 
-from ..errors import MissingDependencyError, ModelError
+from ..errors import MissingDependencyError, ModelError, say_install
 from ..specs.values import VariantSpec
 
 LARGEST_DRIFT = 0.05
@@ -229,7 +229,7 @@ class BareSession:
             import onnxruntime
         except ImportError as error:
             raise MissingDependencyError(
-                f"--compare onnxruntime needs ONNX Runtime: {error}", remedy="pip install 'repvgg-deploy[cpu]'"
+                f"--compare onnxruntime needs ONNX Runtime: {error}", remedy=say_install("cpu")
             ) from error
         self._make_batch = make_batch
         options = onnxruntime.SessionOptions()
@@ -269,7 +269,7 @@ class TorchRival:
             import torch
         except ImportError as error:
             raise MissingDependencyError(
-                "--compare torch needs PyTorch, which is not installed", remedy="pip install 'repvgg-deploy[export]'"
+                "--compare torch needs PyTorch, which is not installed", remedy=say_install("export")
             ) from error
         from ..model.network import RepVGG
 

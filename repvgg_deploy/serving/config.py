@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..errors import InputError, MissingDependencyError
+from ..errors import InputError, MissingDependencyError, say_install
 from .options import DATATYPES, RepositoryOptions, Servable, ServedFile, require_name, wire_shape
 
 LABELS_FILE = "labels.txt"
@@ -29,7 +29,7 @@ _IMAGE = "image"  # the ensemble's input: one JPEG file a row
 _ONNX_MAX_BATCH = 32
 _ANY_SIDE = 224  # of a warm-up image where any size is taken and none is the model's own
 _SCHEMA = "repvgg_deploy.serving._model_config_pb2"
-_INSTALL = "pip install 'repvgg-deploy[serving]'"
+_INSTALL = say_install("serving")
 
 
 def make_config(model: Servable, options: RepositoryOptions) -> Any:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from ..errors import MissingDependencyError
+from ..errors import MissingDependencyError, say_install
 
 if TYPE_CHECKING:
     from prometheus_client.core import HistogramMetricFamily, Metric
@@ -38,9 +38,7 @@ def make_collector(prefix: str, read: Callable[[], Statistics]) -> Collector:
     try:
         from prometheus_client.registry import Collector
     except ImportError as error:
-        raise MissingDependencyError(
-            "prometheus-client is not installed", remedy="pip install 'repvgg-deploy[service]'"
-        ) from error
+        raise MissingDependencyError("prometheus-client is not installed", remedy=say_install("service")) from error
 
     class StatisticsCollector(Collector):
         def describe(self) -> Iterator[Metric]:

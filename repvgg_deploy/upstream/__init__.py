@@ -14,10 +14,14 @@ import copy
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import torch
-from torch import Tensor, nn
+from ..errors import InputError, explain_missing
 
-from ..errors import InputError
+try:
+    import torch
+    from torch import Tensor, nn
+except ImportError as error:
+    raise (explain_missing(error) or error) from error
+
 from ..files.output import atomic_output
 from ..model.fold import reparameterize
 from ..model.network import RepVGG

@@ -403,3 +403,46 @@ def test_help_keeps_the_lines_of_examples_and_folds_all_else() -> None:
         text = parser.format_help()
         assert f"usage: repvgg-trt {name}" in text, name
         assert (parser.epilog or "") in text, name
+
+
+_PRINTS = """
+import argparse, os, sys
+from repvgg_deploy.cli.common import Output, run
+
+def body(args):
+    with open(sys.argv[1], "wb") as file:
+        file.write(b"data")
+        file.flush()
+        for number in (1, 2):
+            os.write(number, b"noise of a library")  # an error where the number is free
+    return Output({}, "the answer", "ask again")
+
+sys.exit(run(body, argparse.Namespace()))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
+@pytest.mark.parametrize(
+    ("closed", "code", "said"),
+    [(">&-", 1, "standard output: is closed"), ("2>&-", 0, ""), ("<&-", 0, "next: ask again"), ("2>/dev/full", 0, "")],
+)
+def test_closed_or_full_stream_harms_no_file_and_is_no_crash(tmp_path: Path, closed: str, code: int, said: str) -> None:
+    if "/dev/full" in closed and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    script, target = tmp_path / "prints.py", tmp_path / "model"
+    script.write_text(_PRINTS.replace("for number in (1, 2):", "for number in (1,):") if "full" in closed else _PRINTS)
+    command = f"exec {sys.executable} {script} {target} {closed}"
+    done = subprocess.run(
+        ["sh", "-c", command], capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == code
+    assert said in done.stderr and "Traceback" not in done.stderr
+    assert not target.exists() if code else target.read_bytes() == b"data"
+    assert (done.stdout.endswith("the answer\n")) == (code == 0)
+
+
+def test_missing_package_becomes_the_extra_that_brings_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(raising(ModuleNotFoundError("No module named 'onnx'", name="onnx")), parse()) == 1
+    assert "pip install '.[quantize" in capsys.readouterr().err
+    assert run(raising(ModuleNotFoundError("No module named 'xyz'", name="xyz")), parse()) == 1
+    assert "unexpected ModuleNotFoundError" in capsys.readouterr().err

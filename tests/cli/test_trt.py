@@ -100,3 +100,60 @@ def test_program_loads_only_what_its_command_needs(
 
 def test_program_is_installed_under_its_name() -> None:
     assert 'repvgg-trt = "repvgg_deploy.cli.trt:main"\n' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+_WITHOUT_PACKAGES = """
+import sys
+from repvgg_deploy.errors import EXTRAS
+for package in EXTRAS:
+    sys.modules[package] = None  # as if it were not installed
+from repvgg_deploy.cli import export, trt
+program, *arguments = sys.argv[1:]
+sys.exit((export if program == "repvgg-export" else trt).main(arguments))
+"""
+
+
+def run_without_packages(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", _WITHOUT_PACKAGES, *command], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "extra"),
+    [
+        ("repvgg-export --ckpt {sample}", "export,cpu"),
+        ("repvgg-trt infer {model} {image}", "cpu"),
+        ("repvgg-trt fold {model}", "quantize,cpu"),
+        ("repvgg-trt quantize {model} --fp16", "quantize,cpu"),
+        ("repvgg-trt build {model}", "tensorrt"),
+        ("repvgg-trt triton {model} --out {folder}", "serving"),
+        ("repvgg-trt eval {model} --data {folder}", "cpu"),
+        ("repvgg-trt compare {model} {model} --data {folder}", "cpu"),
+        ("repvgg-trt bench {model}", "cpu"),
+        ("repvgg-trt advise {model}", "cpu"),
+    ],
+    ids=lambda text: text.split()[1] if " " in text else text,
+)
+def test_command_without_its_extra_says_what_to_install(model: Path, tmp_path: Path, command: str, extra: str) -> None:
+    images = ROOT / "models" / "sample" / "images"
+    places = {
+        "model": model,
+        "sample": ROOT / "models" / "sample" / "repvgg-sample.pth",
+        "image": images / "digit-3.png",
+        "folder": images,
+    }
+    if "--out" in command or "--ckpt" in command:
+        places["folder"] = tmp_path / "out"
+    if "--ckpt" in command:
+        command += f" --out {tmp_path / 'x.onnx'}"
+    done = run_without_packages(*command.format(**places).split())
+    assert done.returncode == 1 and done.stdout == ""
+    assert f"pip install '.[{extra}]' in the repository's folder" in done.stderr
+    assert "unexpected" not in done.stderr
+
+
+def test_inspect_and_check_need_no_extra(model: Path) -> None:
+    for name in ("inspect", "check"):
+        done = run_without_packages("repvgg-trt", name, str(model), "--json")
+        assert "pip install" not in done.stderr and json.loads(done.stdout), done.stderr

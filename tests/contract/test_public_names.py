@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import re
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import repvgg_deploy
+from repvgg_deploy.errors import EXTRAS, explain_missing
 from tests.contract.source_tree import ROOT, Module, modules
 
 if sys.version_info >= (3, 11):
@@ -105,6 +107,7 @@ def test_extras_name_an_onnx_runtime_only_in_cpu_and_gpu() -> None:
     }
     assert set(extras) == {
         "export",
+        "quantize",
         "cpu",
         "gpu",
         "openvino",
@@ -140,3 +143,53 @@ def test_package_run_as_a_program_lists_the_programs(capsys: pytest.CaptureFixtu
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
     assert len(scripts) == 2 and all(name in text for name in scripts)
     assert repvgg_deploy.__version__ in text and max(map(len, text.splitlines())) <= 80
+
+
+_WITHOUT_PACKAGES = """
+import importlib, sys
+from repvgg_deploy.errors import EXTRAS, MissingDependencyError
+for package in EXTRAS:
+    sys.modules[package] = None  # as if it were not installed
+for face in sys.argv[1:]:
+    module = importlib.import_module(face)
+    for name in module.__all__:
+        try:
+            getattr(module, name)
+        except MissingDependencyError as error:
+            print(face, name, error.remedy)
+"""
+
+
+def test_public_name_whose_package_is_missing_says_which_extra_brings_it() -> None:
+    names = [f"repvgg_deploy.{module.name}".rstrip(".") for module in faces()]
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_PACKAGES, *names], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    remedies = {
+        (face, name): remedy for face, name, remedy in (line.split(" ", 2) for line in done.stdout.splitlines())
+    }
+    wanted = "pip install '.[{}]' in the repository's folder"
+    assert remedies["repvgg_deploy", "export_module"] == wanted.format("export,cpu")
+    assert remedies["repvgg_deploy", "quantize"] == wanted.format("quantize,cpu")
+    assert {remedy.partition("[")[0] for remedy in remedies.values()} == {"pip install '."}
+    assert ("repvgg_deploy", "Engine") not in remedies and ("repvgg_deploy", "build_plan") not in remedies
+
+
+def test_every_optional_package_has_an_extra_that_pyproject_knows() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert set(EXTRAS.values()) <= set(extras)
+    distributions = {"PIL": "pillow", "google": "protobuf", "tensorrt_rtx": "tensorrt-rtx-cu13"}
+    for package, extra in EXTRAS.items():
+        wanted = distributions.get(package, package.replace("_", "-"))
+        assert any(re.match(rf"{wanted}\b", line) for line in extras[extra]), package
+
+
+def test_what_quantize_needs_holds_no_torch() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert [line.partition(">")[0] for line in extras["quantize"]] == ["onnx"]
+
+
+def test_failed_import_of_another_package_is_not_explained() -> None:
+    assert explain_missing(ModuleNotFoundError("no", name="numpy")) is None
+    broken = explain_missing(ImportError("libfoo.so is not there", name="onnx.onnx_cpp2py_export"))
+    assert broken is not None and "cannot be imported: libfoo.so is not there" in broken.message

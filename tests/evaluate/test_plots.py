@@ -158,6 +158,6 @@ def test_picture_that_cannot_be_written_is_refused_before_the_work(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingDependencyError, match="matplotlib") as caught, open_figure(1, 1):
         pass
-    assert "repvgg-deploy[plot]" in caught.value.remedy
+    assert "'.[plot]'" in caught.value.remedy
     with pytest.raises(MissingDependencyError):
         require_drawable(tmp_path / "p.png")

@@ -49,4 +49,4 @@ def test_missing_client_is_said_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "prometheus_client.registry", None)
     with pytest.raises(MissingDependencyError, match="prometheus-client is not installed") as missing:
         make_collector("x", lambda: pytest.fail("nothing is to be read"))
-    assert "repvgg-deploy[service]" in missing.value.remedy
+    assert "'.[service]'" in missing.value.remedy

@@ -337,7 +337,7 @@ def test_load_schema_without_tritonclient_says_what_to_install(monkeypatch: pyte
     monkeypatch.setattr(config.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(MissingDependencyError, match="tritonclient") as caught:
         load_schema()
-    assert "repvgg-deploy[serving]" in caught.value.remedy
+    assert "'.[serving]'" in caught.value.remedy
 
 
 def test_load_schema_does_not_import_grpc() -> None:

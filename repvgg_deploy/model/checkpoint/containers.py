@@ -10,6 +10,7 @@ https://github.com/safetensors/safetensors.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import mmap
 import struct
@@ -18,26 +19,47 @@ import zlib
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import torch
-
-from ...errors import CheckpointError, MissingDependencyError
+from ...errors import CheckpointError, MissingDependencyError, say_install
 from ...files.signatures import HEAD_BYTES, ZIP_MAGICS, name_foreign
-from .lazy import DTYPES, LazyTensor, MalformedError, Storage, as_count, listing, printable, read_bytes
+from .lazy import (
+    BFLOAT16,
+    BOOL,
+    DTYPES,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
+    INT8,
+    INT16,
+    INT32,
+    INT64,
+    UINT8,
+    Dtype,
+    LazyTensor,
+    MalformedError,
+    Storage,
+    as_count,
+    listing,
+    printable,
+    read_bytes,
+)
 from .pickle import Global, PickleStream, read_pickle
+
+if TYPE_CHECKING:
+    import torch
 
 _LOCAL_HEADER_BYTES = 30
 _MAX_ENTRIES = 200_000
 _INFLATED_FLOOR = 64 << 20
 _INFLATED_RATIO = 20
 _ZIP_ERRORS = (zipfile.BadZipFile, struct.error, ValueError, OverflowError, EOFError, RuntimeError, IndexError, OSError)
+_MAX_TEXT = 64
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _MAX_SAFETENSORS_HEADER = 100_000_000
-_TENSOR_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-                  "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-                  "BOOL": torch.bool}  # fmt: skip
+_TENSOR_DTYPES = {"F64": FLOAT64, "F32": FLOAT32, "F16": FLOAT16, "BF16": BFLOAT16, "I64": INT64, "I32": INT32,
+                  "I16": INT16, "I8": INT8, "U8": UINT8, "BOOL": BOOL}  # fmt: skip
 _DOWNLOAD = "download it again and compare its size and sha256 with the publisher's"
 
 
@@ -174,16 +196,25 @@ class _ZipArchive:
         data, start = self._bytes_of(name)
         return PickleStream(data, start, start + self.entries[name].file_size)
 
+    def text(self, name: str) -> bytes:
+        """The bytes of a small entry, compared with their checksum."""
+        data, start = self._checked(name)
+        return bytes(memoryview(data)[start : start + self.entries[name].file_size][:_MAX_TEXT])
+
     def read(self, name: str, alignment: int) -> torch.Tensor:
         """uint8 (n,): the bytes of an entry, compared with their checksum."""
+        data, start = self._checked(name)
+        writable = bytearray(data) if isinstance(data, bytes) else data
+        return read_bytes(writable, start, self.entries[name].file_size, alignment=alignment)
+
+    def _checked(self, name: str) -> tuple[bytes | mmap.mmap, int]:
         info, (data, start) = self.entries[name], self._bytes_of(name)
         # torch can be told to write no checksums (`set_crc32_options(False)`): the field is then 0.
         if info.CRC and zlib.crc32(memoryview(data)[start : start + info.file_size]) != info.CRC:
             raise MalformedError(
                 f"the checksum of {printable(name)} is wrong: the file was damaged after it was written"
             )
-        writable = bytearray(data) if isinstance(data, bytes) else data
-        return read_bytes(writable, start, info.file_size, alignment=alignment)
+        return data, start
 
 
 def _read_zip(archive: _ZipArchive) -> Content:
@@ -221,8 +252,8 @@ def _name_zip(names: list[str]) -> str:
 def _read_torch_zip(archive: _ZipArchive, prefix: str) -> Content:
     """The object in `prefix/data.pkl`, its storages in `prefix/data/N`."""
     order = f"{prefix}byteorder"
-    swap = order in archive.entries and bytes(archive.read(order, 1).tolist()) == b"big"
-    storages: dict[tuple[str, torch.dtype], Storage] = {}
+    swap = order in archive.entries and archive.text(order) == b"big"
+    storages: dict[tuple[str, Dtype], Storage] = {}
 
     def persistent(pid: object) -> object:
         dtype, key, count = _parse_persistent_id(pid)
@@ -235,7 +266,7 @@ def _read_torch_zip(archive: _ZipArchive, prefix: str) -> Content:
         storage = Storage(dtype, held // dtype.itemsize * dtype.itemsize, partial(read, entry.filename, dtype))
         return storages.setdefault((key, dtype), storage)
 
-    def read(name: str, dtype: torch.dtype) -> torch.Tensor:
+    def read(name: str, dtype: Dtype) -> torch.Tensor:
         data = archive.read(name, dtype.itemsize)
         data = data[: data.numel() // dtype.itemsize * dtype.itemsize]
         return _swap_bytes(data, dtype.itemsize) if swap else data
@@ -249,7 +280,7 @@ def _swap_bytes(data: torch.Tensor, itemsize: int) -> torch.Tensor:
     return swapped
 
 
-def _parse_persistent_id(pid: object) -> tuple[torch.dtype, str, int]:
+def _parse_persistent_id(pid: object) -> tuple[Dtype, str, int]:
     """(dtype, storage key, elements) of `('storage', class, key, location, elements[, view])`."""
     if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
         raise MalformedError("the pickle refers to something that is not a storage")
@@ -327,10 +358,11 @@ def _read_safetensors(path: Path) -> Content:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
-        remedy = "pip install 'repvgg-deploy[export]', or pip install safetensors"
+        remedy = f"{say_install('export')}, or pip install safetensors"
         raise MissingDependencyError("reading .safetensors needs the package safetensors", remedy=remedy) from error
     try:
-        file: Any = safe_open(str(path), framework="pt")
+        # What a file holds is told without torch, too; loading its tensors needs it.
+        file: Any = safe_open(str(path), framework="pt" if importlib.util.find_spec("torch") else "np")
         tensors = {name: _safetensor(file, name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
         return Content("safetensors", tensors, metadata=dict(file.metadata() or {}))
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:

@@ -1,4 +1,7 @@
-"""A tensor of a file that was not read yet: its dtype and shape are known, its bytes stay on disk until `load()`."""
+"""A tensor of a file that was not read yet: its dtype and shape are known, its bytes stay on disk until `load()`.
+
+Only `load` and what it calls need torch: what a file holds can be told without it.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,41 @@ import math
 import mmap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 _MAX_DIMENSIONS = 8
 _MAX_ELEMENTS = 1 << 40
 _MAX_NAME = 100
-DTYPES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-          "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-          "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
-          "BoolStorage": torch.bool, "ComplexFloatStorage": torch.complex64,
-          "ComplexDoubleStorage": torch.complex128, "UntypedStorage": torch.uint8}  # fmt: skip
+
+
+class Dtype(NamedTuple):
+    """A dtype by torch's name of it, such as `float32`, and the bytes of an element."""
+
+    name: str
+    itemsize: int
+
+    def to_torch(self) -> torch.dtype:
+        """The same as torch has it."""
+        import torch
+
+        found: torch.dtype = getattr(torch, self.name)
+        return found
+
+
+FLOAT32, FLOAT64 = Dtype("float32", 4), Dtype("float64", 8)
+FLOAT16, BFLOAT16 = Dtype("float16", 2), Dtype("bfloat16", 2)
+INT64, INT32, INT16, INT8 = Dtype("int64", 8), Dtype("int32", 4), Dtype("int16", 2), Dtype("int8", 1)
+UINT8, BOOL = Dtype("uint8", 1), Dtype("bool", 1)
+COMPLEX64, COMPLEX128 = Dtype("complex64", 8), Dtype("complex128", 16)
+DTYPES = {"DoubleStorage": FLOAT64, "FloatStorage": FLOAT32, "HalfStorage": FLOAT16, "BFloat16Storage": BFLOAT16,
+          "LongStorage": INT64, "IntStorage": INT32, "ShortStorage": INT16, "CharStorage": INT8, "ByteStorage": UINT8,
+          "BoolStorage": BOOL, "ComplexFloatStorage": COMPLEX64, "ComplexDoubleStorage": COMPLEX128,
+          "UntypedStorage": UINT8}  # fmt: skip
 """torch's storage classes by name."""
 
 
@@ -35,7 +61,7 @@ class LazyTensor:
         load: Gives the tensor: a view of the mapped file where that is possible. Call it once.
     """
 
-    dtype: torch.dtype
+    dtype: Dtype
     shape: tuple[int, ...]
     backing: object
     backing_bytes: int
@@ -51,7 +77,7 @@ class LazyTensor:
 class Storage:
     """A flat run of numbers of one dtype, which tensors are views of; `read` gives its bytes, uint8 (nbytes,)."""
 
-    dtype: torch.dtype
+    dtype: Dtype
     nbytes: int
     read: Callable[[], torch.Tensor]
 
@@ -67,9 +93,11 @@ class Storage:
             raise MalformedError(f"a tensor of shape {list(shape)} reaches element {last} of a storage of {available}")
 
         def load() -> torch.Tensor:
+            import torch
+
             if not math.prod(shape):
-                return torch.empty(shape, dtype=self.dtype)
-            return self.read().view(self.dtype).as_strided(shape, strides, offset)
+                return torch.empty(shape, dtype=self.dtype.to_torch())
+            return self.read().view(self.dtype.to_torch()).as_strided(shape, strides, offset)
 
         return LazyTensor(self.dtype, shape, self, self.nbytes, load)
 
@@ -96,6 +124,8 @@ def read_bytes(buffer: bytearray | mmap.mmap, start: int, nbytes: int, *, alignm
 
     It is a copy where `start` is not a multiple of `alignment`, the size of an element of the dtype to come.
     """
+    import torch
+
     if nbytes == 0:
         return torch.empty(0, dtype=torch.uint8)
     view = torch.frombuffer(buffer, dtype=torch.uint8, count=nbytes, offset=start)
@@ -124,9 +154,8 @@ def array_tensor(
     Raises:
         MalformedError: The data does not fill the shape.
     """
-    kinds = {"f2": torch.float16, "f4": torch.float32, "f8": torch.float64, "c8": torch.complex64,
-             "c16": torch.complex128, "i1": torch.int8, "i2": torch.int16, "i4": torch.int32, "i8": torch.int64,
-             "u1": torch.uint8, "b1": torch.bool}  # fmt: skip
+    kinds = {"f2": FLOAT16, "f4": FLOAT32, "f8": FLOAT64, "c8": COMPLEX64, "c16": COMPLEX128, "i1": INT8, "i2": INT16,
+             "i4": INT32, "i8": INT64, "u1": UINT8, "b1": BOOL}  # fmt: skip
     kind = kinds.get(dtype.str[1:])
     if kind is None:
         return None
@@ -135,6 +164,8 @@ def array_tensor(
         raise MalformedError(f"an array of shape {list(shape)} needs {expected} bytes, found {len(data)}")
 
     def load() -> torch.Tensor:
+        import torch
+
         try:
             raw = bytearray(data, "latin-1") if isinstance(data, str) else data
         except UnicodeEncodeError as error:

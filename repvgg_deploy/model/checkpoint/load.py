@@ -8,28 +8,33 @@ a network of the result; `write_deploy` writes one back; `describe_checkpoint` s
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 import shlex
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from ...errors import CheckpointError, InputError
+from ...errors import CheckpointError, InputError, explain_missing, say_install
 from ...files.output import default_output, sha256_file
 from ...specs import codec
 from ...specs.values import Form, Preprocessing, VariantSpec
 from ...specs.variants import count_parameters
-from ..network import RepVGG
 from .containers import open_checkpoint, read_file
-from .lazy import LazyTensor, MalformedError
+from .lazy import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, INT64, Dtype, LazyTensor, MalformedError
 from .resolve import METADATA_KEY, resolve
 from .structure import describe_custom
 
+if TYPE_CHECKING:
+    import torch
+
+    from ..network import RepVGG
+
 _CHUNK = 1 << 20
-_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_UNREAD = f"the numbers were not looked at (NaN, infinities), because PyTorch is not installed: {say_install('export')}"
+_FLOATS = (FLOAT32, FLOAT64, FLOAT16, BFLOAT16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +83,24 @@ def load_checkpoint(path: Path | str, *, arch: VariantSpec | None = None) -> Che
     Raises:
         CheckpointError: The file cannot be read, is no RepVGG, incomplete, of another architecture, or has NaN or
             infinite weights.
+        MissingDependencyError: torch is not installed.
     """
-    path = Path(path)
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise (explain_missing(error) or error) from error
+    return _load(Path(path), arch, weights=True)
+
+
+def _load(path: Path, arch: VariantSpec | None, *, weights: bool) -> Checkpoint:
+    """`load_checkpoint`; without `weights` no number is read, `state` is empty, and torch is not needed."""
     content = read_file(path)  # the container, and in it a pickle read as data: tensors are described, not loaded
     try:
         found = resolve(content, arch)  # state dict → official names → architecture, complete
+        _check_overlap([tensor for tensor in found.tensors.values() if tensor is not None])
         with ThreadPoolExecutor(max_workers=1) as pool:
             digest = pool.submit(sha256_file, path)
-            state, converted = _load_weights(found.tensors)
+            state, converted = _load_weights(found.tensors) if weights else ({}, [_UNREAD])
             sha256 = digest.result()
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error.message}", remedy=error.remedy) from error
@@ -115,33 +130,30 @@ def load_checkpoint(path: Path | str, *, arch: VariantSpec | None = None) -> Che
 
 def _load_weights(tensors: Mapping[str, LazyTensor | None]) -> tuple[dict[str, torch.Tensor], list[str]]:
     """float32 tensors (step counters int64), views of the mapped file where it holds float32; notes on conversions."""
-    _check_overlap([tensor for tensor in tensors.values() if tensor is not None])
+    import torch
+
     state: dict[str, torch.Tensor] = {}
-    converted: dict[torch.dtype, int] = {}
+    converted: dict[Dtype, int] = {}
     for name, lazy in tensors.items():
         if name.endswith(".num_batches_tracked"):
             # Old files and PaddlePaddle have none; inference never looks at it.
             state[name] = torch.zeros((), dtype=torch.int64)
-            if lazy is not None and lazy.shape == () and lazy.dtype == torch.int64:
+            if lazy is not None and lazy.shape == () and lazy.dtype == INT64:
                 state[name] = _read(name, lazy).clone()
             continue
         assert lazy is not None, name  # `resolve` refuses a file without it
         if lazy.dtype not in _FLOATS:
-            message = (
-                f"{name} has the dtype {_dtype_name(lazy.dtype)}, expected float32 (or float16, bfloat16, float64)"
-            )
+            message = f"{name} has the dtype {lazy.dtype.name}, expected float32 (or float16, bfloat16, float64)"
             remedy = "give the checkpoint before quantization, with floating-point weights"
             raise CheckpointError(message, remedy=remedy)
-        if lazy.dtype != torch.float32:
+        if lazy.dtype != FLOAT32:
             converted[lazy.dtype] = converted.get(lazy.dtype, 0) + 1
         tensor = _read(name, lazy).to(torch.float32)
         # Row-major: a 1×1 kernel saved as channels_last is contiguous either way, but its strides alone would choose
         # another algorithm.
         state[name] = tensor.contiguous().flatten().view(tensor.shape)
         _check_numbers(name, state[name])
-    return state, [
-        f"{count} tensors were converted from {_dtype_name(dtype)} to float32" for dtype, count in converted.items()
-    ]
+    return state, [f"{count} tensors were converted from {dtype.name} to float32" for dtype, count in converted.items()]
 
 
 def _check_overlap(tensors: list[LazyTensor]) -> None:
@@ -164,6 +176,8 @@ def _read(name: str, lazy: LazyTensor) -> torch.Tensor:
 
 
 def _check_numbers(name: str, tensor: torch.Tensor) -> None:
+    import torch
+
     # One pass without a temporary: the smallest and largest value are NaN if any value is.
     low, high = (float(value) for value in torch.aminmax(tensor))
     if not (math.isfinite(low) and math.isfinite(high)):
@@ -179,10 +193,6 @@ def _check_numbers(name: str, tensor: torch.Tensor) -> None:
         raise CheckpointError(f"{name} has a negative variance ({low:g})", remedy=remedy)
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def build_model(checkpoint: Checkpoint, *, output_stride: int = 32) -> RepVGG:
     """The model of a checkpoint, in `eval()`. Its weights are the checkpoint's tensors, not copies.
 
@@ -190,6 +200,10 @@ def build_model(checkpoint: Checkpoint, *, output_stride: int = 32) -> RepVGG:
         checkpoint: As `load_checkpoint` gives it.
         output_stride: 32 for classification; 16 or 8 for dense prediction (see `RepVGG`).
     """
+    import torch
+
+    from ..network import RepVGG
+
     with torch.device("meta"):
         model = RepVGG(checkpoint.spec, checkpoint.form, output_stride=output_stride)
     model.load_state_dict(dict(checkpoint.state), strict=True, assign=True)
@@ -210,6 +224,8 @@ def write_deploy(model: RepVGG, path: Path) -> None:
         InputError: The model is in training form.
         OSError: The file cannot be written.
     """
+    import torch
+
     if model.form != "deploy":
         remedy = "call reparameterize(model) and save its result"
         raise InputError("the model is in training form, expected deploy form", remedy=remedy)
@@ -280,7 +296,7 @@ class Description:
 
 
 def describe_checkpoint(path: Path | str) -> Description:
-    """Says what a file is, whether or not it is a RepVGG checkpoint.
+    """Says what a file is, whether or not it is a RepVGG checkpoint; without torch, all but if its numbers are sound.
 
     Raises:
         CheckpointError: There is no such file, it is a folder, empty, or cannot be opened.
@@ -289,7 +305,7 @@ def describe_checkpoint(path: Path | str) -> Description:
     open_checkpoint(target).close()
     size = target.stat().st_size
     try:
-        checkpoint = load_checkpoint(target)
+        checkpoint = _load(target, None, weights=importlib.util.find_spec("torch") is not None)
     except CheckpointError as error:
         problem = error.message.removeprefix(f"{target}: ")
         container = None

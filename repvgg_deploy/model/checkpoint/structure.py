@@ -13,12 +13,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-
 from ...errors import CheckpointError, InputError
 from ...specs.values import BlockKind, Form, SePosition, VariantSpec
 from ...specs.variants import name_variant
-from ..network import RepVGG
 from .lazy import listing
 
 Shape = tuple[int, ...]
@@ -243,17 +240,45 @@ def _five(values: Iterable[int]) -> tuple[int, int, int, int, int]:
 
 
 def expected_shapes(spec: VariantSpec, form: Form) -> dict[str, Shape]:
-    """Name → shape of every tensor in the state dict of `RepVGG(spec, form)`, in order.
+    """Name → shape of every tensor in the state dict of `RepVGG(spec, form)`, in order; computed without torch.
 
     Raises:
         CheckpointError: No such model can be built.
     """
-    try:
-        with torch.device("meta"):
-            model = RepVGG(spec, form)
-    except InputError as error:
-        raise CheckpointError(error.message, remedy=error.remedy) from error
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if form == "training" and spec.se != "none" and spec.block.startswith("qarepvgg"):
+        raise CheckpointError(
+            f"{spec.name}: QARepVGG with SE applies its last BatchNorm after the SE block, which no convolution can "
+            f"absorb",
+            remedy="train with a block of kind 'repvgg', or without SE",
+        )
+    shapes: dict[str, Shape] = {}
+    for layer in spec.layers():
+        ins, outs, name = layer.in_channels // layer.groups, layer.out_channels, layer.name
+        if form == "deploy":
+            shapes |= {f"{name}.rbr_reparam.weight": (outs, ins, 3, 3), f"{name}.rbr_reparam.bias": (outs,)}
+        else:
+            shapes |= {f"{name}.rbr_dense.conv.weight": (outs, ins, 3, 3), **_batch_norm(f"{name}.rbr_dense.bn", outs)}
+            if spec.block == "qarepvgg_v2":
+                shapes[f"{name}.rbr_1x1.weight"] = (outs, ins, 1, 1)
+            elif spec.block != "plain":
+                shapes |= {f"{name}.rbr_1x1.conv.weight": (outs, ins, 1, 1), **_batch_norm(f"{name}.rbr_1x1.bn", outs)}
+                shapes |= _batch_norm(f"{name}.rbr_identity", outs) if layer.has_identity else {}
+            shapes |= _batch_norm(f"{name}.bn", outs) if spec.block.startswith("qarepvgg") else {}
+        if spec.se != "none":
+            se, hidden = f"{name}.{'se' if spec.se == 'before_relu' else 'post_se'}", outs // spec.se_reduction
+            shapes |= {f"{se}.down.weight": (hidden, outs, 1, 1), f"{se}.down.bias": (hidden,)}
+            shapes |= {f"{se}.up.weight": (outs, hidden, 1, 1), f"{se}.up.bias": (outs,)}
+    shapes |= {"linear.weight": (spec.num_classes, spec.widths[4]), "linear.bias": (spec.num_classes,)}
+    if spec.auxiliary_heads and form == "training":
+        for head, width in zip(("stage1_aux", "stage2_aux", "stage3_first_aux"), spec.widths[1:4], strict=True):
+            shapes |= {f"{head}.0.conv.weight": (width, width, 3, 3), **_batch_norm(f"{head}.0.bn", width)}
+            shapes |= {f"{head}.3.weight": (spec.num_classes, width), f"{head}.3.bias": (spec.num_classes,)}
+    return shapes
+
+
+def _batch_norm(name: str, channels: int) -> dict[str, Shape]:
+    vectors = ("weight", "bias", "running_mean", "running_var")
+    return {**{f"{name}.{part}": (channels,) for part in vectors}, f"{name}{_COUNTER}": ()}
 
 
 def check_complete(shapes: Shapes, expected: Shapes, extra: tuple[str, ...] = ()) -> None:

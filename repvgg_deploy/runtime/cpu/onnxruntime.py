@@ -9,7 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from ...errors import CudaError, ModelError
+from ...errors import CudaError, ModelError, say_install
 from ...files.onnx import is_quantized
 from ...specs.values import ModelSpec
 from ..checks import RUN_REMEDY, GraphTensor, check_graph, import_backend, one_line
@@ -19,8 +19,8 @@ from .int8 import prepare
 logger = logging.getLogger(__name__)
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _INSTALL = {
-    "cpu": "pip install 'repvgg-deploy[cpu]', or 'repvgg-deploy[gpu]' on a machine with an NVIDIA GPU; never both",
-    "cuda": "pip uninstall onnxruntime, then pip install 'repvgg-deploy[gpu]': the two share one folder",
+    "cpu": f"{say_install('cpu')}, or '.[gpu]' on a machine with an NVIDIA GPU; never both",
+    "cuda": f"pip uninstall onnxruntime, then {say_install('gpu')}: the two share one folder",
 }
 _DTYPES = {
     "tensor(float)": "float32",

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import InputError, ModelError
+from ...errors import InputError, ModelError, say_install
 from ...files.onnx import is_quantized
 from ...specs.values import ModelSpec
 from ..checks import RUN_REMEDY, GraphTensor, check_graph, import_backend, one_line
@@ -46,7 +46,7 @@ class OpenVinoBackend:
         library = import_backend(
             "openvino",
             'backend="openvino" needs OpenVINO',
-            remedy="pip install 'repvgg-deploy[openvino]', or leave backend out to run on ONNX Runtime",
+            remedy=f"{say_install('openvino')}, or leave backend out to run on ONNX Runtime",
         )
         version = str(library.__version__).partition("-")[0]
         # FP32 means FP32: by default OpenVINO computes it in bfloat16 where the CPU can, with an error of 4e-3.

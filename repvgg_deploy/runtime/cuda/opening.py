@@ -9,20 +9,16 @@ import importlib
 import importlib.util
 from typing import Any, Literal
 
-from ...errors import InputError, MissingDependencyError
+from ...errors import InputError, MissingDependencyError, say_install
 from .port import CudaPort
 
 Provider = Literal["bindings", "pycuda"]
 _PROVIDERS: dict[Provider, tuple[str, str, str]] = {
-    "bindings": (
-        "cuda.bindings.driver",
-        "cuda-bindings",
-        "pip install 'repvgg-deploy[tensorrt]', which brings cuda-bindings",
-    ),
+    "bindings": ("cuda.bindings.driver", "cuda-bindings", f"{say_install('tensorrt')}, which brings cuda-bindings"),
     "pycuda": (
         "pycuda.driver",
         "pycuda",
-        "pip install 'repvgg-deploy[pycuda]' on a machine with the CUDA toolkit, or use cuda-bindings",
+        f"{say_install('pycuda')} on a machine with the CUDA toolkit, or use cuda-bindings",
     ),
 }
 

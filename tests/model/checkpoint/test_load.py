@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import json
 import pickle
 import shlex
 import subprocess
@@ -506,7 +507,7 @@ def test_really_trained_custom_checkpoint_is_found_with_its_groups(shared_data):
 
 
 _MEASURE = """
-import sys
+import sys, torch, repvgg_deploy.model.network
 from repvgg_deploy.model.checkpoint.load import build_model, load_checkpoint
 
 def read_peak():  # not ru_maxrss: a child begins with that of the tests' own process, and would never exceed it
@@ -622,3 +623,29 @@ def test_description_of_nothing_is_an_error(tmp_path):
 def test_description_of_the_really_trained_model(shared_data):
     found = describe_checkpoint(shared_data / "repvgg-a0-imagenette.pth")
     assert (found.variant, found.classes, found.form) == ("A0", 10, "training")
+
+
+_DESCRIBE = """
+import sys
+sys.modules["torch"] = None  # as if it were not installed
+from repvgg_deploy.cli.export import main
+sys.exit(main(["--ckpt", sys.argv[1], "--describe", "--json"]))
+"""
+
+
+@pytest.mark.parametrize("suffix", ["pth", "legacy", "safetensors"])
+def test_describe_runs_without_torch_and_says_what_it_could_not_look_at(tmp_path, suffix):
+    path = tmp_path / f"model.{suffix}"
+    if suffix == "safetensors":
+        save_file = pytest.importorskip("safetensors.torch").save_file
+        save_file({name: tensor.contiguous() for name, tensor in state_of(_RAW).items()}, path)
+    else:
+        torch.save(state_of(_RAW), path, _use_new_zipfile_serialization=suffix != "legacy")
+    done = subprocess.run(
+        [sys.executable, "-c", _DESCRIBE, str(path)], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    found, known = json.loads(done.stdout), json.loads(codec.dumps(describe_checkpoint(path)))
+    *notes, last = found.pop("notes")
+    assert "PyTorch is not installed" in last and "pip install '.[export]'" in last
+    assert notes == known.pop("notes")
+    assert {name: found[name] for name in known} == known

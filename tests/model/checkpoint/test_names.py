@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from repvgg_deploy.errors import CheckpointError
+from repvgg_deploy.errors import CheckpointError, InputError
 from repvgg_deploy.model.checkpoint.load import build_model, load_checkpoint, write_deploy
 from repvgg_deploy.model.checkpoint.names import translate
 from repvgg_deploy.model.checkpoint.structure import expected_shapes, infer_structure
@@ -74,6 +74,22 @@ def test_every_published_variant_is_inferred_from_its_names_and_shapes(name, for
         assert found.form == form
         assert found.notes == ()
         assert found.spec == (spec if form == "training" else replace(spec, auxiliary_heads=False))
+
+
+@pytest.mark.parametrize("form", ["training", "deploy"])
+@pytest.mark.parametrize("block", ["repvgg", "plain", "qarepvgg_v1", "qarepvgg_v2"])
+@pytest.mark.parametrize("given", [SMALL, SMALL_SE, SMALL_PLUS], ids=["small", "se", "plus"])
+def test_expected_shapes_are_those_of_the_network_in_its_order(given, block, form):
+    spec = replace(given, block=block)
+    if form == "training" and spec.se != "none" and block.startswith("qarepvgg"):
+        with pytest.raises(CheckpointError, match="no convolution can absorb"):
+            expected_shapes(spec, form)
+        with pytest.raises(InputError, match="no convolution can absorb"):
+            RepVGG(spec, form)
+        return
+    with torch.device("meta"):
+        state = RepVGG(spec, form).state_dict()
+    assert list(expected_shapes(spec, form).items()) == [(name, tuple(value.shape)) for name, value in state.items()]
 
 
 def test_paddle_square_classifier_is_transposed_because_the_family_says_so(tmp_path):

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from repvgg_deploy.model.checkpoint import pickle as tensor_pickle
-from repvgg_deploy.model.checkpoint.lazy import LazyTensor, MalformedError, Storage, printable
+from repvgg_deploy.model.checkpoint.lazy import FLOAT32, LazyTensor, MalformedError, Storage, printable
 from repvgg_deploy.model.checkpoint.pickle import ArrayObject, ForeignObject, Global, PickleStream, read_pickle
 
 
@@ -232,7 +232,7 @@ def test_shared_lists_stay_shared():
 
 
 def _storage(count: int) -> Storage:
-    return Storage(torch.float32, 4 * count, lambda: torch.arange(count, dtype=torch.float32).view(torch.uint8))
+    return Storage(FLOAT32, 4 * count, lambda: torch.arange(count, dtype=torch.float32).view(torch.uint8))
 
 
 def _tensor_pickle(shape: object, strides: object, offset: object) -> object:

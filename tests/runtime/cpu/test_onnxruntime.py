@@ -99,7 +99,7 @@ def test_cuda_on_cpu_build_is_refused(monkeypatch: pytest.MonkeyPatch, model: Pa
     install(monkeypatch, FakeRuntime([CPU], [CPU]))
     with pytest.raises(CudaError, match=f"offers only {CPU}") as caught:
         Engine(model, device="cuda")
-    assert "repvgg-deploy[gpu]" in caught.value.remedy
+    assert "'.[gpu]'" in caught.value.remedy
 
 
 def test_cuda_that_fell_back_is_refused(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
@@ -174,7 +174,7 @@ def test_missing_onnxruntime_names_the_extra(monkeypatch: pytest.MonkeyPatch, mo
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingDependencyError, match="ONNX Runtime") as caught:
         Engine(model, device=device)
-    assert f"repvgg-deploy[{'gpu' if device == 'cuda' else 'cpu'}]" in caught.value.remedy
+    assert f"'.[{'gpu' if device == 'cuda' else 'cpu'}]" in caught.value.remedy
 
 
 def test_model_of_a_later_opset_is_refused_by_name(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_missing_openvino_names_the_extra(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(MissingDependencyError, match="needs OpenVINO") as caught:
         Engine(make_onnx(tmp_path / "m.onnx"), backend="openvino")
-    assert "repvgg-deploy[openvino]" in caught.value.remedy
+    assert "'.[openvino]'" in caught.value.remedy
 
 
 _PROGRAM = """

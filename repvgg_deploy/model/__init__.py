@@ -1,7 +1,8 @@
 """The PyTorch reference: the network in training form and in deploy form, and reparameterization. Needs torch.
 
 `checkpoint` reads a file, `network` and `block` are the model, `arithmetic` folds branches into one kernel in float64,
-`fold.reparameterize` makes the deploy form, and `parity.compare_forms` compares the two block by block.
+`fold.reparameterize` makes the deploy form (of blocks of other projects, too: `foreign` reads them, `beside` runs both
+forms), and `parity.compare_forms` compares the two forms of a whole network block by block.
 """
 
 from __future__ import annotations

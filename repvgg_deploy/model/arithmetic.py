@@ -17,18 +17,26 @@ _CHUNK_ELEMENTS = 1 << 21  # float64 scratch of a few times 16 MiB, whatever the
 
 
 class KernelBias(NamedTuple):
-    """A convolution as data: kernel (C', C/groups, k, k) and bias (C') or None for zero."""
+    """A convolution as data: kernel (C', C/groups, kh, kw) and bias (C') or None for zero."""
 
     kernel: Tensor
     bias: Tensor | None
 
 
 class Branch(NamedTuple):
-    """One linear branch of a block: a 3×3 or 1×1 kernel (None: the identity), its bias, and the BatchNorm after it."""
+    """One linear branch of a block, in this order.
+
+    Attributes:
+        kernel: (C', C/groups, kh, kw), or None for the identity.
+        bias: (C').
+        bn: BatchNorm.
+        scale: What the branch is multiplied with: () or (1) for all channels, or (C').
+    """
 
     kernel: Tensor | None
     bias: Tensor | None = None
     bn: nn.BatchNorm2d | None = None
+    scale: Tensor | None = None
 
 
 def fuse_bn(conv: KernelBias, bn: nn.BatchNorm2d, rows: slice = ALL_ROWS) -> KernelBias:
@@ -62,11 +70,13 @@ def identity_kernel(channels: int, groups: int, like: Tensor, rows: slice = ALL_
     return KernelBias(kernel, None)
 
 
-def add_at_centre(kernel: Tensor, pointwise: Tensor) -> Tensor:
-    """A 3×3 kernel plus a 1×1 kernel at its centre tap; where no gradient is recorded, `kernel` itself, changed."""
+def add_at_centre(kernel: Tensor, smaller: Tensor) -> Tensor:
+    """A kernel plus a smaller one at its centre; where no gradient is recorded, `kernel` itself, changed."""
+    (height, width), size = smaller.shape[2:], kernel.shape[2:]
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
     if torch.is_grad_enabled():
-        return kernel + nn.functional.pad(pointwise, [1, 1, 1, 1])
-    kernel[:, :, 1, 1] += pointwise[:, :, 0, 0]
+        return kernel + nn.functional.pad(smaller, [left, left, top, top])
+    kernel[:, :, top : top + height, left : left + width] += smaller
     return kernel
 
 
@@ -78,17 +88,17 @@ def fold_branches(
     rows: slice = ALL_ROWS,
     dtype: torch.dtype,
 ) -> KernelBias:
-    """The 3×3 convolution that the sum of `branches`, then `post_bn`, equals in `eval()`; its output channels `rows`.
+    """The one convolution that the sum of `branches`, then `post_bn`, equals in `eval()`; its output channels `rows`.
 
     Args:
-        branches: The first has a 3×3 kernel (C', C/groups, 3, 3).
+        branches: The first has the largest kernel (C', C/groups, kh, kw); all sizes are odd.
         post_bn: BatchNorm after the sum (QARepVGG), or None.
         groups: Of all branches.
         rows: Output channels, for work in pieces.
         dtype: In which to compute; the result has it.
     """
     dense = branches[0].kernel
-    assert dense is not None and dense.shape[-1] == 3, "the first branch is the 3×3 convolution"
+    assert dense is not None, "the first branch is the convolution with the largest kernel"
     kernel, bias = _fold_branch(branches[0], dense, groups=groups, rows=rows, dtype=dtype)
     for branch in branches[1:]:
         part = _fold_branch(branch, dense, groups=groups, rows=rows, dtype=dtype)
@@ -104,8 +114,14 @@ def _fold_branch(branch: Branch, dense: Tensor, *, groups: int, rows: slice, dty
     else:
         part = KernelBias(branch.kernel[rows].to(dtype), None if branch.bias is None else branch.bias[rows].to(dtype))
     if branch.bn is None:
-        return KernelBias(part.kernel.clone(), part.bias)  # fresh memory, because add_at_centre may write to it
-    return fuse_bn(part, branch.bn, rows)
+        part = KernelBias(part.kernel.clone(), part.bias)  # fresh memory, because add_at_centre may write to it
+    else:
+        part = fuse_bn(part, branch.bn, rows)
+    if branch.scale is None:
+        return part
+    scale = branch.scale.to(dtype).flatten()
+    scale = scale if scale.numel() == 1 else scale[rows]
+    return KernelBias(part.kernel * scale.reshape(-1, 1, 1, 1), None if part.bias is None else part.bias * scale)
 
 
 @torch.no_grad()
@@ -115,7 +131,7 @@ def fold_in_float64(
     """As `fold_branches` for all channels, computed in float64 piece by piece and rounded once to `result`.
 
     Returns:
-        Kernel (C', C/groups, 3, 3) and bias (C'), fresh memory.
+        Kernel (C', C/groups, kh, kw) and bias (C'), fresh memory.
     """
     dense = branches[0].kernel
     assert dense is not None

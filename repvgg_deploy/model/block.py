@@ -2,8 +2,9 @@
 
 A training-form block sums linear branches (3×3 Conv+BatchNorm, 1×1 Conv+BatchNorm, identity BatchNorm); a deploy-form
 block is the one 3×3 convolution that they are equal to. They are two classes, because they are two states: neither asks
-which one it is. Module names are the official ones (`rbr_dense`, `rbr_1x1`, `rbr_identity`, `rbr_reparam`, `se`,
-`post_se`), so that state dicts are too.
+which one it is. Names of modules are the official ones (`rbr_dense`, `rbr_1x1`, `rbr_identity`, `rbr_reparam`, `se`,
+`post_se`), so that state dicts are too, and of the methods that the original's scripts look for (`switch_to_deploy`,
+`get_equivalent_kernel_bias`, `get_custom_L2`).
 
 Source: Ding et al. 2021, https://arxiv.org/abs/2101.03697, section 3.2 and 3.3; Chu et al. 2024 for QARepVGG,
 https://arxiv.org/abs/2212.01593.
@@ -11,14 +12,16 @@ https://arxiv.org/abs/2212.01593.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import CheckpointError
 from ..specs.values import BlockKind, SePosition
-from .arithmetic import Branch, KernelBias, fold_branches
+from .arithmetic import Branch, KernelBias, fold_branches, fold_in_float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +99,12 @@ class SEBlock(nn.Module):
 class _Block(nn.Module, ABC):
     """What both forms share: SE, ReLU, SE behind a `linear` of their own. The SE modules come last in a state dict."""
 
+    deploy: bool
+
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
         self.spec = spec
+        self.nonlinearity: nn.Module = nn.ReLU()
 
     def _add_se(self) -> None:
         spec = self.spec
@@ -115,12 +121,17 @@ class _Block(nn.Module, ABC):
 
     def finish(self, x: Tensor) -> Tensor:
         """SE, ReLU, SE: what follows `linear`."""
-        out: Tensor = self.post_se(torch.relu(self.se(x)))
+        out: Tensor = self.post_se(self.nonlinearity(self.se(x)))
         return out
+
+    def switch_to_deploy(self) -> None:
+        """Turns this object into a `DeployBlock`; one that is already passes."""
 
 
 class TrainingBlock(_Block):
     """Training form: branches are summed, then (QARepVGG) one more BatchNorm, SE, ReLU, SE."""
+
+    deploy = False
 
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__(spec)
@@ -159,6 +170,21 @@ class TrainingBlock(_Block):
         dtype = self.rbr_dense.conv.weight.dtype
         return fold_branches(self.branches(), self.post_bn, groups=self.spec.groups, dtype=dtype)
 
+    get_equivalent_kernel_bias = equivalent_kernel_bias
+
+    def switch_to_deploy(self) -> None:
+        """Turns this object into the `DeployBlock` that it equals in `eval()`; mode and trainability stay.
+
+        Raises:
+            CheckpointError: See `fold_block`.
+        """
+        folded = fold_block(self)
+        folded.rbr_reparam.requires_grad_(self.rbr_dense.conv.weight.requires_grad)
+        self.__class__ = DeployBlock  # type: ignore[assignment]
+        self.spec = folded.spec
+        own = {name: self._modules[name] for name in folded._modules if name in self._modules}
+        self._modules = folded._modules | own
+
     def branches(self) -> tuple[Branch, ...]:
         """The linear branches as data, the 3×3 one first."""
         result = [self.rbr_dense.as_branch()]
@@ -193,6 +219,8 @@ class TrainingBlock(_Block):
         fused = centre * scale3 + self.rbr_1x1.conv.weight.flatten(1) * scale1
         return (kernel**2).sum() - (centre**2).sum() + (fused**2 / (scale3**2 + scale1**2)).sum()
 
+    get_custom_L2 = custom_l2  # noqa: N815
+
 
 def _bn_scale(bn: nn.BatchNorm2d) -> Tensor:
     assert bn.running_var is not None
@@ -201,6 +229,8 @@ def _bn_scale(bn: nn.BatchNorm2d) -> Tensor:
 
 class DeployBlock(_Block):
     """Deploy form: one 3×3 convolution with bias, SE, ReLU, SE."""
+
+    deploy = True
 
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__(spec)
@@ -211,3 +241,36 @@ class DeployBlock(_Block):
         """The convolution."""
         out: Tensor = self.rbr_reparam(x)
         return out
+
+
+def fold_block(block: TrainingBlock) -> DeployBlock:
+    """A block in deploy form, in its dtype and on its device; what follows the convolution is copied.
+
+    Stride and dilation are those that its convolutions have now: for dense prediction, people change them in place.
+
+    Raises:
+        CheckpointError: Its convolutions were changed so that they are no longer one.
+    """
+    conv = block.rbr_dense.conv
+    spec = replace(block.spec, stride=conv.stride[0], dilation=conv.dilation[0])
+    with torch.device("meta"):
+        result = DeployBlock(spec)
+        expected = {"rbr_dense": spec.conv(3, bias=False), "rbr_1x1": spec.conv(1, bias=False)}
+    for name, like in expected.items():
+        part = getattr(block, name)
+        found = part.conv if isinstance(part, ConvBN) else part
+        facts = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+        for fact in facts if found is not None else ():
+            if getattr(found, fact) != getattr(like, fact):
+                raise CheckpointError(
+                    f"{name}: {fact}: expected {getattr(like, fact)}, found {getattr(found, fact)}",
+                    remedy="change 3×3 and 1×1 convolutions alike, and padding with dilation; else deploy the training "
+                    "form",
+                )
+    folded = fold_in_float64(block.branches(), block.post_bn, spec.groups, result=conv.weight.dtype)
+    assert folded.bias is not None
+    result.rbr_reparam.weight = nn.Parameter(folded.kernel, requires_grad=False)
+    result.rbr_reparam.bias = nn.Parameter(folded.bias, requires_grad=False)
+    for name in ("nonlinearity", "se", "post_se"):
+        setattr(result, name, copy.deepcopy(getattr(block, name)))
+    return result.train(block.training)

@@ -47,7 +47,6 @@ class RepVGG(nn.Module):
                 remedy="train with a block of kind 'repvgg', or without SE",
             )
         self.spec = spec
-        self.form: Form = form
         self.output_stride = output_stride
         self.gradient_checkpointing = False
         kind = TrainingBlock if form == "training" else DeployBlock
@@ -61,6 +60,11 @@ class RepVGG(nn.Module):
         self.linear: nn.Linear = nn.Linear(spec.widths[4], spec.num_classes)
         if spec.auxiliary_heads and form == "training":
             _add_auxiliary_heads(self, spec)
+
+    @property
+    def form(self) -> Form:
+        """The form that its blocks have."""
+        return "deploy" if isinstance(self.stage0, DeployBlock) else "training"
 
     def blocks(self) -> dict[str, TrainingBlock | DeployBlock]:
         """Blocks in order, by their official names (`stage0`, `stage1.0`, …)."""

@@ -2,7 +2,9 @@
 
 `from repvgg_deploy.upstream import create_RepVGG_A0, repvgg_model_convert` replaces `from repvgg import …`. State dicts
 have the same keys, so that published checkpoints, and yours, load as before. Where the original fails or misleads, this
-differs, and says so below.
+differs, and says so below. Its `tools/verify.py`, `tools/convert.py` and `example_pspnet.py` run with the import
+swapped: blocks have `switch_to_deploy`, `get_equivalent_kernel_bias` and `get_custom_L2`, and follow convolutions whose
+stride and dilation were changed in place.
 
 Source: names, signatures, key names and behaviour of https://github.com/DingXiaoH/RepVGG (MIT); the code is this
 project's own.
@@ -11,10 +13,12 @@ project's own.
 from __future__ import annotations
 
 import copy
+from abc import ABC
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from ..errors import InputError, explain_missing
+from ..errors import CheckpointError, InputError, explain_missing
 
 try:
     import torch
@@ -23,11 +27,71 @@ except ImportError as error:
     raise (explain_missing(error) or error) from error
 
 from ..files.output import atomic_output
+from ..model.block import BlockSpec, DeployBlock, TrainingBlock
 from ..model.fold import reparameterize
+from ..model.foreign import read_block
 from ..model.network import RepVGG
 from ..specs.variants import PUBLISHED
 
 M = TypeVar("M", bound=nn.Module)
+
+
+class RepVGGBlock(ABC):  # noqa: B024 - a name for two classes, not a base
+    """The original's block: every block of this project is an instance of it, in training form and in deploy form.
+
+    Calling it makes a `TrainingBlock` or a `DeployBlock` with the arguments of the original: `in_channels`,
+    `out_channels`, `kernel_size`, `stride=1`, `padding=0`, `dilation=1`, `groups=1`, `padding_mode="zeros"`,
+    `deploy=False`, `use_se=False`.
+
+    Raises:
+        InputError: A kernel other than 3×3, other padding than zeros as wide as the dilation, or a subclass.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
+        return _BlockArguments(*args, **kwargs).build()
+
+    def __init_subclass__(cls) -> None:
+        raise InputError(
+            "RepVGGBlock stands for two classes and has no subclasses of its own",
+            remedy="subclass repvgg_deploy.model.block.TrainingBlock, or write the block as a module that holds one",
+        )
+
+
+RepVGGBlock.register(TrainingBlock)
+RepVGGBlock.register(DeployBlock)
+
+
+@dataclass(frozen=True, slots=True)
+class _BlockArguments:
+    in_channels: int
+    out_channels: int
+    kernel_size: int
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+    groups: int = 1
+    padding_mode: str = "zeros"
+    deploy: bool = False
+    use_se: bool = False
+
+    def build(self) -> TrainingBlock | DeployBlock:
+        found, expected = (self.kernel_size, self.padding, self.padding_mode), (3, self.dilation, "zeros")
+        if found != expected:
+            raise InputError(
+                f"kernel size, padding and padding mode of a RepVGGBlock: expected {expected}, found {found}",
+                remedy="a block is a 3×3 convolution that keeps the size at stride 1",
+            )
+        spec = BlockSpec(
+            self.in_channels,
+            self.out_channels,
+            self.stride,
+            self.dilation,
+            self.groups,
+            has_identity=self.in_channels == self.out_channels and self.stride == 1,
+            se="before_relu" if self.use_se else "none",
+            se_channels=self.out_channels // 16,
+        )
+        return DeployBlock(spec) if self.deploy else TrainingBlock(spec)
 
 
 class RepVGGplus(RepVGG):
@@ -43,6 +107,18 @@ class RepVGGplus(RepVGG):
         if self.training and self.form == "training":
             return self.forward_with_auxiliary(x)
         return super().forward(x)
+
+    def switch_repvggplus_to_deploy(self) -> None:
+        """Converts this object: its blocks, and no auxiliary heads and no gradient checkpointing any more.
+
+        Raises:
+            CheckpointError: A block cannot be folded.
+        """
+        for block in self.blocks().values():
+            block.switch_to_deploy()
+        for name in [name for name in self._modules if name.endswith("_aux")]:
+            delattr(self, name)
+        self.gradient_checkpointing = False
 
     # Methods, not hooks: a hook is bound to one object, and repvgg_model_convert moves what a model holds into another.
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -141,6 +217,15 @@ def get_RepVGG_func_by_name(name: str) -> Factory:
     return factory
 
 
+def create_RepVGGplus_by_name(name: str, deploy: bool = False, use_checkpoint: bool = False) -> RepVGG:
+    """The network of a name, `RepVGGplus-L2pse` or one of RepVGG's; see `Factory`.
+
+    Raises:
+        InputError: No such name.
+    """
+    return get_RepVGG_func_by_name(name)(deploy=deploy, use_checkpoint=use_checkpoint)
+
+
 def repvgg_model_convert(model: M, save_path: str | Path | None = None, do_copy: bool = True) -> M:
     """Converts a RepVGG, or a bigger model that contains RepVGG blocks, to deploy form.
 
@@ -151,16 +236,15 @@ def repvgg_model_convert(model: M, save_path: str | Path | None = None, do_copy:
     Args:
         model: In training form.
         save_path: Where to write the state dict with `torch.save`. An existing file is replaced as a whole.
-        do_copy: False converts `model` itself: it and the modules inside it stay the same objects, except the blocks of
-            this project, which become objects of another class (a `TrainingBlock` that is itself the argument is
-            returned as a new `DeployBlock`).
+        do_copy: False converts `model` itself: it and the modules inside it stay the same objects, except blocks of
+            other projects that have no deploy path of their own.
 
     Raises:
         CheckpointError: There is no RepVGG block in it, or one that cannot be folded.
         ArtifactError: `save_path` cannot be written.
     """
     result = _convert(model)
-    if not do_copy and type(result) is type(model):
+    if not do_copy and (type(result) is type(model) or isinstance(model, TrainingBlock)):
         _move(result, model)
         result = model
     if save_path is not None:
@@ -170,10 +254,14 @@ def repvgg_model_convert(model: M, save_path: str | Path | None = None, do_copy:
 
 
 def _convert(model: M) -> M:
-    has_training_block = any(hasattr(module, "rbr_dense") for module in model.modules())
-    if not has_training_block and any(hasattr(module, "rbr_reparam") for module in model.modules()):
+    try:
+        result = reparameterize(model)
+    except CheckpointError:
+        found = [(module, read_block(module, name)) for name, module in model.named_modules()]
+        training = any(isinstance(m, TrainingBlock) or (block is not None and block.certain) for m, block in found)
+        if training or not any(hasattr(module, "rbr_reparam") for module, _ in found):
+            raise
         return copy.deepcopy(model)  # in deploy form already
-    result = reparameterize(model)
     modes = {name: module.training for name, module in model.named_modules()}
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for name, module in result.named_modules():
@@ -184,12 +272,14 @@ def _convert(model: M) -> M:
 
 
 def _move(source: nn.Module, target: nn.Module) -> None:
-    """Gives `target` all that `source` holds; its children stay the same objects where their class does."""
+    """Gives `target` all that `source` holds; its children of the same class, and our blocks, stay the same objects."""
     kept = dict(target._modules)
+    target.__class__ = type(source)
     target.__dict__.clear()
     target.__dict__.update(source.__dict__)
     for name, child in source._modules.items():
         own = kept.get(name)
-        if own is not None and child is not None and type(own) is type(child):
+        same = type(own) is type(child) or (isinstance(own, TrainingBlock) and isinstance(child, DeployBlock))
+        if own is not None and child is not None and same:
             _move(child, own)
             target._modules[name] = own

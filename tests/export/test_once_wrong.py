@@ -18,7 +18,7 @@ from repvgg_deploy.export.export import ExportOptions, export_checkpoint
 from repvgg_deploy.export.module import ModuleOptions, export_module
 from repvgg_deploy.export.options import GraphOptions
 from repvgg_deploy.files.onnx import read_metadata
-from repvgg_deploy.model.fold import fold_block
+from repvgg_deploy.model.block import fold_block
 from repvgg_deploy.model.parity import _compare_kernels, _exact_deploy
 from repvgg_deploy.specs.values import Preprocessing
 from tests.model.generated import random_model

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from repvgg_deploy.model.block import BlockSpec, DeployBlock, SEBlock, TrainingBlock
-from repvgg_deploy.model.fold import fold_block
+from repvgg_deploy.model.block import BlockSpec, DeployBlock, SEBlock, TrainingBlock, fold_block
 from tests.model.random_blocks import KINDS, block_specs, build_block, random_input, relative_error
 
 # Float64 rounds at 1e-16; sums of up to 9 · 16 products and four BatchNorms, one with a scale of up to 1/√0.3, lose up

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from repvgg_deploy.errors import CheckpointError, ParityError
-from repvgg_deploy.model.block import BlockSpec, TrainingBlock
-from repvgg_deploy.model.fold import fold_block, reparameterize
+from repvgg_deploy.errors import CheckpointError, InputError, ParityError
+from repvgg_deploy.model.block import BlockSpec, TrainingBlock, fold_block
+from repvgg_deploy.model.fold import reparameterize
 from repvgg_deploy.model.network import RepVGG
 from repvgg_deploy.specs.values import SePosition
 from tests.model.random_blocks import build_block, randomise, relative_error, small_variant
@@ -214,27 +215,27 @@ class OneMore(nn.Module):
         self.rbr_dense.add_module("bn", nn.BatchNorm2d(4))
         self.rbr_1x1 = nn.Conv2d(4, 4, 1, bias=False)
         self.rbr_identity = nn.Identity()
-        if kind == "pooling":
-            self.rbr_avg = nn.AvgPool2d(3, 1, 1)
-        if kind == "alpha":
-            self.alpha = nn.Parameter(torch.tensor([0.6]))
-        if kind == "se":
+        if kind == "branch":
+            self.rbr_max = nn.MaxPool2d(3, 1, 1)
+        if kind == "factor":
+            self.beta = nn.Parameter(torch.tensor([0.6]))
+        if kind == "gate":
             self.se_layer = nn.Conv2d(4, 4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         if hasattr(self, "rbr_reparam"):
             return torch.relu(self.rbr_reparam(x))
         total = self.rbr_dense(x) + self.rbr_identity(x)
-        if self.kind == "pooling":
-            return torch.relu(total + self.rbr_1x1(x) + self.rbr_avg(x))
-        if self.kind == "alpha":
-            return torch.relu(total + self.alpha * self.rbr_1x1(x))
+        if self.kind == "branch":
+            return torch.relu(total + self.rbr_1x1(x) + self.rbr_max(x))
+        if self.kind == "factor":
+            return torch.relu(total + self.beta * self.rbr_1x1(x))
         total = total + self.rbr_1x1(x)
-        return total * torch.sigmoid(self.se_layer(total.mean((2, 3), keepdim=True))) if self.kind == "se" else total
+        return torch.relu(total * torch.sigmoid(self.se_layer(total)) if self.kind == "gate" else total - 0.1 * x)
 
 
 @pytest.mark.parametrize(
-    ("kind", "part"), [("pooling", "rbr_avg"), ("alpha", "alpha"), ("se", "se_layer"), ("no ReLU", "does more than")]
+    ("kind", "part"), [("branch", "rbr_max"), ("factor", "beta"), ("gate", "se_layer"), ("less", "does more than")]
 )
 def test_reparameterize_block_that_does_more_than_its_names_tell_is_refused(kind: str, part: str) -> None:
     torch.manual_seed(0)
@@ -244,10 +245,192 @@ def test_reparameterize_block_that_does_more_than_its_names_tell_is_refused(kind
         reparameterize(nn.Sequential(nn.Conv2d(3, 4, 1), block))
 
 
-def test_reparameterize_block_that_cannot_run_folded_is_refused() -> None:
-    class NoDeployPath(OneMore):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.rbr_dense(x) + self.rbr_1x1(x) + x
+def test_reparameterize_block_that_gives_zeros_only_is_refused() -> None:
+    block = OfficialBlock(4)
+    with torch.no_grad():
+        for norm in (block.rbr_dense[1], block.rbr_1x1[1], block.rbr_identity):  # type: ignore[index]
+            norm.weight.zero_()
+    with pytest.raises(ParityError, match="nothing but zeros for random input"):
+        reparameterize(nn.Sequential(block))
 
-    with pytest.raises(CheckpointError, match="cannot be run beside its folded form: AttributeError"):
-        reparameterize(NoDeployPath("none"))
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b: setattr(b.rbr_dense, "conv", nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")), "padding mode"),
+        (lambda b: setattr(b.rbr_dense, "conv", nn.Conv2d(4, 4, 3)), "padding of a branch"),
+        (lambda b: setattr(b, "rbr_1x1", nn.Conv2d(4, 4, 1, 2)), "stride of a branch"),
+        (lambda b: setattr(b, "rbr_1x1", nn.Conv2d(4, 4, 1, groups=2)), "groups of a branch"),
+        (lambda b: setattr(b, "rbr_1x1", nn.Conv2d(4, 4, 3, padding=2, dilation=2)), "kernel and dilation"),
+        (lambda b: setattr(b, "rbr_1x1", nn.Conv2d(4, 8, 1)), "channels of a branch"),
+        (lambda b: setattr(b, "rbr_dense", nn.ReLU()), r"rbr_dense: expected a convolution .* found ReLU"),
+        (lambda b: setattr(b.rbr_dense, "bn", nn.BatchNorm2d(4, track_running_stats=False)), "running statistics"),
+        (
+            lambda b: delattr(b, "rbr_1x1"),
+            "has the parts rbr_dense, rbr_identity, which are not those of a known block",
+        ),
+    ],
+    ids=str,
+)
+def test_reparameterize_block_of_known_names_that_is_no_sum_is_refused(change, message: str) -> None:  # type: ignore[no-untyped-def]
+    block = OneMore("")
+    change(block)
+    with pytest.raises(CheckpointError, match=f"^1.*{message}"):
+        reparameterize(nn.Sequential(nn.Conv2d(3, 4, 1), block))
+
+
+class Beside(nn.Module):
+    """Two branches of names that mean nothing, and what a forward makes of them."""
+
+    def __init__(self, combine: Callable[[Tensor, Tensor], Tensor], *more: nn.Module) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = (TimmBlock._conv_bn(4, size) for size in (3, 1))
+        self.more = nn.Sequential(*more)
+        self.combine = combine
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.more(self.combine(self.conv1(x), self.conv2(x)))
+
+
+NO_SUMS = {
+    "difference": lambda one, two: one - two,
+    "concatenation": lambda one, two: torch.cat([one, two], 1),
+    "gate": lambda one, two: one * torch.sigmoid(two),
+    "factor": lambda one, two: one + 0.5 * two,
+    "another activation": lambda one, two: torch.tanh(one + two),
+    "activation of one": lambda one, two: torch.relu(one) + two,
+}
+
+
+@pytest.mark.parametrize("kind", NO_SUMS)
+def test_reparameterize_nominated_block_that_is_no_sum_stays_and_is_listed(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Beside(NO_SUMS[kind]), nn.Conv2d(8 if kind == "concatenation" else 4, 4, 1), OfficialBlock(4))
+    randomise(model)
+    deploy, x = reparameterize(model.eval()), torch.randn(1, 4, 9, 8)
+    with torch.no_grad():
+        assert relative_error(deploy(x), model(x)) < FLOAT32
+    assert list(deploy[0].state_dict()) == list(model[0].state_dict())
+    assert hasattr(deploy[2], "rbr_reparam")
+    assert "stay as they are: 0 (Beside: conv1, conv2)" in caplog.text
+
+
+def test_reparameterize_sum_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(Beside(torch.add), OfficialBlock(4))
+    randomise(model)
+    assert isinstance(reparameterize(model)[0], nn.Sequential)
+    assert caplog.text == ""
+
+
+def test_reparameterize_nothing_found_lists_the_modules_with_branches() -> None:
+    model = nn.Sequential(*(Beside(torch.sub) for _ in range(7)), nn.ReLU())
+    with pytest.raises(CheckpointError) as caught:
+        reparameterize(model)
+    assert "0 (Beside: conv1, conv2); 1 (Beside: conv1, conv2);" in caught.value.message
+    assert "4 (Beside: conv1, conv2) and 2 more" in caught.value.message
+    assert "export_module folds any branches, by algebra; convert=" in caught.value.remedy
+
+
+class Unknown(nn.Module):
+    """A block that only its author can convert: the factor depends on a buffer's root."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.register_buffer("power", torch.tensor(4.0))
+        self.folded: nn.Conv2d | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.folded is not None:
+            return self.folded(x)
+        return self.first(x) - self.power.sqrt() * self.second(x)
+
+    def convert(self, sign: float = -1.0) -> nn.Conv2d:
+        """Its one convolution."""
+        conv = nn.Conv2d(4, 4, 3, padding=1)
+        for part in ("weight", "bias"):
+            one, two = (getattr(side, part) for side in (self.first, self.second))
+            getattr(conv, part).data = one.data + sign * 2 * two.data
+        return conv
+
+    def switch(self) -> None:
+        """As most projects' conversions: in place."""
+        self.folded = self.convert()
+        del self.first, self.second
+
+
+class Child(Unknown):
+    """A subclass is converted by what is given for its base."""
+
+
+@pytest.mark.parametrize(
+    "convert", [Unknown.convert, Unknown.switch, Child.convert], ids=["returns", "in place", "mro"]
+)
+def test_reparameterize_convert_is_the_users_own_conversion(convert: Callable[[nn.Module], nn.Module | None]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Unknown(), OfficialBlock(4), Child())
+    randomise(model)
+    before, x = copy.deepcopy(model.state_dict()), torch.randn(1, 4, 9, 8)
+    deploy = reparameterize(model, convert={Unknown: convert})
+    with torch.no_grad():
+        assert relative_error(deploy(x), model.eval()(x)) < FLOAT32
+    assert sum(isinstance(m, nn.Conv2d) for m in deploy.modules()) == 3
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_reparameterize_convert_goes_before_known_names_and_what_it_leaves_is_folded() -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own, self.block = Unknown(), OfficialBlock(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(self.own(x))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Holder())
+    randomise(model)
+    deploy = reparameterize(model, convert={Holder: lambda holder: holder.own.switch()})
+    assert sum(isinstance(m, nn.Conv2d) for m in deploy.modules()) == 2
+    with pytest.raises(ParityError, match=r"^1: its folded form differs"):
+        reparameterize(
+            nn.Sequential(Unknown(), OfficialBlock(4)), convert={OfficialBlock: lambda block: nn.Conv2d(4, 4, 1)}
+        )
+
+
+@pytest.mark.parametrize(
+    ("convert", "kind", "message"),
+    [
+        ({Unknown: lambda block: block.convert(1.0)}, ParityError, "^0: its folded form differs.*convert= of Unknown"),
+        ({Unknown: lambda block: nn.Conv2d(5, 4, 1)}, ParityError, "^0: its folded form differs.*RuntimeError"),
+        ({Unknown: lambda block: block.first.weight}, InputError, "^0: convert= of Unknown returned Parameter"),
+        ({TimmBlock: lambda block: None}, InputError, "names TimmBlock, of which the model holds no module"),
+        ({nn.Linear: lambda block: None}, CheckpointError, "^1: Linear does not run on one random image"),
+    ],
+)
+def test_reparameterize_convert_that_is_wrong_is_refused(convert, kind: type[Exception], message: str) -> None:  # type: ignore[no-untyped-def]
+    model = nn.Sequential(Unknown(), nn.Linear(4, 4))
+    randomise(model)
+    with pytest.raises(kind, match=message):
+        reparameterize(model, convert=convert)
+
+
+def test_reparameterize_one_block_at_two_places_is_one_block_again() -> None:
+    shared = OfficialBlock(4)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    randomise(model)
+    deploy = reparameterize(model)
+    assert deploy[0] is deploy[2]
+    assert deploy[0] is not shared
+
+
+def test_reparameterize_half_converted_model_keeps_what_is_converted() -> None:
+    model = nn.Sequential(OfficialBlock(4), TimmBlock(4))
+    randomise(model)
+    half = nn.Sequential(reparameterize(model[0]), model[1]).eval()
+    whole, x = reparameterize(half), torch.randn(1, 4, 9, 8)
+    with torch.no_grad():
+        assert relative_error(whole(x), half(x)) < FLOAT32
+    assert sum(isinstance(m, nn.Conv2d) for m in whole.modules()) == 2

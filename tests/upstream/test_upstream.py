@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from repvgg_deploy.upstream import (
     get_RepVGG_func_by_name,
     repvgg_model_convert,
 )
+from tests.model.other_projects import NasQuantBlock
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = [name if name.startswith("RepVGG") else f"RepVGG-{name}" for name in PUBLISHED]
@@ -230,7 +232,7 @@ def test_convert_with_copy_leaves_the_argument_as_it_was() -> None:
 @torch.no_grad()
 def test_convert_in_place_converts_the_same_objects() -> None:
     model = small_net().eval()
-    inner, tail = model[1], model[3]
+    inner, tail, ours = model[1], model[3], model[4]
     x = torch.randn(2, 3, 16, 16)
     expected = model[:4](x)
     result = repvgg_model_convert(model, do_copy=False)
@@ -240,6 +242,7 @@ def test_convert_in_place_converts_the_same_objects() -> None:
     assert hasattr(inner, "rbr_reparam")
     assert not hasattr(inner, "rbr_dense")
     assert isinstance(model[4], DeployBlock)
+    assert model[4] is ours
     assert relative_error(model[:4](x), expected) < 1e-6
 
 
@@ -399,3 +402,187 @@ def test_repvggplus_checkpoints_of_both_forms_are_read_as_what_they_are(tmp_path
         assert checkpoint.form == form
         with torch.no_grad():
             assert relative_error(build_model(checkpoint).eval()(x), model(x)) < FLOAT32_TOLERANCE
+
+
+def shake(model: nn.Module) -> None:
+    """BatchNorm as in the original's tools/verify.py: small variances, so that the network's outputs are large."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.running_mean, module.running_var, module.weight, module.bias):
+                assert tensor is not None
+                nn.init.uniform_(tensor, 0, 0.1)
+
+
+@torch.no_grad()
+def test_loop_over_switch_to_deploy_converts_as_in_upstreams_verify_script() -> None:
+    torch.manual_seed(0)
+    model, x = create_RepVGG_A0(deploy=False).eval(), torch.randn(1, 3, 64, 64)
+    shake(model)
+    before, blocks = model(x), list(model.blocks().values())
+    for module in model.modules():
+        if hasattr(module, "switch_to_deploy"):
+            module.switch_to_deploy()
+    assert list(model.blocks().values()) == blocks
+    assert all(isinstance(block, DeployBlock) for block in blocks)
+    assert model.form == "deploy"
+    assert set(model.state_dict()) == set(create_RepVGG_A0(deploy=True).state_dict())
+    difference = relative_error(model(x), before)
+    assert 0 < difference < FLOAT32_TOLERANCE  # nothing converted would be no difference
+    model.stage0.switch_to_deploy()  # a block in deploy form passes
+    assert relative_error(model(x), before) == difference
+
+
+def test_switch_to_deploy_keeps_object_hooks_mode_and_trainability() -> None:
+    block = next(iter(create_small().blocks().values()))
+    seen: list[str] = []
+    block.register_forward_hook(lambda *_: seen.append("hook"))
+    block.rbr_dense.conv.weight.requires_grad_(False)  # type: ignore[union-attr]
+    se = block.se
+    block.train().switch_to_deploy()
+    block(torch.randn(1, 3, 8, 8))
+    assert seen == ["hook"]
+    assert block.training
+    assert block.deploy
+    assert block.se is se
+    assert not any(parameter.requires_grad for parameter in block.rbr_reparam.parameters())  # type: ignore[union-attr]
+    assert list(block.state_dict()) == ["rbr_reparam.weight", "rbr_reparam.bias"]
+
+
+CONVERT = """
+import argparse, torch
+from repvgg_deploy.upstream import create_RepVGGplus_by_name, repvgg_model_convert
+
+parser = argparse.ArgumentParser()
+parser.add_argument("load")
+parser.add_argument("save")
+parser.add_argument("-a", "--arch", default="RepVGG-A0")
+args = parser.parse_args()
+model = create_RepVGGplus_by_name(args.arch, deploy=False)
+state = torch.load(args.load)
+state = state.get("state_dict", state)
+model.load_state_dict({key.replace("module.", ""): value for key, value in state.items()})
+if "plus" in args.arch:
+    model.switch_repvggplus_to_deploy()
+    torch.save(model.state_dict(), args.save)
+else:
+    repvgg_model_convert(model, save_path=args.save)
+"""
+
+
+@torch.no_grad()
+def test_script_that_does_what_upstreams_convert_does_writes_the_deploy_form(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = create_RepVGG_A0().eval(), torch.randn(1, 3, 64, 64)
+    shake(model)
+    state = {f"module.{key}": tensor for key, tensor in model.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "train.pth")
+    (tmp_path / "convert.py").write_text(CONVERT)
+    command = [sys.executable, "convert.py", "train.pth", "deploy.pth", "-a", "RepVGG-A0"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=600)
+    deploy = create_RepVGG_A0(deploy=True).eval()
+    deploy.load_state_dict(torch.load(tmp_path / "deploy.pth"))
+    assert 0 < relative_error(deploy(x), model(x)) < FLOAT32_TOLERANCE
+
+
+@torch.no_grad()
+def test_switch_repvggplus_to_deploy_converts_the_object_itself() -> None:
+    model, x = TinyPlus().eval(), torch.randn(2, 3, 64, 64)
+    model.gradient_checkpointing = True
+    expected = model(x)
+    model.switch_repvggplus_to_deploy()
+    assert 0 < relative_error(model(x), expected) < FLOAT32_TOLERANCE
+    assert not model.gradient_checkpointing
+    keys = list(model.state_dict())
+    assert "stage3_second.blocks.1.rbr_reparam.bias" in keys
+    assert not [key for key in keys if "aux" in key or "rbr_dense" in key]
+    assert model.train()(x).shape == (2, 6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_create_plus_by_name_gives_every_network(name: str) -> None:
+    with torch.device("meta"):
+        model = upstream.create_RepVGGplus_by_name(name, deploy=True, use_checkpoint=True)
+    assert model.spec == PUBLISHED[name if "plus" in name else name.removeprefix("RepVGG-")]
+    assert model.form == "deploy"
+    assert model.gradient_checkpointing
+
+
+@torch.no_grad()
+def test_strides_and_dilation_changed_in_place_are_folded_as_in_upstreams_pspnet() -> None:
+    """The original's example sets stride, dilation and padding of the convolutions of its last two stages."""
+    torch.manual_seed(0)
+    training, deploy = create_small(), RepVGG(create_small().spec, "deploy")
+    for model in (training, deploy):
+        for stage, dilation in ((model.stage3, 2), (model.stage4, 4)):  # type: ignore[union-attr]
+            for name, module in stage.named_modules():  # type: ignore[union-attr]
+                if isinstance(module, nn.Conv2d):
+                    module.stride = (1, 1)
+                    if "rbr_dense" in name or "rbr_reparam" in name:
+                        module.dilation = module.padding = (dilation, dilation)
+    randomise(training)
+    training, x = training.eval(), torch.randn(1, 3, 65, 65)
+    expected = training.stage_outputs(x)["stage4"]
+    assert expected.shape[2:] == (9, 9)
+    by_function = copy.deepcopy(training)
+    for module in training.modules():
+        if hasattr(module, "switch_to_deploy"):
+            module.switch_to_deploy()
+    deploy.eval().load_state_dict(training.state_dict())
+    for converted in (training, deploy, repvgg_model_convert(by_function)):
+        assert 0 < relative_error(converted.stage_outputs(x)["stage4"], expected) < FLOAT32_TOLERANCE
+    wrong = create_small()
+    wrong.stage0.rbr_dense.conv.dilation = (2, 2)  # type: ignore[union-attr]
+    with pytest.raises(CheckpointError, match=r"padding: expected \(2, 2\), found \(1, 1\)"):
+        wrong.stage0.switch_to_deploy()
+
+
+def test_block_by_upstreams_name_is_made_with_its_arguments_and_is_every_block_of_ours() -> None:
+    training = upstream.RepVGGBlock(16, 16, 3, padding=1, groups=2, use_se=True)
+    deploy = upstream.RepVGGBlock(3, 8, kernel_size=3, stride=2, padding=1, deploy=True)
+    theirs = OriginalBlock((16, 16), 1, groups=2, se=1)
+    assert set(training.state_dict()) == set(theirs.state_dict())
+    assert (deploy.rbr_reparam.stride, deploy.deploy, training.deploy) == ((2, 2), True, False)
+    model = create_small()
+    assert sum(isinstance(module, upstream.RepVGGBlock) for module in model.modules()) == 6
+    assert sum(isinstance(module, upstream.RepVGGBlock) for module in repvgg_model_convert(model).modules()) == 6
+    assert not isinstance(nn.Conv2d(1, 1, 1), upstream.RepVGGBlock)
+    with pytest.raises(InputError, match="expected"):
+        upstream.RepVGGBlock(3, 8, 5, padding=2)
+    with pytest.raises(InputError, match="no subclasses"):
+        type("Mine", (upstream.RepVGGBlock,), {})
+
+
+@torch.no_grad()
+def test_blocks_have_what_upstreams_training_scripts_look_for() -> None:
+    model = create_small().eval()
+    randomise(model)
+    losses = [module.get_custom_L2() for module in model.modules() if hasattr(module, "get_custom_L2")]
+    assert len(losses) == 6
+    torch.testing.assert_close(torch.stack(losses).sum(), model.custom_l2())
+    kernel, bias = model.stage0.get_equivalent_kernel_bias()
+    model.stage0.switch_to_deploy()
+    torch.testing.assert_close(model.stage0.rbr_reparam.weight, kernel)
+    torch.testing.assert_close(model.stage0.rbr_reparam.bias, bias)
+    assert not hasattr(model.stage0, "get_custom_L2")
+
+
+@torch.no_grad()
+def test_activation_that_is_replaced_in_place_is_followed_in_both_forms() -> None:
+    model, x = create_small().eval(), torch.randn(1, 3, 32, 32)
+    randomise(model)
+    relu = model(x)
+    for block in model.blocks().values():
+        block.nonlinearity = nn.SiLU()
+    silu = model(x)
+    assert relative_error(silu, relu) > 0.01
+    assert relative_error(repvgg_model_convert(model)(x), silu) < FLOAT32_TOLERANCE
+
+
+def test_convert_of_a_model_half_of_whose_blocks_are_converted_converts_the_rest() -> None:
+    """YOLO-NAS's blocks hold a place for the folded convolution from the beginning."""
+    model = nn.Sequential(repvgg_model_convert(small_net()[:1]), NasQuantBlock())
+    randomise(model)
+    converted: Any = repvgg_model_convert(model)
+    assert converted[1].fully_fused
+    assert not hasattr(converted[1], "branch_3x3")

@@ -156,7 +156,7 @@ def _inspect(
     inspector, context = engine.create_engine_inspector(), engine.create_execution_context()
     if context is not None:  # with it the inspector knows formats that depend on the batch
         source = request.source.spec.input
-        context.set_input_shape(source.name, (request.config.profile.opt_batch, *source.shape[1:]))
+        context.set_input_shape(source.name, request.config.profile.shapes(source)[1])
         inspector.execution_context = context
     try:
         found = read_layers(str(inspector.get_engine_information(trt.LayerInformationFormat.JSON)))

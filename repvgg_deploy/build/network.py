@@ -107,17 +107,17 @@ def tensor_shapes(network: Any) -> dict[str, tuple[int, ...]]:
 
 
 def add_profile(builder: Any, settings: Any, spec: ModelSpec, profile: ShapeProfile) -> None:
-    """Tells TensorRT the batch sizes; nothing else may vary.
+    """Tells TensorRT the batch sizes, and the image sizes where they vary.
 
     Raises:
         BuildError: TensorRT refuses the profile.
     """
-    rest = spec.input.shape[1:]
-    shapes = tuple((batch, *rest) for batch in (profile.min_batch, profile.opt_batch, profile.max_batch))
+    shapes = profile.shapes(spec.input)
     trt_profile = builder.create_optimization_profile()
     trt_profile.set_shape(spec.input.name, *shapes)
     if settings.add_optimization_profile(trt_profile) < 0:
         raise BuildError(
-            f"TensorRT refuses the batch sizes {', '.join(map(str, shapes))}",
-            remedy="give other --min-batch, --opt-batch, --max-batch",
+            f"TensorRT refuses the shapes {', '.join(map(str, shapes))}",
+            remedy="give other --min-batch, --opt-batch, --max-batch"
+            + (", or other --min-size, --opt-size, --max-size" if profile.opt_size else ""),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -115,25 +115,51 @@ def must_type(source: Source, options: BuildOptions) -> bool:
 
 
 def choose_profile(source: Source, options: BuildOptions) -> ShapeProfile:
-    """The batch sizes for a model: its fixed batch, where it has one.
+    """The batch and image sizes for a model: its fixed ones, where it has such.
 
     Raises:
-        BuildError: A fixed batch and the profile contradict each other, or the image size varies.
+        BuildError: What is fixed and the profile contradict each other, or the image size varies and none is given.
     """
-    profile, spec = options.config.profile, source.spec
-    varying = [str(size) for size in spec.input.shape[1:] if not isinstance(size, int)]
-    if varying:
-        raise BuildError(
-            f"{source.path}: accepts any image size ({', '.join(varying)}), and a plan is built for one",
-            remedy="export it again with --image-size and without --dynamic-size",
-        )
-    if spec.batch is None or profile == ShapeProfile(spec.batch, spec.batch, spec.batch):
+    profile, spec = _choose_sizes(source, options.config.profile), source.spec
+    batches = (profile.min_batch, profile.opt_batch, profile.max_batch)
+    if spec.batch is None or batches == (spec.batch,) * 3:
         return profile
-    if options.profile_given or profile != _USUAL:
+    if options.profile_given or batches != (_USUAL.min_batch, _USUAL.opt_batch, _USUAL.max_batch):
         raise BuildError(
             f"{source.path}: has the fixed batch {spec.batch}, and batches of {profile.min_batch}, "
             f"{profile.opt_batch}, {profile.max_batch} are asked for",
             remedy=f"leave --min-batch, --opt-batch and --max-batch out, or give {spec.batch}; or export it again "
             f"without --batch",
         )
-    return ShapeProfile(spec.batch, spec.batch, spec.batch)
+    return replace(profile, min_batch=spec.batch, opt_batch=spec.batch, max_batch=spec.batch)
+
+
+def _choose_sizes(source: Source, profile: ShapeProfile) -> ShapeProfile:
+    """The profile with sizes where the model's image size varies, without where it does not."""
+    image, sizes = source.spec.input, (profile.min_size, profile.opt_size, profile.max_size)
+    axes = image.image_axes or ()
+    fixed = [size if isinstance(size := image.shape[axis], int) else None for axis in axes]
+    varying = [str(size) for size in image.shape[1:] if not isinstance(size, int)]
+    if len(varying) > fixed.count(None):
+        raise BuildError(
+            f"{source.path}: its input {image.shape} varies in more than batch, height and width",
+            remedy="export it again with fixed sizes",
+        )
+    if varying and profile.opt_size is None:
+        raise BuildError(
+            f"{source.path}: accepts any image size ({', '.join(varying)}), and none is given",
+            remedy="give --opt-size, and --min-size and --max-size where images of other sizes will come; or export it "
+            "again without --dynamic-size",
+        )
+    wrong = [
+        size
+        for size in sizes
+        if size and any(want not in (None, have) for want, have in zip(fixed, size, strict=False))
+    ]
+    if wrong:
+        raise BuildError(
+            f"{source.path}: takes images of {'×'.join(str(size or 'any') for size in fixed)} pixels, found "
+            f"{wrong[0][0]}×{wrong[0][1]} asked for",
+            remedy="leave --min-size, --opt-size and --max-size out, or export it again with --dynamic-size",
+        )
+    return profile if varying else replace(profile, min_size=None, opt_size=None, max_size=None)

@@ -6,14 +6,16 @@ import argparse
 import dataclasses
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from . import quantize
 from .check import describe_plan
-from .common import Command, Output, Progress, format_pairs, parse_whole, show_bytes, show_seconds
+from .common import Command, Output, Progress, format_pairs, parse_size, parse_whole, show_bytes, show_seconds
 
+Size = tuple[int, int]
 if TYPE_CHECKING:
     from ..build.build import BuildResult
     from ..build.options import BuildOptions
@@ -25,6 +27,7 @@ EXAMPLES = """examples:
   repvgg-trt build b2.onnx --int8 --calib train/ --out b2-int8.plan
   repvgg-trt build b2-int8.onnx --config engines/configs/int8.toml
   repvgg-trt build b2.onnx --backend rtx --target sm_86 sm_89  (needs no GPU)
+  repvgg-trt build yolo.onnx --min-size 320 --opt-size 640 --max-size 1280
 """
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 _SWITCHES = ("tf32", "sparse", "version_compatible", "hardware_compatible")
@@ -57,6 +60,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         ("max", "the largest; memory grows with it (default: 32)"),
     ):
         batches.add_argument(f"--{name}-batch", type=parse_whole, metavar="N", help=text)
+    sizes = parser.add_argument_group("image sizes of a model that takes any (--dynamic-size), in pixels")
+    for name, text in (
+        ("min", "the smallest that the plan accepts (default: the usual one)"),
+        ("opt", "the usual one, which the plan is tuned for"),
+        ("max", "the largest; memory grows with it (default: the usual one)"),
+    ):
+        sizes.add_argument(f"--{name}-size", type=parse_size, metavar="N|HxW", help=text)
     _add_builder_options(parser.add_argument_group("TensorRT"))
     images = parser.add_argument_group("from FP32 to FP16 or INT8, as in repvgg-trt quantize")
     quantize.add_io_option(images)
@@ -189,12 +199,29 @@ def read_build_options(args: argparse.Namespace) -> BuildOptions:
 
 
 def _merge_profile(base: ShapeProfile, args: argparse.Namespace) -> ShapeProfile:
-    """The batch sizes that are given; the others stay, moved as far as they must to fit."""
+    """The batch and image sizes that are given; the others stay, moved as far as they must to fit."""
     low, usual, high = args.min_batch, args.opt_batch, args.max_batch
     smallest = low if low is not None else min(base.min_batch, usual or base.min_batch, high or base.min_batch)
     largest = high if high is not None else max(base.max_batch, usual or 1, smallest)
     usual = usual if usual is not None else max(smallest, min(base.opt_batch, largest))
-    return dataclasses.replace(base, min_batch=smallest, opt_batch=usual, max_batch=largest)
+    sizes = _merge_sizes((base.min_size, base.opt_size, base.max_size), (args.min_size, args.opt_size, args.max_size))
+    changes: dict[str, Any] = {"min_batch": smallest, "opt_batch": usual, "max_batch": largest}
+    changes |= {"min_size": sizes[0], "opt_size": sizes[1], "max_size": sizes[2]}
+    return dataclasses.replace(base, **changes)
+
+
+def _merge_sizes(base: Sequence[Size | None], given: Sequence[Size | None]) -> tuple[Size | None, ...]:
+    """The same of heights and widths: what is given, else what the file says, else the usual size."""
+    sizes = [new or old for old, new in zip(base, given, strict=True)]
+    known = [size for size in sizes if size is not None]
+    if not known:
+        return (None, None, None)
+    usual = sizes[1] or known[-1]
+    low, high = sizes[0] or usual, sizes[2] or usual
+    if given[1] is not None:  # the file's limits give way to it
+        low = low if given[0] else (min(low[0], usual[0]), min(low[1], usual[1]))
+        high = high if given[2] else (max(high[0], usual[0]), max(high[1], usual[1]))
+    return low, usual, high
 
 
 def _with_quantize(args: argparse.Namespace, options: BuildOptions) -> BuildOptions:

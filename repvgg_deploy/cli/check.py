@@ -76,7 +76,7 @@ def execute(args: argparse.Namespace) -> Output:
 
 
 def describe_plan(passport: PlanPassport) -> list[tuple[str, str]]:
-    """The precision, the batch sizes and the place of a plan, in words."""
+    """The precision, the batch and image sizes and the place of a plan, in words."""
     from ..files.plan_place import FLAVOURS
 
     config, profile = passport.config, passport.config.profile
@@ -92,6 +92,11 @@ def describe_plan(passport: PlanPassport) -> list[tuple[str, str]]:
     if profile.min_batch == profile.max_batch:
         batches = f"{profile.max_batch} and no other"
     is_tensorrt = passport.flavour == "tensorrt"
+    pairs = [("precision", precision), ("batches", batches)]
+    if profile.min_size and profile.opt_size and profile.max_size:
+        smallest, usual, largest = (f"{h}×{w}" for h, w in (profile.min_size, profile.opt_size, profile.max_size))
+        sizes = f"{smallest} to {largest} pixels, tuned for {usual}"
+        pairs.append(("images", f"{usual} pixels and no other" if smallest == largest else sizes))
     later = "and later of the same major version" if is_tensorrt and config.version_compatible else "and no other"
     place = f"compute capability {', '.join(passport.compute_capabilities)}"
     if is_tensorrt and config.hardware_compatible:
@@ -99,7 +104,7 @@ def describe_plan(passport: PlanPassport) -> list[tuple[str, str]]:
     elif is_tensorrt and passport.gpu_name:
         place += f" ({passport.gpu_name})"
     place += f", with {FLAVOURS[passport.flavour]} {passport.tensorrt_version} {later}"
-    return [("precision", precision), ("batches", batches), ("runs on", place)]
+    return [*pairs, ("runs on", place)]
 
 
 def _describe_environment(result: CheckResult) -> str:

@@ -167,14 +167,15 @@ def _open_subject(path: Path, request: BenchRequest, stack: contextlib.ExitStack
     options = EngineOptions(intra_op_threads=request.cpu_threads)
     engine = stack.enter_context(Engine(path, device=request.device, backend=request.backend, options=options))
     spec, variant, plan = engine.spec, engine.metadata.variant, is_plan(path)
-    size = request.image_size or spec.image_size
+    passport = read_passport(path) if plan else None
+    usual = None if passport is None else passport.config.profile.opt_size
+    size = request.image_size or usual or spec.image_size
     if size is None or spec.input.layout not in ("NCHW", "NHWC"):
         raise InputError(
             f"{path}: takes images of any size, and which is usual is not known",
             remedy="give --image-size, such as 224",
         )
     nodes = () if plan else weighted_nodes(read_graph(path))
-    passport = read_passport(path) if plan else None
     precision = None if plan else graph_precision(nodes)
     if passport is not None:
         precision = passport.config.precision if passport.precision == "not_inspected" else passport.precision

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from ..errors import EngineBusyError, InputError, RepVGGDeployError
 from ..specs.values import ModelMetadata, ModelSpec
 from .batcher import Batcher
-from .checks import BatchCheck, require_rows, show_shape, usual_shape
+from .checks import BatchCheck, require_rows, show_shape
 from .cuda.arrays import DeviceArrays, read_shape
 from .opening import as_path, open_model
 from .options import BackendName, BatcherOptions, DeviceChoice, EngineOptions
@@ -305,13 +305,13 @@ class Engine:
 
         Args:
             shape: Of the batch, as it will be; None takes one image (or the fixed batch) of the size in the
-                specification.
+                specification; of a plan for several sizes, of the one that it is tuned for.
 
         Raises:
             InputError: The shape is not one that the model accepts, or it must be given because the model accepts any
                 image size.
         """
-        wanted = tuple(shape) if shape is not None else usual_shape(self._spec)
+        wanted = tuple(shape) if shape is not None else self._model.usual_shape()
         zeros = self._check.check(np.zeros(wanted, self._spec.input.dtype))
         self._enter()
         try:

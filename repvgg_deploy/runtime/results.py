@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..errors import InputError
 from ..images.classes import best_classes, softmax
 from ..specs.values import ModelMetadata, ModelSpec
-from .checks import require_rows
+from .checks import require_rows, usual_shape
 from .cuda.arrays import as_stream_handle, is_device_array, read_shape
 
 Arrays: TypeAlias = "tuple[NDArray[Any], ...]"
@@ -89,6 +89,10 @@ class SplittingBackend(Backend, Protocol):
     @property
     def max_batch(self) -> int:
         """The largest batch that runs without being split."""
+
+    @property
+    def usual_sizes(self) -> tuple[int, ...]:
+        """All dimensions but the batch, of what it runs fastest."""
 
     def run_device(self, batch: Any, *, stream: int | None, to_host: bool) -> Any:
         """Runs a batch that lies on the device."""
@@ -178,6 +182,16 @@ class OpenModel:
         if shape and not self._smallest <= shape[0] <= self.largest:
             self._require_divisible()
         return self._splitting.run_device(batch, stream=handle, to_host=to_host)
+
+    def usual_shape(self) -> tuple[int, ...]:
+        """One image, or the fixed batch, of the usual size.
+
+        Raises:
+            InputError: The model accepts any size, and none is usual.
+        """
+        if self._splitting is not None:
+            return (self._spec.batch or 1, *self._splitting.usual_sizes)
+        return usual_shape(self._spec)
 
     def warm_up(self, batch: NDArray[Any]) -> None:
         """Runs a batch of the usual kind until nothing is left to be made ready."""

@@ -132,16 +132,11 @@ def has_labels(model: Servable) -> bool:
 
 
 def _warm_up_dims(model: Servable) -> list[int]:
-    """The input's dimensions with a number for each that is dynamic: the crop's height and width, if it is known."""
-    preprocessing = model.spec.preprocessing
-    sides = list(preprocessing.crop if preprocessing is not None else (_ANY_SIDE, _ANY_SIDE))
-    result = []
-    for index, size in enumerate(model.spec.input.shape):
-        if isinstance(size, int):
-            result.append(size)
-        else:
-            result.append(1 if index == 0 or not sides else sides.pop(0))
-    return result
+    """The input's dimensions with a number for each that is dynamic: the usual height and width, if they are known."""
+    image, preprocessing = model.spec.input, model.spec.preprocessing
+    usual = model.opt_size or ((_ANY_SIDE, _ANY_SIDE) if preprocessing is None else preprocessing.crop)
+    sides = dict(zip(image.image_axes or (), usual, strict=False))
+    return [size if isinstance(size, int) else sides.get(axis, 1) for axis, size in enumerate(image.shape)]
 
 
 def make_jpeg_models(

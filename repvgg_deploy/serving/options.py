@@ -82,6 +82,7 @@ class Servable:
         files: What the version folder holds.
         max_batch: Largest batch that the model takes; None for any.
         opt_batch: The batch that it is tuned for; None where it is tuned for none.
+        opt_size: (height, width) in pixels that it is tuned for, where it takes several.
         capability_files: File by compute capability, where there are several GPU types; else empty.
         provenance: What goes into `parameters`, by name.
     """
@@ -94,6 +95,7 @@ class Servable:
     opt_batch: int | None
     capability_files: dict[str, str]
     provenance: dict[str, str]
+    opt_size: tuple[int, int] | None = None
 
     @property
     def batches(self) -> bool:

@@ -121,6 +121,7 @@ def _read_plans(paths: Sequence[Path], options: RepositoryOptions) -> Servable:
         opt_batch=min(usual, largest),
         capability_files=capability_files,
         provenance=provenance,
+        opt_size=first.config.profile.opt_size,
     )
 
 
@@ -157,6 +158,13 @@ def _require_one_network(paths: Sequence[Path], passports: Sequence[PlanPassport
                     remedy="build all plans of one model from the same ONNX with the same TensorRT, one for each GPU "
                     "type",
                 )
+        sizes = [(p.min_size, p.opt_size, p.max_size) for p in (passports[0].config.profile, passport.config.profile)]
+        if sizes[0] != sizes[1]:
+            raise InputError(
+                f"{path}: is for images from {sizes[1][0]} to {sizes[1][2]}, and {paths[0]} from {sizes[0][0]} to "
+                f"{sizes[0][2]}",
+                remedy="build all plans of one model with the same --min-size, --opt-size and --max-size",
+            )
 
 
 def _capability_files(paths: Sequence[Path], passports: Sequence[PlanPassport]) -> dict[str, str]:

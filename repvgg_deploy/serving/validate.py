@@ -317,6 +317,13 @@ def _check_profile(passport: PlanPassport, config: Any, where: str) -> Iterator[
     if largest and profile.min_batch > 1:
         message = f"{where} takes no batch below {profile.min_batch}, and Triton sends such"
         yield "error", message, "build it with --min-batch 1"
+    smallest, _, most = profile.shapes(passport.spec.input)
+    for warm_up in config.model_warmup if profile.opt_size else ():
+        dims = list(warm_up.inputs[passport.spec.input.name].dims) if passport.spec.input.name in warm_up.inputs else []
+        low, high = smallest[-len(dims) :], most[-len(dims) :]
+        if dims and not all(least <= size <= limit for least, size, limit in zip(low, dims, high, strict=False)):
+            message = f"{where} takes images from {low} to {high}, and the warm-up {warm_up.name!r} sends {dims}"
+            yield "error", message, _REWRITE
 
 
 def _check_interface(spec: ModelSpec, config: Any, where: str) -> Iterator[_Fault]:

@@ -297,11 +297,20 @@ class ModelMetadata:
 
 @dataclass(frozen=True, slots=True)
 class ShapeProfile:
-    """Smallest, usual and largest batch that a plan accepts; no other dimension varies."""
+    """Smallest, usual and largest batch that a plan accepts, and the same of its images where their size varies.
+
+    Attributes:
+        min_size: (height, width) in pixels; None where the model has one size, as the next two are then.
+        opt_size: What the plan is tuned for.
+        max_size: Each side by itself: no image is higher or wider.
+    """
 
     min_batch: int = 1
     opt_batch: int = 8
     max_batch: int = 32
+    min_size: tuple[int, int] | None = None
+    opt_size: tuple[int, int] | None = None
+    max_size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         _require(
@@ -309,6 +318,32 @@ class ShapeProfile:
             f"profile: expected 1 ≤ min ≤ opt ≤ max, found {self.min_batch}, {self.opt_batch}, {self.max_batch}",
             "order --min-batch, --opt-batch and --max-batch",
         )
+        sizes = (self.min_size, self.opt_size, self.max_size)
+        known = [size for size in sizes if size is not None]
+        ordered = len(known) == len(sizes) and all(1 <= a <= b <= c for a, b, c in zip(*known, strict=True))
+        found = "profile: expected 1 ≤ min ≤ opt ≤ max of height and of width, found "
+        _require(
+            ordered or not known,
+            found + ", ".join("none" if size is None else f"{size[0]}×{size[1]}" for size in sizes),
+            "give --min-size, --opt-size and --max-size in this order, as N or HxW",
+        )
+
+    def shapes(self, tensor: TensorSpec) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """The smallest, the usual and the largest shape of an input."""
+        batches = (self.min_batch, self.opt_batch, self.max_batch)
+        smallest, usual, largest = (
+            self._fill(tensor, batch, size)
+            for batch, size in zip(batches, (self.min_size, self.opt_size, self.max_size), strict=True)
+        )
+        return smallest, usual, largest
+
+    @staticmethod
+    def _fill(tensor: TensorSpec, batch: int, size: tuple[int, int] | None) -> tuple[int, ...]:
+        shape = [batch, *tensor.shape[1:]]
+        for axis, side in zip(tensor.image_axes or (), size or (), strict=False):
+            shape[axis] = side
+        assert all(isinstance(side, int) for side in shape), "`build.options.choose_profile` asked for the sizes"
+        return tuple(int(side) for side in shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -487,14 +487,64 @@ def test_fixed_batch_takes_the_place_of_the_usual_profile(tmp_path: Path, tensor
             build_plan(model, options=options)
 
 
-def test_model_of_any_image_size_is_refused(tmp_path: Path, tensorrt) -> None:
+SIZES = ((8, 16), (16, 32), (64, 48))
+
+
+def make_any_size(folder: Path, size: tuple[int | str, int | str] = ("height", "width"), **more: Any) -> Path:
     from tests.runtime.make_model import ModelOptions, make_onnx
 
-    model = make_onnx(tmp_path / "m.onnx", ModelOptions(size=("height", "width")))
+    return make_onnx(folder / "m.onnx", ModelOptions(size=size, **more))
+
+
+def test_model_of_any_image_size_without_a_size_is_refused(tmp_path: Path, tensorrt) -> None:
+    model = make_any_size(tmp_path)
     tensorrt(model)
-    with pytest.raises(BuildError, match=r"accepts any image size \(height, width\)") as caught:
+    with pytest.raises(BuildError, match=r"accepts any image size \(height, width\), and none is given") as caught:
         build_plan(model)
-    assert "--image-size" in caught.value.remedy
+    assert "--opt-size" in caught.value.remedy and "--dynamic-size" in caught.value.remedy
+
+
+@pytest.mark.parametrize("uint8", [False, True])
+def test_model_of_any_image_size_gets_a_profile_of_sizes_and_its_passport_says_them(
+    tmp_path: Path, tensorrt, uint8: bool
+) -> None:
+    model = make_any_size(tmp_path, uint8=uint8)
+    trt = tensorrt(model)
+    profile = ShapeProfile(1, 2, 4, *SIZES)
+    result = build_plan(model, options=BuildOptions(config(profile=profile)))
+    assert result.passport.config.profile == profile
+    shapes = [(batch, *size, 3) if uint8 else (batch, 3, *size) for batch, size in zip((1, 2, 4), SIZES, strict=True)]
+    assert trt.said("profile") == [("images", *shapes)]
+    again = build_plan(model, options=BuildOptions(config(profile=profile)))
+    other = dataclasses.replace(profile, max_size=(64, 64))
+    assert again.origin == "output"
+    built = build_plan(model, tmp_path / "o.plan", BuildOptions(config(profile=other)))
+    assert built.origin == "built" and built.passport.config.profile == other
+
+
+@pytest.mark.parametrize(
+    ("size", "sizes"), [((16, 16), SIZES), ((16, "width"), SIZES), ((16, 16), ((16, 16), (16, 16), (16, 32)))]
+)
+def test_sizes_that_contradict_the_model_are_refused(tmp_path: Path, tensorrt, size: Any, sizes: Any) -> None:
+    model = make_any_size(tmp_path, size)
+    tensorrt(model)
+    with pytest.raises(BuildError, match=r"takes images of 16×(16|any) pixels, found \d+×\d+ asked for"):
+        build_plan(model, options=BuildOptions(config(profile=ShapeProfile(1, 2, 4, *sizes))))
+
+
+def test_the_size_that_a_model_has_may_be_given(tmp_path: Path, tensorrt) -> None:
+    model = make_any_size(tmp_path, (16, 16))
+    tensorrt(model)
+    result = build_plan(model, options=BuildOptions(config(profile=ShapeProfile(1, 2, 4, *((16, 16),) * 3))))
+    assert result.passport.config.profile == ShapeProfile(1, 2, 4)
+
+
+def test_refused_profile_of_sizes_names_their_options(tmp_path: Path, tensorrt) -> None:
+    model = make_any_size(tmp_path)
+    tensorrt(model, faults=Faults(profile=True))
+    with pytest.raises(BuildError, match="refuses the shapes") as caught:
+        build_plan(model, options=BuildOptions(config(profile=ShapeProfile(1, 2, 4, *SIZES))))
+    assert "--max-size" in caught.value.remedy
 
 
 def test_class_numbers_in_the_passport_are_those_of_the_plan(tmp_path: Path, tensorrt) -> None:

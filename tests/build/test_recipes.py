@@ -218,7 +218,7 @@ def test_builder_that_cannot_start_quotes_tensorrt(tmp_path: Path) -> None:
 
 
 def test_profile_that_is_refused_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match="refuses the batch sizes"):
+    with pytest.raises(BuildError, match="refuses the shapes"):
         build_fake("10.9.0.34", make_typed(tmp_path, "fp32"), faults=Faults(profile=True))
 
 

@@ -25,6 +25,7 @@ from repvgg_deploy.files.signatures import PLAN_MAGICS
 from repvgg_deploy.specs.values import BuildConfig, ShapeProfile
 from tests.build.make_typed import make_request, make_typed
 from tests.precision.rtx import needs_rtx
+from tests.runtime.make_model import ModelOptions, make_onnx
 
 pytestmark = needs_rtx
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,6 +85,13 @@ def test_work_is_weighed_by_the_shapes_that_tensorrt_found(tmp_path: Path, monke
 def test_fixed_batch_is_built(tmp_path: Path) -> None:
     path = make_typed(tmp_path, "fp16", batch=4)
     assert build_rtx(path, BuildConfig(profile=ShapeProfile(4, 4, 4))).output_types
+
+
+@pytest.mark.parametrize("uint8", [False, True])
+def test_plan_of_several_image_sizes_is_built(tmp_path: Path, uint8: bool) -> None:
+    path = make_onnx(tmp_path / "m.onnx", ModelOptions(size=("height", "width"), uint8=uint8))
+    profile = ShapeProfile(1, 2, 4, (8, 16), (16, 32), (64, 48))
+    assert memoryview(build_rtx(path, BuildConfig(profile=profile)).data).nbytes > 10_000
 
 
 def test_two_builds_are_the_same_to_the_byte(tmp_path: Path, fp16: tuple[Path, str]) -> None:

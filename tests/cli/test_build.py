@@ -291,6 +291,39 @@ def test_batch_sizes_that_are_not_given_follow_those_that_are(
     assert options.config.profile == ShapeProfile(*wanted) and options.profile_given == bool(given)
 
 
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("", (None, None, None)),
+        ("--opt-size 640", ((640, 640),) * 3),
+        ("--opt-size 480x640 --max-size 1280", ((480, 640), (480, 640), (1280, 1280))),
+        ("--min-size 320 --max-size 640", ((320, 320), (640, 640), (640, 640))),
+        ("--min-size 320 --opt-size 480×640 --max-size 1280", ((320, 320), (480, 640), (1280, 1280))),
+    ],
+)
+def test_image_sizes_that_are_not_given_follow_those_that_are(tmp_path: Path, given: str, wanted: Any) -> None:
+    args = build_parser().parse_args(["build", str(make_typed(tmp_path, "fp32")), *given.split()])
+    profile = read_build_options(args).config.profile
+    assert (profile.min_size, profile.opt_size, profile.max_size) == wanted
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("", ((320, 320), (640, 640), (1280, 1280))),
+        ("--opt-size 256", ((256, 256), (256, 256), (1280, 1280))),
+        ("--opt-size 1600x640", ((320, 320), (1600, 640), (1600, 1280))),
+        ("--max-size 640", ((320, 320), (640, 640), (640, 640))),
+    ],
+)
+def test_image_sizes_of_the_configuration_file_give_way(tmp_path: Path, given: str, wanted: Any) -> None:
+    file = tmp_path / "sizes.toml"
+    file.write_text("[profile]\nmin_size = [320, 320]\nopt_size = [640, 640]\nmax_size = [1280, 1280]\n")
+    arguments = ["build", str(make_typed(tmp_path, "fp32")), "--config", str(file), *given.split()]
+    profile = read_build_options(build_parser().parse_args(arguments)).config.profile
+    assert (profile.min_size, profile.opt_size, profile.max_size) == wanted
+
+
 def test_command_line_overrides_the_configuration_file(tmp_path: Path) -> None:
     model = make_typed(tmp_path, "fp32")
     file = ROOT / "engines" / "configs" / "edge.toml"

@@ -16,6 +16,7 @@ from repvgg_deploy.build import judge as check_module
 from repvgg_deploy.build.library import Gpu, GpuSearch
 from repvgg_deploy.cli.trt import main
 from repvgg_deploy.specs import codec
+from repvgg_deploy.specs.values import ShapeProfile
 from tests.files.make_passport import make_passport
 
 GOOD = "gpu=l4,trt=11.4.0.106"
@@ -33,6 +34,21 @@ def write_plan(path: Path, **changes: Any) -> Path:
     )
     path.with_name(f"{path.name}.json").write_text(codec.dumps(passport), encoding="utf-8")
     return path
+
+
+@pytest.mark.parametrize(
+    ("sizes", "line"),
+    [
+        (((320, 320), (480, 640), (1280, 1280)), "320×320 to 1280×1280 pixels, tuned for 480×640"),
+        (((480, 640),) * 3, "480×640 pixels and no other"),
+    ],
+)
+def test_plan_of_several_image_sizes_says_them(
+    tmp_path: Path, machine, capsys: pytest.CaptureFixture[str], sizes: Any, line: str
+) -> None:
+    machine("11.4.0.106", L4)
+    plan = write_plan(tmp_path / "any.plan", profile=ShapeProfile(1, 8, 32, *sizes))
+    assert re.search(rf"^images     {line}$", run(capsys, plan)[1], re.M)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import threading
 import types
 import weakref
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,11 +82,11 @@ def make_plan(
     onnx: Path,
     *,
     profile: tuple[int, int, int] = (1, 4, 8),
-    sizes: tuple[int, int] = (16, 16),
+    sizes: Sequence[tuple[int, int]] = ((16, 16),) * 3,
     **header: Any,
 ) -> Path:
     """Writes a plan as the fake reads it; `header` gives dtypes by name, TensorRT's version and image sizes."""
-    info = {"profile": profile, "sizes": [sizes, sizes, sizes], "version": "10.16.1.11", "dtypes": {}, **header}
+    info = {"profile": profile, "sizes": sizes, "version": "10.16.1.11", "dtypes": {}, **header}
     text = json.dumps(info).encode()
     magic = b"vtrt" if info.get("rtx") else b"ftrt"
     path.write_bytes(magic + len(text).to_bytes(4, "little") + text + onnx.read_bytes())

@@ -14,8 +14,9 @@ from repvgg_deploy.serving.config import load_schema, parse_config, print_config
 from repvgg_deploy.serving.options import RepositoryOptions
 from repvgg_deploy.serving.triton import write_triton
 from repvgg_deploy.serving.validate import validate_repository
-from tests.runtime.make_model import ModelOptions, make_onnx
-from tests.serving.make_repository import files_below, needs_schema, read_config, write_plan
+from repvgg_deploy.specs.values import ShapeProfile
+from tests.runtime.make_model import ModelOptions, make_metadata, make_onnx
+from tests.serving.make_repository import edit_config, files_below, needs_schema, read_config, write_plan
 
 pytestmark = needs_schema
 
@@ -109,6 +110,31 @@ def test_uint8_model_of_any_size_keeps_its_type_and_warms_up_at_its_own_size(tmp
     assert list(config.model_warmup[0].inputs["images"].dims) == [16, 16, 3]
 
 
+def make_sized_plan(path: Path, content: bytes = b"ftrt plan", **more: Any) -> Path:
+    """A plan of a model of any image size, for images from 8×16 to 64×48."""
+    spec = make_metadata(ModelOptions(size=("height", "width"))).spec
+    profile = ShapeProfile(1, 4, 8, (8, 16), (32, 24), (64, 48))
+    return write_plan(path, content, **{"spec": spec, "profile": profile, **more})
+
+
+def test_plan_of_several_image_sizes_warms_up_at_the_one_that_it_is_tuned_for(tmp_path: Path) -> None:
+    config = write(make_sized_plan(tmp_path / "any.plan"), tmp_path)
+    assert list(config.input[0].dims) == [3, -1, -1]
+    assert [list(w.inputs["images"].dims) for w in config.model_warmup] == [[3, 32, 24]] * 2
+    assert validate_repository(tmp_path / "repo")[1] == ()
+    edit_config(tmp_path / "repo/any", lambda config: config.model_warmup[0].inputs["images"].dims.__setitem__(1, 65))
+    (finding,) = validate_repository(tmp_path / "repo")[1]
+    assert "takes images from (3, 8, 16) to (3, 64, 48), and the warm-up 'batch 1' sends [3, 65, 24]" in finding.message
+
+
+def test_plans_of_different_image_sizes_are_no_one_model(tmp_path: Path) -> None:
+    first = make_sized_plan(tmp_path / "a.plan", compute_capabilities=("8.6",))
+    profile = ShapeProfile(1, 4, 8, (8, 16), (32, 24), (64, 64))
+    second = make_sized_plan(tmp_path / "b.plan", b"ftrt 2", compute_capabilities=("8.9",), profile=profile)
+    with pytest.raises(InputError, match=r"images from \(8, 16\) to \(64, 64\), and .* to \(64, 48\)"):
+        write([first, second], tmp_path)
+
+
 def test_fixed_batch_is_served_without_batching(tmp_path: Path) -> None:
     fixed = make_onnx(tmp_path / "fixed.onnx", ModelOptions(batch=4))
     config = write(fixed, tmp_path)
@@ -183,8 +209,6 @@ def test_cuda_graphs_are_for_plans_and_only_when_asked_for(tmp_path: Path, onnx:
 
 
 def test_plans_of_several_gpu_types_are_one_model(tmp_path: Path) -> None:
-    from repvgg_deploy.specs.values import ShapeProfile
-
     plans = [
         write_plan(tmp_path / "a.plan", b"ftrt for 8.6", compute_capabilities=("8.6",), profile=ShapeProfile(1, 8, 32)),
         write_plan(tmp_path / "b.plan", b"ftrt for 8.9", compute_capabilities=("8.9",), profile=ShapeProfile(1, 4, 16)),
@@ -217,8 +241,6 @@ def test_plans_that_do_not_go_together_are_refused(changes: dict[str, Any], mess
 
 
 def test_plan_that_triton_cannot_serve_is_refused(tmp_path: Path) -> None:
-    from repvgg_deploy.specs.values import ShapeProfile
-
     with pytest.raises(InputError, match="TensorRT-RTX"):
         write(write_plan(tmp_path / "rtx.plan", flavour="tensorrt_rtx"), tmp_path)
     with pytest.raises(InputError, match="batches from 8 on"):

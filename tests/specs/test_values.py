@@ -135,6 +135,33 @@ def test_profile_out_of_order_is_refused(sizes: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize(
+    "sizes",
+    [((1, 1), None, None), (None, (4, 4), None), ((8, 4), (4, 8), (9, 9)), ((1, 1), (4, 9), (8, 8)), ((0, 4),) * 3],
+)
+def test_profile_of_image_sizes_out_of_order_is_refused(sizes: tuple[Any, Any, Any]) -> None:
+    with pytest.raises(InputError, match="of height and of width") as caught:
+        ShapeProfile(1, 1, 1, *sizes)
+    assert "--opt-size" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "wanted"),
+    [
+        (("batch", 3, "height", "width"), "NCHW", [(1, 3, 8, 9), (2, 3, 16, 32), (4, 3, 64, 48)]),
+        (("batch", "height", "width", 3), "NHWC", [(1, 8, 9, 3), (2, 16, 32, 3), (4, 64, 48, 3)]),
+    ],
+)
+def test_profile_shapes_put_sizes_where_the_layout_has_them(shape: Any, layout: Any, wanted: Any) -> None:
+    profile = ShapeProfile(1, 2, 4, (8, 9), (16, 32), (64, 48))
+    assert list(profile.shapes(TensorSpec("input", "float32", shape, layout))) == wanted
+
+
+def test_profile_without_sizes_keeps_those_of_the_model() -> None:
+    image = TensorSpec("input", "float32", ("batch", 3, 16, 24), "NCHW")
+    assert ShapeProfile(1, 2, 4).shapes(image) == ((1, 3, 16, 24), (2, 3, 16, 24), (4, 3, 16, 24))
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"workspace_bytes": 0}, "workspace_bytes"),

@@ -81,6 +81,11 @@ class TensorRtBackend:
         """The smallest batch that runs without padding."""
         return self._plan.interface.smallest[0]
 
+    @property
+    def usual_sizes(self) -> tuple[int, ...]:
+        """What the profile is fastest at, without the batch."""
+        return self._plan.interface.usual[1:]
+
     def run(self, batch: NDArray[Any]) -> Sequence[NDArray[Any]]:
         """Runs any number of images from host memory, of any memory order; see Backend.
 

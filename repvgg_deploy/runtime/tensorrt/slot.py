@@ -343,5 +343,5 @@ def require_size(shape: Shape, interface: PlanInterface) -> None:
     if not all(low <= size <= high for low, size, high in zip(least, sizes, most, strict=True)):
         raise InputError(
             f"batch: the plan takes images from {least} to {most}, found {sizes}",
-            remedy="resize the images, or build the plan with another profile",
+            remedy="resize the images, or build the plan with another --min-size or --max-size",
         )

@@ -45,6 +45,16 @@ def test_openvino_answers_as_onnx_runtime_does(tmp_path: Path, options: ModelOpt
                 np.testing.assert_allclose(theirs, ours, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+def test_one_engine_of_any_size_answers_images_of_one_size_after_another(tmp_path: Path) -> None:
+    path = make_onnx(tmp_path / "m.onnx", ModelOptions(size=("height", "width")))
+    random = np.random.default_rng(0)
+    with Engine(path) as one, Engine(path, backend="openvino") as two:
+        for height, width in ((16, 16), (7, 33), (40, 8), (16, 16)):
+            batch = random.standard_normal((3, 3, height, width), np.float32)
+            ours, theirs = (values(engine.infer(batch))[0] for engine in (one, two))
+            np.testing.assert_allclose(theirs, ours, rtol=TOLERANCE, atol=TOLERANCE)
+
+
 def values(result: object) -> list[np.ndarray]:
     if isinstance(result, np.ndarray):
         return [result]

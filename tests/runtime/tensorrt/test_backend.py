@@ -38,6 +38,33 @@ def test_any_number_of_images_is_answered_and_everything_is_given_back(
     assert world.cuda.leaks() == {}
 
 
+ANY_SIZE = {
+    "model": ModelOptions(size=("height", "width"), preprocessing=False),
+    "header": (("sizes", ((8, 16), (16, 32), (64, 48))),),
+}
+
+
+@pytest.mark.parametrize("setting", MACHINES, ids=name_of)
+def test_plan_of_several_image_sizes_answers_each_and_refuses_those_outside(
+    tmp_path, monkeypatch, setting: Setting
+) -> None:
+    world = make_world(tmp_path, monkeypatch, replace(setting, **ANY_SIZE))
+    random = np.random.default_rng(0)
+    with world.open() as engine:
+        engine.warm_up()  # of the size that it is tuned for
+        assert set(world.trt.seen.shapes) == {(1, 3, 16, 32)}
+        for height, width in ((8, 16), (64, 48), (16, 32), (33, 17), (8, 48)):
+            for count in (1, 8, 11):
+                for _ in range(3):  # as it is, captured, replayed
+                    batch = random.standard_normal((count, 3, height, width), np.float32)
+                    assert_answers(world, engine, batch)
+        for height, width in ((7, 16), (8, 15), (65, 48), (64, 49)):
+            with pytest.raises(InputError, match=r"the plan takes images from .* to .*, found") as caught:
+                engine.infer(np.zeros((1, 3, height, width), np.float32))
+            assert "--max-size" in caught.value.remedy
+    assert world.cuda.leaks() == {}
+
+
 @pytest.mark.parametrize(
     "options",
     [

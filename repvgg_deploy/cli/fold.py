@@ -17,6 +17,7 @@ _KERNELS = 34
 EXAMPLES = """examples:
   repvgg-trt fold yolo.onnx --describe
   repvgg-trt fold yolo.onnx --out yolo-deploy.onnx
+  repvgg-trt fold yolo.onnx --out yolo-raw.onnx --output raw
 """
 
 
@@ -25,6 +26,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """What is folded, and where it goes."""
     parser.add_argument("model", type=Path, metavar="IN.onnx", help="an FP32 ONNX of anybody, operator set 11 to 22")
     parser.add_argument("--out", type=Path, metavar="OUT.onnx", help="the folded file")
+    parser.add_argument("--output", nargs="+", metavar="NAME", default=(),
+                        help="the outputs of the folded file, in place of the given one's: names of tensors; or raw: "
+                             "what TopK, ArgMax and NonMaxSuppression, and all behind them, read")
     parser.add_argument("--describe", action="store_true", help="only say what would be folded, and write nothing")
     parser.add_argument("--force", action="store_true", help="replace a different file")
     stated = parser.add_argument_group("images and classes, which the file does not state")
@@ -59,7 +63,7 @@ def execute(args: argparse.Namespace) -> Output:
     labels = None
     if args.labels is not None:
         labels = imagenet_labels() if str(args.labels) == "imagenet1k" else read_labels(args.labels)
-    options = FoldOptions(args.mean, args.std, args.resize, labels, args.force)
+    options = FoldOptions(args.mean, args.std, args.resize, labels, tuple(args.output), args.force)
     result = fold_onnx(args.model, args.out, options=options)
     sizes = (args.model.stat().st_size, None if args.out is None else args.out.stat().st_size)
     follow = f"inspect {shlex.quote(str(args.out))}" if result.metadata is not None else None
@@ -87,6 +91,10 @@ def _as_text(args: argparse.Namespace, result: FoldResult, sizes: tuple[int, int
         pairs.append((result.output.status, f"{args.out} ({show_bytes(sizes[1])}, {sizes[1] / sizes[0]:.0%})"))
     if not folds:
         return format_pairs(pairs)
+    if result.macs is not None and result.image_size is not None:
+        height, width = result.image_size
+        work = " → ".join(f"{macs / 1e6:,.4g} M" for macs in result.macs)
+        pairs.append(("work", f"{work} multiply-accumulates in these, of an image of {height}×{width}"))
     cells = [
         [
             str(fold.branches),
@@ -97,7 +105,9 @@ def _as_text(args: argparse.Namespace, result: FoldResult, sizes: tuple[int, int
         for fold in folds
     ]
     rows = [["branches", "kernels", "MACs", "saved"], *cells]
-    rows.append(["", "", "", show_bytes(sum(fold.bytes_saved for fold in folds))])
+    macs = result.macs
+    share = "" if macs is None or not macs[0] else f"{macs[1] / macs[0] - 1:+.0%}"
+    rows.append(["", "", share, show_bytes(sum(fold.bytes_saved for fold in folds))])
     room = _COLUMNS - 2 - sum(2 + max(len(row[column]) for row in rows) for column in range(4))
     names = ["region", *(_cut(fold.output, room, left=True) for fold in folds), "total"]
     table = [[name, *row] for name, row in zip(names, rows, strict=True)]
@@ -138,6 +148,9 @@ def _as_json(args: argparse.Namespace, result: FoldResult, sizes: tuple[int, int
         "bytes_before": sizes[0],
         "bytes_after": sizes[1],
         "metadata": result.metadata,
+        "macs_before": None if result.macs is None else result.macs[0],
+        "macs_after": None if result.macs is None else result.macs[1],
+        "image_size": result.image_size,
     }
 
 

@@ -5,6 +5,7 @@ What was folded is told here in words, too, for this and for the export of modul
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,10 +20,12 @@ from ..errors import ForeignModelError, InputError, ModelError, ParityError
 from ..files.onnx import read_graph, read_metadata
 from ..files.output import PendingOutput, atomic_output, require_distinct, sha256_file
 from ..files.versions import installed_versions
-from ..graph.edit import resolve_sizes
+from ..graph.edit import GraphView, resolve_sizes
 from ..graph.fold import FoldReport, fold_branches
 from ..graph.prove import TOLERANCE
-from ..model.tolerance import relative_error, require_passed
+from ..images.decode import normalize
+from ..images.drawn import draw_images
+from ..model.tolerance import require_passed
 from ..specs.values import (
     METADATA_SCHEMA,
     Certificate,
@@ -33,8 +36,9 @@ from ..specs.values import (
     Preprocessing,
     TensorSpec,
 )
+from .choices import Choices, Trial, choose_outputs, find_choices, judge_outputs, with_outputs
 from .options import IR_VERSIONS, require_units_of_255
-from .verify import compare_outputs, run_onnx
+from .verify import run_onnx
 from .writer import append_metadata, write_model
 
 _OLDEST_OPSET, _NEWEST_OPSET = 11, 22
@@ -47,9 +51,10 @@ _FREE_SIZES = ((128, 192), (192, 128))  # multiples of 64, the largest stride of
 _BATCH = 3
 _TOOLS = ("onnx", "onnxruntime", "onnxruntime-gpu", "numpy")
 _FEW = 3
+_AS_SHARES = ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0))
 FOLD_REMEDY = (
-    "nothing was written; an output behind TopK, ArgMax or NonMaxSuppression may jump where two values are as good as "
-    "equal: make the tensors before it the outputs; else report the model"
+    "nothing was written; if only what is behind TopK, ArgMax or NonMaxSuppression differs, cut it off with output raw "
+    "(--output raw); else report the model"
 )
 """Where a folded network differs from what was given."""
 _Arrays = dict[str, NDArray[np.generic]]
@@ -65,6 +70,9 @@ class FoldResult:
         notes: What else became of the file, in sentences.
         output: The folded file; None where it was only described.
         metadata: What the file carries; None where it is none that the Engine takes (`notes` says why).
+        macs: Multiply-accumulates of the folded regions before and after, for one image of `image_size`; None where
+            ONNX cannot tell the sizes in between.
+        image_size: (height, width) in pixels: the file's own, or one that was taken.
     """
 
     report: FoldReport
@@ -72,6 +80,8 @@ class FoldResult:
     notes: tuple[str, ...] = ()
     output: PendingOutput | None = None
     metadata: ModelMetadata | None = None
+    macs: tuple[int, int] | None = None
+    image_size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +93,8 @@ class FoldOptions:
         std: Likewise.
         resize_short: Images are resized to this short side before the centre crop; None takes the crop's own.
         labels: Names of the classes.
+        output: The outputs that the result is to have, in place of the file's: names of tensors, or `raw` alone for
+            what TopK, ArgMax and NonMaxSuppression, and all that comes after them, read.
         force: Replace a different file.
 
     Raises:
@@ -93,6 +105,7 @@ class FoldOptions:
     std: tuple[float, float, float] | None = None
     resize_short: int | None = None
     labels: tuple[str, ...] | None = None
+    output: tuple[str, ...] = ()
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -116,24 +129,39 @@ def fold_onnx(model: Path | str, out: Path | str | None = None, *, options: Fold
         ArtifactError: The result cannot be written.
     """
     path, options = Path(model), options or FoldOptions()
-    given = _read(path)
+    given = original = _read(path)
     _require_float32(path, given)
     parent = _read_own_metadata(path)
+    if options.output:
+        given = with_outputs(given, choose_outputs(given, options.output, find_choices(given)))
+    choices, outputs = find_choices(given), [value.name for value in given.graph.output]
     graph, notes = _set_opset(path, given)
     notes += _free_inputs(graph)
-    folded, report = fold_branches(resolve_sizes(graph))
+    graph = resolve_sizes(with_outputs(graph, [*outputs, *choices.before]))
+    judged, report = fold_branches(graph)
+    folded = with_outputs(judged, outputs)
+    macs, size = _count_macs(graph, report)
     if out is None:
-        return FoldResult(report, notes=tuple(notes))
+        return FoldResult(report, notes=tuple(notes), macs=macs, image_size=size)
     require_distinct([Path(out)], [path])
     with atomic_output(Path(out), force=options.force) as output:
         _name_dimensions(folded)
         folded.producer_name, folded.producer_version = "repvgg-deploy", installed_versions(())["repvgg-deploy"]
         folded.ir_version = IR_VERSIONS[_opset(folded)]
         digest = write_model(output.partial, folded)
-        references, checks = _verify(path, given, output.partial, notes)
+        seen = None if options.mean is None or options.std is None else (options.mean, options.std)
+        if parent is not None and parent.spec.preprocessing is not None:
+            seen = seen or (parent.spec.preprocessing.mean, parent.spec.preprocessing.std)
+        feeds = dict(_draw_feeds(given, seen))
+        references, checks, said = _verify(
+            path, original, folded=(output.partial, judged), choices=choices, feeds=feeds
+        )
+        notes += said
         checks = (*check_folds(report), *checks)
         require_passed(checks, f"{path.name} against the folded file", remedy=FOLD_REMEDY)
-        spec = parent.spec if parent is not None else _read_spec(folded, references)
+        spec = parent.spec if parent is not None and not options.output else _read_spec(folded, references)
+        if parent is not None and not isinstance(spec, str):
+            spec = replace(spec, preprocessing=parent.spec.preprocessing, labels=parent.spec.labels)
         metadata = None
         if options.mean is not None or options.labels is not None:
             spec = _state(spec, folded, options)
@@ -141,17 +169,40 @@ def fold_onnx(model: Path | str, out: Path | str | None = None, *, options: Fold
             notes.append(f"no metadata for the Engine: {spec}")
         else:
             versions = installed_versions(_TOOLS)
-            said = {"opset": _opset(folded), **count_folds(report)}
-            entry = HistoryEntry("fold", versions, said, sha256_file(path))
-            reference = f"the file as it was given: {describe_folding(report)}"
+            done = {"opset": _opset(folded), **count_folds(report)}
+            entry = HistoryEntry("fold", versions, done, sha256_file(path))
+            reference = f"the file as it was given: {describe_folding(report)}{choices.describe()}"
             metadata = ModelMetadata(
                 METADATA_SCHEMA, spec, None, None, Certificate(reference, checks, versions), {}, (entry,)
             )
             if parent is not None:
                 both = replace(parent.certificate, checks=(*parent.certificate.checks, *checks))
-                metadata = replace(parent, certificate=both, history=(*parent.history, entry), content_sha256="")
+                history = (*parent.history, entry)
+                metadata = replace(parent, spec=spec, certificate=both, history=history, content_sha256="")
             append_metadata(output.partial, digest, metadata)
-    return FoldResult(report, checks, tuple(notes), output, metadata)
+    return FoldResult(report, checks, tuple(notes), output, metadata, macs, size)
+
+
+def _count_macs(graph: onnx.ModelProto, report: FoldReport) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
+    """Multiply-accumulates of all folded regions before and after, and the size of the one image that they are for."""
+    sized = onnx.ModelProto()
+    sized.CopyFrom(graph)
+    size = None
+    for value in sized.graph.input:
+        dims = value.type.tensor_type.shape.dim
+        for dim, usual in zip(dims, (1, 3, *_FREE_SIZES[0]), strict=False):
+            if len(dims) == 4 and not dim.dim_value:
+                dim.dim_value = usual
+        if len(dims) == 4:
+            dims[0].dim_value, size = 1, (dims[2].dim_value, dims[3].dim_value)
+    shapes = GraphView(sized).shape
+    pixels = [(shapes(fold.source) or (None,))[2:] for fold in report.folds]
+    if size is None or any(len(sides) != 2 or None in sides for sides in pixels):
+        return None, None
+    areas = [math.prod(side for side in sides if side is not None) for sides in pixels]
+    folds = list(zip(report.folds, areas, strict=True))
+    before, after = (sum(area * getattr(f, name) for f, area in folds) for name in ("macs_before", "macs_after"))
+    return (round(before), round(after)), size
 
 
 def describe_folding(report: FoldReport) -> str:
@@ -272,34 +323,59 @@ def _name_dimensions(model: onnx.ModelProto) -> None:
 
 
 def _verify(
-    path: Path, given: onnx.ModelProto, folded: Path, notes: list[str]
-) -> tuple[dict[str, _Arrays], tuple[Check, ...]]:
-    """What the file gives on drawn inputs, and how far from it the folded file is."""
-    feeds = dict(_draw_feeds(path, given))
-    references = {}
+    path: Path,
+    given: onnx.ModelProto,
+    *,
+    folded: tuple[Path, onnx.ModelProto],
+    choices: Choices,
+    feeds: Mapping[str, _Arrays],
+) -> tuple[dict[str, _Arrays], tuple[Check, ...], tuple[str, ...]]:
+    """What the file gives on drawn inputs, how far from it the folded file is, and what could not be compared.
+
+    Args:
+        path: The file that was given.
+        given: What it holds.
+        folded: The folded file, and its graph with `choices.before` as further outputs.
+        choices: Of both.
+        feeds: By batch, what goes in.
+    """
+    outputs = [value.name for value in folded[1].graph.output if value.name not in choices.before]
+    reference = with_outputs(given, list(dict.fromkeys([*outputs, *choices.inner])))
+    content = None if reference is given else reference.SerializeToString()
+    inner: dict[str, _Arrays] = {}
+    notes = []
     for name, feed in feeds.items():
         try:
-            references.update(run_onnx(path, {name: feed}))
+            inner |= run_onnx(path, {name: feed}, content=content)
         except ParityError:
             if name.startswith("image"):
                 raise
             notes.append(f"the file as it was given does not run {name}: not verified")
-    used = {name: feeds[name] for name in references}
-    first, second = references["image 1"].values(), references["image 2"].values()
+    used = {name: feeds[name] for name in inner}
+    references = {batch: {name: arrays[name] for name in outputs} for batch, arrays in inner.items()}
+    first, second = ([inner[batch][name] for name in (*outputs, *choices.before)] for batch in ("image 1", "image 2"))
     finite = all(np.isfinite(array).all() for arrays in references.values() for array in arrays.values())
-    if not finite or all(np.array_equal(a, b) for a, b in zip(first, second, strict=True)):
+    if not finite or all(map(np.array_equal, first, second)):
         raise ParityError(
             f"{path}: its outputs on drawn inputs are {'all the same' if finite else 'not finite'}, so that nothing "
             "can be verified",
             remedy="give a trained model",
         )
-    nudged = run_onnx(path, used, content=_nudge(given).SerializeToString())
-    pairs = [(nudged[batch][name], a) for batch, arrays in references.items() for name, a in arrays.items()]
-    noise = max(relative_error(found, array) for found, array in pairs if array.dtype.kind == "f")
-    return references, compare_outputs(run_onnx(folded, used), references, training_error=noise)
+    nudged = run_onnx(path, used, content=nudge(reference).SerializeToString())
+    found = run_onnx(folded[0], used)
+    if choices.before:
+        further = run_onnx(folded[0], used, content=folded[1].SerializeToString())
+        found = {batch: {**further[batch], **arrays} for batch, arrays in found.items()}
+    images = {batch: len(next((a for a in feed.values() if a.ndim == 4), [])) for batch, feed in used.items()}
+    trials = [
+        Trial(batch, images[batch], found[batch], wanted, inner[batch], nudged[batch])
+        for batch, wanted in references.items()
+    ]
+    checks, ties = judge_outputs(choices, trials, kept=outputs)
+    return references, checks, (*notes, *ties)
 
 
-def _nudge(model: onnx.ModelProto) -> onnx.ModelProto:
+def nudge(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with every weight moved to a float32 beside it.
 
     A fold rounds each weight once more and changes the order of sums, which is as much. How far such a step moves the
@@ -318,8 +394,16 @@ def _nudge(model: onnx.ModelProto) -> onnx.ModelProto:
     return nudged
 
 
-def _draw_feeds(path: Path, model: onnx.ModelProto) -> Iterator[tuple[str, _Arrays]]:
-    """Inputs by batch name: two images; where dynamic, also another batch and another size."""
+def _draw_feeds(
+    model: onnx.ModelProto, seen: tuple[tuple[float, float, float], tuple[float, float, float]] | None
+) -> Iterator[tuple[str, _Arrays]]:
+    """Inputs by batch name: two images; where dynamic, also another batch and another size.
+
+    Args:
+        model: Says which inputs there are.
+        seen: Mean and standard deviation by which images are normalised: the network sees image-like pixels so. Where
+            they are not known, it sees normally distributed numbers, or pixels as numbers from 0 to 1.
+    """
     weights = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in weights]
     free = {axis for v in inputs for axis, d in enumerate(_dims(v)) if len(_dims(v)) == 4 and not isinstance(d, int)}
@@ -336,7 +420,11 @@ def _draw_feeds(path: Path, model: onnx.ModelProto) -> Iterator[tuple[str, _Arra
                 for axis, dim in enumerate(_dims(value))
             ]
             dtype = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-            if dtype.kind == "f":
+            if len(shape) == 4 and shape[1] == 3 and dtype == np.float32 and (seen or seed % 2):
+                mean, std = seen or _AS_SHARES
+                images = draw_images((shape[2], shape[3]), shape[0], random)
+                feed[value.name] = normalize(images, Preprocessing(mean, std, 1, (1, 1)))
+            elif dtype.kind == "f":
                 feed[value.name] = random.standard_normal(shape).astype(dtype)
             else:
                 feed[value.name] = random.integers(0, 256 if dtype == np.uint8 else 2, shape).astype(dtype)

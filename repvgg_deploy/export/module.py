@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import InputError, ParityError
 from ..files.output import atomic_output
 from ..files.versions import tool_versions
 from ..graph.fold import Fold, FoldReport, fold_branches
+from ..images.decode import normalize
+from ..images.drawn import draw_images
 from ..model.tolerance import relative_error, require_passed
 from ..specs.values import (
     METADATA_SCHEMA,
@@ -27,15 +28,18 @@ from ..specs.values import (
     Preprocessing,
     TensorSpec,
 )
+from .choices import Choices, Trial, choose_outputs, find_choices, judge_outputs, with_outputs
 from .contract import check_module_contract
 from .export import TRAINING_REFERENCE, ExportResult
-from .fold import FOLD_REMEDY, check_folds, count_folds, describe_folding
+from .fold import FOLD_REMEDY, check_folds, count_folds, describe_folding, nudge
 from .graph import simplify, stamp, trace
 from .options import require_opset
-from .verify import compare_outputs, run_onnx
+from .verify import Arrays, run_onnx
 from .writer import append_metadata, write_model
 
 _GIVEN_REFERENCE = "the module as it was given, in eval mode"
+_FURTHER = (64, 128)  # pixels; multiples of the largest stride of usual detectors
+_DTYPES = ("float32", "float16", "int64", "int32", "uint8")
 _VARIATIONS = 2  # inputs besides the example: same shape, other values
 
 
@@ -47,6 +51,8 @@ class ModuleOptions:
         opset: 17 to 20.
         reference: The training-mode model, where `model` is a conversion of it and the two are to be compared.
         output_names: In the order of the outputs; None takes a dict's keys, or `output` (`output_0`, … for several).
+        output: Which of them the ONNX is to have, or other tensors of the graph by torch's names; `raw`: what TopK,
+            ArgMax and NonMaxSuppression, and all that comes after them, read: post-processing is cut off. None: all.
         dynamic_batch: Accept any batch size.
         dynamic_size: Accept any height and width.
         preprocessing: How an image becomes the input, for `Engine.infer_images`.
@@ -56,6 +62,7 @@ class ModuleOptions:
     opset: int = 17
     reference: nn.Module | None = None
     output_names: tuple[str, ...] | None = None
+    output: str | tuple[str, ...] | None = None
     dynamic_batch: bool = True
     dynamic_size: bool = False
     preprocessing: Preprocessing | None = None
@@ -97,19 +104,37 @@ def export_module(
     x = _single_input(example_inputs)
     with atomic_output(Path(out), force=options.force) as output:
         given = copy.deepcopy(model).eval()
-        spec = _module_spec(given, x, options)
-        tensors = (spec.input, *spec.outputs)
-        graph, report = _fold(trace(_Flat(given), x, opset=options.opset, tensors=tensors, with_weights=True))
-        stamp(graph, options.opset, tensors)
+        names, inputs = _name_outputs(given, x, options), _vary_input(x, options)
+        wanted = _run_module(options.reference or given, inputs, names)
+        image = TensorSpec("input", "float32", _input_shape(x, options), "NCHW")
+        traced = trace(
+            _Flat(given),
+            x,
+            opset=options.opset,
+            tensors=(image, *_describe_outputs(wanted, inputs, options)),
+            with_weights=True,
+        )
+        outputs = _choose(traced, options)
+        traced = with_outputs(traced, list(dict.fromkeys([*names, *outputs])))
+        choices = find_choices(traced)
+        judged, report = _fold(with_outputs(traced, list(dict.fromkeys([*names, *outputs, *choices.before]))))
+        graph = with_outputs(judged, outputs)
+        trials = _run_traced(output.partial, traced, inputs, wanted=wanted, choices=choices)
+        arrays = {trial.name: {name: trial.wanted[name] for name in outputs} for trial in trials}
+        spec = ModelSpec(
+            image, _describe_outputs(arrays, inputs, options, choices=choices), "module", options.preprocessing
+        )
+        stamp(graph, options.opset, (image, *spec.outputs))
         check_module_contract(graph)
         digest = write_model(output.partial, graph)
-        inputs = _vary_input(x, options)
-        references, training_error = _reference_outputs(options.reference or given, inputs, spec)
-        results = run_onnx(output.partial, {name: {spec.input.name: value.numpy()} for name, value in inputs.items()})
-        checks = (*check_folds(report), *compare_outputs(results, references, training_error=training_error))
+        trials = _run_folded(output.partial, judged, trials, inputs)
+        error = _float64_error(options.reference or given, inputs, trials, choices=choices)
+        checks, notes = judge_outputs(choices, trials, kept=outputs, error=error)
+        checks = (*check_folds(report), *checks)
         require_passed(checks, f"{type(model).__name__} against its ONNX", remedy=FOLD_REMEDY)
         against = _GIVEN_REFERENCE if options.reference is None else TRAINING_REFERENCE
-        certificate = Certificate(f"{against}: {describe_folding(report)}", checks, tool_versions())
+        reference = f"{against}: {describe_folding(report)}{choices.describe()}"
+        certificate = Certificate(reference, checks, tool_versions())
         said = {"opset": options.opset, **count_folds(report)}
         metadata = ModelMetadata(
             schema=METADATA_SCHEMA,
@@ -119,9 +144,18 @@ def export_module(
             certificate=certificate,
             statistics={},
             history=(HistoryEntry("export_module", certificate.versions, said),),
+            notes=notes,
         )
         append_metadata(output.partial, digest, metadata)
     return ExportResult(output, metadata, folded=report)
+
+
+def _choose(traced: onnx.ModelProto, options: ModuleOptions) -> tuple[str, ...]:
+    """The outputs that the file is to have."""
+    if options.output is None:
+        return tuple(value.name for value in traced.graph.output)
+    wanted = (options.output,) if isinstance(options.output, str) else options.output
+    return choose_outputs(traced, wanted, find_choices(traced))
 
 
 def _fold(graph: onnx.ModelProto) -> tuple[onnx.ModelProto, FoldReport]:
@@ -175,9 +209,9 @@ def _single_input(example_inputs: Tensor | tuple[Tensor, ...]) -> Tensor:
     return inputs[0].detach()
 
 
-def _module_spec(deploy: nn.Module, x: Tensor, options: ModuleOptions) -> ModelSpec:
-    """Input and outputs of a module as its ONNX will have them."""
-    outputs = _flatten_outputs(deploy(x))
+def _name_outputs(model: nn.Module, x: Tensor, options: ModuleOptions) -> list[str]:
+    """Names of the outputs as the ONNX will have them."""
+    outputs = _flatten_outputs(model(x))
     names = list(options.output_names or outputs)
     if len(set(names)) != len(names) or "input" in names:
         raise InputError(
@@ -188,66 +222,142 @@ def _module_spec(deploy: nn.Module, x: Tensor, options: ModuleOptions) -> ModelS
             f"{len(outputs)} outputs, but {len(names)} output_names",
             remedy=f"name them in the order {', '.join(outputs)}",
         )
-    image = TensorSpec("input", "float32", _shape(x, "input", options), "NCHW")
-    tensors = tuple(_output_spec(name, tensor, options) for name, tensor in zip(names, outputs.values(), strict=True))
-    return ModelSpec(image, tensors, "module", options.preprocessing)
+    for name, tensor in zip(names, outputs.values(), strict=True):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in _DTYPES:
+            raise InputError(
+                f"output {name} is {tensor.dtype}", remedy=f"convert it to one of {', '.join(_DTYPES)} in the module"
+            )
+    return names
 
 
-def _shape(tensor: Tensor, name: str, options: ModuleOptions) -> tuple[int | str, ...]:
-    shape: list[int | str] = list(tensor.shape)
-    if options.dynamic_batch and shape:
-        shape[0] = "batch"
-    if options.dynamic_size and len(shape) == 4:
-        prefix = "" if name == "input" else f"{name}_"
-        shape[2:] = [f"{prefix}height", f"{prefix}width"]
-    return tuple(shape)
+def _input_shape(x: Tensor, options: ModuleOptions) -> tuple[int | str, ...]:
+    batch, *rest = x.shape
+    sizes: list[int | str] = ["height", "width"] if options.dynamic_size else list(rest[1:])
+    return ("batch" if options.dynamic_batch else batch, rest[0], *sizes)
 
 
-def _output_spec(name: str, tensor: Tensor, options: ModuleOptions) -> TensorSpec:
-    dtype, known = str(tensor.dtype).removeprefix("torch."), ("float32", "float16", "int64", "int32", "uint8")
-    if dtype not in known:
-        raise InputError(
-            f"output {name} is {tensor.dtype}", remedy=f"convert it to one of {', '.join(known)} in the module"
-        )
-    layout = {4: "NCHW", 2: "NC"}.get(tensor.ndim, "other")
-    return TensorSpec(name, dtype, _shape(tensor, name, options), layout)  # type: ignore[arg-type]
+def _describe_outputs(
+    arrays: Mapping[str, Arrays],
+    inputs: Mapping[str, Tensor],
+    options: ModuleOptions,
+    *,
+    choices: Choices | None = None,
+) -> tuple[TensorSpec, ...]:
+    """Outputs by what they were like in all batches: a size that varies has a name."""
+    specs = []
+    for name, example in arrays["example"].items():
+        found = {batch: outputs[name] for batch, outputs in arrays.items()}
+        if len({array.ndim for array in found.values()}) > 1:
+            raise InputError(
+                f"output {name} has no fixed number of dimensions", remedy="return tensors of one shape, or pad them"
+            )
+        sides = {2: f"{name}_height", 3: f"{name}_width"} if example.ndim == 4 else {}
+        shape: list[int | str] = []
+        for axis, size in enumerate(example.shape):
+            varies = len({array.shape[axis] for array in found.values()}) > 1
+            shape.append(sides.get(axis, f"{name}_{axis}") if varies else size)
+        if shape and options.dynamic_batch and all(len(array) == len(inputs[b]) for b, array in found.items()):
+            shape[0] = "batch"
+        elif shape and choices is not None and choices.counts(name):
+            shape[0] = f"{name}_0"
+        layout = {4: "NCHW", 2: "NC"}.get(example.ndim, "other")
+        specs.append(TensorSpec(name, str(example.dtype), tuple(shape), layout))  # type: ignore[arg-type]
+    return tuple(specs)
 
 
 def _vary_input(x: Tensor, options: ModuleOptions) -> dict[str, Tensor]:
-    """The example and random inputs of its mean and spread, by name; where dynamic, also another batch and size."""
-    generator = torch.Generator().manual_seed(0)
-    others = {
-        f"variation {i + 1}": torch.randn(x.shape, generator=generator) * x.std().clamp(min=0.1) + x.mean()
-        for i in range(_VARIATIONS)
-    }
+    """The example and further inputs by name; where dynamic, also another batch and another size.
+
+    What the network sees: image-like pixels, normalised, where `preprocessing` says how; else random numbers of the
+    example's mean and spread.
+    """
+    generator, random = torch.Generator().manual_seed(0), np.random.default_rng(0)
+    height, width = x.shape[2:]
+    others = {}
+    for index in range(_VARIATIONS):
+        if options.preprocessing is not None and x.shape[1] == 3:
+            images = draw_images((height, width), len(x), random)
+            others[f"variation {index + 1}"] = torch.from_numpy(normalize(images, options.preprocessing))
+        else:
+            drawn = torch.randn(x.shape, generator=generator)
+            others[f"variation {index + 1}"] = drawn * x.std().clamp(min=0.1) + x.mean()
     if options.dynamic_batch:
         others["another batch"] = torch.cat([x, others["variation 1"][:1]])
     if options.dynamic_size:
-        height, width = x.shape[2:]
-        others["another size"] = nn.functional.interpolate(x, (height + 32, width + 64), mode="bilinear")
+        size = (height + _FURTHER[0], width + _FURTHER[1])
+        others["another size"] = nn.functional.interpolate(x, size, mode="bilinear")
     return {"example": x.contiguous(), **others}
 
 
-def _reference_outputs(
-    reference: nn.Module, inputs: Mapping[str, Tensor], spec: ModelSpec
-) -> tuple[dict[str, dict[str, NDArray[np.generic]]], float]:
-    """Outputs of the training-mode model by batch and name, and its own float32 error against a float64 copy."""
-    names = [tensor.name for tensor in spec.outputs]
-    narrow = {name: [t.numpy() for t in _flatten_outputs(reference(x)).values()] for name, x in inputs.items()}
-    wide_model = copy.deepcopy(reference).double()
-    error = 0.0
-    for name, x in inputs.items():
-        wide = [t.numpy() for t in _flatten_outputs(wide_model(x.double())).values()]
-        pairs = [(n, w) for n, w in zip(narrow[name], wide, strict=True) if n.dtype.kind == "f"]
-        error = max([error, *(relative_error(n, w) for n, w in pairs)])
-    if not all(np.isfinite(array).all() for arrays in narrow.values() for array in arrays):
+def _run_module(model: nn.Module, inputs: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Arrays]:
+    """Outputs of a torch module by batch and name."""
+    results: dict[str, Arrays] = {}
+    for batch, x in inputs.items():
+        try:
+            outputs = _flatten_outputs(model(x))
+        except (RuntimeError, IndexError, ValueError) as error:
+            if batch == "example":
+                raise
+            what = {"another batch": "dynamic_batch", "another size": "dynamic_size"}.get(batch, "")
+            raise InputError(
+                f"the module runs on {tuple(inputs['example'].shape)}, but not on {batch}, {tuple(x.shape)}: "
+                f"{str(error).partition(chr(10))[0]}",
+                remedy=f"give ModuleOptions({what}=False)" if what else "give it inputs of any values",
+            ) from error
+        results[batch] = {name: t.numpy() for name, t in zip(names, outputs.values(), strict=True)}
+    if not all(np.isfinite(array).all() for arrays in results.values() for array in arrays.values()):
         raise ParityError(
             "the training-mode model gives NaN or infinity",
             remedy="give an example input like those that it was trained on",
         )
-    first, second = (narrow[name] for name in list(narrow)[:2])
-    if all(np.array_equal(a, b) for a, b in zip(first, second, strict=True)):
+    return results
+
+
+def _run_traced(
+    path: Path, traced: onnx.ModelProto, inputs: Mapping[str, Tensor], *, wanted: Mapping[str, Arrays], choices: Choices
+) -> list[Trial]:
+    """The module's outputs by batch; with choices or cut outputs, also what the graph gives before it is folded."""
+    names = [value.name for value in traced.graph.output]
+    plain = not choices.outputs and all(name in wanted["example"] for name in names)
+    graph = with_outputs(traced, list(dict.fromkeys([*names, *choices.inner])))
+    feeds = {} if plain else {batch: {"input": x.numpy()} for batch, x in inputs.items()}
+    given, nudged = (
+        run_onnx(path, feeds, content=model.SerializeToString()) if feeds else {} for model in (graph, nudge(graph))
+    )
+    trials = []
+    for batch, x in inputs.items():
+        own = given.get(batch, {})
+        both = {name: wanted[batch][name] if name in wanted[batch] else own[name] for name in names}
+        trials.append(Trial(batch, len(x), {}, both, own, nudged.get(batch, {})))
+    first, second = ({**trial.given, **trial.wanted} for trial in trials[:2])
+    if all(np.array_equal(first[name], second[name]) for name in first):
         raise ParityError(
             "the training-mode model's output does not depend on its input", remedy="give a trained model"
         )
-    return {name: dict(zip(names, arrays, strict=True)) for name, arrays in narrow.items()}, error
+    return trials
+
+
+def _run_folded(
+    path: Path, judged: onnx.ModelProto, trials: Sequence[Trial], inputs: Mapping[str, Tensor]
+) -> list[Trial]:
+    """The trials with what the file gives, and its graph with further outputs."""
+    feeds = {batch: {"input": x.numpy()} for batch, x in inputs.items()}
+    found = run_onnx(path, feeds)
+    if any(value.name not in found["example"] for value in judged.graph.output):
+        further = run_onnx(path, feeds, content=judged.SerializeToString())
+        found = {batch: {**further[batch], **arrays} for batch, arrays in found.items()}
+    return [replace(trial, found=found[trial.name]) for trial in trials]
+
+
+def _float64_error(
+    reference: nn.Module, inputs: Mapping[str, Tensor], trials: Sequence[Trial], *, choices: Choices
+) -> float:
+    """The module's own float32 error against a float64 copy, in outputs that hang on no choice."""
+    model, error = copy.deepcopy(reference).double(), 0.0
+    for trial in trials:
+        wide = _flatten_outputs(model(inputs[trial.name].double())).values()
+        for (name, narrow), tensor in zip(trial.wanted.items(), wide, strict=False):  # cut outputs come last
+            if narrow.dtype.kind == "f" and name not in choices.outputs:
+                error = max(error, relative_error(narrow, tensor.numpy()))
+    return error

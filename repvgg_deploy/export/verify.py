@@ -98,26 +98,6 @@ def _compare(name: str, spec: ModelSpec, result: Arrays, reference: Arrays, *, a
     ]
 
 
-def compare_outputs(
-    results: Mapping[str, Arrays], references: Mapping[str, Arrays], *, training_error: float
-) -> tuple[Check, ...]:
-    """Every output of every batch against its reference, as equal as float32 allows.
-
-    Args:
-        results: By batch and output name.
-        references: By batch and output name.
-        training_error: Float32 error of the model that gave the references.
-    """
-    allowed = allow_float32(training_error)
-    return tuple(
-        compare(
-            f"ONNX, {name}, {batch}", results[batch][name].astype(np.float64), reference.astype(np.float64), allowed
-        )
-        for batch, outputs in references.items()
-        for name, reference in outputs.items()
-    )
-
-
 def require_same_weights(path: Path, weights: Arrays) -> None:
     """Compares every weight of the file with what it was written from, bit for bit: no run excites all of them.
 

@@ -63,7 +63,7 @@ class GraphView:
         for node in self.nodes:
             for name in dict.fromkeys(node.input):
                 self.readers.setdefault(name, []).append(node)
-            self.kept.update(_read_in_subgraphs(node))
+            self.kept.update(read_in_subgraphs(node))
         self._initializers = {tensor.name: tensor for tensor in graph.initializer}
         self._shapes = _infer_shapes(model)
         self._names = itertools.count()
@@ -122,7 +122,7 @@ class GraphView:
                     ordered.append(node)
                     continue
                 stack.append((node, True))
-                needs = [*node.input, *_read_in_subgraphs(node)]
+                needs = [*node.input, *read_in_subgraphs(node)]
                 stack.extend(
                     (makers[need], False) for need in reversed(needs) if need in makers and id(makers[need]) not in done
                 )
@@ -132,7 +132,7 @@ class GraphView:
         del copy.graph.initializer[:]
         del copy.graph.value_info[:]
         copy.graph.node.extend(ordered)
-        read = {name for node in ordered for name in [*node.input, *_read_in_subgraphs(node)]} | set(wanted)
+        read = {name for node in ordered for name in [*node.input, *read_in_subgraphs(node)]} | set(wanted)
         copy.graph.initializer.extend(t for t in (*self._initializers.values(), *added) if t.name in read)
         return copy
 
@@ -183,12 +183,13 @@ def _evaluate_sizes(
     return found if found.dtype.kind == "i" else None
 
 
-def _read_in_subgraphs(node: onnx.NodeProto) -> Iterator[str]:
+def read_in_subgraphs(node: onnx.NodeProto) -> Iterator[str]:
+    """Names that the branches of an If, or the body of a Loop or Scan, read or give."""
     for attribute in node.attribute:
         for graph in [*([attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else []), *attribute.graphs]:
             for inner in graph.node:
                 yield from inner.input
-                yield from _read_in_subgraphs(inner)
+                yield from read_in_subgraphs(inner)
             yield from (value.name for value in graph.output)
 
 

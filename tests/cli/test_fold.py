@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import onnx
@@ -41,7 +42,11 @@ def test_fold_writes_a_file_and_a_table_of_what_it_saves(model: Path, capsys: py
         "  total",
     ):
         assert part in printed.out
+    # per pixel: one 3×3 of 8 channels, depthwise, and two dense ones
+    work = "M → 30.08 M multiply-accumulates in these, of an image of 128×192"
+    assert 128 * 192 * (9 * 8 + 2 * 9 * 64) == 30_081_024 and work in printed.out
     table = printed.out[printed.out.index("  region") :]
+    assert re.search(r"^  total +-\d\d% ", table, re.MULTILINE)
     assert max(len(line) for line in table.splitlines()) <= 80
     assert printed.err == f"next: repvgg-trt inspect {out}\n"
     assert main(["inspect", str(out)]) == 0
@@ -81,6 +86,9 @@ def test_fold_with_json_prints_one_object(model: Path, capsys: pytest.CaptureFix
     assert [one["kernel_after"] for one in found["folds"]][:2] == ["3×3 depthwise", "3×3"]
     assert found["folds"][1]["macs_before"] > found["folds"][1]["macs_after"] == 576
     assert "count_include_pad=0" in found["left"][0]["reason"]
+    pixels = 128 * 192
+    assert found["macs_after"] == pixels * sum(one["macs_after"] for one in found["folds"])
+    assert found["macs_before"] == pixels * sum(one["macs_before"] for one in found["folds"])
     assert main(["fold", str(model), "--describe", "--json"]) == 0
     described = json.loads(capsys.readouterr().out)
     assert (described["status"], described["metadata"], described["checks"]) == ("described", None, [])

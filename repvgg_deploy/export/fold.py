@@ -149,38 +149,34 @@ def fold_onnx(model: Path | str, out: Path | str | None = None, *, options: Fold
         folded.producer_name, folded.producer_version = "repvgg-deploy", installed_versions(())["repvgg-deploy"]
         folded.ir_version = IR_VERSIONS[_opset(folded)]
         digest = write_model(output.partial, folded)
-        seen = None if options.mean is None or options.std is None else (options.mean, options.std)
-        if parent is not None and parent.spec.preprocessing is not None:
-            seen = seen or (parent.spec.preprocessing.mean, parent.spec.preprocessing.std)
-        feeds = dict(_draw_feeds(given, seen))
+        feeds = dict(_draw_feeds(given, parent, options))
         references, checks, said = _verify(
             path, original, folded=(output.partial, judged), choices=choices, feeds=feeds
         )
-        notes += said
         checks = (*check_folds(report), *checks)
         require_passed(checks, f"{path.name} against the folded file", remedy=FOLD_REMEDY)
-        spec = parent.spec if parent is not None and not options.output else _read_spec(folded, references)
-        if parent is not None and not isinstance(spec, str):
-            spec = replace(spec, preprocessing=parent.spec.preprocessing, labels=parent.spec.labels)
+        spec = _describe(folded, references, parent, options)
         metadata = None
-        if options.mean is not None or options.labels is not None:
-            spec = _state(spec, folded, options)
         if isinstance(spec, str):
-            notes.append(f"no metadata for the Engine: {spec}")
+            said = (*said, f"no metadata for the Engine: {spec}")
         else:
-            versions = installed_versions(_TOOLS)
             done = {"opset": _opset(folded), **count_folds(report)}
-            entry = HistoryEntry("fold", versions, done, sha256_file(path))
+            entry = HistoryEntry("fold", installed_versions(_TOOLS), done, sha256_file(path))
             reference = f"the file as it was given: {describe_folding(report)}{choices.describe()}"
-            metadata = ModelMetadata(
-                METADATA_SCHEMA, spec, None, None, Certificate(reference, checks, versions), {}, (entry,)
-            )
-            if parent is not None:
-                both = replace(parent.certificate, checks=(*parent.certificate.checks, *checks))
-                history = (*parent.history, entry)
-                metadata = replace(parent, spec=spec, certificate=both, history=history, content_sha256="")
+            metadata = _extend(parent, spec, Certificate(reference, checks, entry.versions), entry)
             append_metadata(output.partial, digest, metadata)
-    return FoldResult(report, checks, tuple(notes), output, metadata, macs, size)
+    return FoldResult(report, checks, (*notes, *said), output, metadata, macs, size)
+
+
+def _extend(
+    parent: ModelMetadata | None, spec: ModelSpec, certificate: Certificate, entry: HistoryEntry
+) -> ModelMetadata:
+    """The metadata of the folded file; of a file of ours, its own with what is new."""
+    if parent is None:
+        return ModelMetadata(METADATA_SCHEMA, spec, None, None, certificate, {}, (entry,))
+    both = replace(parent.certificate, checks=(*parent.certificate.checks, *certificate.checks))
+    history = (*parent.history, entry)
+    return replace(parent, spec=spec, certificate=both, history=history, content_sha256="")
 
 
 def _count_macs(graph: onnx.ModelProto, report: FoldReport) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
@@ -395,15 +391,17 @@ def nudge(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _draw_feeds(
-    model: onnx.ModelProto, seen: tuple[tuple[float, float, float], tuple[float, float, float]] | None
+    model: onnx.ModelProto, parent: ModelMetadata | None, options: FoldOptions
 ) -> Iterator[tuple[str, _Arrays]]:
     """Inputs by batch name: two images; where dynamic, also another batch and another size.
 
-    Args:
-        model: Says which inputs there are.
-        seen: Mean and standard deviation by which images are normalised: the network sees image-like pixels so. Where
-            they are not known, it sees normally distributed numbers, or pixels as numbers from 0 to 1.
+    Where mean and standard deviation are stated, the network sees image-like pixels normalised so; where they are not,
+    normally distributed numbers, or pixels as numbers from 0 to 1.
     """
+    known = None if parent is None else parent.spec.preprocessing
+    seen = None if known is None else (known.mean, known.std)
+    if options.mean is not None and options.std is not None:
+        seen = (options.mean, options.std)
     weights = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in weights]
     free = {axis for v in inputs for axis, d in enumerate(_dims(v)) if len(_dims(v)) == 4 and not isinstance(d, int)}
@@ -434,6 +432,19 @@ def _draw_feeds(
 def _dims(value: onnx.ValueInfoProto) -> list[int | str]:
     """Sizes of a tensor; an empty text for a dimension without size or name."""
     return [d.dim_value if d.HasField("dim_value") else d.dim_param for d in value.type.tensor_type.shape.dim]
+
+
+def _describe(
+    model: onnx.ModelProto, results: Mapping[str, _Arrays], parent: ModelMetadata | None, options: FoldOptions
+) -> ModelSpec | str:
+    """Input and outputs: of a file of ours its own, else as they were found; and what is stated of them."""
+    if parent is not None and not options.output:
+        spec: ModelSpec | str = parent.spec
+    else:
+        spec = _read_spec(model, results)
+    if parent is not None and not isinstance(spec, str):
+        spec = replace(spec, preprocessing=parent.spec.preprocessing, labels=parent.spec.labels)
+    return spec if options.mean is None and options.labels is None else _state(spec, model, options)
 
 
 def _read_spec(model: onnx.ModelProto, results: Mapping[str, _Arrays]) -> ModelSpec | str:

@@ -104,16 +104,11 @@ def export_module(
     x = _single_input(example_inputs)
     with atomic_output(Path(out), force=options.force) as output:
         given = copy.deepcopy(model).eval()
+        reference = given if options.reference is None else copy.deepcopy(options.reference).eval()
         names, inputs = _name_outputs(given, x, options), _vary_input(x, options)
-        wanted = _run_module(options.reference or given, inputs, names)
-        image = TensorSpec("input", "float32", _input_shape(x, options), "NCHW")
-        traced = trace(
-            _Flat(given),
-            x,
-            opset=options.opset,
-            tensors=(image, *_describe_outputs(wanted, inputs, options)),
-            with_weights=True,
-        )
+        wanted = _run_module(reference, inputs, names)
+        tensors = (_describe_input(x, options), *_describe_outputs(wanted, inputs, options))
+        traced = trace(_Flat(given), x, opset=options.opset, tensors=tensors, with_weights=True)
         outputs = _choose(traced, options)
         traced = with_outputs(traced, list(dict.fromkeys([*names, *outputs])))
         choices = find_choices(traced)
@@ -121,31 +116,21 @@ def export_module(
         graph = with_outputs(judged, outputs)
         trials = _run_traced(output.partial, traced, inputs, wanted=wanted, choices=choices)
         arrays = {trial.name: {name: trial.wanted[name] for name in outputs} for trial in trials}
-        spec = ModelSpec(
-            image, _describe_outputs(arrays, inputs, options, choices=choices), "module", options.preprocessing
-        )
-        stamp(graph, options.opset, (image, *spec.outputs))
+        tensors = (tensors[0], *_describe_outputs(arrays, inputs, options, choices=choices))
+        stamp(graph, options.opset, tensors)
         check_module_contract(graph)
         digest = write_model(output.partial, graph)
         trials = _run_folded(output.partial, judged, trials, inputs)
-        error = _float64_error(options.reference or given, inputs, trials, choices=choices)
+        error = _float64_error(reference, inputs, trials, choices=choices)
         checks, notes = judge_outputs(choices, trials, kept=outputs, error=error)
         checks = (*check_folds(report), *checks)
         require_passed(checks, f"{type(model).__name__} against its ONNX", remedy=FOLD_REMEDY)
         against = _GIVEN_REFERENCE if options.reference is None else TRAINING_REFERENCE
-        reference = f"{against}: {describe_folding(report)}{choices.describe()}"
-        certificate = Certificate(reference, checks, tool_versions())
+        certificate = Certificate(f"{against}: {describe_folding(report)}{choices.describe()}", checks, tool_versions())
+        spec = ModelSpec(tensors[0], tensors[1:], "module", options.preprocessing)
         said = {"opset": options.opset, **count_folds(report)}
-        metadata = ModelMetadata(
-            schema=METADATA_SCHEMA,
-            spec=spec,
-            variant=None,
-            source=None,
-            certificate=certificate,
-            statistics={},
-            history=(HistoryEntry("export_module", certificate.versions, said),),
-            notes=notes,
-        )
+        entry = HistoryEntry("export_module", certificate.versions, said)
+        metadata = ModelMetadata(METADATA_SCHEMA, spec, None, None, certificate, {}, (entry,), notes)
         append_metadata(output.partial, digest, metadata)
     return ExportResult(output, metadata, folded=report)
 
@@ -231,10 +216,10 @@ def _name_outputs(model: nn.Module, x: Tensor, options: ModuleOptions) -> list[s
     return names
 
 
-def _input_shape(x: Tensor, options: ModuleOptions) -> tuple[int | str, ...]:
-    batch, *rest = x.shape
-    sizes: list[int | str] = ["height", "width"] if options.dynamic_size else list(rest[1:])
-    return ("batch" if options.dynamic_batch else batch, rest[0], *sizes)
+def _describe_input(x: Tensor, options: ModuleOptions) -> TensorSpec:
+    batch, channels, *sides = x.shape
+    sizes: list[int | str] = ["height", "width"] if options.dynamic_size else list(sides)
+    return TensorSpec("input", "float32", ("batch" if options.dynamic_batch else batch, channels, *sizes), "NCHW")
 
 
 def _describe_outputs(

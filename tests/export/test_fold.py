@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -58,6 +59,54 @@ def test_fold_onnx_block_of_any_network_is_verified_and_carries_a_certificate(na
     assert metadata.spec.input.shape == ("n", 8, "h", "w") and metadata.spec.outputs[0].shape[0] == "n"
     assert metadata.history[0].stage == "fold" and metadata.history[0].options["regions_folded"] == 1
     assert run(tmp_path / "out.onnx", np.zeros((2, 8, 9, 7), np.float32)).shape[0] == 2
+
+
+def make_picky(path: Path) -> Path:
+    """RGB of 0 to 1 in; what is outside is cut off, so that normally distributed numbers would show little."""
+    draw = Draw()
+    draw.channels["x"] = 3
+    low, high = draw.constant(0.0), draw.constant(1.0)
+    body = draw.conv_bn(draw.node("Clip", ["x", low, high]), 8)
+    model = draw.model(draw.node("Relu", [body]))
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 3
+    for dim, size in zip(model.graph.input[0].type.tensor_type.shape.dim[2:], (24, 24), strict=True):
+        dim.dim_value = size
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "low", "high"),
+    [
+        (None, None, None, None),
+        ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0), 0.0, 1.0),
+        ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), 0.0, 255.0),
+        ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5), -1.0, 1.0),
+    ],
+)
+def test_fold_onnx_is_verified_on_what_the_network_sees(
+    mean: tuple[float, float, float] | None,
+    std: tuple[float, float, float] | None,
+    low: float,
+    high: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[np.ndarray] = []
+    original = fold.run_onnx
+
+    def watch(path: Path, feeds: Any, **more: Any) -> Any:
+        seen.extend(feed["x"] for feed in feeds.values())
+        return original(path, feeds, **more)
+
+    monkeypatch.setattr(fold, "run_onnx", watch)
+    fold_onnx(make_picky(tmp_path / "m.onnx"), tmp_path / "o.onnx", options=FoldOptions(mean, std))
+    if mean is None:  # either may be right: normalised, or shares
+        assert {bool(array.min() >= 0) for array in seen} == {True, False}
+        assert all(array.max() <= 1 for array in seen if array.min() >= 0)
+    else:
+        assert all(low <= array.min() < array.max() <= high for array in seen)
+        assert max(float(np.ptp(array)) for array in seen) > 0.8 * (high - low)
 
 
 def test_fold_onnx_without_out_only_describes(given: Path) -> None:

@@ -271,6 +271,62 @@ def test_export_module_in_training_mode_is_exported_in_eval_and_not_changed(tmp_
     assert model.training and all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_export_module_reference_in_training_mode_is_compared_in_eval_and_not_changed(tmp_path: Path) -> None:
+    model = make_module(BLOCKS["yolov7"][0]())
+    randomise(model)
+    reference = copy.deepcopy(model).train()
+    before = copy.deepcopy(reference.state_dict())
+    options = ModuleOptions(reference=reference)
+    export_module(model.eval(), torch.randn(2, 3, 17, 15), tmp_path / "m.onnx", options=options)
+    assert reference.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in reference.state_dict().items())
+
+
+class Fixed(nn.Module):
+    """Works on one batch, or one size, only."""
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.conv, self.axis = conv_bn(3), axis
+        self.first = nn.Conv2d(3, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.conv(self.first(x)))
+        return x * torch.ones([2, 1, 17, 15][self.axis]).reshape([-1 if i == self.axis else 1 for i in range(4)])
+
+
+@pytest.mark.parametrize(("axis", "option"), [(0, "dynamic_batch"), (3, "dynamic_size")])
+def test_export_module_that_does_not_run_on_another_batch_or_size_is_refused_with_what_helps(
+    axis: int, option: str, tmp_path: Path
+) -> None:
+    model, image = Fixed(axis), torch.randn(2, 3, 17, 15)
+    randomise(model)
+    with pytest.raises(InputError, match=r"but not on another (batch|size)") as caught:
+        export_module(model.eval(), image, tmp_path / "m.onnx", options=ModuleOptions(dynamic_size=axis == 3))
+    assert f"{option}=False" in caught.value.remedy
+    export_module(model.eval(), image, tmp_path / "m.onnx", options=ModuleOptions(dynamic_batch=axis == 3))
+
+
+def test_export_module_of_dynamic_size_names_what_varies(tmp_path: Path) -> None:
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = make_module(conv_bn(3))
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            x = self.body(x)
+            return {"rows": x.flatten(2), "mean": x.mean((2, 3), keepdim=True), "all": x.mean((0, 2, 3))}
+
+    model = Rows()
+    randomise(model)
+    options = ModuleOptions(dynamic_size=True)
+    export_module(model.eval(), torch.randn(2, 3, 16, 16), tmp_path / "m.onnx", options=options)
+    shapes = {output.name: output.shape for output in read_metadata(tmp_path / "m.onnx").spec.outputs}
+    assert shapes == {"rows": ("batch", 8, "rows_2"), "mean": ("batch", 8, 1, 1), "all": (8,)}
+    with Engine(tmp_path / "m.onnx") as engine:
+        assert engine.infer(np.ones((1, 3, 9, 7), np.float32))["rows"].shape == (1, 8, 63)  # type: ignore[call-overload, index]
+
+
 def test_export_module_convolution_of_two_batchnorms_is_right(tmp_path: Path) -> None:
     class Shared(nn.Module):
         def __init__(self) -> None:

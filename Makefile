@@ -57,6 +57,7 @@ format: install ## put the code in form
 check: lint test ## what a change must pass: lint, then test
 
 docs: install ## build the documentation into site/, every warning an error; open site/index.html
+	$(PY) -m docs.tools.make_pages
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo 'built: open site/index.html'
 

@@ -19,7 +19,7 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /src
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY pyproject.toml setup.py constraints.txt README.md LICENSE ./
 # Not by the extra `tensorrt`: its range takes the newest, of another CUDA. Before the code, so that a change of it does not fetch gigabytes again.
 # The second library is only for building plans for Windows, which is not done here.
 RUN pip install -c constraints.txt "$TENSORRT" "cuda-bindings==${CUDA_MAJOR}.*" \

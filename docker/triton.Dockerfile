@@ -10,7 +10,7 @@ ARG PYTHON_VERSION=3.12
 ARG TRITON_RELEASE=25.06
 FROM python:${PYTHON_VERSION}-slim-bookworm AS wheel
 WORKDIR /src
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY repvgg_deploy ./repvgg_deploy
 RUN pip wheel --no-cache-dir --disable-pip-version-check --no-deps --wheel-dir /wheels .
 

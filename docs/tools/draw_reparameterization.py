@@ -1,9 +1,9 @@
 """Draws one block of the trained sample before and after reparameterization, and prints how equal the two are.
 
-    python docs/tools/draw_reparameterization.py --out docs/images/reparameterization.png
+    python -m docs.tools.draw_reparameterization --out docs/images
 
 The branches' kernels are folded here by the formulas of docs/reparameterization.md, in NumPy and float64; the deploy
-form is the library's. The picture shows that the two agree.
+form is the library's. The picture, made for a light and for a dark page, shows that the two agree.
 """
 
 from __future__ import annotations
@@ -22,17 +22,35 @@ from numpy.typing import NDArray
 from torch import nn
 
 from repvgg_deploy import build_model, load_checkpoint, reparameterize
-from repvgg_deploy.evaluate.figures import BLUE, DARK, GREEN, ORANGE, open_figure, save_figure
+from repvgg_deploy.evaluate.figures import BLUE, DARK, GREEN, ORANGE, SKY, open_figure, save_figure
 from repvgg_deploy.images.decode import default_preprocessing, load_image, normalize
 from repvgg_deploy.model.block import ConvBN, DeployBlock, TrainingBlock
 from repvgg_deploy.model.network import RepVGG
 
 SAMPLE = Path(__file__).resolve().parents[2] / "models" / "sample"
 BLOCK = "stage2.2"  # three branches, one group
-QUIET = "#6e7781"
 BRANCHES = ("3×3 branch", "1×1 branch", "identity branch")
-COLOURS = (BLUE, ORANGE, GREEN)
 Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Colours of a picture: of texts, of what surrounds it, of the three branches, and from low over zero to high."""
+
+    ink: str
+    quiet: str
+    ground: str
+    branches: tuple[str, str, str]
+    scale: tuple[str, ...]
+    on_strong: str
+
+
+_BLUE_TO_RED = ("#053061", "#4393c3", "white", "#d6604d", "#67001f")
+_BRIGHT_ENDS = ("#79c0ff", "#1f5f99", "#11151c", "#a8432f", "#ff9d85")
+LOOKS = {
+    "light": Look(DARK, "#59636e", "white", (BLUE, ORANGE, GREEN), _BLUE_TO_RED, "white"),
+    "dark": Look("#e6edf3", "#a5adb8", "#1e2129", (SKY, ORANGE, "#2ecc9b"), _BRIGHT_ENDS, "black"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,25 +169,32 @@ def choose_channel(found: Evidence) -> int:
     return int((largest * found.maps.std(axis=(2, 3)).prod(axis=0)).argmax())
 
 
-def draw(found: Evidence, path: Path) -> None:
+def draw(found: Evidence, path: Path, look: Look) -> None:
     """Three rows of sums, then shares and the proof."""
     channel = choose_channel(found)
-    with open_sheet() as figure:
+    with open_sheet(look) as figure:
         title = f"Three branches become one convolution: block {BLOCK} of the trained sample"
-        figure.text(0.03, 0.972, title, fontsize=17, weight="bold", color=DARK)
+        figure.text(0.03, 0.972, title, fontsize=17, weight="bold", color=look.ink)
         kernels = [*(b.kernel for b in found.branches), found.deploy.kernel]
         biases = [*(b.bias[channel] for b in found.branches), found.deploy.bias[channel]]
         captions = [f"bias {write_number(value)}" for value in biases]
         label = f"Kernel\n× BatchNorm scale,\noutput channel {channel}\nfrom input channel {channel}"
         draw_sum(
-            figure, 0.735, [k[channel, channel] for k in kernels], label, captions=captions, numbers=True, titles=True
+            figure,
+            look,
+            0.735,
+            [k[channel, channel] for k in kernels],
+            label,
+            captions=captions,
+            numbers=True,
+            titles=True,
         )
         label = "Centre taps\nof all {0} × {0}\nchannel pairs".format(len(found.deploy.bias))
-        draw_sum(figure, 0.503, [k[:, :, 1, 1] for k in kernels], label)
+        draw_sum(figure, look, 0.503, [k[:, :, 1, 1] for k in kernels], label)
         label = f"Output\nfor an image of a “3”,\nchannel {channel},\nbefore ReLU"
-        draw_sum(figure, 0.285, [*(m[channel] for m in found.maps), found.answer[channel]], label)
-        draw_shares(figure, found, channel)
-        write_proof(figure, found)
+        draw_sum(figure, look, 0.285, [*(m[channel] for m in found.maps), found.answer[channel]], label)
+        draw_shares(figure, look, found, channel)
+        write_proof(figure, look, found)
         save_figure(figure, path, force=True)
 
 
@@ -179,17 +204,18 @@ def write_number(value: float) -> str:
 
 
 @contextmanager
-def open_sheet() -> Iterator[Any]:
+def open_sheet(look: Look) -> Iterator[Any]:
     """An empty figure in the project's style, whose places are chosen by hand."""
     with open_figure(12.5, 11.0) as (figure, axes):
         axes.remove()
         figure.set_layout_engine("none")
-        figure.set_facecolor("white")
+        figure.set_facecolor(look.ground)
         yield figure
 
 
 def draw_sum(
     figure: Any,
+    look: Look,
     bottom: float,
     panels: Sequence[Array],
     label: str,
@@ -199,54 +225,67 @@ def draw_sum(
     titles: bool = False,
 ) -> None:
     """Branch + branch + branch = deploy form, in one colour scale."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    scale = LinearSegmentedColormap.from_list("scale", look.scale)
     limit = max(float(np.abs(panel).max()) for panel in panels)
-    figure.text(0.03, bottom + 0.095, label, fontsize=10.5, color=QUIET, va="center", linespacing=1.5)
+    figure.text(0.03, bottom + 0.095, label, fontsize=10.5, color=look.quiet, va="center", linespacing=1.5)
     for index, panel in enumerate(panels):
         left = 0.19 + 0.205 * index
         axes = figure.add_axes((left, bottom, 0.175, 0.199))
-        axes.imshow(panel, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+        axes.imshow(panel, cmap=scale, vmin=-limit, vmax=limit, interpolation="nearest")
         axes.set(xticks=[], yticks=[])
         for spine in axes.spines.values():
-            spine.set(visible=True, color=(*COLOURS, DARK)[index], linewidth=2.5 if index == 3 else 1.6)
+            spine.set(visible=True, color=(*look.branches, look.ink)[index], linewidth=2.5 if index == 3 else 1.6)
         if titles:
             title = (*BRANCHES, "deploy form: one 3×3")[index]
-            axes.set_title(title, fontsize=12, color=(*COLOURS, DARK)[index], weight="bold", loc="center", pad=7)
+            axes.set_title(
+                title, fontsize=12, color=(*look.branches, look.ink)[index], weight="bold", loc="center", pad=7
+            )
         if captions:
-            axes.set_xlabel(captions[index], fontsize=10, color=QUIET, labelpad=4)
+            axes.set_xlabel(captions[index], fontsize=10, color=look.quiet, labelpad=4)
         if index < 3:
-            figure.text(left + 0.19, bottom + 0.096, "++="[index], fontsize=22, ha="center", va="center", color=DARK)
+            figure.text(
+                left + 0.19, bottom + 0.096, "++="[index], fontsize=22, ha="center", va="center", color=look.ink
+            )
         for (row, column), value in np.ndenumerate(panel if numbers else np.empty((0, 0))):
-            ink = "white" if abs(value) > 0.55 * limit else (QUIET if value == 0 else DARK)
+            ink = look.on_strong if abs(value) > 0.7 * limit else (look.quiet if value == 0 else look.ink)
             axes.text(column, row, write_number(value), ha="center", va="center", fontsize=11, color=ink)
 
 
-def draw_shares(figure: Any, found: Evidence, channel: int) -> None:
+def draw_shares(figure: Any, look: Look, found: Evidence, channel: int) -> None:
     """Bars of how much each branch contributes to each output channel."""
-    axes = figure.add_axes((0.19, 0.07, 0.38, 0.13))
+    axes = figure.add_axes((0.19, 0.07, 0.38, 0.13), facecolor="none")
+    axes.spines[:].set_color(look.quiet)
     order = np.argsort(-found.shares[2])
     lower = np.zeros(len(order))
-    for share, colour in zip(found.shares[:, order], COLOURS, strict=True):
+    for share, colour in zip(found.shares[:, order], look.branches, strict=True):
         axes.bar(range(len(order)), 100 * share, bottom=lower, width=1.0, color=colour, linewidth=0)
         lower = lower + 100 * share
     means = 100 * found.shares.mean(axis=1)
-    for place, (mean, name, colour) in enumerate(zip(means, BRANCHES, COLOURS, strict=True)):
+    for place, (mean, name, colour) in enumerate(zip(means, BRANCHES, look.branches, strict=True)):
         text = f"■ {name.removesuffix(' branch')} {mean:.0f} %"
         axes.text(0.36 * place, 1.05, text, transform=axes.transAxes, fontsize=10, color=colour, weight="bold")
-    point, arrow = (list(order).index(channel), 0), {"arrowstyle": "-", "color": DARK}
-    style = {"textcoords": "offset points", "fontsize": 9, "ha": "center", "color": DARK, "arrowprops": arrow}
+    point, arrow = (list(order).index(channel), 0), {"arrowstyle": "-", "color": look.ink}
+    style = {"textcoords": "offset points", "fontsize": 9, "ha": "center", "color": look.ink, "arrowprops": arrow}
     axes.annotate(f"channel {channel}", point, (0, -16), **style)
     axes.set(
         xlim=(-0.5, len(order) - 0.5), ylim=(0, 100), xticks=[], yticks=[0, 50, 100], yticklabels=["0", "50", "100 %"]
     )
-    axes.tick_params(labelsize=9, colors=QUIET)
+    axes.tick_params(labelsize=9, colors=look.quiet)
     label = "Share of each branch\nin the output of each\nchannel (mean of its\nabsolute values,\n400 images)"
-    figure.text(0.03, 0.135, label, fontsize=10.5, color=QUIET, va="center", linespacing=1.5)
+    figure.text(0.03, 0.135, label, fontsize=10.5, color=look.quiet, va="center", linespacing=1.5)
 
 
-def write_proof(figure: Any, found: Evidence) -> None:
+def write_proof(figure: Any, look: Look, found: Evidence) -> None:
     """The errors, in words and figures."""
     figure.text(
-        0.63, 0.2105, "Are they equal? Largest difference by largest value:", fontsize=10.5, color=DARK, weight="bold"
+        0.63,
+        0.2105,
+        "Are they equal? Largest difference by largest value:",
+        fontsize=10.5,
+        color=look.ink,
+        weight="bold",
     )
     lines = (
         (found.fold_error, "kernels: the three added up here,\nand the library's, rounded to float32"),
@@ -255,24 +294,22 @@ def write_proof(figure: Any, found: Evidence) -> None:
     )
     for place, (value, what) in enumerate(lines):
         height = 0.175 - 0.045 * place
-        figure.text(0.63, height, f"{value:.1e}", fontsize=15, color=DARK, weight="bold", va="center")
-        figure.text(0.735, height, what, fontsize=9.5, color=QUIET, va="center", linespacing=1.35)
+        figure.text(0.63, height, f"{value:.1e}", fontsize=15, color=look.ink, weight="bold", va="center")
+        figure.text(0.735, height, what, fontsize=9.5, color=look.quiet, va="center", linespacing=1.35)
 
 
 def main() -> int:
     """Draws and prints."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--out", type=Path, default=Path("reparameterization.png"), help="the picture (default: %(default)s)"
-    )
+    parser.add_argument("--out", type=Path, default=Path(), metavar="FOLDER")
     out: Path = parser.parse_args().out
     found = gather()
-    draw(found, out)
+    for name, look in LOOKS.items():
+        draw(found, out / f"reparameterization-{name}.png", look)
     print(
         f"{BLOCK}: kernels {found.fold_error:.1e}, outputs in float64 {found.errors['float64']:.1e}, in float32 "
         f"{found.errors['float32']:.1e}"
     )
-    print(f"written: {out}")
     return 0
 
 

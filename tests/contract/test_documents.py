@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -16,7 +17,17 @@ import pytest
 
 from tests.contract.source_tree import ROOT, modules
 
-GUIDES = ["docs/index.md", "docs/reparameterization.md", "docs/int8.md", "docs/deployment.md"]
+GUIDES = [
+    f"docs/{name}.md"
+    for name in (
+        "index", "export", "networks", "precision", "build", "run", "triton", "measure", "variants",
+        "reparameterization",
+    )
+]  # fmt: skip
+PROSE = [
+    f"docs/{name}.md"
+    for name in ("install", "serve", "commands", "figures", "compatibility", "troubleshooting", "architecture")
+]
 REFERENCE = [
     f"docs/api/{name}.md"
     for name in ("index", "engine", "options", "serving", "measure", "accuracy", "specs", "errors")
@@ -24,9 +35,8 @@ REFERENCE = [
 DOCUMENTS = [
     "README.md",
     "docs/schemas.md",
-    "docs/cli.md",
-    "docs/troubleshooting.md",
     *GUIDES,
+    *PROSE,
     *REFERENCE,
     "engines/README.md",
     "CONTRIBUTING.md",
@@ -151,25 +161,17 @@ def help_texts() -> dict[str, str]:
 
 
 # Options of other programs that the documents name.
-FOREIGN = {"docs/deployment.md": {"--preload"}, "README.md": {"--build", "--gpus"}}
+FOREIGN = {"docs/run.md": {"--preload"}, "docs/troubleshooting.md": {"--gpus"}}
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/int8.md", "docs/deployment.md"])
+@pytest.mark.parametrize("document", ["README.md", *GUIDES, *PROSE])
 def test_options_in_a_document_are_those_of_the_programs(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     code = "\n".join(re.findall(r"`([^`\n]+)`", text)) + "\n".join(block["code"] for block in blocks(document))
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", code))
     known = set(re.findall(r"--[a-z][a-z0-9-]+", "\n".join(help_texts().values())))
-    assert len(named) > 8
+    assert len(known) > 50
     assert named - known == FOREIGN.get(document, set())
-
-
-def test_options_in_the_readme_table_of_exports_are_its_own() -> None:
-    readme, helps = (ROOT / "README.md").read_text(encoding="utf-8"), help_texts()
-    table = readme.partition("| option of `repvgg-export`")[2].partition("\n\n")[0]
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", table)) <= set(
-        re.findall(r"--[a-z][a-z-]+", helps["repvgg-export"])
-    )
 
 
 def test_help_fits_a_terminal_of_80_columns() -> None:
@@ -200,14 +202,14 @@ def test_make_targets_in_the_documents_exist() -> None:
         assert named <= targets, document
 
 
-def test_numbers_of_the_readme_table_are_those_of_the_variants() -> None:
+def test_numbers_of_the_table_of_variants_are_theirs() -> None:
     from repvgg_deploy.specs.variants import PUBLISHED, count_macs, count_parameters
 
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "variants.md").read_text(encoding="utf-8")
     for name, spec in PUBLISHED.items():
         size = 320 if spec.auxiliary_heads else 224
         row = f"| {name} | {count_parameters(spec, 'deploy') / 1e6:.2f} | {count_macs(spec, size, size) / 1e9:.2f} |"
-        assert row in readme, name
+        assert row in page, name
 
 
 def test_python_of_the_docs_is_valid() -> None:
@@ -246,7 +248,7 @@ def texts_of_the_package() -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(("document", "least"), [("README.md", 20), ("docs/int8.md", 8)])
+@pytest.mark.parametrize(("document", "least"), [("docs/troubleshooting.md", 20), ("docs/precision.md", 8)])
 def test_error_messages_in_a_document_are_those_of_the_code(document: str, least: int) -> None:
     quoted = messages(document)
     assert len(quoted) >= least
@@ -256,13 +258,51 @@ def test_error_messages_in_a_document_are_those_of_the_code(document: str, least
         assert any(pattern.search(text) for text in texts_of_the_package()), f"{document}: no error says {message!r}"
 
 
-def test_figures_of_the_int8_guide_are_those_of_the_readme() -> None:
-    def rows(document: str) -> dict[str, list[str]]:
-        table = (ROOT / document).read_text(encoding="utf-8").partition("| A0 top-1 |")[2].partition("\n\n")[0]
-        return {
-            cells[0]: cells[1:7]
-            for cells in ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:])
-        }
+def test_readme_is_one_page_and_begins_with_a_command() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.split()) <= 1500
+    command = re.search(r"^```sh\n(.*)$", readme, re.M)
+    assert command is not None and command[1].startswith("make demo")
+    assert len(readme[: command.start(1)].split()) < 150
 
-    assert len(rows("docs/int8.md")) > 5
-    assert rows("docs/int8.md").items() <= rows("README.md").items()
+
+def test_pictures_of_the_readme_are_there_for_light_and_dark() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    pictures = re.findall(r'(?:src|srcset)="([^"]+)"', readme)
+    assert sorted(Path(picture).name for picture in pictures) == ["flow-dark.svg", "flow-light.svg"]
+    assert all((ROOT / picture).exists() for picture in pictures)
+    assert re.search(r'alt="[^"]{40,}"', readme)
+
+
+def test_figures_of_the_readme_are_those_that_were_measured() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = {
+        name: json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("int8", "runtime", "export")
+    }
+    agreement = {row["key"]: row.get("agreement") for row in found["int8"]["models"]["A0"]["rows"]}
+    assert f"| {agreement['max']:.1f} % (max calibration) | {agreement['ours trt10']:.1f} % |" in readme
+    (eight,) = (each["images_per_second"] for each in found["runtime"]["batches"] if each["batch"] == 8)
+    assert f"| {eight['FP32, bare session']:.0f} (FP32, ONNX Runtime) |" in readme
+    assert f"| {eight['INT8, Engine, onnxruntime']:.0f} (INT8, `Engine`) |" in readme
+    for row in found["export"]["medians"].values():
+        assert f"{row['seconds']:.1f} s, {row['peak_mb']:.0f} MB" in readme
+    for program in re.findall(r"`python (benchmarks/\w+\.py)`", readme):
+        assert (ROOT / program).exists()
+
+
+@pytest.mark.parametrize("address", [None, "https://example.org/project"])
+def test_description_for_a_package_index_has_no_link_that_leads_nowhere(address: str | None) -> None:
+    spec = importlib.util.spec_from_file_location("setup_of_the_project", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    pytest.importorskip("setuptools")
+    spec.loader.exec_module(module)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = module.describe(readme, address)
+    targets = re.findall(r'\]\(([^)]+)\)|(?:src|srcset|href)="([^"]+)"', text)
+    assert targets and all("".join(target).startswith("https://") for target in targets)
+    assert "<!--" not in text and "<picture>" not in text
+    assert ("docs/images/flow-light.svg" in text) == (address is not None)
+    for _, code in re.findall(r"^```(\w+)\n(.*?)^```$", readme, re.M | re.S):
+        assert code in text

@@ -1,0 +1,117 @@
+"""Tables of measured figures, from the files in benchmarks/results/, each with its command and processor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+_METHODS = {
+    "fp32": "FP32",
+    "fp16": "FP16",
+    "max": "INT8, per-channel weights, max calibration (what most tools do)",
+    "onnxruntime": "INT8, ONNX Runtime `quantize_static`, the best of five settings",
+    "fast": "**INT8, ours, `--fast`**",
+    "ours": "**INT8, ours, FP32 for the rest** (`--target trt8`)",
+    "ours trt10": "**INT8, ours, FP16 for the rest** (`--target trt10`, the default)",
+    "synthetic": "**INT8, ours, no images: `--synthetic-calibration`**",
+    "statistics": "**INT8, ours, no images: `--calib statistics`**",
+}
+
+
+def make_table(name: str) -> str:
+    """The table of `benchmarks/NAME.py` in Markdown, and below it where its figures come from."""
+    found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    machine = describe_machine(found["machine"])
+    return f"{_TABLES[name](found)}\n\n*Measured by* `python benchmarks/{name}.py` *on {machine}.*"
+
+
+def describe_machine(machine: dict[str, Any] | str) -> str:
+    """`AMD EPYC, 2 cores, Python 3.11.7`."""
+    if isinstance(machine, str):
+        return machine
+    threads = machine.get("threads")
+    count = f"{threads} thread{'s' if threads > 1 else ''}" if threads else f"{machine['cores']} cores"
+    return f"{machine['processor']}, {count}, Python {machine['python']}"
+
+
+def _rows(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _export(found: dict[str, Any]) -> str:
+    names = {
+        "plain": "plain recipe: `torch.onnx.export`, `onnxsim.simplify`, one comparison of the deploy form",
+        "ours": "`repvgg-export`: every block, two precisions, and the file against the training form",
+    }
+    rows = [
+        [names[key], f"{row['seconds']:.1f}", f"{row['cpu_seconds']:.1f}", f"{row['peak_mb']:.0f}"]
+        for key, row in found["medians"].items()
+    ]
+    return _rows([found["variant"], "wall s", "CPU s", "peak MB"], rows)
+
+
+def _int8(found: dict[str, Any]) -> str:
+    models = {name: {row["key"]: row for row in model["rows"]} for name, model in found["models"].items()}
+    main, *others = models
+    rows = []
+    for key, method in _METHODS.items():
+        row = models[main][key]
+        exact = key == "fp32"
+        noise = ["" if exact else f"{models[name][key]['sqnr_db']:.1f}" for name in (main, *others)]
+        cost = ["", ""] if exact else [f"{row['cpu_seconds']:.0f}", f"{row['peak_mb']:.0f}"]
+        rows.append([method, f"{row['top1']:.2f}", f"{row['agreement']:.1f}", *noise, *cost])
+    header = ["", f"{main} top-1 %", f"{main} agreement %", *(f"{name} SQNR dB" for name in models)]
+    return _rows([*header, f"{main} CPU s", f"{main} peak MB"], rows)
+
+
+def _runtime(found: dict[str, Any]) -> str:
+    names = {
+        "FP32, bare session": "FP32, a bare `InferenceSession` of ONNX Runtime",
+        "FP32, Engine": "FP32, `Engine`",
+        "INT8 as it stands, bare session": "INT8, a bare `InferenceSession`",
+        "INT8, Engine, onnxruntime": "INT8, `Engine`",
+        "INT8, Engine, openvino": 'INT8, `Engine(backend="openvino")`',
+    }
+    batches = found["batches"]
+    rows = [[shown, *(f"{each['images_per_second'][key]:.0f}" for each in batches)] for key, shown in names.items()]
+    return _rows(["images a second", *(f"batch {each['batch']}" for each in batches)], rows)
+
+
+def _runtime_overhead(found: dict[str, Any]) -> str:
+    times = found["milliseconds"]
+    rows = [
+        ["`InferenceSession.run`", *(f"{times['bare'][key]:.2f}" for key in ("p50", "p95"))],
+        ["`Engine.infer`", *(f"{times['engine'][key]:.2f}" for key in ("p50", "p95"))],
+    ]
+    return _rows(["ms", "median", "95 %"], rows)
+
+
+def _reparameterize(found: dict[str, Any]) -> str:
+    rows = []
+    for row in found["results"]:
+        before, after = row["forms"]["training"], row["forms"]["deploy"]
+        left = [
+            sum(part[what] for part in after["work"].values()) / sum(part[what] for part in before["work"].values())
+            for what in ("macs", "bytes_moved", "calls")
+        ]
+        rows.append([
+            f"{row['variant']}, batch {row['batch']}",
+            f"{before['cpu_ms']:.0f} → {after['cpu_ms']:.0f}",
+            f"{before['cpu_ms'] / after['cpu_ms']:.2f} ×",
+            f"{before['peak_rss_mb']:.0f} → {after['peak_rss_mb']:.0f}",
+            *(f"{100 * share:.0f} %" for share in left),
+        ])  # fmt: skip
+    return _rows(["", "CPU ms", "faster", "peak MB", "MACs left", "bytes left", "calls left"], rows)
+
+
+_TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "export": _export,
+    "int8": _int8,
+    "reparameterize": _reparameterize,
+    "runtime": _runtime,
+    "runtime_overhead": _runtime_overhead,
+}

@@ -17,18 +17,18 @@ class RequestMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.requests = Counter(
-            "repvgg_http_requests", "Requests that were answered", ["route", "status"], registry=registry
+            "repvgg_http_requests", "Requests that were answered, by route and status", ["route", "status"], registry=registry
         )
         self.seconds = Histogram(
             "repvgg_http_request_seconds",
-            "From a request's head to its answer",
+            "Seconds from the head of a request to its answer, by route",
             ["route"],
             buckets=_SECONDS,
             registry=registry,
         )
-        self.active = Gauge("repvgg_http_active_requests", "Inference requests under way", registry=registry)
-        self.buffered = Gauge("repvgg_http_buffered_bytes", "Bodies of requests in memory", registry=registry)
-        self.ready = Gauge("repvgg_ready", "1 while /v2/health/ready says so", registry=registry)
+        self.active = Gauge("repvgg_http_active_requests", "Inference requests that are under way now", registry=registry)
+        self.buffered = Gauge("repvgg_http_buffered_bytes", "Bytes of request bodies in memory now", registry=registry)
+        self.ready = Gauge("repvgg_ready", "1 while /v2/health/ready answers 200, else 0", registry=registry)
 
 
 def make_registry(engine: Callable[[], Statistics], batcher: Callable[[], Statistics]) -> CollectorRegistry:

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 _BATCH_SIZES = tuple(1 << power for power in range(10))
 _COUNTERS = {
-    "requests": "Requests: Answered",
-    "images": "Of the requests that were answered",
-    "failures": "Requests: That ended with an error of the backend",
-    "refused": "Requests: That found the queue full",
-    "expired": "Requests: Whose deadline passed before they were run",
-    "cancelled": "Requests: Whose client went away before they were run",
+    "requests": "Requests that were answered",
+    "images": "Images of the requests that were answered",
+    "failures": "Requests that failed in the backend",
+    "refused": "Requests that were refused because the queue was full",
+    "expired": "Requests whose deadline passed before they were run",
+    "cancelled": "Requests whose client went away before they were run",
 }
 
 
@@ -55,10 +55,10 @@ def _collect(prefix: str, found: Statistics) -> Iterator[Metric]:
 
     for name, text in _COUNTERS.items():
         yield CounterMetricFamily(f"{prefix}_{name}", text, value=getattr(found, name))
-    yield GaugeMetricFamily(f"{prefix}_waiting_images", "In the queue now", value=found.waiting)
-    yield _seconds(f"{prefix}_queue_seconds", "From a request's arrival until it was run", found.queue_ms)
-    yield _seconds(f"{prefix}_run_seconds", "Of each batch in the backend", found.run_ms)
-    yield _sizes(f"{prefix}_batch_images", "Images that were run together", found.batch_sizes)
+    yield GaugeMetricFamily(f"{prefix}_waiting_images", "Images that wait in the queue now", value=found.waiting)
+    yield _seconds(f"{prefix}_queue_seconds", "Seconds from a request's arrival until it was run", found.queue_ms)
+    yield _seconds(f"{prefix}_run_seconds", "Seconds that a batch took in the backend", found.run_ms)
+    yield _sizes(f"{prefix}_batch_images", "Images in a batch", found.batch_sizes)
 
 
 def _seconds(name: str, text: str, times: Histogram) -> HistogramMetricFamily:

@@ -17,7 +17,10 @@ class RequestMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.requests = Counter(
-            "repvgg_http_requests", "Requests that were answered, by route and status", ["route", "status"], registry=registry
+            "repvgg_http_requests",
+            "Requests that were answered, by route and status",
+            ["route", "status"],
+            registry=registry,
         )
         self.seconds = Histogram(
             "repvgg_http_request_seconds",
@@ -26,7 +29,9 @@ class RequestMetrics:
             buckets=_SECONDS,
             registry=registry,
         )
-        self.active = Gauge("repvgg_http_active_requests", "Inference requests that are under way now", registry=registry)
+        self.active = Gauge(
+            "repvgg_http_active_requests", "Inference requests that are under way now", registry=registry
+        )
         self.buffered = Gauge("repvgg_http_buffered_bytes", "Bytes of request bodies in memory now", registry=registry)
         self.ready = Gauge("repvgg_ready", "1 while /v2/health/ready answers 200, else 0", registry=registry)
 

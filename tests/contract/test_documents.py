@@ -75,7 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+def run(command: list[str], folder: Path, *, stdin: str = "") -> subprocess.CompletedProcess[str]:
     path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
     environment = {
         **os.environ,
@@ -84,7 +84,7 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
         "PYTHONWARNINGS": "error::DeprecationWarning:repvgg_deploy",
     }
     return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+        command, cwd=folder, env=environment, input=stdin, capture_output=True, text=True, check=False
     )
 
 
@@ -103,19 +103,16 @@ def exported(folder: Path) -> Path:
 def test_snippets_of_a_document_run_one_after_the_other(document: str, exported: Path) -> None:
     if document == "README.md":
         (exported / "sample.onnx").unlink()  # its own commands write it
-    ran = 0
-    for block in blocks(document):
-        if (
-            block["reason"]
-            or block["language"] in SHOWN_ONLY
-            or (block["package"] and not importlib.util.find_spec(block["package"]))
-        ):
-            continue
-        command = {"sh": ["sh", "-euc"], "python": [sys.executable, "-c"]}[block["language"]]
-        result = run([*command, block["code"]], exported)
-        assert result.returncode == 0, f"{block['code']}\n{result.stdout}{result.stderr}"
-        ran += 1
-    assert ran > 0
+    chosen = [
+        (block["language"], block["code"])
+        for block in blocks(document)
+        if not block["reason"]
+        and block["language"] not in SHOWN_ONLY
+        and (block["package"] is None or importlib.util.find_spec(block["package"]))
+    ]
+    assert chosen and {language for language, _ in chosen} <= {"sh", "python"}
+    result = run([sys.executable, "-m", "tests.contract.run_document"], exported, stdin=json.dumps(chosen))
+    assert result.returncode == 0, f"{result.stdout}{result.stderr}"
 
 
 def test_snippet_of_the_readme_recognises_the_digit(exported: Path) -> None:
@@ -167,7 +164,7 @@ FOREIGN = {"docs/run.md": {"--preload"}, "docs/troubleshooting.md": {"--gpus"}}
 @pytest.mark.parametrize("document", ["README.md", *GUIDES, *PROSE])
 def test_options_in_a_document_are_those_of_the_programs(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
-    code = "\n".join(re.findall(r"`([^`\n]+)`", text)) + "\n".join(block["code"] for block in blocks(document))
+    code = "\n".join([*re.findall(r"`([^`\n]+)`", text), *(block["code"] for block in blocks(document))])
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", code))
     known = set(re.findall(r"--[a-z][a-z0-9-]+", "\n".join(help_texts().values())))
     assert len(known) > 50

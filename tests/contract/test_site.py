@@ -132,7 +132,7 @@ def test_page_for_what_is_not_there_loads_nothing_from_the_network(site: Path) -
 def test_what_a_function_returns_is_one_item(site: Path) -> None:
     # A colon in a continued line was taken for the beginning of another value.
     engine = (site / "api" / "engine.html").read_text(encoding="utf-8")
-    sections = re.findall(r"Returns:</span>(.*?)</ul>", engine, re.S)
+    sections = re.findall(r"<p>Returns:</p>(.*?)</ul>", engine, re.S)
     assert len(sections) > 5
     assert [text for text in sections if text.count("<li") != 1] == []
 

@@ -150,11 +150,9 @@ def report(args: argparse.Namespace) -> None:
     for recipe, row in medians.items():
         print(f"{recipe:10}{row['seconds']:8.1f}{row['cpu_seconds']:8.1f}{row['peak_mb']:9.0f}")
     RESULTS.parent.mkdir(exist_ok=True)
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-    }
+    from repvgg_deploy.measure.peaks import cpu_name
+
+    machine = f"{cpu_name()}, {platform.system()}, Python {platform.python_version()}"
     RESULTS.write_text(
         json.dumps({"variant": args.variant, "repeats": args.repeats, "machine": machine, "medians": medians}, indent=1)
         + "\n"

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import sys
@@ -37,6 +36,7 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.runtime_overhead import export_random_a0, make_batch
+from repvgg_deploy.measure.peaks import cpu_name
 from repvgg_deploy.runtime.engine import Engine
 
 RESULTS = Path(__file__).resolve().parent / "results" / "runtime.json"
@@ -249,8 +249,7 @@ def main() -> int:
         result: dict[str, Any] = {
             "fp32": fp32.name,
             "int8": int8.name,
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python "
-            f"{platform.python_version()}",
+            "machine": f"{cpu_name()}, {platform.system()}, Python {platform.python_version()}",
             "batches": measure_batches(fp32, int8, args.rounds),
             "batcher": [
                 measure_batcher(path, backend, 4, 5)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import sys
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from repvgg_deploy.measure.peaks import cpu_name
 from repvgg_deploy.runtime.engine import Engine
 from repvgg_deploy.runtime.options import EngineOptions
 from repvgg_deploy.runtime.threads import Lease
@@ -126,8 +126,7 @@ def measure(model: Path, count: int, rounds: int, threads: int) -> dict[str, Any
         "batch": list(batch.shape),
         "dtype": str(batch.dtype),
         "rounds": rounds,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python "
-        f"{platform.python_version()}",
+        "machine": f"{cpu_name()}, {platform.system()}, Python {platform.python_version()}",
         "threads": threads,
         "milliseconds": {name: _quantiles(values) for name, values in wall.items()},
         "wall_percent": _against_bare(wall),

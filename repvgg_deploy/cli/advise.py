@@ -61,7 +61,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                        help="share of the peak that a layer reaches (default: 0.9 in FP32, fitted to published times; "
                             "0.4 in FP16 and INT8, assumed)")
     group.add_argument("--overhead-us", type=amount, default=50.0, metavar="US",
-                       help="microseconds that every layer takes besides, once for each group of its convolution "
+                       help="microseconds that every layer adds, once for each group of its convolution "
                             "(default: %(default)g, fitted)")
     group.add_argument("--int8-drop", type=amount, default=0.5, metavar="POINTS",
                        help="top-1 that INT8 is expected to lose, in percentage points (default: %(default)g)")

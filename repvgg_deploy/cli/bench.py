@@ -43,19 +43,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     seconds = partial(parse_number, least=0.01, most=3600, what="seconds from 0.01 to 3600")
     count = partial(parse_whole, most=(1 << 20) - 1)
     parser.add_argument("models", metavar="MODEL", nargs="+", type=Path,
-                        help="an .onnx of ours, or a .plan with its passport beside it")
+                        help="an .onnx that repvgg-export or quantize wrote, or a .plan with its passport beside it")
     add_batch_option(parser)
     parser.add_argument("--threads", type=count, default=1, metavar="N",
                         help="clients that call one Engine at once (default: %(default)s)")
     parser.add_argument("--duration", type=seconds, default=3.0, metavar="S",
-                        help="seconds for each model, batch size and way, in up to eight turns (default: %(default)g)")
+                        help="seconds for each row of the table, in up to eight turns (default: %(default)g)")
     parser.add_argument("--warm-up", type=seconds, default=0.5, metavar="S",
-                        help="seconds before, and at least three calls (default: %(default)g)")
+                        help="seconds of warm-up before each row, at least three calls (default: %(default)g)")
     parser.add_argument("--compare", type=partial(parse_names, known=_RIVALS), default=(), metavar="NAME,…",
-                        help="in turn with torch (the deploy form in float32) and onnxruntime (a bare session on the "
-                             "same file)")
+                        help="also measure, in turn, torch (the deploy form in float32) or onnxruntime (a bare session "
+                             "on the same file)")
     parser.add_argument("--image-size", type=parse_size, metavar="SIZE",
-                        help="for a model that takes any: 224 or 512x1024")
+                        help="height and width for a model that takes any, such as 224 or 512x1024")
     parser.add_argument("--layers", action="store_true", help="print the roofline of every layer; JSON always has it")
     place = parser.add_argument_group("where")
     place.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:1 (default: cuda for a plan, else cpu)")
@@ -66,7 +66,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     place.add_argument("--gpu", metavar="NAME",
                        help="which known GPU this one is, for the roofline (default: what the driver says)")
     place.add_argument("--no-peak", action="store_true",
-                       help="do not measure what the CPU can do at most: no roofline, some seconds less")
+                       help="do not measure the peak of the CPU: some seconds less, and no roofline")
     files = parser.add_argument_group("files")
     files.add_argument("--out", type=Path, metavar="FILE",
                        help="also write the results as JSON, which repvgg-trt advise reads")

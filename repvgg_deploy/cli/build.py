@@ -49,7 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE",
                         help="the plan to write; its passport is FILE.json (default: NAME.plan beside MODEL)")
     parser.add_argument("--config", type=Path, metavar="FILE",
-                        help="a build configuration, such as engines/configs/fp16.toml; options given here win")
+                        help="a build configuration, such as engines/configs/fp16.toml; options given here come first")
     parser.add_argument("--force", action="store_true", help="replace files that exist and differ")
     parser.add_argument("--no-cache", action="store_true",
                         help="build even where an identical plan was built before, and do not keep this one")

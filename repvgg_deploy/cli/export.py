@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from ..specs.values import Certificate, Preprocessing, TensorSpec
 
 DESCRIPTION = (
-    "Reparameterizes a RepVGG checkpoint and writes it as one simplified ONNX file, proven equal to the training-mode "
-    "model."
+    "Reparameterizes a RepVGG checkpoint and writes it as one simplified ONNX file, if that agrees with the "
+    "training-mode model."
 )
 EXAMPLES = """examples:
   repvgg-export --ckpt RepVGG-B2-train.pth --describe
@@ -91,14 +91,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         help="mean in 0-255 units (default: the checkpoint's own, else ImageNet's "
                              "123.675,116.28,103.53)")
     images.add_argument("--std", type=parse_triple, metavar="R,G,B",
-                        help="standard deviation in 0-255 units (default: likewise 58.395,57.12,57.375)")
+                        help="standard deviation in 0-255 units (default: as --mean, 58.395,57.12,57.375)")
     calibration = parser.add_argument_group("calibration without images (for INT8)")
     count = partial(parse_whole, most=100_000)
     calibration.add_argument("--synthetic-calibration", type=count, nargs="?", const=0, metavar="N",
                              help="synthesise N images (left out: as many as take about ten minutes, 128 at most) from "
                                   "the BatchNorm statistics of a training-form checkpoint, and write them beside the "
                                   "ONNX as NAME.calib.npz")
-    calibration.add_argument("--calibration-seed", type=int, metavar="SEED", help="other images (default: 0)")
+    calibration.add_argument("--calibration-seed", type=int, metavar="SEED",
+                             help="another number gives other images (default: 0)")
     calibration.add_argument("--calibration-steps", type=count, metavar="STEPS",
                              help="optimisation steps a batch (default: by the cost of the network)")
 

@@ -78,27 +78,28 @@ def add_image_options(group: argparse._ArgumentGroup) -> None:
                             "from the BatchNorm statistics in MODEL (default: for INT8 the NAME.calib.npz beside "
                             "MODEL, which repvgg-export --synthetic-calibration writes; for FP16 none)")
     group.add_argument("--images", type=parse_whole, default=_IMAGES, metavar="N",
-                       help="at most so many to calibrate with; up to half as many more are held out to judge "
+                       help="calibrate with at most N images; up to half as many more are held out to judge "
                             "(default: %(default)s)")
     group.add_argument("--seed", type=partial(parse_whole, least=0), default=0, metavar="N",
                        help="another choice of images (default: %(default)s)")
     group.add_argument("--min-agreement", type=float, metavar="SHARE",
-                       help="write nothing unless so large a share of the held-out images gets the best class of FP32 "
+                       help="write nothing unless this share of the held-out images keeps the best class of FP32 "
                             "(default: 0.97)")
 
 
 def add_step_options(group: argparse._ArgumentGroup) -> None:
     """How an FP32 graph becomes INT8."""
     group.add_argument("--fast", action="store_true",
-                       help="no search for exponents and weights to nearest: a fraction of the time, some dB less")
+                       help="round weights to nearest and search no exponents: much quicker, some dB less exact")
     group.add_argument("--keep", nargs="+", action="extend", metavar="LAYER",
                        help="layers that stay in floating point, such as stage0.conv")
     group.add_argument("--max-drop", type=float, metavar="POINTS",
-                       help="keep the fewest layers in floating point with which the expected top-1 drop is at most so "
-                            "many points")
+                       help="keep as few layers in floating point as hold the expected drop of top-1 to POINTS "
+                            "percentage points")
     group.add_argument("--method", choices=("max", "percentile", "entropy", "min_error"),
                        help="how activation scales are chosen (default: min_error)")
-    group.add_argument("--percentile", type=float, metavar="P", help="of --method percentile (default: 99.99)")
+    group.add_argument("--percentile", type=float, metavar="P",
+                       help="the percentile of --method percentile (default: 99.99)")
     group.add_argument("--no-equalize", action="store_true", help="leave the channels as they are")
     group.add_argument("--exponent", type=float, metavar="E",
                        help="equalize with this exponent, 0 to 1, and do not search for the best")
@@ -106,7 +107,7 @@ def add_step_options(group: argparse._ArgumentGroup) -> None:
                        help="how weights are rounded (default: second_order)")
     group.add_argument("--no-bias-correction", action="store_true", help="leave the biases as they are")
     group.add_argument("--scales", type=Path, metavar="FILE",
-                       help="take the calibration that --save-scales wrote, of the same model and images")
+                       help="use the calibration that --save-scales wrote for the same model and images")
 # fmt: on
 
 

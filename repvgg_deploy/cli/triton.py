@@ -32,14 +32,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--version", dest="version_number", type=parse_whole, metavar="N",
                         help="number of the version folder (default: one more than the highest, or that one if it "
                              "holds the same files)")
-    parser.add_argument("--force", action="store_true", help="replace what is there and differs")
+    parser.add_argument("--force", action="store_true", help="replace files that exist and differ")
     group = parser.add_argument_group("serving")
     group.add_argument("--instances", type=parse_whole, default=1, metavar="N",
                        help="copies that run at once on each GPU (default: %(default)s)")
     group.add_argument("--max-batch", type=parse_whole, metavar="N",
                        help="the largest batch (default: the plan's; 32 for an ONNX)")
     group.add_argument("--preferred-batch", type=parse_whole, nargs="+", metavar="N",
-                       help="sizes that are run at once (default: the plan's usual and largest; none for an ONNX)")
+                       help="batch sizes that run without waiting for more (default: the plan's usual and largest; "
+                            "none for an ONNX)")
     group.add_argument("--max-queue-delay-us", type=count, default=1000, metavar="N",
                        help="how long a request waits for others to join its batch, in microseconds (default: "
                             "%(default)s)")
@@ -51,7 +52,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ensemble", choices=("jpeg",),
                        help="also a model NAME_jpeg that takes JPEG files; decodes in the python backend")
     group.add_argument("--written-by", metavar="NAME",
-                       help="kept in the models' parameters, for programs that take out again what they wrote")
+                       help="a name kept in the models' parameters, by which a program finds what it wrote")
 # fmt: on
 
 

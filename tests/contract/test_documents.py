@@ -255,6 +255,13 @@ def test_error_messages_in_a_document_are_those_of_the_code(document: str, least
         assert any(pattern.search(text) for text in texts_of_the_package()), f"{document}: no error says {message!r}"
 
 
+def test_page_on_installing_lists_every_extra() -> None:
+    tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", page, re.M) == list(extras)
+
+
 def test_readme_is_one_page_and_begins_with_a_command() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(readme.split()) <= 1500

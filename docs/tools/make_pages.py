@@ -108,7 +108,7 @@ def mark_span(span: str, page: str, names: dict[str, str]) -> str:
     code = span.strip("`")
     if re.fullmatch(r"--?[a-z][^`]{,28}", code):
         return f"{span}{{ .option }}"
-    target = names.get(code)
+    target = names.get(code) if re.search(r"[A-Z_ -]", code) else None  # `compare` may be a command, a function, a word
     if target is None or target.partition("#")[0] == page:
         return span
     return f"[{span}]({_relative(target, page)})"

@@ -72,8 +72,9 @@ def _describe(item: Any, path: str, level: int) -> Iterator[str]:
     yield f"{'#' * level} `{item.name}` {{ #{path} }}\n"
     sections = item.docstring.parsed
     fields = [section for section in sections if section.kind.value == "attributes"]
-    if kind == "attribute":  # a property
-        yield f"`{_type(item.annotation)}`{{ .type }}\n"
+    if kind == "attribute":  # a property: its type stands before its text
+        text, *sections = sections
+        yield f"`{_type(item.annotation)}`{{ .type }}: {_text(text.value)}\n"
     elif not fields or "dataclass" not in item.labels:
         yield f"```python\n{_signature(item)}\n```\n"
     for section in sections:

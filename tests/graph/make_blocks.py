@@ -31,6 +31,12 @@ class Draw:
         self.constants.append(numpy_helper.from_array(np.asarray(values, np.float32), name))
         return name
 
+    def constant_integers(self, values: Sequence[int]) -> str:
+        """An int64 initializer."""
+        name = f"c{len(self.constants)}"
+        self.constants.append(numpy_helper.from_array(np.asarray(values, np.int64), name))
+        return name
+
     def random_constant(self, *shape: int) -> str:
         """A constant of normally distributed values."""
         return self.constant(self.random.standard_normal(shape))
@@ -82,6 +88,20 @@ class Draw:
         """Average pooling that keeps the size, zeros counted, unless said otherwise."""
         attributes = {"strides": [1, 1], "pads": [size // 2] * 4, "count_include_pad": 1} | attributes
         return self.node("AveragePool", [x], kernel_shape=[size, size], **attributes)
+
+    def pooled(self, x: str) -> str:
+        """Global average pooling."""
+        return self.node("GlobalAveragePool", [x])
+
+    def slice(self, x: str, start: int, end: int, channels: int, *, step: int = 1) -> str:
+        """Some of the channels."""
+        numbers = [self.constant_integers([value]) for value in (start, end, 1, step)]
+        return self.node("Slice", [x, *numbers], channels)
+
+    def transposed(self, x: str, out: int, *, group: int = 1) -> str:
+        """A transposed convolution that doubles the size."""
+        weight = self.random_constant(self.channels[x], out // group, 2, 2)
+        return self.node("ConvTranspose", [x, weight, self.random_constant(out)], out, group=group, strides=[2, 2])
 
     def model(self, *outputs: str) -> onnx.ModelProto:
         """The graph from `x`, (n, 8, h, w), to these tensors."""

@@ -85,6 +85,9 @@ def add_image_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--min-agreement", type=float, metavar="SHARE",
                        help="write nothing unless this share of the held-out images keeps the best class of FP32 "
                             "(default: 0.97)")
+    group.add_argument("--min-sqnr", type=float, metavar="DB",
+                       help="the same for a graph without a classifier: every output must reach so many "
+                            "decibels (default: 20)")
 
 
 def add_step_options(group: argparse._ArgumentGroup) -> None:
@@ -114,6 +117,7 @@ def add_step_options(group: argparse._ArgumentGroup) -> None:
 def find_given(args: argparse.Namespace) -> list[str]:
     """Which options of the quantization are given."""
     others = {"--calib": args.calib is not None, "--min-agreement": args.min_agreement is not None}
+    others |= {"--min-sqnr": args.min_sqnr is not None}
     others |= {"--images": args.images != _IMAGES, "--seed": args.seed != 0, "--io": args.io != "fp32"}
     return [*(flag for flag, is_given in others.items() if is_given), *_given_for_int8(args)]
 
@@ -140,6 +144,7 @@ def find_conflict(args: argparse.Namespace) -> str | None:
         wrong = [flag for flag in _NEEDS_IMAGES if flag in given]
         wrong += ["--rounding second_order"] if args.rounding == "second_order" else []
         wrong += ["--min-agreement"] if args.min_agreement is not None else []
+        wrong += ["--min-sqnr"] if args.min_sqnr is not None else []
         if wrong:
             return f"{wrong[0]} needs images: it cannot hold with --calib statistics"
         if args.plot is not None and args.no_equalize:
@@ -186,7 +191,7 @@ def read_options(args: argparse.Namespace) -> QuantizeOptions:
     """
     from ..precision.fp16 import Fp16Options
     from ..precision.int8 import Int8Options
-    from ..precision.options import MIN_AGREEMENT, QuantizeOptions
+    from ..precision.options import MIN_AGREEMENT, MIN_SQNR_DB, QuantizeOptions
 
     is_int8 = args.precision == "int8"
     return QuantizeOptions(
@@ -197,6 +202,7 @@ def read_options(args: argparse.Namespace) -> QuantizeOptions:
         _read_int8_options(args) if is_int8 else Int8Options(),
         Fp16Options() if is_int8 else Fp16Options(io=args.io),
         MIN_AGREEMENT if args.min_agreement is None else args.min_agreement,
+        MIN_SQNR_DB if args.min_sqnr is None else args.min_sqnr,
         args.scales,
         args.save_scales,
     )
@@ -313,6 +319,7 @@ def _fp16_pairs(report: Fp16Report) -> list[tuple[str, str]]:
     return [
         ("ranges", f"{found}: up to {report.largest[layer]:.3g} at {layer}, and FP16 ends at 65504"),
         ("rescaled", moved),
+        *([("in FP32", f"{', '.join(report.islands)}: FP16 does not hold them")] if report.islands else []),
     ]
 
 
@@ -322,8 +329,9 @@ def _verdict(options: QuantizeOptions, result: QuantizeResult) -> list[tuple[str
         return [("not verified", result.ungated)]
     what = "held-out images" if found.held_out else "images" if result.images is not None else "drawn images"
     if found.agreement is None:
-        where = f"the outputs on {found.images} {what} ({result.ungated})"
-        return [("SQNR", f"{found.sqnr_db:.1f} dB of {where}")]
+        least = f"at least {options.min_sqnr_db:g} dB each" if options.precision == "int8" else result.ungated
+        each = ", ".join(f"{name} {sqnr_db:.1f} dB" for name, sqnr_db in found.outputs)
+        return [("SQNR", f"{each} on {found.images} {what} ({least})")]
     demanded = result.ungated or describe_demand(found.agreement, options.min_agreement)
     same = f"{found.images - found.differing} of {found.images} {what} keep FP32's best class"
     return [

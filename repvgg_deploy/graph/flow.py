@@ -100,8 +100,8 @@ def rescale_channels(view: GraphView, flow: ChannelFlow, factors: Factors) -> on
         A copy. Weights are multiplied by the factors of what they read and divided by those of what they make, in
         float64, and stored in their own type; what several nodes share gets a copy for each that needs another.
     """
-    if factors.shape != (flow.count,) or not (factors > 0).all() or any(factors[i] != 1 for i in flow.held):
-        raise ValueError("factors must be positive, one for each variable, and 1 for those that are held")
+    assert factors.shape == (flow.count,) and (factors > 0).all(), "factors are positive, one for each variable"
+    assert all(factors[variable] == 1 for variable in flow.held), "what is held keeps 1"
     places = [(node, index, 1 / factors[ids]) for node, index, ids in flow.shifts]
     for layer in flow.weighted:
         places.append((layer.node, 1, _weight_factors(view, layer, factors)))

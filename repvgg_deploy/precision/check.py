@@ -10,8 +10,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from ..errors import CalibrationError
-from .chain import opset_of
-from .halves import SMALLEST_NORMAL
+from .answers import find_types
+from .halves import FULL_INPUTS, SMALLEST_NORMAL
+from .network import opset_of
+from .normalise import KINDS
 
 Target: TypeAlias = Literal["trt8", "trt10"]
 """`trt8`: FP32 scales, opset 17 at most (TensorRT 8.5 and 8.6).
@@ -54,17 +56,17 @@ def check_quantized(model: onnx.ModelProto, *, target: Target = "trt8", kept: Co
     for node in model.graph.node:
         if node.op_type in _PAIR:
             _check_constants(node, constants, TensorProto.FLOAT16 if target == "trt10" else TensorProto.FLOAT)
-            _check_granularity(node, constants)
+            _check_granularity(model, node, constants)
         behind_conv = node.op_type == "QuantizeLinear" and _type_of(producers, node.input[0]) == "Conv"
         if behind_conv and _feeds_relu(model, node):
             raise _refusal(node, "stands between a convolution and its ReLU, which breaks their fusion")
-        if node.op_type in ("Conv", "Gemm"):
+        if node.op_type in KINDS and (node.op_type != "MatMul" or _is_stored(node.input[1], producers, constants)):
             _check_layer(node, producers, constants, node.name in kept)
     check_types(model)
 
 
-def check_halves(model: onnx.ModelProto) -> None:
-    """Fails when a graph is not FP16 from the image to the classifier.
+def check_halves(model: onnx.ModelProto, *, full: Collection[str] = ()) -> None:
+    """Fails when a layer of a graph is not FP16, but for those in `full`.
 
     Refused: a layer in FP32, operands of different types, a stored infinity or NaN.
 
@@ -78,7 +80,7 @@ def check_halves(model: onnx.ModelProto) -> None:
                 f"this is not a plain FP16 graph: it holds {node.op_type} {node.name!r}",
                 remedy="check it with check_quantized",
             )
-        if node.op_type in ("Conv", "Gemm") and kinds[node.output[0]] != TensorProto.FLOAT16:
+        if node.op_type in KINDS and node.name not in full and kinds[node.output[0]] != TensorProto.FLOAT16:
             raise CalibrationError(
                 f"{node.op_type} {node.name!r} computes in {_name(kinds[node.output[0]])}, expected FLOAT16",
                 remedy=_HALF_REMEDY,
@@ -95,13 +97,13 @@ def check_types(model: onnx.ModelProto) -> dict[str, int]:
         CalibrationError: Two floating-point types meet, an 8-bit image is read by anything but Cast, an output is not
             of the type that it declares, or a stored FP16 tensor holds infinity or NaN.
     """
-    constants = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    kinds = constants | {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
+    kinds = find_types(model)
     for tensor in model.graph.initializer:
         if tensor.data_type == TensorProto.FLOAT16 and not np.isfinite(numpy_helper.to_array(tensor)).all():
             raise CalibrationError(f"{tensor.name} holds infinity or NaN in FP16", remedy=_HALF_REMEDY)
     for node in model.graph.node:
-        read = [kinds[name] for name in node.input if name in kinds]
+        fixed = FULL_INPUTS.get(node.op_type, ())
+        read = [kinds[name] for index, name in enumerate(node.input) if name in kinds and index not in fixed]
         if TensorProto.UINT8 in read and node.op_type not in ("Cast", *_PAIR):
             raise CalibrationError(
                 f"{node.op_type} {node.name!r} reads 8-bit images, and TensorRT takes them into Cast only",
@@ -113,7 +115,6 @@ def check_types(model: onnx.ModelProto) -> dict[str, int]:
                 f"{node.op_type} {node.name!r} reads both FP32 and FP16, and a strongly typed network refuses it",
                 remedy=_REMEDY,
             )
-        kinds |= zip(node.output, (_result(node, read), TensorProto.INT64), strict=False)
     for value in model.graph.output:
         if kinds.get(value.name) != value.type.tensor_type.elem_type:
             found, said = (_name(kind) for kind in (kinds.get(value.name, 0), value.type.tensor_type.elem_type))
@@ -121,17 +122,6 @@ def check_types(model: onnx.ModelProto) -> dict[str, int]:
                 f"output {value.name} is of type {found}, and the graph declares {said}", remedy=_HALF_REMEDY
             )
     return kinds
-
-
-def _result(node: onnx.NodeProto, read: list[int]) -> int:
-    """Type of a node's first output; `read` are the types of its inputs."""
-    if node.op_type == "Cast":
-        return int(next(helper.get_attribute_value(a) for a in node.attribute if a.name == "to"))
-    if node.op_type == "QuantizeLinear":
-        return read[2] if len(read) > 2 else int(TensorProto.UINT8)
-    if node.op_type == "DequantizeLinear":
-        return read[1]
-    return read[0] if read else int(TensorProto.UNDEFINED)
 
 
 def _name(kind: int) -> str:
@@ -155,7 +145,7 @@ def _check_constants(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto
         raise _refusal(node, "has a scale that is subnormal in FP16")
 
 
-def _check_granularity(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> None:
+def _check_granularity(model: onnx.ModelProto, node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> None:
     """One scale for a whole activation, one for each output channel of a weight."""
     scale = constants[node.input[1]]
     if node.input[0] not in constants:
@@ -166,10 +156,18 @@ def _check_granularity(node: onnx.NodeProto, constants: dict[str, onnx.TensorPro
     if weight.data_type != TensorProto.INT8:
         raise _refusal(node, f"is of {_name(weight.data_type)}, expected INT8")
     axis = next((helper.get_attribute_value(a) for a in node.attribute if a.name == "axis"), 1)
-    if list(scale.dims) != [weight.dims[0]] or axis != 0:
+    readers = [reader.op_type for reader in model.graph.node if node.output[0] in reader.input]
+    wanted = 1 if any(reader in ("MatMul", "ConvTranspose") for reader in readers) else 0
+    if axis != wanted or list(scale.dims) != [weight.dims[wanted]]:
         raise _refusal(
-            node, f"needs one scale per output channel on axis 0, found shape {list(scale.dims)} on axis {axis}"
+            node, f"needs one scale per output channel on axis {wanted}, found shape {list(scale.dims)} on axis {axis}"
         )
+
+
+def _is_stored(tensor: str, producers: dict[str, onnx.NodeProto], constants: dict[str, onnx.TensorProto]) -> bool:
+    """Whether a tensor is stored, as it is or behind DequantizeLinear."""
+    node = producers.get(tensor)
+    return tensor in constants or (node is not None and node.op_type == _PAIR[1] and node.input[0] in constants)
 
 
 def _check_layer(

@@ -19,8 +19,8 @@ import numpy as np
 
 from ..errors import CalibrationError
 from ..specs.values import ChannelStatistics, Preprocessing
-from .chain import Chain, Float64, FloatArray, Layer, read_weights
 from .fp16 import INPUT_SUFFIX, decode_channels
+from .network import Float64, FloatArray, Layer, Network, read_weights
 from .ranges import BINS, Statistics, TensorStatistics
 from .scales import graph_sha256
 from .typed_model import Parent
@@ -58,35 +58,38 @@ def closed_form_statistics(parent: Parent) -> tuple[Statistics, dict[str, tuple[
     Raises:
         CalibrationError: The metadata holds no BatchNorm statistics, or none of a layer that needs them.
     """
-    chain, metadata = parent.chain, parent.metadata
+    network, metadata = parent.network, parent.metadata
     if not metadata.statistics or metadata.spec.preprocessing is None:
         raise CalibrationError(
             "the ONNX states no BatchNorm statistics: it was exported from a deploy form", remedy=_REMEDY
         )
-    known = _propagate(chain, metadata.statistics, metadata.spec.preprocessing)
-    missing = [name for name in chain.quantized_tensors() if name not in known]
+    known = _propagate(network, metadata.statistics, metadata.spec.preprocessing)
+    missing = [name for name in network.quantized_tensors() if name not in known]
     if missing:
         raise CalibrationError(f"nothing is known of {missing[0]} without images", remedy=_REMEDY)
-    stated = _stated_inputs(chain, metadata.statistics)
-    tensors = {name: _as_statistics(known[name], stated.get(name)) for name in chain.quantized_tensors()}
+    stated = _stated_inputs(network, metadata.statistics)
+    tensors = {name: _as_statistics(known[name], stated.get(name)) for name in network.quantized_tensors()}
     moments = {name: _moments(known[name], stated.get(name)) for name in tensors}
-    return Statistics(tensors, 0, f"statistics:{graph_sha256(chain.model)}"), moments
+    return Statistics(tensors, 0, f"statistics:{graph_sha256(network.model)}"), moments
 
 
 def _propagate(
-    chain: Chain, statistics: Mapping[str, ChannelStatistics], preprocessing: Preprocessing
+    network: Network, statistics: Mapping[str, ChannelStatistics], preprocessing: Preprocessing
 ) -> dict[str, _Normal]:
     """Walks the graph, from the image on; by tensor, those of which something is known."""
-    weights, layers = read_weights(chain.model), {layer.name: layer for layer in chain.layers}
-    known = {chain.image: _image(preprocessing)}
-    for node in chain.model.graph.node:
+    weights, layers = read_weights(network), {layer.name: layer for layer in network.layers}
+    known = {network.image: _image(preprocessing)}
+    for node in network.model.graph.node:
         if node.name in layers:
             layer = layers[node.name]
-            found = _behind_layer(layer, known.get(layer.input), statistics.get(layer.output), weights)
+            found, output = (
+                _behind_layer(layer, known.get(layer.input), statistics.get(layer.output), weights),
+                layer.output,
+            )
         else:
-            found = _behind(node.op_type, known.get(node.input[0]))
+            found, output = _behind(node.op_type, known.get(node.input[0])), node.output[0]
         if found is not None:
-            known[node.output[0]] = found
+            known[output] = found
     return known
 
 
@@ -121,10 +124,10 @@ def _moments(normal: _Normal, stated: tuple[Float64, Float64] | None) -> tuple[F
     return (mean, std) if stated is None else (stated[0], np.where(stated[1] > 0, stated[1], std))
 
 
-def _stated_inputs(chain: Chain, statistics: Mapping[str, ChannelStatistics]) -> dict[str, tuple[Float64, Float64]]:
+def _stated_inputs(network: Network, statistics: Mapping[str, ChannelStatistics]) -> dict[str, tuple[Float64, Float64]]:
     """Mean and standard deviation of what blocks read, by tensor; the standard deviation is 0 where it is not known."""
     found = {}
-    for layer in chain.layers:
+    for layer in network.layers:
         value = statistics.get(layer.output.removesuffix(".conv") + INPUT_SUFFIX)
         if value is not None:
             found[layer.input] = (decode_channels(value.mean), decode_channels(value.std))

@@ -1,8 +1,8 @@
-"""Exact rescaling of channels along the chain: channels get alike ranges, and the network computes the same.
+"""Exact rescaling of channels: they get alike ranges, and the network computes the same.
 
 ReLU(x / s) = ReLU(x) / s for s > 0: output channel c of a layer (weight row and bias) is divided by s_c, and input
-channel c of every layer that reads it is multiplied by s_c. Pooling, Flatten and SE gates pass the factor on; a channel
-that a graph output shows stays as it is.
+channel c of every layer that reads it is multiplied by s_c. What lets a factor pass, and which channels must share one,
+`graph.flow` knows; a channel that something sees as it is stays as it is.
 Source: Nagel et al. 2019, https://arxiv.org/abs/1906.04721 (cross-layer equalization); Xiao et al. 2022,
 https://arxiv.org/abs/2211.10438 (the exponent between activations and weights).
 """
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CalibrationError
-from .chain import Chain, Float64, FloatArray, Interface, Layer, input_norms, read_weights, scale_inputs
+from .network import Float64, FloatArray, Ids, Interface, Layer, Network, input_norms, read_weights, scale_inputs
 
 _LARGEST_RATIO = 2.0**20
 """Factors of one interface span at most this range: a channel that is weaker carries nothing that INT8 could keep."""
@@ -65,84 +65,135 @@ class InterfaceReport:
 
 
 def equalize(
-    chain: Chain, ranges: Mapping[str, NDArray[np.floating]], options: EqualizeOptions | None = None
-) -> tuple[Chain, dict[str, Float64], tuple[InterfaceReport, ...]]:
+    network: Network, ranges: Mapping[str, NDArray[np.floating]], options: EqualizeOptions | None = None
+) -> tuple[Network, Float64, tuple[InterfaceReport, ...]]:
     """Rescales every interface that allows it, by the range of each channel of each layer's input, (C,), by tensor.
 
     Returns:
-        A network that computes what the original does; what the channels of each layer's input were divided by, float64
-        (C,), by tensor; and a report of each interface.
+        A network that computes what the original does; what each variable was divided by, float64 (count,); and a
+        report of each interface.
 
     Raises:
         CalibrationError: Ranges are missing, not finite, or of another shape.
     """
     options = options or EqualizeOptions()
-    weights = read_weights(chain.model)
-    factors: dict[str, Float64] = {}
-    reports = []
-    for interface in chain.interfaces:
+    weights = read_weights(network)
+    activation = network.gather({layer.input: read_range(layer, ranges) for layer in network.layers})
+    factors, reports = network.ones(), []
+    for interface in network.interfaces:
         exponent = (options.by_interface or {}).get(interface.source, options.exponent)
-        if interface.blocked_by is not None:
-            reports.append(InterfaceReport(interface.source, exponent, 1.0, 1.0, interface.blocked_by))
-            continue
-        reader = main_reader(interface, chain)
-        activation = read_range(reader, ranges)
-        norms = reader_norms(reader, weights)
-        scale = choose_factors(activation, norms, exponent, powers_of_two=options.powers_of_two)
-        rescale(weights, chain, interface, scale)
-        factors |= {chain.layer(name).input: scale for name in interface.readers}
-        before, after = _spread(activation), _spread(activation / scale)
-        reports.append(InterfaceReport(interface.source, exponent, before, after, None))
-    return chain.with_weights(weights), factors, tuple(reports)
+        free = interface.variables
+        if interface.blocked_by is None:
+            seen, is_free = read_beside(interface, network)
+            chosen = choose_factors(
+                activation[seen],
+                reader_norms(interface, network, weights)[seen],
+                exponent,
+                free=is_free,
+                powers_of_two=options.powers_of_two,
+            )
+            factors[seen] = chosen
+        before, after = _spread(activation[free]), _spread(activation[free] / factors[free])
+        reports.append(InterfaceReport(interface.source, exponent, before, after, interface.blocked_by))
+    return network.with_weights(rescale(weights, network, factors)), factors, tuple(reports)
 
 
-def apply_factors(chain: Chain, factors: Mapping[str, Float64]) -> Chain:
-    """Rescales interfaces by given factors: positive, (C,), by name of the layer before the interface.
+def encode(network: Network, factors: Float64) -> dict[str, Float64]:
+    """Factors as a calibration keeps them: what the output channels of each layer are divided by, (C,), by its name."""
+    found = {layer.name: factors[layer.result] for layer in network.layers}
+    return {name: values for name, values in found.items() if np.any(values != 1)}
+
+
+def apply_factors(network: Network, saved: Mapping[str, Float64]) -> Network:
+    """The network rescaled by what `encode` gave.
 
     Raises:
-        CalibrationError: They are of another graph, or an interface cannot be rescaled.
+        CalibrationError: They are of another graph.
     """
-    weights = read_weights(chain.model)
-    interfaces = {interface.source: interface for interface in chain.interfaces if interface.blocked_by is None}
-    for source, scale in factors.items():
-        if source not in interfaces or scale.shape != (chain.layer(source).out_channels,) or not (scale > 0).all():
-            raise CalibrationError(f"saved factors of {source!r} do not suit this graph", remedy="calibrate again")
-        rescale(weights, chain, interfaces[source], scale)
-    return chain.with_weights(weights)
+    return network.with_weights(rescale(read_weights(network), network, decode(network, saved)))
 
 
-def choose_factors(activation: Float64, weight: Float64, exponent: float, *, powers_of_two: bool = False) -> Float64:
+def decode(network: Network, saved: Mapping[str, Float64]) -> Float64:
+    """The factor of each variable, (count,), of what `encode` gave.
+
+    Raises:
+        CalibrationError: They are of another graph.
+    """
+    layers, factors, free = {layer.name: layer for layer in network.layers}, network.ones(), network.free()
+    for name, values in saved.items():
+        layer = layers.get(name)
+        if (
+            layer is None
+            or values.shape != (layer.out_channels,)
+            or not (values > 0).all()
+            or not np.isin(layer.result[values != 1], free).all()
+        ):
+            raise CalibrationError(f"saved factors of {name!r} do not suit this graph", remedy="calibrate again")
+        factors[layer.result] = values
+    return factors
+
+
+def choose_factors(
+    activation: Float64,
+    weight: Float64,
+    exponent: float,
+    *,
+    free: NDArray[np.bool_] | None = None,
+    powers_of_two: bool = False,
+) -> Float64:
     """Factors s = activation^exponent / weight^(1 − exponent), (C,), by their median.
 
     Activations are divided by them, weights multiplied; `weight` is the largest magnitude that reads each channel.
+    Channels that are not `free` keep 1, and the others get ranges like theirs: it is their median that counts then.
     """
+    free = np.ones(len(activation), bool) if free is None else free
     alive = (activation > 0) & (weight > 0)
-    if not alive.any():
+    if not (alive & free).any():
         return np.ones_like(activation)
     logs = np.zeros_like(activation)
     logs[alive] = exponent * np.log2(activation[alive]) - (1 - exponent) * np.log2(weight[alive])
-    logs[alive] -= np.median(logs[alive])
+    logs[alive] -= np.median(logs[alive & ~free] if (alive & ~free).any() else logs[alive])
     limit = np.log2(_LARGEST_RATIO) / 2
-    logs = np.clip(logs, -limit, limit)
+    logs = np.where(free, np.clip(logs, -limit, limit), 0.0)
     return np.exp2(np.round(logs) if powers_of_two else logs)
 
 
-def rescale(weights: dict[str, FloatArray], chain: Chain, interface: Interface, scale: Float64) -> None:
-    """Divides the output channels of an interface by `scale`, and multiplies what reads them; changes `weights`."""
-    source = chain.layer(interface.source)
-    column = scale.reshape(-1, *[1] * (len(source.weight_shape) - 1))
-    weights[source.weight] = (weights[source.weight] / column).astype(np.float32)
-    weights[source.bias] = (weights[source.bias] / scale).astype(np.float32)
-    for name in interface.readers:
-        reader = chain.layer(name)
-        weights[reader.weight] = scale_inputs(weights[reader.weight].astype(np.float64), reader.groups, scale).astype(
-            np.float32
-        )
+def rescale(weights: dict[str, FloatArray], network: Network, factors: Float64) -> dict[str, FloatArray]:
+    """What computes the same with every channel divided by the factor of its variable, (count,); changes `weights`."""
+    for layer in network.layers:
+        source, result = factors[layer.source], factors[layer.result]
+        if np.any(source != 1):
+            wide = weights[layer.weight].astype(np.float64)
+            weights[layer.weight] = scale_inputs(wide, layer.groups, source).astype(np.float32)
+        if np.any(result != 1):
+            column = result.reshape(-1, *[1] * (len(layer.weight_shape) - 1))
+            weights[layer.weight] = (weights[layer.weight] / column).astype(np.float32)
+            weights[layer.bias] = (weights[layer.bias] / result).astype(np.float32)
+    for name, ids in network.shifts:
+        if np.any(factors[ids] != 1):
+            weights[name] = (weights[name] / factors[ids]).astype(np.float32)
+    return weights
 
 
-def main_reader(interface: Interface, chain: Chain) -> Layer:
+def main_reader(interface: Interface, network: Network) -> Layer:
     """The reader with most weights: of a block's convolution and its SE, the convolution."""
-    return max(map(chain.layer, interface.readers), key=lambda layer: int(np.prod(layer.weight_shape)))
+    return max(map(network.layer, interface.readers), key=lambda layer: int(np.prod(layer.weight_shape)))
+
+
+def read_beside(interface: Interface, network: Network) -> tuple[Ids, NDArray[np.bool_]]:
+    """The variables of an interface and those that its main reader reads beside them; and which are the former."""
+    seen = np.union1d(interface.variables, main_reader(interface, network).source)
+    return seen, np.isin(seen, interface.variables)
+
+
+def reader_norms(interface: Interface, network: Network, weights: Mapping[str, FloatArray]) -> Float64:
+    """Largest absolute weight that reads each variable of an interface, (count,): of the main reader, where it does."""
+    main, found = main_reader(interface, network), np.zeros(network.count)
+    others = np.zeros(network.count)
+    for layer in map(network.layer, interface.readers):
+        norms = input_norms(weights[layer.weight], layer.groups, order="max")
+        np.maximum.at(found if layer is main else others, layer.source, norms)
+    return np.where(np.isin(np.arange(network.count), main.source), found, others)
 
 
 def read_range(layer: Layer, ranges: Mapping[str, NDArray[np.floating]]) -> Float64:
@@ -159,11 +210,6 @@ def read_range(layer: Layer, ranges: Mapping[str, NDArray[np.floating]]) -> Floa
             remedy="collect them with ranges.collect on this model",
         )
     return np.asarray(found, np.float64)
-
-
-def reader_norms(layer: Layer, weights: Mapping[str, FloatArray]) -> Float64:
-    """Largest absolute weight that reads each input channel, float64 (in,)."""
-    return input_norms(weights[layer.weight], layer.groups, order="max")
 
 
 def _spread(ranges: Float64) -> float:

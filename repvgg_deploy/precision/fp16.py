@@ -1,7 +1,7 @@
 """FP32 ONNX → FP16 ONNX, strongly typed: weights and everything between the image and the logits are FP16.
 
 FP16 ends at 65504, and loses digits below 6e-5. Where the range of a channel, with a margin, or its weights come near
-either end, the channel is rescaled by a power of two along the chain: exact, and never a clipping. The ranges are
+either end, the channel is rescaled by a power of two along the network: exact, and never a clipping. The ranges are
 measured on images, or, without any, stated by the BatchNorm layers and tried on drawn images.
 """
 
@@ -15,16 +15,19 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import onnx
 from numpy.typing import NDArray
+from onnx import TensorProto
 
 from ..errors import CalibrationError, ModelError
+from ..graph.edit import GraphView
 from ..images.decode import normalize
 from ..specs.values import ChannelStatistics, ModelSpec
-from .chain import Chain, Float64, FloatArray, Interface, Layer, read_weights
+from .answers import ACTIVATIONS, MOVES, POOLS, find_answers, find_types
 from .check import check_halves
-from .equalize import rescale
+from .equalize import encode, rescale
 from .halves import LARGEST, SMALLEST_NORMAL, Io, half_spec, write_halves
+from .network import Float64, Network, read_weights
 from .ranges import require_finite, widen_ranges
-from .run_onnx import count_images, run_tensors
+from .run_onnx import count_images, run_tensors, split_batches
 from .typed_model import Parent, StrPath, TypedModel, extend, load_parent
 
 RangeSource: TypeAlias = Literal["images", "statistics", "synthetic"]
@@ -39,6 +42,8 @@ block's branches, whose variances the statistics add as if they were independent
 FP16 has digits to spare below, and rescaling is exact."""
 UNSEEN = 32.0
 """How much further real images may reach than drawn ones, where nothing else is known. The same A0: 12 times."""
+_BOUNDED = ("Sigmoid", "HardSigmoid", "Softmax", "Tanh", "Clip", "Erf")
+_UNBOUNDED = ("Relu", "LeakyRelu", "PRelu", "HardSwish")
 _COMFORTABLE = 16.0  # where the values of a channel that must be moved are moved to
 _HIGHEST = 4096.0  # where they may lie if its weights would otherwise be subnormal
 _TINY = SMALLEST_NORMAL * 64  # a row whose largest weight is smaller loses digits that matter
@@ -79,6 +84,7 @@ class Fp16Report:
             the margin.
         rescaled: By layer: how many of its output channels were rescaled; layers without any are left out.
         factors: By layer, of the same layers: smallest and largest power of two that a channel was divided by.
+        islands: Tensors that are made in FP32, because FP16 does not hold them or what they are made of.
     """
 
     source: RangeSource
@@ -86,6 +92,7 @@ class Fp16Report:
     largest: dict[str, float]
     rescaled: dict[str, int]
     factors: dict[str, tuple[float, float]]
+    islands: tuple[str, ...] = ()
 
 
 def to_fp16(
@@ -109,9 +116,12 @@ def to_fp16(
     options = options or Fp16Options()
     parent = load_parent(source)
     ranges, known_from, images = find_ranges(parent, batches)
-    fitted, factors = fit_ranges(parent.chain, ranges, options)
-    typed = write_halves(fitted.model, io=options.io)
-    check_halves(typed)
+    fitted, factors, beyond = fit_ranges(parent.network, ranges, options)
+    tried = draw_batches(parent.metadata.spec) if batches is None else batches
+    margin = options.margin * (UNSEEN if batches is None else 1)
+    islands = find_islands(fitted, [*beyond, *find_large(fitted, tried, LARGEST / margin)])
+    typed = write_halves(fitted.model, io=options.io, full=islands)
+    check_halves(typed, full={node.name for node in typed.graph.node if islands.intersection(node.output)})
     rescaled = {name: int((factor != 1).sum()) for name, factor in factors.items()}
     said: dict[str, str | int | float | bool | None] = {
         "margin": options.margin,
@@ -119,62 +129,115 @@ def to_fp16(
         "ranges": known_from,
         "images": images,
         "rescaled_channels": sum(rescaled.values()),
-    }
+    } | ({"fp32": ", ".join(sorted(islands))} if islands else {})
     report = Fp16Report(
         known_from,
         images,
-        {layer.name: float(ranges[layer.output].max()) for layer in parent.chain.layers},
+        {layer.name: float(ranges[layer.output].max()) for layer in parent.network.layers},
         rescaled,
         {name: (float(factor.min()), float(factor.max())) for name, factor in factors.items()},
+        tuple(sorted(islands)),
     )
     return extend(parent, typed, stage="fp16", options=said, spec=half_spec(parent.metadata.spec, options.io)), report
 
 
-def fit_ranges(chain: Chain, ranges: Mapping[str, Float64], options: Fp16Options) -> tuple[Chain, dict[str, Float64]]:
+def fit_ranges(
+    network: Network, ranges: Mapping[str, Float64], options: Fp16Options
+) -> tuple[Network, dict[str, Float64], list[str]]:
     """Rescales channels by powers of two, first layer to last, where FP16 cannot hold them or what makes them.
 
     Takes ranges by name of a layer's output, (C,). Gives the same function, and by layer what the output channels of
-    each rescaled one were divided by, (C,).
-
-    Raises:
-        CalibrationError: What cannot be rescaled does not fit.
+    each rescaled one were divided by, (C,); and the outputs of layers that cannot be rescaled and do not fit.
     """
-    weights = read_weights(chain.model)
-    factors: dict[str, Float64] = {}
-    for layer, interface in zip(chain.layers, chain.interfaces, strict=True):
-        values = ranges[layer.output] * options.margin
-        wanted = _factors(values, weights[layer.weight], weights[layer.bias])
-        if interface.blocked_by is None and np.any(wanted != 1):
-            rescale(weights, chain, interface, wanted)
-            factors[layer.name] = wanted
-            values = values / wanted
-        _check_fit(layer, interface, values, weights)
-    return chain.with_weights(weights), factors
+    weights, factors = read_weights(network), network.ones()
+    for interface in (interface for interface in network.interfaces if interface.blocked_by is None):
+        tops, rows = network.ones() * 0, np.full(network.count, np.inf)
+        for layer in network.layers:
+            if np.isin(layer.result, interface.variables).any():
+                weight, bias = weights[layer.weight], np.abs(weights[layer.bias])
+                largest = np.abs(weight.reshape(len(weight), -1)).max(axis=1).astype(np.float64)
+                values = ranges[layer.output] * options.margin
+                np.maximum.at(tops, layer.result, np.maximum(np.maximum(values, largest), bias))
+                np.minimum.at(rows, layer.result, np.where(largest > 0, largest, np.inf))
+        wanted = network.ones()
+        wanted[interface.variables] = _factors(tops[interface.variables], rows[interface.variables])
+        if np.any(wanted != 1):
+            rescale(weights, network, wanted)
+            factors *= wanted
+    beyond = []
+    for layer in network.layers:
+        largest = max(float(np.abs(weights[name]).max()) for name in (layer.weight, layer.bias))
+        if network.blocked_by(layer) != "Sigmoid":  # which makes 1 of infinity, as it makes of 65504
+            largest = max(largest, float((ranges[layer.output] * options.margin / factors[layer.result]).max()))
+        if largest > LARGEST:
+            beyond.append(layer.output)
+    return network.with_weights(weights), encode(network, factors), beyond
 
 
-def _factors(values: Float64, weight: FloatArray, bias: FloatArray) -> Float64:
-    """Powers of two to divide the channels of a layer's output by; 1 where FP16 holds them as they are."""
-    # Of a row's weights only the largest matters: what is a thousand times smaller changes nothing that FP16 shows.
-    rows = np.abs(weight.reshape(len(weight), -1)).max(axis=1).astype(np.float64)
-    top = np.maximum(np.maximum(values, rows), np.abs(bias))
-    move = (top > LARGEST) | ((rows > 0) & (rows < _TINY))
-    top, rows = np.where(move, top, 1.0), np.where(move & (rows > 0), rows, np.inf)
+def find_large(network: Network, batches: Sequence[NDArray[Any]], limit: float) -> list[str]:
+    """Tensors between the layers that exceed a limit on these images, of operators that can give more than they read.
+
+    Also sums with a constant that FP16 does not hold as a normal number, such as the ε of a normalisation.
+    """
+    view, answers = GraphView(network.model), {node.output[0] for node in find_answers(network.model)}
+    floats = {name for name, kind in find_types(network.model).items() if kind == TensorProto.FLOAT}
+    made_by_layers = {layer.output for layer in network.layers} | {
+        node.output[0] for node in view.nodes for layer in network.layers if node.name == layer.name
+    }
+    asked, found = [], []
+    for node in view.nodes:
+        name = node.output[0]
+        if name not in floats - answers - made_by_layers or node.op_type in (*MOVES, *ACTIVATIONS, *POOLS, "Softmax"):
+            continue
+        makers = [view.made_by.get(read) for read in node.input]
+        if node.op_type == "Mul" and any(maker is not None and maker.op_type in _BOUNDED for maker in makers):
+            continue
+        if all(maker is None for maker in makers):
+            continue  # what is made of the image alone stays FP32
+        constants = [value for value in map(view.constant, node.input) if value is not None and value.size]
+        if any(0 < np.abs(value).max() < SMALLEST_NORMAL for value in constants):
+            found.append(name)
+        else:
+            asked.append(name)
+    ranges = dict.fromkeys(asked, 0.0)
+    small = split_batches(network.model, batches, 4)
+    for values in run_tensors(network.model, asked, small) if asked else ():
+        for name, value in values.items():
+            ranges[name] = max(ranges[name], float(np.abs(value).max(initial=0.0)))
+    return found + [name for name, largest in ranges.items() if not largest <= limit]
+
+
+def find_islands(network: Network, beyond: Sequence[str]) -> set[str]:
+    """The outputs of the nodes that compute in FP32, so that tensors which FP16 does not hold stay in FP32.
+
+    What makes such a tensor does, and what reads it; of those, what only moves it gives another one.
+    """
+    view, found, queue = GraphView(network.model), set[str](), list(beyond)
+    seen: set[str] = set()
+    while queue:
+        name = queue.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        makers = [view.made_by[name]] if name in view.made_by else []
+        makers += [m for m in map(view.made_by.get, makers[0].input if makers else ()) if m and m.op_type == "MatMul"]
+        for node in (*makers, *view.readers.get(name, [])):
+            found.add(node.output[0])
+        grown = (node for node in view.readers.get(name, []) if node.op_type in (*MOVES, *POOLS, *_UNBOUNDED))
+        queue += [node.output[0] for node in grown]
+    return found
+
+
+def _factors(top: Float64, rows: Float64) -> Float64:
+    """Powers of two to divide channels by; 1 where FP16 holds them as they are.
+
+    `top` is the largest value that has to do with a channel, `rows` the largest weight of its row, infinite for a row
+    of zeros. Of a row only that matters: what is a thousand times smaller changes nothing that FP16 shows.
+    """
+    move = (top > LARGEST) | (rows < _TINY)
+    top, rows = np.where(move, top, 1.0), np.where(move, rows, np.inf)
     wanted = np.maximum(np.minimum(top / _COMFORTABLE, rows / _LOWEST), top / _HIGHEST)
     return np.where(move, np.exp2(np.round(np.log2(wanted))), 1.0)
-
-
-def _check_fit(layer: Layer, interface: Interface, values: Float64, weights: Mapping[str, FloatArray]) -> None:
-    stored = max(float(np.abs(weights[name]).max()) for name in (layer.weight, layer.bias))
-    # A sigmoid makes 1 of infinity, as it makes of 65504.
-    largest = stored if interface.blocked_by == "Sigmoid" else max(stored, float(values.max()))
-    if largest > LARGEST:
-        why = interface.blocked_by or "their weights would leave it at the other end"
-        raise CalibrationError(
-            f"{layer.name}: FP16 ends at 65504, and values up to {largest:.3g} are expected; its channels cannot be "
-            f"rescaled: {why}",
-            remedy="keep this model in FP32; if its images cannot drive it so far, give a smaller margin, or images to "
-            "measure on",
-        )
 
 
 def find_ranges(parent: Parent, batches: Sequence[NDArray[Any]] | None) -> tuple[dict[str, Float64], RangeSource, int]:
@@ -188,9 +251,9 @@ def find_ranges(parent: Parent, batches: Sequence[NDArray[Any]] | None) -> tuple
         ModelError: The metadata's statistics are of another graph.
     """
     if batches is not None:
-        return measure_ranges(parent.chain, batches), "images", count_images(batches)
+        return measure_ranges(parent.network, batches), "images", count_images(batches)
     drawn = draw_batches(parent.metadata.spec)
-    found = {name: value * UNSEEN for name, value in measure_ranges(parent.chain, drawn).items()}
+    found = {name: value * UNSEEN for name, value in measure_ranges(parent.network, drawn).items()}
     stated = stated_ranges(parent.metadata.statistics)
     for name, value in stated.items():
         if name not in found or found[name].shape != value.shape:
@@ -203,15 +266,16 @@ def find_ranges(parent: Parent, batches: Sequence[NDArray[Any]] | None) -> tuple
     return found, "statistics" if stated else "synthetic", count_images(drawn)
 
 
-def measure_ranges(chain: Chain, batches: Iterable[NDArray[Any]]) -> dict[str, Float64]:
+def measure_ranges(network: Network, batches: Iterable[NDArray[Any]]) -> dict[str, Float64]:
     """Largest absolute value of each output channel of every layer, by tensor; float64 (C,).
 
     Raises:
         CalibrationError: There are no images, or they hold or give NaN or infinite values.
     """
     found: dict[str, Float64] = {}
-    for values in run_tensors(chain.model, [layer.output for layer in chain.layers], batches):
-        widen_ranges(found, values)
+    axes = network.axes()
+    for values in run_tensors(network.model, [layer.output for layer in network.layers], batches):
+        widen_ranges(found, values, axes)
     if not found:
         raise CalibrationError(
             "there are no images to measure ranges on", remedy="give some images of the training split"

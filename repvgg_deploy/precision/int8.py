@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -22,11 +23,11 @@ from numpy.typing import NDArray
 
 from ..errors import CalibrationError
 from ..images.calibration import Images
-from .chain import Chain, Float64, Layer, opset_of, read_chain, read_weights
 from .check import Target, check_quantized
 from .closed_form import closed_form_statistics, correct_bias
-from .equalize import EqualizeOptions, InterfaceReport, apply_factors, equalize
-from .halves import Io, half_spec
+from .equalize import EqualizeOptions, InterfaceReport, apply_factors, decode, encode, equalize
+from .fp16 import find_islands, find_large
+from .halves import LARGEST, Io, half_spec
 from .metrics import (
     Judge,
     QuantizationCost,
@@ -38,6 +39,8 @@ from .metrics import (
     rank_layers,
 )
 from .mixed import halve_quantized, round_activation_scales
+from .network import Layer, Network, opset_of, read_network, read_weights
+from .normalise import KINDS
 from .qdq import insert_pairs, write_integers
 from .ranges import Statistics, collect, hash_images
 from .round import RoundedLayer, RoundOptions, round_by_prior, round_nearest
@@ -50,6 +53,8 @@ from .typed_model import Parent, StrPath, TypedModel, extend, load_parent
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with what is being done, steps done and steps in all."""
 _REPORT_IMAGES = 64
+FP16_MARGIN = 8.0
+"""Other images may give values between the layers that are so many times as large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +209,7 @@ def to_int8(
         options = options.without_images()
         graph, report = _quantize_without_images(parent, options, progress or _ignore)
     else:
-        graph, report = quantize_graph(parent.chain, images, options, saved=saved, progress=progress)
+        graph, report = quantize_graph(parent.network, images, options, saved=saved, progress=progress)
     equalized: str | float | None = None
     if options.equalize is not None:
         equalized = "measured" if options.search is not None else options.equalize.exponent
@@ -228,7 +233,7 @@ def _ignore(stage: str, done: int, total: int) -> None:
 
 
 def quantize_graph(
-    model: onnx.ModelProto | Chain,
+    model: onnx.ModelProto | Network,
     images: Images | Sequence[NDArray[Any]],
     options: Int8Options | None = None,
     *,
@@ -249,54 +254,57 @@ def quantize_graph(
             not what TensorRT takes.
         ModelError: The graph is not one of ours.
     """
-    chain = model if isinstance(model, Chain) else read_chain(model)
+    network = model if isinstance(model, Network) else read_network(model)
     images = images if isinstance(images, Images) else Images(images)
     options, tell, batches = options or Int8Options(), progress or _ignore, images.batches
-    _require_fit(chain, options)
+    _require_fit(network, options)
     # Ranges, equalization and scales; or those of before.
     if saved is None:
-        statistics = collect(chain, batches, progress=partial(tell, "ranges"))
+        statistics = collect(network, batches, progress=partial(tell, "ranges"))
         exponents: dict[str, float] = {}
         if options.equalize is not None and options.search is not None:
             wanted = dataclasses.replace(options.search, range_percentile=options.range_percentile)
-            exponents = choose_exponents(chain, batches, statistics, wanted, progress=partial(tell, "equalize"))
-        network, scales, interfaces = _calibrate(chain, statistics, options, exponents)
+            exponents = choose_exponents(network, batches, statistics, wanted, progress=partial(tell, "equalize"))
+        prepared, scales, interfaces = _calibrate(network, statistics, options, exponents)
     else:
-        network, scales, interfaces = *_reuse(chain, batches, saved, options), ()
+        prepared, scales, interfaces = *_reuse(network, batches, saved, options), ()
     # Weights; and which layers must stay in floating point.
-    rounded = round_weights(network, batches, options.rounding, progress=partial(tell, "round"))
-    macs = count_macs(chain, batches[0] if has_fixed_batch(chain.model) else batches[0][:1])
+    rounded = round_weights(prepared, batches, options.rounding, progress=partial(tell, "round"))
+    macs = count_macs(network, batches[0] if has_fixed_batch(network.model) else batches[0][:1])
     costs: tuple[QuantizationCost, ...] = ()
     if options.sensitivity or options.max_drop is not None:
-        costs = rank_layers(network, rounded, batches, macs=macs, progress=partial(tell, "sensitivity"))
-    judge = Judge(network.chain, images.held_out if len(images.held_out) else batches)
+        costs = rank_layers(prepared, rounded, batches, macs=macs, progress=partial(tell, "sensitivity"))
+    judge = Judge(prepared.network, images.held_out if len(images.held_out) else batches)
     if options.max_drop is not None:
-        network, rounded = _Bound(options, judge, batches, tell).meet(network, rounded, costs)
+        prepared, rounded = _Bound(options, judge, batches, tell).meet(prepared, rounded, costs)
     # The graph, and what it costs.
-    graph = _write(network, rounded)
+    graph = _write(prepared, rounded)
     tell("measure layers", 0, 1)
-    sqnr = layer_sqnr(network.chain, graph, spread_images(chain.model, batches, _REPORT_IMAGES))
+    sqnr = layer_sqnr(prepared.network, graph, spread_images(network.model, batches, _REPORT_IMAGES))
     tell("measure layers", 1, 1)
     judged = judge.compare(graph) if judge.classifies and len(images.held_out) else None
-    report = dataclasses.replace(_report(network, scales, macs, sqnr), interfaces=interfaces, costs=costs)
-    return _type(graph, network, options), dataclasses.replace(report, held_out=judged)
+    report = dataclasses.replace(_report(prepared, scales, macs, sqnr), interfaces=interfaces, costs=costs)
+    full = set[str]()
+    if options.half:
+        tried = spread_images(network.model, batches, _REPORT_IMAGES)
+        full = find_islands(prepared.network, find_large(prepared.network, tried, LARGEST / FP16_MARGIN))
+    return _type(graph, prepared, options, full), dataclasses.replace(report, held_out=judged)
 
 
 def _quantize_without_images(
     parent: Parent, options: Int8Options, tell: Progress
 ) -> tuple[onnx.ModelProto, Int8Report]:
     """The same from statistics in closed form and the mean and deviation of each layer's input channels."""
-    chain = parent.chain
-    _require_fit(chain, options)
+    network = parent.network
+    _require_fit(network, options)
     statistics, moments = closed_form_statistics(parent)
-    network, scales, interfaces = _calibrate(chain, statistics, options, {})
-    weights, factors = read_weights(network.chain.model), scales.channel_factors()
-    sources = {name: interface.source for interface in chain.interfaces for name in interface.readers}
+    prepared, scales, interfaces = _calibrate(network, statistics, options, {})
+    weights, factors = read_weights(prepared.network), decode(network, scales.channel_factors())
     rounded: dict[str, RoundedLayer] = {}
-    layers = [layer for layer in chain.layers if layer.name not in options.keep]
+    layers = [layer for layer in network.layers if layer.name not in options.keep]
     for index, layer in enumerate(layers):
         weight, bias = weights[layer.weight], weights[layer.bias]
-        mean, deviation = (value / factors.get(sources.get(layer.name, ""), 1.0) for value in moments[layer.input])
+        mean, deviation = (value / factors[layer.source] for value in moments[layer.input])
         if options.rounding.method == "nearest":
             found = round_nearest(weight, bias)
         else:
@@ -304,21 +312,21 @@ def _quantize_without_images(
         if options.rounding.bias_correction:
             corrected = correct_bias(weight, found.weight(), bias, groups=layer.groups, mean=mean)
             found = dataclasses.replace(found, bias=corrected)
-        rounded[layer.name] = network.finish(found)
+        rounded[layer.name] = prepared.finish(found)
         tell("round", index + 1, len(layers))
-    report = _report(network, scales, count_macs(chain, blank_batch(chain.model)), {})
-    graph = _type(_write(network, rounded), network, options)
+    report = _report(prepared, scales, count_macs(network, blank_batch(network.model)), {})
+    graph = _type(_write(prepared, rounded), prepared, options)
     return graph, dataclasses.replace(report, source="statistics", interfaces=interfaces)
 
 
-def _require_fit(chain: Chain, options: Int8Options) -> None:
+def _require_fit(network: Network, options: Int8Options) -> None:
     """The graph must have scales per channel, and every layer that is to be kept."""
-    if opset_of(chain.model) < 13:
+    if opset_of(network.model) < 13:
         raise CalibrationError(
-            f"opset {opset_of(chain.model)}: scales per output channel need at least 13",
+            f"opset {opset_of(network.model)}: scales per output channel need at least 13",
             remedy="export with --opset 17",
         )
-    known = [layer.name for layer in chain.layers]
+    known = [layer.name for layer in network.layers]
     unknown = sorted(set(options.keep) - set(known))
     if unknown:
         # `repvgg-trt inspect` lists stage1.0, the whole block; its convolution is what can be kept.
@@ -328,63 +336,53 @@ def _require_fit(chain: Chain, options: Int8Options) -> None:
 
 
 def _calibrate(
-    chain: Chain, statistics: Statistics, options: Int8Options, exponents: dict[str, float]
+    network: Network, statistics: Statistics, options: Int8Options, exponents: dict[str, float]
 ) -> tuple[Prepared, ScaleFile, tuple[InterfaceReport, ...]]:
     """Equalizes, makes room for FP16, and chooses the scales."""
-    rescaled, factors = chain, dict[str, Float64]()
+    rescaled, factors = network, network.ones()
     interfaces: tuple[InterfaceReport, ...] = ()
     if options.equalize is not None:
         how = options.equalize
         if exponents:
             how = dataclasses.replace(how, by_interface={**(how.by_interface or {}), **exponents})
-        rescaled, divided, interfaces = equalize(chain, statistics.ranges(options.range_percentile), how)
-        factors, statistics = _collect_factors(chain, factors, divided), statistics.rescaled(divided)
+        rescaled, divided, interfaces = equalize(network, statistics.ranges(options.range_percentile), how)
+        factors, statistics = factors * divided, statistics.rescaled(network.divided(divided))
     if options.half:
         # With a bound to meet, any layer may become one that is kept.
-        kept = options.keep if options.max_drop is None else tuple(layer.name for layer in chain.layers)
+        kept = options.keep if options.max_drop is None else tuple(layer.name for layer in network.layers)
         rescaled, divided = fit_scales(rescaled, statistics.ranges(), kept=kept)
-        factors, statistics = _collect_factors(chain, factors, divided), statistics.rescaled(divided)
+        factors, statistics = factors * divided, statistics.rescaled(network.divided(divided))
     scales = choose_scales(rescaled, statistics, options.scales)
     file = ScaleFile(
         schema=1,
-        graph_sha256=graph_sha256(chain.model),
+        graph_sha256=graph_sha256(network.model),
         data_sha256=statistics.data_sha256,
         images=statistics.images,
         method=options.scales.method,
         scales=round_activation_scales(scales) if options.half else scales,
-        factors=encode_factors(factors),
+        factors=encode_factors(encode(network, factors)),
         exponents=exponents,
         target=options.target,
     )
     return Prepared(rescaled, file.scales, options.keep, options.half), file, interfaces
 
 
-def _collect_factors(chain: Chain, before: Mapping[str, Float64], divided: Mapping[str, Float64]) -> dict[str, Float64]:
-    """What the output channels of each layer are divided by in all; `divided` is by tensor that is read."""
-    found = dict(before)
-    for interface in chain.interfaces:
-        tensor = chain.layer(interface.readers[0]).input if interface.readers else ""
-        if tensor in divided and interface.blocked_by is None:
-            found[interface.source] = found.get(interface.source, 1.0) * divided[tensor]
-    return found
-
-
 def _reuse(
-    chain: Chain, batches: Sequence[NDArray[Any]], saved: ScaleFile, options: Int8Options
+    network: Network, batches: Sequence[NDArray[Any]], saved: ScaleFile, options: Int8Options
 ) -> tuple[Prepared, ScaleFile]:
     """Takes a calibration that was saved."""
     digest, _ = hash_images(batches)
-    saved.check(graph_sha256(chain.model), digest)
+    saved.check(graph_sha256(network.model), digest)
     if options.half and saved.target == "trt8":
         raise CalibrationError(
             "the saved scales were made for trt8, and FP16 may not hold them",
             remedy="calibrate again, or give --target trt8",
         )
-    missing = set(chain.quantized_tensors()) ^ set(saved.scales)
+    missing = set(network.quantized_tensors()) ^ set(saved.scales)
     if missing:
         raise CalibrationError(f"the saved scales do not suit this graph: {min(missing)}", remedy="calibrate again")
     scales = round_activation_scales(saved.scales) if options.half else saved.scales
-    rescaled = apply_factors(chain, saved.channel_factors())
+    rescaled = apply_factors(network, saved.channel_factors())
     file = dataclasses.replace(saved, scales=scales, target=options.target)
     return Prepared(rescaled, scales, options.keep, options.half), file
 
@@ -400,7 +398,7 @@ class _Bound:
     tried: int = 0
 
     def meet(
-        self, network: Prepared, rounded: dict[str, RoundedLayer], costs: Sequence[QuantizationCost]
+        self, prepared: Prepared, rounded: dict[str, RoundedLayer], costs: Sequence[QuantizationCost]
     ) -> tuple[Prepared, dict[str, RoundedLayer]]:
         """The network with those layers kept, and the others' weights."""
         if not self.judge.classifies:
@@ -408,10 +406,10 @@ class _Bound:
                 "a largest drop needs a classifier, and this graph gives features", remedy="leave --max-drop out"
             )
         names = [cost.name for cost in costs]
-        found = fewest_kept(costs, lambda kept: self._holds(network.keeping(kept), rounded, len(names)))
+        found = fewest_kept(costs, lambda kept: self._holds(prepared.keeping(kept), rounded, len(names)))
         for count in range(len(names) + 1 if found is None else len(found), len(names) + 1):
             # The weights after a kept layer are rounded anew: they saw what its quantized form gave.
-            larger, final = network.keeping(names[:count]), rounded
+            larger, final = prepared.keeping(names[:count]), rounded
             if count:
                 tell = partial(self.tell, "round")
                 final = round_weights(larger, self.batches, self.options.rounding, progress=tell)
@@ -422,34 +420,41 @@ class _Bound:
             remedy="give a larger --max-drop",
         )
 
-    def _holds(self, network: Prepared, rounded: dict[str, RoundedLayer], layers: int) -> bool:
+    def _holds(self, prepared: Prepared, rounded: dict[str, RoundedLayer], layers: int) -> bool:
         halvings = layers.bit_length() + 1  # `fewest_kept` halves what is left; more are rare
         self.tried += 1
         self.tell("meet the bound", min(self.tried, halvings) - 1, halvings)
-        drop, limit = self.judge.compare(_write(network, rounded)).expected_drop, self.options.max_drop
+        drop, limit = self.judge.compare(_write(prepared, rounded)).expected_drop, self.options.max_drop
         return drop is not None and limit is not None and drop <= limit
 
 
-def _write(network: Prepared, rounded: Mapping[str, RoundedLayer]) -> onnx.ModelProto:
+def _write(prepared: Prepared, rounded: Mapping[str, RoundedLayer]) -> onnx.ModelProto:
     """The INT8 graph, with FP32 scales and FP32 for the rest, whatever the target."""
-    paired = insert_pairs(network.chain, network.scales, kept=network.kept)
-    return write_integers(paired, {name: layer for name, layer in rounded.items() if name not in network.kept})
+    paired = insert_pairs(prepared.network, prepared.scales, kept=prepared.kept)
+    chosen = {name: layer for name, layer in rounded.items() if name not in prepared.kept}
+    return write_integers(paired, prepared.network, chosen)
 
 
-def _type(graph: onnx.ModelProto, network: Prepared, options: Int8Options) -> onnx.ModelProto:
-    """The graph with the types of its target."""
+def _type(
+    graph: onnx.ModelProto, prepared: Prepared, options: Int8Options, full: AbstractSet[str] = frozenset()
+) -> onnx.ModelProto:
+    """The graph with the types of its target; `full` are outputs of nodes that FP16 cannot hold."""
+    layers = {layer.name for layer in prepared.network.layers}
+    others = (node.name for node in graph.graph.node if node.op_type in KINDS and node.name not in layers)
+    kept = (*prepared.kept, *others)
     if options.half:
-        return halve_quantized(graph, io=options.io, kept=network.kept)
-    check_quantized(graph, target="trt8", kept=network.kept)
+        own = {node.output[0] for node in graph.graph.node if node.name in layers}
+        return halve_quantized(graph, io=options.io, kept=kept, full=full - own)
+    check_quantized(graph, target="trt8", kept=kept)
     return graph
 
 
-def _report(network: Prepared, scales: ScaleFile, macs: Mapping[str, int], sqnr: Mapping[str, float]) -> Int8Report:
+def _report(prepared: Prepared, scales: ScaleFile, macs: Mapping[str, int], sqnr: Mapping[str, float]) -> Int8Report:
     def report(layer: Layer) -> LayerReport:
-        kept, scale = layer.name in network.kept, network.scales[layer.input]
+        kept, scale = layer.name in prepared.kept, prepared.scales[layer.input]
         return LayerReport(layer.name, scale, sqnr.get(layer.output, 0.0), kept, macs.get(layer.name, 0))
 
-    layers = tuple(map(report, network.chain.layers))
+    layers = tuple(map(report, prepared.network.layers))
     total = sum(layer.macs for layer in layers)
     share = sum(layer.macs for layer in layers if not layer.kept) / total if total else 1.0
-    return Int8Report(scales.images, "images", layers, (), scales, kept=tuple(network.kept), int8_share=share)
+    return Int8Report(scales.images, "images", layers, (), scales, kept=tuple(prepared.kept), int8_share=share)

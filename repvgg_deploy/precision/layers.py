@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from ..errors import InputError, ModelError
-from .chain import Chain, Layer, copy_model
+from ..evaluate.agreement import decibels
+from .answers import find_classifier, judged_tensors
+from .network import Layer, Network, copy_model
 from .round import RoundedLayer
 from .run_onnx import Tensors, make_part, open_session, run_session, run_tensors
 
@@ -34,57 +36,58 @@ class Cut:
     """A layer and the nodes behind it, as far as it reaches.
 
     Attributes:
-        end: Where an error is measured: the last layer's output, or the last layer input that is reached.
+        ends: Where an error is measured: the classifier's output or what is compared in the graph's answers, as far as
+            it is reached.
         given: Tensors that the part reads and does not compute; the layer's input is the first.
         nodes: In order.
     """
 
-    end: str
+    ends: tuple[str, ...]
     given: tuple[str, ...]
     nodes: tuple[onnx.NodeProto, ...]
 
 
-def cut_behind(chain: Chain, layer: Layer) -> Cut:
-    """Cuts out a layer and all that depends on it up to the end."""
-    nodes = chain.model.graph.node
+def cut_behind(network: Network, layer: Layer) -> Cut:
+    """Cuts out a layer and all that depends on it up to the ends."""
+    nodes = network.model.graph.node
     reached = {layer.output}
     for node in nodes:
         if reached.intersection(node.input):
             reached.update(node.output)
-    behind = chain.layers[chain.layers.index(layer) + 1 :]
-    last, inputs = chain.layers[-1].output, [other.input for other in behind if other.input in reached]
-    end = last if last in reached else [layer.output, *inputs][-1]
+    classifier = find_classifier(network)
+    judged = judged_tensors(network.model) if classifier is None else (classifier.output,)
+    ends = tuple(name for name in judged if name in reached) or (layer.output,)
     producers = {name: node for node in nodes for name in node.output}
     needed: set[str] = set()
-    queue = [end]
+    queue = list(ends)
     while queue:
         name = queue.pop()
         if name in reached and name not in needed:
             needed.update(producers[name].output)
             queue += producers[name].input
     part = tuple(node for node in nodes if needed.intersection(node.output))
-    made = {name for node in part for name in node.output} | {tensor.name for tensor in chain.model.graph.initializer}
+    made = {name for node in part for name in node.output} | {tensor.name for tensor in network.model.graph.initializer}
     read = dict.fromkeys([layer.input, *(name for node in part for name in node.input)])
-    return Cut(end, tuple(name for name in read if name and name not in made), part)
+    return Cut(ends, tuple(name for name in read if name and name not in made), part)
 
 
 def quantize_alone(
-    chain: Chain, layer: Layer, rounded: RoundedLayer, *, scale: float, images: Iterable[NDArray[Any]]
-) -> tuple[float, float]:
-    """Squared values at an FP32 network's end, and their squared error when one layer alone is quantized, summed up.
+    network: Network, layer: Layer, rounded: RoundedLayer, *, scale: float, images: Iterable[NDArray[Any]]
+) -> float:
+    """SQNR in decibels at the worst of a network's ends when one layer alone is quantized.
 
     `scale` is the real value of one integer of the layer's input.
     """
-    cut = cut_behind(chain, layer)
-    session = _open_cut(chain.model, layer, cut)
-    constants = {_STEP: np.array(scale, np.float32), _WEIGHT: rounded.weight(), _BIAS: rounded.bias}
-    signal = noise = 0.0
-    for values in run_tensors(chain.model, (*cut.given, cut.end), images):
-        truth = values[cut.end]
-        found = run_session(session, [cut.end], {**{name: values[name] for name in cut.given}, **constants})[0]
-        signal += float(np.square(truth, dtype=np.float64).sum())
-        noise += float(np.square(found - truth, dtype=np.float64).sum())
-    return signal, noise
+    cut = cut_behind(network, layer)
+    session = _open_cut(network.model, layer, cut)
+    constants = {_STEP: np.array(scale, np.float32), _WEIGHT: layer.to_stored(rounded.weight()), _BIAS: rounded.bias}
+    signal, noise = np.zeros(len(cut.ends)), np.zeros(len(cut.ends))
+    for values in run_tensors(network.model, (*cut.given, *cut.ends), images):
+        found = run_session(session, list(cut.ends), {**{name: values[name] for name in cut.given}, **constants})
+        for index, (name, value) in enumerate(zip(cut.ends, found, strict=True)):
+            signal[index] += float(np.square(values[name], dtype=np.float64).sum())
+            noise[index] += float(np.square(value - values[name], dtype=np.float64).sum())
+    return min(map(decibels, signal.tolist(), noise.tolist()))
 
 
 def _open_cut(model: onnx.ModelProto, layer: Layer, cut: Cut) -> onnxruntime.InferenceSession:
@@ -96,13 +99,14 @@ def _open_cut(model: onnx.ModelProto, layer: Layer, cut: Cut) -> onnxruntime.Inf
     ]
     for node in cut.nodes:
         copy = onnx.NodeProto.FromString(node.SerializeToString())
-        if node.name == layer.name:
-            copy.input[:] = [after, _WEIGHT, _BIAS]
+        named = {layer.weight: _WEIGHT, layer.bias: _BIAS} | ({layer.input: after} if node.name == layer.name else {})
+        copy.input[:] = [named.get(name, name) for name in node.input]
         nodes.append(copy)
     given = (*cut.given, _WEIGHT, _BIAS)
     inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in given]
     inputs.append(helper.make_tensor_value_info(_STEP, TensorProto.FLOAT, []))
-    part = make_part(model, nodes, inputs, [helper.make_tensor_value_info(cut.end, TensorProto.FLOAT, None)])
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in cut.ends]
+    part = make_part(model, nodes, inputs, outputs)
     part.graph.initializer.append(numpy_helper.from_array(np.array(0, np.int8), _ZERO))
     return open_session(part)
 

@@ -14,8 +14,9 @@ from onnx import TensorProto, helper
 from ..errors import ParityError
 from ..evaluate.agreement import decibels
 from ..images.classes import softmax
-from .chain import Chain, copy_model
+from .answers import find_classifier, judged_tensors
 from .layers import quantize_alone
+from .network import Network, copy_model
 from .round import RoundedLayer
 from .round_network import Prepared
 from .run_onnx import Tell, Tensors, count_images, open_tensors, run_tensors, split_batches, spread_images, tell_nobody
@@ -34,7 +35,8 @@ class Verification:
         expected_drop: Top-1 that is lost, in points, if FP32's own probabilities are right: the mean over images of
             what FP32 gives its best class less what it gives the other's. No labels are needed; changing between two
             classes that FP32 holds for equally likely costs nothing. None without a classifier.
-        sqnr_db: Of the logits, in decibels; without a classifier of all outputs.
+        sqnr_db: Of the logits, in decibels; without a classifier, of the worst of the outputs.
+        outputs: What was compared, by name, and the SQNR of each: the logits, or what `judged_tensors` says.
     """
 
     images: int
@@ -42,6 +44,7 @@ class Verification:
     agreement: float | None
     expected_drop: float | None
     sqnr_db: float
+    outputs: tuple[tuple[str, float], ...] = ()
 
     @property
     def differing(self) -> int:
@@ -52,11 +55,11 @@ class Verification:
 class Judge:
     """Compares typed graphs with one FP32 graph on the same images. What FP32 gives its classes is computed once."""
 
-    def __init__(self, chain: Chain, batches: Sequence[NDArray[Any]], *, held_out: bool = True) -> None:
-        last = chain.layers[-1]
-        self.classifies = last.op_type == "Gemm"
-        self._names = [last.output] if self.classifies else [value.name for value in chain.model.graph.output]
-        self._reference = chain.model
+    def __init__(self, network: Network, batches: Sequence[NDArray[Any]], *, held_out: bool = True) -> None:
+        classifier = find_classifier(network)
+        self.classifies = classifier is not None
+        self._names = list(judged_tensors(network.model)) if classifier is None else [classifier.output]
+        self._reference = network.model
         self._batches = batches
         self._held_out = held_out
         self._logits: list[Tensors] = []
@@ -67,8 +70,8 @@ class Judge:
         Raises:
             ParityError: It gives NaN or infinite values.
         """
-        signal = noise = lost = 0.0
-        agreeing, done, run = 0, 0, None
+        signal, noise = dict.fromkeys(self._names, 0.0), dict.fromkeys(self._names, 0.0)
+        agreeing, done, lost, run = 0, 0, 0.0, None
         outputs = run_tensors(_accept_floats(typed), self._names, self._batches)
         for index, (found, batch) in enumerate(zip(outputs, self._batches, strict=True)):
             if index < len(self._logits):
@@ -84,14 +87,16 @@ class Judge:
                         f"the typed graph gives NaN or infinite values at {name}",
                         remedy="keep this model in FP32, and please report it",
                     )
-                signal, noise = signal + float(np.square(one).sum()), noise + float(np.square(one - two).sum())
+                signal[name] += float(np.square(one).sum())
+                noise[name] += float(np.square(one - two).sum())
                 if self.classifies:
                     agreeing += int((one.argmax(axis=1) == two.argmax(axis=1)).sum())
                     lost += _lost(one, two)
             done += len(batch)
             progress(done, count_images(self._batches))
         share, drop = (agreeing / done, 100 * lost / done) if self.classifies else (None, None)
-        return Verification(done, self._held_out, share, drop, decibels(signal, noise))
+        each = tuple((name, decibels(signal[name], noise[name])) for name in self._names)
+        return Verification(done, self._held_out, share, drop, min(sqnr_db for _, sqnr_db in each), each)
 
 
 def _lost(truth: NDArray[np.float64], found: NDArray[np.float64]) -> float:
@@ -111,27 +116,29 @@ def _accept_floats(model: onnx.ModelProto) -> onnx.ModelProto:
     return result
 
 
-def layer_sqnr(chain: Chain, quantized: onnx.ModelProto, batches: Iterable[NDArray[Any]]) -> dict[str, float]:
+def layer_sqnr(network: Network, quantized: onnx.ModelProto, batches: Iterable[NDArray[Any]]) -> dict[str, float]:
     """Signal-to-quantization-noise ratio of every layer's output in decibels, by tensor; 200 without any difference.
 
-    `chain` is FP32, with the same factors on its channels as `quantized`, which has the same tensor names.
+    `network` is FP32, with the same factors on its channels as `quantized`, which has the same tensor names.
     """
-    names = [layer.output for layer in chain.layers]
+    names = [layer.output for layer in network.layers]
     signal, noise = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-    small = split_batches(chain.model, batches, 4)  # every layer's output of a batch is in memory, twice
-    for truth, found in zip(run_tensors(chain.model, names, small), run_tensors(quantized, names, small), strict=True):
+    small = split_batches(network.model, batches, 4)  # every layer's output of a batch is in memory, twice
+    for truth, found in zip(
+        run_tensors(network.model, names, small), run_tensors(quantized, names, small), strict=True
+    ):
         for name in names:
             signal[name] += float(np.square(truth[name], dtype=np.float64).sum())
             noise[name] += float(np.square(np.subtract(truth[name], found[name], dtype=np.float64)).sum())
     return {name: decibels(signal[name], noise[name]) for name in names}
 
 
-def count_macs(chain: Chain, batch: NDArray[Any]) -> dict[str, int]:
+def count_macs(network: Network, batch: NDArray[Any]) -> dict[str, int]:
     """Multiply-accumulates of one image by layer name; the size of the batch's images decides."""
-    shapes = open_tensors(chain.model, [layer.output for layer in chain.layers])(batch)
+    shapes = open_tensors(network.model, [layer.output for layer in network.layers])(batch)
     return {
         layer.name: int(np.prod(shapes[layer.output].shape[1:]) * np.prod(layer.weight_shape[1:]))
-        for layer in chain.layers
+        for layer in network.layers
     }
 
 
@@ -171,11 +178,11 @@ def rank_layers(
 
     Layers that `rounded` does not have are left out; `macs` and `rounded` are by name of the layer.
     """
-    chain, images = prepared.chain, spread_images(prepared.chain.model, batches, _IMAGES)
+    network, images = prepared.network, spread_images(prepared.network.model, batches, _IMAGES)
     costs = []
-    for layer in (layer for layer in chain.layers if layer.name in rounded):
-        found = quantize_alone(chain, layer, rounded[layer.name], scale=prepared.scales[layer.input], images=images)
-        costs.append(QuantizationCost(layer.name, decibels(*found), macs[layer.name]))
+    for layer in (layer for layer in network.layers if layer.name in rounded):
+        found = quantize_alone(network, layer, rounded[layer.name], scale=prepared.scales[layer.input], images=images)
+        costs.append(QuantizationCost(layer.name, found, macs[layer.name]))
         progress(len(costs), len(rounded))
     return tuple(sorted(costs, key=lambda cost: cost.sqnr_db))
 

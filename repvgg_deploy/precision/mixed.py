@@ -17,15 +17,33 @@ from numpy.typing import NDArray
 from onnx import defs, helper, numpy_helper
 
 from ..errors import CalibrationError, ModelError
-from .chain import FloatArray
 from .check import check_quantized
 from .halves import LARGEST, SMALLEST_NORMAL, Io, write_halves
+from .network import FloatArray
 from .round import RoundedLayer
 
 OPSET = 19
 """The first whose QuantizeLinear and DequantizeLinear have FP16 scales."""
-_WIDENED = ("Cast", "QuantizeLinear", "DequantizeLinear", "Relu", "Mul", "Sub", "Div")
-"""Operators that opsets 14 to 19 gave more types and nothing else, as to FP16, FP32 and INT8."""
+_WIDENED = (
+    *("Cast", "QuantizeLinear", "DequantizeLinear", "Relu", "LeakyRelu", "PRelu", "Add", "Mul", "Sub", "Div", "Equal"),
+    *(
+        "Identity",
+        "Reshape",
+        "Flatten",
+        "Shape",
+        "Size",
+        "Constant",
+        "ConstantOfShape",
+        "Where",
+        "Scatter",
+        "ScatterND",
+    ),
+    *("GreaterOrEqual", "LessOrEqual", "Resize", "Pad", "ScatterElements", "CumSum", "Pow", "BatchNormalization"),
+)
+"""Operators that opsets 14 to 19 gave more types or attributes, whose defaults mean what they meant before."""
+_REDUCTIONS = ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSumExp")
+_REWRITTEN = ("Split", "AveragePool", *_REDUCTIONS)
+"""Operators that `_rewrite` writes as opset 18 wants them; of pooling only `ceil_mode` changed, which it refuses."""
 
 
 def round_scales_to_half(scales: NDArray[np.floating]) -> FloatArray:
@@ -74,13 +92,16 @@ def round_layer_to_half(rounded: RoundedLayer) -> RoundedLayer:
     )
 
 
-def halve_quantized(model: onnx.ModelProto, *, io: Io = "fp32", kept: Collection[str] = ()) -> onnx.ModelProto:
+def halve_quantized(
+    model: onnx.ModelProto, *, io: Io = "fp32", kept: Collection[str] = (), full: Collection[str] = ()
+) -> onnx.ModelProto:
     """A copy with FP16 scales, biases and activations, strongly typed, at opset 19 or higher; INT8 weights stay.
 
     Args:
         model: As `insert_pairs` and `write_integers` make it: FP32 scales, each exact in FP16.
         io: Type of floating-point input and outputs.
         kept: Names of layers without pairs: they compute in FP16, their weights rounded to it.
+        full: Outputs of other nodes that compute in FP32.
 
     Raises:
         CalibrationError: A scale is not exact in FP16 or subnormal, or the result is not what TensorRT takes.
@@ -95,7 +116,7 @@ def halve_quantized(model: onnx.ModelProto, *, io: Io = "fp32", kept: Collection
                     f"{tensor.name} is not exact in FP16, or subnormal",
                     remedy="round it first: round_activation_scales, round_layer_to_half",
                 )
-    result = write_halves(model, io=io)
+    result = write_halves(model, io=io, full=full)
     raise_opset(result, OPSET)
     check_quantized(result, target="trt10", kept=kept)
     return result
@@ -116,10 +137,30 @@ def raise_opset(model: onnx.ModelProto, opset: int) -> None:
                 defs.get_schema(op_type, max_inclusive_version=version).since_version
                 for version in (entry.version, opset)
             )
-            if old != new and op_type not in _WIDENED:
+            if old != new and op_type not in (*_WIDENED, *_REWRITTEN):
                 raise ModelError(
                     f"{op_type} of opset {entry.version} means something else at {opset}",
                     remedy=f"export with --opset {opset}",
                 )
+        if entry.version < 18 <= opset:
+            for node in model.graph.node:
+                _rewrite(node, model.graph)
         entry.version = opset
     model.ir_version = max(model.ir_version, helper.find_min_ir_version_for(model.opset_import))
+
+
+def _rewrite(node: onnx.NodeProto, graph: onnx.GraphProto) -> None:
+    """Writes an operator of opset 13 to 17 as opset 18 and later want it, in place."""
+    if node.op_type == "Split" and len(node.input) < 2:
+        node.attribute.append(helper.make_attribute("num_outputs", len(node.output)))
+    if node.op_type == "AveragePool" and any(a.name == "ceil_mode" and a.i for a in node.attribute):
+        raise ModelError(
+            f"AveragePool {node.name!r} with ceil_mode means something else at opset {OPSET}",
+            remedy=f"export with --opset {OPSET}, or quantize for TensorRT 8 (--target trt8)",
+        )
+    axes = next((a for a in node.attribute if a.name == "axes"), None)
+    if node.op_type in _REDUCTIONS and axes is not None:
+        name = f"{node.output[0]}.axes"
+        graph.initializer.append(numpy_helper.from_array(np.array(axes.ints, np.int64), name))
+        node.input.append(name)
+        node.attribute.remove(axes)

@@ -14,6 +14,8 @@ from .int8 import Int8Options
 STATISTICS = "statistics"
 """In place of images: ranges in closed form, from the BatchNorm statistics in the metadata."""
 MIN_AGREEMENT = 0.97
+MIN_SQNR_DB = 20.0
+"""A tenth of the outputs' root mean square; what detectors and segmentation bear without a measurable loss is more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,7 @@ class QuantizeOptions:
         fp16: Margin and types of FP16; without effect for INT8.
         min_agreement: Share of held-out images whose best class must be FP32's, 0 to 1. Of so few images that one alone
             is more than that, one may differ.
+        min_sqnr_db: What INT8 must reach at every output of a graph without a classifier, on held-out images.
         scales: A calibration that was saved (`scales.ScaleFile`), used in place of a new one.
         save_scales: Where to save the calibration.
     """
@@ -42,6 +45,7 @@ class QuantizeOptions:
     int8: Int8Options = field(default_factory=Int8Options)
     fp16: Fp16Options = field(default_factory=Fp16Options)
     min_agreement: float = MIN_AGREEMENT
+    min_sqnr_db: float = MIN_SQNR_DB
     scales: Path | None = None
     save_scales: Path | None = None
 
@@ -59,6 +63,10 @@ class QuantizeOptions:
             raise InputError(
                 f"the least agreement is a share from 0 to 1, found {self.min_agreement}",
                 remedy="give --min-agreement 0.97, or leave it out",
+            )
+        if not 0 <= self.min_sqnr_db <= 200:
+            raise InputError(
+                f"the least SQNR is 0 to 200 dB, found {self.min_sqnr_db}", remedy="give --min-sqnr 20, or leave it out"
             )
         if self.images < 1:
             raise InputError(

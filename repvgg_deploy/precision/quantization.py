@@ -30,7 +30,7 @@ from ..images.drawn import draw_images
 from ..specs import codec
 from ..specs.values import Check, ModelMetadata
 from .fp16 import Fp16Report, draw_batches, to_fp16
-from .gate import agreement_check, blame_int8, error_check, refuse_fp16, refuse_int8
+from .gate import agreement_check, blame_int8, error_check, refuse_fp16, refuse_int8, refuse_outputs
 from .int8 import Int8Report, Progress, to_int8
 from .metrics import Judge, Verification
 from .options import STATISTICS, QuantizeOptions
@@ -258,13 +258,13 @@ def _make_fp16(parent: Parent, images: Images | None, options: QuantizeOptions, 
     typed, report = to_fp16(parent, None if images is None else images.batches, options.fp16)
     clock("ranges", 1, 1)
     batches = images.batches if images is not None else draw_batches(parent.metadata.spec, _draw)
-    found = Judge(parent.chain, batches, held_out=False).compare(typed.model, progress=partial(clock, "verify"))
+    found = Judge(parent.network, batches, held_out=False).compare(typed.model, progress=partial(clock, "verify"))
     checks = [error_check(found, "fp16")]
     # FP32 itself is undecided on drawn images: there the error counts, not the class.
     if images is not None and found.agreement is not None:
         checks.append(agreement_check(found, "fp16", options.min_agreement))
     if not all(check.passed for check in checks):
-        raise refuse_fp16(found, parent.chain, typed.model, batches)
+        raise refuse_fp16(found, parent.network, typed.model, batches)
     ungated = _DRAWN_ONLY if images is None else ""
     if found.agreement is None:
         ungated = _NO_CLASSIFIER
@@ -292,16 +292,19 @@ def _make_int8(parent: Parent, images: Images | None, options: QuantizeOptions, 
     given = images if steps.max_drop is not None else dataclasses.replace(images, held_out=())
     typed, report = to_int8(parent, given, steps, saved=saved, progress=clock)
     clock("verify", 0, 1)
-    found = Judge(parent.chain, images.held_out).compare(typed.model, progress=partial(clock, "verify"))
+    found = Judge(parent.network, images.held_out).compare(typed.model, progress=partial(clock, "verify"))
     said: dict[str, str | int | float | None] = {"verified": found.images, "sqnr_db": round(found.sqnr_db, 1)}
     if saved is not None:
         how = "measured" if saved.exponents else "saved"
         said["equalize"] = how if saved.factors else None
     if found.agreement is None:
-        return _Made(typed, [], said, report, verification=found, ungated=_NO_CLASSIFIER)
-    check = agreement_check(found, "int8", options.min_agreement)
+        check = error_check(found, "int8", options.min_sqnr_db)
+    else:
+        check = agreement_check(found, "int8", options.min_agreement)
     if not check.passed:
-        blamed = blame_int8(parent.chain, report.scales, report.kept, images.batches)
+        blamed = blame_int8(parent.network, report.scales, report.kept, images.batches)
+        if found.agreement is None:
+            raise refuse_outputs(found, options.min_sqnr_db, blamed)
         raise refuse_int8(found, options.min_agreement, blamed)
     report = dataclasses.replace(report, held_out=found)
     return _Made(typed, [check], said, report, verification=found)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CalibrationError
-from .chain import Chain, Float64, FloatArray, Layer
+from .network import Float64, FloatArray, Layer, Network
 from .run_onnx import Tell, Tensors, open_tensors, tell_nobody
 
 LEVELS = 127
@@ -95,7 +95,7 @@ class Statistics:
         return dataclasses.replace(self, tensors=tensors)
 
 
-def collect(chain: Chain, batches: Iterable[NDArray[Any]], *, progress: Tell = tell_nobody) -> Statistics:
+def collect(network: Network, batches: Iterable[NDArray[Any]], *, progress: Tell = tell_nobody) -> Statistics:
     """Streams the batches (a list: they are read again) through the graph: for the ranges, then for the histograms.
 
     `progress` is told of images, each counted twice.
@@ -107,28 +107,31 @@ def collect(chain: Chain, batches: Iterable[NDArray[Any]], *, progress: Tell = t
         raise CalibrationError(
             "batches can be iterated only once", remedy="give a list, or an object whose __iter__ starts again"
         )
-    tensors = chain.quantized_tensors()
+    tensors, axes = network.quantized_tensors(), network.axes()
     digest, images = hash_images(batches)
-    run, done = open_tensors(chain.model, tensors), 0
+    run, done = open_tensors(network.model, tensors), 0
     largest: dict[str, Float64] = {}
     for batch in batches:
-        widen_ranges(largest, run(batch))
+        widen_ranges(largest, run(batch), axes)
         done += len(batch)
         progress(done, 2 * images)
     require_finite(largest, "calibration gives", "look for NaN in the calibration images and in the checkpoint")
     histograms = {name: np.zeros((value.size, BINS), np.int64) for name, value in largest.items()}
     for batch in batches:
         for name, value in run(batch).items():
-            histograms[name] += _histogram(value, largest[name])
+            histograms[name] += _histogram(np.moveaxis(value, axes[name], 1), largest[name])
         done += len(batch)
         progress(done, 2 * images)
     return Statistics({name: TensorStatistics(largest[name], histograms[name]) for name in tensors}, images, digest)
 
 
-def widen_ranges(ranges: dict[str, Float64], values: Tensors) -> None:
-    """Takes a batch's values, (N, C, …), into the largest absolute value of each channel, float64 (C,), by tensor."""
+def widen_ranges(ranges: dict[str, Float64], values: Tensors, channels: Mapping[str, int]) -> None:
+    """Takes a batch's values into the largest absolute value of each channel, float64 (C,), by tensor.
+
+    `channels` says which axis of a tensor they are.
+    """
     for name, value in values.items():
-        axes = (0, *range(2, value.ndim))
+        axes = tuple(axis for axis in range(value.ndim) if axis != channels[name] % value.ndim)
         largest = np.maximum(value.max(axis=axes), -value.min(axis=axes)).astype(np.float64)
         ranges[name] = np.maximum(ranges[name], largest) if name in ranges else largest
 
@@ -244,19 +247,21 @@ class Moments:
 
 def pick_positions(value: FloatArray, layer: Layer, count: int, generator: np.random.Generator) -> NDArray[np.int64]:
     """Output positions of each image, flat indices (N, P): `count` of them at random, or all where there are fewer."""
-    if value.ndim == 2:
-        return np.zeros((len(value), 1), np.int64)
-    height, width = output_size(value.shape, layer)
-    if height * width <= count:
-        return np.tile(np.arange(height * width), (len(value), 1))
-    return np.stack([generator.choice(height * width, count, replace=False) for _ in range(len(value))])
+    total = int(np.prod(value.shape[1:-1] if layer.axis == -1 else output_size(value.shape, layer)))
+    if total <= count:
+        return np.tile(np.arange(total), (len(value), 1))
+    return np.stack([generator.choice(total, count, replace=False) for _ in range(len(value))])
 
 
 def output_size(shape: tuple[int, ...], layer: Layer) -> tuple[int, int]:
     """(height, width) of a convolution's output for an input (N, C, H, W)."""
-    top, left, bottom, right = layer.pads
-    (height, width), (down, across) = layer.weight_shape[2:], layer.strides
-    return (shape[2] + top + bottom - height) // down + 1, (shape[3] + left + right - width) // across + 1
+
+    def along(axis: int) -> int:
+        size = (shape[2 + axis] - 1) * layer.upsampling[axis] + 1 + layer.pads[axis] + layer.pads[axis + 2]
+        extent = (layer.weight_shape[2 + axis] - 1) * layer.dilations[axis] + 1
+        return (size - extent) // layer.strides[axis] + 1
+
+    return along(0), along(1)
 
 
 def columns(value: FloatArray, layer: Layer, picks: NDArray[np.int64]) -> FloatArray:
@@ -265,13 +270,17 @@ def columns(value: FloatArray, layer: Layer, picks: NDArray[np.int64]) -> FloatA
     Returns:
         float32 (groups, N × P, C / groups × kernel height × kernel width).
     """
-    if value.ndim == 2:
-        return value[None]
+    if layer.axis == -1:
+        tokens = value.reshape(len(value), -1, value.shape[-1])
+        return np.ascontiguousarray(tokens[np.arange(len(value))[:, None], picks].reshape(1, picks.size, -1))
     top, left, bottom, right = layer.pads
-    padded = np.pad(value, ((0, 0), (0, 0), (top, bottom), (left, right)))
-    kernel: Any = layer.weight_shape[2:]
+    down, across = layer.upsampling
+    height, width = (size * by - by + 1 for size, by in zip(value.shape[2:], (down, across), strict=True))
+    padded = np.zeros((*value.shape[:2], height + top + bottom, width + left + right), value.dtype)
+    padded[:, :, top : top + height : down, left : left + width : across] = value
+    kernel: Any = tuple((k - 1) * d + 1 for k, d in zip(layer.weight_shape[2:], layer.dilations, strict=True))
     windows = np.lib.stride_tricks.sliding_window_view(padded, kernel, axis=(2, 3))[
-        :, :, :: layer.strides[0], :: layer.strides[1]
+        :, :, :: layer.strides[0], :: layer.strides[1], :: layer.dilations[0], :: layer.dilations[1]
     ]
     row, column = np.divmod(picks, windows.shape[3])
     found = windows[np.arange(len(value))[:, None], :, row, column]  # (N, P, C, kernel height, kernel width)

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CalibrationError
-from .chain import Float64, FloatArray
+from .network import Float64, FloatArray
 from .ranges import LEVELS, Moments
 
 _BLOCK = 64

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .chain import Chain, copy_without, read_weight, set_weights
 from .mixed import round_layer_to_half
+from .network import Network, copy_without, read_layer, set_weights
 from .qdq import fake_quantize, insert_pairs
 from .ranges import Moments
 from .round import RoundedLayer, RoundOptions, round_layer, round_nearest
@@ -25,13 +25,13 @@ class Prepared:
     """A network whose weights are all that is left to quantize.
 
     Attributes:
-        chain: FP32, equalized or not.
+        network: FP32, equalized or not.
         scales: Of each layer's input, by tensor name.
         kept: Names of layers that stay in floating point.
         half: Whether weight scales and biases are to be exact in FP16; see `mixed`.
     """
 
-    chain: Chain
+    network: Network
     scales: Mapping[str, float]
     kept: tuple[str, ...] = ()
     half: bool = False
@@ -49,29 +49,29 @@ def round_weights(
     prepared: Prepared, batches: Sequence[NDArray[Any]], options: RoundOptions, *, progress: Tell = tell_nobody
 ) -> dict[str, RoundedLayer]:
     """Rounds every layer that is not kept, by name; activations of one layer are in memory at a time."""
-    model, scales = prepared.chain.model, prepared.scales
-    layers = [layer for layer in prepared.chain.layers if layer.name not in prepared.kept]
+    model, scales = prepared.network.model, prepared.scales
+    layers = [layer for layer in prepared.network.layers if layer.name not in prepared.kept]
     rounded: dict[str, RoundedLayer] = {}
     if options.method == "nearest" and not options.bias_correction:
         for layer in layers:
-            found = round_nearest(read_weight(model, layer.weight), read_weight(model, layer.bias))
-            rounded[layer.name] = prepared.finish(found)
+            rounded[layer.name] = prepared.finish(round_nearest(*read_layer(prepared.network, layer)))
         return rounded
     # A layer's weights come into this copy when they are rounded; nothing before needs them.
-    paired = insert_pairs(prepared.chain, scales, kept=prepared.kept)
+    paired = insert_pairs(prepared.network, scales, kept=prepared.kept)
     current = copy_without(paired, {layer.weight for layer in layers})
     full = options.method == "second_order"
     some = batches if full else spread_images(model, batches, _IMAGES_FOR_MEANS)
     # In another order, so that the first batches, where not all fit into memory, show a bit of everything.
     mixed = [some[int(index)] for index in np.random.default_rng(options.seed).permutation(len(some))]
-    reference, quantized = LayerWalk(model, mixed), LayerWalk(current, mixed)
+    inputs = [layer.input for layer in layers]
+    reference, quantized = LayerWalk(model, mixed, tensors=inputs), LayerWalk(current, mixed, tensors=inputs)
     positions = max(1, -(-options.samples // count_images(mixed)))
     for index, layer in enumerate(layers):
-        weight, bias = read_weight(model, layer.weight), read_weight(model, layer.bias)
+        weight, bias = read_layer(prepared.network, layer)
         moments = Moments(layer, weight, positions=positions, seed=options.seed + index, full=full)
         for seen, truth in zip(quantized.advance(layer.input), reference.advance(layer.input), strict=True):
             moments.add(fake_quantize(seen, scales[layer.input]), truth)
         found = rounded[layer.name] = prepared.finish(round_layer(weight, bias, moments, options))
-        set_weights(current, {layer.weight: found.weight(), layer.bias: found.bias})
+        set_weights(current, {layer.weight: layer.to_stored(found.weight()), layer.bias: found.bias})
         progress(index + 1, len(layers))
     return rounded

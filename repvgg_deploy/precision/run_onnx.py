@@ -9,6 +9,7 @@ Source: https://github.com/microsoft/onnxruntime/pull/32452.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from ..errors import CalibrationError, ModelError
-from .chain import copy_model, set_nodes
+from .network import copy_model, set_nodes
 
 Tell: TypeAlias = Callable[[int, int], None]
 """Called with steps done and steps in all."""
@@ -182,14 +183,23 @@ class LayerWalk:
 
     Where all batches together would take more than `budget_bytes` (the first layers of a large network), fewer are run,
     one at least; the others are caught up with, from the image on, as soon as the tensors are small enough. The model's
-    weights may be changed between two steps: what was computed stays, what comes is computed with the new ones.
+    weights may be changed between two steps: what was computed stays, what comes is computed with the new ones. Where a
+    tensor is asked for more than once, `tensors` are all those to come.
     """
 
-    def __init__(self, model: onnx.ModelProto, batches: Iterable[NDArray[Any]], *, budget_bytes: int = 1 << 28) -> None:
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        batches: Iterable[NDArray[Any]],
+        *,
+        tensors: Iterable[str] = (),
+        budget_bytes: int = 1 << 28,
+    ) -> None:
         self._model = model
         self._batches = list(batches)
         self._budget = budget_bytes
         self._source = model.graph.input[0].name
+        self._asked = Counter(tensors)
         self._live: list[Tensors] = [{self._source: batch} for batch in self._batches]
         self._done: set[str] = {self._source}
 
@@ -203,7 +213,9 @@ class LayerWalk:
             if name in producers and name not in self._done:
                 self._done.update(producers[name].output)
                 queue += producers[name].input
+        self._asked[tensor] -= 1
         needed = {name for node in nodes if node.output[0] not in self._done for name in node.input}
+        needed |= {name for name, times in self._asked.items() if times > 0}
         wanted = list(dict.fromkeys([tensor, *sorted(self._done & needed)]))
         previous, self._live = self._live, []
         run, catch_up = _open_part(self._model, given, wanted), None

@@ -19,9 +19,9 @@ import onnx
 from ..errors import CalibrationError, InputError
 from ..files.output import explain_os_errors
 from ..specs import codec
-from .chain import Chain, Float64, FloatArray, Interface, Layer, copy_model, input_norms, read_weights
 from .equalize import read_range, rescale
 from .halves import LARGEST
+from .network import Float64, FloatArray, Interface, Layer, Network, copy_model, input_norms, read_weights
 from .ranges import LEVELS, Statistics, TensorStatistics
 
 Method = Literal["max", "percentile", "entropy", "min_error"]
@@ -132,16 +132,19 @@ def read_scales(path: Path) -> ScaleFile:
         ) from error
 
 
-def choose_scales(chain: Chain, statistics: Statistics, options: ScaleOptions | None = None) -> dict[str, float]:
+def choose_scales(network: Network, statistics: Statistics, options: ScaleOptions | None = None) -> dict[str, float]:
     """The scale of each layer's input: the real value of one integer step, float32."""
     options = options or ScaleOptions()
-    weights = read_weights(chain.model)
+    weights = read_weights(network)
     scales: dict[str, float] = {}
-    for layer in chain.layers:
+    for layer in network.layers:
         if layer.input not in scales:
             importance = input_norms(weights[layer.weight], layer.groups, order="square")
             limit = choose_limit(statistics.tensors[layer.input], importance, options)
             scales[layer.input] = float(np.float32(max(limit / LEVELS, MIN_SCALE)))
+    for name, ids in network.sums:
+        limit = choose_limit(statistics.tensors[name], np.ones(len(ids)), options)
+        scales[name] = float(np.float32(max(limit / LEVELS, MIN_SCALE)))
     return scales
 
 
@@ -210,74 +213,85 @@ _OCTAVES = 40
 
 
 def fit_scales(
-    chain: Chain, ranges: Mapping[str, Float64], *, kept: Collection[str] = ()
-) -> tuple[Chain, dict[str, Float64]]:
+    network: Network, ranges: Mapping[str, Float64], *, kept: Collection[str] = ()
+) -> tuple[Network, Float64]:
     """Rescales interfaces by powers of two, first layer to last, until the scales to come are comfortable in FP16.
 
     A factor common to a whole tensor changes no INT8 value. Only a row so much weaker than the others of its layer that
     its scale would be subnormal is rescaled by itself, as far as its channel does not become the largest of its tensor.
     Takes ranges of each layer's input, (C,), by tensor, and the names of layers that will not be quantized. Gives what
-    computes the same to the last bit, and what each rescaled input was divided by, (C,), by tensor.
+    computes the same to the last bit, and what each variable was divided by, (count,).
 
     Raises:
         CalibrationError: What cannot be rescaled does not fit.
     """
-    weights = read_weights(chain.model)
-    fit = _Fit(chain, weights, {layer.input: read_range(layer, ranges) for layer in chain.layers}, kept)
-    for layer, interface in zip(chain.layers, chain.interfaces, strict=True):
+    weights = read_weights(network)
+    fit = _Fit(network, weights, {layer.input: read_range(layer, ranges) for layer in network.layers}, kept)
+    factors = network.ones()
+    for interface in network.interfaces:
         if interface.blocked_by is None:
-            factors = fit.choose(layer, interface)
-            if np.any(factors != 1):
-                fit.apply(interface, factors)
-        fit.check(layer, interface)
-    return chain.with_weights(weights), fit.factors
+            found = fit.choose(interface)
+            if np.any(found != 1):
+                fit.apply(found)
+                factors *= found
+    for layer in network.layers:
+        fit.check(layer)
+    return network.with_weights(weights), factors
 
 
 @dataclass(slots=True, eq=False)
 class _Fit:
-    """Chooses and applies factors; `weights`, `ranges` and `factors` are what they are after those applied so far."""
+    """Chooses and applies factors; `weights` and `ranges` are what they are after those applied so far."""
 
-    chain: Chain
+    network: Network
     weights: dict[str, FloatArray]
     ranges: dict[str, Float64]
     kept: Collection[str]
-    factors: dict[str, Float64] = field(default_factory=dict)
 
-    def choose(self, layer: Layer, interface: Interface) -> Float64:
-        """Powers of two, (C,), by which the layer's output is to be divided."""
-        rows, bounds = self._rows(layer), self._bounds(layer)
-        readers = [self.chain.layer(name) for name in interface.readers]
-        ranges = [self.ranges[reader.input] for reader in readers]
-        tops = [max(float(values.max(initial=0.0)), 1e-300) for values in ranges]
+    def choose(self, interface: Interface) -> Float64:
+        """Powers of two, (count,), by which its channels are to be divided; 1 for all others."""
+        free = interface.variables
+        rows, bounds, shares = (self.network.ones() * 0 for _ in range(3))
+        for layer in self.network.layers:
+            if np.isin(layer.result, free).any():
+                np.maximum.at(rows, layer.result, self._rows(layer))
+                np.maximum.at(bounds, layer.result, self._bounds(layer))
+        rows, bounds = rows[free], bounds[free]
+        readers = [self.network.layer(name) for name in interface.readers]
+        tops = [max(float(self.ranges[reader.input].max(initial=0.0)), 1e-300) for reader in readers]
+        for reader, top in zip(readers, tops, strict=True):
+            np.maximum.at(shares, reader.source, self.ranges[reader.input] / top)
         strong = rows[rows * _WEAKEST >= np.median(rows[rows > 0])] if rows.any() else rows
         windows = [_window(strong, _ROWS), _window(np.array(tops), _TOPS), _window(bounds, _BOUNDS)]
-        blocked = {i.source for i in self.chain.interfaces if i.blocked_by is not None}
-        windows += [_window(self._rows(r), _ROWS, grows=True) for r in readers if r.name in blocked]
+        ends = [reader for reader in readers if not np.isin(reader.result, self.network.free()).any()]
+        windows += [_window(self._rows(reader), _ROWS, grows=True) for reader in ends]
         # The smallest power of two with which the windows fit best, counted in whole octaves.
         steps = sorted(range(-_OCTAVES, _OCTAVES + 1), key=abs)
         common = 2.0 ** min(steps, key=lambda step: np.ceil(sum(window.misfit(step) for window in windows)))
-        shares = (values / top for values, top in zip(ranges, tops, strict=True))
-        room = np.max([bounds / common / _BOUNDS[1], *shares], axis=0)
-        return common * _lift(rows / common, room)
+        room = np.maximum(bounds / common / _BOUNDS[1], shares[free])
+        found = self.network.ones()
+        found[free] = common * _lift(rows / common, room)
+        return found
 
-    def apply(self, interface: Interface, factors: Float64) -> None:
-        rescale(self.weights, self.chain, interface, factors)
-        for tensor in {self.chain.layer(name).input for name in interface.readers}:
-            self.ranges[tensor] = self.ranges[tensor] / factors
-            self.factors[tensor] = factors
+    def apply(self, factors: Float64) -> None:
+        rescale(self.weights, self.network, factors)
+        for tensor, divisor in self.network.divided(factors).items():
+            self.ranges[tensor] = self.ranges[tensor] / divisor
 
-    def check(self, layer: Layer, interface: Interface) -> None:
+    def check(self, layer: Layer) -> None:
         """Fails when what the layer stores or gives exceeds FP16."""
         largest = float(np.abs(self.weights[layer.bias]).max())
         if layer.name in self.kept:
             largest = max(largest, float(np.abs(self.weights[layer.weight]).max()))
-        if interface.blocked_by != "Sigmoid":  # which makes 1 of infinity, as it makes of 65504
-            seen = [self.ranges[self.chain.layer(name).input].max() for name in interface.readers]
-            largest = max([largest, *map(float, seen)] if seen else [largest, float(self._bounds(layer).max())])
+        blocked_by = self.network.blocked_by(layer)
+        if blocked_by != "Sigmoid":  # which makes 1 of infinity, as it makes of 65504
+            readers = (other for other in self.network.layers if np.isin(other.source, layer.result).any())
+            seen = [float(self.ranges[reader.input].max()) for reader in readers]
+            largest = max([largest, *seen] if seen else [largest, float(self._bounds(layer).max())])
         if largest > LARGEST:
             raise CalibrationError(
                 f"{layer.name}: FP16 ends at 65504, and values up to {largest:.3g} are expected; they cannot be "
-                f"rescaled: {interface.blocked_by}",
+                f"rescaled: {blocked_by}",
                 remedy="quantize for TensorRT 8 (--target trt8), where the rest is FP32",
             )
 

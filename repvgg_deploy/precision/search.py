@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CalibrationError
-from .chain import Chain, Float64, FloatArray, Layer, input_norms, read_weights, scale_inputs
-from .equalize import choose_factors, main_reader, reader_norms
+from .equalize import choose_factors, main_reader
+from .network import Float64, FloatArray, Layer, Network, input_norms, read_weights, scale_inputs
 from .ranges import LEVELS, Statistics, columns, pick_positions
 from .round import RoundOptions, round_rows
 from .run_onnx import LayerWalk, Tell, count_images, spread_images, tell_nobody
@@ -53,7 +53,7 @@ class SearchOptions:
 
 
 def choose_exponents(
-    chain: Chain,
+    network: Network,
     batches: Sequence[NDArray[Any]],
     statistics: Statistics,
     options: SearchOptions,
@@ -67,27 +67,32 @@ def choose_exponents(
     Raises:
         CalibrationError: A batch is not what the graph takes.
     """
-    weights, ranges = read_weights(chain.model), statistics.ranges(options.range_percentile)
-    readers = {i.source: main_reader(i, chain) for i in chain.interfaces if i.blocked_by is None}
-    in_order = sorted(readers.items(), key=lambda item: chain.layers.index(item[1]))
-    images = spread_images(chain.model, batches, options.images)
-    walk, each = LayerWalk(chain.model, images), max(1, -(-options.positions // count_images(images)))
+    weights, ranges = read_weights(network), statistics.ranges(options.range_percentile)
+    order = {layer.name: index for index, layer in enumerate(network.layers)}
+    in_order = sorted(
+        ((i, main_reader(i, network)) for i in network.interfaces if i.blocked_by is None),
+        key=lambda item: order[item[1].name],
+    )
+    images = spread_images(network.model, batches, options.images)
+    walk = LayerWalk(network.model, images, tensors=[layer.input for _, layer in in_order])
+    each = max(1, -(-options.positions // count_images(images)))
     found: dict[str, float] = {}
-    for index, (source, layer) in enumerate(in_order):
+    for index, (interface, layer) in enumerate(in_order):
         generator = np.random.default_rng(options.seed + index)
         sample = np.concatenate(
             [columns(v, layer, pick_positions(v, layer, each, generator)) for v in walk.advance(layer.input)], axis=1
         )
         trial = _Trial(layer, weights[layer.weight], sample, generator)
+        free = np.isin(layer.source, interface.variables)
+        norms = input_norms(weights[layer.weight], layer.groups, order="max")
         errors = {}
         for exponent in options.exponents:
-            norms = reader_norms(layer, weights)
-            factors = choose_factors(np.asarray(ranges[layer.input], np.float64), norms, exponent)
+            factors = choose_factors(np.asarray(ranges[layer.input], np.float64), norms, exponent, free=free)
             rescaled = scale_inputs(weights[layer.weight].astype(np.float64), layer.groups, factors)
             importance = input_norms(rescaled, layer.groups, order="square")
             limit = choose_limit(statistics.tensors[layer.input].rescaled(factors), importance, ScaleOptions())
             errors[exponent] = trial.error(factors, limit / LEVELS, options.channels)
-        found[source] = min(errors, key=lambda exponent: errors[exponent])
+        found[interface.source] = min(errors, key=lambda exponent: errors[exponent])
         progress(index + 1, len(in_order))
     return found
 

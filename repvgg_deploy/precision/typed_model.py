@@ -18,7 +18,7 @@ from ..files.output import atomic_output
 from ..files.versions import installed_versions
 from ..specs import codec
 from ..specs.values import METADATA_KEY, HistoryEntry, ModelMetadata, ModelSpec
-from .chain import Chain, copy_model, read_chain
+from .network import Network, copy_model, read_network
 
 StrPath: TypeAlias = str | os.PathLike[str]
 _TOOLS = ("onnx", "onnxruntime", "onnxruntime-gpu", "numpy")
@@ -31,12 +31,12 @@ class Parent:
     """An FP32 ONNX of ours, read once: everything that is made of it starts here.
 
     Attributes:
-        chain: The graph, without metadata of its own, and its structure.
+        network: The graph, without metadata of its own, and its structure.
         metadata: What it carries.
         sha256: Of the file; None for a model in memory.
     """
 
-    chain: Chain
+    network: Network
     metadata: ModelMetadata
     sha256: str | None = None
 
@@ -80,7 +80,7 @@ def load_parent(source: StrPath | onnx.ModelProto | Parent) -> Parent:
         data, metadata = onnx_file.read_whole(Path(source))
         model, digest = onnx.load_from_string(data), hashlib.sha256(data).hexdigest()
     del model.metadata_props[:]
-    return Parent(read_chain(model), metadata, digest)
+    return Parent(read_network(model), metadata, digest)
 
 
 def extend(

@@ -315,17 +315,18 @@ def test_quantize_usage_errors(name: str, capsys: pytest.CaptureFixture[str]) ->
     assert message in err and err.startswith("usage: repvgg-trt quantize")
 
 
-def test_quantize_of_a_backbone_says_that_agreement_is_not_judged(
+def test_quantize_of_a_backbone_says_how_near_each_output_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = save(tmp_path / "m.onnx", make_model(KINDS["features"]))
     np.savez(tmp_path / "i.npz", images=np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8))
-    status, out, err = run(capsys, model, "--int8", "--fast", "--calib", tmp_path / "i.npz")
+    status, out, err = run(capsys, model, "--int8", "--fast", "--calib", tmp_path / "i.npz", "--min-sqnr", 10)
     assert status == 0
     assert (
         err.splitlines()[-1] == f"next: repvgg-trt inspect {tmp_path / 'm-int8.onnx'}"
     )  # `compare` is for classifiers
-    assert "the graph has no classifier" in out and "agreement  " not in out
+    assert re.search(r"SQNR +stage1 \d+\.\d dB, stage2 \d+\.\d dB on \d+ held-out images \(at least 10 dB each\)", out)
+    assert "agreement  " not in out
 
 
 @pytest.mark.parametrize("kind", ["plain", "uint8_top5", "probabilities"])

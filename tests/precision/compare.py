@@ -7,8 +7,8 @@ import onnx
 import onnxruntime
 from onnx import numpy_helper
 
-from repvgg_deploy.precision.chain import read_chain, scale_inputs
 from repvgg_deploy.precision.metrics import Judge, Verification
+from repvgg_deploy.precision.network import read_network, scale_inputs
 from repvgg_deploy.precision.run_onnx import rounds_halves, widen_quantizers
 from tests.precision.make_chain import KINDS, make_batches
 from tests.precision.typed_faults import put
@@ -28,20 +28,20 @@ STRETCHED = {**FREE, "features": "stage0"}  # stage1 is one of its outputs
 
 def stretch(model: onnx.ModelProto, factor: float, source: str = "stage0", *, every: int = 2) -> onnx.ModelProto:
     """Every second (or so) of a layer's channels times `factor`, the columns that read them the other way: the same."""
-    chain = read_chain(model)
-    interface = next(i for i in chain.interfaces if i.source == f"{source}.conv")
-    channels = np.where(np.arange(chain.layer(interface.source).out_channels) % every, 1.0, factor)
+    network = read_network(model)
+    interface = next(i for i in network.interfaces if i.source == f"{source}.conv")
+    channels = np.where(np.arange(network.layer(interface.source).out_channels) % every, 1.0, factor)
     arrays = {tensor.name: numpy_helper.to_array(tensor).astype(np.float64) for tensor in model.graph.initializer}
-    layer = chain.layer(interface.source)
+    layer = network.layer(interface.source)
     put(model, layer.weight, (arrays[layer.weight] * channels.reshape(-1, 1, 1, 1)).astype(np.float32))
     put(model, layer.bias, (arrays[layer.bias] * channels).astype(np.float32))
-    for reader in map(chain.layer, interface.readers):
+    for reader in map(network.layer, interface.readers):
         put(model, reader.weight, scale_inputs(arrays[reader.weight], reader.groups, 1 / channels).astype(np.float32))
     return model
 
 
 def judge(model: onnx.ModelProto, graph: onnx.ModelProto, images: list[np.ndarray]) -> Verification:
-    return Judge(read_chain(model), images).compare(graph)
+    return Judge(read_network(model), images).compare(graph)
 
 
 def batches_for(kind: str, io: str, count: int = 64) -> list[np.ndarray]:
@@ -61,7 +61,7 @@ def values(model: onnx.ModelProto, batches: list[np.ndarray]) -> list[np.ndarray
         disabled_optimizers=["WeightBiasQuantization"],
     )
     names = [value.name for value in model.graph.output if value.name != "classes"]
-    found = [session.run(names, {"input": batch}) for batch in batches]
+    found = [session.run(names, {session.get_inputs()[0].name: batch}) for batch in batches]
     return [np.concatenate(parts) for parts in zip(*found, strict=True)]
 
 

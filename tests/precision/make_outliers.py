@@ -15,7 +15,14 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from repvgg_deploy.precision.chain import Layer, read_chain, read_weights, replace_weights, scale_inputs, set_weights
+from repvgg_deploy.precision.network import (
+    Layer,
+    read_network,
+    read_weights,
+    replace_weights,
+    scale_inputs,
+    set_weights,
+)
 from repvgg_deploy.precision.ranges import columns, pick_positions
 from repvgg_deploy.precision.run_onnx import LayerWalk
 from repvgg_deploy.specs.values import VariantSpec
@@ -106,10 +113,10 @@ def make_trained_like(
     model = make_variant(spec, seed=seed, size=SIZE)
     drawn, classes = draw_images(TRAINING, seed + 100)
     images = np.array_split(drawn, 8)
-    chain = read_chain(model)
-    blocks = [layer for layer in chain.layers if layer.op_type == "Conv" and layer.weight_shape[2] == 3]
+    network = read_network(model)
+    blocks = [layer for layer in network.layers if layer.op_type == "Conv" and layer.weight_shape[2] == 3]
     walk = LayerWalk(model, images, budget_bytes=1 << 40)
-    for layer in chain.layers:
+    for layer in network.layers:
         x = np.concatenate(list(walk.advance(layer.input)))
         if layer.op_type == "Gemm":
             changed = dict(zip((layer.weight, layer.bias), _fit_head(x, classes), strict=True))
@@ -118,7 +125,7 @@ def make_trained_like(
             changed = {layer.weight: kernel.astype(np.float32), layer.bias: bias.astype(np.float32)}
         else:
             changed = dict(
-                zip((layer.weight, layer.bias), _fit_gate(layer, read_weights(model)[layer.weight], x), strict=True)
+                zip((layer.weight, layer.bias), _fit_gate(layer, read_weights(network)[layer.weight], x), strict=True)
             )
         set_weights(model, changed)
     return _spread(model, generator, strength.octaves) if outlier == "channel scales" else model
@@ -210,16 +217,17 @@ class _Block:
 
 def _spread(model: onnx.ModelProto, generator: np.random.Generator, octaves: float) -> onnx.ModelProto:
     """Channels of very different scale, that equalization can undo."""
-    chain, weights = read_chain(model), read_weights(model)
-    for interface in (interface for interface in chain.interfaces if interface.blocked_by is None):
-        source = chain.layer(interface.source)
+    network = read_network(model)
+    weights = read_weights(network)
+    for interface in (interface for interface in network.interfaces if interface.blocked_by is None):
+        source = network.layer(interface.source)
         scale = np.exp2(generator.uniform(-octaves, octaves, source.out_channels))
         weights[source.weight] = (
             weights[source.weight] * scale.reshape(-1, *[1] * (len(source.weight_shape) - 1))
         ).astype(np.float32)
         weights[source.bias] = (weights[source.bias] * scale).astype(np.float32)
         for name in interface.readers:
-            reader = chain.layer(name)
+            reader = network.layer(name)
             weights[reader.weight] = scale_inputs(
                 weights[reader.weight].astype(np.float64), reader.groups, 1 / scale
             ).astype(np.float32)

@@ -8,10 +8,10 @@ import onnx
 import pytest
 
 from repvgg_deploy.errors import CalibrationError
-from repvgg_deploy.precision.chain import read_chain
 from repvgg_deploy.precision.check import check_quantized
 from repvgg_deploy.precision.closed_form import DEVIATIONS, closed_form_statistics, correct_bias
 from repvgg_deploy.precision.int8 import Int8Options, to_int8
+from repvgg_deploy.precision.network import read_network
 from repvgg_deploy.precision.round import round_nearest
 from repvgg_deploy.precision.run_onnx import open_session, run_tensors
 from repvgg_deploy.precision.typed_model import Parent
@@ -30,7 +30,7 @@ def encode(values: np.ndarray) -> str:
 def statistics_for(model: onnx.ModelProto, seed: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Random means and deviations of what 3×3 convolutions give, from always off to always on."""
     generator, found = np.random.default_rng(seed), {}
-    for layer in read_chain(model).layers:
+    for layer in read_network(model).layers:
         if layer.op_type == "Conv" and layer.weight_shape[2] == 3:
             std = np.exp2(generator.uniform(-3, 3, layer.out_channels))
             found[layer.output] = (generator.uniform(-2.5, 4, layer.out_channels) * std, std)
@@ -39,13 +39,13 @@ def statistics_for(model: onnx.ModelProto, seed: int = 0) -> dict[str, tuple[np.
 
 def with_statistics(model: onnx.ModelProto, stated: dict[str, tuple[np.ndarray, np.ndarray]]) -> Parent:
     statistics = {name: ChannelStatistics(encode(mean), encode(std)) for name, (mean, std) in stated.items()}
-    return Parent(read_chain(model), dataclasses.replace(metadata_of(model), statistics=statistics))
+    return Parent(read_network(model), dataclasses.replace(metadata_of(model), statistics=statistics))
 
 
 def stated_of(model: onnx.ModelProto, batches: list[np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """What BatchNorm layers would have seen of these images."""
     names = [
-        layer.output for layer in read_chain(model).layers if layer.op_type == "Conv" and layer.weight_shape[2] == 3
+        layer.output for layer in read_network(model).layers if layer.op_type == "Conv" and layer.weight_shape[2] == 3
     ]
     values = list(run_tensors(model, names, batches))
     whole = {name: np.concatenate([value[name] for value in values]).astype(np.float64) for name in names}
@@ -57,10 +57,10 @@ def test_closed_form_means_and_ranges_are_those_of_drawn_rectified_normals(kind:
     model = make_model(KINDS[kind])
     stated = statistics_for(model)
     statistics, moments = closed_form_statistics(with_statistics(model, stated))
-    chain, generator = read_chain(model), np.random.default_rng(1)
-    assert set(statistics.tensors) == set(moments) == set(chain.quantized_tensors())
+    network, generator = read_network(model), np.random.default_rng(1)
+    assert set(statistics.tensors) == set(moments) == set(network.quantized_tensors())
     for index in range(1, len(stated)):
-        tensor = chain.layer(f"stage{index}.conv").input
+        tensor = network.layer(f"stage{index}.conv").input
         if tensor != f"stage{index - 1}":
             continue  # an SE gate lies between
         mean, std = stated[f"stage{index - 1}.conv"]
@@ -89,9 +89,9 @@ def test_closed_form_pooling_keeps_the_mean() -> None:
 def test_closed_form_image_is_bounded_by_black_and_white() -> None:
     model = make_model(KINDS["uint8_top5"])
     statistics, _ = closed_form_statistics(with_statistics(model, statistics_for(model)))
-    image = statistics.tensors[read_chain(model).image]
+    image = statistics.tensors[read_network(model).image]
     chequers = np.stack([np.zeros((16, 16, 3), np.uint8), np.full((16, 16, 3), 255, np.uint8)])
-    extremes = next(iter(run_tensors(model, [read_chain(model).image], [chequers])))[read_chain(model).image]
+    extremes = next(iter(run_tensors(model, [read_network(model).image], [chequers])))[read_network(model).image]
     np.testing.assert_allclose(image.largest, np.abs(extremes).max(axis=(0, 2, 3)), rtol=1e-5)
 
 

@@ -5,8 +5,8 @@ import onnx
 import pytest
 
 from repvgg_deploy.errors import CalibrationError
-from repvgg_deploy.precision.chain import read_chain
-from repvgg_deploy.precision.equalize import EqualizeOptions, apply_factors, equalize
+from repvgg_deploy.precision.equalize import EqualizeOptions, apply_factors, encode, equalize
+from repvgg_deploy.precision.network import read_network
 from repvgg_deploy.precision.ranges import collect
 from repvgg_deploy.precision.run_onnx import run_tensors
 from tests.precision.make_chain import KINDS, make_batches, make_model
@@ -25,85 +25,88 @@ def outputs(model: onnx.ModelProto, batches: list[np.ndarray]) -> dict[str, np.n
     ids=str,
 )
 def test_equalize_every_kind_of_graph_computes_the_same(kind: str, options: EqualizeOptions) -> None:
-    chain, batches = read_chain(make_model(KINDS[kind])), make_batches(KINDS[kind])
-    equalized, factors, _ = equalize(chain, collect(chain, batches).ranges(), options)
-    before, after = outputs(chain.model, batches), outputs(equalized.model, batches)
+    network, batches = read_network(make_model(KINDS[kind])), make_batches(KINDS[kind])
+    equalized, factors, _ = equalize(network, collect(network, batches).ranges(), options)
+    before, after = outputs(network.model, batches), outputs(equalized.model, batches)
     for name, value in before.items():
         if value.dtype != np.float32:
             assert np.mean(value == after[name]) > 0.99  # classes: two almost equal scores may change places
             continue
         # float32 rounding of six layers; the promise of the module is 1e-5
         assert np.abs(value - after[name]).max() <= 1e-5 * np.abs(value).max()
-    assert len(factors) >= 1
-    assert any(np.ptp(np.log2(factor)) > 0.5 for factor in factors.values())  # it did something
+    assert any(np.ptp(np.log2(factor)) > 0.5 for factor in network.divided(factors).values())  # it did something
 
 
 def test_equalize_spreads_become_smaller_and_ranges_alike() -> None:
-    chain, batches = read_chain(make_model()), make_batches()
-    equalized, _, reports = equalize(chain, collect(chain, batches).ranges(), EqualizeOptions(1.0))
+    network, batches = read_network(make_model()), make_batches()
+    equalized, _, reports = equalize(network, collect(network, batches).ranges(), EqualizeOptions(1.0))
     open_ = [i for i in reports if i.blocked_by is None]
     assert len(open_) == 5
     assert max(i.spread_before for i in open_) > 4
     # The ranges given are exactly those divided by.
     assert max(i.spread_after for i in open_) == pytest.approx(1.0, abs=1e-9)
     ranges = collect(equalized, batches).ranges()
-    for layer in chain.layers[1:]:
+    for layer in network.layers[1:]:
         alive = ranges[layer.input][ranges[layer.input] > 0]
         assert np.ptp(alive) <= 1e-5 * alive.max()  # measured again: float32 rounding
 
 
 def test_equalize_exposed_outputs_stay_as_they_are() -> None:
     options = KINDS["features"]
-    chain, batches = read_chain(make_model(options)), make_batches(options)
-    _, factors, reports = equalize(chain, collect(chain, batches).ranges())
+    network, batches = read_network(make_model(options)), make_batches(options)
+    _, factors, reports = equalize(network, collect(network, batches).ranges())
     assert [i.blocked_by for i in reports] == [None, "output stage1", "output stage2"]
-    assert set(factors) == {"stage0"}
+    assert set(network.divided(factors)) == {"stage0"}
 
 
 def test_equalize_powers_of_two_are_exact_factors() -> None:
-    chain, batches = read_chain(make_model()), make_batches()
-    _, factors, _ = equalize(chain, collect(chain, batches).ranges(), EqualizeOptions(powers_of_two=True))
-    logs = np.concatenate([np.log2(factor) for factor in factors.values()])
+    network, batches = read_network(make_model()), make_batches()
+    _, factors, _ = equalize(network, collect(network, batches).ranges(), EqualizeOptions(powers_of_two=True))
+    logs = np.log2(factors)
     assert np.array_equal(logs, np.round(logs)) and np.ptp(logs) >= 2
 
 
 def test_equalize_dead_channel_keeps_its_factor_finite() -> None:
-    chain, batches = read_chain(make_model()), make_batches()
-    ranges = collect(chain, batches).ranges()
+    network, batches = read_network(make_model()), make_batches()
+    ranges = collect(network, batches).ranges()
     ranges["stage1"] = ranges["stage1"].copy()
     ranges["stage1"][3] = 0.0
-    factor = equalize(chain, ranges)[1]["stage1"]
+    factor = network.divided(equalize(network, ranges)[1])["stage1"]
     assert np.isfinite(factor).all() and (factor > 0).all() and factor[3] == 1.0
 
 
 @pytest.mark.parametrize("value", [None, np.ones(3), np.full(16, np.nan)], ids=["missing", "shape", "nan"])
 def test_equalize_bad_ranges_are_refused(value) -> None:
-    chain, batches = read_chain(make_model()), make_batches()
-    ranges = collect(chain, batches).ranges()
+    network, batches = read_network(make_model()), make_batches()
+    ranges = collect(network, batches).ranges()
     ranges.pop("stage1")
     if value is not None:
         ranges["stage1"] = value
     with pytest.raises(CalibrationError, match="ranges of stage1"):
-        equalize(chain, ranges)
+        equalize(network, ranges)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_apply_factors_of_an_equalization_give_the_same_network(kind: str) -> None:
-    chain, batches = read_chain(make_model(KINDS[kind])), make_batches(KINDS[kind])
-    equalized, by_tensor, _ = equalize(chain, collect(chain, batches).ranges())
-    factors = {i.source: by_tensor[chain.layer(i.readers[0]).input] for i in chain.interfaces if i.blocked_by is None}
-    again = apply_factors(chain, factors).model
+    network, batches = read_network(make_model(KINDS[kind])), make_batches(KINDS[kind])
+    equalized, factors, _ = equalize(network, collect(network, batches).ranges())
+    again = apply_factors(network, encode(network, factors)).model
     assert again.SerializeToString(deterministic=True) == equalized.model.SerializeToString(deterministic=True)
 
 
 @pytest.mark.parametrize(
     ("source", "factor"),
-    [("stage9.conv", np.ones(16)), ("stage1.conv", np.ones(7)), ("stage1.conv", np.zeros(16)), ("linear", np.ones(10))],
+    [
+        ("stage9.conv", np.ones(16)),
+        ("stage1.conv", np.ones(7)),
+        ("stage1.conv", np.zeros(16)),
+        ("linear", np.full(10, 2.0)),
+    ],
     ids=["unknown layer", "shape", "zero", "blocked"],
 )
 def test_apply_factors_of_another_graph_are_refused(source: str, factor) -> None:
     with pytest.raises(CalibrationError, match=f"saved factors of '{source}'"):
-        apply_factors(read_chain(make_model()), {source: factor})
+        apply_factors(read_network(make_model()), {source: factor})
 
 
 def test_equalize_options_out_of_range_are_refused() -> None:

@@ -11,9 +11,10 @@ from onnx import TensorProto, numpy_helper
 from repvgg_deploy import Engine
 from repvgg_deploy.errors import CalibrationError, ModelError
 from repvgg_deploy.files import onnx as onnx_file
-from repvgg_deploy.precision.chain import read_chain
+from repvgg_deploy.precision.check import check_types
 from repvgg_deploy.precision.fp16 import Fp16Options, draw_batches, measure_ranges, to_fp16
 from repvgg_deploy.precision.halves import write_halves
+from repvgg_deploy.precision.network import read_network
 from repvgg_deploy.precision.typed_model import write_typed
 from repvgg_deploy.specs import codec
 from repvgg_deploy.specs.values import METADATA_KEY, ModelMetadata, TensorSpec
@@ -99,7 +100,7 @@ def test_fp16_without_images_comes_out_right_and_says_what_it_relied_on(kind: st
     model, batches = stretch(make_model(KINDS[kind]), factor, STRETCHED[kind]), make_batches(KINDS[kind])
     model.metadata_props.add(key=METADATA_KEY, value=codec.dumps(metadata_of(model)))
     if source == "statistics":
-        measured = measure_ranges(read_chain(model), batches)
+        measured = measure_ranges(read_network(model), batches)
         state_statistics(
             model, {name: value * 4 for name, value in measured.items() if ".se." not in name and name != "logits"}
         )
@@ -112,7 +113,7 @@ def test_fp16_without_images_comes_out_right_and_says_what_it_relied_on(kind: st
 def test_fp16_statistics_that_drawn_images_do_not_reach_are_believed() -> None:
     model = make_model()
     model.metadata_props.add(key=METADATA_KEY, value=codec.dumps(metadata_of(model)))
-    measured = measure_ranges(read_chain(model), make_batches())
+    measured = measure_ranges(read_network(model), make_batches())
     state_statistics(model, {"stage2.conv": measured["stage2.conv"] * 1e5})
     _, report = to_fp16(model)
     assert list(report.rescaled) == ["stage2.conv"]
@@ -135,16 +136,27 @@ def test_fp16_gate_that_overflows_is_saturated_as_in_fp32() -> None:
     assert close(values(typed.model, batches), values(model, batches))
 
 
-def test_fp16_what_cannot_be_rescaled_is_refused(tmp_path: Path) -> None:
-    model = make_model()
+def test_fp16_layer_that_cannot_be_rescaled_stays_in_fp32(tmp_path: Path) -> None:
+    """The classifier alone: what reads it is an output of the graph."""
+    model, batches = make_model(), make_batches()
     put(model, "linear.bias", np.full(10, 1e5, np.float32))
-    path = save(tmp_path / "m.onnx", model)
-    with pytest.raises(CalibrationError, match="linear: FP16 ends at 65504"):
-        to_fp16(path, make_batches())
+    typed, report = to_fp16(save(tmp_path / "m.onnx", model), batches)
+    assert report.islands == ("logits",)
+    kinds = check_types(typed.model)
+    assert {kinds[name] for name in ("linear.weight", "linear.bias", "logits")} == {TensorProto.FLOAT}
+    assert kinds["stage4.conv.weight" if "stage4.conv.weight" in kinds else "stage4.weight"] == TensorProto.FLOAT16
+    assert close(values(typed.model, batches), values(model, batches))
+    assert typed.metadata.history[-1].options["fp32"] == "logits"
+
+
+def test_fp16_what_cannot_be_judged_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "m.onnx", make_model())
     with pytest.raises(CalibrationError, match="no images"):
         to_fp16(path, [])
     with pytest.raises(CalibrationError, match="NaN"):
         to_fp16(path, [np.full((2, 3, 16, 16), np.nan, np.float32)])
+    model = make_model()
+    put(model, "linear.bias", np.full(10, 1e5, np.float32))
     with pytest.raises(CalibrationError, match=r"linear\.bias holds 1e\+05"):
         write_halves(model)
 

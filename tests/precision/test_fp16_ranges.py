@@ -37,20 +37,20 @@ def photographs(shared_data: Path, trained: Parent) -> list[np.ndarray]:
 
 
 def test_find_ranges_without_images_bound_what_photographs_give(trained: Parent, photographs: list[np.ndarray]) -> None:
-    measured = measure_ranges(trained.chain, photographs)
+    measured = measure_ranges(trained.network, photographs)
     bounds, known_from, _ = find_ranges(trained, None)
     assert known_from == "statistics"
     assert len([name for name in trained.metadata.statistics if name.endswith(".conv")]) == 22
     # Every single channel, before the margin of 8 that to_fp16 adds.
     assert all((measured[name] <= bound).all() for name, bound in bounds.items())
-    drawn = measure_ranges(trained.chain, draw_batches(trained.metadata.spec))
+    drawn = measure_ranges(trained.network, draw_batches(trained.metadata.spec))
     assert all(measured[name].max() <= UNSEEN * value.max() for name, value in drawn.items())
 
 
 def test_fp16_trained_network_is_the_same_with_and_without_images(
     trained: Parent, photographs: list[np.ndarray]
 ) -> None:
-    truth = values(trained.chain.model, photographs)[0]
+    truth = values(trained.network.model, photographs)[0]
     for batches in (photographs, None):
         typed, report = to_fp16(trained, batches)
         found = values(typed.model, photographs)[0]

@@ -12,10 +12,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from repvgg_deploy.errors import ArtifactError, CalibrationError, ModelError
 from repvgg_deploy.files import onnx as onnx_file
-from repvgg_deploy.precision.chain import read_chain
 from repvgg_deploy.precision.check import check_quantized
 from repvgg_deploy.precision.int8 import FAST, MAX_CALIBRATION, Int8Options, quantize_graph, to_int8
 from repvgg_deploy.precision.metrics import blank_batch, count_macs, layer_sqnr
+from repvgg_deploy.precision.network import read_network
 from repvgg_deploy.precision.round import RoundOptions
 from repvgg_deploy.precision.run_onnx import run_tensors
 from repvgg_deploy.precision.search import SearchOptions
@@ -220,7 +220,7 @@ def test_check_quantized_unpaired_layer_is_refused() -> None:
 
 def test_layer_sqnr_equal_graphs_have_no_noise() -> None:
     model = make_model()
-    assert set(layer_sqnr(read_chain(model), model, make_batches()).values()) == {200.0}
+    assert set(layer_sqnr(read_network(model), model, make_batches()).values()) == {200.0}
 
 
 def test_int8_old_opset_is_refused() -> None:
@@ -244,6 +244,6 @@ def test_int8_scales_saved_for_fp32_are_refused_where_fp16_must_hold_them() -> N
 def test_count_macs_of_a_blank_batch_are_those_of_an_image() -> None:
     for kind in ("plain", "grouped", "uint8_top5"):
         model = make_model(KINDS[kind])
-        assert count_macs(read_chain(model), blank_batch(model)) == count_macs(
-            read_chain(model), make_batches(KINDS[kind], 1)[0]
+        assert count_macs(read_network(model), blank_batch(model)) == count_macs(
+            read_network(model), make_batches(KINDS[kind], 1)[0]
         )

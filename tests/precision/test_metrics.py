@@ -6,8 +6,8 @@ import pytest
 from onnx import numpy_helper
 
 from repvgg_deploy.evaluate.agreement import decibels
-from repvgg_deploy.precision.chain import read_chain, replace_weights
 from repvgg_deploy.precision.metrics import layer_sqnr
+from repvgg_deploy.precision.network import read_network, replace_weights
 from repvgg_deploy.precision.run_onnx import run_tensors
 from tests.precision.compare import judge
 from tests.precision.make_chain import KINDS, make_batches, make_model
@@ -36,8 +36,8 @@ def test_decibels_known_ratios_and_ends() -> None:
 def test_layer_sqnr_is_that_of_the_tensors_and_counts_only_what_follows_a_change(kind: str) -> None:
     model, batches = make_model(KINDS[kind]), make_batches(KINDS[kind], 20)
     changed = biased(model, "stage1.bias", 0.5)
-    found, chain = layer_sqnr(read_chain(model), changed, batches), read_chain(model)
-    assert list(found) == [layer.output for layer in chain.layers]
+    found, network = layer_sqnr(read_network(model), changed, batches), read_network(model)
+    assert list(found) == [layer.output for layer in network.layers]
     assert found["stage0.conv"] == 200.0
     truth, other = (
         np.concatenate([v["stage1.conv"] for v in run_tensors(m, ["stage1.conv"], batches)]).astype(np.float64)

@@ -10,10 +10,10 @@ import numpy as np
 import onnx
 import pytest
 
-from repvgg_deploy.precision.chain import read_chain
 from repvgg_deploy.precision.equalize import apply_factors
 from repvgg_deploy.precision.int8 import MAX_CALIBRATION, Int8Options, Int8Report, quantize_graph
 from repvgg_deploy.precision.metrics import Judge
+from repvgg_deploy.precision.network import read_network
 from repvgg_deploy.precision.qdq import insert_pairs
 from tests.precision.make_outliers import NETWORKS, batches, make_trained_like
 
@@ -42,7 +42,7 @@ def fresh() -> list[np.ndarray]:
 
 def ceiling(model: onnx.ModelProto, report: Int8Report) -> onnx.ModelProto:
     """FP32 weights, INT8 activations with the scales of `report`."""
-    return insert_pairs(apply_factors(read_chain(model), report.scales.channel_factors()), report.scales.scales)
+    return insert_pairs(apply_factors(read_network(model), report.scales.channel_factors()), report.scales.scales)
 
 
 @pytest.mark.parametrize("outlier", GAINS)
@@ -53,7 +53,7 @@ def test_outliers_that_ruin_max_calibration_leave_ours_usable(
     model = make_trained_like(NETWORKS[network], outlier)
     graph, report = quantize_graph(model, calibration, OURS)
     bare, _ = quantize_graph(model, calibration, MAX_CALIBRATION)
-    judge = Judge(read_chain(model), fresh)
+    judge = Judge(read_network(model), fresh)
     plain, ours, most = (judge.compare(one).sqnr_db for one in (bare, graph, ceiling(model, report)))
     shown = f"max calibration {plain:.1f} dB, ours {ours:.1f} dB, INT8 activations alone {most:.1f} dB"
     assert plain < (12 if outlier == "heavy weights" else 10), shown
@@ -65,4 +65,4 @@ def test_outliers_are_what_ruins_it(calibration: list[np.ndarray], fresh: list[n
     """Without them the same network keeps more than 10 dB with max calibration: it is not the network that is hard."""
     model = make_trained_like(NETWORKS["g4"], "none")
     graph, _ = quantize_graph(model, calibration, MAX_CALIBRATION)
-    assert Judge(read_chain(model), fresh).compare(graph).sqnr_db > 12
+    assert Judge(read_network(model), fresh).compare(graph).sqnr_db > 12

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from repvgg_deploy.errors import CalibrationError
-from repvgg_deploy.precision.chain import read_chain
+from repvgg_deploy.precision.network import read_network
 from repvgg_deploy.precision.ranges import collect
 from repvgg_deploy.precision.run_onnx import LayerWalk, run_tensors
 from repvgg_deploy.precision.scales import ScaleFile, ScaleOptions, choose_scales, graph_sha256
@@ -14,8 +14,8 @@ from tests.precision.make_chain import KINDS, make_batches, make_model
 
 def test_collect_ranges_and_histograms_are_those_of_the_tensors() -> None:
     model, batches = make_model(), make_batches()
-    chain = read_chain(model)
-    statistics = collect(chain, batches)
+    network = read_network(model)
+    statistics = collect(network, batches)
     whole = np.concatenate([values["stage2"] for values in run_tensors(model, ["stage2"], batches)])
     found = statistics.tensors["stage2"]
     assert np.array_equal(found.largest, np.abs(whole).max(axis=(0, 2, 3)).astype(np.float64))
@@ -29,7 +29,7 @@ def test_collect_ranges_and_histograms_are_those_of_the_tensors() -> None:
 
 def test_collect_batches_of_another_size_give_the_same() -> None:
     model = make_model()
-    one, other = (collect(read_chain(model), make_batches(size=size)) for size in (16, 7))
+    one, other = (collect(read_network(model), make_batches(size=size)) for size in (16, 7))
     assert one.data_sha256 == other.data_sha256
     # Another batch size may choose another summation order in float32: a value may fall into the neighbouring bin.
     moved = np.abs(one.tensors["stage3"].histogram - other.tensors["stage3"].histogram).sum()
@@ -38,17 +38,17 @@ def test_collect_batches_of_another_size_give_the_same() -> None:
 
 def test_choose_scales_methods_are_deterministic_and_ordered() -> None:
     model, batches = make_model(), make_batches()
-    chain = read_chain(model)
-    statistics = collect(chain, batches)
+    network = read_network(model)
+    statistics = collect(network, batches)
     scales = {
-        method: choose_scales(chain, statistics, ScaleOptions(method))
+        method: choose_scales(network, statistics, ScaleOptions(method))
         for method in ("max", "percentile", "entropy", "min_error")
     }
     assert scales["max"]["stage1"] == pytest.approx(
         statistics.tensors["stage1"].largest.max() / 127, rel=1e-6
     )  # float32
     for method, found in scales.items():
-        assert found == choose_scales(chain, collect(chain, batches), ScaleOptions(method))
+        assert found == choose_scales(network, collect(network, batches), ScaleOptions(method))
         assert all(0 < value <= scales["max"][name] * 1.001 for name, value in found.items())  # one histogram bin above
         assert method == "max" or any(value < 0.99 * scales["max"][name] for name, value in found.items())
 
@@ -56,14 +56,14 @@ def test_choose_scales_methods_are_deterministic_and_ordered() -> None:
 def test_choose_scales_min_error_is_least_among_methods() -> None:
     """On the layer's own measure, with many small values and one outlier."""
     model, batches = make_model(), make_batches()
-    chain = read_chain(model)
-    statistics = collect(chain, batches)
+    network = read_network(model)
+    statistics = collect(network, batches)
     values = np.concatenate([v["stage3"] for v in run_tensors(model, ["stage3"], batches)])
     weight = next(t for t in model.graph.initializer if t.name == "stage4.weight")
     importance = np.square(np.frombuffer(weight.raw_data, "<f4").reshape(32, 24, 9)).sum(axis=(0, 2))
 
     def error(method) -> float:
-        step = choose_scales(chain, statistics, ScaleOptions(method))["stage3"]
+        step = choose_scales(network, statistics, ScaleOptions(method))["stage3"]
         rounded = np.clip(np.rint(values / step), -127, 127) * step
         return float((np.square(values - rounded).mean(axis=(0, 2, 3)) * importance).sum())
 
@@ -99,23 +99,23 @@ def test_graph_sha256_metadata_does_not_matter_but_weights_do() -> None:
 
 
 def test_collect_bad_images_are_refused() -> None:
-    chain, batches = read_chain(make_model()), make_batches()
+    network, batches = read_network(make_model()), make_batches()
     with pytest.raises(CalibrationError, match="no calibration images"):
-        collect(chain, [])
+        collect(network, [])
     with pytest.raises(CalibrationError, match="all 4 calibration images are alike"):
-        collect(chain, [np.repeat(batches[0][:1], 4, axis=0)])
+        collect(network, [np.repeat(batches[0][:1], 4, axis=0)])
     with pytest.raises(CalibrationError, match="only once"):
-        collect(chain, iter(batches))
+        collect(network, iter(batches))
     with pytest.raises(CalibrationError, match="NaN or infinite"):
-        collect(chain, [np.where(np.arange(16).reshape(-1, 1, 1, 1) == 3, np.float32(np.nan), batches[0])])
+        collect(network, [np.where(np.arange(16).reshape(-1, 1, 1, 1) == 3, np.float32(np.nan), batches[0])])
     with pytest.raises(CalibrationError, match="does not take a batch"):
-        collect(chain, make_batches(KINDS["uint8_top5"]))
+        collect(network, make_batches(KINDS["uint8_top5"]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_give_what_the_whole_graph_gives(kind: str) -> None:
     model, batches = make_model(KINDS[kind]), make_batches(KINDS[kind], 24)
-    tensors = list(collect(read_chain(model), batches).tensors)
+    tensors = list(collect(read_network(model), batches).tensors)
     steps = LayerWalk(model, batches)
     for name in tensors:
         whole = [values[name] for values in run_tensors(model, [name], batches)]

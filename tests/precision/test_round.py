@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 
 from repvgg_deploy.errors import CalibrationError
-from repvgg_deploy.precision.chain import Layer
+from repvgg_deploy.precision.network import Layer
 from repvgg_deploy.precision.ranges import Moments, columns, output_size
 from repvgg_deploy.precision.round import RoundOptions, round_layer, round_nearest
 from repvgg_deploy.precision.run_onnx import open_session
@@ -15,7 +15,8 @@ GENERATOR_SEED = 5
 
 def layer(groups: int = 1, stride: int = 1, channels: int = 8, out: int = 12) -> Layer:
     return Layer(
-        "c", "Conv", "x", "y", "w", "b", (out, channels // groups, 3, 3), groups, (stride, stride), (1, 1, 1, 1)
+        *("c", "Conv", "x", "y", "w", "b", (out, channels // groups, 3, 3), np.arange(channels), np.arange(out)),
+        *(groups, (stride, stride), (1, 1, 1, 1)),
     )
 
 

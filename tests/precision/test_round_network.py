@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import pytest
 
-from repvgg_deploy.precision.chain import read_chain, read_weights
+from repvgg_deploy.precision.network import read_network, read_weights
 from repvgg_deploy.precision.qdq import insert_pairs, write_integers
 from repvgg_deploy.precision.round import RoundedLayer, RoundOptions, round_nearest
 from repvgg_deploy.precision.round_network import Prepared, round_weights
@@ -26,10 +26,11 @@ def test_round_weights_every_layers_mean_output_is_that_of_fp32(kind: str, metho
     model, batches = make_model(KINDS[kind]), make_batches(KINDS[kind], 24)
     scales = scales_of(model, batches)
     rounded = round_weights(
-        Prepared(read_chain(model), scales), batches, RoundOptions(method=method, samples=EVERYWHERE)
+        Prepared(read_network(model), scales), batches, RoundOptions(method=method, samples=EVERYWHERE)
     )
-    graph = write_integers(insert_pairs(read_chain(model), scales), rounded)
-    for layer in read_chain(model).layers:
+    network = read_network(model)
+    graph = write_integers(insert_pairs(network, scales), network, rounded)
+    for layer in network.layers:
         truth, found = (
             np.concatenate([v[layer.output] for v in run_tensors(m, [layer.output], batches)]) for m in (model, graph)
         )
@@ -45,7 +46,7 @@ def test_round_weights_kept_layers_are_left_out_and_progress_counts_the_others()
     model, batches = make_model(), make_batches(count=16)
     seen: list[tuple[int, int]] = []
     kept = ("stage1.conv", "linear")
-    prepared = Prepared(read_chain(model), scales_of(model, batches), kept)
+    prepared = Prepared(read_network(model), scales_of(model, batches), kept)
     found = round_weights(prepared, batches, RoundOptions(), progress=lambda done, total: seen.append((done, total)))
     assert list(found) == ["stage0.conv", "stage2.conv", "stage3.conv", "stage4.conv"]
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
@@ -54,7 +55,7 @@ def test_round_weights_kept_layers_are_left_out_and_progress_counts_the_others()
 def test_round_weights_half_gives_scales_and_biases_that_fp16_holds() -> None:
     model, batches = make_model(), make_batches(count=16)
     for layer in round_weights(
-        Prepared(read_chain(model), scales_of(model, batches), half=True), batches, RoundOptions()
+        Prepared(read_network(model), scales_of(model, batches), half=True), batches, RoundOptions()
     ).values():
         for values in (layer.scales, layer.bias):
             assert np.array_equal(values.astype(np.float16).astype(np.float32), values)
@@ -62,9 +63,9 @@ def test_round_weights_half_gives_scales_and_biases_that_fp16_holds() -> None:
 
 def test_round_weights_nearest_without_correction_needs_no_images() -> None:
     model = make_model()
-    weights = read_weights(model)
-    found = round_weights(Prepared(read_chain(model), {}), [], RoundOptions(method="nearest", bias_correction=False))
-    for layer in read_chain(model).layers:
+    weights = read_weights(read_network(model))
+    found = round_weights(Prepared(read_network(model), {}), [], RoundOptions(method="nearest", bias_correction=False))
+    for layer in read_network(model).layers:
         expected = round_nearest(weights[layer.weight], weights[layer.bias])
         assert same(found[layer.name], expected)
 
@@ -76,7 +77,7 @@ def same(one: RoundedLayer, other: RoundedLayer) -> bool:
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_of_little_memory_give_the_same_tensors_for_fewer_batches_and_catch_up(kind: str) -> None:
     model, batches = make_model(KINDS[kind]), make_batches(KINDS[kind], 48, size=8)
-    tensors = read_chain(model).quantized_tensors()
+    tensors = read_network(model).quantized_tensors()
     whole = [list(run_tensors(model, [name], batches)) for name in tensors]
     steps = LayerWalk(
         model,
@@ -98,7 +99,7 @@ def test_steps_of_little_memory_give_the_same_tensors_for_fewer_batches_and_catc
 def test_steps_one_batch_is_run_whatever_it_takes() -> None:
     model, batches = make_model(), make_batches(count=32, size=8)
     steps = LayerWalk(model, batches, budget_bytes=1)
-    assert [len(list(steps.advance(name))) for name in read_chain(model).quantized_tensors()] == [1] * 6
+    assert [len(list(steps.advance(name))) for name in read_network(model).quantized_tensors()] == [1] * 6
 
 
 def test_steps_that_catch_up_use_the_model_as_it_is_by_then() -> None:

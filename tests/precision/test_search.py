@@ -7,9 +7,9 @@ import onnx
 import pytest
 
 from repvgg_deploy.errors import CalibrationError
-from repvgg_deploy.precision.chain import read_chain, replace_weights
 from repvgg_deploy.precision.equalize import EqualizeOptions
 from repvgg_deploy.precision.int8 import Int8Options, quantize_graph
+from repvgg_deploy.precision.network import read_network, replace_weights
 from repvgg_deploy.precision.ranges import collect
 from repvgg_deploy.precision.search import SearchOptions, choose_exponents
 from tests.precision.compare import judge
@@ -20,8 +20,8 @@ SMALL = SearchOptions(EXPONENTS, images=32, positions=1024)
 
 
 def choose(model: onnx.ModelProto, batches: list[np.ndarray], options: SearchOptions = SMALL) -> dict[str, float]:
-    chain = read_chain(model)
-    return choose_exponents(chain, batches, collect(chain, batches), options)
+    network = read_network(model)
+    return choose_exponents(network, batches, collect(network, batches), options)
 
 
 def two_layers(spread: float, generator: np.random.Generator) -> onnx.ModelProto:
@@ -50,11 +50,11 @@ def test_choose_exponents_where_activations_differ_and_weights_do_not_makes_acti
 def test_choose_exponents_every_open_interface_gets_a_candidate_every_time_the_same(kind: str) -> None:
     model, batches = make_model(KINDS[kind]), make_batches(KINDS[kind], 48)
     seen: list[tuple[int, int]] = []
-    chain = read_chain(model)
+    network = read_network(model)
     found = choose_exponents(
-        chain, batches, collect(chain, batches), SMALL, progress=lambda done, total: seen.append((done, total))
+        network, batches, collect(network, batches), SMALL, progress=lambda done, total: seen.append((done, total))
     )
-    open_ = [interface.source for interface in chain.interfaces if interface.blocked_by is None]
+    open_ = [interface.source for interface in network.interfaces if interface.blocked_by is None]
     assert sorted(found) == sorted(open_)
     assert set(found.values()) <= set(EXPONENTS)
     assert found == choose(model, batches)

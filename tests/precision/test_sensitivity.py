@@ -9,10 +9,10 @@ import pytest
 
 from repvgg_deploy.errors import CalibrationError
 from repvgg_deploy.images.calibration import Images
-from repvgg_deploy.precision.chain import read_chain, read_weights
 from repvgg_deploy.precision.check import check_quantized
 from repvgg_deploy.precision.int8 import FAST, MAX_CALIBRATION, Int8Options, quantize_graph
 from repvgg_deploy.precision.metrics import QuantizationCost, count_macs, fewest_kept, rank_layers
+from repvgg_deploy.precision.network import read_network, read_weights
 from repvgg_deploy.precision.round import RoundedLayer, round_nearest
 from repvgg_deploy.precision.round_network import Prepared
 from tests.precision.compare import judge
@@ -26,11 +26,12 @@ def rounded_with_damage(
     model: onnx.ModelProto, batches: list[np.ndarray], damaged: str
 ) -> tuple[Prepared, dict[str, RoundedLayer]]:
     """Scales and weights of the plainest calibration; the damaged layer has 3 levels a side in place of 127."""
-    chain, weights = read_chain(model), read_weights(model)
+    network = read_network(model)
+    weights = read_weights(network)
     scales = {name: float(value.max() / 127) for name, value in input_ranges(model, batches).items()}
-    found = {layer.name: round_nearest(weights[layer.weight], weights[layer.bias]) for layer in chain.layers}
+    found = {layer.name: round_nearest(weights[layer.weight], weights[layer.bias]) for layer in network.layers}
     coarse = (np.round(found[damaged].integers / 42) * 42).astype(np.int8)
-    return Prepared(chain, scales), found | {damaged: dataclasses.replace(found[damaged], integers=coarse)}
+    return Prepared(network, scales), found | {damaged: dataclasses.replace(found[damaged], integers=coarse)}
 
 
 @pytest.mark.parametrize("damaged", ["stage1.conv", "stage3.conv"])
@@ -41,11 +42,11 @@ def test_rank_layers_puts_a_damaged_layer_first(kind: str, damaged: str) -> None
     model, batches = make_model(options), make_batches(options, 32)
     seen: list[tuple[int, int]] = []
     prepared, rounded = rounded_with_damage(model, batches, damaged)
-    macs = count_macs(prepared.chain, batches[0])
+    macs = count_macs(prepared.network, batches[0])
     costs = rank_layers(prepared, rounded, batches, macs=macs, progress=lambda done, total: seen.append((done, total)))
     assert costs[0].name == damaged
     assert costs[0].sqnr_db < costs[1].sqnr_db - 3
-    names = {layer.name for layer in read_chain(model).layers}
+    names = {layer.name for layer in read_network(model).layers}
     assert {cost.name for cost in costs} == names
     assert [cost.sqnr_db for cost in costs] == sorted(cost.sqnr_db for cost in costs)
     assert seen == [(index + 1, len(names)) for index in range(len(names))]
@@ -55,13 +56,13 @@ def test_rank_layers_features_and_layers_that_are_kept_already() -> None:
     model, batches = make_model(KINDS["features"]), make_batches(KINDS["features"], 16)
     prepared, rounded = rounded_with_damage(model, batches, "stage2.conv")
     del rounded["stage1.conv"]
-    costs = rank_layers(prepared, rounded, batches, macs=count_macs(prepared.chain, batches[0]))
+    costs = rank_layers(prepared, rounded, batches, macs=count_macs(prepared.network, batches[0]))
     assert [cost.name for cost in costs] == ["stage2.conv", "stage0.conv"]
 
 
 def test_count_macs_are_those_of_the_shapes() -> None:
     options = KINDS["grouped"]
-    macs = count_macs(read_chain(make_model(options)), make_batches(options, 2)[0])
+    macs = count_macs(read_network(make_model(options)), make_batches(options, 2)[0])
     sides = (8, 8, 4, 4, 4)
     widths, groups = (3, *options.widths), options.groups
     expected = {f"stage{i}.conv": widths[i + 1] * widths[i] // groups[i] * 9 * sides[i] ** 2 for i in range(5)} | {

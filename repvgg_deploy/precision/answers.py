@@ -1,0 +1,121 @@
+"""What a graph's outputs are made of: its classifier, the answers behind its last layers, what is compared in them."""
+
+from __future__ import annotations
+
+from collections.abc import Set as AbstractSet
+
+import onnx
+from onnx import TensorProto, helper, shape_inference
+
+from ..errors import CalibrationError
+from ..graph.edit import GraphView
+from .network import Layer, Network
+
+_LAYERS = ("Conv", "ConvTranspose", "Gemm", "QuantizeLinear", "DequantizeLinear")
+MOVES = ("Concat", "Split", "Slice", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity", "Resize")
+ACTIVATIONS = ("Relu", "LeakyRelu", "PRelu", "Sigmoid", "HardSigmoid", "HardSwish", "Clip")
+POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool")
+_CHOICES = (
+    "TopK",
+    "ArgMax",
+    "ArgMin",
+    "NonMaxSuppression",
+    "NonZero",
+    "Greater",
+    "GreaterOrEqual",
+    "Less",
+    "LessOrEqual",
+)
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
+
+
+def find_types(model: onnx.ModelProto) -> dict[str, int]:
+    """The type of each tensor (TensorProto.DataType) as its operator gives it, by name, whatever the graph declares."""
+    stored = [helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in model.graph.initializer]
+    names = {value.name for value in stored}
+    given = [*stored, *(value for value in model.graph.input if value.name not in names)]
+    made = [onnx.ValueInfoProto(name=name) for node in model.graph.node for name in node.output if name]
+    graph = helper.make_graph(list(model.graph.node), "types", given, made)
+    light = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    found = shape_inference.infer_shapes(light).graph
+    return {value.name: int(value.type.tensor_type.elem_type) for value in (*found.input, *found.output)}
+
+
+def find_answers(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """The nodes behind the last layers that compute with more than moves, activations and gates, and all behind them.
+
+    They make answers of what the layers give, such as boxes or probabilities.
+    """
+    constants, types = {tensor.name for tensor in model.graph.initializer}, find_types(model)
+    leading: set[str] = set()
+    for node in reversed(model.graph.node):
+        if is_layer(node, constants) or leading.intersection(node.output):
+            leading.update(node.input)
+    found: list[onnx.NodeProto] = []
+    behind, answered = set[str](), set[str]()  # floats that layers give, and that answers give
+    for node in model.graph.node:
+        if not is_layer(node, constants):
+            if not behind.intersection(node.input):
+                continue
+            joins = node.op_type in ("Mul", "Add") and behind.issuperset(node.input)
+            is_plain = joins or node.op_type in (*MOVES, *ACTIVATIONS, *POOLS)
+            if not leading.intersection(node.output) and (not is_plain or answered.intersection(node.input)):
+                found.append(node)
+                answered.update(node.output)
+        behind.update(name for name in node.output if types.get(name, 0) in _FLOATS)
+    return found
+
+
+def is_layer(node: onnx.NodeProto, constants: AbstractSet[str]) -> bool:
+    """Whether a node is of a layer: it has weights, stored or behind DequantizeLinear, or is a pair."""
+    return node.op_type in _LAYERS or (node.op_type == "MatMul" and not constants.isdisjoint(node.input))
+
+
+def find_classifier(network: Network) -> Layer | None:
+    """The last layer, if it is a Gemm and every output of the graph is made of what it gives; else None."""
+    last, view = network.layers[-1], GraphView(network.model)
+    if last.op_type != "Gemm":
+        return None
+    behind = {last.output}
+    for node in view.nodes:
+        if behind.intersection(node.input):
+            behind.update(node.output)
+    return last if behind.issuperset(value.name for value in network.model.graph.output) else None
+
+
+def judged_tensors(model: onnx.ModelProto) -> tuple[str, ...]:
+    """The float tensors in which a graph's answers are compared, in the order of its outputs.
+
+    Of what hangs on a choice (TopK, ArgMax, NonMaxSuppression), that which is chosen from: two almost equal scores may
+    change places. Of several answers in one tensor (boxes beside scores), each apart.
+
+    Raises:
+        CalibrationError: There are none.
+    """
+    view, types = GraphView(model), find_types(model)
+    chosen: dict[str, list[str]] = {}
+    for node in view.nodes:
+        behind = [name for read in node.input for name in chosen.get(read, ())]
+        if node.op_type in _CHOICES:
+            behind += [name for name in node.input if types.get(name) == TensorProto.FLOAT and name in view.made_by]
+        if behind:
+            chosen |= {name: list(dict.fromkeys(behind)) for name in node.output}
+    found: dict[str, None] = {}
+    queue = [name for value in model.graph.output for name in chosen.get(value.name, [value.name])]
+    while queue:
+        name = queue.pop(0)
+        maker = view.made_by.get(name)
+        parts: list[str] = []
+        if maker is not None and maker.op_type in MOVES:
+            count = len(maker.input) if maker.op_type == "Concat" else 1
+            parts = [part for part in maker.input[:count] if part in view.made_by and view.raw_constant(part) is None]
+        if parts and all(types.get(part) == TensorProto.FLOAT for part in parts):
+            queue = parts + queue
+        elif types.get(name) == TensorProto.FLOAT:
+            found[name] = None
+    if not found:
+        raise CalibrationError(
+            "no output of the graph is made of floating-point values: there is nothing to compare",
+            remedy="export the model with an output before its post-processing",
+        )
+    return tuple(found)

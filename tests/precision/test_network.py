@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from repvgg_deploy.errors import CalibrationError, ModelError
+from repvgg_deploy.precision.network import read_network
+from repvgg_deploy.precision.qdq import insert_pairs
+from tests.precision.make_chain import KINDS, ChainOptions, make_model
+
+
+def test_plain_graph_is_read_layer_by_layer() -> None:
+    network = read_network(make_model(ChainOptions(groups=(1, 2, 1, 4, 2))))
+    assert [layer.name for layer in network.layers] == [*(f"stage{index}.conv" for index in range(5)), "linear"]
+    assert [layer.groups for layer in network.layers] == [1, 2, 1, 4, 2, 1]
+    assert [layer.strides[0] for layer in network.layers] == [2, 1, 2, 1, 1, 1]
+    assert [layer.in_channels for layer in network.layers] == [3, 8, 16, 16, 24, 32]
+    assert [i.readers for i in network.interfaces] == [
+        *((f"stage{index}.conv",) for index in range(1, 5)),
+        ("linear",),
+        (),
+    ]
+    assert [i.blocked_by for i in network.interfaces] == [None] * 5 + ["output logits"]
+
+
+@pytest.mark.parametrize("kind", ["se_before", "se_after"])
+def test_se_interface_is_read_by_squeeze_and_next_block(kind: str) -> None:
+    network = read_network(make_model(KINDS[kind]))
+    found = {i.source: i for i in network.interfaces}
+    assert set(found["stage1.conv"].readers) == {"stage1.se.down.conv", "stage2.conv"}
+    assert set(found["stage4.conv"].readers) == {"stage4.se.down.conv", "linear"}
+    assert found["stage1.se.down.conv"].readers == ("stage1.se.up.conv",)
+    assert found["stage1.se.up.conv"].blocked_by == "Sigmoid"
+    assert found["stage1.conv"].blocked_by is None
+
+
+def test_exposed_and_tail_outputs_block_their_interfaces() -> None:
+    features = read_network(make_model(KINDS["features"]))
+    assert {i.source: i.blocked_by for i in features.interfaces} == {
+        "stage0.conv": None,
+        "stage1.conv": "output stage1",
+        "stage2.conv": "output stage2",
+    }
+    top5 = read_network(make_model(KINDS["uint8_top5"]))
+    assert (top5.image, top5.interfaces[-1].blocked_by) == ("normalised", "Softmax")
+
+
+def test_typed_graphs_are_refused() -> None:
+    model = make_model()
+    pairs = insert_pairs(read_network(model), dict.fromkeys(read_network(model).quantized_tensors(), 0.1))
+    with pytest.raises(CalibrationError, match="typed already"):
+        read_network(pairs)
+    tensor = model.graph.initializer[0]
+    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+    with pytest.raises(CalibrationError, match="typed already"):
+        read_network(model)
+
+
+def _computed_weight(model: onnx.ModelProto) -> None:
+    model.graph.input.append(helper.make_tensor_value_info("free", TensorProto.FLOAT, [8, 3, 3, 3]))
+    model.graph.node[0].input[1] = "free"
+
+
+def _empty(model: onnx.ModelProto) -> None:
+    del model.graph.node[:]
+
+
+@pytest.mark.parametrize(("change", "why"), [(_computed_weight, "2 inputs"), (_empty, "no layer")])
+def test_graphs_that_cannot_be_quantized_are_refused(change, why: str) -> None:
+    model = make_model()
+    change(model)
+    with pytest.raises(ModelError, match=why) as caught:
+        read_network(model)
+    assert caught.value.remedy

@@ -150,14 +150,14 @@ def _parallel_parts(block: nn.Module) -> list[str]:
         if convs and all(isinstance(leaf, _LINEAR) or _is_idle(leaf) or _is_bn(leaf) for leaf in leaves):
             found.setdefault((convs[0].in_channels, convs[-1].out_channels, convs[0].groups), []).append(name)
     for group in found.values():
-        simple = [
-            name for name in group if _conv_bn(parts[name]) is not None
-        ]  # the others may be an SE, behind the sum
+        simple = [name for name in group if _conv_bn(parts[name])]  # others may be an SE, behind the sum
         names = simple if len(simple) > 1 else group
-        bare = [part for part in map(parts.__getitem__, names) if isinstance(part, nn.Conv2d)]
-        # Bare convolutions follow one another as often as not; those of branches are depthwise or of odd shapes.
-        telling = len(bare) < len(names) or any(c.groups > 1 or len(set(c.kernel_size)) > 1 for c in bare)
-        if len(names) > 1 and telling:
+        convs = [module for name in names for module in parts[name].modules() if isinstance(module, nn.Conv2d)]
+        # Bare convolutions follow one another as often as not; those of branches are depthwise or of odd shapes. And
+        # where all kernels are of one size, they are one projection for each of several inputs.
+        bare = all(isinstance(parts[name], nn.Conv2d) for name in names)
+        odd = any(conv.groups > 1 or len(set(conv.kernel_size)) > 1 for conv in convs)
+        if len(names) > 1 and len({conv.kernel_size for conv in convs}) > 1 and (odd or not bare):
             return names
     return []
 

@@ -1,4 +1,4 @@
-"""Every RepVGG variant in training form, folded by algebra: a second opinion on `reparameterize`, and the reverse."""
+"""Every RepVGG variant and blocks of other projects, folded by algebra: a second opinion on `reparameterize`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from repvgg_deploy import Engine, reparameterize
 from repvgg_deploy.export.fold import fold_onnx
 from repvgg_deploy.export.graph import trace
+from repvgg_deploy.export.module import _fold
 from repvgg_deploy.model.network import RepVGG
 from repvgg_deploy.specs.values import TensorSpec, VariantSpec
 from repvgg_deploy.specs.variants import PUBLISHED
+from tests.model.other_projects import BLOCKS, Ghost, Plus
 from tests.model.random_blocks import randomise, small_variant
 
 IMAGE = TensorSpec("input", "float32", ("batch", 3, 64, 96), "NCHW")
@@ -66,6 +68,46 @@ def test_fold_onnx_of_a_variant_in_training_form_has_the_kernels_of_reparameteri
             np.testing.assert_allclose(stored[input_name], ours.detach().numpy(), rtol=2e-7, atol=1e-10, err_msg=where)
     with Engine(tmp_path / "deploy.onnx") as engine:
         np.testing.assert_allclose(engine.infer(x.numpy()), expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", BLOCKS)
+def test_fold_of_a_block_of_another_project_has_the_kernel_of_reparameterize(name: str) -> None:
+    torch.manual_seed(0)
+    block, size = BLOCKS[name][0](), BLOCKS[name][1]
+    randomise(block)
+    deploy = reparameterize(block)
+    (ours,) = [
+        m for m in deploy.modules() if isinstance(m, nn.Conv2d) and (m.kernel_size[0], m.out_channels) == (size, 8)
+    ][-1:]
+    shape = ("batch", 4 if isinstance(block, Ghost) else 8, 16, 16)
+    tensors = (
+        TensorSpec("input", "float32", shape, "NCHW"),
+        TensorSpec("output", "float32", ("batch", 8, 16, 16), "NCHW"),
+    )
+    graph, report = _fold(
+        trace(First(block.eval()), torch.zeros(2, *shape[1:]), opset=17, tensors=tensors, with_weights=True)
+    )
+    assert report.left == ()
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
+    folds = [node for node in graph.graph.node if node.op_type == "Conv"]
+    assert len(folds) == sum(isinstance(m, nn.Conv2d) for m in deploy.modules())
+    (node,) = [node for node in folds if stored[node.input[1]].shape == ours.weight.shape]
+    assert ours.bias is not None
+    for theirs, mine in zip(node.input[1:], (ours.weight, ours.bias), strict=True):
+        # Both are sums in float64, in another order, rounded once; of terms of up to 10.
+        np.testing.assert_allclose(stored[theirs], mine.numpy(), rtol=2e-7, atol=1e-7)
+
+
+class First(nn.Module):
+    """A block's first output alone; RepVGGplus's takes a loss, too."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (self.block(x, 0.0)[0] if isinstance(self.block, Plus) else self.block(x),)
 
 
 class Logits(nn.Module):

@@ -317,6 +317,25 @@ def test_reparameterize_nominated_block_that_is_no_sum_stays_and_is_listed(
     assert "stay as they are: 0 (Beside: conv1, conv2)" in caplog.text
 
 
+class Identity(nn.Module):
+    """Gives its input, whatever it holds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_reparameterize_one_projection_for_each_of_several_inputs_is_not_listed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As RT-DETR's decoder."""
+    decoder = Identity()
+    decoder.projections = nn.ModuleList(TimmBlock._conv_bn(4, 1) for _ in range(3))
+    model = nn.Sequential(decoder, OfficialBlock(4))
+    randomise(model)
+    assert hasattr(reparameterize(model)[1], "rbr_reparam")
+    assert caplog.text == ""
+
+
 def test_reparameterize_sum_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Sequential(Beside(torch.add), OfficialBlock(4))
     randomise(model)

@@ -399,6 +399,54 @@ class Functional(nn.Module):
         return self.activation(total)
 
 
+class Asymmetric(nn.Module):
+    """ACNet's block: bare convolutions, each with a BatchNorm beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"square": (3, 3), "ver": (3, 1), "hor": (1, 3)}
+        for name, size in sizes.items():
+            pads = (size[0] // 2, size[1] // 2)
+            self.add_module(f"{name}_conv", nn.Conv2d(C, C, size, padding=pads, bias=False))
+            self.add_module(f"{name}_bn", nn.BatchNorm2d(C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [getattr(self, f"{n}_bn")(getattr(self, f"{n}_conv")(x)) for n in ("square", "ver", "hor")]
+        return parts[0] + parts[1] + parts[2]
+
+
+class Dilated(nn.Module):
+    """UniRepLKNet's DilatedReparamBlock: a large depthwise kernel and a small dilated one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lk_origin, self.origin_bn = conv(7, groups=C), nn.BatchNorm2d(C)
+        self.dil_conv_k3_2 = nn.Conv2d(C, C, 3, padding=2, dilation=2, groups=C, bias=False)
+        self.dil_bn_k3_2 = nn.BatchNorm2d(C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.origin_bn(self.lk_origin(x)) + self.dil_bn_k3_2(self.dil_conv_k3_2(x))
+
+
+class Diverse(nn.Module):
+    """Diverse Branch Block: among others a 1×1 before an average pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dbb_origin, self.dbb_1x1 = conv_bn(3), conv_bn(1)
+        pooling = sequence(conv=conv(1), bn=nn.BatchNorm2d(C), pad=nn.ZeroPad2d(1), avg=nn.AvgPool2d(3, 1))
+        self.dbb_avg = nn.Sequential(*pooling, nn.BatchNorm2d(C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dbb_origin(x) + self.dbb_1x1(x) + self.dbb_avg(x)
+
+
+# Blocks that stay as they are, and the parts by which they are listed.
+LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "ACNet": (Asymmetric, "square_conv, ver_conv, hor_conv"),
+    "UniRepLKNet": (Dilated, "lk_origin, dil_conv_k3_2"),
+    "Diverse Branch Block": (Diverse, "dbb_origin, dbb_1x1"),
+}
 OWN, PLAIN = "own class", "Sequential"
 # By the block: how it is made, its kernel, and what it is in deploy form: a block of its own class where its forward
 # has a path for the folded convolution, else a plain sequence.

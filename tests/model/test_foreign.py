@@ -12,7 +12,18 @@ from repvgg_deploy.errors import CheckpointError, ParityError
 from repvgg_deploy.model import beside
 from repvgg_deploy.model.fold import reparameterize
 from repvgg_deploy.model.foreign import Reading, fold_reading, read_block
-from tests.model.other_projects import BLOCKS, OWN, DetrBlock, Ghost, MobileOne, Official, Plus, UltraBlock, conv_bn
+from tests.model.other_projects import (
+    BLOCKS,
+    LEFT,
+    OWN,
+    DetrBlock,
+    Ghost,
+    MobileOne,
+    Official,
+    Plus,
+    UltraBlock,
+    conv_bn,
+)
 from tests.model.random_blocks import randomise, relative_error
 
 # One layer of up to 72 products against as many branches: a few float32 roundings.
@@ -130,6 +141,20 @@ def test_own_class_has_nothing_of_the_branches_left(name: str) -> None:
     assert {n.partition(".")[0] for n in folded} <= {"reparam_conv", "rbr_reparam"}
     assert not dict(deploy.named_buffers())
     assert not hasattr(deploy, "rbr_conv")
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_block_that_is_more_than_a_sum_of_plain_parts_is_listed(name: str) -> None:
+    block, parts = LEFT[name]
+    with pytest.raises(CheckpointError, match=rf"does not know: 1 \(\w+: {parts}\)"):
+        reparameterize(nn.Sequential(nn.Conv2d(3, 8, 1), block()))
+
+
+def test_one_convolution_with_its_batchnorm_is_no_block() -> None:
+    """YOLOv6's RealVGGBlock."""
+    with pytest.raises(CheckpointError) as caught:
+        reparameterize(nn.Sequential(conv_bn(3), nn.ReLU()))
+    assert caught.value.message == "Sequential holds no RepVGG block in training form"
 
 
 def test_wrong_forward_of_a_nameless_block_leaves_it_and_of_a_known_one_is_an_error() -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from ..evaluate.agreement import AgreementReport
     from ..images.sets import ImageSet
-    from ..specs.values import ModelSpec
+    from ..specs.values import ModelSpec, Preprocessing
 
     Convert = Callable[[NDArray[Any]], NDArray[Any]]
 
@@ -94,15 +94,11 @@ def share_input(reference: ModelSpec, other: ModelSpec) -> _Inputs:
     same_kind = (reference.input.dtype == "uint8") == (other.input.dtype == "uint8")
     if same_kind and one == two:
         return _Inputs(reference, lambda batch: batch, lambda batch: batch)
-    if (
-        one is None
-        or two is None
-        or (one.resize_short, one.crop, one.interpolation) != (two.resize_short, two.crop, two.interpolation)
-    ):
+    if one is None or two is None or _without_normalisation(one) != _without_normalisation(two):
         unknown = "unknown preprocessing"
         raise InputError(
             f"the two models do not see the same image: {one or unknown} and {two or unknown}",
-            remedy="export both with the same --image-size",
+            remedy="export both with the same --image-size, --resize and --interpolation",
         )
 
     def from_pixels(spec: ModelSpec) -> Convert:
@@ -113,6 +109,10 @@ def share_input(reference: ModelSpec, other: ModelSpec) -> _Inputs:
     pixels = TensorSpec("pixels", "uint8", ("batch", *one.crop, 3), "NHWC")
     shared = dataclasses.replace(reference, input=pixels, preprocessing=dataclasses.replace(one, in_graph=True))
     return _Inputs(shared, from_pixels(reference), from_pixels(other))
+
+
+def _without_normalisation(how: Preprocessing) -> Preprocessing:
+    return dataclasses.replace(how, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), in_graph=False)
 
 
 def _require_same_classes(args: argparse.Namespace, reference: ModelSpec, other: ModelSpec) -> None:

@@ -7,11 +7,13 @@ import dataclasses
 import os
 import shlex
 import sys
+import typing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
+from ..specs.values import Interpolation
 from .common import (
     HelpFormatter,
     Output,
@@ -19,6 +21,7 @@ from .common import (
     format_pairs,
     format_table,
     parent_parser,
+    parse_number,
     parse_size,
     parse_triple,
     parse_whole,
@@ -27,6 +30,7 @@ from .common import (
 
 if TYPE_CHECKING:
     from ..export.export import ExportOptions, ExportResult
+    from ..export.options import ResizeOptions
     from ..model.checkpoint.load import Description
     from ..specs.values import Certificate, Preprocessing, TensorSpec
 
@@ -92,6 +96,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                              "123.675,116.28,103.53)")
     images.add_argument("--std", type=parse_triple, metavar="R,G,B",
                         help="standard deviation in 0-255 units (default: as --mean, 58.395,57.12,57.375)")
+    add_resize_options(images)
     calibration = parser.add_argument_group("calibration without images (for INT8)")
     count = partial(parse_whole, most=100_000)
     calibration.add_argument("--synthetic-calibration", type=count, nargs="?", const=0, metavar="N",
@@ -102,6 +107,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                              help="another number gives other images (default: 0)")
     calibration.add_argument("--calibration-steps", type=count, metavar="STEPS",
                              help="optimisation steps a batch (default: by the cost of the network)")
+
+
+def add_resize_options(group: argparse._ActionsContainer) -> None:
+    """How images are resized before the centre crop, as timm and torchvision call it."""
+    group.add_argument("--resize", type=_resize, metavar="N|HxW",
+                       help="N: the short side in pixels before the centre crop; HxW: both sides, whatever the shape "
+                            "(default: 256 for 224x224, else the crop's own)")
+    group.add_argument("--crop-pct", type=_share, metavar="P",
+                       help="in place of --resize: the share of the resized image that the crop keeps, such as 0.875")
+    group.add_argument("--interpolation", choices=typing.get_args(Interpolation),
+                       help="filter of the resize (default: bilinear)")
+    group.add_argument("--max-value", type=partial(parse_whole, most=65535), metavar="N",
+                       help="what is white in images of more than 8 bits, such as 4095 (default: 65535)")
 
 
 def _add_graph_options(group: argparse._ArgumentGroup) -> None:
@@ -128,8 +146,29 @@ def _batch(text: str) -> int | None:
         raise argparse.ArgumentTypeError(f"expected a positive number or 'dynamic', found {text!r}") from None
 
 
+def _resize(text: str) -> int | tuple[int, int]:
+    height, width = parse_size(text)
+    return height if text.strip().isdecimal() else (height, width)
+
+
+def _share(text: str) -> float:
+    return parse_number(text, least=0.01, most=1, what="a share of 0.01 to 1, such as 0.875")
+
+
+RESIZE_FLAGS = ("--resize", "--crop-pct", "--interpolation", "--max-value")
+
+
+def read_resizing(args: argparse.Namespace) -> ResizeOptions:
+    """What the options of `add_resize_options` state."""
+    from ..export.options import ResizeOptions
+
+    return ResizeOptions(args.resize, args.crop_pct, args.interpolation, args.max_value)
+
+
 def find_conflict(args: argparse.Namespace) -> str | None:
     """What is wrong with options that cannot hold together, or None."""
+    if args.resize is not None and args.crop_pct is not None:
+        return "--resize and --crop-pct say the same thing twice"
     if args.features and args.output != "logits":
         return f"--features gives stage outputs, so --output {args.output} cannot hold"
     if args.synthetic_calibration is None and (args.calibration_seed is not None or args.calibration_steps is not None):
@@ -241,7 +280,9 @@ def _read_options(args: argparse.Namespace) -> ExportOptions:
     if args.synthetic_calibration is not None:
         images = args.synthetic_calibration or None
         calibration = SynthesisOptions(images, args.calibration_seed or 0, args.calibration_steps)
-    return ExportOptions(graph, arch, args.mean, args.std, labels, args.save_deploy, args.force, calibration)
+    return ExportOptions(
+        graph, arch, args.mean, args.std, labels, args.save_deploy, args.force, calibration, read_resizing(args)
+    )
 
 
 def _as_text(result: ExportResult) -> str:

@@ -7,7 +7,8 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .common import Command, Output, format_pairs, format_table, parse_triple, parse_whole, show_bytes
+from .common import Command, Output, format_pairs, format_table, parse_triple, show_bytes
+from .export import RESIZE_FLAGS, add_resize_options, read_resizing
 
 if TYPE_CHECKING:
     from ..export.fold import FoldResult
@@ -34,8 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     stated = parser.add_argument_group("images and classes, which the file does not state")
     stated.add_argument("--mean", type=parse_triple, metavar="R,G,B", help="mean in 0-255 units")
     stated.add_argument("--std", type=parse_triple, metavar="R,G,B", help="standard deviation in 0-255 units")
-    stated.add_argument("--resize", type=parse_whole, metavar="N",
-                        help="short side in pixels before the centre crop (default: the crop's own)")
+    add_resize_options(stated)
     stated.add_argument("--labels", type=Path, metavar="FILE|imagenet1k",
                         help="text file with one class name a line, kept in the ONNX; imagenet1k: the 1,000 names of "
                              "ImageNet")
@@ -46,8 +46,11 @@ def find_conflict(args: argparse.Namespace) -> str | None:
     """What is wrong with options that cannot hold together, or None."""
     if (args.mean is None) != (args.std is None):
         return "--mean and --std belong together"
-    if args.resize is not None and args.mean is None:
-        return "--resize needs --mean and --std"
+    given = [flag for flag in RESIZE_FLAGS if getattr(args, flag[2:].replace("-", "_")) is not None]
+    if given and args.mean is None:
+        return f"{given[0]} needs --mean and --std"
+    if args.resize is not None and args.crop_pct is not None:
+        return "--resize and --crop-pct say the same thing twice"
     if not args.describe:
         return None if args.out is not None else "give --out OUT.onnx, or --describe"
     others = {"--out": args.out, "--mean": args.mean, "--labels": args.labels, "--force": args.force or None}
@@ -63,7 +66,7 @@ def execute(args: argparse.Namespace) -> Output:
     labels = None
     if args.labels is not None:
         labels = imagenet_labels() if str(args.labels) == "imagenet1k" else read_labels(args.labels)
-    options = FoldOptions(args.mean, args.std, args.resize, labels, tuple(args.output), args.force)
+    options = FoldOptions(args.mean, args.std, read_resizing(args), labels, tuple(args.output), args.force)
     result = fold_onnx(args.model, args.out, options=options)
     sizes = (args.model.stat().st_size, None if args.out is None else args.out.stat().st_size)
     follow = f"inspect {shlex.quote(str(args.out))}" if result.metadata is not None else None

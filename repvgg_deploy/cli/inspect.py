@@ -116,12 +116,19 @@ def _describe_tensor(tensor: TensorSpec) -> str:
 
 
 def _describe_preprocessing(spec: ModelSpec) -> str:
+    from ..images.pixels import FULL_SCALE
+
     how = spec.preprocessing
     if how is None:
         return "not known"
     mean, std = (", ".join(f"{value:g}" for value in values) for values in (how.mean, how.std))
     where = "normalised in the graph" if how.in_graph else "normalised by the caller"
-    resize = f"RGB, short side to {how.resize_short} ({how.interpolation}), centre crop {how.crop[0]}×{how.crop[1]}"
+    size = f"short side to {how.resize_short}"
+    if how.box is not None:
+        size = f"{'stretched to' if how.fit == 'stretch' else 'resized until it covers'} {how.box[0]}×{how.box[1]}"
+    resize = f"RGB, {size} ({how.interpolation}), centre crop {how.crop[0]}×{how.crop[1]}"
+    if how.max_value != FULL_SCALE:
+        resize += f"; of more than 8 bits, {how.max_value} is white"
     return f"{resize}\n{where}: mean {mean}, std {std} (0–255)"
 
 

@@ -36,7 +36,7 @@ from ..specs.zoo import find_card
 from .calibrate import CalibrationResult, write_calibration
 from .contract import check_contract
 from .graph import rename, simplify, to_onnx
-from .options import GraphOptions, model_spec, require_units_of_255
+from .options import GraphOptions, ResizeOptions, model_spec, require_units_of_255
 from .statistics import collect_statistics
 from .synthesize import Steps, SynthesisOptions, plan_synthesis
 from .verify import require_same_weights, verify_onnx
@@ -63,6 +63,7 @@ class ExportOptions:
         force: Replace different files.
         calibration: Synthesise calibration images from the BatchNorm statistics, too, and write them beside the ONNX as
             `NAME.calib.npz`.
+        resizing: How images are resized; what it does not state is the checkpoint's own, else the original's.
 
     Raises:
         InputError: `mean` or `std` is in units of 0–1.
@@ -76,6 +77,7 @@ class ExportOptions:
     save_deploy: Path | None = None
     force: bool = False
     calibration: SynthesisOptions | None = None
+    resizing: ResizeOptions = field(default_factory=ResizeOptions)
 
     def __post_init__(self) -> None:
         require_units_of_255(self.mean, self.std)
@@ -158,7 +160,8 @@ def _write_verified(
     checkpoint = load_checkpoint(ckpt, arch=options.arch)
     model = build_model(checkpoint)
     checkpoint = dataclasses.replace(checkpoint, state={})  # the model holds the only reference to the weights
-    preprocessing = _choose_preprocessing(checkpoint, options)
+    preprocessing, assumed = _choose_preprocessing(checkpoint, options)
+    checkpoint = dataclasses.replace(checkpoint, notes=(*checkpoint.notes, *assumed))
     graph = dataclasses.replace(options.graph, image_size=preprocessing.crop)
     spec = model_spec(checkpoint.spec, graph, preprocessing, _choose_labels(checkpoint, options))
     _require_statistics(checkpoint, spec, options.calibration)
@@ -200,18 +203,31 @@ def _write_verified(
     return metadata
 
 
-def _choose_preprocessing(checkpoint: Checkpoint, options: ExportOptions) -> Preprocessing:
+def _choose_preprocessing(checkpoint: Checkpoint, options: ExportOptions) -> tuple[Preprocessing, tuple[str, ...]]:
+    """How images become the input, and a note of what was assumed because nobody states it."""
     own = checkpoint.preprocessing
     card = find_card(checkpoint.sha256)
     usual = (224, 224) if card is None else (card.input_size, card.input_size)
     height, width = options.graph.image_size or (own.crop if own is not None else usual)
     found = default_preprocessing(height, width, in_graph=options.graph.input == "uint8")
     if own is not None:
-        resize = own.resize_short if own.crop == (height, width) else found.resize_short
-        found = dataclasses.replace(
-            found, mean=own.mean, std=own.std, resize_short=resize, interpolation=own.interpolation
-        )
-    return dataclasses.replace(found, mean=options.mean or found.mean, std=options.std or found.std)
+        if own.crop != (height, width):
+            own = dataclasses.replace(own, resize_short=found.resize_short, box=None, fit="cover", crop=found.crop)
+        found = dataclasses.replace(own, in_graph=found.in_graph)
+    found = dataclasses.replace(found, mean=options.mean or found.mean, std=options.std or found.std)
+    resizing = options.resizing
+    found = resizing.restate(found)
+    if own is not None or card is not None:
+        return found, ()
+    assumed = {
+        f"the short side resized to {found.resize_short} for {height}×{width} (--resize or --crop-pct)":
+            (resizing.resize, resizing.crop_pct),
+        f"{found.interpolation} (--interpolation)": (resizing.interpolation,),
+        "ImageNet's mean and standard deviation (--mean, --std)": (options.mean, options.std),
+    }  # fmt: skip
+    unstated = [what for what, stated in assumed.items() if stated == (None,) * len(stated)]
+    note = f"the checkpoint does not say how images are prepared; assumed: {', '.join(unstated)}"
+    return found, (note,) if unstated else ()
 
 
 def _choose_labels(checkpoint: Checkpoint, options: ExportOptions) -> tuple[str, ...] | None:

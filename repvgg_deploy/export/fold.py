@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,7 @@ from ..specs.values import (
     TensorSpec,
 )
 from .choices import Choices, Trial, choose_outputs, find_choices, judge_outputs, with_outputs
-from .options import IR_VERSIONS, require_units_of_255
+from .options import IR_VERSIONS, ResizeOptions, require_units_of_255
 from .verify import run_onnx
 from .writer import append_metadata, write_model
 
@@ -91,7 +91,8 @@ class FoldOptions:
     Attributes:
         mean: Per RGB channel, 0–255 units, as the caller must normalise images.
         std: Likewise.
-        resize_short: Images are resized to this short side before the centre crop; None takes the crop's own.
+        resizing: How images are resized before the centre crop; where it says nothing, the short side becomes the
+            crop's own, bilinear.
         labels: Names of the classes.
         output: The outputs that the result is to have, in place of the file's: names of tensors, or `raw` alone for
             what TopK, ArgMax and NonMaxSuppression, and all that comes after them, read.
@@ -103,14 +104,14 @@ class FoldOptions:
 
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
-    resize_short: int | None = None
+    resizing: ResizeOptions = field(default_factory=ResizeOptions)
     labels: tuple[str, ...] | None = None
     output: tuple[str, ...] = ()
     force: bool = False
 
     def __post_init__(self) -> None:
         require_units_of_255(self.mean, self.std)
-        if (self.mean is None) != (self.std is None) or (self.mean is None and self.resize_short is not None):
+        if (self.mean is None) != (self.std is None) or (self.mean is None and self.resizing != ResizeOptions()):
             raise InputError("mean and std belong together, and resize to them", remedy="give --mean and --std")
 
 
@@ -483,8 +484,8 @@ def _state(spec: ModelSpec | str, model: onnx.ModelProto, options: FoldOptions) 
                 f"the input {spec.input.shape} says no size of RGB images",
                 remedy="give a file with a fixed height and width, or leave --mean and --std out",
             )
-        short = options.resize_short or min(size[0], size[1])
-        preprocessing = Preprocessing(options.mean, options.std, short, (size[0], size[1]))
+        plain = Preprocessing(options.mean, options.std, min(size[0], size[1]), (size[0], size[1]))
+        preprocessing = options.resizing.restate(plain)
     if options.labels is not None and [len(options.labels)] != [output.shape[-1] for output in spec.outputs]:
         raise InputError(
             f"{len(options.labels)} labels for the outputs {', '.join(f'{o.name} {o.shape}' for o in spec.outputs)}",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import typing
+from dataclasses import dataclass, replace
 
 from ..errors import InputError
-from ..specs.values import InputKind, ModelSpec, OutputKind, Preprocessing, TensorSpec, VariantSpec
+from ..specs.values import InputKind, Interpolation, ModelSpec, OutputKind, Preprocessing, TensorSpec, VariantSpec
 
 IR_VERSIONS = {17: 8, 18: 8, 19: 9, 20: 9}
 """The operator sets that are exported to, and the IR version that came with each.
@@ -53,6 +55,74 @@ class GraphOptions:
                 f"--features gives stage outputs, so --output {self.output} cannot hold",
                 remedy="leave one of the two out",
             )
+
+
+@dataclass(frozen=True, slots=True)
+class ResizeOptions:
+    """How images are resized before the centre crop, stated by the user; what is None is as it was.
+
+    Attributes:
+        resize: The short side in pixels, or (height, width) to which both sides are stretched: torchvision's
+            `Resize(256)` and `Resize((256, 256))`.
+        crop_pct: The share of the resized image that is kept, more than 0 and at most 1: timm's. Both sides of the crop
+            divided by it, rounded down, are covered.
+        interpolation: Pillow's filter of that name.
+        max_value: What is white in images of more than 8 bits.
+
+    Raises:
+        InputError: One is out of range, or both `resize` and `crop_pct` are given.
+
+    Source: `transforms_imagenet_eval` of https://github.com/huggingface/pytorch-image-models; `Resize` of torchvision.
+    """
+
+    resize: int | tuple[int, int] | None = None
+    crop_pct: float | None = None
+    interpolation: Interpolation | None = None
+    max_value: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.resize is not None and self.crop_pct is not None:
+            raise InputError("--resize and --crop-pct say the same thing twice", remedy="leave one of the two out")
+        sides = self.resize if isinstance(self.resize, tuple) else (self.resize,)
+        if any(side is not None and side < 1 for side in sides):
+            raise InputError(f"images cannot be resized to {self.resize}", remedy="give --resize 256 or 256x256")
+        if self.crop_pct is not None and not 0.01 <= self.crop_pct <= 1:
+            raise InputError(
+                f"crop_pct is the share of the image that is kept, 0.01 to 1, found {self.crop_pct}",
+                remedy="give --crop-pct 0.875, or --resize in pixels",
+            )
+        known = typing.get_args(Interpolation)
+        if self.interpolation is not None and self.interpolation not in known:
+            raise InputError(
+                f"interpolation must be one of {', '.join(known)}, found {self.interpolation!r}",
+                remedy="give the filter that the model was evaluated with, such as --interpolation bicubic",
+            )
+
+    def restate(self, preprocessing: Preprocessing) -> Preprocessing:
+        """The preprocessing with what is stated here.
+
+        Raises:
+            InputError: The images would be smaller than the crop.
+        """
+        crop = preprocessing.crop
+        if self.interpolation is not None:
+            preprocessing = replace(preprocessing, interpolation=self.interpolation)
+        if self.max_value is not None:
+            preprocessing = replace(preprocessing, max_value=self.max_value)
+        if isinstance(self.resize, tuple):
+            return replace(preprocessing, resize_short=min(self.resize), box=self.resize, fit="stretch")
+        if self.crop_pct is not None:
+            box = (math.floor(crop[0] / self.crop_pct), math.floor(crop[1] / self.crop_pct))
+            shape = None if box[0] == box[1] else box
+            return replace(preprocessing, resize_short=min(box), box=shape, fit="cover")
+        if self.resize is not None:
+            if self.resize < min(crop):
+                raise InputError(
+                    f"the short side would be resized to {self.resize}, which is smaller than the crop {crop}",
+                    remedy=f"give --resize {min(crop)} or more, or a smaller --image-size",
+                )
+            return replace(preprocessing, resize_short=self.resize, box=None, fit="cover")
+        return preprocessing
 
 
 def require_opset(opset: int) -> None:

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import InputError, MissingDependencyError, say_install
+from ..specs import codec
 from .options import DATATYPES, RepositoryOptions, Servable, ServedFile, require_name, wire_shape
 
 LABELS_FILE = "labels.txt"
@@ -161,11 +162,16 @@ def make_jpeg_models(
         )
     row = [*preprocessing.crop, 3] if model.spec.input.layout == "NHWC" else [3, *preprocessing.crop]
     decoder = _decoder_config(model, options, config.max_batch_size, row)
-    names = ("mean", "std", "resize_short", "crop", "interpolation", "in_graph")
-    settings = json.dumps({name: getattr(preprocessing, name) for name in names}, indent=2)
-    code = resources.files("repvgg_deploy").joinpath("data/triton_jpeg.py.txt").read_bytes()
-    files = (ServedFile("model.py", code), ServedFile("preprocessing.json", settings.encode() + b"\n"))
+    settings = json.dumps(codec.encode(preprocessing), indent=2)
+    files = (ServedFile("model.py", make_jpeg_code()), ServedFile("preprocessing.json", settings.encode() + b"\n"))
     return [(decoder, files), (_ensemble_config(model, decoder, config), ())]
+
+
+def make_jpeg_code() -> bytes:
+    """The decoder of the package, and behind it the lines that Triton's python backend calls: one file, UTF-8."""
+    package = resources.files("repvgg_deploy")
+    parts = (package.joinpath(name).read_bytes() for name in ("images/pixels.py", "data/triton_jpeg.py.txt"))
+    return b"\n\n".join(parts)
 
 
 def _decoder_config(model: Servable, options: RepositoryOptions, max_batch: int, row: list[int]) -> Any:

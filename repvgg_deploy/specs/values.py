@@ -23,6 +23,7 @@ Form = Literal["training", "deploy"]
 InputKind = Literal["float32", "uint8"]
 OutputKind = Literal["logits", "probabilities", "top5"]
 Precision = Literal["fp32", "fp16", "int8"]
+Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 
 
 def _require(condition: bool, message: str, remedy: str) -> None:
@@ -144,15 +145,23 @@ class Preprocessing:
         std: Per RGB channel, in 0–255 units.
         resize_short: The short side is resized to this many pixels first.
         crop: (height, width) of the centre crop, the model's input size.
+        interpolation: The filter, as Pillow, timm and torchvision call it; always antialiased.
         in_graph: True: the graph casts and normalises itself (uint8 input); False: the caller gives normalised float32.
+        box: (height, width) that the image is fitted to, no smaller than the crop; None: `resize_short`, for both.
+        max_value: The value that is white in images of more than 8 bits: 4095 for 12-bit data in 16.
+        fit: `cover`: the image keeps its shape and is resized until it just covers the box; `stretch`: both sides are
+            resized to the box.
     """
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     resize_short: int
     crop: tuple[int, int]
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    interpolation: Interpolation = "bilinear"
     in_graph: bool = False
+    box: tuple[int, int] | None = None
+    fit: Literal["cover", "stretch"] = "cover"
+    max_value: int = 65535
 
     def __post_init__(self) -> None:
         finite = all(math.isfinite(value) for value in (*self.mean, *self.std))
@@ -162,6 +171,15 @@ class Preprocessing:
         _require(all(s > 0 for s in self.std), found, "give --std in 0–255 units, such as 58.395")
         positive = min(self.crop) >= 1 and self.resize_short >= 1
         _require(positive, f"image size must be positive, found {self.crop}", "give --image-size in pixels")
+        found = f"the value that is white must be 1 to 65535, found {self.max_value}"
+        _require(1 <= self.max_value <= 65535, found, "give --max-value 4095 for 12-bit data in 16 bits")
+        covers = self.box is None or all(have >= want for have, want in zip(self.box, self.crop, strict=True))
+        _require(
+            covers,
+            f"images are fitted to {self.box}, which is smaller than the crop {self.crop}",
+            "give a larger --resize, or a smaller --image-size",
+        )
+        _require(self.fit == "cover" or self.box is not None, "stretched to nothing", "give --resize HxW")
 
 
 @dataclass(frozen=True, slots=True)

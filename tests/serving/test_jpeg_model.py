@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import sys
 import types
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from PIL import Image
 
 from repvgg_deploy.errors import InputError
 from repvgg_deploy.images.decode import load_batch
+from repvgg_deploy.serving.config import make_jpeg_code
 from repvgg_deploy.serving.options import RepositoryOptions
 from repvgg_deploy.serving.triton import write_triton
 from repvgg_deploy.specs import codec
@@ -40,17 +41,18 @@ class Response:
 
 
 @pytest.fixture
-def template(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+def template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     """The model's code, with a stand-in for the module that Triton gives it."""
     utils = types.ModuleType("triton_python_backend_utils")
     utils.Tensor, utils.InferenceResponse, utils.TritonError = Tensor, Response, Exception
     utils.get_input_tensor_by_name = lambda request, name: request[name]
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", utils)
-    module = types.ModuleType("triton_jpeg")
-    exec(
-        resources.files("repvgg_deploy").joinpath("data/triton_jpeg.py.txt").read_text(encoding="utf-8"),
-        module.__dict__,
-    )
+    path = tmp_path / "served.py"
+    path.write_bytes(make_jpeg_code())
+    spec = importlib.util.spec_from_file_location("served", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
 
@@ -127,7 +129,7 @@ def test_picture_of_too_many_pixels_is_refused(
     monkeypatch.setattr(template, "MAX_PIXELS", 1000)
     model = start(template, tmp_path, Preprocessing(MEAN, STD, 32, (32, 32)))
     (answer,) = model.execute([request(jpeg((40, 40)))])
-    assert "too many" in str(answer.error)
+    assert "expected at most 1,000" in str(answer.error)
 
 
 @needs_schema

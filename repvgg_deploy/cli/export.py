@@ -116,6 +116,9 @@ def add_resize_options(group: argparse._ActionsContainer) -> None:
                             "(default: 256 for 224x224, else the crop's own)")
     group.add_argument("--crop-pct", type=_share, metavar="P",
                        help="in place of --resize: the share of the resized image that the crop keeps, such as 0.875")
+    group.add_argument("--letterbox", type=_colour, nargs="?", const=(114, 114, 114), metavar="R,G,B",
+                       help="in place of --resize: the image keeps its shape and stands in the middle of the input, "
+                            "this colour around it, as detectors are trained (default: 114,114,114)")
     group.add_argument("--interpolation", choices=typing.get_args(Interpolation),
                        help="filter of the resize (default: bilinear)")
     group.add_argument("--max-value", type=partial(parse_whole, most=65535), metavar="N",
@@ -155,20 +158,34 @@ def _share(text: str) -> float:
     return parse_number(text, least=0.01, most=1, what="a share of 0.01 to 1, such as 0.875")
 
 
-RESIZE_FLAGS = ("--resize", "--crop-pct", "--interpolation", "--max-value")
+def _colour(text: str) -> tuple[int, int, int]:
+    red, green, blue = (int(value) if value in range(256) else -1 for value in parse_triple(text))
+    if min(red, green, blue) < 0:
+        raise argparse.ArgumentTypeError(f"expected three whole numbers of 0 to 255, found {text!r}")
+    return red, green, blue
+
+
+RESIZE_FLAGS = ("--resize", "--crop-pct", "--letterbox", "--interpolation", "--max-value")
 
 
 def read_resizing(args: argparse.Namespace) -> ResizeOptions:
     """What the options of `add_resize_options` state."""
     from ..export.options import ResizeOptions
 
-    return ResizeOptions(args.resize, args.crop_pct, args.interpolation, args.max_value)
+    return ResizeOptions(args.resize, args.crop_pct, args.interpolation, args.max_value, args.letterbox)
+
+
+def find_resize_conflict(args: argparse.Namespace) -> str | None:
+    """Which of the options of `add_resize_options` cannot hold together, or None."""
+    sizes = {"--resize": args.resize, "--crop-pct": args.crop_pct, "--letterbox": args.letterbox}
+    given = [name for name, value in sizes.items() if value is not None]
+    return f"{given[0]} and {given[1]} cannot both hold" if len(given) > 1 else None
 
 
 def find_conflict(args: argparse.Namespace) -> str | None:
     """What is wrong with options that cannot hold together, or None."""
-    if args.resize is not None and args.crop_pct is not None:
-        return "--resize and --crop-pct say the same thing twice"
+    if (conflict := find_resize_conflict(args)) is not None:
+        return conflict
     if args.features and args.output != "logits":
         return f"--features gives stage outputs, so --output {args.output} cannot hold"
     if args.synthetic_calibration is None and (args.calibration_seed is not None or args.calibration_steps is not None):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .common import Command, Output, format_pairs, format_table, parse_triple, show_bytes
-from .export import RESIZE_FLAGS, add_resize_options, read_resizing
+from .export import RESIZE_FLAGS, add_resize_options, find_resize_conflict, read_resizing
 
 if TYPE_CHECKING:
     from ..export.fold import FoldResult
@@ -49,8 +49,8 @@ def find_conflict(args: argparse.Namespace) -> str | None:
     given = [flag for flag in RESIZE_FLAGS if getattr(args, flag[2:].replace("-", "_")) is not None]
     if given and args.mean is None:
         return f"{given[0]} needs --mean and --std"
-    if args.resize is not None and args.crop_pct is not None:
-        return "--resize and --crop-pct say the same thing twice"
+    if (conflict := find_resize_conflict(args)) is not None:
+        return conflict
     if not args.describe:
         return None if args.out is not None else "give --out OUT.onnx, or --describe"
     others = {"--out": args.out, "--mean": args.mean, "--labels": args.labels, "--force": args.force or None}

@@ -127,6 +127,9 @@ def _describe_preprocessing(spec: ModelSpec) -> str:
     if how.box is not None:
         size = f"{'stretched to' if how.fit == 'stretch' else 'resized until it covers'} {how.box[0]}×{how.box[1]}"
     resize = f"RGB, {size} ({how.interpolation}), centre crop {how.crop[0]}×{how.crop[1]}"
+    if how.fit == "letterbox":
+        around = ", ".join(map(str, how.pad))
+        resize = f"RGB, letterboxed ({how.interpolation}) into {how.crop[0]}×{how.crop[1]}, around it {around}"
     if how.max_value != FULL_SCALE:
         resize += f"; of more than 8 bits, {how.max_value} is white"
     return f"{resize}\n{where}: mean {mean}, std {std} (0–255)"

@@ -212,7 +212,8 @@ def _choose_preprocessing(checkpoint: Checkpoint, options: ExportOptions) -> tup
     found = default_preprocessing(height, width, in_graph=options.graph.input == "uint8")
     if own is not None:
         if own.crop != (height, width):
-            own = dataclasses.replace(own, resize_short=found.resize_short, box=None, fit="cover", crop=found.crop)
+            own = dataclasses.replace(own, resize_short=found.resize_short, box=None, crop=found.crop)
+            own = own if own.fit == "letterbox" else dataclasses.replace(own, fit="cover")
         found = dataclasses.replace(own, in_graph=found.in_graph)
     found = dataclasses.replace(found, mean=options.mean or found.mean, std=options.std or found.std)
     resizing = options.resizing
@@ -221,7 +222,7 @@ def _choose_preprocessing(checkpoint: Checkpoint, options: ExportOptions) -> tup
         return found, ()
     assumed = {
         f"the short side resized to {found.resize_short} for {height}×{width} (--resize or --crop-pct)":
-            (resizing.resize, resizing.crop_pct),
+            (resizing.resize, resizing.crop_pct, resizing.letterbox),
         f"{found.interpolation} (--interpolation)": (resizing.interpolation,),
         "ImageNet's mean and standard deviation (--mean, --std)": (options.mean, options.std),
     }  # fmt: skip

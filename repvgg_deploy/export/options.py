@@ -68,9 +68,11 @@ class ResizeOptions:
             divided by it, rounded down, are covered.
         interpolation: Pillow's filter of that name.
         max_value: What is white in images of more than 8 bits.
+        letterbox: The image keeps its shape and stands in the middle of the input, as detectors are trained; RGB,
+            0–255: the colour around it.
 
     Raises:
-        InputError: One is out of range, or both `resize` and `crop_pct` are given.
+        InputError: One is out of range, or more than one of `resize`, `crop_pct` and `letterbox` is given.
 
     Source: `transforms_imagenet_eval` of https://github.com/huggingface/pytorch-image-models; `Resize` of torchvision.
     """
@@ -79,10 +81,13 @@ class ResizeOptions:
     crop_pct: float | None = None
     interpolation: Interpolation | None = None
     max_value: int | None = None
+    letterbox: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
-        if self.resize is not None and self.crop_pct is not None:
-            raise InputError("--resize and --crop-pct say the same thing twice", remedy="leave one of the two out")
+        sizes = {"--resize": self.resize, "--crop-pct": self.crop_pct, "--letterbox": self.letterbox}
+        given = [name for name, value in sizes.items() if value is not None]
+        if len(given) > 1:
+            raise InputError(f"{given[0]} and {given[1]} cannot both hold", remedy="leave one of the two out")
         sides = self.resize if isinstance(self.resize, tuple) else (self.resize,)
         if any(side is not None and side < 1 for side in sides):
             raise InputError(f"images cannot be resized to {self.resize}", remedy="give --resize 256 or 256x256")
@@ -109,6 +114,8 @@ class ResizeOptions:
             preprocessing = replace(preprocessing, interpolation=self.interpolation)
         if self.max_value is not None:
             preprocessing = replace(preprocessing, max_value=self.max_value)
+        if self.letterbox is not None:
+            return replace(preprocessing, resize_short=min(crop), box=None, fit="letterbox", pad=self.letterbox)
         if isinstance(self.resize, tuple):
             return replace(preprocessing, resize_short=min(self.resize), box=self.resize, fit="stretch")
         if self.crop_pct is not None:

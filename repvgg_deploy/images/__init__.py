@@ -11,10 +11,15 @@ if TYPE_CHECKING:
     from .calibration import load_calibration as load_calibration
     from .decode import decode_image as decode_image
     from .decode import default_preprocessing as default_preprocessing
+    from .decode import fit_image as fit_image
+    from .decode import image_size as image_size
+    from .decode import letterbox_preprocessing as letterbox_preprocessing
     from .decode import list_images as list_images
     from .decode import load_batch as load_batch
     from .decode import load_image as load_image
     from .decode import normalize as normalize
+    from .pixels import Placement as Placement
+    from .pixels import place as place
     from .sets import ImageBatch as ImageBatch
     from .sets import ImageSet as ImageSet
     from .sets import SetOptions as SetOptions
@@ -24,7 +29,9 @@ __getattr__ = find_lazily(
     __name__,
     {
         "calibration": "Images load_calibration",
-        "decode": "decode_image default_preprocessing list_images load_batch load_image normalize",
+        "decode": "decode_image default_preprocessing fit_image image_size letterbox_preprocessing list_images "
+        "load_batch load_image normalize",
+        "pixels": "Placement place",
         "sets": "ImageBatch ImageSet SetOptions open_images",
     },
 )

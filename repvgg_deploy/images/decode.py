@@ -18,9 +18,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from ..errors import InputError
+from ..errors import InputError, MissingDependencyError
 from ..specs.values import ModelSpec, Preprocessing
-from .pixels import FORMATS, MAX_PIXELS, decode
+from .pixels import FORMATS, MAX_PIXELS, decode, fit_to_input, read_size
 from .pixels import normalize as normalize  # noqa: PLC0414 - handed on: it is public here
 
 if TYPE_CHECKING:
@@ -71,6 +71,32 @@ def default_preprocessing(
     """
     resize_short = 256 if (height, width) == (224, 224) else min(height, width)
     return Preprocessing(mean=mean, std=std, resize_short=resize_short, crop=(height, width), in_graph=in_graph)
+
+
+def letterbox_preprocessing(
+    height: int,
+    width: int,
+    *,
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    std: tuple[float, float, float] = (255.0, 255.0, 255.0),
+    pad: tuple[int, int, int] = (114, 114, 114),
+) -> Preprocessing:
+    """What most detectors are trained with: the image keeps its shape, and stands in the middle of the input.
+
+    Args:
+        height: Input height in pixels.
+        width: Input width in pixels.
+        mean: Per RGB channel, 0–255. With the default of `std`: RGB ÷ 255.
+        std: Per RGB channel, 0–255.
+        pad: Colour around the image, RGB, 0–255.
+
+    Raises:
+        InputError: A size or a standard deviation is not positive, or the colour is none.
+
+    Source: `LetterBox` of https://github.com/ultralytics/ultralytics. OpenCV's bilinear filter, which is used there, is
+        not antialiased; Pillow's, which is used here, is.
+    """
+    return Preprocessing(mean, std, min(height, width), (height, width), fit="letterbox", pad=pad)
 
 
 def load_batch(paths: Sequence[StrPath], spec: ModelSpec | Preprocessing) -> Uint8Array | Float32Array:
@@ -136,6 +162,50 @@ def load_image(path: StrPath, preprocessing: Preprocessing) -> Uint8Array:
     for note in found.notes:
         logger.warning("%s: %s", where, note)
     return found.pixels
+
+
+def image_size(path: StrPath) -> tuple[int, int]:
+    """(height, width) in pixels of an image file, upright, as `load_image` sees it.
+
+    With it, `place(image_size(path), spec.preprocessing).to_image(boxes)` are boxes on the image.
+
+    Raises:
+        InputError: The file is missing, empty, not an image, or holds more than MAX_PIXELS pixels.
+        MissingDependencyError: Pillow is not installed.
+    """
+    where = os.fspath(path)
+    _require_file(where)
+    return read_size(where, where=where)
+
+
+def fit_image(pixels: Uint8Array, preprocessing: Preprocessing) -> Uint8Array:
+    """`load_image` for pixels in memory, such as a frame of a camera.
+
+    Args:
+        pixels: uint8 (H, W, 3), RGB, 0–255, of any size.
+        preprocessing: Sizes and filter.
+
+    Returns:
+        uint8 (H, W, 3) with (H, W) = `preprocessing.crop`; `normalize` takes a stack of them.
+
+    Raises:
+        InputError: `pixels` has another dtype or shape, or would have more than MAX_PIXELS pixels.
+        MissingDependencyError: Pillow is not installed.
+    """
+    import numpy as np
+
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
+        raise InputError(
+            f"expected pixels uint8 (H, W, 3), found {pixels.dtype} {pixels.shape}",
+            remedy="give RGB bytes with channels last; OpenCV's BGR becomes RGB by pixels[..., ::-1]",
+        )
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise MissingDependencyError(
+            "resizing images needs Pillow, which is not installed", remedy="pip install 'repvgg-deploy[cpu]'"
+        ) from error
+    return fit_to_input(Image.fromarray(pixels), preprocessing, where="the image in memory")
 
 
 def decode_image(

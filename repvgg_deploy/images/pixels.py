@@ -9,7 +9,8 @@ Source: test.py of https://github.com/DingXiaoH/RepVGG for the steps; `Resize` a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from PIL import Image
+    from PIL.Image import Transpose
+    from PIL.ImageFile import ImageFile
 
     from ..specs.values import Preprocessing
 
@@ -45,6 +48,7 @@ FULL_SCALE = 65535
 """The largest value of 16 bits: white, unless the preprocessing says otherwise."""
 _TWELVE_BITS = 1 << 12
 _ORIENTATION_TAG = 0x0112
+_TRANSPOSING = ("TRANSPOSE", "TRANSVERSE", "ROTATE_90", "ROTATE_270")
 _WHITE = (255, 255, 255, 255)
 _SHRINK = "shrink or crop it first; a file of few bytes that claims so many pixels is a decompression bomb"
 _COPY = "copy the file again from its source, or leave it out"
@@ -56,10 +60,54 @@ class Decoded(NamedTuple):
     Attributes:
         pixels: uint8 (H, W, 3), RGB, 0–255, with (H, W) = `Preprocessing.crop`.
         notes: What a person should know of the file, without its name.
+        placement: Where the image lies in `pixels`.
     """
 
     pixels: NDArray[np.uint8]
     notes: tuple[str, ...]
+    placement: Placement
+
+
+class Placement(NamedTuple):
+    """Where an image lies in a model's input.
+
+    Attributes:
+        image: (height, width) of the image in pixels, upright.
+        resized: (height, width) that it is resized to.
+        offset: (row, column) of the input on which the resized image begins; negative where its edge is cropped off.
+    """
+
+    image: tuple[int, int]
+    resized: tuple[int, int]
+    offset: tuple[int, int]
+
+    @property
+    def affine(self) -> tuple[float, float, float, float]:
+        """(scale x, scale y, shift x, shift y): a point of the input times scale plus shift is that of the image."""
+        y, x = (have / made for have, made in zip(self.image, self.resized, strict=True))
+        return x, y, -x * self.offset[1], -y * self.offset[0]
+
+    def to_image(self, boxes: NDArray[np.floating]) -> NDArray[np.float32]:
+        """Boxes in pixels of the image, cut off at its edges.
+
+        Args:
+            boxes: Floating-point (…, 4): left, top, right, bottom in pixels of the model's input; 0 is the outer edge
+                of the first pixel.
+
+        Returns:
+            float32 (…, 4), in the same order.
+
+        Raises:
+            InputError: `boxes` has another shape.
+        """
+        import numpy as np
+
+        if boxes.shape[-1:] != (4,):
+            message = f"expected boxes (…, 4), found {boxes.shape}"
+            raise InputError(message, remedy="give left, top, right and bottom of each box")
+        scale, shift = (np.asarray(pair * 2) for pair in (self.affine[:2], self.affine[2:]))
+        moved: NDArray[np.floating] = np.clip(boxes * scale + shift, 0, self.image[::-1] * 2)
+        return moved.astype(np.float32)
 
 
 def decode(
@@ -83,8 +131,35 @@ def decode(
         InputError: It is truncated, not an image of these formats, or holds more than `max_pixels` pixels.
         MissingDependencyError: Pillow is not installed.
     """
-    import numpy as np
+    notes: list[str] = []
+    with _open(source, where, formats, max_pixels) as image:
+        bits_are_lost = ";16" in str(image.tile[:1]) and not image.mode.startswith("I")
+        image.load()
+        if bits_are_lost:
+            _judge_wide_colour(image, preprocessing.max_value, where, notes)
+        upright = _to_rgb(_upright(image, notes), preprocessing.max_value, where, notes)
+    placed = place((upright.height, upright.width), preprocessing)
+    return Decoded(fit_to_input(upright, preprocessing, where=where, max_pixels=max_pixels), tuple(notes), placed)
 
+
+def read_size(source: str | BytesIO, *, where: str) -> tuple[int, int]:
+    """(height, width) in pixels of an image file as `decode` sees it, upright; of most formats the head alone is read.
+
+    Raises:
+        InputError: It is no image, or holds more than MAX_PIXELS pixels.
+        MissingDependencyError: Pillow is not installed.
+    """
+    with _open(source, where, FORMATS, MAX_PIXELS) as image:
+        if image.format == "TIFF":
+            image.load()  # Pillow turns it while it loads it
+        turned = _find_turn(image, [])
+        size = image.height, image.width
+    return size if turned is None or turned.name not in _TRANSPOSING else size[::-1]
+
+
+@contextmanager
+def _open(source: str | BytesIO, where: str, formats: Sequence[str], max_pixels: int) -> Iterator[ImageFile]:
+    """The opened file; whatever is wrong with it, also when it is loaded, is an InputError."""
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
@@ -92,15 +167,10 @@ def decode(
             "reading image files needs Pillow, which is not installed", remedy=say_install("cpu")
         ) from error
     Image.init()
-    notes: list[str] = []
     try:
         with Image.open(source, formats=[name for name in formats if name in Image.OPEN]) as image:
             _check_size(image.size, where, "the image has", max_pixels)
-            bits_are_lost = ";16" in str(image.tile[:1]) and not image.mode.startswith("I")
-            image.load()
-            if bits_are_lost:
-                _judge_wide_colour(image, preprocessing.max_value, where, notes)
-            upright = _to_rgb(_upright(image, notes), preprocessing.max_value, where, notes)
+            yield image
     except InputError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -115,7 +185,6 @@ def decode(
     except Exception as error:  # damaged files: OSError, SyntaxError, ValueError, struct.error, zlib.error and more
         said = f"{type(error).__name__}: {error}"
         raise InputError(f"{where}: the image is damaged or truncated: {said}", remedy=_COPY) from error
-    return Decoded(np.asarray(_resize_and_crop(upright, preprocessing, where, max_pixels), np.uint8), tuple(notes))
 
 
 def normalize(images: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.float32]:
@@ -155,7 +224,13 @@ def _check_size(size: tuple[int, int], where: str, what: str, limit: int) -> Non
 
 
 def _upright(image: Image.Image, notes: list[str]) -> Image.Image:
-    """Applies the EXIF orientation. Asked for after load(), because Pillow turns a TIFF while it loads it.
+    """Applies the EXIF orientation. Asked for after load(), because Pillow turns a TIFF while it loads it."""
+    turn = _find_turn(image, notes)
+    return image if turn is None else image.transpose(turn)
+
+
+def _find_turn(image: Image.Image, notes: list[str]) -> Transpose | None:
+    """What the EXIF orientation asks for.
 
     The orientation alone is read: a malformed tag beside it is no reason to refuse a picture, or to leave it lying.
     """
@@ -166,11 +241,10 @@ def _upright(image: Image.Image, notes: list[str]) -> Image.Image:
         6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
     }  # fmt: skip
     try:
-        turn = turns.get(image.getexif().get(_ORIENTATION_TAG, 1))
+        return turns.get(image.getexif().get(_ORIENTATION_TAG, 1))
     except Exception as error:  # noqa: BLE001 - a damaged EXIF block must not cost the picture; it too raises anything
         notes.append(f"EXIF block is damaged ({error}), orientation ignored")
-        turn = None
-    return image if turn is None else image.transpose(turn)
+        return None
 
 
 def _to_rgb(image: Image.Image, max_value: int, where: str, notes: list[str]) -> Image.Image:
@@ -232,36 +306,58 @@ def _say_narrow(high: int) -> str:
     )
 
 
-def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing, where: str, max_pixels: int) -> Image.Image:
-    from PIL.Image import Resampling
+def fit_to_input(
+    image: Image.Image, preprocessing: Preprocessing, *, where: str, max_pixels: int = MAX_PIXELS
+) -> NDArray[np.uint8]:
+    """An RGB image resized and laid into the model's input, uint8 (H, W, 3), as `place` says.
+
+    Raises:
+        InputError: It would be resized to more than `max_pixels` pixels.
+    """
+    import numpy as np
+    from PIL import Image
 
     height, width = preprocessing.crop
-    size = _resized(image.size, preprocessing)
-    what = f"resized from {image.width}×{image.height} until it covers {height}×{width}, it would have"
+    placed = place((image.height, image.width), preprocessing)
+    size, (top, left) = placed.resized[::-1], placed.offset
+    what = f"resized from {image.width}×{image.height} to fit {height}×{width}, it would have"
     _check_size(size, where, what, max_pixels)
     if size != image.size:
-        image = image.resize(size, Resampling[preprocessing.interpolation.upper()])
-    left, top = (round((have - want) / 2) for have, want in zip(size, (width, height), strict=True))
-    return image.crop((left, top, left + width, top + height))
+        image = image.resize(size, Image.Resampling[preprocessing.interpolation.upper()])
+    if preprocessing.fit != "letterbox":
+        return np.asarray(image.crop((-left, -top, width - left, height - top)), np.uint8)
+    canvas = Image.new("RGB", (width, height), tuple(preprocessing.pad))
+    canvas.paste(image, (left, top))
+    return np.asarray(canvas, np.uint8)
 
 
-def _resized(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
-    """(width, height) after the resize; no smaller than the crop.
+def place(size: tuple[int, int], preprocessing: Preprocessing) -> Placement:
+    """Where an image lies in a model's input.
 
-    With a box: stretched to it, or both sides by the same factor until it is covered, rounded as timm does. Without
-    one: the short side at `resize_short`, or larger where the crop would stand out; rounded down and, in the crop, half
-    to even: as torchvision's Resize and CenterCrop.
+    Letterboxed: both sides resized by the same factor, rounded; of an odd rest the larger half lies below and on the
+    right, as in Ultralytics' `LetterBox`. With a box: stretched to it, or both sides by the same factor until it is
+    covered, rounded as timm does. Else the short side at `resize_short`, or larger where the crop would stand out;
+    rounded down. What is cropped off is rounded half to even, as in torchvision's CenterCrop.
+
+    Args:
+        size: (height, width) of the image in pixels, upright.
+        preprocessing: How it is fitted.
     """
-    height, width = preprocessing.crop
+    (high, wide), (height, width) = size, preprocessing.crop
+    if preprocessing.fit == "letterbox":
+        factor = min(height / high, width / wide)
+        resized = max(1, round(high * factor)), max(1, round(wide * factor))
+        return Placement(size, resized, ((height - resized[0]) // 2, (width - resized[1]) // 2))
     if preprocessing.box is not None:
-        high, wide = preprocessing.box
-        if preprocessing.fit == "stretch":
-            return wide, high
-        factor = max(wide / size[0], high / size[1])
-        return max(wide, round(size[0] * factor)), max(high, round(size[1] * factor))
-    short = min(size)
-    # In integers: the smallest short side, not below resize_short, at which both sides (rounded down) cover the crop.
-    covering = (-(-want * short // have) for want, have in zip((width, height), size, strict=True))
-    target = max(preprocessing.resize_short, *covering)
-    wide, high = (target if side == short else int(target * side / short) for side in size)
-    return wide, high
+        tall, broad = preprocessing.box
+        resized = (tall, broad)
+        if preprocessing.fit == "cover":
+            factor = max(tall / high, broad / wide)
+            resized = max(tall, round(high * factor)), max(broad, round(wide * factor))
+    else:
+        short = min(size)
+        # In integers: the smallest short side, not below resize_short, at which both sides (rounded down) cover the
+        # crop.
+        target = max(preprocessing.resize_short, -(-height * short // high), -(-width * short // wide))
+        resized = int(target * high / short), int(target * wide / short)
+    return Placement(size, resized, (-round((resized[0] - height) / 2), -round((resized[1] - width) / 2)))

@@ -27,6 +27,9 @@ PREFIX = "repvgg_deploy."
 WRITTEN_BY, WRITTEN_VERSIONS = f"{PREFIX}written_by", f"{PREFIX}written_versions"
 """Who wrote a model, and which of its versions: others may have put more beside them."""
 _IMAGE = "image"  # the ensemble's input: one JPEG file a row
+_PLACEMENT: tuple[tuple[str, str, list[int]], ...] = (("image_size", "int32", [2]), ("to_image", "float32", [4]))
+"""What the ensemble gives besides, where the model's outputs may hold boxes, a row an image: height and width of the
+image; scale x, scale y, shift x, shift y of `images.Placement.affine`, which map a box of the input to the image."""
 _ONNX_MAX_BATCH = 32
 _ANY_SIDE = 224  # of a warm-up image where any size is taken and none is the model's own
 _SCHEMA = "repvgg_deploy.serving._model_config_pb2"
@@ -181,6 +184,8 @@ def _decoder_config(model: Servable, options: RepositoryOptions, max_batch: int,
     config.default_model_filename = "model.py"
     config.input.add(name=_IMAGE, data_type="TYPE_STRING", dims=[1])
     config.output.add(name=model.spec.input.name, data_type=data_type(model.spec.input.dtype), dims=row)
+    for name, kind, dims in _PLACEMENT if model.spec.kind == "module" else ():
+        config.output.add(name=name, data_type=data_type(kind), dims=dims)
     group = config.instance_group.add(count=options.instances)
     group.kind = type(group).KIND_CPU
     _add_batching(config, options, ())
@@ -205,6 +210,9 @@ def _ensemble_config(model: Servable, decoder: Any, config: Any) -> Any:
     decode = ensemble.ensemble_scheduling.step.add(model_name=decoder.name, model_version=-1)
     decode.input_map[_IMAGE] = _IMAGE
     decode.output_map[decoder.output[0].name] = "pixels"
+    for output in decoder.output[1:]:
+        ensemble.output.add(name=output.name, data_type=output.data_type, dims=output.dims)
+        decode.output_map[output.name] = output.name
     run = ensemble.ensemble_scheduling.step.add(model_name=model.name, model_version=-1)
     run.input_map[model.spec.input.name] = "pixels"
     for tensor in model.spec.outputs:

@@ -150,7 +150,9 @@ class Preprocessing:
         box: (height, width) that the image is fitted to, no smaller than the crop; None: `resize_short`, for both.
         max_value: The value that is white in images of more than 8 bits: 4095 for 12-bit data in 16.
         fit: `cover`: the image keeps its shape and is resized until it just covers the box; `stretch`: both sides are
-            resized to the box.
+            resized to the box; `letterbox`: the image keeps its shape and is resized until it just fits into `crop`, in
+            whose middle it stands (`resize_short` says nothing then).
+        pad: Colour around a letterboxed image, RGB, 0–255.
     """
 
     mean: tuple[float, float, float]
@@ -160,8 +162,9 @@ class Preprocessing:
     interpolation: Interpolation = "bilinear"
     in_graph: bool = False
     box: tuple[int, int] | None = None
-    fit: Literal["cover", "stretch"] = "cover"
+    fit: Literal["cover", "stretch", "letterbox"] = "cover"
     max_value: int = 65535
+    pad: tuple[int, int, int] = (114, 114, 114)
 
     def __post_init__(self) -> None:
         finite = all(math.isfinite(value) for value in (*self.mean, *self.std))
@@ -179,7 +182,11 @@ class Preprocessing:
             f"images are fitted to {self.box}, which is smaller than the crop {self.crop}",
             "give a larger --resize, or a smaller --image-size",
         )
-        _require(self.fit == "cover" or self.box is not None, "stretched to nothing", "give --resize HxW")
+        _require(self.fit != "stretch" or self.box is not None, "stretched to nothing", "give --resize HxW")
+        letterboxed = self.fit == "letterbox"
+        _require(not letterboxed or self.box is None, "letterboxed into crop, not into a box", "leave the box out")
+        known = all(0 <= value <= 255 for value in self.pad)
+        _require(known, f"the colour around a letterboxed image must be 0 to 255, found {self.pad}", "give 114,114,114")
 
 
 @dataclass(frozen=True, slots=True)

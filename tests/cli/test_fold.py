@@ -6,11 +6,15 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
+from PIL import Image
 
 from repvgg_deploy.cli.trt import main
 from repvgg_deploy.files.onnx import read_metadata
+from repvgg_deploy.images.decode import fit_image, letterbox_preprocessing, normalize
+from repvgg_deploy.runtime.engine import Engine
 from tests.graph.make_blocks import BLOCKS, Draw
 from tests.runtime.make_model import make_onnx
 
@@ -137,6 +141,29 @@ def test_fold_with_what_a_classifier_does_not_state_makes_it_recognise_images(
     assert "in units of 0–1" in capsys.readouterr().err
 
 
+def test_fold_with_letterbox_runs_images_letterboxed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    foreign = onnx.load(make_onnx(tmp_path / "ours.onnx"))
+    del foreign.metadata_props[:]
+    given, out, photos = tmp_path / "given.onnx", tmp_path / "out.onnx", tmp_path / "photos"
+    onnx.save(foreign, given)
+    photos.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 17, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(photos / "tall.png")
+    stated = ["--mean", "0,0,0", "--std", "255,255,255", "--letterbox", "9,8,7"]
+    assert main(["fold", str(given), "--out", str(out), *stated]) == 0
+    preprocessing = read_metadata(out).spec.preprocessing
+    assert preprocessing == letterbox_preprocessing(16, 16, pad=(9, 8, 7))
+    with Engine(out) as engine:
+        expected = engine.infer(normalize(fit_image(pixels, preprocessing)[None], preprocessing))
+        np.testing.assert_array_equal(engine.infer_images([photos / "tall.png"]), expected)
+    capsys.readouterr()
+    assert main(["infer", str(out), str(photos), "--top", "1", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["images"]
+    assert found["predictions"][0]["class"] == expected.argmax()
+    assert main(["inspect", str(out)]) == 0
+    assert "letterboxed (bilinear) into 16×16, around it 9, 8, 7" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -145,6 +172,12 @@ def test_fold_with_what_a_classifier_does_not_state_makes_it_recognise_images(
         (["--describe", "--force"], "cannot hold with --force"),
         (["--out", "o.onnx", "--std", "1,1,1"], "--mean and --std belong together"),
         (["--out", "o.onnx", "--resize", "256"], "--resize needs --mean and --std"),
+        (["--out", "o.onnx", "--letterbox"], "--letterbox needs --mean and --std"),
+        (
+            ["--out", "o.onnx", "--mean", "0,0,0", "--std", "1,1,1", "--resize", "9", "--letterbox", "0,0,0"],
+            "--resize and --letterbox cannot both hold",
+        ),
+        (["--out", "o.onnx", "--letterbox", "0,0,256"], "whole numbers of 0 to 255"),
     ],
 )
 def test_fold_options_that_cannot_hold_together_exit_2(

@@ -37,6 +37,14 @@ def test_one_size_is_the_short_side_and_two_are_stretched_to() -> None:
     assert ResizeOptions(232).restate(found).box is None
 
 
+def test_letterbox_takes_the_place_of_every_other_size() -> None:
+    plain = default_preprocessing(224, 256)
+    for how in (plain, ResizeOptions((256, 300)).restate(plain), ResizeOptions(crop_pct=0.9).restate(plain)):
+        found = ResizeOptions(letterbox=(0, 1, 2), interpolation="bicubic").restate(how)
+        assert (found.fit, found.pad, found.box, found.crop) == ("letterbox", (0, 1, 2), None, (224, 256))
+    assert ResizeOptions(240).restate(found).fit == "cover"
+
+
 def test_what_is_not_stated_stays() -> None:
     plain = default_preprocessing(224, 224)
     assert ResizeOptions().restate(plain) == plain
@@ -46,7 +54,8 @@ def test_what_is_not_stated_stays() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"resize": 256, "crop_pct": 0.875}, "twice"),
+        ({"resize": 256, "crop_pct": 0.875}, "--resize and --crop-pct cannot both hold"),
+        ({"letterbox": (0, 0, 0), "crop_pct": 0.875}, "--crop-pct and --letterbox cannot both hold"),
         ({"resize": 0}, "cannot be resized"),
         ({"resize": (256, 0)}, "cannot be resized"),
         ({"crop_pct": 1.5}, "share of the image"),

@@ -28,7 +28,7 @@ from repvgg_deploy.images.decode import (
     load_image,
     normalize,
 )
-from repvgg_deploy.images.pixels import _resized
+from repvgg_deploy.images.pixels import place
 from repvgg_deploy.specs.values import ModelSpec, Preprocessing, TensorSpec
 
 SMALL = default_preprocessing(6, 6)
@@ -116,7 +116,7 @@ def test_load_image_of_every_size_up_to_40_covers_the_crop() -> None:
     for width in range(1, 41):
         for height in range(1, 41):
             for crop in ((6, 6), (5, 9), (9, 5)):
-                wide, high = _resized((width, height), crop_only(*crop))
+                high, wide = place((height, width), crop_only(*crop)).resized
                 assert high >= crop[0] and wide >= crop[1], (width, height, crop)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import io
 import json
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,16 @@ import pytest
 from PIL import Image
 
 from repvgg_deploy.errors import InputError
-from repvgg_deploy.images.decode import load_batch
+from repvgg_deploy.files.onnx import read_metadata
+from repvgg_deploy.images.decode import decode_image, letterbox_preprocessing, load_batch, normalize
+from repvgg_deploy.images.pixels import place
 from repvgg_deploy.serving.config import make_jpeg_code
 from repvgg_deploy.serving.options import RepositoryOptions
 from repvgg_deploy.serving.triton import write_triton
+from repvgg_deploy.serving.validate import validate_repository
 from repvgg_deploy.specs import codec
 from repvgg_deploy.specs.values import Preprocessing
-from tests.runtime.make_model import ModelOptions, make_onnx
+from tests.runtime.make_model import ModelOptions, make_onnx, strip_metadata, write_bound
 from tests.serving.make_repository import needs_schema, read_config
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -67,11 +72,13 @@ def jpeg(size: tuple[int, int], mode: str = "RGB", orientation: int | None = Non
     return stream.getvalue()
 
 
-def start(template: types.ModuleType, folder: Path, preprocessing: Preprocessing) -> Any:
+def start(
+    template: types.ModuleType, folder: Path, preprocessing: Preprocessing, outputs: Sequence[dict[str, str]] = ()
+) -> Any:
     (folder / "1").mkdir()
     (folder / "1/preprocessing.json").write_text(json.dumps(codec.encode(preprocessing)))
     model = template.TritonPythonModel()
-    config = {"input": [{"name": "image"}], "output": [{"name": "images"}]}
+    config = {"input": [{"name": "image"}], "output": list(outputs or [{"name": "images"}])}
     model.initialize({"model_repository": str(folder), "model_version": "1", "model_config": json.dumps(config)})
     return model
 
@@ -109,6 +116,25 @@ def test_decoder_gives_the_batch_of_preprocess(
             assert response.output_tensors[0].name == "images"
             assert response.output_tensors[0].array.dtype == expected.dtype
             np.testing.assert_array_equal(response.output_tensors[0].array, expected)
+
+
+def test_decoder_of_a_detector_tells_where_each_image_lies(template: types.ModuleType, tmp_path: Path) -> None:
+    preprocessing = letterbox_preprocessing(32, 48)
+    names = [{"name": name} for name in ("images", "image_size", "to_image")]
+    model = start(template, tmp_path, preprocessing, outputs=names)
+    files = [jpeg((97, 50)), jpeg((40, 61), orientation=6)]
+    (response,) = model.execute([request(*files)])
+    images, sizes, affine = (tensor.array for tensor in response.output_tensors)
+    for index, data in enumerate(files):
+        np.testing.assert_array_equal(
+            images[index], normalize(decode_image(data, preprocessing)[None], preprocessing)[0]
+        )
+    assert (sizes.dtype, sizes.tolist()) == (np.int32, [[50, 97], [40, 61]])
+    box = np.array([10.0, 5, 20, 25], np.float32)
+    for size, (scale_x, scale_y, shift_x, shift_y) in zip(sizes.tolist(), affine.tolist(), strict=True):
+        moved = box * [scale_x, scale_y, scale_x, scale_y] + [shift_x, shift_y, shift_x, shift_y]
+        expected = place(tuple(size), preprocessing).to_image(box)
+        np.testing.assert_allclose(np.clip(moved, 0, [*size[::-1], *size[::-1]]), expected, atol=1e-3)
 
 
 def test_file_that_is_no_jpeg_fails_by_itself(template: types.ModuleType, tmp_path: Path) -> None:
@@ -152,6 +178,26 @@ def test_decoder_and_ensemble_stand_before_the_model(uint8: bool, dims: list[int
     settings = json.loads((tmp_path / "repo/m_decode/1/preprocessing.json").read_text())
     assert (settings["crop"], settings["in_graph"]) == ([16, 16], uint8)
     assert list((tmp_path / "repo/m_jpeg/1").iterdir()) == []
+
+
+@needs_schema
+def test_ensemble_of_a_detector_hands_on_where_each_image_lies(tmp_path: Path) -> None:
+    onnx = make_onnx(tmp_path / "m.onnx")
+    metadata = read_metadata(onnx)
+    spec = dataclasses.replace(metadata.spec, kind="module", labels=None)
+    write_bound(onnx, strip_metadata(onnx.read_bytes()), dataclasses.replace(metadata, spec=spec))
+    write_triton([onnx], tmp_path / "repo", RepositoryOptions(ensemble="jpeg"))
+    decoder, ensemble = read_config(tmp_path / "repo/m_decode"), read_config(tmp_path / "repo/m_jpeg")
+    told = [("image_size", "TYPE_INT32", [2]), ("to_image", "TYPE_FP32", [4])]
+    for config in (decoder, ensemble):
+        names = config.output[1:]
+        kinds = [
+            type(config).DESCRIPTOR.file.enum_types_by_name["DataType"].values_by_number[o.data_type] for o in names
+        ]
+        assert [(o.name, kind.name, list(o.dims)) for o, kind in zip(names, kinds, strict=True)] == told
+    step = ensemble.ensemble_scheduling.step[0]
+    assert dict(step.output_map) == {spec.input.name: "pixels", "image_size": "image_size", "to_image": "to_image"}
+    assert validate_repository(tmp_path / "repo") == (("m", "m_decode", "m_jpeg"), ())
 
 
 @needs_schema

@@ -80,7 +80,7 @@ def quantize_alone(
     """
     cut = cut_behind(network, layer)
     session = _open_cut(network.model, layer, cut)
-    constants = {_STEP: np.array(scale, np.float32), _WEIGHT: layer.to_stored(rounded.weight()), _BIAS: rounded.bias}
+    constants = {_STEP: np.array(scale, np.float32), _WEIGHT: layer.translate(rounded.weight()), _BIAS: rounded.bias}
     signal, noise = np.zeros(len(cut.ends)), np.zeros(len(cut.ends))
     for values in run_tensors(network.model, (*cut.given, *cut.ends), images):
         found = run_session(session, list(cut.ends), {**{name: values[name] for name in cut.given}, **constants})

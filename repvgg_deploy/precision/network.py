@@ -36,7 +36,7 @@ class Layer:
     """An operator with weights, seen as a convolution, or as a product of rows and columns.
 
     A transposed convolution is a convolution of its input with zeros in between, and the flipped kernel. Weights are
-    always (out, in / groups, …) here, however the graph stores them; `to_stored` and `from_stored` translate.
+    always (out, in / groups, …) here, however the graph stores them; `translate` goes from one to the other.
 
     Attributes:
         input: Tensor that it reads.
@@ -85,25 +85,13 @@ class Layer:
         """The axis of the stored weight on which its output channels are."""
         return 1 if self.op_type in ("MatMul", "ConvTranspose") else 0
 
-    def to_stored(self, weight: NDArray[Any]) -> NDArray[Any]:
-        """The weight as the graph holds it."""
+    def translate(self, weight: NDArray[Any]) -> NDArray[Any]:
+        """The weight as the graph stores it, of one (out, in / groups, …), and the other way round."""
         if self.op_type == "MatMul":
             return np.ascontiguousarray(weight.T)
-        if self.op_type != "ConvTranspose":
-            return weight
-        out, inner, *kernel = weight.shape
-        grouped = weight.reshape(self.groups, out // self.groups, inner, *kernel).swapaxes(1, 2)[..., ::-1, ::-1]
-        return np.ascontiguousarray(grouped).reshape(self.groups * inner, out // self.groups, *kernel)
-
-    def from_stored(self, weight: NDArray[Any]) -> NDArray[Any]:
-        """The weight (out, in / groups, …) of what the graph holds."""
-        if self.op_type == "MatMul":
-            return np.ascontiguousarray(weight.T)
-        if self.op_type != "ConvTranspose":
-            return weight
-        inner, out, *kernel = weight.shape
-        grouped = weight.reshape(self.groups, inner // self.groups, out, *kernel).swapaxes(1, 2)[..., ::-1, ::-1]
-        return np.ascontiguousarray(grouped).reshape(self.groups * out, inner // self.groups, *kernel)
+        if self.op_type == "ConvTranspose":
+            return np.ascontiguousarray(weight.swapaxes(0, 1)[..., ::-1, ::-1])
+        return weight
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -188,7 +176,7 @@ class Network:
     def with_weights(self, weights: Mapping[str, NDArray[Any]]) -> Network:
         """The same structure around a copy of the graph with other weights, as `read_weights` gives them."""
         by_weight = {layer.weight: layer for layer in self.layers}
-        stored = {name: by_weight[name].to_stored(w) if name in by_weight else w for name, w in weights.items()}
+        stored = {name: by_weight[name].translate(w) if name in by_weight else w for name, w in weights.items()}
         return dataclasses.replace(self, model=replace_weights(self.model, stored))
 
 
@@ -319,7 +307,9 @@ def _read_layer(view: GraphView, node: onnx.NodeProto, variables: tuple[Ids, Ids
             return None
         window = found
         if kind == "ConvTranspose":
-            shape = (weight.shape[1] * groups, weight.shape[0] // groups, *weight.shape[2:])
+            if groups > 1:
+                return None  # no axis of its weight has an entry for each output channel
+            shape = (weight.shape[1], weight.shape[0], *weight.shape[2:])
     elif kind == "Gemm" and (named.get("transB", 0) != 1 or named.get("transA", 0)):
         return None
     offset = view.raw_constant(bias)
@@ -372,14 +362,14 @@ def read_weights(network: Network) -> dict[str, FloatArray]:
         if tensor.data_type == TensorProto.FLOAT:
             value = numpy_helper.to_array(tensor)
             layer = by_weight.get(tensor.name)
-            found[tensor.name] = np.array(value if layer is None else layer.from_stored(value), np.float32)
+            found[tensor.name] = np.array(value if layer is None else layer.translate(value), np.float32)
     return found
 
 
 def read_layer(network: Network, layer: Layer) -> tuple[FloatArray, FloatArray]:
     """Weight (out, in / groups, …) and bias (out,) of one layer; copies."""
     weight, bias = (_read_tensor(network.model, name) for name in (layer.weight, layer.bias))
-    return np.array(layer.from_stored(weight), np.float32), bias
+    return np.array(layer.translate(weight), np.float32), bias
 
 
 def _read_tensor(model: onnx.ModelProto, name: str) -> FloatArray:

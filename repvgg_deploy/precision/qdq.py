@@ -98,7 +98,7 @@ def write_integers(model: onnx.ModelProto, network: Network, rounded: Mapping[st
             continue
         found, weight = rounded[node.name], layer.weight
         constants, after = [weight, f"{weight}.scale", f"{weight}.zero_point"], f"{weight}.dequantized"
-        values = (layer.to_stored(found.integers), found.scales, np.zeros(len(found.scales), np.int8))
+        values = (layer.translate(found.integers), found.scales, np.zeros(len(found.scales), np.int8))
         arrays |= dict(zip(constants, values, strict=True))
         arrays[layer.bias] = found.bias
         name = f"{weight}.dequantize"

@@ -72,6 +72,6 @@ def round_weights(
         for seen, truth in zip(quantized.advance(layer.input), reference.advance(layer.input), strict=True):
             moments.add(fake_quantize(seen, scales[layer.input]), truth)
         found = rounded[layer.name] = prepared.finish(round_layer(weight, bias, moments, options))
-        set_weights(current, {layer.weight: layer.to_stored(found.weight()), layer.bias: found.bias})
+        set_weights(current, {layer.weight: layer.translate(found.weight()), layer.bias: found.bias})
         progress(index + 1, len(layers))
     return rounded

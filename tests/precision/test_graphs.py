@@ -41,7 +41,7 @@ def test_every_layer_is_found_and_is_the_convolution_that_it_is_read_as(name: st
         x, truth = found[layer.input], found[layer.output]
         weight, bias = read_layer(network, layer)
         assert weight.shape == layer.weight_shape
-        assert np.array_equal(layer.from_stored(layer.to_stored(weight)), weight)
+        assert np.array_equal(layer.translate(layer.translate(weight)), weight)
         count = int(np.prod(x.shape[1:-1] if layer.axis == -1 else output_size(x.shape, layer)))
         seen = columns(x, layer, np.tile(np.arange(count), (len(x), 1)))
         rows = weight.reshape(layer.groups, -1, seen.shape[2])
@@ -216,6 +216,16 @@ def test_normal_form_gives_every_layer_constants_and_a_name_of_its_own() -> None
     assert len({name for layer in network.layers for name in (layer.weight, layer.bias)}) == 6
     assert relative(values(network.model, draw(8)), values(model, draw(8))) == 0.0
     assert normalise(network.model) is network.model
+
+
+def test_grouped_transposed_convolution_stays_in_the_wider_type() -> None:
+    n = Network()
+    model = n.finish(n.layer(n.node("Relu", [n.transposed(n.layer("x", 8), 6, group=2)]), 4))
+    graph, report = quantize_graph(model, draw(16), dataclasses.replace(FAST, target="trt10"))
+    assert len(report.layers) == 2
+    (node,) = (node for node in graph.graph.node if node.op_type == "ConvTranspose")
+    kinds = {tensor.name: tensor.data_type for tensor in graph.graph.initializer}
+    assert kinds[node.input[1]] == TensorProto.FLOAT16
 
 
 def test_layer_that_decodes_boxes_of_a_distribution_is_no_layer() -> None:

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, shape_inference
+from onnx import TensorProto
 
 from ..errors import InputError, ParityError
-from ..graph.edit import GraphView, attributes, read_in_subgraphs
+from ..graph.edit import GraphView, attributes, infer_values, read_in_subgraphs
 from ..model.tolerance import allow_float32, compare, largest, relative_error
 from ..specs.values import Check
 from .verify import Arrays
@@ -117,7 +117,7 @@ def find_choices(model: onnx.ModelProto) -> Choices:
         behind |= {name: hangs for name in node.output if hangs}
     if not nodes:
         return Choices()
-    known = _infer(model)
+    known = infer_values(model)
     floats = {name for name, value in known.items() if value.type.tensor_type.elem_type == TensorProto.FLOAT}
     before = tuple(dict.fromkeys(name for name in read if name in floats))
     outputs = {
@@ -134,12 +134,6 @@ def _read_choice(node: onnx.NodeProto) -> Choice:
     smallest = node.op_type == "ArgMin" or not named.get("largest", 1)
     axis = int(named.get("axis", -1 if node.op_type == "TopK" else 0))
     return Choice(node.op_type, data, next(filter(None, node.output)), axis, -1 if smallest else 1)
-
-
-def _infer(model: onnx.ModelProto) -> dict[str, onnx.ValueInfoProto]:
-    """Type, and shape as far as it can be known, of every tensor."""
-    graph = shape_inference.infer_shapes(model).graph
-    return {value.name: value for value in (*graph.input, *graph.value_info, *graph.output)}
 
 
 def _independent(model: onnx.ModelProto, names: Sequence[str]) -> Iterator[str]:
@@ -170,7 +164,7 @@ def choose_outputs(model: onnx.ModelProto, wanted: Sequence[str], choices: Choic
                 remedy=f"leave {RAW} out, or name tensors of the graph",
             )
         return choices.raw
-    made = {name for node in model.graph.node for name in node.output} & set(_infer(model))
+    made = {name for node in model.graph.node for name in node.output} & set(infer_values(model))
     unknown = [name for name in wanted if name not in made]
     if unknown or len(set(wanted)) != len(wanted):
         known = ", ".join(value.name for value in model.graph.output)
@@ -185,7 +179,7 @@ def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProt
     """The graph with these tensors as its outputs, in this order; what leads to none of them goes."""
     if [value.name for value in model.graph.output] == list(names):
         return model
-    known = _infer(model) | {value.name: value for value in model.graph.output}
+    known = infer_values(model) | {value.name: value for value in model.graph.output}
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     del copy.graph.output[:]

@@ -28,7 +28,7 @@ from .signatures import HEAD_BYTES, name_foreign
 
 _GRAPH, _METADATA_PROPS, _OPSET_IMPORT = 7, 14, 8
 _MODEL_FIELDS = {1, 2, 3, 4, 5, 6, 7, 8, 14, 20, 25, 26}
-_NODE, _INITIALIZER, _RAW_DATA = 1, 5, 9
+_NODE, _INITIALIZER, _INPUT, _RAW_DATA = 1, 5, 11, 9
 _ATTRIBUTE, _ATTRIBUTE_NAME, _ATTRIBUTE_INTEGER = 5, 1, 3
 _CHUNK_BYTES = 1 << 20
 _TYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 10: "float16", 11: "float64"}
@@ -218,9 +218,35 @@ def _find_metadata(path: Path, buffer: memoryview, fields: list[wire.Field]) -> 
                 return entry.get(2, b"").decode()
         except (wire.WireError, UnicodeDecodeError) as error:
             raise ModelError(f"{path}: its metadata is damaged: {error}", remedy=_REEXPORT) from error
-    raise ForeignModelError(
-        f"{path}: an ONNX file without {METADATA_KEY} metadata: it was not written by repvgg-export", remedy=_REEXPORT
+    raise _foreign_error(path, buffer, fields)
+
+
+def _foreign_error(path: Path, buffer: memoryview, fields: list[wire.Field]) -> ForeignModelError:
+    """Says of an ONNX of others what makes it one of ours; `fold` wrote no metadata where there are several inputs."""
+    try:
+        graph = next(field for field in fields if field.number == _GRAPH)
+        inner = list(wire.walk(buffer, graph.payload, graph.end))
+        weights = {_read_tensor(buffer, field).name for field in inner if field.number == _INITIALIZER}
+        names = [_first_text(buffer, field) for field in inner if field.number == _INPUT]
+    except (wire.WireError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: its graph is damaged: {error}", remedy=_REEXPORT) from error
+    inputs = [name for name in names if name not in weights]
+    message = f"{path}: an ONNX file without {METADATA_KEY} metadata"
+    if len(inputs) > 1:
+        return ForeignModelError(
+            f"{message}: it has {len(inputs)} inputs, {', '.join(inputs)}, expected one image",
+            remedy="run it in ONNX Runtime itself, or export a model that takes the image alone",
+        )
+    return ForeignModelError(
+        f"{message}: it was not written by repvgg-export",
+        remedy=f"{_REEXPORT}, or make one of ours of it: repvgg-trt fold {path.name} --out OUT.onnx",
     )
+
+
+def _first_text(buffer: memoryview, field: wire.Field) -> str:
+    """The name of an input."""
+    found = (inner for inner in wire.walk(buffer, field.payload, field.end) if inner.number == 1)
+    return next((_text(buffer, inner) for inner in found if inner.wire_type == wire.BYTES), "")
 
 
 class _Tensor(NamedTuple):

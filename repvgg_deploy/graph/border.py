@@ -59,7 +59,7 @@ def _is_filling(view: GraphView, name: str) -> bool:
     """Whether a tensor is a constant, or one that was spread over a shape."""
     node = view.made_by.get(name)
     spread = node is not None and node.op_type in ("Expand", "Tile", "ConstantOfShape")
-    return spread or view.raw_constant(name) is not None
+    return spread or view.stored(name) is not None
 
 
 def _run(view: GraphView, data: str, result: str) -> Border | None:

@@ -6,6 +6,7 @@ A graph is never changed in place: `rebuild` writes a new one from a list of nod
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper, shape_inference
 from onnx.reference import ReferenceEvaluator
 
+_MOST_NUMBERS = 1024  # sizes, axes and the like that decide shapes are far shorter
 _OF_SIZES = ("Add", "Sub", "Mul", "Div", "Concat", "Unsqueeze", "Squeeze", "Cast")
 
 
@@ -64,28 +66,34 @@ class GraphView:
             for name in dict.fromkeys(node.input):
                 self.readers.setdefault(name, []).append(node)
             self.kept.update(read_in_subgraphs(node))
+        self._inputs = {value.name for value in graph.input}
         self._initializers = {tensor.name: tensor for tensor in graph.initializer}
         self._shapes = _infer_shapes(model)
         self._names = itertools.count()
-        self._taken = set(self.made_by) | set(self._initializers) | {value.name for value in graph.input}
+        self._taken = set(self.made_by) | set(self._initializers) | self._inputs
 
     def constant(self, name: str) -> NDArray[np.float64] | None:
-        """A floating-point constant in float64, of an initializer or a Constant node; None for all else.
-
-        An initializer that is also an input may be replaced by the caller: it is none.
-        """
+        """A floating-point constant in float64; None for all else."""
         array = self.raw_constant(name)
         return None if array is None or array.dtype.kind != "f" else array.astype(np.float64)
 
     def raw_constant(self, name: str) -> NDArray[np.generic] | None:
-        """A constant of any type as it is stored, also behind an Identity, with which exporters share it; or None."""
+        """A constant of any type as it is stored, or None."""
+        tensor = self.stored(name)
+        return None if tensor is None else np.asarray(numpy_helper.to_array(tensor))
+
+    def stored(self, name: str) -> onnx.TensorProto | None:
+        """A constant whose numbers are not read yet, also behind an Identity, with which exporters share it; or None.
+
+        An initializer that is also an input may be replaced by the caller: it is none.
+        """
         if name in self._initializers:
-            replaceable = any(value.name == name for value in self.model.graph.input)
-            return None if replaceable else np.asarray(numpy_helper.to_array(self._initializers[name]))
+            return None if name in self._inputs else self._initializers[name]
         node = self.made_by.get(name)
         if node is not None and node.op_type == "Constant" and node.attribute[0].name == "value":
-            return np.asarray(numpy_helper.to_array(node.attribute[0].t))
-        return self.raw_constant(node.input[0]) if node is not None and node.op_type == "Identity" else None
+            tensor: onnx.TensorProto = node.attribute[0].t
+            return tensor
+        return self.stored(node.input[0]) if node is not None and node.op_type == "Identity" else None
 
     def shape(self, name: str) -> tuple[int | None, ...] | None:
         """A tensor's shape, None for a dynamic dimension; None where the rank is not known."""
@@ -193,12 +201,35 @@ def read_in_subgraphs(node: onnx.NodeProto) -> Iterator[str]:
             yield from (value.name for value in graph.output)
 
 
+def infer_values(model: onnx.ModelProto) -> dict[str, onnx.ValueInfoProto]:
+    """Type, and shape as far as ONNX can tell, of every tensor that is no large constant.
+
+    Of weights the shapes alone are handed to ONNX, which copies all that it is given.
+    """
+    lean = onnx.ModelProto(ir_version=model.ir_version)
+    lean.opset_import.extend(model.opset_import)
+    lean.functions.extend(model.functions)
+    source, graph = model.graph, lean.graph
+    graph.node.extend(source.node)
+    graph.input.extend(source.input)
+    graph.output.extend(source.output)
+    graph.value_info.extend(source.value_info)
+    given = {value.name for value in source.input}
+    for tensor in source.initializer:
+        if math.prod(tensor.dims) <= _MOST_NUMBERS:
+            graph.initializer.append(tensor)
+        elif tensor.name not in given:
+            graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    found = shape_inference.infer_shapes(lean).graph
+    return {value.name: value for value in (*found.input, *found.value_info, *found.output)}
+
+
 def _infer_shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
     """Of all tensors whose rank ONNX can tell."""
-    graph = shape_inference.infer_shapes(model).graph
+    weights = {tensor.name for tensor in model.graph.initializer} - {value.name for value in model.graph.input}
     shapes = {}
-    for value in (*graph.input, *graph.value_info, *graph.output):
-        if value.type.HasField("tensor_type") and value.type.tensor_type.HasField("shape"):
+    for name, value in infer_values(model).items():
+        if name not in weights and value.type.HasField("tensor_type") and value.type.tensor_type.HasField("shape"):
             dims = value.type.tensor_type.shape.dim
-            shapes[value.name] = tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in dims)
+            shapes[name] = tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in dims)
     return shapes

@@ -7,6 +7,7 @@ replaces (`prove`), in float64, before it is taken.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -205,7 +206,8 @@ class _Writer:
             )
         inside = set().union(*(self._regions.between(term.name, source) for term in terms))
         replaced = [n for n in self._view.nodes if n.output and n.output[0] in inside]
-        before = sum(array.size for array in map(self._view.raw_constant, _weights_of(replaced)) if array is not None)
+        stored = [tensor for tensor in map(self._view.stored, _weights_of(replaced)) if tensor is not None]
+        before = sum(math.prod(tensor.dims) for tensor in stored)
         self.folds.append(
             Fold(
                 output=output,
@@ -261,10 +263,10 @@ def _describe(view: GraphView, node: onnx.NodeProto) -> str:
     named = attributes(node)
     if node.op_type == "AveragePool":
         return "average pooling " + "×".join(str(n) for n in named["kernel_shape"])
-    kernel = view.raw_constant(node.input[1])
+    kernel = view.stored(node.input[1])
     assert kernel is not None
     dilations = tuple(named.get("dilations") or (1, 1))
-    return _describe_kernel(kernel.shape, int(named.get("group", 1)), dilations)
+    return _describe_kernel(tuple(kernel.dims), int(named.get("group", 1)), dilations)
 
 
 def _describe_kernel(shape: tuple[int, ...], groups: int, dilations: tuple[int, ...]) -> str:

@@ -249,9 +249,9 @@ def read_operator(view: GraphView, node: onnx.NodeProto) -> tuple[str, Form] | s
 
 
 def _read_conv(view: GraphView, node: onnx.NodeProto) -> tuple[str, Form] | str:
-    kernel = view.constant(node.input[1])
+    kernel = view.raw_constant(node.input[1])
     bias = view.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
-    if kernel is None or (bias is None and len(node.input) > 2 and node.input[2]):
+    if kernel is None or kernel.dtype.kind != "f" or (bias is None and len(node.input) > 2 and node.input[2]):
         return "its weights are no constants"
     if kernel.ndim != 4:
         return "it is no convolution of images"

@@ -42,8 +42,9 @@ def measure_fold(
     extent = [(kernel.shape[2 + axis] - 1) * dilations[axis] + 1 for axis in (0, 1)]
     height, width = (extent[a] + strides[a] + a for a in (0, 1))
     x = np.random.default_rng(0).standard_normal((1, kernel.shape[1] * groups, height, width))
-    truth = sum(sign * _Run(view, source, x, absolute=False).tensor(name) for name, sign in terms)
-    scale = sum(_Run(view, source, np.abs(x), absolute=True).tensor(name) for name, _ in terms)
+    plain, absolute = (_Run(view, source, array, absolute=array is not x) for array in (x, np.abs(x)))
+    truth = sum(sign * plain.tensor(name) for name, sign in terms)
+    scale = sum(absolute.tensor(name) for name, _ in terms)
     found = _convolve(folded, x, kernel, bias)
     if found.shape != np.shape(truth):
         return float("inf")
@@ -72,7 +73,7 @@ class _Run:
                     stack.append(border.data)
                 continue
             node = self._view.made_by[stack[-1]]
-            missing = [i for i in node.input if i and i not in self._known and self._view.raw_constant(i) is None]
+            missing = [i for i in node.input if i and i not in self._known and self._view.stored(i) is None]
             if missing:
                 stack += missing
             else:
@@ -131,15 +132,14 @@ def _convolve(node: onnx.NodeProto, x: Array, kernel: Array, bias: Array, *, gro
     top, left, bottom, right = _window_pads(named, x.shape[2:], extent, strides)
     x = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)))
     height, width = ((x.shape[2 + axis] - extent[axis]) // strides[axis] + 1 for axis in (0, 1))
-    results = []
-    for block, part in zip(np.split(x, groups, axis=1), np.split(kernel, groups), strict=True):
-        seen = np.empty((len(x), block.shape[1], *kernel.shape[2:], height, width))
-        for row, column in np.ndindex(*kernel.shape[2:]):
-            shifted = block[:, :, row * dilations[0] :: strides[0], column * dilations[1] :: strides[1]]
-            seen[:, :, row, column] = shifted[:, :, :height, :width]
-        product = part.reshape(len(part), -1) @ seen.reshape(len(x), -1, height * width)
-        results.append(product.reshape(len(x), -1, height, width))
-    return np.concatenate(results, axis=1) + bias.reshape(1, -1, 1, 1)
+    seen = np.empty((*x.shape[:2], *kernel.shape[2:], height, width))
+    for row, column in np.ndindex(*kernel.shape[2:]):
+        shifted = x[:, :, row * dilations[0] :: strides[0], column * dilations[1] :: strides[1]]
+        seen[:, :, row, column] = shifted[:, :, :height, :width]
+    # A matrix product for each group.
+    parts = kernel.reshape(groups, len(kernel) // groups, -1)
+    product = parts @ seen.reshape(len(x), groups, parts.shape[2], height * width)
+    return product.reshape(len(x), len(kernel), height, width) + bias.reshape(1, -1, 1, 1)
 
 
 def _window_pads(

@@ -68,7 +68,7 @@ class Regions:
         self._sum = functools.cache(self._sum_form)
 
     def _read(self, node: onnx.NodeProto) -> None:
-        is_constant = all(self.view.raw_constant(name) is not None for name in node.input if name)
+        is_constant = all(self.view.stored(name) is not None for name in node.input if name)
         if len(node.output) != 1 or node.output[0] in self._owners or is_constant:
             return
         name = node.output[0]

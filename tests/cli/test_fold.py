@@ -99,6 +99,18 @@ def test_fold_with_json_prints_one_object(model: Path, capsys: pytest.CaptureFix
     assert described["folds"] == found["folds"]
 
 
+def test_fold_output_cuts_the_rest_off(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = next(node.output[0] for node in onnx.load(model).graph.node if node.op_type == "AveragePool")
+    given = next(node.input[0] for node in onnx.load(model).graph.node if node.op_type == "AveragePool")
+    out = model.with_name("out.onnx")
+    assert main(["fold", str(model), "--out", str(out), "--output", given]) == 0
+    assert [output.name for output in read_metadata(out).spec.outputs] == [given]
+    assert "AveragePool" not in {node.op_type for node in onnx.load(out).graph.node} and name != given
+    capsys.readouterr()
+    assert main(["fold", str(model), "--describe", "--output", "raw"]) == 1
+    assert "nothing to cut off" in capsys.readouterr().err
+
+
 def test_fold_with_nothing_to_fold_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw = Draw()
     onnx.save(draw.model(draw.node("Relu", [draw.conv("x")])), tmp_path / "m.onnx")

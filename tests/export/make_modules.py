@@ -120,20 +120,22 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "RT-DETR of stride 2": (lambda: Sum(conv_bn(3, stride=2), conv_bn(1, stride=2)), "3×3"),
     "RepVGG in groups": (lambda: Sum(conv_bn(3, groups=4), conv_bn(1, groups=4), bn()), "3×3 in 4 groups"),
     "YOLOv10, RepViT": (
-        lambda: nn.Sequential(Sum(conv_bn(7, groups=8), conv_bn(3, groups=8), nn.Identity()), bn()),
+        lambda: nn.Sequential(Sum(conv_bn(7, groups=CHANNELS), conv_bn(3, groups=CHANNELS), nn.Identity()), bn()),
         "7×7 depthwise",
     ),
     "MobileOne depthwise": (
-        lambda: Sum(*(conv_bn(3, groups=8) for _ in range(3)), conv_bn(1, groups=8), bn()),
+        lambda: Sum(*(conv_bn(3, groups=CHANNELS) for _ in range(3)), conv_bn(1, groups=CHANNELS), bn()),
         "3×3 depthwise",
     ),
     "MobileOne pointwise": (lambda: Sum(*(conv_bn(1) for _ in range(4)), bn()), "1×1"),
     "FastViT": (Mixer, "3×3 depthwise"),
-    "RepGhost": (lambda: Sum(conv_bn(3, groups=8), bn()), "3×3 depthwise"),
+    "RepGhost": (lambda: Sum(conv_bn(3, groups=CHANNELS), bn()), "3×3 depthwise"),
     "YOLOv6 LinearAdd": (
         lambda: nn.Sequential(
             Sum(
-                nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), Scaled(point(), 8, 1, 1), Scaled(nn.Identity(), 1, 8, 1, 1)
+                nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1),
+                Scaled(point(), CHANNELS, 1, 1),
+                Scaled(nn.Identity(), 1, CHANNELS, 1, 1),
             ),
             bn(),
         ),
@@ -141,7 +143,11 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "ACNet": (lambda: Sum(conv_bn(3), conv_bn((3, 1)), conv_bn((1, 3))), "3×3"),
     "UniRepLKNet": (
-        lambda: Sum(conv_bn(9, groups=8), conv_bn(5, groups=8, dilation=2), conv_bn(3, groups=8, dilation=4)),
+        lambda: Sum(
+            conv_bn(9, groups=CHANNELS),
+            conv_bn(5, groups=CHANNELS, dilation=2),
+            conv_bn(3, groups=CHANNELS, dilation=4),
+        ),
         "9×9 depthwise",
     ),
     "Diverse Branch Block": (diverse, "3×3"),

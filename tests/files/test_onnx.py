@@ -151,9 +151,22 @@ def test_foreign_metadata_may_be_added_without_losing_the_certificate(path: Path
 
 def test_onnx_that_we_did_not_write_is_refused_by_that_reason(path: Path) -> None:
     path.write_bytes(build().SerializeToString())
-    with pytest.raises(ModelError, match="was not written by repvgg-export"):
+    with pytest.raises(ModelError, match="was not written by repvgg-export") as caught:
         read_metadata(path)
+    assert f"repvgg-trt fold {path.name} --out" in caught.value.remedy
     assert read_graph(path).opset == 17
+
+
+def test_onnx_of_several_inputs_that_we_did_not_write_is_refused_by_their_names(path: Path) -> None:
+    model = build()
+    model.graph.input.extend(
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1])
+        for name in ("scale", model.graph.initializer[0].name)
+    )
+    path.write_bytes(model.SerializeToString())
+    names = f"{model.graph.input[0].name}, scale"  # a weight among the inputs is none
+    with pytest.raises(ModelError, match=rf"2 inputs, {names}, expected one image"):
+        read_metadata(path)
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,8 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import cast
 
@@ -25,10 +24,11 @@ from repvgg_deploy import Engine, export_checkpoint
 from repvgg_deploy.images.classes import softmax
 from repvgg_deploy.images.decode import load_image
 
+from .svg import DARK, LIGHT, Colours, make_arrow, make_box, make_svg, make_text
+
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "models" / "sample"
 IMAGES = ROOT / "docs" / "images"
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 LEVELS = 6
 # Lowest first, as in tests/contract/test_imports.py; what stands beside another imports it not.
 ROOMS = (
@@ -43,23 +43,6 @@ ROOMS = (
     (("measure", "speed, advice"), ("serving", "Triton, KServe")),
     (("cli", "one file a command"),),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Colours:
-    """Of one picture: as CSS says them."""
-
-    ink: str
-    quiet: str
-    line: str
-    fill: str
-    accent: str
-    good: str
-    good_fill: str
-
-
-LIGHT = Colours("#1f2328", "#59636e", "#8c959f", "#f6f8fa", "#0969da", "#1a7f37", "#dafbe1")
-DARK = Colours("#f0f6fc", "#a5adb8", "#6e7681", "#1c222b", "#58a6ff", "#3fb950", "#12361f")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,35 +91,38 @@ def draw_flow(answers: Sequence[Answer], colours: Colours) -> str:
     left = [4 + (width + gap) * index for index in range(4)]
     body = []
     for index, ((name, what), x) in enumerate(zip(boxes, left, strict=True)):
-        body += [_box(x, top, width, 68, colours), _text(x + width / 2, top + 29, name, 17, colours.ink, bold=True)]
-        body.append(_text(x + width / 2, top + 53, what, 15, colours.quiet))
+        body += [
+            make_box(x, top, width, 68, colours),
+            make_text(x + width / 2, top + 29, name, 17, colours.ink, bold=True),
+        ]
+        body.append(make_text(x + width / 2, top + 53, what, 15, colours.quiet))
         if index:
             start, middle = left[index - 1] + width, x - gap / 2
-            body += [_arrow((start + 4, top + 34), (x - 4, top + 34), colours)]
+            body += [make_arrow((start + 4, top + 34), (x - 4, top + 34), colours)]
             body.append(
-                _text(middle, top - 12, ("", "export", "quantize", "build")[index], 17, colours.accent, bold=True)
+                make_text(middle, top - 12, ("", "export", "quantize", "build")[index], 17, colours.accent, bold=True)
             )
             body += [] if name == "x.plan" else [_gate(middle, top + 34, colours)]
-    body.append(_text(left[0] + width / 2, top + 96, "3 branches a block", 14, colours.quiet))
-    body.append(_text(left[1] + width / 2, top + 96, "1 convolution", 14, colours.quiet))
+    body.append(make_text(left[0] + width / 2, top + 96, "3 branches a block", 14, colours.quiet))
+    body.append(make_text(left[1] + width / 2, top + 96, "1 convolution", 14, colours.quiet))
     engine = top + 152
     for x in left[1:]:
         foot = top + (106 if x == left[1] else 72)
-        body.append(_arrow((x + width / 2, foot), (x + width / 2, engine - 4), colours))
+        body.append(make_arrow((x + width / 2, foot), (x + width / 2, engine - 4), colours))
     body.append(_gate(left[0] + 14, engine + 24, colours))
-    body.append(_text(left[0] + 34, engine + 20, "agrees with the", 14, colours.quiet, anchor="start"))
-    body.append(_text(left[0] + 34, engine + 38, "model before", 14, colours.quiet, anchor="start"))
+    body.append(make_text(left[0] + 34, engine + 20, "agrees with the", 14, colours.quiet, anchor="start"))
+    body.append(make_text(left[0] + 34, engine + 38, "model before", 14, colours.quiet, anchor="start"))
     wide = left[3] + width - left[1]
-    body.append(_box(left[1], engine, wide, 48, colours, accent=True))
-    body.append(_text(left[1] + wide / 2, engine + 31, "Engine(file).infer_images(…)", 19, colours.ink, bold=True))
+    body.append(make_box(left[1], engine, wide, 48, colours, accent=True))
+    body.append(make_text(left[1] + wide / 2, engine + 31, "Engine(file).infer_images(…)", 19, colours.ink, bold=True))
     row, step = engine + 82, (left[3] + width - left[0]) / len(answers)
-    body.append(_arrow((left[1] + wide / 2, engine + 52), (left[1] + wide / 2, row - 6), colours))
+    body.append(make_arrow((left[1] + wide / 2, engine + 52), (left[1] + wide / 2, row - 6), colours))
     for index, answer in enumerate(answers):
         centre = left[0] + step * (index + 0.5)
         body.append(_digit(answer.pixels, centre - 28, row, 56, colours))
-        body.append(_text(centre, row + 82, answer.label, 21, colours.good, bold=True))
-        body.append(_text(centre, row + 102, f"{100 * answer.probability:.0f} %", 14, colours.quiet))
-    return _svg(left[3] + width + 4, row + 110, body, "From a checkpoint to predictions")
+        body.append(make_text(centre, row + 82, answer.label, 21, colours.good, bold=True))
+        body.append(make_text(centre, row + 102, f"{100 * answer.probability:.0f} %", 14, colours.quiet))
+    return make_svg(left[3] + width + 4, row + 110, body, "From a checkpoint to predictions")
 
 
 def draw_rooms(colours: Colours) -> str:
@@ -147,40 +133,16 @@ def draw_rooms(colours: Colours) -> str:
         each = (width - gap * (len(rooms) - 1)) / len(rooms)
         for index, (name, what) in enumerate(rooms):
             x, y = 4 + index * (each + gap), 4 + rank * (height + gap)
-            body.append(_box(x, y, each, height, colours, accent=name in ("export", "precision", "build", "runtime")))
+            body.append(
+                make_box(x, y, each, height, colours, accent=name in ("export", "precision", "build", "runtime"))
+            )
             if len(rooms) == 1:
-                body.append(_text(x + each / 2 - 12, y + 29, name, 18, colours.ink, bold=True, anchor="end"))
-                body.append(_text(x + each / 2, y + 29, what, 15, colours.quiet, anchor="start"))
+                body.append(make_text(x + each / 2 - 12, y + 29, name, 18, colours.ink, bold=True, anchor="end"))
+                body.append(make_text(x + each / 2, y + 29, what, 15, colours.quiet, anchor="start"))
             else:
-                body.append(_text(x + each / 2, y + 20, name, 18, colours.ink, bold=True))
-                body.append(_text(x + each / 2, y + 38, what, 14, colours.quiet))
-    return _svg(width + 8, len(ROOMS) * (height + gap) + 4, body, "The rooms of the package")
-
-
-def _svg(width: float, height: float, body: Iterable[str], title: str) -> str:
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}"'
-    return "\n".join(
-        [f'{head} height="{height:g}" role="img" font-family="{FONT}">', f"<title>{title}</title>", *body, "</svg>", ""]
-    )
-
-
-def _box(x: float, y: float, width: float, height: float, colours: Colours, *, accent: bool = False) -> str:
-    stroke = colours.accent if accent else colours.line
-    place = f'x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}"'
-    return f'<rect {place} rx="7" fill="{colours.fill}" stroke="{stroke}" stroke-width="1.5"/>'
-
-
-def _text(x: float, y: float, text: str, size: int, fill: str, *, bold: bool = False, anchor: str = "middle") -> str:
-    weight = ' font-weight="600"' if bold else ""
-    place = f'x="{x:g}" y="{y:g}" font-size="{size}" text-anchor="{anchor}"'
-    return f'<text {place} fill="{fill}"{weight}>{escape(text)}</text>'
-
-
-def _arrow(start: tuple[float, float], end: tuple[float, float], colours: Colours) -> str:
-    (x, y), (to_x, to_y) = start, end
-    head = "l-8 -5v10z" if y == to_y else "l-5 -8h10z"
-    line = f'<path d="M{x:g} {y:g}L{to_x:g} {to_y:g}" stroke="{colours.line}" stroke-width="1.8"/>'
-    return f'{line}<path d="M{to_x:g} {to_y:g}{head}" fill="{colours.line}"/>'
+                body.append(make_text(x + each / 2, y + 20, name, 18, colours.ink, bold=True))
+                body.append(make_text(x + each / 2, y + 38, what, 14, colours.quiet))
+    return make_svg(width + 8, len(ROOMS) * (height + gap) + 4, body, "The rooms of the package")
 
 
 def _gate(x: float, y: float, colours: Colours) -> str:

@@ -1,4 +1,4 @@
-"""Tables of measured figures, from the files in benchmarks/results/, each with its command and processor."""
+"""Tables and bars of measured figures, from the files in benchmarks/results/, each with its command and processor."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from .svg import DARK, LIGHT, make_bars
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 _METHODS = {
@@ -26,6 +28,22 @@ def make_table(name: str) -> str:
     found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     machine = describe_machine(found["machine"])
     return f"{_TABLES[name](found)}\n\n*Measured by* `python benchmarks/{name}.py` *on {machine}.*"
+
+
+def draw_charts() -> dict[str, str]:
+    """The same figures as SVG, by file name, each for a light and a dark page."""
+    charts = {}
+    for name, (unit, choose) in _CHARTS.items():
+        found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        for look, colours in (("light", LIGHT), ("dark", DARK)):
+            charts[f"chart-{name}-{look}.svg"] = make_bars(choose(found), unit, colours)
+    return charts
+
+
+def show_chart(name: str) -> str:
+    """Markdown of a chart of this name."""
+    unit = _CHARTS[name][0]
+    return "\n".join(f"![{unit}](images/chart-{name}-{look}.svg#only-{look})" for look in ("light", "dark"))
 
 
 def describe_machine(machine: dict[str, Any] | str) -> str:
@@ -114,4 +132,35 @@ _TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "reparameterize": _reparameterize,
     "runtime": _runtime,
     "runtime_overhead": _runtime_overhead,
+}
+
+
+def _choose_int8(found: dict[str, Any]) -> list[tuple[str, float, bool]]:
+    names = {
+        "max": "max calibration",
+        "onnxruntime": "ONNX Runtime quantize_static",
+        "fast": "ours, --fast",
+        "ours trt10": "ours",
+        "synthetic": "ours, synthetic images",
+        "statistics": "ours, --calib statistics",
+    }
+    rows = {row["key"]: row for row in found["models"]["A0"]["rows"]}
+    return [(label, 100 - rows[key]["agreement"], label.startswith("ours")) for key, label in names.items()]
+
+
+def _choose_runtime(found: dict[str, Any]) -> list[tuple[str, float, bool]]:
+    (batch,) = (each for each in found["batches"] if each["batch"] == 8)
+    names = {
+        "FP32, bare session": "FP32, ONNX Runtime",
+        "FP32, Engine": "FP32, Engine",
+        "INT8 as it stands, bare session": "INT8, ONNX Runtime",
+        "INT8, Engine, onnxruntime": "INT8, Engine",
+        "INT8, Engine, openvino": "INT8, Engine with OpenVINO",
+    }
+    return [(label, batch["images_per_second"][key], "Engine" in label) for key, label in names.items()]
+
+
+_CHARTS: dict[str, tuple[str, Callable[[dict[str, Any]], list[tuple[str, float, bool]]]]] = {
+    "int8": ("A0 in INT8: % of images that change their best class (less is better)", _choose_int8),
+    "runtime": ("A0 on two CPU cores: images a second in batches of 8 (more is better)", _choose_runtime),
 }

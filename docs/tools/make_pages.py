@@ -34,6 +34,7 @@ _FORMULA = re.compile(
 _LINK = re.compile(r"(?P<open>\[(?P<text>[^\]]*)\])\((?P<target>(?!https?:|#)[^)#\s]*)(?P<rest>#[^)\s]*)?\)")
 _NOTE = re.compile(r"^<!-- (?:not run|needs)\b[^>]*-->\n", re.M)
 _TABLE = re.compile(r"^<!-- figures: (\w+) -->$", re.M)
+_CHART = re.compile(r"^<!-- chart: (\w+) -->$", re.M)
 _COMMANDS = re.compile(r"^<!-- commands -->$", re.M)
 _VIEW = re.compile(r'viewBox="([^"]+)"')
 _UNITS_PER_EM = 24
@@ -48,6 +49,8 @@ def main() -> int:
         shutil.rmtree(out)
     for name in ASSETS:
         shutil.copytree(DOCS / name, out / name)
+    for name, picture in figure_tables.draw_charts().items():
+        (out / "images" / name).write_text(picture, encoding="utf-8")
     pages = read_pages()
     names = api_pages.find_names({page: text for page, (_, text) in pages.items()}) | command_pages.find_pages()
     for page, (source, text) in pages.items():
@@ -79,6 +82,7 @@ def finish(page: str, source: str, text: str, names: dict[str, str]) -> str:
     """
     text = _NOTE.sub("", text)
     text = _TABLE.sub(lambda found: figure_tables.make_table(found[1]), text)
+    text = _CHART.sub(lambda found: figure_tables.show_chart(found[1]), text)
     text = _COMMANDS.sub(lambda _: command_pages.make_list(), text)
     text = _LINK.sub(lambda found: move_link(found, page, source), text)
     text = api_pages.insert(text, page, names)

@@ -165,7 +165,7 @@ def test_command_page_has_an_anchor_for_every_option_and_the_words_of_its_help(n
 def test_pages_are_plain_markdown_that_any_builder_takes(site: Path) -> None:
     for path in (site.parent / "build" / "pages").rglob("*.md"):
         text = path.read_text(encoding="utf-8")
-        assert not re.search(r"^:::|<!-- (?:not run|needs|figures|commands)|^\$\$", text, re.M), path.name
+        assert not re.search(r"^:::|<!-- (?:not run|needs|figures|chart|commands)|^\$\$", text, re.M), path.name
     assert "hooks" not in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
 
 
@@ -182,6 +182,9 @@ def test_measured_figures_name_their_command_and_processor(site: Path) -> None:
     ]
     assert all((ROOT / "benchmarks" / f"{program}.py").exists() and machine for program, machine in named)
     assert "| 85.65 | 99.5 |" in text  # a row of the file, as it was measured
+    for picture in ("chart-int8-light.svg", "chart-int8-dark.svg", "chart-runtime-light.svg", "chart-runtime-dark.svg"):
+        assert f"images/{picture}" in text
+        assert "<text" in (site / "images" / picture).read_text(encoding="utf-8")
 
 
 @needs_mkdocs

@@ -79,6 +79,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", metavar="NAME",
                         help="variant that it must be, such as B2, or a TOML file; found from the tensors when left "
                              "out")
+    parser.add_argument("--strides", type=_strides, metavar="S,S,S,S,S",
+                        help="strides of the stem and of the four stages, where the variant is not a published one: "
+                             "tensors do not tell them")
+    parser.add_argument("--weights", metavar="KEY",
+                        help="which of several sets of weights in the file, such as model_ema (default: the only one, "
+                             "or the only average)")
     parser.add_argument("--out", type=Path, metavar="FILE",
                         help="the ONNX to write (default: beside the checkpoint, with the suffix .onnx)")
     parser.add_argument("--describe", action="store_true",
@@ -142,6 +148,14 @@ def _add_graph_options(group: argparse._ArgumentGroup) -> None:
 # fmt: on
 
 
+def _strides(text: str) -> tuple[int, int, int, int, int]:
+    parts = text.replace("x", ",").split(",")
+    if len(parts) != 5 or not all(part.strip() in ("1", "2") for part in parts):
+        raise argparse.ArgumentTypeError(f"expected five numbers, each 1 or 2, such as 2,2,2,2,2; found {text!r}")
+    stem, first, second, third, fourth = map(int, parts)
+    return stem, first, second, third, fourth
+
+
 def _batch(text: str) -> int | None:
     try:
         return None if text == "dynamic" else parse_whole(text)
@@ -195,15 +209,17 @@ def find_conflict(args: argparse.Namespace) -> str | None:
 
 def execute(args: argparse.Namespace) -> Output:
     """Exports the checkpoint, or describes it."""
-    return _describe(args.ckpt) if args.describe else _export(args)
+    return _describe(args.ckpt, args) if args.describe else _export(args)
 
 
-def _describe(checkpoint: Path) -> Output:
+def _describe(checkpoint: Path, args: argparse.Namespace) -> Output:
     from ..model.checkpoint.load import describe_checkpoint
     from ..specs.codec import encode
+    from ..specs.variants import get_variant
     from ..specs.zoo import find_card, find_card_by_name
 
-    found = describe_checkpoint(checkpoint)
+    arch = get_variant(args.arch) if args.arch else None
+    found = describe_checkpoint(checkpoint, arch=arch, strides=args.strides, weights=args.weights)
     card, named = find_card(found.sha256), find_card_by_name(checkpoint.name)
     published = None if card is None else card.summary()
     if card is None and named is not None and named.bytes is not None:
@@ -214,8 +230,11 @@ def _describe(checkpoint: Path) -> Output:
     if published is not None:
         pairs.append(("published", published))
     pairs += [("note", note) for note in found.notes]
+    pairs += [("taken as given", fact) for fact in found.facts]
     if found.command is not None:
-        pairs.append(("export with", found.command))
+        given = ["--strides", ",".join(map(str, args.strides))] if args.strides else []
+        given += ["--arch", args.arch] if args.arch else []
+        pairs.append(("export with", " ".join([found.command, shlex.join(given)]).strip()))
     errors = () if found.problem is None else (CheckpointError(found.problem, remedy=str(found.remedy)),)
     return Output({**encode(found), "published": published}, format_pairs(pairs), errors=errors)
 
@@ -298,7 +317,17 @@ def _read_options(args: argparse.Namespace) -> ExportOptions:
         images = args.synthetic_calibration or None
         calibration = SynthesisOptions(images, args.calibration_seed or 0, args.calibration_steps)
     return ExportOptions(
-        graph, arch, args.mean, args.std, labels, args.save_deploy, args.force, calibration, read_resizing(args)
+        graph,
+        arch,
+        args.mean,
+        args.std,
+        labels,
+        args.save_deploy,
+        args.force,
+        calibration,
+        read_resizing(args),
+        strides=args.strides,
+        weights=args.weights,
     )
 
 
@@ -310,6 +339,7 @@ def _as_text(result: ExportResult) -> str:
     pairs = [
         ("checkpoint", f"{source.file}: {origin}\nsha256 {source.sha256}"),
         *(("note", note) for note in result.notes),
+        *(("taken as given", fact) for fact in metadata.certificate.facts),
         ("verified", f"against {metadata.certificate.reference}\n{_certificate_table(metadata.certificate)}"),
         ("input", f"{_show_tensor(spec.input)} {spec.input.layout}, {_describe_pixels(spec.preprocessing)}"),
         ("output", ", ".join(map(_show_tensor, spec.outputs))),

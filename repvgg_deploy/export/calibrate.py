@@ -61,7 +61,8 @@ def write_calibration(
     """
     onnx, options = Path(onnx), options or SynthesisOptions()
     metadata = read_metadata(onnx)
-    checkpoint = load_checkpoint(ckpt, arch=metadata.variant)
+    weights = None if metadata.source is None else metadata.source.weights
+    checkpoint = load_checkpoint(ckpt, arch=metadata.variant, weights=weights)
     preprocessing = _require_same_checkpoint(onnx, metadata, checkpoint)
     plan = plan_synthesis(checkpoint.spec, preprocessing.crop, options, multiple=metadata.spec.batch or 1)
     mismatch = StatisticsMismatch(build_model(checkpoint))

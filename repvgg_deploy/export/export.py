@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import CalibrationError, InputError
+from ..errors import CalibrationError, CheckpointError, InputError
 from ..files.output import PendingOutput, atomic_output, release_freed_memory, require_distinct, require_replaceable
 from ..files.versions import tool_versions
 from ..graph.fold import FoldReport
@@ -16,6 +16,7 @@ from ..images.calibration import calibration_path
 from ..images.classes import IMAGENET_CLASSES, imagenet_labels
 from ..images.decode import default_preprocessing
 from ..images.drawn import make_batches
+from ..model.checkpoint.containers import open_checkpoint
 from ..model.checkpoint.load import Checkpoint, build_model, load_checkpoint, write_deploy
 from ..model.fold import reparameterize
 from ..model.parity import compare_forms, reference_of_deploy
@@ -56,6 +57,8 @@ class ExportOptions:
     Attributes:
         graph: The shape of the graph.
         arch: The variant that the checkpoint must be; None finds it.
+        strides: Of the stem and of the first block of stages 1 to 4, which tensors do not tell.
+        weights: Which of several sets of weights in the file, as `load_checkpoint` takes it.
         mean: Per RGB channel, 0–255 units; None takes the checkpoint's own, else ImageNet's.
         std: Likewise.
         labels: Names of the classes; None takes the checkpoint's own, ImageNet's for a published checkpoint, else none.
@@ -78,6 +81,8 @@ class ExportOptions:
     force: bool = False
     calibration: SynthesisOptions | None = None
     resizing: ResizeOptions = field(default_factory=ResizeOptions)
+    strides: tuple[int, int, int, int, int] | None = None
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         require_units_of_255(self.mean, self.std)
@@ -133,6 +138,7 @@ def export_checkpoint(
     beside = [] if options.calibration is None else [calibration_path(out)]
     deploy_out = options.save_deploy
     require_distinct([out, *beside] if deploy_out is None else [out, deploy_out, *beside], [ckpt])
+    open_checkpoint(ckpt).close()  # what is read comes first, then where it is written
     # Opened first: a folder that cannot be written to should not be found out after the work. Written both or not at
     # all.
     deploying = nullcontext() if deploy_out is None else atomic_output(deploy_out, force=options.force)
@@ -157,7 +163,8 @@ def _write_verified(
 ) -> ModelMetadata:
     """The export itself: writes the ONNX to `path`, and the deploy form where it is wanted."""
     report("read the checkpoint")
-    checkpoint = load_checkpoint(ckpt, arch=options.arch)
+    checkpoint = load_checkpoint(ckpt, arch=options.arch, strides=options.strides, weights=options.weights)
+    _require_classifier(checkpoint, options.graph)
     model = build_model(checkpoint)
     checkpoint = dataclasses.replace(checkpoint, state={})  # the model holds the only reference to the weights
     preprocessing, assumed = _choose_preprocessing(checkpoint, options)
@@ -174,14 +181,15 @@ def _write_verified(
         forms = reference_of_deploy(model, arrays, small=small)
     else:
         report("reparameterize")
-        deploy, statistics = reparameterize(model), collect_statistics(model)
+        deploy = reparameterize(model)
+        statistics = collect_statistics(model) if checkpoint.has_statistics else {}
         report("verify the deploy form against the training form")
         forms = compare_forms(model, deploy, arrays, small=small)
         require_passed(forms.checks, "the deploy form against the training form")
     del model  # the training form has served; its memory is needed
     release_freed_memory()
     if deploy_output is not None:
-        write_deploy(deploy, deploy_output.partial)
+        write_deploy(deploy, deploy_output.partial, headless=checkpoint.headless)
         require_replaceable(deploy_output, force=options.force)
 
     report("export and simplify the graph")
@@ -201,6 +209,14 @@ def _write_verified(
     metadata = _make_metadata(checkpoint, spec, graph, checks=(*forms.checks, *checks), statistics=statistics)
     append_metadata(path, digest, metadata)
     return metadata
+
+
+def _require_classifier(checkpoint: Checkpoint, graph: GraphOptions) -> None:
+    if checkpoint.headless and not graph.features:
+        raise CheckpointError(
+            f"{checkpoint.path}: holds no classifier: a backbone",
+            remedy="give --features to export the outputs of its four stages, or a checkpoint with its classifier",
+        )
 
 
 def _choose_preprocessing(checkpoint: Checkpoint, options: ExportOptions) -> tuple[Preprocessing, tuple[str, ...]]:
@@ -255,6 +271,11 @@ def _require_statistics(checkpoint: Checkpoint, spec: ModelSpec, calibration: Sy
             remedy="give the training-form checkpoint, or leave --synthetic-calibration out and calibrate with real "
             "images",
         )
+    if not checkpoint.has_statistics:
+        raise CalibrationError(
+            f"{checkpoint.path}: branches without BatchNorm say nothing of what they saw in training",
+            remedy="leave --synthetic-calibration out and calibrate with real images",
+        )
     assert spec.preprocessing is not None
     plan_synthesis(checkpoint.spec, spec.preprocessing.crop, calibration, multiple=spec.batch or 1)
 
@@ -277,8 +298,10 @@ def _make_metadata(
         schema=METADATA_SCHEMA,
         spec=spec,
         variant=checkpoint.spec,
-        source=CheckpointSource(checkpoint.path.name, checkpoint.sha256, checkpoint.family, checkpoint.form),
-        certificate=Certificate(reference, checks, versions),
+        source=CheckpointSource(
+            checkpoint.path.name, checkpoint.sha256, checkpoint.family, checkpoint.form, checkpoint.weights
+        ),
+        certificate=Certificate(reference, checks, versions, checkpoint.facts),
         statistics=statistics,
         history=(history,),
         notes=checkpoint.notes,

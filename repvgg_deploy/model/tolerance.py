@@ -60,7 +60,7 @@ def require_passed(checks: Sequence[Check], what: str, *, remedy: str | None = N
     Args:
         checks: All must have passed.
         what: Was compared with what.
-        remedy: None gives that of a checkpoint.
+        remedy: None asks to report it: both are made of the same weights.
 
     Raises:
         ParityError: A check failed; the message names the worst.
@@ -71,7 +71,5 @@ def require_passed(checks: Sequence[Check], what: str, *, remedy: str | None = N
         raise ParityError(
             f"{what}: {len(failed)} of {len(checks)} comparisons failed; worst: {worst.name}: "
             f"relative error {worst.error:.3g}, allowed {worst.tolerance:.3g}",
-            remedy=remedy
-            or "the model was not written; report the checkpoint, or check that its BatchNorm epsilon and strides are "
-            "those of --arch",
+            remedy=remedy or "nothing was written; report the checkpoint and the versions of the tools",
         )

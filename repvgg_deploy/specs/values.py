@@ -254,11 +254,14 @@ class Certificate:
     Attributes:
         reference: What the model was compared with.
         versions: Version of each tool that took part.
+        facts: What the tensors of a checkpoint do not tell (strides, activation, pooling, epsilon), and who said it:
+            the comparison takes it as given.
     """
 
     reference: str
     checks: tuple[Check, ...]
     versions: dict[str, str]
+    facts: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -268,12 +271,13 @@ class Certificate:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointSource:
-    """Where the weights came from."""
+    """Where the weights came from; `weights` is their place in the file (`.`: the file is their state dict)."""
 
     file: str
     sha256: str
     family: str
     form: Form
+    weights: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

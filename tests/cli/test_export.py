@@ -18,7 +18,7 @@ from repvgg_deploy.cli.export import build_parser, main
 from repvgg_deploy.files import output
 from repvgg_deploy.specs.variants import get_variant
 from tests.endless import Stage, start_endless
-from tests.model.generated import random_model
+from tests.model.generated import random_model, stated
 from tests.model.random_blocks import small_variant
 from tests.waiting import PATIENCE_SECONDS
 
@@ -28,7 +28,7 @@ SIZE = ["--image-size", "64"]
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     path = tmp_path / "model.pth"
-    torch.save(random_model(small_variant()).state_dict(), path)
+    torch.save(stated(random_model(small_variant())), path)
     return path
 
 
@@ -100,6 +100,25 @@ def test_describe_prints_the_command_that_exports(checkpoint: Path, capsys: pyte
     assert not checkpoint.with_suffix(".onnx").exists()
 
 
+def test_strides_are_stated_where_no_file_tells_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "model.pth"
+    torch.save(random_model(small_variant()).state_dict(), path)
+    status, out, _ = run(capsys, "--ckpt", path, "--describe")
+    assert status == 0 and "--strides 2,2,2,2,2" in out and "custom variant" in out
+    assert "--strides 2,2,2,2,2" in refused(capsys, tmp_path, "--ckpt", path, *SIZE)
+    status, out, _ = run(capsys, "--ckpt", path, "--strides", "1,2,2,2,1", *SIZE)
+    assert status == 0 and "stated by the user: strides 1,2,2,2,1" in out
+    status, out, _ = run(capsys, "--ckpt", path, "--strides", "1,2,2,2,1", "--describe")
+    assert status == 0 and "--strides 1,2,2,2,1" in out
+
+
+@pytest.mark.parametrize("text", ["2,2,2,2", "2,2,2,2,3", "two"])
+def test_strides_that_are_none_are_a_usage_error(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--ckpt", "x.pth", "--strides", text])
+    assert caught.value.code == 2 and "five numbers" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"\x80", b"PK\x03\x04 not a zip", b"<html>not found</html>", b"version https://git-lfs.github.com/spec/v1\n"],
@@ -143,7 +162,7 @@ def test_export_evil_object_beside_tensors_is_ignored_and_the_tensors_are_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "out").mkdir()
-    torch.save({"model": random_model(small_variant()).state_dict(), "config": Evil()}, tmp_path / "m.pth")
+    torch.save({**stated(random_model(small_variant())), "config": Evil()}, tmp_path / "m.pth")
     status, _, err = run(capsys, "--ckpt", tmp_path / "m.pth", "--out", tmp_path / "out" / "m.onnx", *SIZE)
     assert status == 0, err
     assert not Path("was-run").exists()
@@ -173,7 +192,7 @@ def test_export_wrong_arch_names_the_tensor_and_the_variant_that_fits(
 def test_export_half_converted_missing_and_extra_tensors_are_refused(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    state = torch.load(checkpoint, weights_only=True)
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
     deploy = random_model(small_variant(), "deploy").state_dict()
     half = {k: v for k, v in state.items() if not k.startswith("stage2.0.")} | {
         k: v for k, v in deploy.items() if k.startswith("stage2.0.")
@@ -193,7 +212,7 @@ def test_export_half_converted_missing_and_extra_tensors_are_refused(
 def test_export_weights_that_are_not_finite_are_refused(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float
 ) -> None:
-    state = torch.load(checkpoint, weights_only=True)
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
     state["stage3.1.rbr_dense.conv.weight"][1, 2, 0, 1] = value
     torch.save(state, checkpoint)
     assert "stage3.1.rbr_dense.conv.weight" in refused(capsys, tmp_path, "--ckpt", checkpoint)

@@ -24,7 +24,7 @@ from repvgg_deploy.images.decode import normalize
 from repvgg_deploy.model.checkpoint.load import load_checkpoint
 from repvgg_deploy.precision.int8 import Int8Options, to_int8
 from repvgg_deploy.precision.typed_model import write_typed
-from tests.model.generated import random_model
+from tests.model.generated import random_model, stated
 from tests.model.random_blocks import small_variant
 
 GRAPH = GraphOptions(image_size=(32, 32))
@@ -35,7 +35,7 @@ QUICK = SynthesisOptions(images=6, steps=5)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint and its ONNX, made once and copied by each test."""
     folder = tmp_path_factory.mktemp("calibrate")
-    torch.save(random_model(small_variant()).state_dict(), folder / "model.pth")
+    torch.save(stated(random_model(small_variant())), folder / "model.pth")
     export_checkpoint(folder / "model.pth", folder / "m.onnx", options=ExportOptions(GRAPH))
     return folder
 
@@ -117,7 +117,7 @@ def test_calibration_interrupted_leaves_nothing_and_begins_anew(
 
 
 def test_calibration_of_deploy_form_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    torch.save(random_model(small_variant(), "deploy").state_dict(), tmp_path / "deploy.pth")
+    torch.save(stated(random_model(small_variant(), "deploy")), tmp_path / "deploy.pth")
     with pytest.raises(CalibrationError, match="deploy form") as caught:
         export_checkpoint(tmp_path / "deploy.pth", tmp_path / "m.onnx", options=ExportOptions(GRAPH, calibration=QUICK))
     assert "training-form checkpoint" in caught.value.remedy
@@ -130,7 +130,7 @@ def test_calibration_of_deploy_form_is_refused_before_anything_is_written(tmp_pa
 
 def test_calibration_for_the_onnx_of_another_checkpoint_is_refused(exported: Path) -> None:
     other = exported.with_name("other.pth")
-    torch.save(random_model(small_variant(), seed=1).state_dict(), other)
+    torch.save(stated(random_model(small_variant(), seed=1)), other)
     with pytest.raises(InputError, match="exported from a checkpoint with sha256"):
         write_calibration(other, exported, options=QUICK)
 

@@ -15,7 +15,14 @@ import torch
 from torch import nn
 
 from repvgg_deploy import Engine
-from repvgg_deploy.errors import ArtifactError, ContractError, InputError, ParityError, RepVGGDeployError
+from repvgg_deploy.errors import (
+    ArtifactError,
+    CheckpointError,
+    ContractError,
+    InputError,
+    ParityError,
+    RepVGGDeployError,
+)
 from repvgg_deploy.export import export as pipeline
 from repvgg_deploy.export.export import DEPLOY_REFERENCE, TRAINING_REFERENCE, ExportOptions, export_checkpoint
 from repvgg_deploy.export.options import GraphOptions
@@ -27,10 +34,11 @@ from repvgg_deploy.model.fold import reparameterize
 from repvgg_deploy.model.network import RepVGG
 from repvgg_deploy.specs.values import VariantSpec
 from repvgg_deploy.specs.variants import PUBLISHED
-from tests.model.generated import CASES, Case, random_model, write_case
+from tests.model.generated import CASES, Case, random_model, stated, write_case
 from tests.model.random_blocks import small_variant
 
 GRAPH = GraphOptions(image_size=(64, 64))
+STRIDES = (2, 2, 2, 2, 2)
 # The float32 error of two nine-layer networks, in units of the largest logit.
 FLOAT32 = 1e-5
 
@@ -50,7 +58,7 @@ def save(folder: Path, variant: VariantSpec, *, gain: float = 1.0) -> tuple[Path
     model = random_model(variant)
     set_gain(model, gain)
     path = folder / "model.pth"
-    torch.save(model.state_dict(), path)
+    torch.save(stated(model), path)
     return path, model
 
 
@@ -63,7 +71,9 @@ def test_export_every_family_and_form_equals_the_source_model(tmp_path: Path, ca
     model = random_model(case.spec, case.form)
     path = write_case(case, model, tmp_path)
     calibration = SynthesisOptions(images=2, steps=2) if case.form == "training" else None
-    result = export_checkpoint(path, tmp_path / "m.onnx", options=ExportOptions(GRAPH, calibration=calibration))
+    result = export_checkpoint(
+        path, tmp_path / "m.onnx", options=ExportOptions(GRAPH, calibration=calibration, strides=STRIDES)
+    )
     certificate = result.metadata.certificate
     assert certificate.passed
     assert certificate.reference == (TRAINING_REFERENCE if case.form == "training" else DEPLOY_REFERENCE)
@@ -144,7 +154,7 @@ def test_export_save_deploy_round_trips_to_the_same_onnx(tmp_path: Path) -> None
         path, tmp_path / "m.onnx", options=ExportOptions(GRAPH, save_deploy=tmp_path / "deploy.pth")
     )
     assert result.deploy_output is not None and result.deploy_output.status == "written"
-    state = torch.load(tmp_path / "deploy.pth", weights_only=True)
+    state = torch.load(tmp_path / "deploy.pth", weights_only=True)["state_dict"]
     assert "stage1.0.rbr_reparam.weight" in state and "stage1.0.se.down.weight" in state
     export_checkpoint(tmp_path / "deploy.pth", tmp_path / "again.onnx", options=ExportOptions(GRAPH))
     weights = [
@@ -275,7 +285,7 @@ def test_export_wrong_graph_is_caught_by_the_contract(tmp_path: Path, monkeypatc
 
 
 def test_export_deploy_checkpoint_mutated_file_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.save(random_model(small_variant(), "deploy").state_dict(), tmp_path / "deploy.pth")
+    torch.save(stated(random_model(small_variant(), "deploy")), tmp_path / "deploy.pth")
     original = pipeline.write_model
     monkeypatch.setattr(
         pipeline, "write_model", lambda p, m, w: original(p, m, {n: a * np.float32(1.001) for n, a in w.items()})
@@ -317,10 +327,58 @@ def test_export_raw_pixels_need_no_normalisation() -> None:
 
 
 def test_export_bad_folder_is_refused_before_the_work(tmp_path: Path) -> None:
-    with pytest.raises(
-        ArtifactError, match="does not exist"
-    ):  # the checkpoint was not even looked at: its absence would be another error
+    (tmp_path / "x.pth").write_bytes(b"not a checkpoint")
+    with pytest.raises(ArtifactError, match="does not exist"):  # what the file is was not even looked at
+        export_checkpoint(tmp_path / "x.pth", tmp_path / "no" / "m.onnx")
+
+
+def test_export_missing_checkpoint_is_the_first_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"missing\.pth: there is no such file"):
         export_checkpoint(tmp_path / "missing.pth", tmp_path / "no" / "m.onnx")
+
+
+def test_export_backbone_without_classifier_gives_its_features_only(tmp_path: Path) -> None:
+    model = random_model(small_variant())
+    path = tmp_path / "model.pth"
+    torch.save({name: tensor for name, tensor in model.state_dict().items() if "linear" not in name}, path)
+    with pytest.raises(CheckpointError, match="holds no classifier") as caught:
+        export_checkpoint(path, tmp_path / "m.onnx", options=ExportOptions(GRAPH, strides=STRIDES))
+    assert "--features" in caught.value.remedy and files(tmp_path) == ["model.pth"]
+    options = ExportOptions(dataclasses.replace(GRAPH, features=True), strides=STRIDES, save_deploy=tmp_path / "d.pth")
+    export_checkpoint(path, tmp_path / "m.onnx", options=options)
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.stage_outputs(x)["stage4"].numpy()
+    with Engine(tmp_path / "m.onnx") as engine:
+        found = engine.infer(x.numpy())
+    np.testing.assert_allclose(found["stage4"], expected, atol=FLOAT32 * np.abs(expected).max(), rtol=0)  # type: ignore[index,call-overload]
+    assert not any("linear" in name for name in torch.load(tmp_path / "d.pth")["state_dict"])
+
+
+def test_export_records_who_said_what_tensors_do_not_tell(tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    torch.save(random_model(small_variant()).state_dict(), path)
+    with pytest.raises(CheckpointError, match="does not tell the strides") as caught:
+        export_checkpoint(path, tmp_path / "m.onnx", options=ExportOptions(GRAPH))
+    assert f"repvgg-export --ckpt {path} --out {tmp_path / 'model.onnx'} --strides 2,2,2,2,2" in caught.value.remedy
+    export_checkpoint(path, tmp_path / "m.onnx", options=ExportOptions(GRAPH, strides=STRIDES))
+    (fact,) = read_metadata(tmp_path / "m.onnx").certificate.facts
+    assert fact.startswith("stated by the user: strides 2,2,2,2,2; with them, as in every RepVGG: ReLU")
+    variant = dataclasses.replace(small_variant(), strides=(1, 2, 2, 2, 1), name="mine")
+    export_checkpoint(path, tmp_path / "n.onnx", options=ExportOptions(GRAPH, arch=variant))
+    (fact,) = read_metadata(tmp_path / "n.onnx").certificate.facts
+    assert fact.startswith("stated by the user: the architecture 'mine'")
+
+
+def test_export_takes_the_weights_that_are_asked_for_and_says_which(tmp_path: Path) -> None:
+    raw, averaged = random_model(small_variant()), random_model(small_variant(), seed=1)
+    path = tmp_path / "model.pth"
+    torch.save({"model": raw.state_dict(), "model_ema": averaged.state_dict()}, path)
+    for weights, chosen in ((None, "model_ema"), ("model", "model")):
+        options = ExportOptions(GRAPH, strides=STRIDES, weights=weights, force=True)
+        result = export_checkpoint(path, tmp_path / "m.onnx", options=options)
+        assert result.metadata.source is not None and result.metadata.source.weights == chosen
+        assert any(f"'{chosen}' was taken; also complete in the file" in note for note in result.metadata.notes)
 
 
 def test_export_every_error_of_a_bad_checkpoint_is_ours(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from repvgg_deploy.files.onnx import read_metadata
 from repvgg_deploy.model.block import fold_block
 from repvgg_deploy.model.parity import _compare_kernels, _exact_deploy
 from repvgg_deploy.specs.values import Preprocessing
-from tests.model.generated import random_model
+from tests.model.generated import random_model, stated
 from tests.model.random_blocks import BlockSpec, build_block, randomise, relative_error, small_variant
 from tests.model.test_fold import OfficialBlock, build_network
 
@@ -31,7 +31,7 @@ GRAPH = GraphOptions(image_size=(64, 64))
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     path = tmp_path / "c.pth"
-    torch.save(random_model(small_variant()).state_dict(), path)
+    torch.save(stated(random_model(small_variant())), path)
     return path
 
 
@@ -87,7 +87,7 @@ def test_export_weights_that_no_input_excites_are_compared_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: Any
 ) -> None:
     """Of many classes only a few ever reach the top five; a permutation of the others must not pass."""
-    torch.save(random_model(small_variant(num_classes=100)).state_dict(), tmp_path / "c.pth")
+    torch.save(stated(random_model(small_variant(num_classes=100))), tmp_path / "c.pth")
     original = pipeline.write_model
 
     def write(path: Path, model: Any, weights: Any) -> Any:
@@ -122,7 +122,7 @@ def test_export_network_dead_on_images_is_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         model.blocks()["stage0"].rbr_dense.bn.bias.fill_(-60.0)
         model.blocks()["stage0"].rbr_1x1.bn.bias.fill_(-60.0)
-    torch.save(model.state_dict(), tmp_path / "c.pth")
+    torch.save(stated(model), tmp_path / "c.pth")
     with pytest.raises(ParityError, match="does not depend on its input"):
         export_checkpoint(
             tmp_path / "c.pth", tmp_path / "m.onnx", options=ExportOptions(dataclasses.replace(GRAPH, input="uint8"))
@@ -174,7 +174,7 @@ def test_reparameterize_block_that_is_no_3x3_is_refused(change: Any) -> None:
 
 @pytest.mark.parametrize("output", ["probabilities", "top5"])
 def test_export_probabilities_of_one_class_are_refused(tmp_path: Path, output: Any) -> None:
-    torch.save(random_model(small_variant(num_classes=1)).state_dict(), tmp_path / "c.pth")
+    torch.save(stated(random_model(small_variant(num_classes=1))), tmp_path / "c.pth")
     with pytest.raises(InputError, match="one class"):
         export_checkpoint(
             tmp_path / "c.pth", tmp_path / "m.onnx", options=ExportOptions(dataclasses.replace(GRAPH, output=output))
@@ -182,10 +182,12 @@ def test_export_probabilities_of_one_class_are_refused(tmp_path: Path, output: A
     export_checkpoint(tmp_path / "c.pth", tmp_path / "m.onnx", options=ExportOptions(GRAPH))
 
 
-def test_export_assumptions_travel_with_the_file(checkpoint: Path) -> None:
+def test_export_facts_that_tensors_do_not_tell_travel_with_the_file(checkpoint: Path) -> None:
     out = checkpoint.with_name("m.onnx")
     export_checkpoint(checkpoint, out, options=ExportOptions(GRAPH))
-    assert any("strides" in note for note in read_metadata(out).notes)
+    assert any(
+        fact.startswith("stated in the file: strides 2,2,2,2,2") for fact in read_metadata(out).certificate.facts
+    )
 
 
 def test_preprocessing_must_be_finite() -> None:

@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from repvgg_deploy.model.checkpoint.load import Checkpoint, load_checkpoint
 from repvgg_deploy.model.network import RepVGG
+from repvgg_deploy.specs import codec
 from repvgg_deploy.specs.values import Form, VariantSpec
 from repvgg_deploy.specs.variants import alternating_groups
 
@@ -216,6 +218,16 @@ def write_paddle(state: Mapping[str, Tensor], path: Path, *, protocol: int = 4, 
     arrays["StructuredToParameterName@@"] = {name: f"conv2d_{index}.w_0" for index, name in enumerate(list(arrays))}
     with path.open("wb") as file:
         pickle.dump(arrays, file, protocol=protocol)
+
+
+def stated(model: RepVGG) -> dict[str, object]:
+    """A checkpoint that says its architecture itself, as our own training script writes it."""
+    return {"state_dict": model.state_dict(), "repvgg_deploy": {"variant": codec.encode(model.spec)}}
+
+
+def load(path: Path, *, weights: str | None = None) -> Checkpoint:
+    """Loads as one who states the usual strides, which the tensors of these variants do not tell."""
+    return load_checkpoint(path, strides=(2, 2, 2, 2, 2), weights=weights)
 
 
 def images(seed: int = 1, *, size: int = 64) -> Tensor:

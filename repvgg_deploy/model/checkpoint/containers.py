@@ -41,10 +41,13 @@ from .lazy import (
     Storage,
     as_count,
     listing,
+    named_dtype,
+    placeholder,
     printable,
     read_bytes,
 )
 from .pickle import Global, PickleStream, read_pickle
+from .places import find_index, read_index, refuse_distributed, refuse_joblib, refuse_no_file
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +63,7 @@ _LEGACY_PROTOCOL = 1001
 _MAX_SAFETENSORS_HEADER = 100_000_000
 _TENSOR_DTYPES = {"F64": FLOAT64, "F32": FLOAT32, "F16": FLOAT16, "BF16": BFLOAT16, "I64": INT64, "I32": INT32,
                   "I16": INT16, "I8": INT8, "U8": UINT8, "BOOL": BOOL}  # fmt: skip
+_JOBLIB_HEAD = 1 << 16
 _DOWNLOAD = "download it again and compare its size and sha256 with the publisher's"
 
 
@@ -73,6 +77,7 @@ class Content:
         metadata: Text beside the tensors (safetensors).
         suspicious: Callables that ordinary loading would have imported, and perhaps called.
         numpy: Whether tensors are NumPy arrays, as PaddlePaddle writes them.
+        files: All files of a sharded checkpoint, its index first; empty where it is one file.
     """
 
     container: str
@@ -80,14 +85,20 @@ class Content:
     metadata: dict[str, str] = field(default_factory=dict)
     suspicious: frozenset[str] = frozenset()
     numpy: bool = False
+    files: tuple[Path, ...] = ()
 
 
 def read_file(path: Path) -> Content:
-    """Reads a checkpoint file as data. No code of it is run, and weights stay on disk until they are used.
+    """Reads a checkpoint file as data, with every shard beside it. No code of it is run, and weights stay on disk.
 
     Raises:
         CheckpointError: The file is missing, empty, damaged, or not a checkpoint; the message says what it is.
     """
+    index = find_index(path)
+    return _read_one(path) if index is None else _read_shards(index)
+
+
+def _read_one(path: Path) -> Content:
     with open_checkpoint(path) as file:
         # A private map: tensors are writable views of it, and writing to one never reaches the file.
         try:
@@ -98,22 +109,38 @@ def read_file(path: Path) -> Content:
             raise CheckpointError(f"{path}: {error.message}", remedy=error.remedy) from error
 
 
+def _read_shards(index: Path) -> Content:
+    """The state dict that an index spreads over files beside it."""
+    shards = [index.with_name(name) for name in read_index(index)]
+    missing = [shard.name for shard in shards if not shard.exists()]
+    if missing:
+        raise CheckpointError(
+            f"{index}: {len(missing)} of its {len(shards)} shards are not beside it, first {printable(missing[0])}",
+            remedy="put every shard into the folder of the index",
+        )
+    contents = [_read_one(shard) for shard in shards]
+    merged: dict[object, object] = {}
+    for shard, content in zip(shards, contents, strict=True):
+        if not isinstance(content.root, dict):
+            raise CheckpointError(f"{shard}: holds no named tensors", remedy="give the shards as they were saved")
+        merged |= content.root
+    return Content(
+        container=f"{len(shards)} shards of {contents[0].container}",
+        root=merged,
+        metadata=contents[0].metadata,
+        suspicious=frozenset().union(*(content.suspicious for content in contents)),
+        numpy=contents[0].numpy,
+        files=(index, *shards),
+    )
+
+
 def open_checkpoint(path: Path) -> BinaryIO:
     """Opens a file for reading; refuses what is no readable file, or empty.
 
     Raises:
-        CheckpointError: It is missing, a folder, a device or pipe, empty, or the operating system refuses.
+        CheckpointError: It is missing, an address, a folder, a device or pipe, empty, or the operating system refuses.
     """
-    if not path.exists():
-        raise CheckpointError(f"{path}: there is no such file", remedy="check the path given as --ckpt")
-    if path.is_dir():
-        remedy = f"give a file in it, such as {path / 'model.pth'}"
-        raise CheckpointError(f"{path}: is a folder, expected a checkpoint file", remedy=remedy)
-    if not path.is_file():
-        remedy = "write it to a file first: a checkpoint is read out of order"
-        raise CheckpointError(f"{path}: is a device or pipe, expected a file", remedy=remedy)
-    if path.stat().st_size == 0:
-        raise CheckpointError(f"{path}: is empty (0 bytes)", remedy=_DOWNLOAD)
+    refuse_no_file(path)
     try:
         return path.open("rb")
     except OSError as error:
@@ -123,6 +150,7 @@ def open_checkpoint(path: Path) -> BinaryIO:
 
 def _read(path: Path, buffer: mmap.mmap, file: BinaryIO) -> Content:
     """The one place where a container is recognised: a new one is a line here and a function below."""
+    refuse_distributed(path)
     if buffer[:4] in ZIP_MAGICS:
         return _read_zip(_ZipArchive(buffer, file))
     if 2 <= int.from_bytes(buffer[:8], "little") <= _MAX_SAFETENSORS_HEADER and buffer[8:9] == b"{" and len(buffer) > 9:
@@ -130,6 +158,7 @@ def _read(path: Path, buffer: mmap.mmap, file: BinaryIO) -> Content:
     foreign = name_foreign(path, buffer[:HEAD_BYTES], "checkpoint")
     if foreign is not None:
         raise CheckpointError(f"is {foreign[0]}, not a checkpoint", remedy=foreign[1])
+    refuse_joblib(path, buffer[:_JOBLIB_HEAD])
     return _read_torch_legacy(buffer) or _read_plain_pickle(buffer)
 
 
@@ -170,7 +199,9 @@ class _ZipArchive:
         name_bytes, extra_bytes = struct.unpack_from("<HH", self._buffer, header + 26)
         start: int = header + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
-            raise MalformedError(f"the zip entry {name} is encrypted or compressed in an unusual way")
+            raise CheckpointError(
+                f"has the zip entry {name} encrypted or compressed in an unusual way", remedy="unpack and zip it anew"
+            )
         cut = info.compress_type == zipfile.ZIP_STORED and info.compress_size != info.file_size
         if start + info.compress_size > len(self._buffer) or cut:
             raise MalformedError(f"the zip entry {name} reaches past the end of the file")
@@ -223,30 +254,35 @@ def _read_zip(archive: _ZipArchive) -> Content:
     if not pickles:
         suffixes = (".pth", ".pt", ".tar", ".safetensors", ".pdparams", ".bin", ".ckpt")
         inside = next((name for name in names if name.lower().endswith(suffixes)), None)
-        remedy = "give the file that torch.save wrote, a .safetensors or a .pdparams"
+        what, remedy = _name_zip(names)
+        if remedy is None and inside:
+            remedy = f"unpack it and give the file inside: {printable(inside)}"
         raise CheckpointError(
-            f"is {_name_zip(names)}, not a torch checkpoint (no data.pkl in it)",
-            remedy=f"unpack it and give the file inside: {printable(inside)}" if inside else remedy,
+            f"is {what}, not a torch checkpoint (no data.pkl in it)",
+            remedy=remedy or "give the file that torch.save wrote, a .safetensors or a .pdparams",
         )
     prefix = pickles[0].removesuffix("data.pkl")
     if f"{prefix}constants.pkl" in names or any(name.startswith(f"{prefix}code/") for name in names):
         raise CheckpointError(
             "is a TorchScript archive (torch.jit.save): a program with its weights, not a checkpoint",
-            remedy="save the state dict of the model that was scripted: torch.save(model.state_dict(), 'model.pth')",
+            remedy="save its state dict: torch.save(torch.jit.load('FILE').state_dict(), 'model.pth')",
         )
     return _read_torch_zip(archive, prefix)
 
 
-def _name_zip(names: list[str]) -> str:
+def _name_zip(names: list[str]) -> tuple[str, str | None]:
+    """What a zip archive is that torch.save did not write, and what to do where that is known."""
     if not names:
-        return "an empty zip archive"
+        return "an empty zip archive", None
     if all(name.endswith(".npy") for name in names):
-        return f"an .npz of NumPy arrays ({listing(names)})"
+        arrays = "{k: torch.from_numpy(v) for k, v in numpy.load('FILE').items()}"
+        return f"an .npz of NumPy arrays ({listing(names)})", f"save them: torch.save({arrays}, 'model.pth')"
     if "[Content_Types].xml" in names:
-        return "an office document"
-    if any(name.endswith(("model.json", "serialized_exported_program.json")) for name in names):
-        return "an exported program (torch.export)"
-    return f"a zip archive of {listing(names)}"
+        return "an office document", None
+    if any(name.endswith(("model.json", "serialized_exported_program.json", "archive_format")) for name in names):
+        remedy = "save its state dict: torch.save(dict(torch.export.load('FILE').state_dict), 'model.pth')"
+        return "an exported program (torch.export)", remedy
+    return f"a zip archive of {listing(names)}", None
 
 
 def _read_torch_zip(archive: _ZipArchive, prefix: str) -> Content:
@@ -288,9 +324,11 @@ def _parse_persistent_id(pid: object) -> tuple[Dtype, str, int]:
         raise MalformedError("the pickle refers to something that is not a storage")
     dtype = DTYPES.get(pid[1].name)
     if dtype is None or not pid[1].module.startswith("torch"):
-        raise MalformedError(f"a storage of the kind {printable(pid[1].path)} is not known")
+        remedy = "save its tensors as float32: torch.save({k: v.float() for k, v in state.items()}, 'model.pth')"
+        raise CheckpointError(f"has a storage of the kind {printable(pid[1].path)}, which is not known", remedy=remedy)
     if len(pid) > 5 and pid[5] is not None:
-        raise MalformedError("the file has storage views, which torch wrote before version 0.4 only")
+        remedy = "load it with a torch of its time and save it again with torch.save"
+        raise CheckpointError("has storage views, which torch wrote before version 0.4 only", remedy=remedy)
     return dtype, pid[2], as_count(pid[4])
 
 
@@ -375,7 +413,7 @@ def _safetensor(file: Any, name: str) -> LazyTensor:
     kind = described.get_dtype()
     dtype = _TENSOR_DTYPES.get(kind)
     if dtype is None:
-        raise MalformedError(f"the tensor {printable(name)} has the dtype {printable(kind)}, which no RepVGG has")
+        return placeholder(named_dtype("uint8"), shape, f"a tensor of the dtype {printable(kind)}")
     # The format itself forbids overlap, so each tensor is its own backing.
     return LazyTensor(dtype, shape, object(), math.prod(shape) * dtype.itemsize, partial(file.get_tensor, name))
 

@@ -43,8 +43,16 @@ COMPLEX64, COMPLEX128 = Dtype("complex64", 8), Dtype("complex128", 16)
 DTYPES = {"DoubleStorage": FLOAT64, "FloatStorage": FLOAT32, "HalfStorage": FLOAT16, "BFloat16Storage": BFLOAT16,
           "LongStorage": INT64, "IntStorage": INT32, "ShortStorage": INT16, "CharStorage": INT8, "ByteStorage": UINT8,
           "BoolStorage": BOOL, "ComplexFloatStorage": COMPLEX64, "ComplexDoubleStorage": COMPLEX128,
-          "UntypedStorage": UINT8}  # fmt: skip
+          "UntypedStorage": UINT8, "QInt8Storage": Dtype("qint8", 1), "QUInt8Storage": Dtype("quint8", 1),
+          "QInt32Storage": Dtype("qint32", 4)}  # fmt: skip
 """torch's storage classes by name."""
+
+
+def named_dtype(name: str) -> Dtype:
+    """A dtype by torch's name of it; one that is not known here, such as `float8_e4m3fn`, counts as one byte."""
+    widths = {"uint16": 2, "uint32": 4, "uint64": 8}
+    known = next((dtype for dtype in DTYPES.values() if dtype.name == name), None)
+    return known or Dtype(name, widths.get(name, 1))
 
 
 class MalformedError(ValueError):
@@ -59,6 +67,7 @@ class LazyTensor:
         backing: The bytes it is a view of, compared by identity: tensors may share them.
         backing_bytes: How many bytes the file really holds for `backing`.
         load: Gives the tensor: a view of the mapped file where that is possible. Call it once.
+        unusable: What it is where it holds no plain numbers, such as `a sparse tensor`; it is never loaded then.
     """
 
     dtype: Dtype
@@ -66,11 +75,21 @@ class LazyTensor:
     backing: object
     backing_bytes: int
     load: Callable[[], torch.Tensor]
+    unusable: str = ""
 
     @property
     def nbytes(self) -> int:
         """Size as a dense tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def placeholder(dtype: Dtype, shape: tuple[int, ...], unusable: str) -> LazyTensor:
+    """A tensor that cannot be used, so that it can be named where it is needed."""
+
+    def load() -> torch.Tensor:
+        raise MalformedError(f"it is {unusable}")
+
+    return LazyTensor(dtype, shape, object(), 0, load, unusable)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

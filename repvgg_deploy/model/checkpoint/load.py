@@ -8,12 +8,13 @@ a network of the result; `write_deploy` writes one back; `describe_checkpoint` s
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import math
 import shlex
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,10 +22,11 @@ from ...errors import CheckpointError, InputError, explain_missing, say_install
 from ...files.output import default_output, sha256_file
 from ...specs import codec
 from ...specs.values import Form, Preprocessing, VariantSpec
-from ...specs.variants import count_parameters
+from ...specs.variants import count_parameters, name_variant
 from .containers import open_checkpoint, read_file
+from .identify import METADATA_KEY, Asked, Resolved
 from .lazy import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, INT64, Dtype, LazyTensor, MalformedError
-from .resolve import METADATA_KEY, resolve
+from .resolve import resolve
 from .structure import describe_custom
 
 if TYPE_CHECKING:
@@ -45,8 +47,8 @@ class Checkpoint:
         path: The file.
         sha256: Of its bytes.
         family: Which implementation's names it has: `official`, `repvggplus`, `timm`, `mmpretrain`, `paddleclas`,
-            `qarepvgg_v1`, `qarepvgg_v2` or `repopt`. A deploy form under official names is `official`, whatever it was
-            trained as.
+            `qarepvgg_v1`, `qarepvgg_v2`, `qarepvgg` (its other blocks) or `repopt`. A deploy form under official names
+            is `official`, whatever it was trained as.
         form: Training or deploy.
         spec: The architecture; named as published, or `custom`.
         state: Tensors by the names of `RepVGG(spec, form).state_dict()`, complete and in its order; float32, step
@@ -57,6 +59,12 @@ class Checkpoint:
         notes: What was found, chosen or assumed, in sentences.
         container: How it is packed, such as `torch zip`.
         wrapper: Path of keys to the state dict in the file; empty where the file is one.
+        weights: Which weights of the file these are, as `load_checkpoint` takes it; `.` for the file's only ones.
+        others: What else `weights` can choose in the file.
+        facts: What tensors do not tell (strides, activation, pooling, epsilon), and who said it, in sentences.
+        untold: What nobody said: `build_model` and exports refuse the checkpoint until it is stated.
+        bn_eps: Name of a BatchNorm → its epsilon, where it is not that of `spec`.
+        headless: There is no classifier; `state` has the mean of the features in its place, as one class.
     """
 
     path: Path
@@ -70,44 +78,71 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     container: str = ""
     wrapper: str = ""
+    weights: str = "."
+    others: tuple[str, ...] = ()
+    facts: tuple[str, ...] = ()
+    untold: tuple[str, ...] = ()
+    bn_eps: Mapping[str, float] = field(default_factory=dict)
+    headless: bool = False
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether every BatchNorm has seen data: none is one that completes a branch without BatchNorm (epsilon 0)."""
+        return self.form == "training" and 0.0 not in self.bn_eps.values()
 
 
-def load_checkpoint(path: Path | str, *, arch: VariantSpec | None = None) -> Checkpoint:
+def load_checkpoint(
+    path: Path | str,
+    *,
+    arch: VariantSpec | None = None,
+    strides: tuple[int, int, int, int, int] | None = None,
+    weights: str | None = None,
+) -> Checkpoint:
     """Loads a RepVGG checkpoint of any supported family, form and container.
 
     Args:
-        path: `.pth`, `.pt`, `.pth.tar`, `.safetensors` or `.pdparams`; the content decides, not the suffix.
-        arch: What it should be of (class count and block kind aside); None takes what the tensors say. Custom strides
-            come from here.
+        path: `.pth`, `.pt`, `.pth.tar`, `.safetensors` or `.pdparams`, the index of a sharded `.safetensors` or one of
+            its shards; the content decides, not the suffix.
+        arch: What it should be of (class count and block kind aside); None takes what the tensors say.
+        strides: Of the stem and of the first block of stages 1 to 4: tensors do not tell them.
+        weights: Which of several complete sets of weights in the file: the path of keys to it, such as `model_ema`.
+            None takes the only one, or the only average of the others (EMA, SWA).
 
     Raises:
-        CheckpointError: The file cannot be read, is no RepVGG, incomplete, of another architecture, or has NaN or
-            infinite weights.
+        CheckpointError: The file cannot be read, is no RepVGG, incomplete, of another architecture, has NaN or
+            infinite weights, or holds several sets of weights (epochs; teacher and student) of which none is asked for.
         MissingDependencyError: torch is not installed.
     """
     try:
         import torch  # noqa: F401
     except ImportError as error:
         raise (explain_missing(error) or error) from error
-    return _load(Path(path), arch, weights=True)
+    return _load(Path(path), Asked(arch, strides, weights), read=True)
 
 
-def _load(path: Path, arch: VariantSpec | None, *, weights: bool) -> Checkpoint:
-    """`load_checkpoint`; without `weights` no number is read, `state` is empty, and torch is not needed."""
+def _load(path: Path, asked: Asked, *, read: bool) -> Checkpoint:
+    """`load_checkpoint`; where it does not `read` numbers, `state` is empty, and torch is not needed."""
     content = read_file(path)  # the container, and in it a pickle read as data: tensors are described, not loaded
     try:
-        found = resolve(content, arch)  # state dict → official names → architecture, complete
+        # State dicts → official names → architectures, and the one to take.
+        found = resolve(content, asked)
         _check_overlap([tensor for tensor in found.tensors.values() if tensor is not None])
         with ThreadPoolExecutor(max_workers=1) as pool:
-            digest = pool.submit(sha256_file, path)
-            state, converted = _load_weights(found.tensors) if weights else ({}, [_UNREAD])
+            digest = pool.submit(_digest, content.files or (path,))
+            state, converted = _load_weights(found) if read else ({}, [_UNREAD])
             sha256 = digest.result()
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error.message}", remedy=error.remedy) from error
     except OSError as error:
         remedy = "check the disk and the file's permissions"
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}", remedy=remedy) from error
-    notes = [*found.notes, *converted]
+    notes = list(found.notes)
+    if found.untold:
+        notes.append(
+            f"it is none of the published models, and the file does not tell {', '.join(found.untold)}: state the "
+            f"strides to build or export it"
+        )
+    notes += converted
     if found.form == "deploy" and "train" in path.name.lower():
         notes.append(
             "the file is called a training checkpoint, but holds the deploy form (rbr_reparam): it is already "
@@ -125,13 +160,26 @@ def _load(path: Path, arch: VariantSpec | None, *, weights: bool) -> Checkpoint:
         notes=tuple(notes),
         container=content.container,
         wrapper=found.wrapper,
+        weights=found.key,
+        others=found.others,
+        facts=found.facts,
+        untold=found.untold,
+        bn_eps=found.bn_eps or {},
+        headless=found.headless,
     )
 
 
-def _load_weights(tensors: Mapping[str, LazyTensor | None]) -> tuple[dict[str, torch.Tensor], list[str]]:
+def _digest(files: tuple[Path, ...]) -> str:
+    """sha256 of a file; of several, that of their digests in order."""
+    digests = [sha256_file(file) for file in files]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _load_weights(found: Resolved) -> tuple[dict[str, torch.Tensor], list[str]]:
     """float32 tensors (step counters int64), views of the mapped file where it holds float32; notes on conversions."""
     import torch
 
+    tensors = found.tensors
     state: dict[str, torch.Tensor] = {}
     converted: dict[Dtype, int] = {}
     for name, lazy in tensors.items():
@@ -140,6 +188,11 @@ def _load_weights(tensors: Mapping[str, LazyTensor | None]) -> tuple[dict[str, t
             state[name] = torch.zeros((), dtype=torch.int64)
             if lazy is not None and lazy.shape == () and lazy.dtype == INT64:
                 state[name] = _read(name, lazy).clone()
+            continue
+        if lazy is None and found.headless and name.startswith("linear."):
+            # In place of a classifier the mean of the features, by which they are compared with one another.
+            width = found.spec.widths[4]
+            state[name] = torch.full((1, width), 1 / width) if name.endswith("weight") else torch.zeros(1)
             continue
         assert lazy is not None, name  # `resolve` refuses a file without it
         if lazy.dtype not in _FLOATS:
@@ -171,7 +224,7 @@ def _read(name: str, lazy: LazyTensor) -> torch.Tensor:
     try:
         return lazy.load()
     except MalformedError as error:
-        remedy = "download the checkpoint again and compare its sha256"
+        remedy = "download the checkpoint again and compare its sha256; where it is your own, save it again"
         raise CheckpointError(f"{name} cannot be read: {error}", remedy=remedy) from error
 
 
@@ -199,26 +252,67 @@ def build_model(checkpoint: Checkpoint, *, output_stride: int = 32) -> RepVGG:
     Args:
         checkpoint: As `load_checkpoint` gives it.
         output_stride: 32 for classification; 16 or 8 for dense prediction (see `RepVGG`).
+
+    Raises:
+        CheckpointError: The variant is not a published one, and nobody said what tensors do not tell.
     """
     import torch
 
     from ..network import RepVGG
 
+    require_told(checkpoint)
     with torch.device("meta"):
         model = RepVGG(checkpoint.spec, checkpoint.form, output_stride=output_stride)
     model.load_state_dict(dict(checkpoint.state), strict=True, assign=True)
+    for name, eps in checkpoint.bn_eps.items():
+        norm = model.get_submodule(name)
+        assert isinstance(norm, torch.nn.BatchNorm2d)
+        norm.eps = eps
     return model.eval()
 
 
-def write_deploy(model: RepVGG, path: Path) -> None:
+def require_told(checkpoint: Checkpoint) -> None:
+    """Refuses a checkpoint of which nobody said what tensors do not tell.
+
+    Raises:
+        CheckpointError: The remedy is the command that states it.
+    """
+    if checkpoint.untold:
+        guess = ",".join(map(str, checkpoint.spec.strides))
+        known = (
+            "the module's own" if "the strides" not in checkpoint.untold else "the usual ones; compare with its code"
+        )
+        raise CheckpointError(
+            f"{checkpoint.path}: it is none of the published models, and the file does not tell "
+            f"{', '.join(checkpoint.untold)}",
+            remedy=f"where it is a RepVGG (ReLU, global average pooling), state its strides ({guess} are {known}): "
+            f"{export_command(checkpoint)}; or give --arch FILE.toml; otherwise export_module(model, example_inputs, "
+            f"'model.onnx')",
+        )
+
+
+def export_command(checkpoint: Checkpoint) -> str:
+    """The command that exports a checkpoint, with what has to be stated."""
+    words = ["repvgg-export", "--ckpt", str(checkpoint.path), "--out", str(default_output(checkpoint.path))]
+    if checkpoint.untold:
+        words += ["--strides", ",".join(map(str, checkpoint.spec.strides))]
+    if checkpoint.others:
+        words += ["--weights", checkpoint.weights]
+    if checkpoint.headless:
+        words.append("--features")
+    return shlex.join(words)
+
+
+def write_deploy(model: RepVGG, path: Path, *, headless: bool = False) -> None:
     """Writes the deploy checkpoint under official names: a plain dict of tensors, as the original `convert.py` does.
 
-    Tensors do not tell strides. Where a variant has others than the published ones, that dict stands under
-    `state_dict`, beside the architecture.
+    Tensors do not tell strides. Where the variant is not a published one, that dict stands under `state_dict`, beside
+    the architecture.
 
     Args:
         model: In deploy form.
         path: Written as it is: who must not leave half a file gives the partial file of an `atomic_output`.
+        headless: Leave the classifier out, which stands in for the one that the checkpoint lacks.
 
     Raises:
         InputError: The model is in training form.
@@ -229,10 +323,11 @@ def write_deploy(model: RepVGG, path: Path) -> None:
     if model.form != "deploy":
         remedy = "call reparameterize(model) and save its result"
         raise InputError("the model is in training form, expected deploy form", remedy=remedy)
-    named = model.state_dict().items()
+    named = [item for item in model.state_dict().items() if not (headless and item[0].startswith("linear."))]
     state: dict[str, object] = {_official_name(name, model.spec): _own_storage(tensor) for name, tensor in named}
-    if set(model.spec.strides) != {2}:
-        state = {"state_dict": state, METADATA_KEY: {"variant": codec.encode(model.spec)}}
+    if name_variant(model.spec) is None:
+        spec = replace(model.spec, auxiliary_heads=False)  # they serve training only
+        state = {"state_dict": state, METADATA_KEY: {"variant": codec.encode(spec)}}
     with path.open("wb") as file:
         # Through a file object: torch would else write the file's name into the archive, and equal models would differ.
         torch.save(state, file)
@@ -285,6 +380,9 @@ class Description:
     spec: VariantSpec | None = None
     labels: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
+    facts: tuple[str, ...] = ()
+    weights: str = "."
+    others: tuple[str, ...] = ()
     problem: str | None = None
     remedy: str | None = None
     command: str | None = None
@@ -295,8 +393,16 @@ class Description:
         return self.problem is None
 
 
-def describe_checkpoint(path: Path | str) -> Description:
+def describe_checkpoint(
+    path: Path | str,
+    *,
+    arch: VariantSpec | None = None,
+    strides: tuple[int, int, int, int, int] | None = None,
+    weights: str | None = None,
+) -> Description:
     """Says what a file is, whether or not it is a RepVGG checkpoint; without torch, all but if its numbers are sound.
+
+    The arguments are those of `load_checkpoint`.
 
     Raises:
         CheckpointError: There is no such file, it is a folder, empty, or cannot be opened.
@@ -305,7 +411,8 @@ def describe_checkpoint(path: Path | str) -> Description:
     open_checkpoint(target).close()
     size = target.stat().st_size
     try:
-        checkpoint = _load(target, None, weights=importlib.util.find_spec("torch") is not None)
+        asked = Asked(arch, strides, weights)
+        checkpoint = _load(target, asked, read=importlib.util.find_spec("torch") is not None)
     except CheckpointError as error:
         problem = error.message.removeprefix(f"{target}: ")
         container = None
@@ -327,5 +434,8 @@ def describe_checkpoint(path: Path | str) -> Description:
         spec=spec,
         labels=checkpoint.labels,
         notes=checkpoint.notes,
-        command=shlex.join(["repvgg-export", "--ckpt", str(target), "--out", str(default_output(target))]),
+        facts=checkpoint.facts,
+        weights=checkpoint.weights,
+        others=checkpoint.others,
+        command=export_command(checkpoint),
     )

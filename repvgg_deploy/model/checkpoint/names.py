@@ -10,8 +10,9 @@ DingXiaoH/RepOptimizers (repoptvgg_model.py), all on https://github.com.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ...errors import CheckpointError
 from .lazy import listing, printable
@@ -43,7 +44,10 @@ _BLOCK = rf"(?:stage0\.|{_STAGE})"
 _BRANCH = r"rbr_(?:dense|reparam|1x1|identity)\."
 _OFFICIAL_PARTS = {
     **{f"{part}.{sub}.": f"{part}.{sub}." for part in ("rbr_dense", "rbr_1x1") for sub in ("conv", "bn")},
-    **{part: part for part in ("rbr_1x1.weight", "rbr_identity.", "rbr_reparam.", "bn.")},
+    # The original's `tools/insert_bn.py` gives the folded convolution a BatchNorm again.
+    **{f"rbr_reparam.{part}.": f"rbr_dense.{part}." for part in ("conv", "bn")},
+    **{part: part for part in ("rbr_1x1.weight", "rbr_dense.weight", "rbr_dense.bias")},
+    **{part: part for part in ("rbr_identity.", "rbr_reparam.", "bn.")},
     **{f"{se}.{half}.": f"{se}.{half}." for se in ("se", "post_se") for half in ("down", "up")},
 }
 _OFFICIAL = Naming("official", "stage0.", _STAGE, _BLOCK + _BRANCH, _OFFICIAL_PARTS)
@@ -102,10 +106,10 @@ _FAMILIES = (
     Naming("repopt", "stage0.", _STAGE, _BLOCK + r"conv\.weight", {"conv.": "rbr_reparam.", **_POST_SE}),
 )
 _ANCHORS = tuple(re.compile(rf"(?P<prefix>(?:[^.]+\.)*?){naming.telling}") for naming in _FAMILIES)
-_MAX_MODELS = 16
-_EMA_PREFIX = re.compile(r"(^|\.)(ema|model_ema|ema_model|averaged_model|teacher)\.")
+_WRAPPERS = frozenset(["module", "wrapped_module"])
+_MAX_MODELS = 64
 _IGNORED = re.compile(
-    r"(^|\.)(n_averaged|total_ops|total_params|StructuredToParameterName@@)$"
+    r"(^|\.)(n_averaged|decay|num_updates|initted|step|steps|total_ops|total_params|StructuredToParameterName@@)$"
     r"|(^|\.)(data_preprocessor|normalize)\.(mean|std)$"
 )
 _LEAVES = {"_mean": "running_mean", "_variance": "running_var"}
@@ -128,42 +132,66 @@ class Translation:
         family: Which implementation wrote it.
         names: Official name → name in the file.
         extra: Names in the file that belong to no part of a RepVGG.
+        blocks: Official name of each block → its prefix in the file, wrappers left out.
         split: Blocks of RepVGGplus's `stage3_first`, else 0.
         notes: What was set aside, in sentences.
-        averaged: The prefix is that of an exponential moving average.
+        prefix: Of the model in the file, wrappers left out; empty or ending in a dot.
     """
 
     family: str
     names: dict[str, str]
     extra: tuple[str, ...]
+    blocks: Mapping[str, str]
     split: int = 0
     notes: tuple[str, ...] = ()
-    averaged: bool = False
+    prefix: str = ""
 
 
-def translate(names: Iterable[str], *, numpy: bool = False) -> list[Translation]:
-    """Official names for the names of a state dict. One translation for each model: averaged first, then the larger.
+def unwrap(name: str) -> str:
+    """A name without what wrappers put into it, wherever they do.
+
+    Such are `module` (DataParallel), `_orig_mod` (torch.compile), `_fsdp_wrapped_module`, `_checkpoint_wrapped_module`:
+    no part of a RepVGG is called so, and none begins with an underscore but PaddlePaddle's statistics, which come last.
+    """
+    *path, leaf = name.split(".")
+    return ".".join([part for part in path if part not in _WRAPPERS and not part.startswith("_")] + [leaf])
+
+
+def translate(shapes: Mapping[str, tuple[int, ...]], *, numpy: bool = False) -> list[Translation]:
+    """Official names for the names of a state dict: one translation for each model, the larger first.
 
     Args:
-        names: As in the file, prefixes included.
+        shapes: By name, as in the file, prefixes and wrappers included.
         numpy: The file holds NumPy arrays, as PaddlePaddle writes them.
 
     Raises:
         CheckpointError: No family has such names, or it is one whose weights cannot be used.
     """
-    every = list(names)
-    models = _find_models(every)
+    plain = {unwrap(name): name for name in shapes}
+    if len(plain) != len(shapes):  # the wrappers tell models apart
+        plain = {name: name for name in shapes}
+    models = _find_models(list(plain))
     if not models:
-        raise _unknown_network(every)
+        raise _unknown_network(list(shapes))
     if len(models) > _MAX_MODELS:
         remedy = "save the state dict of one model in a file of its own"
         raise CheckpointError(f"holds {len(models)} models, expected one or two", remedy=remedy)
+    order = sorted(models, key=lambda prefix: (-sum(name.startswith(prefix) for name in plain), prefix))
+    claimed = {prefix: _claim(list(plain), prefix, naming) for prefix, naming in models.items()}
+    translations = []
+    for prefix in order:
+        others = [claimed[other] for other in models if other != prefix]
+        theirs = {name for claim in others for name in claim}
+        translations.append(_translate(_Names(plain, shapes, numpy), prefix, naming=models[prefix], theirs=theirs))
+    return translations
 
-    def precedence(prefix: str) -> tuple[bool, int, str]:
-        return _EMA_PREFIX.search(prefix) is None, -sum(name.startswith(prefix) for name in every), prefix
 
-    order = sorted(models, key=precedence)
-    return [_translate(every, prefix, models[prefix], others=set(models) - {prefix}, numpy=numpy) for prefix in order]
+def _claim(names: list[str], prefix: str, naming: Naming) -> set[str]:
+    """The names that belong to a model: under its prefix, or its parts."""
+    head = _find_head(names, prefix, naming)
+    if prefix:
+        return {name for name in names if name.startswith(prefix) or name in head}
+    return {name for name in names if name in head or _official_name(name, prefix, naming, split=0)[2]}
 
 
 def _find_models(names: list[str]) -> dict[str, Naming]:
@@ -178,7 +206,17 @@ def _find_models(names: list[str]) -> dict[str, Naming]:
     return {prefix: _FAMILIES[rank] for prefix, rank in ranks.items()}
 
 
-def _translate(names: list[str], prefix: str, naming: Naming, *, others: set[str], numpy: bool) -> Translation:
+class _Names(NamedTuple):
+    """The names of a state dict: without wrappers → as in the file, and their shapes by the latter."""
+
+    plain: dict[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    numpy: bool
+
+
+def _translate(names: _Names, prefix: str, *, naming: Naming, theirs: set[str]) -> Translation:
+    """One model of a file; `theirs` are names of its other models."""
+    plain, shapes, numpy = names
     if naming is _ADDED:
         raise CheckpointError(
             "is a RepOpt-VGG in its csla or hyper-search mode: scaled convolutions are added, which only serves to "
@@ -186,37 +224,81 @@ def _translate(names: list[str], prefix: str, naming: Naming, *, others: set[str
             remedy="give the checkpoint of the target model (mode 'target'), trained with RepOptimizer",
         )
     first_half = re.compile(re.escape(prefix) + r"stage3_first\.blocks\.(\d{1,5})\.")
-    halves = [int(match[1]) for match in map(first_half.match, names) if match] if naming is _PLUS else []
+    halves = [int(match[1]) for match in map(first_half.match, plain) if match] if naming is _PLUS else []
     split = 1 + max(halves, default=-1)
-    head = _find_head(names, prefix, naming)
+    head = _find_head(list(plain), prefix, naming)
     found: dict[str, str] = {}
+    blocks: dict[str, str] = {}
     extra: list[str] = []
     dropped: list[str] = []
-    for name in names:
-        official = head.get(name) or _official_name(name, prefix, naming, split=split)
-        if official is not None and official not in found:
-            found[official] = name
-        elif _IGNORED.search(name) or any(other and name.startswith(other) for other in others):
-            dropped.append(name)
+    for name, original in plain.items():
+        block, end, official = _official_name(name, prefix, naming, split=split)
+        official = head.get(name) or official
+        if official and official not in found:
+            found[official] = original
+            blocks.setdefault(block, name[:end])
+        elif _IGNORED.search(name) or name in theirs:
+            dropped.append(original)
         else:
-            extra.append(name)
+            extra.append(original)
+    notes = _note_wrappers(found, prefix, plain)
+    if "linear.weight" not in found:
+        notes += _take_only_classifier(found, extra, shapes, numpy=numpy)
     family = _refine(naming, found, numpy=numpy)
-    notes = [f"the prefix {printable(prefix)!r} was removed from every name"] if prefix else []
     notes += [f"beside the model, not used: {listing(dropped)}"] if dropped else []
     notes += _drop_cached_kernels(found) if family == "paddleclas" else []
-    averaged = _EMA_PREFIX.search(prefix) is not None
-    return Translation(family, found, tuple(extra), split, tuple(notes), averaged)
+    return Translation(family, found, tuple(extra), blocks, split, tuple(notes), prefix)
 
 
-def _official_name(name: str, prefix: str, naming: Naming, *, split: int) -> str | None:
-    """The official name, or None for a name that no part of a RepVGG has."""
+def _note_wrappers(found: Mapping[str, str], prefix: str, plain: Mapping[str, str]) -> list[str]:
+    """What was removed from the names: the same prefix from every one, or wrappers here and there."""
+    short = {original: name for name, original in plain.items()}
+    removed = {name.removesuffix(short[name].removeprefix(prefix)) for name in found.values() if name in short}
+    if removed <= {""}:
+        return []
+    if len(removed) == 1:
+        return [f"the prefix {printable(removed.pop())!r} was removed from every name"]
+    parts = {part for name in found.values() for part in name.split(".")[:-1]}
+    wrappers = sorted(part for part in parts if part in _WRAPPERS or part.startswith("_"))
+    notes = [f"the prefix {printable(prefix)!r} was removed from every name"] if prefix else []
+    return [*notes, f"names of wrappers were removed: {listing(wrappers)}"] if wrappers else notes
+
+
+def _take_only_classifier(
+    found: dict[str, str], extra: list[str], shapes: Mapping[str, tuple[int, ...]], *, numpy: bool
+) -> list[str]:
+    """A classifier under another name, where exactly one fits: a matrix for the last layer's channels, and its bias."""
+    kernels = ("rbr_dense.conv.weight", "rbr_dense.weight", "rbr_reparam.weight")
+    last = next((name for name in found if name.startswith("stage4.") and name.endswith(kernels)), None)
+    width = shapes[found[last]][:1] if last is not None else ()
+    fitting = []
+    for name in (name for name in extra if name.endswith(".weight")):
+        shape = shapes[name]
+        turned = shape[::-1] if numpy and len(shape) == 2 else shape
+        bias = shapes.get(f"{name.removesuffix('.weight')}.bias")
+        if turned[1:] in (width, (*width, 1, 1)) and width and bias == turned[:1]:
+            fitting.append(name.removesuffix(".weight"))
+    if len(fitting) > 1:
+        raise CheckpointError(
+            f"has {len(fitting)} classifiers that fit its last layer, expected one: {listing(fitting)}",
+            remedy="save a state dict with the one that is wanted, its tensors called linear.weight and linear.bias",
+        )
+    for head in fitting:
+        for leaf in ("weight", "bias"):
+            found[f"linear.{leaf}"] = f"{head}.{leaf}"
+            extra.remove(f"{head}.{leaf}")
+    return [f"the classifier is {printable(head)!r}, the only one that fits the last layer" for head in fitting]
+
+
+def _official_name(name: str, prefix: str, naming: Naming, *, split: int) -> tuple[str, int, str]:
+    """(official block, where its prefix ends in the name, official name); empty for a name that no RepVGG has."""
     if not name.startswith(prefix):
-        return None
+        return "", 0, ""
     rest = name[len(prefix) :]
     # Under official names, too: a RepVGGplus that was trained with this project's own network has them, its third stage
     # being whole.
     if naming in (_PLUS, _OFFICIAL) and re.match(r"(stage1|stage2|stage3_first)_aux\.[03]\.", rest):
-        return rest
+        return "", 0, rest
     match = re.match(naming.stage, rest)
     if rest.startswith(naming.stem):
         block, part = "stage0", rest[len(naming.stem) :]
@@ -225,12 +307,12 @@ def _official_name(name: str, prefix: str, naming: Naming, *, split: int) -> str
         index = int(match["index"]) + (split if match["stage"] == "3_second" else 0)
         block, part = f"stage{stage}.{index}", rest[match.end() :]
     else:
-        return None
+        return "", 0, ""
     for theirs, ours in naming.parts.items():
         if part.startswith(theirs):
             leaf = part[len(theirs) :]
-            return f"{block}.{ours}{_LEAVES.get(leaf, leaf)}"
-    return None
+            return block, len(name) - len(part), f"{block}.{ours}{_LEAVES.get(leaf, leaf)}"
+    return "", 0, ""
 
 
 def _find_head(names: list[str], prefix: str, naming: Naming) -> dict[str, str]:
@@ -249,6 +331,8 @@ def _refine(naming: Naming, found: Mapping[str, str], *, numpy: bool) -> str:
         return naming.name
     if numpy or any(name.endswith("._mean") for name in found.values()):
         return "paddleclas"
+    if any(name.endswith(".rbr_dense.weight") for name in found):
+        return "qarepvgg"
     if any(name.endswith(".rbr_1x1.weight") for name in found):
         return "qarepvgg_v2"
     if any(re.fullmatch(r"stage[\d.]+\.bn\.\w+", name) for name in found):
@@ -272,6 +356,6 @@ def _unknown_network(names: list[str]) -> CheckpointError:
         f"(official, RepVGGplus, PaddleClas, QARepVGG), stem.conv_kxk.conv.weight (timm), "
         f"backbone.stem.branch_3x3.conv.weight (mmpretrain) or stage0.conv.weight (RepOpt-VGG); "
         f"found {len(names)} tensors: {listing(names)}",
-        remedy="give the checkpoint of a RepVGG classifier; load a bigger network with its own code, then "
-        "reparameterize(model) and export_module(model, example_inputs)",
+        remedy="give the checkpoint of a RepVGG classifier; load a bigger network with its own code and export it: "
+        "export_module(model, example_inputs, 'model.onnx')",
     )

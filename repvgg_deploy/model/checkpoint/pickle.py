@@ -13,11 +13,12 @@ import mmap
 import pickletools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from .lazy import LazyTensor, MalformedError, Storage, array_tensor, as_count, as_shape
+from ...errors import CheckpointError
+from .lazy import Dtype, LazyTensor, MalformedError, Storage, array_tensor, as_count, as_shape, named_dtype, placeholder
 
 _MAX_OPERATIONS = 2_000_000
 _MAX_PAIRS = 1_000_000
@@ -362,8 +363,10 @@ def _evaluate(target: object, args: object) -> object:
 def _rebuild_tensor(args: tuple[object, ...]) -> object:
     storage, offset, shape, strides = args[:4]
     if isinstance(storage, ForeignObject) and storage.name == "torch.storage._load_from_bytes":
-        raise MalformedError(
-            "its tensors were written by pickle.dump, each with a file inside it; write them with torch.save"
+        raise CheckpointError(
+            "its tensors were written by pickle.dump, each with a file inside it, not by torch.save",
+            remedy='where you trust its source: python -c "import pickle, torch; '
+            "torch.save(pickle.load(open('FILE', 'rb')), 'model.pth')\"",
         )
     if not isinstance(storage, Storage):
         raise MalformedError("a tensor has no storage")
@@ -376,10 +379,53 @@ def _rebuild_tensor(args: tuple[object, ...]) -> object:
     return storage.view(sizes, steps, as_count(offset))
 
 
+def _rebuild_typed_tensor(args: tuple[object, ...]) -> object:
+    """A tensor of a dtype that has no storage class: its storage is bytes, its strides count elements."""
+    storage, *place = args[:4]
+    dtype = _torch_dtype(args[6])
+    return _rebuild_tensor((replace(storage, dtype=dtype) if isinstance(storage, Storage) else storage, *place))
+
+
+def _torch_dtype(named: object) -> Dtype:
+    if not isinstance(named, Global) or named.module != "torch":
+        raise MalformedError("a tensor has no known dtype")
+    return named_dtype(named.name)
+
+
+def _rebuild_sparse(args: tuple[object, ...]) -> object:
+    parts = args[1] if isinstance(args[1], tuple) else ()
+    shape = next((part for part in parts if isinstance(part, (tuple, list))), ())
+    return placeholder(named_dtype("float32"), as_shape(shape), "a sparse tensor")
+
+
+def _rebuild_quantized(args: tuple[object, ...]) -> object:
+    return placeholder(named_dtype("qint8"), as_shape(args[2]), "a quantized tensor")
+
+
+def _rebuild_subclass(args: tuple[object, ...]) -> object:
+    kind, dtype, shape = args[:3]
+    name = kind.name if isinstance(kind, Global) else "a subclass"
+    what = "a DTensor: a shard of a distributed tensor" if name == "DTensor" else f"a tensor of the class {name}"
+    return placeholder(_torch_dtype(dtype), as_shape(shape), what)
+
+
 def _rebuild_from_type(args: tuple[object, ...]) -> object:
     target, inner = args[0], args[2]
     known = isinstance(target, Global) and target.path.startswith("torch._utils._rebuild_")
     return _evaluate(target, inner) if known else ForeignObject(target, inner)
+
+
+def _encode_text(args: tuple[object, ...]) -> object:
+    """Protocols before 3 spell bytes as Latin-1 text; long ones, which are arrays, are encoded when they are used."""
+    text = args[0]
+    if (
+        isinstance(text, str)
+        and len(text) <= _LARGE_READ
+        and max(text, default="") <= "\xff"
+        and args[1:] == ("latin1",)
+    ):
+        return text.encode("latin-1")
+    return ForeignObject(Global("_codecs", "encode"), args)
 
 
 def _first(args: tuple[object, ...]) -> object:
@@ -408,7 +454,6 @@ def _from_buffer(args: tuple[object, ...]) -> object:
 def _array(data: object, dtype: object, *, shape: object, fortran: bool) -> LazyTensor | None:
     """None where the elements are not plain numbers."""
     if isinstance(data, ForeignObject) and data.name == "_codecs.encode" and isinstance(data.args, tuple):
-        # Protocols before 3 spell bytes as Latin-1 text. It is encoded when it is used, to hold large weights once.
         data = data.args[0] if data.args[1:2] in (("latin1",), ("latin-1",), ("iso-8859-1",)) else None
     elements = _plain_dtype(dtype)
     if elements is None or not isinstance(data, (bytes, bytearray, memoryview, str)):
@@ -433,9 +478,17 @@ def _plain_dtype(dtype: object) -> np.dtype[np.generic] | None:
 _HANDLERS: dict[str, Callable[[tuple[object, ...]], object]] = {
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v3": _rebuild_typed_tensor,
+    "torch._utils._rebuild_meta_tensor_no_storage": lambda args: placeholder(
+        _torch_dtype(args[0]), as_shape(args[1]), "a meta tensor: a shape without values"
+    ),
+    "torch._utils._rebuild_sparse_tensor": _rebuild_sparse,
+    "torch._utils._rebuild_qtensor": _rebuild_quantized,
+    "torch._utils._rebuild_wrapper_subclass": _rebuild_subclass,
     "torch._utils._rebuild_parameter": _first,
     "torch._utils._rebuild_parameter_with_state": _first,
     "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
+    "_codecs.encode": _encode_text,
     "torch.Size": _first,
     "torch.device": _first,
     "collections.OrderedDict": _ordered_dict,

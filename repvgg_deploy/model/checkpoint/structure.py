@@ -21,21 +21,24 @@ from .lazy import listing
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 AUXILIARY = re.compile(r"(stage[123]\w*_aux)\.")
-_INCOMPLETE = "give the complete checkpoint: download it again, or save it again with torch.save(model.state_dict(), …)"
+_INCOMPLETE = "give the complete checkpoint, or save it again: torch.save(model.state_dict(), 'model.pth')"
 _COUNTER = ".num_batches_tracked"
 _BLOCK = re.compile(r"(stage0|stage[1-4]\.\d+)\.")
-STRIDES_ASSUMED = (
-    "the architecture is none of the published ones; tensors do not tell strides: 2 was assumed for each stage "
-    "without an identity branch"
-)
 
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """What the tensors are of; `notes` are assumptions, in sentences."""
+    """What the tensors are of.
+
+    Attributes:
+        spec: Its strides are 2 for each stage without an identity branch, which tensors do not tell.
+        headless: There is no classifier; `spec` has one class in its place.
+        notes: What is absent, in sentences.
+    """
 
     spec: VariantSpec
     form: Form
+    headless: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -66,7 +69,8 @@ def infer_structure(shapes: Shapes, *, split: int = 0) -> Structure:
     # An identity branch proves a stride of 1; without one it is 2, as in every published variant.
     kept = [name for name in firsts if kernels[name].in_channels == kernels[name].width]
     dense = {name for name in kept if f"{name}.rbr_identity.weight" in shapes}
-    linear = _require(shapes, "linear.weight", 2)
+    headless = "linear.weight" not in shapes and "linear.bias" not in shapes
+    classes = 1 if headless else _require(shapes, "linear.weight", 2)[0]
     auxiliary = _find_auxiliary(shapes, depths, split=split)
     try:
         spec = VariantSpec(
@@ -78,16 +82,18 @@ def infer_structure(shapes: Shapes, *, split: int = 0) -> Structure:
             se_reduction=reduction,
             strides=_five(1 if name in dense else 2 for name in firsts),
             block=kind,
-            num_classes=linear[0],
+            num_classes=classes,
             auxiliary_heads=auxiliary and form == "training",
         )
     except InputError as error:
         raise CheckpointError(f"the tensors do not form a RepVGG: {error.message}", remedy=_INCOMPLETE) from error
     published = name_variant(spec)
-    notes = [] if published else [STRIDES_ASSUMED]
+    notes = []
     if split and form == "training" and not auxiliary:
-        notes.insert(0, "the auxiliary heads of RepVGGplus are absent; only training uses them")
-    return Structure(dataclasses.replace(spec, name=published or "custom"), form, tuple(notes))
+        notes.append("the auxiliary heads of RepVGGplus are absent; only training uses them")
+    if headless:
+        notes.append("there is no classifier: a backbone, which --features exports")
+    return Structure(dataclasses.replace(spec, name=published or "custom"), form, headless, tuple(notes))
 
 
 class _Kernel(NamedTuple):
@@ -163,8 +169,8 @@ def _find_kernels(shapes: Shapes, names: list[str], form: Form) -> dict[str, _Ke
             )
             raise CheckpointError(
                 f"{key} has the shape {list(shape)}: it reads {reads}, expected 3",
-                remedy="load it with its own code, then reparameterize(model) and export_module(model, "
-                "example_inputs); images are then prepared by you",
+                remedy="load it with its own code, then export_module(model, example_inputs, 'model.onnx'); images "
+                "are then prepared by you",
             )
         if shape[2:] != (3, 3) or width < 1 or per_group < 1 or channels % per_group:
             raise CheckpointError(
@@ -180,8 +186,7 @@ def _find_kernels(shapes: Shapes, names: list[str], form: Form) -> dict[str, _Ke
 def _require(shapes: Shapes, name: str, dimensions: int) -> Shape:
     shape = shapes.get(name)
     if shape is None:
-        hint = " (a backbone without its classifier, or a bigger network)" if name.startswith("linear.") else ""
-        raise CheckpointError(f"is incomplete: {name} is missing{hint}", remedy=_INCOMPLETE)
+        raise CheckpointError(f"is incomplete: {name} is missing", remedy=_INCOMPLETE)
     if len(shape) != dimensions or min(shape) < 1:
         message = f"{name} has the shape {list(shape)}, expected {dimensions} dimensions"
         raise CheckpointError(message, remedy=_INCOMPLETE)
@@ -281,13 +286,15 @@ def _batch_norm(name: str, channels: int) -> dict[str, Shape]:
     return {**{f"{name}.{part}": (channels,) for part in vectors}, f"{name}{_COUNTER}": ()}
 
 
-def check_complete(shapes: Shapes, expected: Shapes, extra: tuple[str, ...] = ()) -> None:
+def check_complete(shapes: Shapes, expected: Shapes, extra: tuple[str, ...] = (), *, headless: bool = False) -> None:
     """Compares name by name and shape by shape. BatchNorm's step counter may be missing: inference never looks at it.
 
     Raises:
-        CheckpointError: Something is missing, extra, or of another shape.
+        CheckpointError: Something is missing (but the classifier where there is none), extra, or of another shape.
     """
     needed = {name: shape for name, shape in expected.items() if not name.endswith(_COUNTER)}
+    if headless:
+        needed = {name: shape for name, shape in needed.items() if not name.startswith("linear.")}
     missing = [name for name in needed if name not in shapes]
     if missing:
         message = f"is incomplete: {len(missing)} of {len(expected)} tensors are missing, first {missing[0]}"
@@ -296,8 +303,8 @@ def check_complete(shapes: Shapes, expected: Shapes, extra: tuple[str, ...] = ()
     if surplus:
         raise CheckpointError(
             f"has {len(surplus)} tensors that a RepVGG of this form does not have: {listing(surplus)}",
-            remedy="a bigger network: load it with its own code, then reparameterize(model); otherwise remove these "
-            "tensors and save it again",
+            remedy="a bigger network: load it with its own code, then export_module(model, example_inputs, "
+            "'model.onnx'); otherwise remove these tensors and save it again",
         )
     for name, shape in needed.items():
         if shapes[name] != shape:
@@ -326,7 +333,7 @@ def match_architecture(shapes: Shapes, found: Structure, arch: VariantSpec) -> V
             remedy="train with blocks of kind 'repvgg', or QARepVGG without SE",
         )
     difference = _first_difference(shapes, expected_shapes(wanted, form))
-    if difference is None:
+    if difference is None or (found.headless and difference.startswith("linear.")):
         return wanted
     published = spec.name != "custom"
     remedy = f"give --arch {spec.name}, or leave --arch out"

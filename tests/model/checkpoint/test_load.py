@@ -24,7 +24,7 @@ from repvgg_deploy.model.network import RepVGG
 from repvgg_deploy.specs import codec
 from repvgg_deploy.specs.values import Preprocessing
 from repvgg_deploy.specs.variants import count_parameters, get_variant
-from tests.model.generated import SMALL, SMALL_PLUS, Case, images, outputs, random_model, rename, write_case
+from tests.model.generated import SMALL, SMALL_PLUS, Case, images, load, outputs, random_model, rename, write_case
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -77,40 +77,28 @@ def _optimizer() -> object:
         (lambda raw, ema: {"model_ema": {"module": ema}, "model": {"state_dict": raw}}, True),
         (lambda raw, ema: {"model": {"module": {"state_dict": raw}}}, False),
         (lambda raw, ema: {"network_weights": raw, "epoch": 1}, False),
-        (lambda raw, ema: {"state_dict": raw, "ema_state_dict": ema, "meta": {}}, False),
     ],
-    ids=[
-        "bare",
-        "state_dict",
-        "main.py",
-        "main.py ema",
-        "timm",
-        "ema prefix",
-        "ema nested",
-        "nested",
-        "unknown key",
-        "mmengine",
-    ],
+    ids=["bare", "state_dict", "main.py", "main.py ema", "timm", "ema prefix", "ema nested", "nested", "unknown key"],
 )
 @pytest.mark.parametrize("modern", [True, False], ids=["zip", "legacy"])
 def test_wrapper_is_opened_and_averaged_weights_are_preferred(wrap, expects_averaged, modern, tmp_path):
     path = tmp_path / "m.pth.tar"
     torch.save(wrap(state_of(_RAW), state_of(_AVERAGED)), path, _use_new_zipfile_serialization=modern)
-    checkpoint = load_checkpoint(path)
+    checkpoint = load(path)
     assert any("EMA" in note for note in checkpoint.notes) == expects_averaged
     assert torch.equal(outputs(build_model(checkpoint)), outputs(_AVERAGED if expects_averaged else _RAW))
 
 
 def test_pickled_module_is_read_without_its_class(tmp_path):
-    checkpoint = load_checkpoint(save({"model": nn.DataParallel(_RAW), "epoch": 1}, tmp_path))
+    checkpoint = load(save({"model": nn.DataParallel(_RAW), "epoch": 1}, tmp_path))
     assert any("pickled module" in note for note in checkpoint.notes)
     assert torch.equal(outputs(build_model(checkpoint)), outputs(_RAW))
 
 
 def test_incomplete_averaged_weights_are_not_used_and_that_is_said(tmp_path):
-    averaged = {name: tensor for name, tensor in state_of(_AVERAGED).items() if "running" not in name}
-    checkpoint = load_checkpoint(save({"model": state_of(_RAW), "ema": averaged}, tmp_path))
-    assert any("were not used" in note and "missing" in note for note in checkpoint.notes)
+    averaged = {name: tensor for name, tensor in state_of(_AVERAGED).items() if "stage2" not in name}
+    checkpoint = load(save({"model": state_of(_RAW), "ema": averaged}, tmp_path))
+    assert any("were not used" in note and "no tensor of block stage2.0" in note for note in checkpoint.notes)
     assert torch.equal(outputs(build_model(checkpoint)), outputs(_RAW))
 
 
@@ -126,7 +114,7 @@ def test_checkpoint_says_where_it_comes_from(tmp_path):
 
 
 def test_model_holds_the_checkpoint_tensors_and_no_copies(tmp_path):
-    checkpoint = load_checkpoint(save(state_of(_RAW), tmp_path))
+    checkpoint = load(save(state_of(_RAW), tmp_path))
     model = build_model(checkpoint)
     assert not model.training
     assert all(tensor.data_ptr() == checkpoint.state[name].data_ptr() for name, tensor in model.state_dict().items())
@@ -134,13 +122,13 @@ def test_model_holds_the_checkpoint_tensors_and_no_copies(tmp_path):
 
 
 def test_output_stride_reaches_the_model(tmp_path):
-    model = build_model(load_checkpoint(save(state_of(_RAW), tmp_path)), output_stride=8)
+    model = build_model(load(save(state_of(_RAW), tmp_path)), output_stride=8)
     assert model.stage_outputs(images())["stage4"].shape[2:] == (8, 8)
 
 
 def test_missing_step_counters_are_filled(tmp_path):
     state = {name: tensor for name, tensor in state_of(_RAW).items() if not name.endswith("num_batches_tracked")}
-    assert torch.equal(outputs(build_model(load_checkpoint(save(state, tmp_path)))), outputs(_RAW))
+    assert torch.equal(outputs(build_model(load(save(state, tmp_path)))), outputs(_RAW))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -162,7 +150,7 @@ def test_channels_last_weights_are_read(tmp_path):
         name: tensor.to(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
         for name, tensor in state_of(_RAW).items()
     }
-    checkpoint = load_checkpoint(save(state, tmp_path))
+    checkpoint = load(save(state, tmp_path))
     assert all(tensor.is_contiguous() for tensor in checkpoint.state.values())
     assert torch.equal(outputs(build_model(checkpoint)), outputs(_RAW))
 
@@ -376,10 +364,10 @@ def _laughs() -> object:
         ({"variant": codec.encode(get_variant("A0"))}, r"states an architecture that its tensors contradict"),
         ({"variant": codec.encode(replace(SMALL, num_classes=8))}, r"states 8 classes"),
         ({"variant": codec.encode(replace(SMALL, block="plain"))}, r"blocks of kind plain"),
-        ({"variant": {"name": "x"}}, r"wrong: _Embedded\.variant\.depths"),
+        ({"variant": {"name": "x"}}, r"wrong: Embedded\.variant\.depths"),
         ({"labels": ["one"]}, r"names 1 classes, its classifier has 7"),
-        ({"labels": 5}, r"wrong: _Embedded\.labels"),
-        ({"surprise": 1}, r"wrong: _Embedded\.surprise"),
+        ({"labels": 5}, r"wrong: Embedded\.labels"),
+        ({"surprise": 1}, r"wrong: Embedded\.surprise"),
         (
             {"preprocessing": {"mean": [0, 0, 0], "std": [0, 1, 1], "resize_short": 1, "crop": [1, 1]}},
             r"standard deviation must be positive",
@@ -418,7 +406,7 @@ def test_refused_checkpoint_that_would_run_code_says_so_beside_what_is_missing(t
 def test_pickle_that_would_run_code_gives_its_tensors_and_runs_nothing(modern, tmp_path):
     path, marker = tmp_path / "m.pth", tmp_path / "ran"
     torch.save({"config": _Runs(marker), "model": state_of(_RAW)}, path, _use_new_zipfile_serialization=modern)
-    checkpoint = load_checkpoint(path)
+    checkpoint = load(path)
     assert any("WARNING" in note and "builtins.eval" in note for note in checkpoint.notes)
     assert torch.equal(outputs(build_model(checkpoint)), outputs(_RAW))
     assert not marker.exists()
@@ -462,7 +450,7 @@ def test_write_deploy_writes_the_same_bytes_twice(tmp_path):
     for name in ("a.pth", "b.pth"):
         write_deploy(model, tmp_path / name)
     assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
-    assert torch.equal(torch.load(tmp_path / "a.pth")["linear.weight"], model.linear.weight)
+    assert torch.equal(torch.load(tmp_path / "a.pth")["state_dict"]["linear.weight"], model.linear.weight)
 
 
 def test_write_deploy_of_other_strides_states_them_beside_the_tensors(tmp_path):
@@ -487,13 +475,13 @@ def test_write_deploy_stores_no_more_than_the_weights(tmp_path):
 
 def test_load_deploy_save_again_gives_the_same_bytes(tmp_path):
     write_deploy(random_model(SMALL_PLUS, "deploy"), tmp_path / "a.pth")
-    write_deploy(build_model(load_checkpoint(tmp_path / "a.pth")), tmp_path / "b.pth")
+    write_deploy(build_model(load(tmp_path / "a.pth")), tmp_path / "b.pth")
     assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
 
 
 def test_really_trained_checkpoint_equals_what_torch_loads(shared_data):
     path = shared_data / "repvgg-a0-imagenette.pth"
-    checkpoint = load_checkpoint(path)
+    checkpoint = load(path)
     reference = RepVGG(get_variant("A0", num_classes=10)).eval()
     reference.load_state_dict(torch.load(path, weights_only=True))
     assert (checkpoint.spec.name, checkpoint.family, checkpoint.form) == ("A0", "official", "training")
@@ -534,7 +522,7 @@ def test_loading_holds_the_weights_once(tmp_path):
 
 def test_file_object_is_not_needed_after_loading(tmp_path):
     path = save(state_of(_RAW), tmp_path)
-    checkpoint = load_checkpoint(path)
+    checkpoint = load(path)
     path.unlink()
     assert torch.equal(outputs(build_model(checkpoint)), outputs(_RAW))
 

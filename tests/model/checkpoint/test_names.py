@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from repvgg_deploy.errors import CheckpointError, InputError
 from repvgg_deploy.model.checkpoint.load import build_model, load_checkpoint, write_deploy
 from repvgg_deploy.model.checkpoint.names import translate
 from repvgg_deploy.model.checkpoint.structure import expected_shapes, infer_structure
+from repvgg_deploy.model.fold import reparameterize
 from repvgg_deploy.model.network import RepVGG
 from repvgg_deploy.specs.values import VariantSpec
 from repvgg_deploy.specs.variants import PUBLISHED, architecture_of, get_variant
+from tests.model.checkpoint.own_modules import randomise
 from tests.model.generated import (
     CASES,
     SMALL,
@@ -22,6 +26,7 @@ from tests.model.generated import (
     SQUARE,
     Case,
     family_state,
+    load,
     outputs,
     random_model,
     rename,
@@ -33,7 +38,7 @@ from tests.model.generated import (
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_family_in_its_own_names_and_container_computes_the_same(case, tmp_path):
     model = random_model(case.spec, case.form)
-    checkpoint = load_checkpoint(write_case(case, model, tmp_path))
+    checkpoint = load(write_case(case, model, tmp_path))
     assert checkpoint.family == (case.read_as or case.family)
     assert checkpoint.form == case.form
     assert architecture_of(checkpoint.spec) == architecture_of(case.spec)
@@ -106,7 +111,7 @@ def test_paddle_square_classifier_is_transposed_because_the_family_says_so(tmp_p
 def test_paddle_at_every_protocol_and_with_named_arrays_loads(protocol, named, tmp_path):
     model = random_model(SMALL)
     write_paddle(rename(model.state_dict(), "paddleclas"), tmp_path / "m.pdparams", protocol=protocol, named=named)
-    checkpoint = load_checkpoint(tmp_path / "m.pdparams")
+    checkpoint = load(tmp_path / "m.pdparams")
     assert checkpoint.family == "paddleclas"
     assert torch.equal(outputs(build_model(checkpoint)), outputs(model))
     assert int(checkpoint.state["stage0.rbr_dense.bn.num_batches_tracked"]) == 0
@@ -118,7 +123,7 @@ def test_paddle_folded_kernels_beside_the_branches_are_set_aside(tmp_path):
     stale = rename(random_model(SMALL, "deploy", seed=9).state_dict(), "paddleclas")
     state.update({name: tensor for name, tensor in stale.items() if ".rbr_reparam." in name})
     write_paddle(state, tmp_path / "m.pdparams")
-    checkpoint = load_checkpoint(tmp_path / "m.pdparams")
+    checkpoint = load(tmp_path / "m.pdparams")
     assert checkpoint.form == "training"
     assert any("16 folded tensors" in note for note in checkpoint.notes)
     assert torch.equal(outputs(build_model(checkpoint)), outputs(model))
@@ -132,7 +137,7 @@ def test_repvggplus_without_auxiliary_heads_loads_with_a_note(tmp_path):
         if "_aux" not in name
     }
     torch.save(state, tmp_path / "m.pth")
-    checkpoint = load_checkpoint(tmp_path / "m.pth")
+    checkpoint = load(tmp_path / "m.pth")
     assert not checkpoint.spec.auxiliary_heads
     assert any("auxiliary heads" in note for note in checkpoint.notes)
     assert torch.equal(outputs(build_model(checkpoint)), outputs(model))
@@ -140,7 +145,7 @@ def test_repvggplus_without_auxiliary_heads_loads_with_a_note(tmp_path):
 
 def test_repvggplus_with_auxiliary_heads_keeps_them(tmp_path):
     model = random_model(SMALL_PLUS)
-    checkpoint = load_checkpoint(write_case(Case("repvggplus", SMALL_PLUS, "training"), model, tmp_path))
+    checkpoint = load(write_case(Case("repvggplus", SMALL_PLUS, "training"), model, tmp_path))
     assert checkpoint.spec.auxiliary_heads
     batch = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
@@ -163,7 +168,7 @@ def test_repvggplus_deploy_with_auxiliary_heads_left_in_drops_them(tmp_path):
     training = rename(random_model(SMALL_PLUS).state_dict(), "repvggplus", half=2)
     state.update({name: tensor for name, tensor in training.items() if "_aux" in name})
     torch.save(state, tmp_path / "m.pth")
-    checkpoint = load_checkpoint(tmp_path / "m.pth")
+    checkpoint = load(tmp_path / "m.pth")
     assert any("dropped" in note for note in checkpoint.notes)
     assert torch.equal(outputs(build_model(checkpoint)), outputs(model))
 
@@ -173,6 +178,92 @@ def test_qarepvgg_v2_identity_needs_no_tensors(tmp_path):
     checkpoint = load_checkpoint(write_case(Case("qarepvgg_v2", spec, "training"), random_model(spec), tmp_path))
     assert not any("rbr_identity" in name for name in checkpoint.state)
     assert checkpoint.spec.layers()[-2].has_identity
+
+
+class QABlock(nn.Module):
+    """A block of QARepVGG: which branches are normalised, and whether the sum is."""
+
+    def __init__(self, ins: int, outs: int, stride: int, kinds: str) -> None:
+        super().__init__()
+        dense, pointwise, identity, last = tuple(kinds)
+        options: dict[str, Any] = {"stride": stride, "bias": False}
+        self.rbr_dense = self._branch(nn.Conv2d(ins, outs, 3, padding=1, **options), dense)
+        self.rbr_1x1 = self._branch(nn.Conv2d(ins, outs, 1, **options), pointwise)
+        kept = ins == outs and stride == 1
+        self.rbr_identity = (nn.BatchNorm2d(ins) if identity == "b" else nn.Identity()) if kept else None
+        self.bn = nn.BatchNorm2d(outs) if last == "b" else nn.Identity()
+        self.nonlinearity = nn.ReLU()
+
+    @staticmethod
+    def _branch(conv: nn.Conv2d, kind: str) -> nn.Module:
+        if kind == "-":
+            return conv
+        branch = nn.Sequential()
+        branch.add_module("conv", conv)
+        branch.add_module("bn", nn.BatchNorm2d(conv.out_channels, affine=kind == "b"))
+        return branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.rbr_dense(x) + self.rbr_1x1(x)
+        y = y if self.rbr_identity is None else y + self.rbr_identity(x)
+        result: Tensor = self.nonlinearity(self.bn(y))
+        return result
+
+
+class QANet(nn.Module):
+    """Five blocks and a second one in stage 2."""
+
+    def __init__(self, kinds: str) -> None:
+        super().__init__()
+        self.stage0 = QABlock(3, 8, 2, kinds)
+        self.stage1 = nn.Sequential(QABlock(8, 8, 2, kinds))
+        self.stage2 = nn.Sequential(QABlock(8, 16, 2, kinds), QABlock(16, 16, 1, kinds))
+        self.stage3 = nn.Sequential(QABlock(16, 16, 2, kinds))
+        self.stage4 = nn.Sequential(QABlock(16, 32, 2, kinds))
+        self.gap, self.linear = nn.AdaptiveAvgPool2d(1), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in ("stage0", "stage1", "stage2", "stage3", "stage4"):
+            x = self.get_submodule(name)(x)
+        result: Tensor = self.linear(self.gap(x).flatten(1))
+        return result
+
+
+# 3×3, 1×1, identity, sum: b with BatchNorm, a with one without scale and shift, - without.
+_QA = {"plain": "---b", "V2": "b--b", "V3": "-b-b", "V4": "--bb", "V5": "bb-b", "V6": "bb--", "V10": "b---",
+       "V14": "-b--", "V15": "ba--", "M3": "b-b-", "V1": "bbbb", "V11": "bbb-"}  # fmt: skip
+
+
+@pytest.mark.parametrize("pickled", [False, True], ids=["state dict", "module"])
+@pytest.mark.parametrize("kinds", _QA.values(), ids=list(_QA))
+def test_every_block_of_qarepvgg_computes_what_it_computes_or_is_named(kinds, pickled, tmp_path):
+    model = randomise(QANet(kinds))
+    torch.save(model if pickled else model.state_dict(), tmp_path / "m.pth")
+    if kinds in ("bb-b", "bb--") and not pickled:
+        with pytest.raises(CheckpointError, match=r"adds its input as it is \(V5, V6\)"):
+            load(tmp_path / "m.pth")
+        return
+    checkpoint = load(tmp_path / "m.pth")
+    assert checkpoint.has_statistics == (kinds in ("b--b", "bbbb", "bbb-"))
+    built, wanted = build_model(checkpoint), outputs(model)
+    for network in (built, reparameterize(built)):
+        assert torch.allclose(outputs(network), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+
+
+def test_blocks_that_got_a_batchnorm_again_are_plain_ones(tmp_path):
+    # As the original's tools/insert_bn.py writes them.
+    model = random_model(replace(SMALL, block="plain"))
+    state = {name.replace("rbr_dense.", "rbr_reparam."): tensor for name, tensor in model.state_dict().items()}
+    torch.save(state, tmp_path / "m.pth")
+    checkpoint = load(tmp_path / "m.pth")
+    assert checkpoint.spec.block == "plain" and checkpoint.form == "training"
+    assert torch.equal(outputs(build_model(checkpoint)), outputs(model))
+
+
+def test_mmpretrain_deploy_form_with_se_says_that_it_keeps_it(tmp_path):
+    model = random_model(SMALL_SE, "deploy")
+    checkpoint = load(write_case(Case("mmpretrain", SMALL_SE, "deploy"), model, tmp_path))
+    assert any("SE blocks are kept" in note for note in checkpoint.notes)
 
 
 def _add_last_bn(state: dict[str, torch.Tensor], spec: VariantSpec) -> None:
@@ -224,7 +315,7 @@ def test_repopt_hyper_search_mode_is_refused_with_the_reason(tmp_path):
 )
 def test_another_network_is_named(names, expected):
     with pytest.raises(CheckpointError, match=expected) as caught:
-        translate(names)
+        translate(dict.fromkeys(names, (1,)))
     assert "stage0.rbr_dense.conv.weight" in caught.value.message
 
 
@@ -237,7 +328,7 @@ def test_prefix_on_every_name_is_removed(prefix, family, tmp_path):
     torch.save(
         {prefix + name: tensor for name, tensor in rename(model.state_dict(), family).items()}, tmp_path / "m.pth"
     )
-    checkpoint = load_checkpoint(tmp_path / "m.pth")
+    checkpoint = load(tmp_path / "m.pth")
     assert any(repr(prefix) in note for note in checkpoint.notes)
     assert torch.equal(outputs(build_model(checkpoint)), outputs(model))
 
@@ -251,7 +342,7 @@ def test_classifier_beside_its_backbone_is_found(backbone, head, tmp_path):
         (head if name.startswith("linear") else backbone) + name: tensor for name, tensor in model.state_dict().items()
     }
     torch.save(state, tmp_path / "m.pth")
-    assert torch.equal(outputs(build_model(load_checkpoint(tmp_path / "m.pth"))), outputs(model))
+    assert torch.equal(outputs(build_model(load(tmp_path / "m.pth"))), outputs(model))
 
 
 def test_averaged_copy_under_a_prefix_is_preferred(tmp_path):
@@ -261,7 +352,7 @@ def test_averaged_copy_under_a_prefix_is_preferred(tmp_path):
         "model_ema.n_averaged": torch.tensor(3)
     }
     torch.save(state, tmp_path / "m.pth")
-    checkpoint = load_checkpoint(tmp_path / "m.pth")
+    checkpoint = load(tmp_path / "m.pth")
     assert any("EMA" in note for note in checkpoint.notes)
     assert torch.equal(outputs(build_model(checkpoint)), outputs(averaged))
 
@@ -279,7 +370,7 @@ def test_saved_deploy_checkpoint_has_the_official_names_and_loads_again(spec, tm
     model = random_model(spec, "deploy")
     write_deploy(model, tmp_path / "deploy.pth")
     family = "repvggplus" if spec is SMALL_PLUS else "official"
-    assert list(torch.load(tmp_path / "deploy.pth")) == list(
+    assert list(torch.load(tmp_path / "deploy.pth")["state_dict"]) == list(
         rename(model.state_dict(), family, half=spec.depths[2] // 2)
     )
     checkpoint = load_checkpoint(tmp_path / "deploy.pth")

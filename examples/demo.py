@@ -3,8 +3,8 @@
     make demo            # or: python examples/demo.py
 
 Prints what it does and writes into demo/: sample.onnx, predictions.png and reparameterize.png (what happens inside one
-block). Where the trained A0 and its photos stand beside the clone (../shared/data), it runs them, too, and writes
-photos.png.
+block); of the detector (detect.py) detector-silu.onnx and detections.png. Where the trained A0 and its photos stand
+beside the clone (../shared/data), it runs them, too, and writes photos.png.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from examples import detect  # noqa: E402
+
 SAMPLE = ROOT / "models" / "sample"
 SHARED = ROOT.parent / "shared" / "data"
 PHOTO_LABELS = ("tench", "English springer", "cassette player", "chain saw", "church",
@@ -304,6 +307,7 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     try:
         run_sample(out)
+        detect.run_sample(out, scenes=500)
         if (SHARED / "imagenette128.npz").exists():
             run_photos(out)
     except RepVGGDeployError as error:

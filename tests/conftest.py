@@ -26,6 +26,7 @@ OPTIONAL = (
     "onnxruntime",
     "safetensors",
     "PIL",
+    "pycocotools",
     "sklearn",
     "matplotlib",
     "openvino",

@@ -1,30 +1,42 @@
 """Runs the service.
 
-    REPVGG_MODEL=sample.onnx python -m examples.service
+    REPVGG_MODEL=sample.onnx python -m examples.service          # --help lists the settings
 
 SIGTERM: readiness goes off; requests are answered for REPVGG_GRACE_SECONDS more; then it listens no longer, finishes
-what is under way, and exits with 0. Ctrl-C leaves the grace time out. A second signal ends the waiting.
+what is under way, refuses what is not done after REPVGG_DRAIN_SECONDS with 503, and exits with 0. Ctrl-C leaves the
+grace time out. A second signal ends the waiting.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import logging
+import os
 import select
 import signal
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 
 import uvicorn
 
 from repvgg_deploy import RepVGGDeployError
+from repvgg_deploy.errors import InputError
 
 from .app import create_app
+from .connections import Connection, ConnectionLimits, most_connections
 from .core import Service
-from .settings import read_settings
+from .settings import describe_settings, read_settings
 
+logger = logging.getLogger(__name__)
+_PORT = "REPVGG_LISTEN"
+_BACKLOG = 128  # connections that the kernel keeps; they are accepted in one round, and need files
+_LATE_SECONDS = 4.5  # beyond grace and drain time: an orchestrator is told to give five
 # How long it waits for requests that are on their way, on connections that were accepted or wait to be. In rounds of
 # the loop, of 10 ms or more, not in seconds: a process that was held up for a second has accepted nothing meanwhile.
 _LINGER_ROUNDS = 100
@@ -56,12 +68,21 @@ class DrainingServer(uvicorn.Server):
         self._has_grace = sig == signal.SIGTERM
         self.should_exit = True
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listens, and says where."""
+        await super().startup(sockets)
+        for listener in sockets or ():
+            host, port = listener.getsockname()[:2]
+            logger.info("running on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+
     async def main_loop(self) -> None:
         """Serves until a signal arrives, and then until the last answer is sent."""
         await super().main_loop()
         settings, service = self._service.settings, self._service
         service.leave("leaving")
-        await self._wait(settings.grace_seconds if self._has_grace else 0.0, lambda: False)
+        grace = settings.grace_seconds if self._has_grace else 0.0
+        _exit_after(grace + settings.drain_seconds + _LATE_SECONDS)
+        await self._wait(grace, lambda: False)
         await self._linger(lambda: not self._has_unaccepted())
         for server in self.servers:
             server.close()
@@ -69,6 +90,8 @@ class DrainingServer(uvicorn.Server):
         await asyncio.sleep(0.1)  # what was accepted last is not among the connections yet
         await self._linger(lambda: not self.server_state.connections)
         await self._wait(settings.drain_seconds, lambda: not service.active)
+        service.end()
+        await self._linger(lambda: not service.active)
 
     async def _wait(self, seconds: float, over: Callable[[], bool]) -> None:
         end = time.monotonic() + seconds
@@ -93,26 +116,84 @@ class DrainingServer(uvicorn.Server):
 def main() -> int:
     """Serves until it is told to stop; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.service",
+        description="Serves one model over HTTP. It has no options: its settings are variables of the environment, and "
+        "README.md says what each means.",
+        epilog=f"settings:\n{describe_settings()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.parse_args()
     try:
-        service = Service(settings := read_settings())
+        settings = read_settings()
+        host, port = settings.address
+        listener = _bind(host, port)
+        service = Service(settings)
     except RepVGGDeployError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    host, port = settings.address
+    limits = ConnectionLimits(
+        head_bytes=settings.max_head_bytes,
+        head_seconds=settings.head_seconds,
+        answer_seconds=settings.answer_seconds,
+        connections=settings.max_connections or most_connections(),
+    )
     with service:
         config = uvicorn.Config(
             create_app(service),
             host,
             port,
+            http=partial(Connection, limits=limits, idle={}),  # type: ignore[arg-type]  # uvicorn calls it, no more
+            backlog=_BACKLOG,
             log_config=None,
             access_log=False,
             server_header=False,
             timeout_keep_alive=_IDLE_SECONDS,
             ws="none",
         )
-        config.timeout_graceful_shutdown = max(1, round(settings.drain_seconds))
-        DrainingServer(config, service).run()
+        config.timeout_graceful_shutdown = 1  # all have their answer by then
+        try:
+            DrainingServer(config, service).run([listener])
+        except OSError as error:  # another process listens there since
+            print(f"error: {_PORT}: {host}:{port}: {error.strerror}", file=sys.stderr)
+            return 1
     return 0
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket that has the port and does not listen yet: a taken port is found before the model is loaded.
+
+    Raises:
+        InputError: It cannot be had.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise InputError(
+            f"{_PORT}: {host}:{port} cannot be had: {error.strerror}",
+            remedy="end what listens there, or give another address, such as 0.0.0.0:8001",
+        ) from error
+    return listener
+
+
+def _exit_after(seconds: float) -> None:
+    """Ends the process then, whatever a thread still computes: an orchestrator kills what is late."""
+
+    def end() -> None:
+        logger.warning("%g s after the signal something still runs: it is given up", seconds)
+        logging.shutdown()
+        os._exit(0)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -27,6 +29,7 @@ from .core import Service
 logger = logging.getLogger(__name__)
 
 MODEL, VERSION = "/v2/models/{name}", "/v2/models/{name}/versions/{version}"
+_SHORT = 1 << 16  # bytes of JSON that are read between two other requests
 IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # MPO: what some cameras call their JPEG
 
 
@@ -43,33 +46,48 @@ def create_app(service: Service) -> FastAPI:
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
-    @app.get("/v2/health/live")
+    def get(*paths: str) -> Callable[[Callable[..., Any]], None]:
+        """The routes of one answer to GET and HEAD; OPTIONS says so. Balancers probe with any of the three."""
+
+        def add(answer: Callable[..., Any]) -> None:
+            for path in paths:
+                app.add_api_route(path, answer, methods=["GET", "HEAD"])
+                app.add_api_route(path, _say_methods, methods=["OPTIONS"])
+
+        return add
+
+    @get("/v2/health/live")
     async def live() -> Response:
         return Response(status_code=200 if service.phase != "broken" else 503)
 
-    @app.get("/v2/health/ready")
-    async def ready() -> Response:
+    def say_ready() -> Response:
         return Response(status_code=200 if service.phase == "ready" else 503)
 
-    @app.get(f"{MODEL}/ready")
-    @app.get(f"{VERSION}/ready")
+    @get("/v2/health/ready")
+    async def ready() -> Response:
+        return say_ready()
+
+    @get(f"{MODEL}/ready", f"{VERSION}/ready")
     async def model_ready(request: Request) -> Response:
         _require_model(service, request)
-        return await ready()
+        return say_ready()
 
-    @app.get("/metrics")
+    @get("/metrics")
     async def metrics() -> Response:
         return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/v2")
+    @get("/v2")
     async def server() -> dict[str, Any]:
         return {"name": "repvgg-deploy", "version": __version__, "extensions": kserve.EXTENSIONS}
 
-    @app.get(MODEL)
-    @app.get(VERSION)
+    @get(MODEL, VERSION)
     async def model(request: Request) -> dict[str, Any]:
         _require_model(service, request)
-        return kserve.describe_model(service.spec, service.name, service.engine.backend_name)
+        return kserve.describe_model(service.spec, service.name, service.platform)
+
+
+async def _say_methods() -> Response:
+    return Response(status_code=204, headers={"Allow": "GET, HEAD, OPTIONS"})
 
 
 def _add_inference(app: FastAPI, service: Service) -> None:
@@ -79,10 +97,15 @@ def _add_inference(app: FastAPI, service: Service) -> None:
         _require_model(service, request)
         async with service.admit(request) as body:
             parse = partial(_parse, service, request, body)
-            plain = kserve.HEADER in request.headers and "content-encoding" not in request.headers
-            wanted = parse() if plain else await service.in_thread(parse)  # JSON of many numbers, or to be decompressed
+            # JSON of many numbers, and what is to be decompressed, would hold up others.
+            length = request.headers.get(kserve.HEADER, "")
+            plain = length.isdecimal() and len(length) < 9 and int(length) <= _SHORT
+            plain = plain and "content-encoding" not in request.headers
+            wanted = parse() if plain else await service.in_thread(parse)
             result = await service.infer(request, wanted.batch, wanted.timeout_ms)
-            content, headers = kserve.render_answer(wanted, result, service.spec, service.name)
+            render = partial(kserve.render_answer, wanted, result, service.spec, service.name)
+            binary = all(output.binary and not output.classes for output in wanted.outputs)
+            content, headers = render() if binary else await service.in_thread(render)
         return Response(content, headers=headers)
 
     @app.post("/predict")
@@ -94,7 +117,7 @@ def _add_inference(app: FastAPI, service: Service) -> None:
                 )
             batch = await service.in_thread(partial(_decode, service, body))
             result = await service.infer(request, batch)
-        return JSONResponse({"model": service.name, "predictions": best_classes(result, service.spec)})
+        return Json({"model": service.name, "predictions": best_classes(result, service.spec)})
 
 
 def _parse(service: Service, request: Request, body: bytearray) -> kserve.InferRequest:
@@ -135,7 +158,7 @@ def _require_model(service: Service, request: Request) -> None:
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, AnyHTTPException)
-    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+    return Json({"error": error.detail}, error.status_code, error.headers)
 
 
 async def _answer_error(service: Service, request: Request, error: Exception) -> Response:
@@ -145,9 +168,16 @@ async def _answer_error(service: Service, request: Request, error: Exception) ->
         return await _answer_http_error(request, service.refuse(error.message))
     if isinstance(error, (InputError, DeadlineError)):
         status = 504 if isinstance(error, DeadlineError) else 400
-        return JSONResponse({"error": f"{error.message}; {error.remedy}"}, status)
+        return Json({"error": f"{error.message}; {error.remedy}"}, status)
     logger.error("a request failed: %s", error)
-    return JSONResponse({"error": "the model failed; the log says more"}, 500)
+    return Json({"error": "the model failed; the log says more"}, 500)
+
+
+class Json(JSONResponse):
+    """JSON in ASCII: a message may quote half a surrogate pair from a request, which no UTF-8 can hold."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False).encode("ascii")
 
 
 class Observer:

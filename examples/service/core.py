@@ -15,8 +15,9 @@ from fastapi import HTTPException, Request
 from numpy.typing import NDArray
 from starlette.requests import ClientDisconnect
 
-from repvgg_deploy import Engine
+from repvgg_deploy import Engine, __version__
 from repvgg_deploy.errors import CudaContextError, InputError
+from repvgg_deploy.runtime.opening import is_plan
 from repvgg_deploy.runtime.options import BackendName, EngineOptions
 from repvgg_deploy.runtime.results import Result
 
@@ -53,12 +54,14 @@ class Service:
         self.phase: Phase = "ready"
         self.active = 0
         self._buffered = 0
+        self._ended, self._endings = False, set[asyncio.Future[None]]()
         options = EngineOptions(intra_op_threads=settings.threads or None)
         # An unknown name is refused by the Engine.
         backend = cast("BackendName", settings.backend) if settings.backend else None
         self.engine = Engine(settings.model, device=settings.device or None, backend=backend, options=options)
         try:
             self.name = settings.name or self.engine.path.stem
+            self.platform = "tensorrt_plan" if is_plan(self.engine.path) else "onnxruntime_onnx"
             self.spec = self.engine.spec
             self._open_batcher()
         except BaseException:
@@ -80,7 +83,8 @@ class Service:
             for images in {1, largest}:
                 self.engine.warm_up((images, *sizes))
         self._decoders = ThreadPoolExecutor(max(1, settings.decoders), thread_name_prefix="decoder")
-        self.registry = make_registry(self.engine.statistics, self.batcher.statistics)
+        about = {"version": __version__, "backend": self.engine.backend_name, "platform": self.platform}
+        self.registry = make_registry(self.engine.statistics, self.batcher.statistics, about)
         self.metrics = RequestMetrics(self.registry)
         self.metrics.active.set_function(lambda: self.active)
         self.metrics.buffered.set_function(lambda: self._buffered)
@@ -94,7 +98,7 @@ class Service:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.batcher.close(drain=False)  # nobody waits for an answer any more
-        self._decoders.shutdown()
+        self._decoders.shutdown(wait=False, cancel_futures=True)
         self.engine.close()
         logger.info("closed after %d requests", self.batcher.statistics().requests)
 
@@ -137,7 +141,8 @@ class Service:
                     raise self.refuse("too many bytes are being received")
 
         try:
-            await asyncio.wait_for(collect(), self.settings.body_seconds)
+            whole = asyncio.ensure_future(asyncio.wait_for(collect(), self.settings.body_seconds))
+            await self._or_end(whole)
         except asyncio.TimeoutError as error:
             raise HTTPException(408, f"the request did not arrive within {self.settings.body_seconds:g} s") from error
         except ClientDisconnect as error:
@@ -154,8 +159,12 @@ class Service:
         return HTTPException(503, f"{why}; try again", {"Retry-After": str(self.settings.retry_after_seconds)})
 
     async def in_thread(self, work: Callable[[], _T]) -> _T:
-        """Runs in another thread what would hold up other requests."""
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, work)
+        """Runs in another thread what would hold up other requests.
+
+        Raises:
+            HTTPException: 503, the service ends before it is done.
+        """
+        return await self._or_end(asyncio.get_running_loop().run_in_executor(self._decoders, work))
 
     async def infer(self, request: Request, batch: NDArray[Any], timeout_ms: float | None = None) -> Result:
         """Runs a batch together with those of others. Where the client has gone, it leaves the queue.
@@ -166,24 +175,44 @@ class Service:
         """
         limit = min(timeout_ms or self.settings.timeout_ms, self.settings.timeout_ms)
         answer: asyncio.Future[Any] = asyncio.wrap_future(self.batcher.submit(batch, timeout_ms=limit))
-        gone: asyncio.Future[Any] = asyncio.ensure_future(_wait_until_gone(request))
         try:
-            await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not answer.done():
-                raise HTTPException(CLIENT_IS_GONE)
-            result: Result = answer.result()
+            gone: asyncio.Future[Any] = asyncio.ensure_future(_wait_until_gone(request))
+            result: Result = await self._or_end(answer, gone)
             return result
         except CudaContextError:
             self.phase = "broken"
             raise
+
+    async def _or_end(self, wanted: asyncio.Future[_T], gone: asyncio.Future[Any] | None = None) -> _T:
+        """What is wanted; 503 where the service ends first, 499 where the client is gone first."""
+        ending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._endings.add(ending)
+        if self._ended:
+            ending.set_result(None)
+        waited: set[asyncio.Future[Any]] = {wanted, ending, *([gone] if gone is not None else [])}
+        try:
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+            if wanted.done():
+                return wanted.result()
+            raise self.refuse("this server is going away") if ending.done() else HTTPException(CLIENT_IS_GONE)
         finally:
-            gone.cancel()
-            answer.cancel()
+            self._endings.discard(ending)
+            for future in waited:
+                future.cancel()
 
     def leave(self, phase: Phase) -> None:
         """Enters `leaving` or `refusing`; `broken` stays."""
         self.phase = phase if self.phase != "broken" else "broken"
         logger.info("%s: %d requests under way", self.phase, self.active)
+
+    def end(self) -> None:
+        """Answers with 503 whatever is still under way: no request that was let in stays without an answer."""
+        if self.active:
+            logger.warning("%d requests are still under way, and are refused", self.active)
+        self._ended = True
+        for ending in self._endings:
+            if not ending.done():
+                ending.set_result(None)
 
 
 async def _wait_until_gone(request: Request) -> None:

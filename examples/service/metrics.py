@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+)
 
 from repvgg_deploy.runtime.statistics import Statistics
 from repvgg_deploy.serving.prometheus import make_collector
@@ -36,9 +45,13 @@ class RequestMetrics:
         self.ready = Gauge("repvgg_ready", "1 while /v2/health/ready answers 200, else 0", registry=registry)
 
 
-def make_registry(engine: Callable[[], Statistics], batcher: Callable[[], Statistics]) -> CollectorRegistry:
-    """A registry of this service alone: process, platform, Engine and batcher."""
+def make_registry(
+    engine: Callable[[], Statistics], batcher: Callable[[], Statistics], about: dict[str, str]
+) -> CollectorRegistry:
+    """A registry of this service alone: process, platform, Engine and batcher, and what it is (`about`)."""
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # a gauge beside each counter, which nobody reads
     registry = CollectorRegistry()
+    Info("repvgg_build", "The version of repvgg-deploy, and what runs the model", registry=registry).info(about)
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
     registry.register(make_collector("repvgg_engine", engine))

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
 import math
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 
 from repvgg_deploy.errors import InputError
 
+logger = logging.getLogger(__name__)
 PREFIX = "REPVGG_"
+# What the package, the images of docker/ and the tests read.
+_OF_OTHERS = frozenset(
+    {"REPVGG_DEPLOY_CACHE", "REPVGG_ENGINES", "REPVGG_BUILD", "REPVGG_TRITON", "REPVGG_SERVE", "REPVGG_GPU_MODELS",
+     "REPVGG_FUZZ_CASES", "REPVGG_SOAK_FACTOR"}
+)  # fmt: skip
 # With 0 of these, every request would be refused.
 _POSITIVE = frozenset(
-    {"max_body_bytes", "max_buffered_bytes", "max_requests", "max_pixels", "body_seconds", "decoders"}
+    {
+        "max_body_bytes",
+        "max_buffered_bytes",
+        "max_requests",
+        "max_pixels",
+        "body_seconds",
+        "decoders",
+        "head_seconds",
+        "max_head_bytes",
+        "answer_seconds",
+    }
 )
 
 
@@ -38,6 +57,12 @@ class Settings:
         max_pixels: The largest image that is decoded.
         body_seconds: How long a client may take to send a request; then 408.
         decoders: Threads that decode images.
+        head_seconds: How long a client may take from its connection, or the first byte of a request, to the end of its
+            headers; then 408.
+        max_head_bytes: The largest request line with all headers; then 431.
+        max_connections: Beyond it, the connection is closed that has waited longest without a whole request; 0: as many
+            as the process may open files, less 256.
+        answer_seconds: How long a client may leave an answer unread; then its connection is closed.
         retry_after_seconds: When a refused client is asked to try again.
         grace_seconds: How long requests are still answered after SIGTERM, while readiness is off: longer than a load
             balancer takes to notice.
@@ -61,6 +86,10 @@ class Settings:
     max_pixels: int = 25_000_000
     body_seconds: float = 10.0
     decoders: int = 2
+    head_seconds: float = 10.0
+    max_head_bytes: int = 65536
+    max_connections: int = 0
+    answer_seconds: float = 30.0
     retry_after_seconds: int = 1
     grace_seconds: float = 10.0
     drain_seconds: float = 20.0
@@ -75,9 +104,15 @@ class Settings:
 def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
     """Reads and checks the environment.
 
+    A variable that begins like ours and is none is logged: it is a slip, or nobody reads it.
+
     Raises:
         InputError: REPVGG_MODEL is missing, a number is none or out of range, or REPVGG_LISTEN has no port.
     """
+    for name, value in environment.items():
+        said = _doubt(name, value)
+        if said is not None:
+            logger.warning("%s: %s", name, said)
     values: dict[str, str | int | float] = {}
     for field in fields(Settings):
         text = environment.get(PREFIX + field.name.upper())
@@ -95,6 +130,35 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
             f"{PREFIX}LISTEN: expected ADDRESS:PORT, found {settings.listen!r}", remedy="give it such as 0.0.0.0:8000"
         )
     return settings
+
+
+def _doubt(name: str, value: str) -> str | None:
+    """What is wrong with a variable that begins like ours; None where nothing is.
+
+    Kubernetes sets variables for each service of a namespace; beside one named `repvgg` or `repvgg-b2` they begin so.
+    Source: https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
+    """
+    known = [PREFIX + field.name.upper() for field in fields(Settings)]
+    if not name.startswith(PREFIX) or name in known or name in _OF_OTHERS:
+        return None
+    link = re.fullmatch(
+        r"REPVGG(_\w+)?_(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)", name
+    )
+    if link is not None and (name != f"{PREFIX}PORT" or "://" in value):
+        return None
+    near = (
+        [f"{PREFIX}LISTEN"] if name in (f"{PREFIX}PORT", f"{PREFIX}HOST") else difflib.get_close_matches(name, known, 1)
+    )
+    return "is no setting and is ignored" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def describe_settings() -> str:
+    """Every variable with its default, for `--help`."""
+    rows = []
+    for field in fields(Settings):
+        default = "" if field.default is MISSING or field.default in ("", 0) else f"  (default: {field.default})"
+        rows.append(f"  {PREFIX}{field.name.upper()}{default}")
+    return "\n".join(rows)
 
 
 def name_variable(error: InputError) -> InputError:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 StrPath: TypeAlias = "str | os.PathLike[str]"
 logger = logging.getLogger(__name__)
+MAX_SCANS = 100
+"""Of a JPEG that somebody sends: ten times the usual number of a progressive one."""
 IMAGE_SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".mpo", ".ppm", ".pgm", ".pbm", ".jp2", ".tga",
     ".avif",
@@ -233,6 +235,14 @@ def decode_image(
     where = "the image that was sent"
     if not data:
         raise InputError(f"{where}: no bytes, expected those of an image file", remedy="send the file as it is")
+    # Each scan of a progressive JPEG costs a pass over all of its pixels, and few bytes. The marker may also stand in
+    # a thumbnail or in metadata: a few are counted too many.
+    scans = data.count(b"\xff\xda") if data[:2] == b"\xff\xd8" else 0
+    if scans > MAX_SCANS:
+        raise InputError(
+            f"{where}: a JPEG of {scans} scans, expected at most {MAX_SCANS}",
+            remedy="save it again as a baseline JPEG; usual progressive ones have ten scans",
+        )
     limit = min(max_pixels, MAX_PIXELS)
     found = decode(BytesIO(data), preprocessing, where=where, formats=formats, max_pixels=limit)
     for note in found.notes:

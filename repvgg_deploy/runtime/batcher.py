@@ -10,14 +10,16 @@ import atexit
 import logging
 import math
 import os
+import reprlib
 import threading
 import time
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +31,9 @@ from .statistics import Recorder, Statistics
 from .threads import answer, fail, wait_for
 
 logger = logging.getLogger(__name__)
-_LONGEST_WAIT_SECONDS = 3600.0  # Python refuses to wait for centuries, which a delay may say
+_LONGEST_WAIT_SECONDS = (
+    60.0  # Python refuses to wait for centuries; and what ends a batcher may miss one that begins to
+)
 
 
 @dataclass(slots=True, eq=False)
@@ -187,12 +191,126 @@ class BatchQueue:
             self._soonest = math.inf
 
 
+class _Crew:
+    """The queue of a batcher and the threads that run it.
+
+    The threads hold this, and not the Batcher: one that is dropped without `close()` gives them back, and its Engine.
+    """
+
+    def __init__(
+        self,
+        options: BatcherOptions,
+        run: Callable[[NDArray[Any]], Arrays],
+        package: Callable[[Sequence[NDArray[Any]]], Result],
+        clock: Callable[[], float],
+    ) -> None:
+        self.clock, self._run_batch, self._package = clock, run, package
+        self.queue = BatchQueue(options)
+        self.changed = threading.Condition()
+        self.closing = False
+        self.recorder = Recorder()
+        self.process = os.getpid()
+        self._working = options.concurrency
+        self.threads = [
+            threading.Thread(target=self._work, name=f"repvgg-batcher-{index}", daemon=True)
+            for index in range(options.concurrency)
+        ]
+        for thread in self.threads:
+            thread.start()
+        # At its end, Python stops daemon threads inside a library's call, which kills the process: close them before.
+        atexit.register(self.close)
+
+    def end(self) -> None:
+        """Lets the threads end when what waits is done. Does not wait: a garbage collection may call it anywhere."""
+        if self.process == os.getpid():
+            with self.changed:
+                self.closing = True
+                self.changed.notify_all()
+
+    def close(self, *, drain: bool = True) -> None:
+        """As `Batcher.close`."""
+        if self.process != os.getpid():  # the threads are in the parent, and so is whoever held the lock
+            self.closing = True
+            return
+        with self.changed:
+            self.closing = True
+            waiting = [] if drain else list(self.queue)
+            self.changed.notify_all()
+        for request in waiting:
+            request.future.cancel()
+        with self.changed:
+            self.changed.notify_all()
+        for thread in self.threads:
+            if thread is not threading.current_thread():  # called from a future's callback
+                thread.join()
+
+    def _work(self) -> None:
+        while True:
+            with self.changed:
+                now = self.clock()
+                expired, cancelled = self.queue.discard(now)
+                batch = self.queue.take(now, at_once=self.closing)
+                if not (batch or expired or cancelled):
+                    if self.closing:
+                        self.changed.notify_all()
+                        self._working -= 1
+                        if not self._working:
+                            atexit.unregister(self.close)  # it would hold the model until the program ends
+                        return
+                    wake = self.queue.wake_at()
+                    self.changed.wait(min(max(0.0, wake - now), _LONGEST_WAIT_SECONDS))
+                    continue
+                if batch and len(self.queue):
+                    self.changed.notify()  # another thread may have a batch, too
+            self.end_requests(expired, cancelled)
+            if batch:
+                self._answer(batch)
+            del batch, expired, cancelled  # while this thread waits, it holds nobody's images
+
+    def end_requests(self, expired: Sequence[Request], cancelled: Sequence[Request]) -> None:
+        """Those that are not run. Outside the lock: callbacks of futures run here, and may call anything."""
+        for request in expired:
+            if request.future.set_running_or_notify_cancel():
+                message = f"the request waited {1e3 * (self.clock() - request.arrival):.0f} ms and its deadline passed"
+                fail(request.future, DeadlineError(message, remedy="add Engines, or give a larger timeout_ms"))
+        if expired or cancelled:
+            self.recorder.count("expired", len(expired))
+            self.recorder.count("cancelled", len(cancelled))
+
+    def _answer(self, batch: list[Request]) -> None:
+        start = self.clock()
+        try:
+            parts = [request.batch for request in batch]
+            outputs = self._run_batch(parts[0] if len(parts) == 1 else np.concatenate(parts))
+        except BaseException as error:  # noqa: BLE001 - whoever waits must be told, whatever it was
+            if len(batch) == 1:
+                self.recorder.count("failures")
+                fail(batch[0].future, error)
+                return
+            logger.warning("a batch of %d requests failed, each is run by itself: %s", len(batch), error)
+            for request in batch:
+                self._answer([request])
+            return
+        finish = self.clock()
+        self.recorder.answer_batch([r.images for r in batch], [start - r.arrival for r in batch], finish - start)
+        position = 0
+        for request in batch:
+            rows = slice(position, position + request.images)
+            position += request.images
+
+            def make(rows: slice = rows) -> Result:
+                # Copies, so that one caller does not hold the answers of all.
+                return self._package(outputs if len(batch) == 1 else [output[rows].copy() for output in outputs])
+
+            answer(request.future, make)
+
+
 class Batcher:
     """Collects requests from many threads or coroutines and runs them together; `Engine.batcher` makes one.
 
     Use it as a context manager. Requests are checked when they are handed in, so a bad one fails its caller alone.
     Where the backend fails on a batch of several, each is run once more by itself: what makes the model fail fails
-    alone.
+    alone. One that is dropped without `close()` runs what waits, and then gives back its threads and the Engine.
 
     Args:
         options: How requests become batches.
@@ -211,21 +329,10 @@ class Batcher:
         package: Callable[[Sequence[NDArray[Any]]], Result],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._options, self._clock = options, clock
-        self._check_batch, self._run_batch, self._package = check, run, package
-        self._queue = BatchQueue(options)
-        self._changed = threading.Condition()
-        self._closing = False
-        self._recorder = Recorder()
-        self._process = os.getpid()
-        self._threads = [
-            threading.Thread(target=self._work, name=f"repvgg-batcher-{index}", daemon=True)
-            for index in range(options.concurrency)
-        ]
-        for thread in self._threads:
-            thread.start()
-        # At its end, Python stops daemon threads inside a library's call, which kills the process: close them before.
-        atexit.register(self.close)
+        self._options, self._check_batch = options, check
+        self._crew = _Crew(options, run, package, clock)
+        self._threads = self._crew.threads
+        weakref.finalize(self, self._crew.end).atexit = False
 
     @property
     def options(self) -> BatcherOptions:
@@ -235,7 +342,7 @@ class Batcher:
     @property
     def closed(self) -> bool:
         """Whether `close` was called."""
-        return self._closing
+        return self._crew.closing
 
     def submit(
         self, batch: NDArray[Any], *, client: Hashable = None, timeout_ms: float | None = None
@@ -257,31 +364,38 @@ class Batcher:
             EngineBusyError: The queue is full.
         """
         images = self._check(batch, timeout_ms)
-        if self._process != os.getpid():  # before the lock, whose owner may be in the parent only
+        try:
+            hash(client)
+        except TypeError as error:
+            raise InputError(
+                f"client: expected something that tells clients apart, found an unhashable {type(client).__qualname__}",
+                remedy="give a name or a number, such as the address of the client",
+            ) from error
+        if self._crew.process != os.getpid():  # before the lock, whose owner may be in the parent only
             raise InputError(
                 "this batcher was opened before a fork, and threads do not follow",
                 remedy="open Engine and batcher in each worker",
             )
-        now = self._clock()
+        now = self._crew.clock()
         limit = timeout_ms if timeout_ms is not None else self._options.timeout_ms
         request = Request(images, now, math.inf if limit is None else now + limit / 1e3, client)
         dropped: tuple[list[Request], list[Request]] = ([], [])
         try:
-            with self._changed:
-                if self._closing:
+            with self._crew.changed:
+                if self._crew.closing:
                     raise InputError(
                         "this batcher is closed",
                         remedy="submit inside the with block and before close(), or open another",
                     )
-                if self._queue.images + request.images > self._options.queue_images:
-                    dropped = self._queue.discard(now)  # the dead take no places
-                self._queue.offer(request)
-                self._changed.notify()
+                if self._crew.queue.images + request.images > self._options.queue_images:
+                    dropped = self._crew.queue.discard(now)  # the dead take no places
+                self._crew.queue.offer(request)
+                self._crew.changed.notify()
         except EngineBusyError:
-            self._recorder.count("refused")
+            self._crew.recorder.count("refused")
             raise
         finally:
-            self._end(*dropped)
+            self._crew.end_requests(*dropped)
         return request.future
 
     def infer(self, batch: NDArray[Any], *, client: Hashable = None, timeout_ms: float | None = None) -> Result:
@@ -304,9 +418,9 @@ class Batcher:
 
     def statistics(self) -> Statistics:
         """What happened since it was opened."""
-        with self._changed:
-            waiting = self._queue.images
-        return self._recorder.snapshot(waiting)
+        with self._crew.changed:
+            waiting = self._crew.queue.images
+        return self._crew.recorder.snapshot(waiting)
 
     def close(self, *, drain: bool = True) -> None:
         """Lets no new request in and returns when the last batch is done; a second call waits, too.
@@ -314,21 +428,13 @@ class Batcher:
         Args:
             drain: Whether those that wait are still run; else they are cancelled.
         """
-        if self._process != os.getpid():  # the threads are in the parent, and so is whoever held the lock
-            self._closing = True
-            return
-        with self._changed:
-            self._closing = True
-            waiting = [] if drain else list(self._queue)
-            self._changed.notify_all()
-        for request in waiting:
-            request.future.cancel()
-        with self._changed:
-            self._changed.notify_all()
-        for thread in self._threads:
-            if thread is not threading.current_thread():  # called from a future's callback
-                thread.join()
-        atexit.unregister(self.close)
+        self._crew.close(drain=drain)
+
+    def __reduce__(self) -> NoReturn:
+        raise InputError(
+            "a batcher cannot be pickled, copied or sent to another process: its threads stay in this one",
+            remedy="send the path of the model, and open Engine and batcher in each process",
+        )
 
     def __enter__(self) -> Batcher:
         return self
@@ -347,64 +453,7 @@ class Batcher:
             )
         if timeout_ms is not None and not (isinstance(timeout_ms, (int, float)) and timeout_ms > 0):
             raise InputError(
-                f"timeout_ms: expected a positive number of milliseconds, found {timeout_ms!r}",
+                f"timeout_ms: expected a positive number of milliseconds, found {reprlib.repr(timeout_ms)}",
                 remedy="leave it out, or correct it",
             )
         return images
-
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                now = self._clock()
-                expired, cancelled = self._queue.discard(now)
-                batch = self._queue.take(now, at_once=self._closing)
-                if not (batch or expired or cancelled):
-                    if self._closing:
-                        self._changed.notify_all()
-                        return
-                    wake = self._queue.wake_at()
-                    self._changed.wait(None if wake == math.inf else min(max(0.0, wake - now), _LONGEST_WAIT_SECONDS))
-                    continue
-                if batch and len(self._queue):
-                    self._changed.notify()  # another thread may have a batch, too
-            self._end(expired, cancelled)
-            if batch:
-                self._answer(batch)
-            del batch, expired, cancelled  # while this thread waits, it holds nobody's images
-
-    def _end(self, expired: Sequence[Request], cancelled: Sequence[Request]) -> None:
-        """Outside the lock: callbacks of futures run here, and may call anything."""
-        for request in expired:
-            if request.future.set_running_or_notify_cancel():
-                message = f"the request waited {1e3 * (self._clock() - request.arrival):.0f} ms and its deadline passed"
-                fail(request.future, DeadlineError(message, remedy="add Engines, or give a larger timeout_ms"))
-        if expired or cancelled:
-            self._recorder.count("expired", len(expired))
-            self._recorder.count("cancelled", len(cancelled))
-
-    def _answer(self, batch: list[Request]) -> None:
-        start = self._clock()
-        try:
-            parts = [request.batch for request in batch]
-            outputs = self._run_batch(parts[0] if len(parts) == 1 else np.concatenate(parts))
-        except BaseException as error:  # noqa: BLE001 - whoever waits must be told, whatever it was
-            if len(batch) == 1:
-                self._recorder.count("failures")
-                fail(batch[0].future, error)
-                return
-            logger.warning("a batch of %d requests failed, each is run by itself: %s", len(batch), error)
-            for request in batch:
-                self._answer([request])
-            return
-        finish = self._clock()
-        self._recorder.answer_batch([r.images for r in batch], [start - r.arrival for r in batch], finish - start)
-        position = 0
-        for request in batch:
-            rows = slice(position, position + request.images)
-            position += request.images
-
-            def make(rows: slice = rows) -> Result:
-                # Copies, so that one caller does not hold the answers of all.
-                return self._package(outputs if len(batch) == 1 else [output[rows].copy() for output in outputs])
-
-            answer(request.future, make)

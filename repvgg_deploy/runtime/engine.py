@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 import os
+import reprlib
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +76,11 @@ class Engine:
         options: EngineOptions | None = None,
     ) -> None:
         self._path = as_path(path)
+        if options is not None and not isinstance(options, EngineOptions):
+            raise InputError(
+                f"options: expected EngineOptions, found an object of type {type(options).__qualname__}",
+                remedy="give options=EngineOptions(intra_op_threads=4), say",
+            )
         self._options = options if options is not None else EngineOptions()
         self._process = os.getpid()  # a child of `fork` lacks the threads that finish what is under way here
         self._model = open_model(self._path, device, backend, self._options)
@@ -185,9 +191,10 @@ class Engine:
         from ..images.decode import load_batch
 
         step = batch_size if batch_size is not None else min(self._model.largest, _IMAGES_AT_ONCE)
-        if step < 1:
+        if not isinstance(step, int) or step < 1:
             raise InputError(
-                f"batch_size: expected at least 1, found {step}", remedy="leave it out, or give a positive number"
+                f"batch_size: expected a whole number of at least 1, found {reprlib.repr(step)}",
+                remedy="leave it out, or give a positive number",
             )
         if isinstance(paths, (str, os.PathLike)):
             raise InputError(
@@ -362,6 +369,13 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise InputError(
+            f"{self._path}: an Engine cannot be pickled, copied or sent to another process: its threads and the memory "
+            f"of its model stay in this one",
+            remedy="send the path, and open an Engine in each process",
+        )
 
     def __repr__(self) -> str:
         source = self._spec.input

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import reprlib
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _PLAN_SUFFIXES = frozenset({".plan", ".engine", ".trt"})
+_LONGEST_PATH = 4096  # PATH_MAX of Linux; what is longer is no path, but perhaps what a file holds
 _PLAN_BACKENDS = ("tensorrt", "rtx")
 
 
@@ -71,10 +73,12 @@ def as_path(path: object) -> Path:
         InputError: It is neither.
     """
     name = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise InputError(
-            f"expected the path of a model file, found {path!r}", remedy='give a path, such as Engine("a0.onnx")'
-        )
+    if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_PATH or "\0" in name:
+        shown = reprlib.repr(name) if isinstance(name, str) else f"an object of type {type(path).__qualname__}"
+        remedy = 'give a path, such as Engine("a0.onnx")'
+        if isinstance(path, (bytes, bytearray, memoryview)):
+            remedy = "write the model to a file, and give its path: it is checked and loaded from there"
+        raise InputError(f"expected the path of a model file, found {shown}", remedy=remedy)
     return Path(name)
 
 
@@ -175,7 +179,7 @@ def open_backend(
 def _choose(path: Path, device: DeviceKind, backend: BackendName | None) -> Literal["onnxruntime", "openvino"]:
     if backend is not None and backend not in get_args(BackendName):
         raise InputError(
-            f"backend: expected one of {', '.join(get_args(BackendName))}, found {backend!r}",
+            f"backend: expected one of {', '.join(get_args(BackendName))}, found {reprlib.repr(backend)}",
             remedy='leave it out for ONNX Runtime, or give backend="openvino"',
         )
     if backend in _PLAN_BACKENDS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -111,13 +112,13 @@ def _is_number(value: object) -> bool:
 
 
 def _wrong(name: str, value: object, expected: str) -> InputError:
-    return InputError(f"batcher: {name}: expected {expected}, found {value!r}", remedy=f"correct {name}")
+    return InputError(f"batcher: {name}: expected {expected}, found {reprlib.repr(value)}", remedy=f"correct {name}")
 
 
 def _require_count(name: str, value: object, least: int, *, meaning: str = "") -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise InputError(
-            f"{name}: expected a whole number of at least {meaning}{least}, found {value!r}",
+            f"{name}: expected a whole number of at least {meaning}{least}, found {reprlib.repr(value)}",
             remedy=f"correct {name.rpartition(': ')[2]}",
         )
 
@@ -140,7 +141,7 @@ def find_device(device: object, options: EngineOptions, *, default: DeviceKind) 
     if isinstance(index, int) and not isinstance(index, bool) and index >= 0:
         return "cuda", index, f"cuda:{index}"
     raise InputError(
-        f"device: expected cpu, cuda, cuda:N or the number of a GPU, found {device!r}",
+        f"device: expected cpu, cuda, cuda:N or the number of a GPU, found {reprlib.repr(device)}",
         remedy='give device="cpu", device="cuda", or device=1 for the second GPU, as EngineOptions(device_id=1) also '
         "does",
     )

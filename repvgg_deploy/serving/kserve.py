@@ -13,6 +13,7 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -114,7 +115,7 @@ def parse_request(body: bytes | bytearray, json_bytes: str | None, spec: ModelSp
     timeout_us = parameters.get("timeout", 0)
     _require(_is_count(timeout_us) and timeout_us < 1 << 53, "timeout: expected a whole number of microseconds")
     identity = head.get("id")
-    _require(identity is None or isinstance(identity, str), "id: expected a text")
+    _require(identity is None or (isinstance(identity, str) and _is_text(identity)), "id: expected a text")
     return InferRequest(
         batch=_read_tensor(inputs[0], body, length, spec.input),
         outputs=_read_outputs(head, spec, all_binary=parameters.get("binary_data_output") is True),
@@ -130,6 +131,15 @@ def _require(condition: bool, message: str) -> None:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_text(value: str) -> bool:
+    """Whether it holds no half of a surrogate pair, which JSON may spell and no UTF-8 can."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _length(text: str, most: int) -> int:
@@ -174,7 +184,11 @@ def _read_tensor(tensor: Mapping[str, Any], body: bytes | bytearray, offset: int
         f"{spec.name}: datatype: expected {DATATYPES[spec.dtype]}, found {str(datatype)[:80]}",
     )
     shape: Any = tensor.get("shape")
-    whole = isinstance(shape, list) and 0 < len(shape) <= 32 and all(_is_count(size) and size for size in shape)
+    whole = (
+        isinstance(shape, list)
+        and 0 < len(shape) <= 32
+        and all(_is_count(size) and 0 < size < 1 << 31 for size in shape)
+    )
     _require(whole, f"{spec.name}: shape: expected a list of sizes of 1 or more")
     size = _parameters(tensor).get("binary_data_size")
     if size is None:
@@ -194,21 +208,28 @@ def _read_tensor(tensor: Mapping[str, Any], body: bytes | bytearray, offset: int
 
 
 def _read_numbers(data: object, name: str, dtype: np.dtype[Any], shape: Sequence[int]) -> NDArray[Any]:
-    try:
-        array = np.asarray(data)
-    except ValueError as error:
-        raise InputError(f"{name}: data is not an array: {error}", remedy=_REMEDY) from error
-    fits = array.dtype.kind in "iu" and (array.size == 0 or (0 <= array.min() and array.max() <= 255))
+    # Level by level, before NumPy sees it: NumPy would pad texts to the longest, and make arrays of what is ragged.
+    level: list[Any] = [data]
+    while level and isinstance(level[0], list):
+        _require(set(map(type, level)) == {list}, f"{name}: data: expected numbers, or lists of equal length")
+        _require(len(set(map(len, level))) == 1, f"{name}: data: expected lists of equal length")
+        level = list(chain.from_iterable(level))
+    kinds = {int} if dtype.kind == "u" else {int, float}
     _require(
-        fits if dtype.kind == "u" else array.dtype.kind in "fiu",
+        isinstance(data, list) and set(map(type, level)) <= kinds,
         f"{name}: data: expected numbers of datatype {DATATYPES[dtype.name]}",
     )
     _require(
-        array.size == math.prod(shape),
-        f"{name}: data: expected {math.prod(shape)} numbers, as the shape says, found {array.size}",
+        len(level) == math.prod(shape),
+        f"{name}: data: expected {math.prod(shape)} numbers, as the shape says, found {len(level)}",
+    )
+    largest = 255 if dtype.kind == "u" else int(np.finfo(np.float64).max)
+    _require(
+        max(level) <= largest and (dtype.kind != "u" or min(level) >= 0) and min(level) >= -largest,
+        f"{name}: data: expected numbers of datatype {DATATYPES[dtype.name]}",
     )
     with np.errstate(over="ignore"):  # what becomes infinite is refused by the Engine
-        return array.astype(dtype).reshape(shape)
+        return np.array(level, dtype).reshape(shape)
 
 
 def _read_outputs(head: Mapping[str, Any], spec: ModelSpec, *, all_binary: bool) -> tuple[WantedOutput, ...]:
@@ -217,13 +238,14 @@ def _read_outputs(head: Mapping[str, Any], spec: ModelSpec, *, all_binary: bool)
     if not wanted:
         return tuple(WantedOutput(name, all_binary) for name in known)
     _require(
-        isinstance(wanted, list) and all(isinstance(output, dict) for output in wanted),
-        "outputs: expected a list of objects",
+        isinstance(wanted, list) and len(wanted) <= len(known) and all(isinstance(output, dict) for output in wanted),
+        f"outputs: expected a list of at most {len(known)} objects, each output once: {', '.join(known)}",
     )
-    found = []
+    found: list[WantedOutput] = []
     for output in wanted:
         name, parameters = output.get("name"), _parameters(output)
         _require(name in known, f"output {str(name)[:80]!r}: this model has {', '.join(known)}")
+        _require(all(other.name != name for other in found), f"output {name!r} is asked for twice")
         classes = parameters.get("classification", 0)
         _require(
             _is_count(classes) and (not classes or spec.kind in ("logits", "probabilities")),
@@ -299,7 +321,7 @@ def describe_model(spec: ModelSpec, name: str, platform: str) -> dict[str, Any]:
     Args:
         spec: What the model takes and gives.
         name: What clients call it.
-        platform: What runs it.
+        platform: What runs it, in the protocol's words: `onnxruntime_onnx` or `tensorrt_plan`.
     """
     return {
         "name": name,

@@ -1,4 +1,7 @@
-"""The example service; its batches wait while the file TEST_GATE is there, its grace ends with TEST_GRACE_IS_OVER."""
+"""The example service; its batches wait while the file TEST_GATE is there, its decoders while TEST_GATE.decode is.
+
+Its grace ends with TEST_GRACE_IS_OVER.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from examples.service import __main__ as program
-from repvgg_deploy.runtime.batcher import Batcher, Request
+from examples.service import app
+from repvgg_deploy.runtime.batcher import Request, _Crew
 from tests.waiting import Gate
 
 GATE, GRACE_IS_OVER = "TEST_GATE", "TEST_GRACE_IS_OVER"
@@ -28,14 +33,21 @@ class Clock:
 
 
 def main() -> int:
-    gate, answer = Gate(Path(os.environ[GATE])), Batcher._answer
+    gate, answer = Gate(Path(os.environ[GATE])), _Crew._answer
 
-    def answer_when_let(batcher: Batcher, batch: list[Request]) -> None:
+    def answer_when_let(crew: _Crew, batch: list[Request]) -> None:
         gate.pass_through()
-        answer(batcher, batch)
+        answer(crew, batch)
+
+    decoding, decode = Gate(Path(f"{os.environ[GATE]}.decode")), app._decode
+
+    def decode_when_let(*arguments: Any) -> Any:
+        decoding.pass_through()
+        return decode(*arguments)
 
     with (
-        mock.patch.object(Batcher, "_answer", answer_when_let),
+        mock.patch.object(app, "_decode", decode_when_let),
+        mock.patch.object(_Crew, "_answer", answer_when_let),
         mock.patch.object(program, "time", Clock(Path(os.environ[GRACE_IS_OVER]))),
     ):
         return program.main()

@@ -47,6 +47,7 @@ class RunningService:
         log: What it printed.
         model: What clients call its model.
         gate: Holds up its batches, if it was started for that.
+        decoding: Holds up its decoders likewise.
     """
 
     process: subprocess.Popen[bytes]
@@ -54,6 +55,7 @@ class RunningService:
     log: Path
     model: str
     gate: Gate
+    decoding: Gate
 
     def connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_SECONDS)
@@ -148,7 +150,7 @@ def serve(path: Path, *, held: bool = False, **settings: object) -> Iterator[Run
         wait_until(lambda: process.poll() is not None or port.search(log.read_text()), "the service to listen")
         found = port.search(log.read_text())
         assert found, log.read_text()
-        yield RunningService(process, int(found[1]), log, path.stem, gate)
+        yield RunningService(process, int(found[1]), log, path.stem, gate, Gate(Path(f"{gate.path}.decode")))
     finally:
         if process.poll() is None:
             process.kill()

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
+import os
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -25,9 +28,11 @@ import pytest
 import uvicorn
 from PIL import Image
 
+from examples.service.settings import Settings
 from repvgg_deploy import Engine
 from repvgg_deploy.runtime.options import EngineOptions
 from repvgg_deploy.runtime.results import TopK
+from tests.contract.source_tree import ROOT
 from tests.examples.running_service import Answer, RunningService, binary_request, read_tensor, serve
 from tests.runtime.make_model import ModelOptions, make_onnx, random_batch
 from tests.waiting import PATIENCE_SECONDS, wait_until
@@ -87,7 +92,7 @@ def test_triton_client_sees_a_server_that_is_live_ready_and_describes_its_model(
         metadata = client.get_model_metadata("tiny")
     assert metadata["inputs"] == [{"name": "images", "datatype": "FP32", "shape": [-1, 3, 16, 16]}]
     assert metadata["outputs"] == [{"name": "logits", "datatype": "FP32", "shape": [-1, 7]}]
-    assert "ONNX Runtime" in metadata["platform"]
+    assert metadata["platform"] == "onnxruntime_onnx"
 
 
 @pytest.mark.parametrize("images", [1, 5, 8])
@@ -491,6 +496,95 @@ def test_sigterm_under_load_loses_no_request(model: Path) -> None:
         running.end_grace()  # which is longer than the balancer takes to notice
         assert running.process.wait(PATIENCE_SECONDS) == 0
     assert set(outcomes) == {200}, outcomes
+
+
+def test_load_on_kept_connections_through_the_end_loses_no_request(model: Path) -> None:
+    """Each client sends on until it is asked to close: every request that was sent is answered, to the last."""
+    outcomes: Counter[object] = Counter()
+    sent: Counter[str] = Counter()
+
+    def send_until_told_to_close(running: RunningService) -> None:
+        with contextlib.closing(running.connect()) as kept:
+            closing = False
+            while not closing:
+                sent["requests"] += 1
+                try:
+                    kept.request("POST", INFER, GOOD, GOOD_HEADERS)
+                    answer = kept.getresponse()
+                    answer.read()
+                    outcomes[answer.status] += 1
+                    closing = answer.headers["Connection"] == "close"
+                except OSError as error:
+                    outcomes[repr(error)] += 1
+                    return
+
+    with serve(model, held=True, drain_seconds=0) as running, ThreadPoolExecutor(8) as pool:
+        clients = [pool.submit(send_until_told_to_close, running) for _ in range(8)]
+        wait_until(lambda: outcomes[200] > 50, "the load to build up")
+        running.gate.close()
+        running.gate.wait_for_batch()
+        running.terminate()  # with requests in the queue that are never run
+        for client in clients:
+            client.result(PATIENCE_SECONDS)
+        running.gate.open()
+        assert running.process.wait(PATIENCE_SECONDS) == 0
+    assert set(outcomes) == {200, 503} and sum(outcomes.values()) == sent["requests"], outcomes
+
+
+def test_sigterm_while_images_are_decoded_answers_all_and_ends_although_they_never_end(model: Path) -> None:
+    with serve(model, held=True, drain_seconds=0, decoders=1) as running, ThreadPoolExecutor(3) as pool:
+        running.decoding.close()
+        photo = jpeg(50, 50)
+        sent = [pool.submit(running.ask, "POST", "/predict", photo) for _ in range(3)]
+        running.decoding.wait_for_batch()
+        wait_until(lambda: running.metric("repvgg_http_active_requests") == 3, "the others to wait for the decoder")
+        running.terminate()
+        answers = [one.result() for one in sent]
+        assert [answer.status for answer in answers] == [503] * 3
+        assert "going away" in answers[0].json["error"] and answers[0].headers["Retry-After"] == "1"
+        assert running.process.wait(PATIENCE_SECONDS) == 0  # the gate is still closed
+        assert "it is given up" in running.log.read_text()
+
+
+def test_half_sent_heads_leave_health_and_inference_alone(model: Path, engine: Engine) -> None:
+    with serve(model, max_connections=20) as running, contextlib.ExitStack() as stack:
+        before = running.metric("process_open_fds")
+        for _ in range(100):
+            half = stack.enter_context(socket.create_connection(("127.0.0.1", running.port), PATIENCE_SECONDS))
+            half.sendall(b"GET /v2/health/ready HTTP/1.1\r\nHost: x\r\nX-Slow: ")
+        assert running.ask("GET", "/v2/health/ready").status == 200
+        np.testing.assert_array_equal(read_tensor(running.infer(BATCH)), engine.infer(BATCH))
+        assert running.metric("process_open_fds") <= before + 20
+
+
+def test_headers_beyond_the_limit_are_a_431(service: RunningService) -> None:
+    assert service.ask("GET", "/v2/health/ready", headers={f"X-{n}": "1" for n in range(90)}).status == 200
+    for headers in ({f"X-{n}": "1" for n in range(101)}, {"X": "x" * 70_000}):
+        answer = service.ask("GET", "/v2/health/ready", headers=headers)
+        assert answer.status == 431 and answer.json["error"] == "the head of the request is too large"
+
+
+def test_taken_port_is_said_before_the_model_is_loaded(model: Path) -> None:
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(AssertionError) as caught, serve(model, listen=f"127.0.0.1:{port}", model="absent.onnx"):
+            pass
+    assert f"REPVGG_LISTEN: 127.0.0.1:{port} cannot be had" in str(caught.value)
+    assert "absent.onnx" not in str(caught.value) and "Traceback" not in str(caught.value)
+
+
+def test_help_lists_every_setting_and_needs_none() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("REPVGG_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.service", "--help"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for field in Settings.__dataclass_fields__:
+        assert f"REPVGG_{field.upper()}" in done.stdout
 
 
 def test_second_signal_ends_the_grace_time(model: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import math
+import pickle
 import signal
 import subprocess
 import sys
@@ -168,6 +169,38 @@ def test_close_drains_or_cancels_what_waits(drain: bool) -> None:
         batcher.submit(one(1))
     batcher.close()
     assert batcher.closed and not any(thread.is_alive() for thread in batcher._threads)
+
+
+def test_dropped_batchers_run_what_waits_and_give_back_threads_and_engine(tmp_path: Path) -> None:
+    path, image = make_onnx(tmp_path / "m.onnx"), random_batch(ModelOptions(), 1)
+    engine = Engine(path, options=EngineOptions(intra_op_threads=1))
+    backend = weakref.ref(engine._backend)
+    futures, threads = [], []
+    for _ in range(10):
+        batcher = engine.batcher(4, max_delay_ms=1e6)  # nothing is run before it is dropped
+        futures.append(batcher.submit(image))
+        threads += batcher._threads
+    expected = engine.infer(image)
+    del batcher, engine
+    gc.collect()
+    for future in futures:
+        np.testing.assert_array_equal(future.result(PATIENCE), expected)
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert not any(thread.is_alive() for thread in threads)
+    futures.clear()
+    gc.collect()
+    assert backend() is None
+
+
+def test_unhashable_client_and_a_batcher_to_pickle_are_input_errors() -> None:
+    with Model().open() as batcher:
+        with pytest.raises(InputError, match="client: expected something that tells clients apart") as refused:
+            batcher.submit(one(1), client=[1] * 10**6)
+        assert len(str(refused.value)) < 500
+        with pytest.raises(InputError, match="open Engine and batcher in each process"):
+            pickle.dumps(batcher)
+        assert batcher.infer(one(1), client=("a", 1))[0, 0] == 2
 
 
 def test_callback_may_submit_again_and_close() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import multiprocessing
 import os
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -361,3 +365,41 @@ def test_infer_of_many_pieces_keeps_their_order(model: Path) -> None:
     batch = random_batch(ModelOptions(), 40)
     with Engine(model, options=EngineOptions(max_batch=7)) as engine:
         assert_close(infer_array(engine, batch), run_bare(model, batch)[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "remedy"),
+    [
+        ({"path": b"x" * 10**7}, "expected the path of a model file, found an object of type bytes", "to a file"),
+        ({"path": "x" * 10**6}, "expected the path of a model file", "give a path"),
+        ({"path": "x\0"}, "expected the path of a model file", "give a path"),
+        ({"options": {"max_batch": 4}}, "options: expected EngineOptions, found an object of type dict", "options="),
+        ({"backend": "y" * 10**6}, "backend: expected one of", "leave it out"),
+        ({"device": "z" * 10**6}, "device: expected cpu", "give device"),
+    ],
+    ids=["bytes", "text", "nul", "options", "backend", "device"],
+)
+def test_wrong_argument_is_a_short_input_error(
+    model: Path, arguments: dict[str, Any], message: str, remedy: str
+) -> None:
+    with pytest.raises(InputError, match=message) as refused:
+        Engine(**{"path": model, **arguments})
+    assert remedy in refused.value.remedy
+    assert len(str(refused.value)) < 1000
+
+
+def test_wrong_count_is_a_short_input_error() -> None:
+    with pytest.raises(InputError, match="EngineOptions: max_batch: expected a whole number") as refused:
+        EngineOptions(max_batch="9" * 10**6)  # type: ignore[arg-type]
+    assert len(str(refused.value)) < 500
+
+
+def test_engine_that_is_pickled_copied_or_sent_says_what_to_do_instead(model: Path) -> None:
+    with Engine(model) as engine:
+        for send in (pickle.dumps, copy.copy, copy.deepcopy):
+            with pytest.raises(InputError, match="cannot be pickled") as refused:
+                send(engine)
+            assert refused.value.remedy == "send the path, and open an Engine in each process"
+        process = multiprocessing.get_context("spawn").Process(target=print, args=(engine,))
+        with pytest.raises(InputError, match="cannot be pickled"):
+            process.start()

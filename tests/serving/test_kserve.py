@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gzip
 import json
+import tracemalloc
 import zlib
 from typing import Any
 
@@ -81,14 +83,20 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "shape_is_text": ({"inputs": [tensor(shape="2,3,2,2")]}, "shape"),
     "shape_is_negative": ({"inputs": [tensor(shape=[-2, 3, 2, 2])]}, "shape"),
     "shape_holds_nothing": ({"inputs": [tensor(shape=[0, 3, 2, 2], data=[])]}, "shape"),
-    "shape_is_huge": ({"inputs": [tensor(shape=[10**12, 10**12])]}, "expected 1" + 24 * "0" + " numbers"),
+    "shape_is_huge": ({"inputs": [tensor(shape=[10**9, 10**9])]}, "expected 1" + 18 * "0" + " numbers"),
+    "shape_is_endless": ({"inputs": [tensor(shape=[10**4000] * 32)]}, "shape"),
     "shape_is_boolean": ({"inputs": [tensor(shape=[True, 3, 2, 4])]}, "shape"),
     "data_is_missing": ({"inputs": [tensor(data=None)]}, "data: expected numbers"),
     "data_is_short": ({"inputs": [tensor(data=[1.0])]}, "expected 24 numbers, as the shape says, found 1"),
-    "data_is_ragged": ({"inputs": [tensor(data=[[1.0, 2.0], [3.0]])]}, "data is not an array"),
+    "data_is_ragged": ({"inputs": [tensor(data=[[1.0, 2.0], [3.0]])]}, "lists of equal length"),
+    "data_is_mixed": ({"inputs": [tensor(data=[[1.0], 2.0])]}, "expected numbers, or lists of equal length"),
+    "data_is_true": ({"inputs": [tensor(data=[True] * 24)]}, "data: expected numbers"),
+    "data_is_one_number": ({"inputs": [tensor(data=1.0)]}, "data: expected numbers"),
+    "data_is_endless": ({"inputs": [tensor(data=[10**4000] * 24)]}, "data: expected numbers"),
     "data_is_text": ({"inputs": [tensor(data=["1"] * 24)]}, "data: expected numbers"),
-    "data_is_huge": ({"inputs": [tensor(data=[10**30] * 24)]}, "data: expected numbers"),
     "size_without_bytes": ({"inputs": [binary_tensor()]}, "expected 96 bytes after the JSON, found 0"),
+    "id_is_half_a_pair": ({"inputs": [tensor()], "id": "\ud800"}, "id"),
+    "output_twice": ({"inputs": [tensor()], "outputs": [{"name": "logits"}] * 2}, "each output once"),
     "id_is_number": ({"inputs": [tensor()], "id": 1}, "id"),
     "timeout_is_text": ({"inputs": [tensor()], "parameters": {"timeout": "1"}}, "timeout"),
     "timeout_is_huge": ({"inputs": [tensor()], "parameters": {"timeout": 10**400}}, "timeout"),
@@ -142,6 +150,30 @@ def test_body_that_is_not_a_json_object_is_refused(body: bytes) -> None:
 def test_json_that_is_too_long_is_refused_before_it_is_read() -> None:
     with pytest.raises(InputError, match="large tensors are sent as binary data"):
         kserve.parse_request(b"[" * (kserve.MAX_JSON_BYTES + 1), None, SPEC)
+
+
+def test_output_that_is_named_twice_is_refused_where_the_model_has_several() -> None:
+    several = dataclasses.replace(SPEC, outputs=(LOGITS, dataclasses.replace(LOGITS, name="other")))
+    with pytest.raises(InputError, match="output 'logits' is asked for twice"):
+        as_json(spec=several, outputs=[{"name": "logits"}, {"name": "logits"}])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [["x" * 500_000, *["y"] * 4_000], [[["x" * 500_000], *[["y"]] * 4_000]], [[1.0] * 100_000, [1.0]]],
+    ids=["texts", "nested", "ragged"],
+)
+def test_memory_of_data_follows_the_body_and_is_not_padded(data: object) -> None:
+    body = json.dumps({"inputs": [tensor(data=data)]}).encode()
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match="data: expected"):
+            kserve.parse_request(body, None, SPEC)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # The body as text, and an object of 24 to 60 bytes for each number or letter. Padded it would be two gigabytes.
+    assert peak < 32 * len(body)
 
 
 VALUES = st.recursive(

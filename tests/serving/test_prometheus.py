@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import numpy as np
@@ -43,6 +44,20 @@ def test_numbers_are_the_engines_and_are_asked_for_at_each_scrape_only(tmp_path)
         total = registry.get_sample_value("x_run_seconds_sum")
         assert total is not None and np.isclose(total, engine.statistics().run_ms.total_ms / 1e3)
         assert asked > 0
+
+
+def test_every_text_is_a_sentence(tmp_path) -> None:
+    client = pytest.importorskip(
+        "prometheus_client", reason="prometheus-client, of the extra service, is not installed"
+    )
+    registry = client.CollectorRegistry()
+    with Engine(make_onnx(tmp_path / "tiny.onnx")) as engine:
+        registry.register(make_collector("x", engine.statistics))
+        families = list(registry.collect())
+    assert len(families) == 10
+    for family in families:
+        assert re.fullmatch(r"[A-Z][a-z][^:]+", family.documentation), family
+        assert not any(sample.name.endswith("_created") for sample in family.samples)
 
 
 def test_missing_client_is_said_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

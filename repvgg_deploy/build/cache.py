@@ -1,8 +1,9 @@
 """Plans that were built before, by the content that they were built from.
 
 An entry is a folder that appears whole (`plans/KEY/plan`, `passport.json`) and is checked whenever it is used, so that
-processes may share the cache. The folder is `$REPVGG_DEPLOY_CACHE`, else `$XDG_CACHE_HOME/repvgg-deploy`, else
-`~/.cache/repvgg-deploy`. One key leads to one plan: it names the ONNX that the caller gave, and how it becomes typed.
+processes may share the cache. The folder is `$REPVGG_DEPLOY_CACHE`, else `$XDG_CACHE_HOME/repvgg-deploy` where that is
+absolute, else `~/.cache/repvgg-deploy`. One key leads to one plan: it names the ONNX that the caller gave, and how it
+becomes typed.
 """
 
 from __future__ import annotations
@@ -48,10 +49,12 @@ def cache_folder() -> Path:
         InputError: The environment names no folder, not even a home.
     """
     own, general = os.environ.get(VARIABLE), os.environ.get("XDG_CACHE_HOME")
-    if own:
-        return Path(own)
     try:
-        return (Path(general) if general else Path.home() / ".cache") / "repvgg-deploy"
+        if own:
+            return Path(own).expanduser()  # a unit file or a Dockerfile expands no ~
+        # Its standard says that a relative path is invalid and to be ignored.
+        usable = general is not None and Path(general).is_absolute()
+        return (Path(str(general)) if usable else Path.home() / ".cache") / "repvgg-deploy"
     except RuntimeError as error:
         raise InputError(
             f"no folder for the cache: {error}", remedy=f"set {VARIABLE} to a folder, or give --no-cache"

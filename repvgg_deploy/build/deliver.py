@@ -212,7 +212,7 @@ def deliver(plan: Path, data: bytes | memoryview, passport: PlanPassport, *, for
 def _keep(plan: Path, passport: PlanPassport) -> PlanPassport:
     """The passport that stands there, if it says the same of the same plan but for the effort."""
     try:
-        old = read_passport(plan)
+        old = read_passport(plan, finish=False)
     except PlanError:
         return passport
     same = old is not None and dataclasses.replace(old, build_seconds=passport.build_seconds) == passport

@@ -36,7 +36,7 @@ from ..specs.values import (
 from ..specs.zoo import find_card
 from .calibrate import CalibrationResult, write_calibration
 from .contract import check_contract
-from .graph import rename, simplify, to_onnx
+from .graph import plain_torch, rename, simplify, to_onnx
 from .options import GraphOptions, ResizeOptions, model_spec, require_units_of_255
 from .statistics import collect_statistics
 from .synthesize import Steps, SynthesisOptions, plan_synthesis
@@ -109,6 +109,7 @@ class ExportResult:
     folded: FoldReport | None = None
 
 
+@plain_torch()
 def export_checkpoint(
     ckpt: Path | str,
     out: Path | str,

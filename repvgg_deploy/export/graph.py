@@ -20,6 +20,7 @@ import dataclasses
 import io
 import math
 import warnings
+from collections.abc import Iterator
 from typing import cast
 
 import onnx
@@ -34,6 +35,27 @@ from .options import IR_VERSIONS, TOP_K, GraphOptions
 
 # The graph does not depend on the image size (`stamp` sets the sizes), and a small one is traced faster.
 _TRACE_SIZE = (32, 32)
+
+
+@contextlib.contextmanager
+def plain_torch() -> Iterator[None]:
+    """torch as a new process has it, whatever the caller set; undone at the end.
+
+    Default dtype float32 and device CPU, no autocast, no inference mode, gradients on. Under another default dtype, the
+    modules and constants that are made here would not fit the weights; under autocast, the reference would be rounded.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with (
+            torch.device("cpu"),
+            torch.autocast("cpu", enabled=False),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def to_onnx(network: RepVGG, options: GraphOptions, spec: ModelSpec) -> tuple[onnx.ModelProto, dict[str, Tensor]]:

@@ -32,7 +32,7 @@ from .choices import Choices, Trial, choose_outputs, find_choices, judge_outputs
 from .contract import check_module_contract
 from .export import TRAINING_REFERENCE, ExportResult
 from .fold import FOLD_REMEDY, check_folds, count_folds, describe_folding, nudge
-from .graph import simplify, stamp, trace
+from .graph import plain_torch, simplify, stamp, trace
 from .options import require_opset
 from .verify import Arrays, run_onnx
 from .writer import append_metadata, write_model
@@ -72,6 +72,7 @@ class ModuleOptions:
         require_opset(self.opset)
 
 
+@plain_torch()
 @torch.no_grad()
 def export_module(
     model: nn.Module,

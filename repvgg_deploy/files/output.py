@@ -10,6 +10,7 @@ import gc
 import hashlib
 import logging
 import os
+import re
 import shlex
 import signal
 import tempfile
@@ -24,6 +25,8 @@ from ..errors import ArtifactError, InputError
 logger = logging.getLogger(__name__)
 _CHUNK_BYTES = 1 << 20
 _NAME_BYTES = 100
+_PARTIAL = ".partial"
+_ABANDONED_SECONDS = 3600.0
 _CHECKPOINT_SUFFIXES = (".tar", ".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".pdparams")
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
 """What file systems without locks answer; EBADF is NFS, of a file that was opened for reading only."""
@@ -73,12 +76,15 @@ def pending_output(target: Path) -> Iterator[PendingOutput]:
     Raises:
         ArtifactError: The folder is missing or not writable, or the disk is full.
     """
-    output = PendingOutput(target, _create_partial(target))
+    partial, handle = _create_partial(target)
+    output = PendingOutput(target, partial)
     try:
+        _clear_leftovers(target, os.fstat(handle).st_mtime)
         with explain_os_errors(target):
             yield output
     finally:
-        output.partial.unlink(missing_ok=True)
+        os.close(handle)  # first: NFS keeps what is removed while it is open
+        partial.unlink(missing_ok=True)
 
 
 def write_text(target: Path, text: str, *, force: bool = False) -> PendingOutput:
@@ -98,7 +104,9 @@ def require_writable(target: Path) -> None:
     Raises:
         ArtifactError: The folder is missing or not writable, or the target is no ordinary file.
     """
-    _create_partial(target).unlink()
+    partial, handle = _create_partial(target)
+    os.close(handle)
+    partial.unlink()
 
 
 def require_distinct(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
@@ -132,7 +140,22 @@ def require_replaceable(output: PendingOutput, *, force: bool) -> None:
         )
 
 
-def _create_partial(target: Path) -> Path:
+def refuse_stdout(target: Path) -> None:
+    """Refuses `-`, by which other programs mean standard output: a model must not land in a file of that name.
+
+    Raises:
+        ArtifactError: It is `-`.
+    """
+    if str(target) == "-":
+        raise ArtifactError(
+            "-: nothing is written to standard output, because what is written is verified as a file",
+            remedy="give a file name, such as --out model.onnx",
+        )
+
+
+def _create_partial(target: Path) -> tuple[Path, int]:
+    """A hidden file beside the target, and its handle, which holds its lock: see `_remove_if_dead`."""
+    refuse_stdout(target)
     if target.is_dir():
         raise ArtifactError(
             f"{target}: is a folder, expected a file name", remedy=f"give a file, such as {target / 'model.onnx'}"
@@ -146,9 +169,64 @@ def _create_partial(target: Path) -> Path:
             f"{target}: the folder {target.parent} does not exist", remedy=f"mkdir -p {shlex.quote(str(target.parent))}"
         )
     with explain_os_errors(target):
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=_hidden_name(target.name, "."), suffix=".partial")
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=_hidden_name(target.name, "."), suffix=_PARTIAL)
+    _try_lock(handle)
+    return Path(name), handle
+
+
+def find_partials(target: Path) -> list[Path]:
+    """The hidden files that were to become `target`, of writers that are at work or were killed."""
+    prefix = _hidden_name(target.name, ".")
+    pattern = re.compile(re.escape(prefix) + r"[a-z0-9_]{8}\.partial(\.old)?")
+    try:
+        return sorted(target.with_name(name) for name in os.listdir(target.parent) if pattern.fullmatch(name))
+    except OSError:
+        return []
+
+
+def _clear_leftovers(target: Path, now: float) -> None:
+    """Removes hidden files of the dead. Containers share folders and not process ids, so that age and a lock decide.
+
+    Args:
+        target: What they were to become.
+        now: By the clock of the file system, seconds.
+    """
+    for path in find_partials(target):
+        with contextlib.suppress(OSError):
+            if now - path.stat().st_mtime > _ABANDONED_SECONDS:
+                _remove_if_dead(path)
+
+
+def _remove_if_dead(path: Path) -> None:
+    """Removes a hidden file if its lock can be taken; where there are no locks, nothing is removed."""
+    handle = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        if _try_lock(handle) and _is_file(handle, path):
+            path.unlink()
+            logger.info("%s: left by a process that was killed: removed", path)
+    finally:
         os.close(handle)
-    return Path(name)
+
+
+def _try_lock(handle: int) -> bool:
+    """Takes the lock of a file, unless another holds it or there are no locks."""
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def read_umask() -> int:
+    """The mask of this process, without changing it where the system tells it: setting it is heard by all threads."""
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return int(next(line.split()[1] for line in status.splitlines() if line.startswith("Umask:")), 8)
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def _hidden_name(name: str, suffix: str) -> str:
@@ -168,11 +246,21 @@ def settle(output: PendingOutput) -> None:
     """
     with output.partial.open("rb+") as file:
         os.fsync(file.fileno())
-    # mkstemp made the file private, and a model is for everyone who may read the folder. The mask can only be read by
-    # setting it.
-    mask = os.umask(0o022)
-    os.umask(mask)
-    os.chmod(output.partial, 0o666 & ~mask)
+    # mkstemp made the file private, and a model is for everyone who may read the folder.
+    os.chmod(output.partial, 0o666 & ~read_umask())
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Two files or folders change their names at once; False, and nothing has changed, where the system cannot.
+
+    Source: renameat2(2) with RENAME_EXCHANGE, Linux 3.15 and glibc 2.28.
+    """
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    here, both = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return int(rename(here, os.fsencode(one), here, os.fsencode(other), both)) == 0
 
 
 def put_in_place(output: PendingOutput) -> None:
@@ -208,8 +296,10 @@ def explain_os_errors(target: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[bool]:
     """Lets one thread of one process at a time into the block, by a hidden file beside `path`; others wait.
+
+    Gives whether it is so: False where the file system has no locks.
 
     The file is gone afterwards. That of a killed process stays, empty, and locks nothing: the lock went with its
     process. Where the file system has no locks the block is entered all the same, which is logged.
@@ -219,9 +309,9 @@ def locked(path: Path) -> Iterator[None]:
     """
     name = path.with_name(_hidden_name(path.name, ".lock"))
     with explain_os_errors(path):
-        handle = _acquire(name)
+        handle, held = _acquire(name)
     try:
-        yield
+        yield held
     finally:
         try:
             # It may be another user's, or the file system removes no open file: it stays then, and locks nothing.
@@ -231,12 +321,14 @@ def locked(path: Path) -> Iterator[None]:
             os.close(handle)
 
 
-def _acquire(name: Path) -> int:
+def _acquire(name: Path) -> tuple[int, bool]:
+    """The open file, and whether its lock is held."""
     while True:
         handle = _open(name)
         try:
-            if not _lock(handle, name) or _is_file(handle, name):
-                return handle
+            held = _lock(handle, name)
+            if not held or _is_file(handle, name):
+                return handle, held
         except BaseException:
             os.close(handle)
             raise

@@ -6,12 +6,17 @@ bytes by SHA-256.
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
 from pathlib import Path
 
-from ..errors import InputError, PlanError
+from ..errors import ArtifactError, InputError, PlanError
 from ..specs import codec
 from ..specs.values import PlanPassport
+from .output import find_partials, locked, sha256_file
 
+logger = logging.getLogger(__name__)
 _LARGEST_BYTES = 64 << 20  # labels of 21,000 classes are 1 MB; what is larger is no passport
 _REBUILD = "build the plan again with repvgg-trt build, or copy it again together with its .json"
 
@@ -21,8 +26,13 @@ def passport_path(plan: Path) -> Path:
     return plan.with_name(f"{plan.name}.json")
 
 
-def read_passport(plan: Path) -> PlanPassport | None:
+def read_passport(plan: Path, *, finish: bool = True) -> PlanPassport | None:
     """The passport beside a plan, or None where none is there.
+
+    Args:
+        plan: The plan.
+        finish: Whether a passport that its writer could not put in its place any more, because it was killed between
+            the two files, is put there. Not for who holds the plan's lock.
 
     Raises:
         PlanError: It cannot be read, or is not a passport of this version.
@@ -32,10 +42,37 @@ def read_passport(plan: Path) -> PlanPassport | None:
         with path.open("rb") as file:
             data = file.read(_LARGEST_BYTES + 1)
     except FileNotFoundError:
-        return None
+        return _finish(plan) if finish else None
     except OSError as error:
         remedy = "check that it is a file that you may read"
         raise PlanError(f"{path}: cannot be read: {error.strerror}", remedy=remedy) from error
+    return _decode(path, data)
+
+
+def _finish(plan: Path) -> PlanPassport | None:
+    """The passport in a hidden file that speaks of this very plan, put in its place; None where there is none."""
+    path = passport_path(plan)
+    if not find_partials(path) or not plan.is_file():
+        return None
+    with contextlib.ExitStack() as stack:
+        # A writer that lives is between its two files, too: it ends first. In a folder of others there is no lock.
+        with contextlib.suppress(ArtifactError):
+            stack.enter_context(locked(plan))
+        if path.exists():
+            return read_passport(plan, finish=False)
+        for hidden in find_partials(path):
+            with contextlib.suppress(OSError, PlanError):
+                passport = _decode(hidden, hidden.read_bytes()[: _LARGEST_BYTES + 1])
+                if passport.plan_sha256 != sha256_file(plan):
+                    continue
+                logger.warning("%s: the passport that %s lost when its build was killed is used", hidden, plan.name)
+                with contextlib.suppress(OSError):  # a folder that may not be written to: it is used where it is
+                    os.replace(hidden, path)
+                return passport
+    return None
+
+
+def _decode(path: Path, data: bytes) -> PlanPassport:
     if len(data) > _LARGEST_BYTES:
         raise PlanError(f"{path}: not a passport: larger than {_LARGEST_BYTES >> 20} MiB", remedy=_REBUILD)
     try:

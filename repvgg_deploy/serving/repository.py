@@ -1,7 +1,10 @@
 """Writes models into a Triton repository, in the order in which a server may see the files, and takes models out.
 
-A version folder appears whole or not at all: it is filled under a hidden name, which Triton takes for no version, and
-renamed. What is taken out is what somebody wrote here and no longer wants; what others put there stays.
+A model folder appears whole, with its configuration, or not at all, whatever ends the writer: it is filled under a
+hidden name beside the repository, where no server looks, and renamed. A new version of a model that is configured so
+already is filled inside its folder, under a hidden name, which Triton takes for no version. What a writer that was
+killed left is removed by the next one. What is taken out is what somebody wrote here and no longer wants; what others
+put there stays.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ArtifactError, InputError
-from ..files.output import explain_os_errors, sha256_file, write_text
+from ..files.output import exchange, explain_os_errors, locked, read_umask, refuse_stdout, sha256_file, write_text
 from .config import (
     LABELS_FILE,
     PREFIX,
@@ -32,6 +35,8 @@ from .options import RepositoryOptions, Servable, ServedFile
 
 CONFIG_FILE = "config.pbtxt"
 PARTIAL_SUFFIX = ".partial"
+_OLD_SUFFIX = f".old{PARTIAL_SUFFIX}"
+_LOCKED = "repository"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +116,42 @@ def write_repository(
             draft.config.parameters[WRITTEN_BY].string_value = options.written_by
         if not force:
             _require_no_other(draft, out / draft.config.name)
+    refuse_stdout(out)
     with explain_os_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    return tuple(_write_model(draft, out / draft.config.name, force=force) for draft in drafts)
+    with locked(out / _LOCKED) as held:
+        if held:
+            _clear_leftovers(out)
+        # A server that starts between two of the models must not find a new model behind an ensemble of the old one.
+        ensembles = [draft for draft in drafts if draft.config.platform == "ensemble"]
+        remove_models(out, [one.config.name for one in ensembles if _differs(one, out / one.config.name)])
+        return tuple(_write_model(draft, out, force=force) for draft in drafts)
+
+
+def _clear_leftovers(out: Path) -> None:
+    """Removes what writers that were killed left; for who holds the lock, so that none of them is at work.
+
+    What one had taken away and not yet replaced comes back.
+    """
+    with explain_os_errors(out):
+        for folder in (out.parent, out, *(out / name for name in list_models(out))):
+            for entry in list(folder.iterdir()):
+                ours = folder not in (out.parent, out) or entry.name.startswith(f".{out.name}.")
+                if ours and entry.name.startswith(".") and entry.name.endswith(PARTIAL_SUFFIX):
+                    for taken in entry.iterdir() if entry.name.endswith(_OLD_SUFFIX) else ():
+                        place = (out if folder == out.parent else folder) / taken.name
+                        if not place.exists():
+                            os.rename(taken, place)
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def _make_aside(out: Path) -> Path:
+    """A hidden folder on the repository's disk: beside it, where no server looks for models, or else in it."""
+    named: dict[str, str] = {"prefix": f".{out.name}.", "suffix": PARTIAL_SUFFIX}
+    with contextlib.suppress(OSError):
+        if out.parent.stat().st_dev == out.stat().st_dev:
+            return Path(tempfile.mkdtemp(dir=out.parent, **named))
+    return Path(tempfile.mkdtemp(dir=out, **named))
 
 
 def find_version(
@@ -188,38 +226,60 @@ def _without_provenance(config: Any) -> Any:
     return copy
 
 
-def _write_model(draft: _Draft, folder: Path, *, force: bool) -> WrittenModel:
-    config = draft.config
-    with explain_os_errors(folder):
-        folder.mkdir(exist_ok=True)
-    try:
-        if draft.labels is not None:
-            write_text(folder / LABELS_FILE, draft.labels, force=force)
-        # Looked up again: another writer may have been here meanwhile.
-        number, standing = find_version(folder, draft.files, draft.version, force=force)
+def _differs(draft: _Draft, folder: Path) -> bool:
+    """Whether a folder stands there that configures the model otherwise, or names other classes."""
+    found, labels = _read_config(folder), folder / LABELS_FILE
+    if not folder.is_dir():
+        return False
+    if found is None or _without_provenance(found) != _without_provenance(draft.config):
+        return True
+    return draft.labels is not None and (not labels.is_file() or labels.read_bytes() != draft.labels.encode())
+
+
+def _write_model(draft: _Draft, out: Path, *, force: bool) -> WrittenModel:
+    config, folder = draft.config, out / draft.config.name
+    # Looked up again: another writer may have been here meanwhile.
+    number, standing = find_version(folder, draft.files, draft.version, force=force)
+    if WRITTEN_BY in config.parameters:
+        versions, found = {number}, _read_config(folder)
+        if found is not None and _read_writer(found) == config.parameters[WRITTEN_BY].string_value:
+            versions |= set(_read_written_versions(found)) & set(list_versions(folder))
+        config.parameters[WRITTEN_VERSIONS].string_value = ",".join(map(str, sorted(versions)))
+    replaces = not standing and (folder / str(number)).exists()
+    if folder.is_dir() and not replaces and not _differs(draft, folder):
         if not standing:
             write_version(folder / str(number), draft.files)
-        if WRITTEN_BY in config.parameters:
-            versions, found = {number}, _read_config(folder)
-            if found is not None and _read_writer(found) == config.parameters[WRITTEN_BY].string_value:
-                versions |= set(_read_written_versions(found)) & set(list_versions(folder))
-            config.parameters[WRITTEN_VERSIONS].string_value = ",".join(map(str, sorted(versions)))
-    except BaseException:
-        # tritonserver does not start on a repository with a model that has no version: of a new one nothing stays.
-        with contextlib.suppress(OSError):
-            if {entry.name for entry in folder.iterdir()} <= {LABELS_FILE}:
-                (folder / LABELS_FILE).unlink(missing_ok=True)
-                folder.rmdir()
-        raise
-    # Last, so that a server that polls finds no model whose files are not there yet. What differs was allowed above, or
-    # is provenance.
-    write_text(folder / CONFIG_FILE, print_config(config), force=True)
+        write_text(folder / CONFIG_FILE, print_config(config), force=True)  # no more than its provenance changes
+    else:
+        _write_folder(draft, folder, out, number=number)
     written = WrittenVersion(folder / str(number), "up to date" if standing else "written")
     return WrittenModel(config.name, written, folder / CONFIG_FILE, config.max_batch_size)
 
 
+def _write_folder(draft: _Draft, folder: Path, out: Path, *, number: int) -> None:
+    """Writes a whole model folder and puts it in its place; what stands there keeps its other versions and files."""
+    with explain_os_errors(folder):
+        aside = _make_aside(out)
+        try:
+            made = aside / folder.name
+            if folder.is_dir():
+                ours = (str(number), CONFIG_FILE, LABELS_FILE, f".*{PARTIAL_SUFFIX}")
+                shutil.copytree(folder, made, copy_function=_link, ignore=shutil.ignore_patterns(*ours), symlinks=True)
+            made.mkdir(exist_ok=True)
+            made.chmod(0o777 & ~read_umask())
+            texts = {CONFIG_FILE: print_config(draft.config), LABELS_FILE: draft.labels}
+            _fill(made, [ServedFile(name, text.encode()) for name, text in texts.items() if text is not None])
+            version = made / str(number)
+            version.mkdir()
+            version.chmod(0o777 & ~read_umask())
+            _fill(version, draft.files)
+            _put_in_place(made, folder, aside)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
 def write_version(folder: Path, files: Sequence[ServedFile]) -> None:
-    """Writes a version folder; where another stands there, for a moment there is none.
+    """Writes a version folder, whole or not at all.
 
     Args:
         folder: Where it shall stand; the folder around it exists.
@@ -231,29 +291,45 @@ def write_version(folder: Path, files: Sequence[ServedFile]) -> None:
     with explain_os_errors(folder):
         partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=PARTIAL_SUFFIX))
         try:
-            for file in files:
-                path = partial / file.name
-                if isinstance(file.source, bytes):
-                    path.write_bytes(file.source)
-                else:
-                    shutil.copyfile(file.source, path)
-                with path.open("rb+") as written:
-                    os.fsync(written.fileno())
-                path.chmod(0o644)
-            os.chmod(partial, 0o755)
-            _put_in_place(partial, folder)
+            _fill(partial, files)
+            os.chmod(partial, 0o777 & ~read_umask())
+            _put_in_place(partial, folder, partial)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _put_in_place(partial: Path, folder: Path) -> None:
+def _fill(folder: Path, files: Sequence[ServedFile]) -> None:
+    for file in files:
+        path = folder / file.name
+        if isinstance(file.source, bytes):
+            path.write_bytes(file.source)
+        else:
+            shutil.copyfile(file.source, path)
+        with path.open("rb+") as written:
+            os.fsync(written.fileno())
+        path.chmod(0o666 & ~read_umask())
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for a file, or a copy where there are none."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _put_in_place(made: Path, folder: Path, aside: Path) -> None:
+    """Renames a folder; what stands there goes into `aside`, at once where the system can, else after a moment."""
     if not folder.exists():
-        os.rename(partial, folder)
+        os.rename(made, folder)
         return
-    old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old.", suffix=PARTIAL_SUFFIX))
+    if exchange(made, folder):
+        return  # the old one is `made` now, and goes with what is around it
+    old = aside.with_name(aside.name.removesuffix(PARTIAL_SUFFIX) + _OLD_SUFFIX)
+    old.mkdir()
     os.rename(folder, old / folder.name)
     try:
-        os.rename(partial, folder)
+        os.rename(made, folder)
     except OSError:
         with contextlib.suppress(OSError):
             os.rename(old / folder.name, folder)
@@ -347,7 +423,7 @@ def remove_models(repository: Path, names: Collection[str]) -> None:
     """
     for name in names:
         with explain_os_errors(repository / name):
-            aside = Path(tempfile.mkdtemp(dir=repository.parent, prefix=f".{repository.name}.", suffix=PARTIAL_SUFFIX))
+            aside = _make_aside(repository)
             try:
                 os.rename(repository / name, aside / name)
             finally:

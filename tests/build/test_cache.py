@@ -36,6 +36,11 @@ def test_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert cache_folder() == tmp_path / "own"
     monkeypatch.delenv("REPVGG_DEPLOY_CACHE")
     assert cache_folder() == tmp_path / "xdg" / "repvgg-deploy"
+    monkeypatch.setenv("XDG_CACHE_HOME", "xdg")  # its standard: a relative path is ignored
+    assert cache_folder() == tmp_path / ".cache" / "repvgg-deploy"
+    monkeypatch.setenv("REPVGG_DEPLOY_CACHE", "~/own")
+    assert cache_folder() == tmp_path / "own"
+    monkeypatch.delenv("REPVGG_DEPLOY_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == tmp_path / ".cache" / "repvgg-deploy"
 

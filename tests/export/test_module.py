@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from repvgg_deploy import Engine, export_module, reparameterize
+from repvgg_deploy import Engine, export_checkpoint, export_module, reparameterize
 from repvgg_deploy.errors import ContractError, ExportError, InputError, ParityError
 from repvgg_deploy.export import module as pipeline
 from repvgg_deploy.export.contract import check_module_contract
 from repvgg_deploy.export.module import ModuleOptions
 from repvgg_deploy.files.onnx import read_metadata
 from repvgg_deploy.model.network import RepVGG
-from tests.export.make_modules import BLOCKS, Gate, Sum, conv_bn, make_module
+from tests.export.make_modules import BLOCKS, CHANNELS, Gate, Sum, conv_bn, make_module
 from tests.model.random_blocks import randomise, small_variant
 from tests.model.test_fold import OfficialBlock
 
@@ -382,3 +384,37 @@ def test_export_module_mutated_file_is_caught(
     monkeypatch.setattr(pipeline, "write_model", write)
     with pytest.raises(ParityError, match="against its ONNX"):
         export_module(network, image, tmp_path / "m.onnx")
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+_STATES = {
+    "float64": lambda: default_dtype(torch.float64),
+    "inference": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "meta": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("state", _STATES)
+def test_export_is_the_same_whatever_state_torch_is_in_and_leaves_it(state: str, tmp_path: Path) -> None:
+    module = nn.Sequential(conv_bn(3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(CHANNELS, 2))
+    image = torch.randn(1, CHANNELS, 16, 16)
+    sample = Path(__file__).parents[2] / "models" / "sample" / "repvgg-sample.pth"
+    export_module(module, image, tmp_path / "plain.onnx")
+    export_checkpoint(sample, tmp_path / "sample.onnx")
+    with _STATES[state]():
+        before = torch.get_default_dtype(), torch.is_inference_mode_enabled(), torch.empty(1).device
+        # An identical file: the same graph, weights and certificate.
+        assert export_module(module, image, tmp_path / "plain.onnx").output.status == "up to date"
+        assert export_checkpoint(sample, tmp_path / "sample.onnx").output.status == "up to date"
+        assert (torch.get_default_dtype(), torch.is_inference_mode_enabled(), torch.empty(1).device) == before

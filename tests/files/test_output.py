@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 
 from repvgg_deploy.errors import ArtifactError
+from repvgg_deploy.files import output as output_module
 from repvgg_deploy.files.output import (
     atomic_output,
     locked,
@@ -408,3 +409,72 @@ def test_ctrl_c_comes_between_nothing(folder: Path, monkeypatch: pytest.MonkeyPa
         publish_pair(main, passport)
     monkeypatch.undo()
     assert content(folder) == NEW
+
+
+def leave_hidden(folder: Path, name: str, *, age: float) -> Path:
+    path = folder / name
+    path.write_bytes(b"half")
+    now = path.stat().st_mtime
+    os.utime(path, (now - age, now - age))
+    return path
+
+
+def test_hidden_files_of_the_dead_go_when_they_are_an_hour_old_and_others_stay(tmp_path: Path) -> None:
+    dead = leave_hidden(tmp_path, ".a.onnx.abcd1234.partial", age=3700)
+    aside = leave_hidden(tmp_path, ".a.onnx.abcd1234.partial.old", age=3700)
+    young = leave_hidden(tmp_path, ".a.onnx.abcd5678.partial", age=3000)
+    other = leave_hidden(tmp_path, ".b.onnx.abcd1234.partial", age=9999)
+    users = leave_hidden(tmp_path, ".a.onnx.mine", age=9999)
+    alive = leave_hidden(tmp_path, ".a.onnx.abcd9999.partial", age=9999)
+    with alive.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        write_text(tmp_path / "a.onnx", "x")
+    assert not dead.exists() and not aside.exists()
+    assert all(path.exists() for path in (young, other, users, alive))
+
+
+def test_hidden_file_of_a_writer_at_work_is_locked(tmp_path: Path) -> None:
+    with atomic_output(tmp_path / "a.onnx") as output:
+        os.utime(output.partial, (0, 0))  # it has been at work for ages
+        write_text(tmp_path / "a.onnx", "another")
+        assert output.partial.exists()
+        output.partial.write_text("another", encoding="utf-8")
+    assert names(tmp_path) == ["a.onnx"]
+
+
+def test_without_locks_nothing_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dead = leave_hidden(tmp_path, ".a.onnx.abcd1234.partial", age=9999)
+    monkeypatch.setattr(fcntl, "flock", refuse(errno.ENOLCK))
+    write_text(tmp_path / "a.onnx", "x")
+    assert dead.exists()
+
+
+def test_mask_is_read_without_setting_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not Path("/proc/self/status").exists():
+        pytest.skip("no /proc here")
+    mask = os.umask(0o027)
+    try:
+        monkeypatch.setattr(os, "umask", lambda _: pytest.fail("it was set, and other threads write files"))
+        assert output_module.read_umask() == 0o027
+    finally:
+        monkeypatch.undo()
+        os.umask(mask)
+
+
+def test_dash_is_no_file_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for write in (lambda: write_text(Path("-"), "x"), lambda: output_module.require_writable(Path("-"))):
+        with pytest.raises(ArtifactError, match="standard output") as refused:
+            write()
+        assert "--out" in refused.value.remedy
+    assert names(tmp_path) == []
+
+
+def test_exchange_swaps_two_folders_at_once_or_changes_nothing(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    done = output_module.exchange(tmp_path / "a", tmp_path / "b")
+    assert names(tmp_path / "a") == (["b"] if done else ["a"])
+    assert not output_module.exchange(tmp_path / "a", tmp_path / "absent")
+    assert names(tmp_path) == ["a", "b"]

@@ -38,6 +38,7 @@ def plan_steps(scale: float) -> dict[str, tuple[list[str], dict[str, str]]]:
         "guided checkpoint": ([*guided, "checkpoint", *minutes, str(corpus / "checkpoint")], {}),
         "guided onnx": ([*guided, "onnx", *minutes, str(corpus / "onnx")], {}),
         "soak": ([*pytest, "-m", "slow", "tests/runtime/test_soak.py"], {"REPVGG_SOAK_FACTOR": f"{5 * scale:g}"}),
+        "kills": ([*pytest, "tests/serving/test_kills.py", "tests/build/test_deliver.py"], {"REPVGG_EVERY_KILL": "1"}),
         "conformance": ([*pytest, "-m", "slow", "-k", "conformance", "tests"], {}),
     }
 

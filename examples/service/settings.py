@@ -17,7 +17,7 @@ PREFIX = "REPVGG_"
 # What the package, the images of docker/ and the tests read.
 _OF_OTHERS = frozenset(
     {"REPVGG_DEPLOY_CACHE", "REPVGG_ENGINES", "REPVGG_BUILD", "REPVGG_TRITON", "REPVGG_SERVE", "REPVGG_GPU_MODELS",
-     "REPVGG_FUZZ_CASES", "REPVGG_SOAK_FACTOR"}
+     "REPVGG_FUZZ_CASES", "REPVGG_SOAK_FACTOR", "REPVGG_EVERY_KILL"}
 )  # fmt: skip
 # With 0 of these, every request would be refused.
 _POSITIVE = frozenset(

@@ -123,8 +123,9 @@ def write_repository(
         if held:
             _clear_leftovers(out)
         # A server that starts between two of the models must not find a new model behind an ensemble of the old one.
-        ensembles = [draft for draft in drafts if draft.config.platform == "ensemble"]
-        remove_models(out, [one.config.name for one in ensembles if _differs(one, out / one.config.name)])
+        if any(_replaces(draft, out / draft.config.name) for draft in drafts):
+            ensembles = [draft.config.name for draft in drafts if draft.config.platform == "ensemble"]
+            remove_models(out, [name for name in ensembles if (out / name).exists()])
         return tuple(_write_model(draft, out, force=force) for draft in drafts)
 
 
@@ -227,13 +228,19 @@ def _without_provenance(config: Any) -> Any:
 
 
 def _differs(draft: _Draft, folder: Path) -> bool:
-    """Whether a folder stands there that configures the model otherwise, or names other classes."""
+    """Whether the folder that stands there configures the model otherwise, or names other classes."""
     found, labels = _read_config(folder), folder / LABELS_FILE
-    if not folder.is_dir():
-        return False
     if found is None or _without_provenance(found) != _without_provenance(draft.config):
         return True
     return draft.labels is not None and (not labels.is_file() or labels.read_bytes() != draft.labels.encode())
+
+
+def _replaces(draft: _Draft, folder: Path) -> bool:
+    """Whether what stands there must be replaced as a whole: nothing of it may differ from the new configuration."""
+    if not folder.is_dir():
+        return False
+    number, standing = find_version(folder, draft.files, draft.version, force=True)
+    return _differs(draft, folder) or (not standing and (folder / str(number)).exists())
 
 
 def _write_model(draft: _Draft, out: Path, *, force: bool) -> WrittenModel:
@@ -245,8 +252,7 @@ def _write_model(draft: _Draft, out: Path, *, force: bool) -> WrittenModel:
         if found is not None and _read_writer(found) == config.parameters[WRITTEN_BY].string_value:
             versions |= set(_read_written_versions(found)) & set(list_versions(folder))
         config.parameters[WRITTEN_VERSIONS].string_value = ",".join(map(str, sorted(versions)))
-    replaces = not standing and (folder / str(number)).exists()
-    if folder.is_dir() and not replaces and not _differs(draft, folder):
+    if folder.is_dir() and not _replaces(draft, folder):
         if not standing:
             write_version(folder / str(number), draft.files)
         write_text(folder / CONFIG_FILE, print_config(config), force=True)  # no more than its provenance changes

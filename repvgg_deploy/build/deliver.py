@@ -204,7 +204,8 @@ def deliver(plan: Path, data: bytes | memoryview, passport: PlanPassport, *, for
         with locked(plan):
             require_replaceable(output, force=force)
             kept = _keep(plan, passport)
-            beside.partial.write_text(codec.dumps(kept) + "\n", encoding="utf-8")
+            with explain_os_errors(beside.target):
+                beside.partial.write_text(codec.dumps(kept) + "\n", encoding="utf-8")
             publish_pair(output, beside)
     return output, beside, kept
 

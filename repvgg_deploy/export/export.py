@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import CalibrationError, CheckpointError, InputError
-from ..files.output import PendingOutput, atomic_output, release_freed_memory, require_distinct, require_replaceable
+from ..files.output import (
+    PendingOutput,
+    atomic_output,
+    explain_os_errors,
+    release_freed_memory,
+    require_distinct,
+    require_replaceable,
+)
 from ..files.versions import tool_versions
 from ..graph.fold import FoldReport
 from ..images.calibration import calibration_path
@@ -190,7 +197,8 @@ def _write_verified(
     del model  # the training form has served; its memory is needed
     release_freed_memory()
     if deploy_output is not None:
-        write_deploy(deploy, deploy_output.partial, headless=checkpoint.headless)
+        with explain_os_errors(deploy_output.target):
+            write_deploy(deploy, deploy_output.partial, headless=checkpoint.headless)
         require_replaceable(deploy_output, force=options.force)
 
     report("export and simplify the graph")

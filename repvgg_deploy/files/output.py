@@ -82,6 +82,11 @@ def pending_output(target: Path) -> Iterator[PendingOutput]:
         _clear_leftovers(target, os.fstat(handle).st_mtime)
         with explain_os_errors(target):
             yield output
+    except ArtifactError as error:
+        if str(partial) not in error.message:
+            raise
+        # Of a writer that took the hidden file for its target: nobody knows that name.
+        raise ArtifactError(error.message.replace(str(partial), str(target)), remedy=error.remedy) from error
     finally:
         os.close(handle)  # first: NFS keeps what is removed while it is open
         partial.unlink(missing_ok=True)
@@ -146,7 +151,7 @@ def refuse_stdout(target: Path) -> None:
     Raises:
         ArtifactError: It is `-`.
     """
-    if str(target) == "-":
+    if target.name == "-":
         raise ArtifactError(
             "-: nothing is written to standard output, because what is written is verified as a file",
             remedy="give a file name, such as --out model.onnx",
@@ -284,7 +289,12 @@ def explain_os_errors(target: Path) -> Iterator[None]:
         yield
     except ArtifactError:
         raise
-    except OSError as error:
+    except (OSError, RuntimeError) as raised:
+        error: BaseException | None = raised
+        while error is not None and not isinstance(error, OSError):
+            error = error.__context__  # of torch.save, which says that a position is unexpected where a disk is full
+        if error is None:
+            raise
         remedy = "look at the message of the operating system, or write elsewhere with --out"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             remedy = "free some space, or write to another disk with --out"
@@ -292,7 +302,7 @@ def explain_os_errors(target: Path) -> Iterator[None]:
             remedy = f"make {target.parent} writable, or write elsewhere with --out"
         elif error.errno == errno.EROFS:
             remedy = "write to another disk with --out"
-        raise ArtifactError(f"{target}: cannot be written: {error.strerror or error}", remedy=remedy) from error
+        raise ArtifactError(f"{target}: cannot be written: {error.strerror or error}", remedy=remedy) from raised
 
 
 @contextlib.contextmanager

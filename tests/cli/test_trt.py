@@ -157,3 +157,46 @@ def test_inspect_and_check_need_no_extra(model: Path) -> None:
     for name in ("inspect", "check"):
         done = run_without_packages("repvgg-trt", name, str(model), "--json")
         assert "pip install" not in done.stderr and json.loads(done.stdout), done.stderr
+
+
+_OPTIMIZED = """
+import sys
+from repvgg_deploy.cli import export, trt
+folder, sample, image = sys.argv[1:]
+assert False, "python -O leaves this out"
+sys.exit(
+    export.main(["--ckpt", sample, "--describe"])
+    or export.main(["--ckpt", sample, "--out", f"{folder}/a.onnx"])
+    or trt.main(["quantize", f"{folder}/a.onnx", "--fp16", "--out", f"{folder}/b.onnx"])
+    or trt.main(["infer", f"{folder}/b.onnx", image])
+)
+"""
+
+
+def test_programs_run_without_assertions_and_docstrings(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    sample = ROOT / "models" / "sample"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-OO",
+            "-c",
+            _OPTIMIZED,
+            tmp_path,
+            sample / "repvgg-sample.pth",
+            sample / "images/digit-3.png",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^ +1 +3 ", done.stdout, re.M)
+
+
+@pytest.mark.parametrize("command", ["triton {model} --out -", "fold {model} --out -"])
+def test_dash_as_output_is_refused(model: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert main(command.format(model=model).split()) == 1
+    assert "standard output" in capsys.readouterr().err
+    assert not Path("-").exists()

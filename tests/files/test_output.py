@@ -478,3 +478,27 @@ def test_exchange_swaps_two_folders_at_once_or_changes_nothing(tmp_path: Path) -
     assert names(tmp_path / "a") == (["b"] if done else ["a"])
     assert not output_module.exchange(tmp_path / "a", tmp_path / "absent")
     assert names(tmp_path) == ["a", "b"]
+
+
+def test_full_disk_is_named_by_the_target_also_from_a_writer_inside(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ArtifactError) as refused,
+        atomic_output(tmp_path / "a.onnx") as output,
+        atomic_output(output.partial) as inner,
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device", str(inner.partial))
+    assert refused.value.message == f"{tmp_path / 'a.onnx'}: cannot be written: No space left on device"
+    assert "free some space" in refused.value.remedy
+    assert names(tmp_path) == []
+
+
+def test_full_disk_behind_another_error_is_found(tmp_path: Path) -> None:
+    """torch.save closes its archive while the disk's error passes, and raises of that."""
+    with pytest.raises(ArtifactError, match="No space left"), atomic_output(tmp_path / "a.pth"):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            raise RuntimeError("unexpected pos 62848 vs 62800")  # noqa: B904 - as torch does
+    with pytest.raises(RuntimeError, match="our own bug"), atomic_output(tmp_path / "a.pth"):
+        raise RuntimeError("our own bug")
+    assert names(tmp_path) == []

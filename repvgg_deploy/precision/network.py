@@ -27,7 +27,10 @@ FloatArray: TypeAlias = NDArray[np.float32]
 Float64: TypeAlias = NDArray[np.float64]
 Ids: TypeAlias = NDArray[np.int64]
 Kind: TypeAlias = Literal["Conv", "ConvTranspose", "Gemm", "MatMul"]
-_EXPORT = "give the FP32 file that repvgg-export or repvgg-trt fold wrote"
+_TYPED = (
+    "it is quantized already: build or run it as it is (repvgg-trt build); for other options quantize the FP32 file "
+    "that repvgg-export or repvgg-trt fold wrote"
+)
 _UNKNOWN = "its shape is not known"
 
 
@@ -203,7 +206,11 @@ def read_network(model: onnx.ModelProto) -> Network:
         ):
             layers.append(layer)
     if not layers:
-        raise ModelError("the graph holds no layer with stored weights", remedy=_EXPORT)
+        found_kinds = ", ".join(sorted({node.op_type for node in view.nodes}))
+        raise ModelError(
+            f"the graph holds no layer with stored weights, only {found_kinds or 'nothing'}",
+            remedy="nothing of it can be quantized: build or run it as it is (repvgg-trt build)",
+        )
     held = dict(flow.held)
     held[flow.count] = _UNKNOWN
     known = {layer.name for layer in layers}
@@ -268,7 +275,7 @@ def _require_readable(model: onnx.ModelProto) -> None:
     for node in model.graph.node:
         if "QuantizeLinear" in node.op_type or node.op_type.startswith("QLinear"):
             found = f"Q/DQ nodes ({node.name or node.op_type}, …)"
-            raise CalibrationError(f"the graph is typed already: expected FP32, found {found}", remedy=_EXPORT)
+            raise CalibrationError(f"the graph is typed already: expected FP32, found {found}", remedy=_TYPED)
         if node.op_type in ("If", "Loop", "Scan"):
             raise ModelError(
                 f"the graph holds {node.op_type} {node.name!r}, and what a branch or loop computes cannot be measured",
@@ -284,7 +291,7 @@ def _require_readable(model: onnx.ModelProto) -> None:
     for tensor in model.graph.initializer:
         if tensor.data_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16):
             found = f"16-bit weights ({tensor.name}, …)"
-            raise CalibrationError(f"the graph is typed already: expected FP32, found {found}", remedy=_EXPORT)
+            raise CalibrationError(f"the graph is typed already: expected FP32, found {found}", remedy=_TYPED)
 
 
 def _read_layer(view: GraphView, node: onnx.NodeProto, variables: tuple[Ids, Ids] | None, unknown: int) -> Layer | None:

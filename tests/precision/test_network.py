@@ -50,12 +50,24 @@ def test_exposed_and_tail_outputs_block_their_interfaces() -> None:
 def test_typed_graphs_are_refused() -> None:
     model = make_model()
     pairs = insert_pairs(read_network(model), dict.fromkeys(read_network(model).quantized_tensors(), 0.1))
-    with pytest.raises(CalibrationError, match="typed already"):
+    with pytest.raises(CalibrationError, match="typed already") as refused:
         read_network(pairs)
+    assert refused.value.remedy.startswith("it is quantized already: build or run it as it is")
     tensor = model.graph.initializer[0]
     tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
     with pytest.raises(CalibrationError, match="typed already"):
         read_network(model)
+
+
+def test_graph_without_a_layer_names_its_operators_and_a_step_that_leads_on() -> None:
+    image = helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 3, 8, 8])
+    pooled = helper.make_tensor_value_info("pooled", TensorProto.FLOAT, [1, 3, 4, 4])
+    node = helper.make_node("MaxPool", ["images"], ["pooled"], kernel_shape=[2, 2], strides=[2, 2])
+    graph = helper.make_graph([node], "g", [image], [pooled])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    with pytest.raises(ModelError, match="no layer with stored weights, only MaxPool") as refused:
+        read_network(model)
+    assert "repvgg-trt build" in refused.value.remedy
 
 
 def _computed_weight(model: onnx.ModelProto) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import CalibrationError
-from ..files.output import PendingOutput, atomic_output, explain_os_errors, require_distinct, require_replaceable
+from ..files.output import PendingOutput, atomic_output, require_distinct, require_replaceable
 from ..images.calibration import (
     Images,
     calibration_path,
@@ -147,8 +147,7 @@ def quantize(
         clock("write", 0, 1)
         if scales_output is not None:
             assert made.int8 is not None, "QuantizeOptions refuses it of FP16"
-            with explain_os_errors(scales_output.target):
-                scales_output.partial.write_text(codec.dumps(made.int8.scales) + "\n", encoding="utf-8")
+            scales_output.partial.write_text(codec.dumps(made.int8.scales) + "\n", encoding="utf-8")
             require_replaceable(scales_output, force=force)
         write_typed(output.partial, typed, force=True)
         bytes_after = output.partial.stat().st_size

@@ -18,7 +18,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from ..errors import InputError, MissingDependencyError
+from ..errors import InputError, MissingDependencyError, say_install
 from ..specs.values import ModelSpec, Preprocessing
 from .pixels import FORMATS, MAX_PIXELS, decode, fit_to_input, read_size
 from .pixels import normalize as normalize  # noqa: PLC0414 - handed on: it is public here
@@ -205,7 +205,7 @@ def fit_image(pixels: Uint8Array, preprocessing: Preprocessing) -> Uint8Array:
         from PIL import Image
     except ImportError as error:
         raise MissingDependencyError(
-            "resizing images needs Pillow, which is not installed", remedy="pip install 'repvgg-deploy[cpu]'"
+            "resizing images needs Pillow, which is not installed", remedy=say_install("cpu")
         ) from error
     return fit_to_input(Image.fromarray(pixels), preprocessing, where="the image in memory")
 

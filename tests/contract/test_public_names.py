@@ -184,6 +184,11 @@ def test_every_optional_package_has_an_extra_that_pyproject_knows() -> None:
         assert any(re.match(rf"{wanted}\b", line) for line in extras[extra]), package
 
 
+def test_no_message_names_a_registry_that_the_package_is_not_in() -> None:
+    named = [m.name for m in modules() if "repvgg-deploy[" in m.path.read_text(encoding="utf-8")]
+    assert named == []  # say_install writes it as it works from a clone
+
+
 def test_what_quantize_needs_holds_no_torch() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     assert [line.partition(">")[0] for line in extras["quantize"]] == ["onnx"]

@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 SAMPLE = ROOT / "models" / "sample"
+DEEP = ROOT / "models" / "checkpoints"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,12 @@ SUBJECTS = {
     "A0": Subject(SHARED / "repvgg-a0-imagenette.pth", 128, SHARED / "imagenette128.npz"),
     "A0g4": Subject(SHARED / "repvgg-a0g4-imagenette-early.pth", 96, SHARED / "imagenette128.npz"),
     "sample": Subject(SAMPLE / "repvgg-sample.pth", 32, SAMPLE / "eval.npz"),
+    # What `benchmarks/train_deep.py NAME --epochs 12 --side 64` makes; left out where it has not been run.
+    **{
+        f"deep-{blocks}-{se}": Subject(DEEP / f"deep-{blocks}-{se}-12.pth", 64, SHARED / "imagenette128.npz")
+        for blocks in (24, 48)
+        for se in ("none", "before", "after")
+    },
 }
 
 

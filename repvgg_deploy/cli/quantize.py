@@ -32,6 +32,7 @@ _STEPS = ("--method", "--percentile", "--no-equalize", "--exponent", "--no-bias-
 _INT8_ONLY = ("--target", *_STEPS, "--keep", "--max-drop", "--sensitivity", "--save-scales", "--scales", "--plot")
 _CALIBRATION = ("--method", "--percentile", "--no-equalize", "--exponent", "--save-scales")
 _NEEDS_IMAGES = ("--scales", "--save-scales", "--max-drop", "--sensitivity")
+_NAMED = 6  # of the layers that are kept
 _WORST = 5
 _RANGES = {
     "images": "measured on {} images",
@@ -284,7 +285,9 @@ def _int8_pairs(
     share = f"{len(report.layers) - len(report.kept)} layers"
     if sum(layer.macs for layer in report.layers):
         share = f"{report.int8_share:.1%} of the multiply-accumulates"
-    kept = f"; kept in {beside}: {', '.join(report.kept)}" if report.kept else ": every layer"
+    named = ", ".join(report.kept[:_NAMED])
+    more = f" and {len(report.kept) - _NAMED} more" if len(report.kept) > _NAMED else ""
+    kept = f"; kept in {beside}: {named}{more}" if report.kept else ": every layer"
     return [
         ("calibration", calibration),
         ("equalization", _equalization(options, report)),

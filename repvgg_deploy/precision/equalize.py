@@ -176,8 +176,13 @@ def rescale(weights: dict[str, FloatArray], network: Network, factors: Float64) 
 
 
 def main_reader(interface: Interface, network: Network) -> Layer:
-    """The reader with most weights: of a block's convolution and its SE, the convolution."""
-    return max(map(network.layer, interface.readers), key=lambda layer: int(np.prod(layer.weight_shape)))
+    """The reader with most weights; an SE's layers count only where nothing else reads.
+
+    With few classes the SE of the last block has more weights than the classifier. It reads averages, before a ReLU or
+    a gate perhaps, whose ranges say nothing of what the classifier reads, and it stays in floating point anyway.
+    """
+    readers = [name for name in interface.readers if name not in network.gates] or interface.readers
+    return max(map(network.layer, readers), key=lambda layer: int(np.prod(layer.weight_shape)))
 
 
 def read_beside(interface: Interface, network: Network) -> tuple[Ids, NDArray[np.bool_]]:

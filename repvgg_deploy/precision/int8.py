@@ -71,6 +71,8 @@ class Int8Options:
         scales: How activation scales are chosen.
         rounding: How weights are rounded.
         keep: Names of layers that stay in floating point.
+        keep_gates: Whether the layers of squeeze-and-excitation do: they are a thousandth of the work, and an error of
+            theirs is one of a whole channel of the image, which no pooling averages away.
         max_drop: Keeps the fewest further layers in floating point with which the expected top-1 drop (see
             `metrics.Verification`), in points, is at most this; None keeps none.
         sensitivity: Whether layers are ranked by their cost, also without `max_drop`.
@@ -84,6 +86,7 @@ class Int8Options:
     scales: ScaleOptions = field(default_factory=ScaleOptions)
     rounding: RoundOptions = field(default_factory=RoundOptions)
     keep: tuple[str, ...] = ()
+    keep_gates: bool = True
     max_drop: float | None = None
     sensitivity: bool = False
 
@@ -127,6 +130,7 @@ MAX_CALIBRATION = Int8Options(
     search=None,
     scales=ScaleOptions("max"),
     rounding=RoundOptions(method="nearest", bias_correction=False),
+    keep_gates=False,
 )
 """What most tools do: per-channel weights, per-tensor activations, nothing clipped."""
 FAST = Int8Options(target="trt8", equalize=EqualizeOptions(0.5), search=None, rounding=RoundOptions(method="nearest"))
@@ -256,8 +260,8 @@ def quantize_graph(
     """
     network = model if isinstance(model, Network) else read_network(model)
     images = images if isinstance(images, Images) else Images(images)
-    options, tell, batches = options or Int8Options(), progress or _ignore, images.batches
-    _require_fit(network, options)
+    tell, batches = progress or _ignore, images.batches
+    options = _require_fit(network, options or Int8Options())
     # Ranges, equalization and scales; or those of before.
     if saved is None:
         statistics = collect(network, batches, progress=partial(tell, "ranges"))
@@ -296,7 +300,7 @@ def _quantize_without_images(
 ) -> tuple[onnx.ModelProto, Int8Report]:
     """The same from statistics in closed form and the mean and deviation of each layer's input channels."""
     network = parent.network
-    _require_fit(network, options)
+    options = _require_fit(network, options)
     statistics, moments = closed_form_statistics(parent)
     prepared, scales, interfaces = _calibrate(network, statistics, options, {})
     weights, factors = read_weights(prepared.network), decode(network, scales.channel_factors())
@@ -319,8 +323,8 @@ def _quantize_without_images(
     return graph, dataclasses.replace(report, source="statistics", interfaces=interfaces)
 
 
-def _require_fit(network: Network, options: Int8Options) -> None:
-    """The graph must have scales per channel, and every layer that is to be kept."""
+def _require_fit(network: Network, options: Int8Options) -> Int8Options:
+    """The options with all layers to keep; the graph must have them, and scales per channel."""
     if opset_of(network.model) < 13:
         raise CalibrationError(
             f"opset {opset_of(network.model)}: scales per output channel need at least 13",
@@ -333,6 +337,8 @@ def _require_fit(network: Network, options: Int8Options) -> None:
         meant = f"{unknown[0]}.conv"
         remedy = f"give {meant}" if meant in known else f"its layers are {', '.join(known)}"
         raise CalibrationError(f"no layer is called {unknown[0]!r}", remedy=remedy)
+    gates = network.gates if options.keep_gates else ()
+    return dataclasses.replace(options, keep=(*options.keep, *(name for name in gates if name not in options.keep)))
 
 
 def _calibrate(

@@ -32,6 +32,10 @@ _TYPED = (
     "that repvgg-export or repvgg-trt fold wrote"
 )
 _UNKNOWN = "its shape is not known"
+_ALONG_GATES = (
+    *("Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Sub", "Mul", "Div", "Relu", "LeakyRelu", "PRelu", "Clip"),
+    *("Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Transpose"),
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,6 +129,7 @@ class Network:
         shifts: Constants that are added to channels: the initializer, and the variable of each of its elements.
         sums: What convolutions' outputs are added to: each tensor, and the variable of each of its channels.
         image: Tensor that the first layer reads: the normalised float32 image.
+        gates: Names of the layers of squeeze-and-excitation (SE): they make factors of channels of their averages.
     """
 
     model: onnx.ModelProto
@@ -134,6 +139,7 @@ class Network:
     shifts: tuple[tuple[str, Ids], ...]
     sums: tuple[tuple[str, Ids], ...]
     image: str
+    gates: tuple[str, ...] = ()
 
     def layer(self, name: str) -> Layer:
         """The layer of that name."""
@@ -170,9 +176,12 @@ class Network:
         return {name: values for name, values in found.items() if np.any(values != 1)}
 
     def gather(self, ranges: Mapping[str, NDArray[np.floating]]) -> Float64:
-        """The largest of the values of each variable, of the layers' inputs, (C,), by tensor; 0 where nothing reads."""
+        """The largest of the values of each variable, of the layers' inputs, (C,), by tensor; 0 where nothing reads.
+
+        What SE reads is left out: averages, before a ReLU or a gate perhaps, that say nothing of the channels behind.
+        """
         found = np.zeros(self.count)
-        for layer in self.layers:
+        for layer in (layer for layer in self.layers if layer.name not in self.gates):
             np.maximum.at(found, layer.source, np.asarray(ranges[layer.input], np.float64))
         return found
 
@@ -225,7 +234,10 @@ def read_network(model: onnx.ModelProto) -> Network:
             ids = flow.tensors[node.input[index]]
             sums[node.input[index]] = np.broadcast_to(ids.ravel(), (layer.out_channels,))
     interfaces = _interfaces(layers, flow, held)
-    return Network(model, tuple(layers), interfaces, flow.count + 1, shifts, tuple(sums.items()), layers[0].input)
+    gates = tuple(layer.name for layer in layers if _is_gate(view, layer))
+    return Network(
+        model, tuple(layers), interfaces, flow.count + 1, shifts, tuple(sums.items()), layers[0].input, gates
+    )
 
 
 def find_residuals(view: GraphView, layers: Sequence[Layer]) -> list[tuple[onnx.NodeProto, int, Layer]]:
@@ -250,6 +262,30 @@ def find_residuals(view: GraphView, layers: Sequence[Layer]) -> list[tuple[onnx.
         if other is not None and len(other) == 4 and other[1] == layer.out_channels:
             found.append((node, 1 - last, layer))
     return found
+
+
+def _is_gate(view: GraphView, layer: Layer) -> bool:
+    """Whether a layer reads averages of channels, and all that comes of it is multiplied with something else."""
+
+    def is_average(name: str) -> bool:
+        shape = view.shape(name)
+        return shape is not None and len(shape) >= 2 and all(size == 1 for size in shape[2:])
+
+    if not is_average(layer.input):
+        return False
+    queue, multiplies = [layer.output], False
+    for name in queue:
+        if name in view.kept:
+            return False
+        for node in view.readers.get(name, []):
+            beside = [other for other in node.input if other not in queue and view.raw_constant(other) is None]
+            if node.op_type == "Mul" and beside:
+                multiplies = True
+            elif node.op_type in _ALONG_GATES and is_average(node.output[0]):
+                queue += [output for output in node.output if output not in queue]
+            else:
+                return False
+    return multiplies
 
 
 def _interfaces(layers: Sequence[Layer], flow: ChannelFlow, held: Mapping[int, str]) -> tuple[Interface, ...]:

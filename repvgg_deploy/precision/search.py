@@ -60,7 +60,7 @@ def choose_exponents(
     *,
     progress: Tell = tell_nobody,
 ) -> dict[str, float]:
-    """An exponent for every interface that can be rescaled, by name of the layer before it.
+    """An exponent for every interface that can be rescaled and that more than SE reads, by name of the layer before it.
 
     `statistics` are those of all calibration images (`ranges.collect`); `progress` is told of interfaces.
 
@@ -70,7 +70,11 @@ def choose_exponents(
     weights, ranges = read_weights(network), statistics.ranges(options.range_percentile)
     order = {layer.name: index for index, layer in enumerate(network.layers)}
     in_order = sorted(
-        ((i, main_reader(i, network)) for i in network.interfaces if i.blocked_by is None),
+        (
+            (interface, main_reader(interface, network))
+            for interface in network.interfaces
+            if interface.blocked_by is None and not set(interface.readers) <= set(network.gates)
+        ),
         key=lambda item: order[item[1].name],
     )
     images = spread_images(network.model, batches, options.images)

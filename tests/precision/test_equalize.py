@@ -9,7 +9,9 @@ from repvgg_deploy.precision.equalize import EqualizeOptions, apply_factors, enc
 from repvgg_deploy.precision.network import read_network
 from repvgg_deploy.precision.ranges import collect
 from repvgg_deploy.precision.run_onnx import run_tensors
+from repvgg_deploy.specs.values import SePosition, VariantSpec
 from tests.precision.make_chain import KINDS, make_batches, make_model
+from tests.precision.make_variant import images_for, make_variant
 
 
 def outputs(model: onnx.ModelProto, batches: list[np.ndarray]) -> dict[str, np.ndarray]:
@@ -112,3 +114,18 @@ def test_apply_factors_of_another_graph_are_refused(source: str, factor) -> None
 def test_equalize_options_out_of_range_are_refused() -> None:
     with pytest.raises(CalibrationError, match="between 0 and 1"):
         EqualizeOptions(1.5)
+
+
+@pytest.mark.parametrize("se", ["before_relu", "after_relu"])
+def test_equalize_few_classes_the_classifier_decides_not_the_se_of_the_last_block(se: SePosition) -> None:
+    """The SE has more weights than the classifier, and the averages that it reads differ from what a gate lets by."""
+    spec = VariantSpec("few", (1, 1, 1, 1), (8, 8, 8, 16, 32), (1,) * 5, se=se, se_reduction=2, num_classes=4)
+    network = read_network(make_variant(spec))
+    linear, down = network.layers[-1], network.layers[-3]
+    assert np.prod(down.weight_shape) > np.prod(linear.weight_shape)
+    ranges = collect(network, images_for(network.model, 8)).ranges()
+    factor = equalize(network, ranges, EqualizeOptions(1.0))[1][linear.source]
+    alike = ranges[linear.input] / factor
+    alive = alike > 0
+    assert np.ptp(alike[alive]) <= 1e-9 * alike.max()
+    assert np.ptp(np.log2((ranges[down.input] / factor)[alive])) > 0.1  # what the SE reads has other ranges

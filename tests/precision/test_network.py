@@ -36,6 +36,48 @@ def test_se_interface_is_read_by_squeeze_and_next_block(kind: str) -> None:
     assert found["stage1.conv"].blocked_by is None
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_gates_are_the_layers_of_se_and_no_others(kind: str) -> None:
+    network = read_network(make_model(KINDS[kind]))
+    assert network.gates == tuple(layer.name for layer in network.layers if ".se." in layer.name)
+    assert bool(network.gates) == kind.startswith("se")
+
+
+def test_gates_of_linear_layers_and_silu_are_found_and_an_exposed_one_is_none() -> None:
+    """As PyTorch modules write SE: averages as a list, Gemm, SiLU, HardSigmoid, and back to a map."""
+    draw = np.random.default_rng(0).standard_normal
+    shapes = {"conv": (8, 3, 3, 3), "down": (4, 8), "up": (8, 4), "linear": (5, 8)}
+    constants = [numpy_helper.from_array(draw(s).astype(np.float32), f"{n}.weight") for n, s in shapes.items()]
+    constants += [numpy_helper.from_array(np.zeros(s[0], np.float32), f"{n}.bias") for n, s in shapes.items()]
+    constants.append(numpy_helper.from_array(np.array([2, 3]), "axes"))
+
+    def layer(kind: str, x: str, name: str, **named: object) -> onnx.NodeProto:
+        return helper.make_node(kind, [x, f"{name}.weight", f"{name}.bias"], [name], name=name, **named)
+
+    nodes = [
+        layer("Conv", "image", "conv", pads=[1, 1, 1, 1]),
+        helper.make_node("GlobalAveragePool", ["conv"], ["mean"]),
+        helper.make_node("Flatten", ["mean"], ["list"]),
+        layer("Gemm", "list", "down", transB=1),
+        helper.make_node("Sigmoid", ["down"], ["half"]),
+        helper.make_node("Mul", ["down", "half"], ["silu"]),
+        layer("Gemm", "silu", "up", transB=1),
+        helper.make_node("HardSigmoid", ["up"], ["gate"]),
+        helper.make_node("Unsqueeze", ["gate", "axes"], ["factors"]),
+        helper.make_node("Mul", ["conv", "factors"], ["gated"]),
+        helper.make_node("GlobalAveragePool", ["gated"], ["features"]),
+        helper.make_node("Flatten", ["features"], ["flat"]),
+        layer("Gemm", "flat", "linear", transB=1),
+    ]
+    values = [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", 3, 8, 8])]
+    outputs = [helper.make_tensor_value_info("linear", TensorProto.FLOAT, ["N", 5])]
+    exposed = helper.make_tensor_value_info("up", TensorProto.FLOAT, ["N", 8])
+    opset = [helper.make_opsetid("", 17)]
+    for more, expected in (([], ("down", "up")), ([exposed], ())):
+        graph = helper.make_graph(nodes, "g", values, [*outputs, *more], constants)
+        assert read_network(helper.make_model(graph, opset_imports=opset)).gates == expected
+
+
 def test_exposed_and_tail_outputs_block_their_interfaces() -> None:
     features = read_network(make_model(KINDS["features"]))
     assert {i.source: i.blocked_by for i in features.interfaces} == {

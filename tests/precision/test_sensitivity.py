@@ -126,11 +126,12 @@ def test_max_drop_of_nothing_may_keep_all_and_a_large_one_keeps_none(options: In
 @pytest.mark.parametrize("options", [FAST, TRT10], ids=["trt8", "trt10"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_keep_leaves_layers_without_any_pair(kind: str, options: Int8Options) -> None:
-    model, kept = make_model(KINDS[kind]), ("stage0.conv", "stage2.conv")
-    graph, report = quantize_graph(model, make_batches(KINDS[kind], 16), dataclasses.replace(options, keep=kept))
+    model, named = make_model(KINDS[kind]), ("stage0.conv", "stage2.conv")
+    graph, report = quantize_graph(model, make_batches(KINDS[kind], 16), dataclasses.replace(options, keep=named))
+    kept = (*named, *read_network(model).gates)
     check_quantized(graph, target=options.target, kept=kept)
     assert report.kept == kept and 0 < report.int8_share < 1
-    assert [layer.name for layer in report.layers if layer.kept] == list(kept)
+    assert {layer.name for layer in report.layers if layer.kept} == set(kept)
     paired = {
         node.input[1] for node in graph.graph.node if node.op_type == "Conv" and node.input[1].endswith(".dequantized")
     }

@@ -60,6 +60,18 @@ def _rows(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def _fold(found: dict[str, Any]) -> str:
+    rows = []
+    for row in found["results"]:
+        before, after = row["cpu_milliseconds"]
+        less = [1 - row["macs_share"], 1 - row["bytes"][1] / row["bytes"][0]]
+        rows.append(
+            [row["network"], "<br>".join(row["kernels"]), *(f"−{100 * share:.0f} %" for share in less),
+             f"{before:.1f} → {after:.1f}"]
+        )  # fmt: skip
+    return _rows(["network", "kernels", "MACs", "bytes", "CPU ms"], rows)
+
+
 def _export(found: dict[str, Any]) -> str:
     names = {
         "plain": "plain recipe: `torch.onnx.export`, `onnxsim.simplify`, one comparison of the deploy form",
@@ -128,6 +140,7 @@ def _reparameterize(found: dict[str, Any]) -> str:
 
 _TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "export": _export,
+    "fold": _fold,
     "int8": _int8,
     "reparameterize": _reparameterize,
     "runtime": _runtime,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
@@ -13,9 +14,12 @@ import pytest
 from repvgg_deploy.precision.check import check_halves, check_quantized
 from repvgg_deploy.precision.fp16 import Fp16Options, to_fp16
 from repvgg_deploy.precision.halves import write_halves
+from repvgg_deploy.precision.int8 import FAST, quantize_graph
+from repvgg_deploy.precision.network import read_network
 from repvgg_deploy.specs.values import VariantSpec
 from repvgg_deploy.specs.variants import get_variant
 from tests.precision.make_chain import KINDS, ChainOptions, make_batches, make_model
+from tests.precision.make_graph import GRAPHS, draw
 from tests.precision.make_quantized import quantize_mixed, quantize_plainly
 from tests.precision.make_variant import SMALL_G4, images_for, make_variant
 from tests.precision.rtx import Built, build, needs_rtx
@@ -70,6 +74,17 @@ def test_rtx_every_typed_graph_of_a_variant_is_built(variant: str, typing: str) 
     found = accepted(TYPINGS[typing](fp32(variant)))
     wanted = "HALF" if typing.endswith("FP16 inputs") else "FLOAT"
     assert found.types == {"input": wanted, "logits": wanted}
+
+
+@pytest.mark.parametrize("typing", ["FP16", "INT8", "INT8+FP16"])
+@pytest.mark.parametrize("name", GRAPHS)
+def test_rtx_every_network_that_is_no_chain_is_built(name: str, typing: str) -> None:
+    model = GRAPHS[name]()
+    if typing == "FP16":
+        accepted(write_halves(read_network(model).model))
+    else:
+        steps = FAST if typing == "INT8" else dataclasses.replace(FAST, target="trt10")
+        accepted(quantize_graph(model, draw(16), steps)[0])
 
 
 def test_rtx_plans_hold_weights_of_the_type_that_the_graph_has() -> None:

@@ -10,7 +10,8 @@ model. OpenVINO is faster with unsigned ones, too.
 - What cannot be negative (behind a ReLU) gets zero point 0. An int8 stops at 127 and a uint8 at 255, and good
   calibration clips. So for ONNX Runtime the uint8 is clipped to 127 between the pair, as an integer, where it does not
   stand in the way of the fusion; for OpenVINO, which fuses either, the ReLU becomes a clip to what 127 stands for.
-- All else (the image) gets zero point 128 in ONNX Runtime: the same integers, moved.
+- All else (the image) gets zero point 128 in ONNX Runtime: the same integers, moved. In OpenVINO, where there is a
+  Concat: of signed integers it computes one wrongly.
 - FP16 between the pairs becomes FP32, which is what a CPU computes in anyhow: it saves the casts, and the faults of old
   versions, which truncate where they should round to FP16's scales
   (https://github.com/microsoft/onnxruntime/pull/32452). The image is still rounded to FP16 first.
@@ -42,8 +43,8 @@ _KEEPS_SIGN = frozenset(
     {"AveragePool", "Cast", "Flatten", "GlobalAveragePool", "Identity", "MaxPool", "ReduceMean", "Reshape", "Transpose"}
 )
 _NEVER_NEGATIVE = frozenset({"Relu", "Sigmoid", "HardSigmoid", "Softmax"})
-_LAYERS = frozenset({"Conv", "DequantizeLinear", "Gemm", "MatMul", "QuantizeLinear"})
-_WIDENED = _KEEPS_SIGN | _NEVER_NEGATIVE | _LAYERS | {"Add", "Clip", "Concat", "Div", "Mul", "Sub", "TopK"}
+_TYPED = frozenset({"EyeLike", "If", "Loop", "RandomNormal", "RandomUniform", "Scan"})
+"""Operators that may say inside themselves that they give FP16."""
 _OWN = "repvgg_deploy.cpu."
 _DEAD_BIAS = 2.0**20
 _LARGEST_BIAS = 2.0**30  # the products of 2,560 channels stay below 2**29
@@ -65,15 +66,28 @@ def prepare(path: Path, target: Literal["onnxruntime", "openvino"]) -> bytes | s
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         graph = rewrite(memoryview(mapped), Options(target, unsigned=inexact is None))
     except GraphError as error:
+        if target == "openvino" and mapped.find(b"Concat") >= 0:
+            raise _refuse_concat(path, str(error)) from error
         logger.warning("%s: run as it stands, which is slow on a CPU: %s", path, error)
         return str(path)
     except OSError as error:
         raise ModelError(
             f"{path}: cannot be read: {error.strerror}", remedy="check that it is a file that you may read"
         ) from error
+    if target == "openvino" and inexact is not None and b"Concat" in graph:
+        raise _refuse_concat(path, inexact)
     kind = "unsigned for speed" if inexact is None else f"signed, and slow: {inexact}"
     logger.info("%s: activations are %s", path, kind)
     return graph
+
+
+def _refuse_concat(path: Path, why: str) -> ModelError:
+    """OpenVINO 2026.4 computes Concat and what follows wrongly where signed INT8 meets in it, by 10 dB and more."""
+    return ModelError(
+        f"{path}: OpenVINO computes a Concat of INT8 wrongly unless its activations are unsigned, and here they stay "
+        f"signed: {why}",
+        remedy="leave backend out, to run on ONNX Runtime",
+    )
 
 
 def explain_inexact_products() -> str | None:
@@ -126,6 +140,8 @@ def rewrite(buffer: memoryview, options: Options = Options()) -> bytes:
     if options.target == "openvino":
         if options.unsigned:
             _clip_relus(graph)
+            if any(node.op_type == "Concat" for node in graph.nodes):
+                _move_to_middle(graph)
         return graph.serialize()
     if options.unsigned:
         _make_unsigned(graph)
@@ -139,7 +155,7 @@ def _widen(graph: Graph) -> None:
     """FP16 → FP32 within the graph. Inputs and outputs keep their types, and what is cast to FP16 is still rounded."""
     if FLOAT16 not in graph.kinds.values() and not any(map(_casts_to_half, graph.nodes)):
         return
-    unknown = {node.op_type for node in graph.nodes if node.op_type not in _WIDENED or node.domain}
+    unknown = {node.op_type for node in graph.nodes if node.op_type in _TYPED or node.domain or _holds_half(node)}
     if unknown:
         raise GraphError(f"it computes in FP16, with {', '.join(sorted(unknown))}")
     for name in graph.stored():
@@ -155,6 +171,16 @@ def _widen(graph: Graph) -> None:
             wide, node.outputs = node.outputs[0], [f"{node.outputs[0]}.half"]
             nodes.append(_cast(node.outputs[0], wide, FLOAT))
     graph.nodes = nodes + [_cast(renamed[name], name, FLOAT16) for name in graph.outputs if name in renamed]
+
+
+def _holds_half(node: Node) -> bool:
+    """Whether an attribute is an FP16 tensor, as of a Constant."""
+    for attribute in wire.walk(node.rest):
+        for item in wire.walk(node.rest, attribute.payload, attribute.end) if attribute.number == 5 else ():
+            tensor = wire.walk(node.rest, item.payload, item.end) if item.number == 5 else ()
+            if any(field.number == 2 and field.value == FLOAT16 for field in tensor):
+                return True
+    return False
 
 
 def _casts_to_half(node: Node) -> bool:
@@ -207,6 +233,15 @@ def _clip_relus(graph: Graph) -> None:
         largest = (127 * graph.read(node.inputs[1])).reshape(()).astype(np.float32)
         relu.op_type = "Clip"
         relu.inputs += [lowest, graph.store(f"{_OWN}{relu.outputs[0]}.largest", largest)]
+
+
+def _move_to_middle(graph: Graph) -> None:
+    """Zero point 128 for all that is still signed: OpenVINO 2026.4 computes a Concat of signed INT8 wrongly."""
+    reading, middle = readers(graph.nodes), graph.store(f"{_OWN}128", np.array(128, np.uint8))
+    for node in graph.nodes:
+        if _quantizes_signed(graph, node, reading):
+            for one in (node, *reading[node.outputs[0]]):
+                one.inputs = [*one.inputs[:2], middle]
 
 
 def _quantizes_signed(graph: Graph, node: Node, reading: dict[str, list[Node]]) -> bool:

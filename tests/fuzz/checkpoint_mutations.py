@@ -269,7 +269,7 @@ def run_case(data: bytes, path: Path) -> str:
     path.write_bytes(data)
     signal.setitimer(signal.ITIMER_PROF, CASE_SECONDS)
     try:
-        checkpoint = load_checkpoint(path)
+        checkpoint = load_checkpoint(path, strides=(2, 2, 2, 2, 2))
         with torch.no_grad():
             assert build_model(checkpoint)(torch.zeros(1, 3, 32, 32)).shape == (1, checkpoint.spec.num_classes)
         return "loaded"

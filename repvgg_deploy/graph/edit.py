@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import numpy_helper, shape_inference
+from onnx import TensorProto, numpy_helper, shape_inference
 from onnx.reference import ReferenceEvaluator
 
 _MOST_NUMBERS = 1024  # sizes, axes and the like that decide shapes are far shorter
@@ -68,7 +68,10 @@ class GraphView:
             self.kept.update(read_in_subgraphs(node))
         self._inputs = {value.name for value in graph.input}
         self._initializers = {tensor.name: tensor for tensor in graph.initializer}
-        self._shapes = _infer_shapes(model)
+        constants = self._initializers.keys() - self._inputs
+        values = {name: value for name, value in infer_values(model).items() if name not in constants}
+        self._shapes = {name: shape for name, value in values.items() if (shape := _shape(value)) is not None}
+        self._types = {name: value.type.tensor_type.elem_type for name, value in values.items()}
         self._names = itertools.count()
         self._taken = set(self.made_by) | set(self._initializers) | self._inputs
 
@@ -98,6 +101,10 @@ class GraphView:
     def shape(self, name: str) -> tuple[int | None, ...] | None:
         """A tensor's shape, None for a dynamic dimension; None where the rank is not known."""
         return self._shapes.get(name)
+
+    def may_be_float32(self, name: str) -> bool:
+        """Whether a tensor is float32, or ONNX cannot tell."""
+        return self._types.get(name, 0) in (TensorProto.UNDEFINED, TensorProto.FLOAT)
 
     def new_name(self, near: str) -> str:
         """A name that no tensor has, made of another."""
@@ -148,6 +155,23 @@ class GraphView:
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:
     """A node's attributes by name, as Python values."""
     return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
+def drop_unread(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model without nodes that lead to no output: as readers, they would hold tensors that nobody needs."""
+    wanted = {value.name for value in model.graph.output}
+    read: list[onnx.NodeProto] = []
+    for node in reversed(model.graph.node):
+        if wanted.intersection(node.output):
+            read.append(node)
+            wanted.update((*node.input, *read_in_subgraphs(node)))
+    if len(read) == len(model.graph.node):
+        return model
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    del copy.graph.node[:]
+    copy.graph.node.extend(reversed(read))
+    return copy
 
 
 def resolve_sizes(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -224,12 +248,8 @@ def infer_values(model: onnx.ModelProto) -> dict[str, onnx.ValueInfoProto]:
     return {value.name: value for value in (*found.input, *found.value_info, *found.output)}
 
 
-def _infer_shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
-    """Of all tensors whose rank ONNX can tell."""
-    weights = {tensor.name for tensor in model.graph.initializer} - {value.name for value in model.graph.input}
-    shapes = {}
-    for name, value in infer_values(model).items():
-        if name not in weights and value.type.HasField("tensor_type") and value.type.tensor_type.HasField("shape"):
-            dims = value.type.tensor_type.shape.dim
-            shapes[name] = tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in dims)
-    return shapes
+def _shape(value: onnx.ValueInfoProto) -> tuple[int | None, ...] | None:
+    """A tensor's shape, None for a dynamic dimension; None where ONNX cannot tell its rank."""
+    if not value.type.HasField("tensor_type") or not value.type.tensor_type.HasField("shape"):
+        return None
+    return tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in value.type.tensor_type.shape.dim)

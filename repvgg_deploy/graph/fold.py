@@ -19,7 +19,7 @@ from onnx import helper, numpy_helper
 
 from ..errors import ParityError
 from .border import find_borders
-from .edit import GraphView, attributes
+from .edit import GraphView, attributes, drop_unread
 from .linear import Form
 from .prove import TOLERANCE, measure_fold
 from .regions import Plan, Regions, Term
@@ -88,7 +88,7 @@ def fold_branches(model: onnx.ModelProto) -> tuple[onnx.ModelProto, FoldReport]:
     Raises:
         ParityError: A fold differs from the region that it was to replace: a fault of this program.
     """
-    view = GraphView(model)
+    view = GraphView(drop_unread(model))
     view.borders.update(find_borders(view))
     regions = Regions(view)
     writer = _Writer(view, regions)
@@ -118,9 +118,11 @@ class _Writer:
             self.nodes.append(node)
 
     def write(self, name: str) -> None:
-        """A tensor is to be made, in the cheapest way from its topmost source."""
-        if name in self._regions.inputs and name not in self._written:
-            self._follow(name, self._regions.sources[name][0])
+        """A tensor is to be made, in the cheapest way from its topmost source; and that source, too."""
+        while name in self._regions.inputs and name not in self._written:
+            source = self._regions.sources[name][0]
+            self._follow(name, source)
+            name = source
 
     def _follow(self, result: str, source: str) -> None:
         if result == source or result in self._written:
@@ -238,7 +240,9 @@ class _Writer:
         yield from self._regions.broken.items()
         still = {output for node in folded.graph.node for output in node.output}
         for name, terms in self._regions.inputs.items():
-            if len(terms) > 1 and name in still and self._view.made_by[name] in self.nodes:
+            branches = self._regions.between(name, self._regions.sources[name][-1])
+            branching = any(self._view.made_by[inner].op_type in ("Conv", "AveragePool") for inner in branches)
+            if len(terms) > 1 and branching and name in still and self._view.made_by[name] in self.nodes:
                 reason = self._regions.refused.get(name)
                 yield (
                     name,

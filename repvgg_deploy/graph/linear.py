@@ -244,7 +244,7 @@ def read_operator(view: GraphView, node: onnx.NodeProto) -> tuple[str, Form] | s
     Returns:
         A text says why an operator of a linear kind is none here; None: it is of another kind.
     """
-    reader = _READERS.get(node.op_type)
+    reader = _read_identity if node.op_type == "Sum" and len(node.input) == 1 else _READERS.get(node.op_type)
     return None if reader is None or node.domain not in ("", "ai.onnx") else reader(view, node)
 
 

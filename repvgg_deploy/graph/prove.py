@@ -84,11 +84,12 @@ class _Run:
         value = [self._value(name) for name in node.input if name]
         kind = node.op_type
         if kind == "Conv":
-            return _convolve(node, value[0], value[1], value[2] if len(value) > 2 else np.zeros(len(value[1])))
+            bias = value[2] if len(value) > 2 else np.zeros(len(value[1]))
+            return _convolve(node, value[0], value[1], bias, size=self._size(node))
         if kind == "AveragePool":
             size = attributes(node)["kernel_shape"]
             kernel = np.full((value[0].shape[1], 1, *size), 1 / np.prod(size))
-            return _convolve(node, value[0], kernel, np.zeros(len(kernel)), groups=len(kernel))
+            return _convolve(node, value[0], kernel, np.zeros(len(kernel)), groups=len(kernel), size=self._size(node))
         if kind == "BatchNormalization":
             scale, shift, mean, variance = (item.reshape(1, -1, 1, 1) for item in value[1:])
             factor = scale / np.sqrt(variance + float(attributes(node).get("epsilon", 1e-5)))
@@ -108,6 +109,11 @@ class _Run:
         assert kind == "Identity", kind
         return value[0]
 
+    def _size(self, node: onnx.NodeProto) -> list[int] | None:
+        """Height and width of what an operator reads in the network, by which `auto_pad` counts; None if dynamic."""
+        sizes = [size for size in (self._view.shape(node.input[0]) or ())[2:] if size is not None]
+        return sizes if len(sizes) == 2 else None
+
     def _surround(self, border: Border) -> Array:
         x, values = self._known[border.data], border.values.reshape(1, -1, 1, 1)
         (top, left), (bottom, right) = border.before, border.after
@@ -124,12 +130,20 @@ class _Run:
         return np.abs(constant) if self._absolute else constant
 
 
-def _convolve(node: onnx.NodeProto, x: Array, kernel: Array, bias: Array, *, groups: int | None = None) -> Array:
+def _convolve(
+    node: onnx.NodeProto,
+    x: Array,
+    kernel: Array,
+    bias: Array,
+    *,
+    groups: int | None = None,
+    size: Sequence[int] | None = None,
+) -> Array:
     named = attributes(node)
     groups = int(named.get("group", 1)) if groups is None else groups
     strides, dilations = (tuple(named.get(name) or (1, 1)) for name in ("strides", "dilations"))
     extent = [(kernel.shape[2 + axis] - 1) * dilations[axis] + 1 for axis in (0, 1)]
-    top, left, bottom, right = _window_pads(named, x.shape[2:], extent, strides)
+    top, left, bottom, right = _window_pads(named, size or x.shape[2:], extent, strides)
     x = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)))
     height, width = ((x.shape[2 + axis] - extent[axis]) // strides[axis] + 1 for axis in (0, 1))
     seen = np.empty((*x.shape[:2], *kernel.shape[2:], height, width))

@@ -19,6 +19,7 @@ import onnx
 from .edit import GraphView
 from .linear import Form, add, chain, identity, padding, read_operator, scaling
 
+_DEEPEST = 64  # operators in a row that are looked at together; of more, the last so many
 _MOST_BRANCHES = 6  # partitions of so many branches are compared one by one (203 of 6); of more, the sum of all only
 
 
@@ -72,6 +73,8 @@ class Regions:
         if len(node.output) != 1 or node.output[0] in self._owners or is_constant:
             return
         name = node.output[0]
+        if not self.view.may_be_float32(name):
+            return
         if border := self.view.borders.get(name):
             form = padding(len(border.values), border.before, border.after, border.values)
             found: tuple[str, Form] | str | None = (border.data, form)
@@ -80,11 +83,11 @@ class Regions:
         if isinstance(found, tuple):
             data, form = found
             self.inputs[name], self.operators[name] = [Term(data, 1)], form
-            self.sources[name] = [*self.sources.get(data, []), data]
+            self.sources[name] = [*self.sources.get(data, []), data][-_DEEPEST:]
             return
         if node.op_type in ("Add", "Sub", "Sum") and node.domain in ("", "ai.onnx"):
             terms = [Term(data, -1 if node.op_type == "Sub" and index else 1) for index, data in enumerate(node.input)]
-            own = [[*self.sources.get(term.name, []), term.name] for term in terms]
+            own = [[*self.sources.get(term.name, []), term.name][-_DEEPEST:] for term in terms]
             common = [source for source in own[0] if all(source in other for other in own[1:])]
             shapes = {self.view.shape(data) for data in node.input}
             channels = {self._channels(data) for data in node.input}

@@ -20,6 +20,7 @@ from repvgg_deploy.graph.edit import resolve_sizes
 from repvgg_deploy.graph.fold import fold_branches
 from repvgg_deploy.graph.linear import Form
 from tests.graph.make_blocks import BLOCKS, BORDERS, CHANNELS, Draw, make_block, make_border
+from tests.graph.random_graphs import random_graph
 
 OPERATORS = [
     *("conv", "half", "half pool", "point", "depthwise", "grouped", "bn"),
@@ -225,6 +226,94 @@ def linear_graphs(draw: st.DrawFn) -> onnx.ModelProto:
 def test_random_graph_is_equal_after_folding_and_never_costs_more(model: onnx.ModelProto) -> None:
     folded, report = fold_branches(model)
     assert all(one.macs_after <= one.macs_before for one in report.folds)
+    assert_equal(model, folded)
+
+
+@settings(max_examples=150)
+@given(st.integers(0, 2**32))
+def test_random_graph_of_any_geometry_is_equal_and_folded_at_once(seed: int) -> None:
+    model, size = random_graph(seed)
+    folded, report = fold_branches(model)
+    assert all(one.macs_after <= one.macs_before for one in report.folds)
+    assert_equal(model, folded, sizes=[(2, *size[1:])])
+    assert fold_branches(folded)[1].folds == ()
+
+
+@pytest.mark.parametrize("deepest", [1, 3])
+@settings(max_examples=25)
+@given(st.integers(0, 2**32))
+def test_random_graph_deeper_than_is_looked_at_together_is_equal(deepest: int, seed: int) -> None:
+    model, size = random_graph(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(regions, "_DEEPEST", deepest)
+        assert_equal(model, fold_branches(model)[0], sizes=[(2, *size[1:])])
+
+
+def test_hundreds_of_linear_operators_in_a_row_are_folded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans of all of them at once would need more calls in one another than Python allows."""
+    monkeypatch.setattr(regions, "_DEEPEST", 16)
+    draw = Draw()
+    x = draw.conv("x", kernel=1)
+    for _ in range(1100):
+        x = draw.node("Neg", [x])
+    model = draw.model(draw.conv(x, kernel=1))
+    folded, report = fold_branches(model)
+    assert report.folds and len(folded.graph.node) < len(model.graph.node)
+    assert_equal(model, folded)
+
+
+@pytest.mark.parametrize("auto", ["SAME_UPPER", "SAME_LOWER"])
+@pytest.mark.parametrize("size", [15, 16, 17])
+def test_automatic_padding_of_a_stride_is_that_of_the_known_size(auto: str, size: int) -> None:
+    """As TensorFlow's exporters write it: its padding on a map of another size is another."""
+    draw = Draw()
+    name = draw.conv("x", strides=[2, 2], auto_pad=auto)
+    del draw.nodes[-1].attribute[[a.name for a in draw.nodes[-1].attribute].index("pads")]
+    model = draw.model(draw.node("Relu", [draw.bn(name)]))
+    assert kinds(fold_branches(model)[0])["BatchNormalization"] == 1  # of an unknown size it stays
+    for axis in (2, 3):
+        model.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = size
+    folded, _ = fold_branches(model)
+    assert kinds(folded) == {"Conv": 1, "Relu": 1}
+    assert_equal(model, folded, sizes=[(1, size, size)])
+
+
+def test_sum_of_one_tensor_is_that_tensor() -> None:
+    draw = Draw()
+    model = draw.model(draw.node("Relu", [draw.node("Sum", [draw.conv_bn("x")])]))
+    folded, _ = fold_branches(model)
+    assert kinds(folded) == {"Conv": 1, "Relu": 1}
+    assert_equal(model, folded)
+
+
+def test_nodes_that_lead_to_no_output_hold_nothing() -> None:
+    draw = Draw()
+    branch = draw.conv_bn("x")
+    draw.node("Sigmoid", [branch])
+    model = draw.model(draw.node("Relu", [draw.sum(branch, draw.conv("x", kernel=1))]))
+    folded, report = fold_branches(model)
+    assert kinds(folded) == {"Conv": 1, "Relu": 1} and len(report.folds) == 1
+    assert_equal(model, folded)
+
+
+def test_convolutions_of_another_type_than_float32_stay() -> None:
+    draw = Draw()
+    wide = draw.node("Cast", ["x"], to=onnx.TensorProto.DOUBLE)
+    total = draw.node("Add", [draw.bn(draw.conv(wide)), draw.pool(draw.node("Neg", [wide]))])
+    for tensor in draw.constants:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float64), tensor.name))
+    model = draw.model(draw.node("Cast", [total], to=onnx.TensorProto.FLOAT))
+    folded, report = fold_branches(model)
+    assert folded.graph.node == model.graph.node and report.folds == ()
+
+
+def test_sum_without_a_convolution_is_no_branch_that_remains() -> None:
+    draw = Draw()
+    conv = draw.conv("x")
+    twice = draw.node("Add", [conv, conv])
+    model = draw.model(twice, draw.node("Relu", [draw.sum("x", draw.bn("x"))]), conv)
+    folded, report = fold_branches(model)
+    assert report.left == ()
     assert_equal(model, folded)
 
 

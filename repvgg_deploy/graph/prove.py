@@ -89,7 +89,7 @@ class _Run:
         if kind == "AveragePool":
             size = attributes(node)["kernel_shape"]
             kernel = np.full((value[0].shape[1], 1, *size), 1 / np.prod(size))
-            return _convolve(node, value[0], kernel, np.zeros(len(kernel)), groups=len(kernel), size=self._size(node))
+            return _convolve(node, value[0], kernel, np.zeros(len(kernel)), size=self._size(node))
         if kind == "BatchNormalization":
             scale, shift, mean, variance = (item.reshape(1, -1, 1, 1) for item in value[1:])
             factor = scale / np.sqrt(variance + float(attributes(node).get("epsilon", 1e-5)))
@@ -131,16 +131,10 @@ class _Run:
 
 
 def _convolve(
-    node: onnx.NodeProto,
-    x: Array,
-    kernel: Array,
-    bias: Array,
-    *,
-    groups: int | None = None,
-    size: Sequence[int] | None = None,
+    node: onnx.NodeProto, x: Array, kernel: Array, bias: Array, *, size: Sequence[int] | None = None
 ) -> Array:
     named = attributes(node)
-    groups = int(named.get("group", 1)) if groups is None else groups
+    groups = x.shape[1] // kernel.shape[1]
     strides, dilations = (tuple(named.get(name) or (1, 1)) for name in ("strides", "dilations"))
     extent = [(kernel.shape[2 + axis] - 1) * dilations[axis] + 1 for axis in (0, 1)]
     top, left, bottom, right = _window_pads(named, size or x.shape[2:], extent, strides)

@@ -125,8 +125,8 @@ def add_resize_options(group: argparse._ActionsContainer) -> None:
     group.add_argument("--letterbox", type=_colour, nargs="?", const=(114, 114, 114), metavar="R,G,B",
                        help="in place of --resize: the image keeps its shape and stands in the middle of the input, "
                             "this colour around it, as detectors are trained (default: 114,114,114)")
-    group.add_argument("--interpolation", choices=typing.get_args(Interpolation),
-                       help="filter of the resize (default: bilinear)")
+    group.add_argument("--interpolation", choices=typing.get_args(Interpolation), metavar="FILTER",
+                       help=f"filter of the resize: {', '.join(typing.get_args(Interpolation))} (default: bilinear)")
     group.add_argument("--max-value", type=partial(parse_whole, most=65535), metavar="N",
                        help="what is white in images of more than 8 bits, such as 4095 (default: 65535)")
 

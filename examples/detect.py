@@ -1,6 +1,6 @@
 """A detector deployed, to copy for your own: training form → folded ONNX → Engine → boxes on the images, and their mAP.
 
-    python examples/detect.py
+    python examples/detect.py                    # --activation relu: the same network, trained with ReLU
 
 Five steps, of which the first and the second are yours to change: the network, and what its outputs mean. Resizing
 (letterbox), normalising, and the way of a box back to the image follow from what `export_network` states once: it is

@@ -124,14 +124,13 @@ def run_without_packages(*command: str) -> subprocess.CompletedProcess[str]:
     [
         ("repvgg-export --ckpt {sample}", "export,cpu"),
         ("repvgg-trt infer {model} {image}", "cpu"),
-        ("repvgg-trt fold {model}", "quantize,cpu"),
+        ("repvgg-trt fold {model} --out {folder}.onnx", "quantize,cpu"),
         ("repvgg-trt quantize {model} --fp16", "quantize,cpu"),
         ("repvgg-trt build {model}", "tensorrt"),
         ("repvgg-trt triton {model} --out {folder}", "serving"),
         ("repvgg-trt eval {model} --data {folder}", "cpu"),
         ("repvgg-trt compare {model} {model} --data {folder}", "cpu"),
         ("repvgg-trt bench {model}", "cpu"),
-        ("repvgg-trt advise {model}", "cpu"),
     ],
     ids=lambda text: text.split()[1] if " " in text else text,
 )

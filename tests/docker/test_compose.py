@@ -273,7 +273,7 @@ def test_every_metric_of_the_service_dashboard_is_one_of_the_service() -> None:
         pytest.skip("examples/service is not there")
     metrics = importlib.import_module("examples.service.metrics")
     statistics = Recorder().snapshot()
-    registry = metrics.make_registry(lambda: statistics, lambda: statistics)
+    registry = metrics.make_registry(lambda: statistics, lambda: statistics, {"version": "1"})
     metrics.RequestMetrics(registry)
     text = prometheus_client.generate_latest(registry).decode()
     kinds = dict(line.split()[2:4] for line in text.splitlines() if line.startswith("# TYPE "))

@@ -30,7 +30,7 @@ import numpy as np
 
 from repvgg_deploy import Engine, RepVGGDeployError
 from repvgg_deploy.errors import InputError
-from repvgg_deploy.images.decode import list_images
+from repvgg_deploy.images.listing import list_images
 from repvgg_deploy.runtime.options import EngineOptions
 from repvgg_deploy.serving.kserve import HEADER
 

@@ -195,17 +195,25 @@ def _fingerprint(model: Path, options: QuantizeOptions) -> list[str] | None:
         return None if beside is None else [sha256_file(beside)]
     source = Path(options.calibration)
     if source.is_dir():
-        from ..images.sources import find_images
+        from ..images.listing import find_images
 
-        return _stats(find_images(source))
-    listed: tuple[Path, ...] = ()
-    if source.suffix.lower() in _LISTS:
-        from ..images.sources import read_list
+        return _stats(find_images(source).files)
+    from ..images.lists import LIST_SUFFIXES, read_list
 
-        listed = read_list(source).paths
+    if not source.is_file():
+        return None  # a pipe, a device or nothing: it is refused where it is to be read
+    listed = read_list(source).paths if source.suffix.lower() in LIST_SUFFIXES else ()
     return [sha256_file(source), *_stats(listed)]
 
 
 def _stats(paths: Iterable[Path]) -> list[str]:
     """Name, size and time of each file, as make does it: to read them all would take as long as to use them."""
-    return [f"{path}:{found.st_size}:{found.st_mtime_ns}" for path in paths for found in [os.stat(path)]]
+    return [f"{path}:{found.st_size}:{found.st_mtime_ns}" for path in paths for found in [_stat(path)]]
+
+
+def _stat(path: Path) -> os.stat_result:
+    """Of a broken link its own: it is an error where it is read."""
+    try:
+        return os.stat(path)
+    except OSError:
+        return os.lstat(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, say_install
 from .common import Command, Output, Progress, format_pairs, format_table, parse_whole, save_plot
-from .eval import add_data_options, infer, open_engine, show_share
+from .eval import add_data_options, describe_data, infer, open_engine, read_set_options, show_share
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,15 +53,16 @@ def execute(args: argparse.Namespace) -> Output:
     """Compares the answers of both models, then their layers where they have the same ones."""
     from ..evaluate.agreement import compare
     from ..evaluate.figures import require_drawable
-    from ..images.sets import SetOptions, open_images
+    from ..images.likeness import require_like
+    from ..images.sets import open_images
 
     if args.plot is not None:
         require_drawable(args.plot)
     with open_engine(args.reference, args) as one, open_engine(args.other, args) as two:
         _require_same_classes(args, one.spec, two.spec)
         inputs = share_input(one.spec, two.spec)
-        options = SetOptions(limit=args.limit, batch_size=args.batch_size, labels="optional")
-        images = open_images(args.data, inputs.spec, options)
+        images = open_images(args.data, inputs.spec, read_set_options(args, labels="optional"))
+        likeness = require_like(images, accept=args.accept_data)
         kind = one.spec.kind if one.spec.kind == two.spec.kind else None
         fixed = {size for size in (one.spec.batch, two.spec.batch) if size is not None}
         with Progress(len(images), "images") as bar:
@@ -77,8 +78,17 @@ def execute(args: argparse.Namespace) -> Output:
     if name == other:
         name, other = args.reference, args.other  # with their folders
     errors = save_plot(args.plot, lambda: _draw(name, other, report), force=args.force)
-    data = {"reference": str(args.reference), "other": str(args.other), "data": str(args.data), "report": report}
-    return Output(data=data, text=_as_text(name, other, report), errors=errors)
+    data = {
+        "reference": str(args.reference),
+        "other": str(args.other),
+        "data": str(args.data),
+        "left_out": images.left_out,
+        "likeness": likeness,
+        "report": report,
+    }
+    return Output(
+        data=data, text=_as_text(name, other, report, describe_data(images.left_out, likeness)), errors=errors
+    )
 
 
 def share_input(reference: ModelSpec, other: ModelSpec) -> _Inputs:
@@ -152,7 +162,7 @@ def _with_layers(
         return dataclasses.replace(report, layers_note=error.message)
     size = next(iter(fixed), None)
     limit = min(args.layer_images, report.images + report.skipped)
-    options = SetOptions(limit=limit, batch_size=size or _LAYER_BATCH, labels="none")
+    options = SetOptions(limit=limit, batch_size=size or _LAYER_BATCH, labels="none", max_value=args.max_value)
     images = open_images(args.data, inputs.spec, options)
     with Progress(limit, "layers") as bar:
         layers = compare_layers(run_pairs(one, two, _pair_inputs(images, inputs, size, bar)), fixed=one.classifiers)
@@ -182,11 +192,12 @@ def _draw(one: str, two: str, report: AgreementReport) -> Figure:
     return draw_accuracy(rows, title=f"Agreement on {report.images} images")
 
 
-def _as_text(one: str, two: str, report: AgreementReport) -> str:
+def _as_text(one: str, two: str, report: AgreementReport, said: Sequence[tuple[str, str]]) -> str:
     skipped = f", {report.skipped} more could not be read" if report.skipped else ""
     same = show_share(report.agreement, report.agreement_standard_error)
     pairs = [
         ("compared", f"{two} with the reference {one}, {report.images} images{skipped}"),
+        *said,
         ("agreement", f"{same} of the best classes are the same"),
     ]
     if report.output is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..evaluate.accuracy import AccuracyReport, Answer
-    from ..images.sets import ImageSet
+    from ..images.likeness import Likeness
+    from ..images.sets import ImageSet, LabelUse, SetOptions
     from ..runtime.engine import Engine
 
 
@@ -34,6 +36,11 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, metavar="PATH",
                         help="images: a folder with a sub-folder a class; a CSV of path,label (paths relative to it); "
                              "an .npz with images and labels")
+    parser.add_argument("--sorted-folders", action="store_true",
+                        help="the sub-folders' names say nothing: the first in sorted order is class 0 (torchvision's "
+                             "ImageFolder)")
+    add_data_check_option(parser)
+    add_max_value_option(parser)
     parser.add_argument("--limit", type=parse_whole, metavar="N",
                         help="only so many images, drawn evenly (default: all)")
     parser.add_argument("--batch-size", type=parse_whole, default=32, metavar="N",
@@ -41,6 +48,18 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     add_device_options(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the result as a .png (needs matplotlib)")
     parser.add_argument("--force", action="store_true", help="replace a picture that differs")
+
+
+def add_data_check_option(group: argparse._ActionsContainer) -> None:
+    """Whether images that are unlike those of training are taken all the same."""
+    group.add_argument("--accept-data", action="store_true",
+                       help="go on though the images are unlike what the model was trained on")
+
+
+def add_max_value_option(group: argparse._ActionsContainer) -> None:
+    """The depth of images, for commands that read them."""
+    group.add_argument("--max-value", type=partial(parse_whole, most=65535), metavar="N",
+                       help="what is white in images of more than 8 bits, such as 4095 (default: as exported)")
 # fmt: on
 
 
@@ -48,13 +67,15 @@ def execute(args: argparse.Namespace) -> Output:
     """Runs the model on the images, says how often it is right, and draws the worst classes if asked to."""
     from ..evaluate.accuracy import evaluate
     from ..evaluate.figures import require_drawable
-    from ..images.sets import SetOptions, classes_of, open_images
+    from ..images.likeness import require_like
+    from ..images.sets import classes_of, open_images
 
     if args.plot is not None:
         require_drawable(args.plot)
     with open_engine(args.model, args) as engine:
         classes_of(engine.spec)
-        images = open_images(args.data, engine.spec, SetOptions(limit=args.limit, batch_size=args.batch_size))
+        images = open_images(args.data, engine.spec, read_set_options(args))
+        likeness = require_like(images, accept=args.accept_data)
         with Progress(len(images), "images") as bar:
             report = evaluate(
                 lambda batch: infer(engine, batch),
@@ -69,10 +90,21 @@ def execute(args: argparse.Namespace) -> Output:
         "model": str(args.model),
         "data": str(args.data),
         "labels_from": images.labels_from,
+        "left_out": images.left_out,
+        "likeness": likeness,
         "backend": backend,
         "report": report,
     }
-    return Output(data=data, text=_as_text(report, images, backend), errors=errors)
+    return Output(data=data, text=_as_text(report, images, likeness, backend), errors=errors)
+
+
+def read_set_options(args: argparse.Namespace, *, labels: LabelUse = "required") -> SetOptions:
+    """Which images are asked for."""
+    from ..images.sets import SetOptions
+
+    return SetOptions(
+        args.limit, args.batch_size, labels=labels, sorted_folders=args.sorted_folders, max_value=args.max_value
+    )
 
 
 def open_engine(model: str, args: argparse.Namespace) -> Engine:
@@ -99,6 +131,12 @@ def show_share(share: float, error: float) -> str:
     return f"{100 * share:.2f} % ± {100 * error:.2f}"
 
 
+def describe_data(left_out: str, likeness: Likeness | None) -> list[tuple[str, str]]:
+    """What was left out, and how the images compare with those of training."""
+    pairs = [("left out", left_out.removeprefix("left out: "))] if left_out else []
+    return pairs if likeness is None else [*pairs, ("data", likeness.said)]
+
+
 def _draw(name: str, report: AccuracyReport) -> Figure:
     from ..evaluate.plots import AccuracyRow, ClassBar, draw_accuracy, draw_confusion
 
@@ -116,7 +154,7 @@ def _label(index: int, label: str | None) -> str:
     return label or f"class {index}"
 
 
-def _as_text(report: AccuracyReport, images: ImageSet, backend: str) -> str:
+def _as_text(report: AccuracyReport, images: ImageSet, likeness: Likeness, backend: str) -> str:
     skipped = f", {report.skipped} more could not be read" if report.skipped else ""
     inference = f"{report.inference_images_per_second:,.0f} images/s inference"
     decoding = f"{report.decode_images_per_second:,.0f} images/s decoding"
@@ -125,6 +163,7 @@ def _as_text(report: AccuracyReport, images: ImageSet, backend: str) -> str:
         ("top-1", show_share(report.top1, report.top1_standard_error)),
         ("top-5", f"{100 * report.top5:.2f} %"),
         ("speed", f"{inference}, {decoding} ({backend})"),
+        *describe_data(images.left_out, likeness),
     ]
     if not report.worst:
         return format_pairs(pairs)

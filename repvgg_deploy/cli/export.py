@@ -296,7 +296,8 @@ def _read_options(args: argparse.Namespace) -> ExportOptions:
     from ..export.export import ExportOptions
     from ..export.options import GraphOptions
     from ..export.synthesize import SynthesisOptions
-    from ..images.classes import imagenet_labels, read_labels
+    from ..images.classes import imagenet_labels
+    from ..images.labels import read_labels
     from ..specs.variants import get_variant
 
     graph = GraphOptions(

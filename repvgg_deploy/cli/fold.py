@@ -61,7 +61,8 @@ def find_conflict(args: argparse.Namespace) -> str | None:
 def execute(args: argparse.Namespace) -> Output:
     """Folds the file, and says what was folded and what it saves."""
     from ..export.fold import FoldOptions, fold_onnx
-    from ..images.classes import imagenet_labels, read_labels
+    from ..images.classes import imagenet_labels
+    from ..images.labels import read_labels
 
     labels = None
     if args.labels is not None:

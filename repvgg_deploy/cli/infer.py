@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError, ModelError, RepVGGDeployError
 from .common import Command, Output, Progress, add_device_options, format_table, parse_whole
+from .eval import add_max_value_option
 
 if TYPE_CHECKING:
-    from ..runtime.engine import Engine
-    from ..specs.values import ModelSpec
+    import numpy as np
+    from numpy.typing import NDArray
 
+    from ..runtime.engine import Engine
+    from ..specs.values import ModelSpec, Preprocessing
+
+logger = logging.getLogger(__name__)
 _USUAL_TOP = 5
 
 
@@ -23,12 +29,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The model, the images, and what is printed of them."""
     parser.add_argument("model", metavar="MODEL",
                         help="an .onnx that repvgg-export wrote, or a plan with its passport beside it")
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="image files, folders of them, or quoted patterns")
+    parser.add_argument("images", metavar="IMAGE", nargs="+",
+                        help="image files, folders (with all below them), quoted patterns, or - for one image on "
+                             "standard input")
     parser.add_argument("--top", type=parse_whole, metavar="N", help="how many classes to print (default: 5)")
     parser.add_argument("--labels", type=Path, metavar="FILE",
                         help="names of the classes, one a line; in place of those in the model")
     parser.add_argument("--batch-size", type=parse_whole, default=16, metavar="N",
                         help="images decoded and run at a time (default: %(default)s)")
+    add_max_value_option(parser)
     add_device_options(parser)
 # fmt: on
 
@@ -44,7 +53,7 @@ class _Answer:
 
 def execute(args: argparse.Namespace) -> Output:
     """Answers the images that can be read; what is wrong with the others stands in the output's errors."""
-    from ..images.decode import list_images
+    from ..images.listing import Listing, expand
     from ..runtime.engine import Engine
     from ..runtime.options import EngineOptions
 
@@ -52,19 +61,27 @@ def execute(args: argparse.Namespace) -> Output:
     answers: list[_Answer] = []
     with Engine(args.model, device=args.device, backend=args.backend, options=options) as engine:
         labels = _choose_labels(engine.spec, args)
-        files: list[Path] = []
+        preprocessing = engine.spec.preprocessing
+        assert preprocessing is not None, "_choose_labels refuses a model without"
+        if args.max_value is not None:
+            preprocessing = replace(preprocessing, max_value=args.max_value)
+        found = Listing()
         for item in args.images:
             try:
-                files += list_images([item])
+                found += expand([item])
             except InputError as error:
                 answers.append(_Answer(item, error=error))
+        if found.left_out:
+            logger.warning("%s", found.left_out)
+        files = found.files
         with Progress(len(files), "images") as bar:
             for start in range(0, len(files), args.batch_size):
                 piece = files[start : start + args.batch_size]
-                answers += _answer(engine, piece, labels, args.top or _USUAL_TOP)
+                answers += _answer(engine, piece, preprocessing, labels, top=args.top or _USUAL_TOP)
                 bar.advance(len(piece))
+    left_out = {"hidden": found.hidden, "no_image": found.others, "without_images": found.empty}
     return Output(
-        data={"model": str(args.model), "images": [_as_json(answer) for answer in answers]},
+        data={"model": str(args.model), "images": [_as_json(answer) for answer in answers], "left_out": left_out},
         text="\n".join(_as_text(answer) for answer in answers if answer.error is None),
         errors=tuple(answer.error for answer in answers if answer.error is not None),
     )
@@ -72,7 +89,7 @@ def execute(args: argparse.Namespace) -> Output:
 
 def _choose_labels(spec: ModelSpec, args: argparse.Namespace) -> tuple[str, ...] | None:
     """The names of the classes; refuses a model that has none, and options that do not fit it."""
-    from ..images.classes import read_labels
+    from ..images.labels import read_labels
 
     from_python = "run it from Python: Engine(path).infer(batch)"
     if spec.kind not in ("logits", "probabilities", "top5"):
@@ -105,28 +122,34 @@ def _count_columns(spec: ModelSpec) -> int:
     return columns
 
 
-def _answer(engine: Engine, files: Sequence[Path], labels: tuple[str, ...] | None, top: int) -> list[_Answer]:
-    """Answers several images at once, or one by one where one of them is unusable."""
+def _answer(
+    engine: Engine, files: Sequence[Path], preprocessing: Preprocessing, labels: tuple[str, ...] | None, *, top: int
+) -> list[_Answer]:
+    """Answers the images that can be read at once, in the order of the files; each is read once."""
     import numpy as np
 
+    from ..images.decode import load_image, normalize
     from ..runtime.results import rank_classes
 
-    try:
-        result = engine.infer_images(files)
-    except InputError as error:
-        if len(files) == 1:
-            return [_Answer(str(files[0]), error=error)]
-        return [answer for file in files for answer in _answer(engine, [file], labels, top)]
-    answers = []
-    for file, (classes, scores) in zip(map(str, files), rank_classes(result, engine.spec, top), strict=True):
-        if np.isfinite(scores).all():
-            names = [labels[index] if labels is not None and index < len(labels) else None for index in classes]
-            answers.append(_Answer(file, tuple(zip(classes.tolist(), names, scores.tolist(), strict=True))))
-        else:
-            message = f"{file}: the model answers with NaN or infinities"
-            remedy = "export it again from the checkpoint, and verify it"
-            answers.append(_Answer(file, error=ModelError(message, remedy=remedy)))
-    return answers
+    images: dict[str, NDArray[np.uint8]] = {}
+    answers: dict[str, _Answer] = {}
+    for file in dict.fromkeys(map(str, files)):
+        try:
+            images[file] = load_image(file, preprocessing)
+        except InputError as error:
+            answers[file] = _Answer(file, error=error)
+    if images:
+        pixels = np.stack(list(images.values()))
+        result = engine.infer(pixels if preprocessing.in_graph else normalize(pixels, preprocessing))
+        for file, (classes, scores) in zip(images, rank_classes(result, engine.spec, top), strict=True):
+            if np.isfinite(scores).all():
+                names = [labels[index] if labels is not None and index < len(labels) else None for index in classes]
+                answers[file] = _Answer(file, tuple(zip(classes.tolist(), names, scores.tolist(), strict=True)))
+            else:
+                message = f"{file}: the model answers with NaN or infinities"
+                remedy = "export it again from the checkpoint, and verify it"
+                answers[file] = _Answer(file, error=ModelError(message, remedy=remedy))
+    return [answers[str(file)] for file in files]
 
 
 def _as_json(answer: _Answer) -> dict[str, object]:

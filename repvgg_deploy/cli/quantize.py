@@ -11,6 +11,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from .common import Command, Output, Progress, format_pairs, format_table, parse_whole, save_plot, show_seconds
+from .eval import add_data_check_option, add_max_value_option, describe_data
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -89,6 +90,8 @@ def add_image_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--min-sqnr", type=float, metavar="DB",
                        help="the same for a graph without a classifier: every output must reach so many "
                             "decibels (default: 20)")
+    add_data_check_option(group)
+    add_max_value_option(group)
 
 
 def add_step_options(group: argparse._ArgumentGroup) -> None:
@@ -119,6 +122,7 @@ def find_given(args: argparse.Namespace) -> list[str]:
     """Which options of the quantization are given."""
     others = {"--calib": args.calib is not None, "--min-agreement": args.min_agreement is not None}
     others |= {"--min-sqnr": args.min_sqnr is not None}
+    others |= {"--accept-data": args.accept_data, "--max-value": args.max_value is not None}
     others |= {"--images": args.images != _IMAGES, "--seed": args.seed != 0, "--io": args.io != "fp32"}
     return [*(flag for flag, is_given in others.items() if is_given), *_given_for_int8(args)]
 
@@ -206,6 +210,8 @@ def read_options(args: argparse.Namespace) -> QuantizeOptions:
         MIN_SQNR_DB if args.min_sqnr is None else args.min_sqnr,
         args.scales,
         args.save_scales,
+        args.accept_data,
+        args.max_value,
     )
 
 
@@ -259,6 +265,7 @@ def _as_text(args: argparse.Namespace, options: QuantizeOptions, result: Quantiz
     else:
         assert result.fp16 is not None
         pairs = [("converted", f"{size} to FP16"), *_fp16_pairs(result.fp16)]
+    pairs += describe_data(result.images.left_out, result.images.likeness) if result.images is not None else []
     pairs += _verdict(options, result)
     pairs.append(("seconds", show_seconds((stage.name, stage.seconds) for stage in result.stages)))
     if result.scales_output is not None:

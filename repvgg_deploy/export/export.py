@@ -23,6 +23,7 @@ from ..images.calibration import calibration_path
 from ..images.classes import IMAGENET_CLASSES, imagenet_labels
 from ..images.decode import default_preprocessing
 from ..images.drawn import make_batches
+from ..images.labels import require_printable
 from ..model.checkpoint.containers import open_checkpoint
 from ..model.checkpoint.load import Checkpoint, build_model, load_checkpoint, write_deploy
 from ..model.fold import reparameterize
@@ -45,7 +46,7 @@ from .calibrate import CalibrationResult, write_calibration
 from .contract import check_contract
 from .graph import plain_torch, rename, simplify, to_onnx
 from .options import GraphOptions, ResizeOptions, model_spec, require_units_of_255
-from .statistics import collect_statistics
+from .statistics import collect_statistics, read_trained_on
 from .synthesize import Steps, SynthesisOptions, plan_synthesis
 from .verify import require_same_weights, verify_onnx
 from .writer import append_metadata, write_model
@@ -191,6 +192,8 @@ def _write_verified(
         report("reparameterize")
         deploy = reparameterize(model)
         statistics = collect_statistics(model) if checkpoint.has_statistics else {}
+        if checkpoint.has_statistics:
+            spec = dataclasses.replace(spec, trained_on=read_trained_on(model))
         report("verify the deploy form against the training form")
         forms = compare_forms(model, deploy, arrays, small=small)
         require_passed(forms.checks, "the deploy form against the training form")
@@ -257,7 +260,9 @@ def _choose_preprocessing(checkpoint: Checkpoint, options: ExportOptions) -> tup
 
 
 def _choose_labels(checkpoint: Checkpoint, options: ExportOptions) -> tuple[str, ...] | None:
-    labels = options.labels or checkpoint.labels
+    labels = options.labels
+    if labels is None and checkpoint.labels is not None:
+        labels = require_printable(checkpoint.labels, checkpoint.path.name)
     card = find_card(checkpoint.sha256)
     if labels is None and card is not None and card.classes == IMAGENET_CLASSES:
         labels = imagenet_labels()  # the published checkpoints were all trained on ImageNet-1k

@@ -31,7 +31,7 @@ _SIGNATURES = (
 )
 
 
-def name_foreign(path: Path, head: bytes, wanted: Literal[".onnx", "checkpoint"]) -> tuple[str, str] | None:
+def name_foreign(path: Path, head: bytes, wanted: Literal[".onnx", "checkpoint", "image"]) -> tuple[str, str] | None:
     """What a file is that is not what was wanted, and the remedy; None where nothing is known of it.
 
     Args:

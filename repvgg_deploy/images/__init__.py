@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from .decode import fit_image as fit_image
     from .decode import image_size as image_size
     from .decode import letterbox_preprocessing as letterbox_preprocessing
-    from .decode import list_images as list_images
     from .decode import load_batch as load_batch
     from .decode import load_image as load_image
     from .decode import normalize as normalize
+    from .listing import list_images as list_images
     from .pixels import Placement as Placement
     from .pixels import place as place
     from .sets import ImageBatch as ImageBatch
@@ -29,8 +29,9 @@ __getattr__ = find_lazily(
     __name__,
     {
         "calibration": "Images load_calibration",
-        "decode": "decode_image default_preprocessing fit_image image_size letterbox_preprocessing list_images "
+        "decode": "decode_image default_preprocessing fit_image image_size letterbox_preprocessing "
         "load_batch load_image normalize",
+        "listing": "list_images",
         "pixels": "Placement place",
         "sets": "ImageBatch ImageSet SetOptions open_images",
     },

@@ -22,6 +22,7 @@ from ..errors import CalibrationError, InputError
 from ..specs import codec
 from ..specs.values import CalibrationProvenance, ModelSpec
 from .decode import StrPath
+from .likeness import Likeness, require_like
 from .sets import ImageSet, SetOptions, open_images
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ class Images:
         name: Where they came from.
         skipped: How many images could not be read.
         fixed_batch: Whether the model has a fixed batch: then all batches have that size, and none is cut.
+        likeness: How they compare with what the model was trained on.
+        left_out: What stood beside them and is no image, counted and named; empty where nothing did.
     """
 
     batches: Sequence[NDArray[Any]]
@@ -49,6 +52,8 @@ class Images:
     name: str = ""
     skipped: int = 0
     fixed_batch: bool = False
+    likeness: Likeness | None = None
+    left_out: str = ""
 
     @property
     def images(self) -> int:
@@ -57,23 +62,23 @@ class Images:
 
 
 def load_calibration(
-    path: StrPath, spec: ModelSpec, *, limit: int = USUAL_IMAGES, batch_size: int = 32, seed: int = 0
+    path: StrPath, spec: ModelSpec, *, options: SetOptions | None = None, accept_data: bool = False
 ) -> Images:
     """Reads images to calibrate with; labels are not looked at.
 
     Args:
         path: A folder, searched recursively; an .npz with `images`, uint8 (N, H, W, 3) or float32 and normalised (a
-            `NAME.calib.npz` too); a text or CSV file of paths, relative to it; or one image.
+            `NAME.calib.npz` too), or an .npy of them; a text or CSV file of paths, relative to it; or one image.
         spec: The specification of the model to calibrate.
-        limit: At most so many images, drawn at random without repetition.
-        batch_size: Images in a batch; the size of a model's fixed batch takes its place.
-        seed: Chooses the images.
+        options: Which images, USUAL_IMAGES for None; the size of a model's fixed batch takes the place of its batch.
+        accept_data: Take images that are unlike those that the model was trained on.
 
     Raises:
         CalibrationError: There are no images, too many are unreadable, they are all alike, hold NaN, or are not what
-            the model takes.
+            the model takes or was trained on.
     """
-    options = SetOptions(limit, spec.batch or batch_size, seed, labels="none")
+    options = options or SetOptions(USUAL_IMAGES)
+    options = replace(options, batch_size=spec.batch or options.batch_size, labels="none")
     try:
         images = open_images(path, spec, options)
         found = list(images)
@@ -82,10 +87,14 @@ def load_calibration(
     skipped = sum(len(batch.skipped) for batch in found)
     batches = [batch.images for batch in found if len(batch.images)]
     _require_usable(batches, images)
+    try:
+        likeness = require_like(images, accept=accept_data)
+    except InputError as error:
+        raise CalibrationError(error.message, remedy=error.remedy) from error
     if skipped:
         logger.warning("%s: %d of %d images could not be read and were left out", images.name, skipped, len(images))
     filled = _fill(batches, spec.batch, images.name)
-    return Images(filled, (), images.name, skipped, spec.batch is not None)
+    return Images(filled, (), images.name, skipped, spec.batch is not None, likeness, images.left_out)
 
 
 def split_held_out(images: Images, *, share: float = 0.2) -> Images:

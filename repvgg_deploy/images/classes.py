@@ -1,11 +1,15 @@
-"""Classes: the scores that a model gives them, and their index from what a data set calls them."""
+"""Classes: the scores that a model gives them, and their index from what a data set calls them.
+
+Names match as people see them: in Unicode's composed form on both sides, with `_` and `-` for a space, and case as it
+is.
+"""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +19,8 @@ from ..errors import InputError
 
 IMAGENET_CLASSES = 1000
 _WORDNET_ID = re.compile(r"n\d{8}")
+_NUMBER = re.compile(r"[0-9]+")
+_WHOLE = re.compile(r"[+-]?[0-9]+(?:\.0*)?")
 
 
 def softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
@@ -29,22 +35,6 @@ def best_classes(scores: NDArray[Any], top: int) -> NDArray[np.int64]:
     """The `top` best classes of each image, int64 (…, top), best first; of equal scores, the lower class first."""
     order = np.argsort(-scores.astype(np.float64), axis=-1, kind="stable")[..., :top]
     return order.astype(np.int64, copy=False)
-
-
-def read_labels(path: Path) -> tuple[str, ...]:
-    """Class names from a UTF-8 text file, one a line in the classifier's order; a blank line is a class without a name.
-
-    Raises:
-        InputError: The file cannot be read.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error  # without the path, which stands before it
-        raise InputError(
-            f"{path}: cannot be read as labels: {reason}", remedy="give a UTF-8 text file with one label a line"
-        ) from error
-    return tuple(line.strip() for line in text.rstrip().splitlines())
 
 
 def imagenet_labels() -> tuple[str, ...]:
@@ -106,17 +96,17 @@ def index_labels(texts: Sequence[str], classes: Classes, where: str) -> tuple[li
     Raises:
         InputError: A label is out of range or no class of the model.
     """
-    if all(re.fullmatch(r"[+-]?\d+", text) for text in texts):
+    if all(_WHOLE.fullmatch(text) for text in texts):
         return _check_indices(texts, classes, where), "labels are class indices"
     names = _index_by_name(classes)
     unknown = [text for text in texts if _plain(text) not in names]
     if unknown:
-        raise _unknown(f"{where}: the label {unknown[0]!r}", classes)
+        raise _unknown(f"{where}: the label {unknown[0]!r}", unknown[0], classes)
     return [names[_plain(text)] for text in texts], "labels are names of the model's classes"
 
 
 def index_folders(folders: Sequence[str], classes: Classes, where: str) -> tuple[list[int], str]:
-    """Indices of the folders of a data set: by name, else by number, else by order if each class has one.
+    """Indices of the folders of a data set: by name, else by number; never by order.
 
     Args:
         folders: Names, sorted.
@@ -133,18 +123,53 @@ def index_folders(folders: Sequence[str], classes: Classes, where: str) -> tuple
     unknown = [folder for folder in folders if _plain(folder) not in names]
     if not unknown:
         return [names[_plain(folder)] for folder in folders], "folder names are the model's labels or their WordNet ids"
-    if len(unknown) < len(folders):
-        raise _unknown(f"{where}: the folder {unknown[0]!r}", classes)
-    if all(re.fullmatch(r"\d+", folder) for folder in folders):
-        return _check_indices(folders, classes, where), "folder names are class indices"
-    if classes.count is None or len(folders) == classes.count:
-        how = f"folders in sorted order, {folders[0]!r} being class 0: none is a label of the model"
-        return list(range(len(folders))), how
-    raise _unknown(f"{where}: {len(folders)} folders for {classes.count} classes, and {unknown[0]!r}", classes)
+    if len(unknown) == len(folders) and all(_NUMBER.fullmatch(folder) for folder in folders):
+        how = "folder names are class indices"
+        if sorted(folders) != sorted(folders, key=int):
+            how += " (not their order as texts, 1, 10, 2, which ImageFolder counts by: that is --sorted-folders)"
+        return _check_indices(folders, classes, where), how
+    error = _unknown(f"{where}: the folder {unknown[0]!r}", unknown[0], classes)
+    if len(unknown) == len(folders):
+        sorting = f"or give --sorted-folders if {folders[0]!r} is class 0 and so on in sorted order"
+        raise InputError(error.message, remedy=f"{error.remedy}; {sorting}")
+    raise error
+
+
+def index_sorted(folders: Sequence[str], empty: Sequence[str], classes: Classes, where: str) -> tuple[list[int], str]:
+    """Indices of folders by their sorted order, as torchvision's `ImageFolder` counts them: folders without images too.
+
+    Args:
+        folders: Names of those with images.
+        empty: Names of those without.
+        classes: The classes of the model.
+        where: Names the data set, for messages.
+
+    Returns:
+        The indices of `folders`, and in words how they were found.
+
+    Raises:
+        InputError: Their number is not that of the classes, or their names say something else.
+    """
+    ordered = sorted({*folders, *empty})
+    if classes.count is not None and len(ordered) != classes.count:
+        raise InputError(
+            f"{where}: {len(ordered)} folders for {classes.count} classes, so that their order says nothing",
+            remedy="give one folder for each class, or name the folders after the classes and leave --sorted-folders "
+            "out",
+        )
+    names = _index_by_name(classes)
+    other = next((name for at, name in enumerate(ordered) if names.get(_plain(name), at) != at), None)
+    if other is not None:
+        at, index = ordered.index(other), names[_plain(other)]
+        raise InputError(
+            f"{where}: the folder {other!r} is {at} in sorted order, and class {index} of the model by its name",
+            remedy="leave --sorted-folders out: the folders' names are the model's labels",
+        )
+    return [ordered.index(name) for name in folders], f"folders in sorted order, {ordered[0]!r} being class 0"
 
 
 def _check_indices(texts: Sequence[str], classes: Classes, where: str) -> list[int]:
-    indices = [int(text) for text in texts]
+    indices = [int(float(text)) for text in texts]
     for index in indices:
         if index < 0 or (classes.count is not None and index >= classes.count):
             last = "" if classes.count is None else f" to {classes.count - 1}"
@@ -167,16 +192,41 @@ def _index_by_name(classes: Classes) -> dict[str, int]:
     # A whole label means its class, though it may be a part of another's.
     whole = [_plain(label) for label in labels]
     found |= {label: index for index, label in enumerate(whole) if label.strip() and whole.count(label) == 1}
-    if classes.labels == imagenet_labels() or (classes.labels is None and classes.count == IMAGENET_CLASSES):
-        found |= {name: index for index, name in enumerate(imagenet_wordnet_ids())}
+    for name, index in _wordnet_indices(classes).items():
+        found.setdefault(name, index)
     return {name: index for name, index in found.items() if index is not None}
 
 
+def _wordnet_indices(classes: Classes) -> dict[str, int]:
+    """Index by WordNet id, of a model whose labels are ImageNet's names, whatever their order and number.
+
+    Of a thousand classes without labels, or with labels of which most stand where ImageNet's do (others call a few
+    otherwise), the order is ImageNet's.
+    """
+    labels, ids = classes.labels, imagenet_wordnet_ids()
+    if labels is None:
+        return {name: index for index, name in enumerate(ids)} if classes.count == IMAGENET_CLASSES else {}
+    known = {_plain(name).casefold(): index for index, name in enumerate(imagenet_labels())}
+    known |= {_plain(name): index for index, name in enumerate(imagenet_labels())}  # Cardigan is a dog, cardigan is not
+    owners = []
+    for label in labels:
+        forms = [_plain(part) for part in (label, label.partition(",")[0])]
+        owners.append(next((known[form] for f in forms for form in (f, f.casefold()) if form in known), None))
+    if len(labels) == IMAGENET_CLASSES and 2 * sum(owner == at for at, owner in enumerate(owners)) > len(labels):
+        return {name: index for index, name in enumerate(ids)}
+    if None in owners or len(set(owners)) < len(owners):
+        return {}
+    return {ids[owner]: index for index, owner in enumerate(owners) if owner is not None}
+
+
 def _plain(name: str) -> str:
-    return " ".join(re.sub(r"[_\-]", " ", name).casefold().split())
+    return " ".join(re.sub(r"[_\-]", " ", unicodedata.normalize("NFC", name)).split())
 
 
-def _unknown(what: str, classes: Classes) -> InputError:
+def _unknown(what: str, name: str, classes: Classes) -> InputError:
+    near = [label for label in classes.labels or () if _plain(label).casefold() == _plain(name).casefold()]
+    if near:
+        return InputError(f"{what} is no class of the model", remedy=f"did you mean {near[0]!r}? Case counts")
     some = f" ({', '.join(classes.labels[:3])}, …)" if classes.labels else ": it has no labels"
     return InputError(
         f"{what} is no class of the model{some}",

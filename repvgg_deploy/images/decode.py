@@ -10,17 +10,21 @@ Source: test.py of https://github.com/DingXiaoH/RepVGG; `Resize` and `CenterCrop
 
 from __future__ import annotations
 
-import glob
 import logging
 import os
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from ..errors import InputError, MissingDependencyError, say_install
+from ..files.signatures import HEAD_BYTES
 from ..specs.values import ModelSpec, Preprocessing
-from .pixels import FORMATS, MAX_PIXELS, decode, fit_to_input, read_size
+from .formats import name_special, name_unread, read_head
+from .listing import STANDARD_INPUT
+from .listing import StrPath as StrPath  # noqa: PLC0414 - handed on
+from .pixels import FORMATS, MAX_PIXELS, Decoded, decode, fit_to_input, read_size
 from .pixels import normalize as normalize  # noqa: PLC0414 - handed on: it is public here
 
 if TYPE_CHECKING:
@@ -30,19 +34,12 @@ if TYPE_CHECKING:
     Uint8Array: TypeAlias = NDArray[np.uint8]
     Float32Array: TypeAlias = NDArray[np.float32]
 
-StrPath: TypeAlias = "str | os.PathLike[str]"
 logger = logging.getLogger(__name__)
-MAX_SCANS = 100
-"""Of a JPEG that somebody sends: ten times the usual number of a progressive one."""
-IMAGE_SUFFIXES = frozenset({
-    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".mpo", ".ppm", ".pgm", ".pbm", ".jp2", ".tga",
-    ".avif",
-})  # fmt: skip
-"""Suffixes of the files that count as images where a folder is searched."""
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 """Mean of ImageNet's red, green and blue, 0–255: 255 × (0.485, 0.456, 0.406), as in RepVGG's train.py and test.py."""
 IMAGENET_STD = (58.395, 57.12, 57.375)
 """Standard deviation, 0–255: 255 × (0.229, 0.224, 0.225). The 58.624 of some model zoos is a slip for 58.395."""
+_MAX_BYTES = 1 << 29  # of an image on standard input
 _COPY = "copy the file again from its source, or leave it out"
 
 
@@ -142,15 +139,29 @@ def load_image(path: StrPath, preprocessing: Preprocessing) -> Uint8Array:
     wide crop is resized until it covers it.
 
     Args:
-        path: JPEG, PNG, WebP, BMP, GIF, TIFF, PPM, JPEG 2000, TGA or AVIF file.
+        path: JPEG, PNG, WebP, BMP, GIF, TIFF, PPM, JPEG 2000, TGA or AVIF file; `-` or `/dev/stdin` for the one that
+            comes on standard input.
         preprocessing: Sizes and filter.
 
     Returns:
         uint8 (H, W, 3), RGB, 0–255, with (H, W) = `preprocessing.crop`.
 
     Raises:
-        InputError: The file is missing, empty, truncated, not an image, or holds more than MAX_PIXELS pixels; or `path`
-            is no path.
+        InputError: The file is missing, empty, truncated, not an image (the message says what it is where that is
+            known), a pipe or device, or holds more than MAX_PIXELS pixels; or `path` is no path.
+        MissingDependencyError: Pillow is not installed.
+    """
+    found = read_image(path, preprocessing)
+    for note in found.notes:
+        logger.warning("%s: %s", os.fspath(path), note)
+    return found.pixels
+
+
+def read_image(path: StrPath, preprocessing: Preprocessing) -> Decoded:
+    """`load_image` with what is to be said of the file, which is not logged.
+
+    Raises:
+        InputError: As `load_image`.
         MissingDependencyError: Pillow is not installed.
     """
     if not isinstance(path, (str, os.PathLike)):
@@ -159,11 +170,12 @@ def load_image(path: StrPath, preprocessing: Preprocessing) -> Uint8Array:
             remedy="give paths; a file's bytes go to decode_image, pixels in memory to infer(batch)",
         )
     where = os.fspath(path)
-    _require_file(where)
-    found = decode(where, preprocessing, where=where, max_pixels=MAX_PIXELS)
-    for note in found.notes:
-        logger.warning("%s: %s", where, note)
-    return found.pixels
+    if where in STANDARD_INPUT:
+        data = _read_standard_input()
+        _require_readable(Path("standard input"), data)
+        return decode(BytesIO(data), preprocessing, where="standard input", max_pixels=MAX_PIXELS)
+    _require_readable(Path(where), _open_head(where))
+    return decode(where, preprocessing, where=where, max_pixels=MAX_PIXELS)
 
 
 def image_size(path: StrPath) -> tuple[int, int]:
@@ -176,7 +188,7 @@ def image_size(path: StrPath) -> tuple[int, int]:
         MissingDependencyError: Pillow is not installed.
     """
     where = os.fspath(path)
-    _require_file(where)
+    _require_readable(Path(where), _open_head(where))
     return read_size(where, where=where)
 
 
@@ -235,14 +247,7 @@ def decode_image(
     where = "the image that was sent"
     if not data:
         raise InputError(f"{where}: no bytes, expected those of an image file", remedy="send the file as it is")
-    # Each scan of a progressive JPEG costs a pass over all of its pixels, and few bytes. The marker may also stand in
-    # a thumbnail or in metadata: a few are counted too many.
-    scans = data.count(b"\xff\xda") if data[:2] == b"\xff\xd8" else 0
-    if scans > MAX_SCANS:
-        raise InputError(
-            f"{where}: a JPEG of {scans} scans, expected at most {MAX_SCANS}",
-            remedy="save it again as a baseline JPEG; usual progressive ones have ten scans",
-        )
+    _require_readable(Path(where), bytes(data[:HEAD_BYTES]))
     limit = min(max_pixels, MAX_PIXELS)
     found = decode(BytesIO(data), preprocessing, where=where, formats=formats, max_pixels=limit)
     for note in found.notes:
@@ -250,10 +255,27 @@ def decode_image(
     return found.pixels
 
 
-def _require_file(where: str) -> None:
+def _read_standard_input() -> bytes:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise InputError(
+            "standard input: nothing is sent to it, expected an image file",
+            remedy="send one: repvgg-trt infer MODEL - < photo.jpg",
+        )
+    data = sys.stdin.buffer.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise InputError(f"standard input: more than {_MAX_BYTES:,} bytes, expected one image file", remedy=_COPY)
+    return data
+
+
+def _open_head(where: str) -> bytes:
+    special = name_special(where)
+    if special is not None:
+        raise InputError(
+            f"{where}: is {special}, expected an image file",
+            remedy="write the image to a file, or send it to standard input and name it -",
+        )
     try:
-        with open(where, "rb") as file:
-            empty = not file.read(1)
+        return read_head(where)
     except FileNotFoundError as error:
         raise InputError(
             f"{where}: no such image file", remedy="check the path; relative paths start at the current folder"
@@ -264,42 +286,12 @@ def _require_file(where: str) -> None:
         ) from error
     except (OSError, ValueError) as error:
         raise InputError(f"{where}: cannot be read: {error}", remedy="check the path and its permissions") from error
-    if empty:
-        raise InputError(f"{where}: the file is empty, expected an image", remedy=_COPY)
 
 
-def list_images(paths: Iterable[StrPath]) -> tuple[Path, ...]:
-    """Expands folders (their image files, not their subfolders) and glob patterns; files stay as they are.
-
-    Args:
-        paths: Files, folders and patterns such as `photos/*.jpg`.
-
-    Returns:
-        Files, sorted within each folder and pattern.
-
-    Raises:
-        InputError: A folder or pattern holds no image, a folder may not be read, or `paths` is empty.
-    """
-    found: list[Path] = []
-    for item in paths:
-        path, text = Path(item), os.fspath(item)
-        if path.is_dir():
-            try:
-                entries = sorted(path.iterdir())
-            except OSError as error:
-                message = f"{path}: cannot be read: {error.strerror}"
-                raise InputError(message, remedy="make the folder readable") from error
-            matches = [entry for entry in entries if entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file()]
-        elif not path.exists() and glob.has_magic(text):
-            matches = [Path(name) for name in sorted(glob.glob(text, recursive=True)) if Path(name).is_file()]
-        else:
-            matches = [path]
-        if not matches:
-            raise InputError(
-                f"{text}: no image found there",
-                remedy=f"name image files ({', '.join(sorted(IMAGE_SUFFIXES))}), or a folder that holds some",
-            )
-        found += matches
-    if not found:
-        raise InputError("expected at least one image, found none", remedy="name image files, folders or patterns")
-    return tuple(found)
+def _require_readable(path: Path, head: bytes) -> None:
+    """Names what is known to be no image of a format that is read here."""
+    if not head:
+        raise InputError(f"{path}: the file is empty, expected an image", remedy=_COPY)
+    found = name_unread(path, head)
+    if found is not None:
+        raise InputError(f"{path}: is {found.what}, not an image of a format that is read here", remedy=found.remedy)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -16,15 +16,18 @@ from numpy.typing import NDArray
 
 from ..errors import InputError
 from ..specs.values import ModelSpec, Preprocessing
-from .classes import Classes, index_folders, index_labels, readable_name
+from .classes import Classes, index_folders, index_labels, index_sorted, readable_name
 from .decode import StrPath, normalize
-from .sources import FileList, FileSource, ImageSource, NpzSource, find_images, read_list
+from .formats import IMAGE_SUFFIXES, RAW_SUFFIXES, is_read, name_special, name_unread, read_head
+from .listing import STANDARD_INPUT, Listing, find_images
+from .lists import LIST_SUFFIXES, read_list
+from .sources import FileSource, ImageSource, NpzSource
 
 logger = logging.getLogger(__name__)
 MAX_UNREADABLE_SHARE = 0.1
 """A set with a larger share of unreadable images is refused: what is left of it may be a biased choice."""
 LabelUse: TypeAlias = Literal["required", "optional", "none"]
-_LIST_SUFFIXES = (".csv", ".tsv", ".txt", ".lst")
+_NUMPY_MAGIC = b"\x93NUMPY"
 _Indices: TypeAlias = "tuple[int, ...] | None"
 
 
@@ -37,12 +40,17 @@ class SetOptions:
         batch_size: Images in a batch; the Engine splits and pads them where a model has a fixed one.
         seed: Chooses the images.
         labels: `required` refuses a set without labels; `none` does not look for any.
+        sorted_folders: The folders' names say nothing: the first in sorted order is class 0, as torchvision's
+            `ImageFolder` counts them.
+        max_value: What is white in images of more than 8 bits; None: what the model states.
     """
 
     limit: int | None = None
     batch_size: int = 32
     seed: int = 0
     labels: LabelUse = "required"
+    sorted_folders: bool = False
+    max_value: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("limit", self.limit), ("batch_size", self.batch_size)):
@@ -59,7 +67,7 @@ def open_images(path: StrPath, spec: ModelSpec, options: SetOptions | None = Non
     Args:
         path: A folder with one sub-folder a class (as ImageNet's); a CSV or text file of `path,label` lines, paths
             relative to it; an .npz with `images`, uint8 (N, H, W, 3), and `labels`; or without labels: a folder that is
-            searched recursively, a list of paths, one image.
+            searched recursively, a list of paths, an .npy, one image (`-`: from standard input).
         spec: The specification of the model that they are for.
         options: Limit, batch size, seed and whether labels are needed.
 
@@ -70,9 +78,18 @@ def open_images(path: StrPath, spec: ModelSpec, options: SetOptions | None = Non
     where = Path(path)
     source: ImageSource
     names: tuple[str, ...] | None = None
+    left_out = ""
+    if options.max_value is not None and spec.preprocessing is not None:
+        spec = replace(spec, preprocessing=replace(spec.preprocessing, max_value=options.max_value))
     if where.is_dir():
-        source, labels, how, names = _open_folder(where, spec, options.labels)
+        listing = find_images(where)
+        left_out = listing.left_out
+        source, labels, how, names = _open_folder(where, listing, spec, options)
     else:
+        if options.sorted_folders:
+            raise InputError(
+                f"{where}: is no folder, so that there are no folders to sort", remedy="leave --sorted-folders out"
+            )
         source, texts = _open_file(where, spec, with_labels=options.labels != "none")
         labels, how = _index_texts(texts, spec, where, options.labels)
     if not len(source):
@@ -80,17 +97,18 @@ def open_images(path: StrPath, spec: ModelSpec, options: SetOptions | None = Non
             f"{where}: expected at least one image, found none", remedy="name a folder, list or .npz that holds some"
         )
     chosen = choose_evenly(len(source), options.limit, options.seed)
-    return ImageSet(source, spec, chosen, labels, how, options.batch_size, str(where), names)
+    return ImageSet(source, spec, chosen, labels, how, options.batch_size, str(where), names, left_out)
 
 
 def _open_folder(
-    path: Path, spec: ModelSpec, use: LabelUse
+    path: Path, listing: Listing, spec: ModelSpec, options: SetOptions
 ) -> tuple[ImageSource, _Indices, str, tuple[str, ...] | None]:
     """The images of a folder, the class of each, how the classes were found, and what the folders call them."""
-    files = find_images(path)
+    files, use = listing.files, options.labels
     if not files:
+        beside = f"; {listing.left_out}" if listing.left_out else ""
         raise InputError(
-            f"{path}: no image found there or in its sub-folders", remedy="name a folder that holds images"
+            f"{path}: no image found there or in its sub-folders{beside}", remedy="name a folder that holds images"
         )
     source = FileSource(files, _preprocessing_of(spec, str(path)))
     parts = [file.relative_to(path).parts for file in files]
@@ -104,7 +122,10 @@ def _open_folder(
         )
     names = sorted({part[0] for part in parts})
     try:
-        indices, how = index_folders(names, classes_of(spec), str(path))
+        if options.sorted_folders:
+            indices, how = index_sorted(names, listing.empty, classes_of(spec), str(path))
+        else:
+            indices, how = index_folders(names, classes_of(spec), str(path))
     except InputError:
         if use == "required":
             raise
@@ -117,16 +138,32 @@ def _open_folder(
 
 def _open_file(path: Path, spec: ModelSpec, *, with_labels: bool) -> tuple[ImageSource, Sequence[str] | None]:
     """The images of an .npz, a list or an image file, and the text of each label where there are any."""
+    if str(path) in STANDARD_INPUT:
+        return FileSource((path,), _preprocessing_of(spec, str(path))), None
+    special = name_special(path)
+    if special is not None:
+        raise InputError(f"{path}: is {special}, expected images", remedy="write what it gives to files first")
     if not path.is_file():
         raise InputError(
             f"{path}: no such file or folder", remedy="check the path; relative paths start at the current folder"
         )
-    if path.suffix.lower() == ".npz":
+    suffix, head = path.suffix.lower(), _head_of(path)
+    if suffix in (".npz", ".npy") or head.startswith(_NUMPY_MAGIC):
         archive = NpzSource(path)
         return archive, archive.labels() if with_labels else None
-    found = read_list(path) if path.suffix.lower() in _LIST_SUFFIXES else FileList((path,), None)
-    source = FileSource(found.paths, _preprocessing_of(spec, str(path)))
-    return source, found.labels if with_labels else None
+    is_text = b"\0" not in head and suffix not in IMAGE_SUFFIXES | RAW_SUFFIXES and name_unread(path, head) is None
+    if suffix in LIST_SUFFIXES or (is_text and not is_read(head)):
+        found = read_list(path)
+        source = FileSource(found.paths, _preprocessing_of(spec, str(path)))
+        return source, found.labels if with_labels else None
+    return FileSource((path,), _preprocessing_of(spec, str(path))), None
+
+
+def _head_of(path: Path) -> bytes:
+    try:
+        return read_head(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}", remedy="make it readable") from error
 
 
 def _index_texts(texts: Sequence[str] | None, spec: ModelSpec, path: Path, use: LabelUse) -> tuple[_Indices, str]:
@@ -202,6 +239,7 @@ class ImageSet:
         batch_size: Images in every batch but the last.
         name: For messages and reports.
         class_names: What the folders call the classes, by index; None where the set is no folder of folders.
+        left_out: What stands in the folder and is no image, counted and named; empty where nothing is.
     """
 
     source: ImageSource
@@ -212,6 +250,7 @@ class ImageSet:
     batch_size: int
     name: str
     class_names: tuple[str, ...] | None = None
+    left_out: str = ""
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -258,7 +297,7 @@ def _to_input(images: Sequence[NDArray[Any]], spec: ModelSpec, name: str) -> NDA
     if not images:
         return np.empty((0, 0, 0, 3) if takes_bytes else (0, 3, 0, 0), np.uint8 if takes_bytes else np.float32)
     _require_size(images[0], spec, name)
-    batch = np.stack([_channels_last(image) for image in images])
+    batch = np.stack([channels_last(image) for image in images])
     if takes_bytes == (batch.dtype == np.uint8):
         return batch if takes_bytes else np.ascontiguousarray(batch.transpose(0, 3, 1, 2))
     preprocessing = _preprocessing_of(spec, name)
@@ -268,14 +307,14 @@ def _to_input(images: Sequence[NDArray[Any]], spec: ModelSpec, name: str) -> NDA
     return np.asarray(np.clip(np.rint(batch * std + mean), 0, 255), np.uint8)
 
 
-def _channels_last(image: NDArray[Any]) -> NDArray[Any]:
+def channels_last(image: NDArray[Any]) -> NDArray[Any]:
     """(H, W, 3). Where both ends are 3 long, bytes have the channels last, floating-point numbers first."""
     is_planar = image.shape[0] == 3 and (image.shape[2] != 3 or image.dtype != np.uint8)
     return image.transpose(1, 2, 0) if is_planar else image
 
 
 def _require_size(image: NDArray[Any], spec: ModelSpec, name: str) -> None:
-    height, width, channels = _channels_last(image).shape
+    height, width, channels = channels_last(image).shape
     if channels != 3:
         raise InputError(
             f"{name}: expected RGB images (H, W, 3), found {image.shape}",

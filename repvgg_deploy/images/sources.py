@@ -1,4 +1,4 @@
-"""Where the images of a set lie: folders, lists of files and .npz archives; listed first, read one by one.
+"""Where the images of a set lie: files, .npz archives and .npy arrays; listed first, read one by one.
 
 An image that cannot be read does not end the reading: an error is given in its place, and the caller decides.
 """
@@ -6,18 +6,18 @@ An image that cannot be read does not end the reading: an error is given in its 
 from __future__ import annotations
 
 import contextlib
-import csv
-import os
+import logging
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import InputError
 from ..specs.values import Preprocessing
-from .decode import IMAGE_SUFFIXES, load_image
+from .decode import read_image
+from .formats import read_head
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     Image: TypeAlias = "NDArray[np.uint8] | NDArray[np.float32]"
 _CHUNK_BYTES = 1 << 20
-_PATH_NAMES, _LABEL_NAMES = ("path", "file", "filename", "image"), ("label", "class", "target")
+logger = logging.getLogger(__name__)
+_FEW_NOTES = 3
 _NPZ_REMEDY = (
     "write it with numpy.savez(file, images=…, labels=…): one C-ordered array uint8 (N, H, W, 3), and integers (N,)"
 )
@@ -47,22 +48,33 @@ class FileSource:
 
     def read(self, chosen: Sequence[int]) -> Iterator[Image | InputError]:
         """The images at the ascending indices `chosen`, or an error in the place of one that cannot be read."""
+        noted = 0
         for index in chosen:
             try:
-                yield load_image(self.paths[index], self.preprocessing)
+                found = read_image(self.paths[index], self.preprocessing)
             except InputError as error:
                 yield error
+                continue
+            noted += bool(found.notes)
+            if noted <= _FEW_NOTES:
+                for note in found.notes:
+                    logger.warning("%s: %s", self.paths[index], note)
+            yield found.pixels
+        if noted > _FEW_NOTES:
+            logger.warning("the like holds for %d of %d images", noted, len(chosen))
 
 
 class NpzSource:
-    """The array `images` of an .npz, read row by row: it may be larger than memory.
+    """The array `images` of an .npz, or the one of an .npy, read row by row: it may be larger than memory.
 
     Raises:
-        InputError: It is no such archive, or its `images` are not uint8 or float32 of rank 4.
+        InputError: It is no such file, or its `images` are not uint8 or float32 of rank 4.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        with _explain_damage(path):
+            self._is_bare = path.suffix.lower() == ".npy" or read_head(path).startswith(b"\x93NUMPY")
         with self._open("images") as file:
             self.shape, self.dtype, fortran = _read_header(file)
         if len(self.shape) != 4 or self.dtype not in ("uint8", "float32") or fortran:
@@ -104,15 +116,24 @@ class NpzSource:
     def labels(self) -> list[str] | None:
         """The array `labels` as texts, or None where there is none.
 
+        Whole numbers may be of any type; a row of one 1 and else 0 for each image is the class of the 1.
+
         Raises:
             InputError: It is damaged, or not one whole number or name for each image.
         """
         import numpy as np
 
+        if self._is_bare:
+            return None
         with _explain_damage(self._path), np.load(self._path, allow_pickle=False) as archive:
             if "labels" not in archive.files:
                 return None
             labels = archive["labels"]
+        if labels.ndim == 2 and labels.dtype.kind in "biuf" and labels.shape[1] > 1:
+            is_one_hot = np.isin(labels, (0, 1)).all() and (labels.sum(1) == 1).all()
+            labels = labels.argmax(1) if is_one_hot else labels
+        if labels.ndim == 1 and labels.dtype.kind in "bf" and (labels == np.rint(labels)).all():
+            labels = labels.astype(np.int64)
         if labels.ndim != 1 or labels.dtype.kind not in "iuU" or len(labels) != len(self):
             raise InputError(
                 f"{self._path}: labels: expected {len(self)} integers, found {labels.dtype} {labels.shape}",
@@ -122,6 +143,10 @@ class NpzSource:
 
     @contextlib.contextmanager
     def _open(self, name: str) -> Iterator[IO[bytes]]:
+        if self._is_bare:
+            with _explain_damage(self._path), self._path.open("rb") as file:
+                yield file
+            return
         with _explain_damage(self._path), zipfile.ZipFile(self._path) as archive:
             if f"{name}.npy" not in archive.namelist():
                 found = ", ".join(archive.namelist()).replace(".npy", "") or "nothing"
@@ -138,7 +163,7 @@ def _explain_damage(path: Path) -> Iterator[None]:
         raise
     except _NPZ_ERRORS as error:
         said = " ".join(str(error).split())
-        raise InputError(f"{path}: cannot be read as .npz: {said}", remedy=_NPZ_REMEDY) from error
+        raise InputError(f"{path}: cannot be read as {path.suffix.lower()}: {said}", remedy=_NPZ_REMEDY) from error
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], str, bool]:
@@ -151,100 +176,3 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], str, bool]:
 
 
 ImageSource: TypeAlias = "FileSource | NpzSource"
-
-
-def find_images(folder: Path) -> tuple[Path, ...]:
-    """All image files below a folder, sorted by path; hidden files and folders are left out, links are followed once.
-
-    Raises:
-        InputError: A folder may not be read: without it, a class could be missing unseen.
-    """
-
-    def refuse(error: OSError) -> None:
-        raise InputError(
-            f"{error.filename}: cannot be read: {error.strerror}", remedy="make the folder readable, or move it out"
-        ) from error
-
-    found: list[Path] = []
-    seen: set[str] = set()
-    for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        real = os.path.realpath(root)
-        if real in seen:
-            folders[:] = []
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        visible = [Path(root, name) for name in files if not name.startswith(".")]
-        found += [path for path in visible if path.suffix.lower() in IMAGE_SUFFIXES]
-    return tuple(sorted(found))
-
-
-class FileList(NamedTuple):
-    """The images that a text or CSV file names, and the label of each, or None where the file has no labels."""
-
-    paths: tuple[Path, ...]
-    labels: list[str] | None
-
-
-def read_list(path: Path) -> FileList:
-    """Reads lines of `path` or `path,label`, with or without a header line; other columns need one.
-
-    Columns are separated by commas, semicolons or tabs.
-
-    Raises:
-        InputError: It cannot be read, has wrong columns, or names files that do not exist.
-    """
-    rows = _read_rows(path)
-    if not rows:
-        raise InputError(f"{path}: names no image", remedy="write one image a line: path, or path,label")
-    path_column, label_column, has_header = _columns(path, rows)
-    rows = rows[1:] if has_header else rows
-    wanted = max(path_column, label_column or 0) + 1
-    short = next((line for line, row in rows if len(row) < wanted), None)
-    if short is not None or not rows:
-        where = f"line {short}: expected {wanted} columns" if short is not None else "expected lines below the header"
-        raise InputError(
-            f"{path}: {where}, found fewer", remedy="write path,label on each line; quote paths that hold a comma"
-        )
-    paths = tuple(path.parent / row[path_column].strip() for _, row in rows)
-    missing = [(line, file) for (line, _), file in zip(rows, paths, strict=True) if not file.is_file()]
-    if missing:
-        line, file = missing[0]
-        raise InputError(
-            f"{path}: {len(missing)} of {len(paths)} files do not exist, the first on line {line}: {file}",
-            remedy="paths are relative to the list's own folder; a header line must name the columns path and label",
-        )
-    return FileList(paths, None if label_column is None else [row[label_column].strip() for _, row in rows])
-
-
-def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
-    """Line number and cells of every line that is not blank."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            lines = file.read().splitlines()
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path}: cannot be read as a list of images: {error}", remedy="give a UTF-8 text or CSV file"
-        ) from error
-    first = next((line for line in lines if line.strip()), "")
-    delimiter = next((mark for mark in ",;\t" if mark in first), ",")
-    try:
-        numbered = list(enumerate(csv.reader(lines, delimiter=delimiter), start=1))
-        return [(number, row) for number, row in numbered if any(cell.strip() for cell in row)]
-    except csv.Error as error:
-        raise InputError(f"{path}: is no CSV: {error}", remedy="write path,label on each line") from error
-
-
-def _columns(path: Path, rows: list[tuple[int, list[str]]]) -> tuple[int, int | None, bool]:
-    """Columns of the path and the label, and whether the first row is a header."""
-    head = [cell.strip().casefold() for cell in rows[0][1]]
-    path_column = next((head.index(name) for name in _PATH_NAMES if name in head), None)
-    label_column = next((head.index(name) for name in _LABEL_NAMES if name in head), None)
-    if path_column is not None:
-        return path_column, label_column, True
-    if label_column is not None or len(head) > 2:
-        raise InputError(
-            f"{path}: expected the columns path,label, found {', '.join(rows[0][1])}",
-            remedy="name the columns path and label in the first line",
-        )
-    return 0, 1 if len(head) == 2 else None, False

@@ -36,6 +36,8 @@ class QuantizeOptions:
         min_sqnr_db: What INT8 must reach at every output of a graph without a classifier, on held-out images.
         scales: A calibration that was saved (`scales.ScaleFile`), used in place of a new one.
         save_scales: Where to save the calibration.
+        accept_data: Calibrate with images that are unlike those that the model was trained on.
+        max_value: What is white in images of more than 8 bits; None: what the model states.
     """
 
     precision: Literal["fp16", "int8"]
@@ -48,6 +50,8 @@ class QuantizeOptions:
     min_sqnr_db: float = MIN_SQNR_DB
     scales: Path | None = None
     save_scales: Path | None = None
+    accept_data: bool = False
+    max_value: int | None = None
 
     @property
     def from_statistics(self) -> bool:

@@ -27,6 +27,8 @@ from ..images.calibration import (
     split_held_out,
 )
 from ..images.drawn import draw_images
+from ..images.likeness import Likeness
+from ..images.sets import SetOptions
 from ..specs import codec
 from ..specs.values import Check, ModelMetadata
 from .fp16 import Fp16Report, draw_batches, to_fp16
@@ -57,6 +59,8 @@ class ImageUse:
         calibration: How many were calibrated with.
         held_out: How many were kept aside to judge the result.
         skipped: How many could not be read.
+        likeness: How they compare with what the model was trained on.
+        left_out: What stood beside them and is no image, counted and named; empty where nothing did.
     """
 
     name: str
@@ -64,6 +68,8 @@ class ImageUse:
     calibration: int
     held_out: int
     skipped: int
+    likeness: Likeness | None = None
+    left_out: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,9 +217,10 @@ def _gather_images(
     else:
         path, synthetic = _find_beside(source, parent), True
     limit = options.images + int(options.images * _EXTRA_SHARE)
-    found = load_calibration(path, parent.metadata.spec, limit=limit, seed=options.seed)
+    chosen = SetOptions(limit, seed=options.seed, max_value=options.max_value)
+    found = load_calibration(path, parent.metadata.spec, options=chosen, accept_data=options.accept_data)
     if options.precision == "fp16":
-        return found, ImageUse(found.name, synthetic, found.images, 0, found.skipped)
+        return found, ImageUse(found.name, synthetic, found.images, 0, found.skipped, found.likeness, found.left_out)
     if found.images < LEAST_IMAGES:
         raise CalibrationError(
             f"{found.name}: expected at least {LEAST_IMAGES} images to calibrate with and to judge the result, "
@@ -223,7 +230,9 @@ def _gather_images(
     share = max(_HELD_OUT_SHARE, 1 - options.images / found.images)
     images = split_held_out(found, share=share)
     held_out = sum(map(len, images.held_out))
-    return images, ImageUse(found.name, synthetic, images.images, held_out, found.skipped)
+    return images, ImageUse(
+        found.name, synthetic, images.images, held_out, found.skipped, found.likeness, found.left_out
+    )
 
 
 def _find_beside(model: Path, parent: Parent) -> Path:
@@ -316,6 +325,8 @@ def _certify(made: _Made, options: QuantizeOptions, use: ImageUse | None) -> Typ
     if options.precision == "int8":
         source = "synthetic" if use is not None and use.synthetic else "images"
         said["calibration"] = STATISTICS if use is None else source
+    if use is not None and use.likeness is not None and use.likeness.verdict == "refused":
+        said["accepted_data"] = f"unlike what the model was trained on, unless they are {use.likeness.better}"
     entry = dataclasses.replace(metadata.history[-1], options={**metadata.history[-1].options, **said})
     certificate = dataclasses.replace(metadata.certificate, checks=(*metadata.certificate.checks, *made.checks))
     changed = dataclasses.replace(metadata, certificate=certificate, history=(*metadata.history[:-1], entry))

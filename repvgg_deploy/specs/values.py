@@ -190,6 +190,14 @@ class Preprocessing:
 
 
 @dataclass(frozen=True, slots=True)
+class InputStatistics:
+    """Mean and standard deviation of what the stem saw in training, per RGB channel, as it is normalised."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """What a caller must know of a model: `Engine.spec`.
 
@@ -200,6 +208,7 @@ class ModelSpec:
         kind: What the outputs are.
         preprocessing: How an image becomes the input; None where it is not known (a module of the user's own).
         labels: Names of the classes in order, or None.
+        trained_on: What images are compared with; None where no BatchNorm told (deploy form).
     """
 
     input: TensorSpec
@@ -207,6 +216,7 @@ class ModelSpec:
     kind: Literal["logits", "probabilities", "top5", "features", "module"]
     preprocessing: Preprocessing | None = None
     labels: tuple[str, ...] | None = None
+    trained_on: InputStatistics | None = None
 
     @property
     def batch(self) -> int | None:

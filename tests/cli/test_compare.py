@@ -20,6 +20,7 @@ from repvgg_deploy.evaluate.agreement import AgreementReport
 from repvgg_deploy.files.onnx import read_metadata
 from repvgg_deploy.images.calibration import load_calibration
 from repvgg_deploy.images.decode import normalize
+from repvgg_deploy.images.sets import SetOptions
 from repvgg_deploy.precision.int8 import FAST, to_int8
 from repvgg_deploy.precision.typed_model import write_typed
 from repvgg_deploy.runtime.engine import Engine
@@ -32,7 +33,9 @@ def models(tmp_path_factory: pytest.TempPathFactory, sample_dir: Path, exported_
     """The sample as FP32 and as INT8."""
     folder = tmp_path_factory.mktemp("models")
     shutil.copy(exported_sample, folder / "fp32.onnx")
-    images = load_calibration(sample_dir / "calib.npz", read_metadata(folder / "fp32.onnx").spec, limit=64)
+    images = load_calibration(
+        sample_dir / "calib.npz", read_metadata(folder / "fp32.onnx").spec, options=SetOptions(64)
+    )
     typed, _ = to_int8(folder / "fp32.onnx", images.batches, FAST)
     write_typed(folder / "int8.onnx", typed)
     return folder

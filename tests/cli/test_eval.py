@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,10 @@ def test_eval_prints_a_summary_and_the_worst_classes(
     assert printed.err == ""
     lines = printed.out.splitlines()
     assert lines[0].split(maxsplit=1) == ["images", "390; labels are class indices"]
-    assert [line.split()[0] for line in lines[1:4]] == ["top-1", "top-5", "speed"]
-    assert lines[4] == "worst classes"
-    assert len(lines) == 8
+    assert [line.split()[0] for line in lines[1:5]] == ["top-1", "top-5", "speed", "data"]
+    assert "like that of training" in lines[4]
+    assert lines[5] == "worst classes"
+    assert len(lines) == 9
 
 
 @pytest.mark.parametrize(
@@ -182,3 +184,42 @@ def test_eval_usage_errors(model: Path, arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["eval", str(model), *arguments])
     assert caught.value.code == 2
+
+
+def test_eval_says_what_it_leaves_out_and_counts_images_by_content(
+    tmp_path: Path, folder: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "class 3" / "1.png").rename(folder / "class 3" / "1.jfif_large")
+    (folder / ".DS_Store").touch()
+    (folder / "class 3" / "readme").write_text("text")
+    found = ask(capsys, model, "--data", folder)
+    assert found["report"]["images"] == 14
+    assert found["left_out"] == "left out: 1 hidden (.DS_Store); 1 no image (class 3/readme)"
+    assert found["likeness"]["verdict"] == "not checked"
+
+
+def test_eval_of_numbers_of_0_to_1_is_refused_with_the_conversion(
+    tmp_path: Path, exported_sample: Path, sample_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with np.load(sample_dir / "eval.npz") as data:
+        images = data["images"].transpose(0, 3, 1, 2).astype(np.float32) / 255
+        np.savez(tmp_path / "unit.npz", images=images, labels=data["labels"])
+    words = ["eval", str(exported_sample), "--data", str(tmp_path / "unit.npz")]
+    assert main(words) == 1
+    assert "images = (255 * images - mean) / std" in capsys.readouterr().err
+    assert main([*words, "--accept-data"]) == 0
+    assert "accepted all the same" in capsys.readouterr().out
+
+
+def test_eval_by_sorted_folders_only_where_it_is_asked_for(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for index in range(11):
+        (tmp_path / "set" / f"{index:02} z").mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "set" / f"{index:02} z" / "a.png")
+    classes = Engine(model).spec.outputs[0].shape[-1]
+    for extra in range(classes, 11):
+        shutil.rmtree(tmp_path / "set" / f"{extra:02} z")
+    assert main(["eval", str(model), "--data", str(tmp_path / "set")]) == 1
+    assert "--sorted-folders" in capsys.readouterr().err
+    assert "sorted order" in ask(capsys, model, "--data", tmp_path / "set", "--sorted-folders")["labels_from"]

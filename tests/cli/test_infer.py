@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -183,3 +184,53 @@ def test_infer_of_unfit_model_is_refused(
     model = make_onnx(tmp_path / "m.onnx", options)
     assert main(["infer", str(model), str(images), *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_infer_searches_folders_and_says_what_it_leaves_out(
+    model: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (images / "deep").mkdir()
+    (images / "0.png").rename(images / "deep" / "no suffix")
+    (images / "._1.png").write_bytes(b"\0\5\x16\7")
+    (images / "notes.txt").write_text("notes")
+    assert main(["infer", str(model), str(images), "--json"]) == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert [Path(image["image"]).name for image in found["images"]] == ["1.png", "2.png", "no suffix"]
+    assert found["left_out"] == {"hidden": ["._1.png"], "no_image": ["notes.txt"], "without_images": []}
+    assert "left out: 1 hidden (._1.png); 1 no image (notes.txt)" in printed.err
+
+
+def test_infer_of_one_image_on_standard_input(
+    model: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = []
+    for words in ([str(images / "1.png")], ["-"]):
+        with (images / "1.png").open() as stream:
+            monkeypatch.setattr("sys.stdin", stream)
+            assert main(["infer", str(model), *words, "--json"]) == 0
+        answers.append(json.loads(capsys.readouterr().out)["images"][0]["predictions"])
+    assert answers[0] == answers[1]
+
+
+def test_infer_of_a_pipe_is_refused_and_not_waited_for(
+    model: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(images / "pipe.png")
+    assert main(["infer", str(model), str(images)]) == 1
+    assert f"{images / 'pipe.png'}: is a pipe" in capsys.readouterr().err
+
+
+def test_infer_with_a_max_value_reads_12_bits(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grey = np.random.default_rng(0).integers(0, 256, (16, 16))
+    Image.fromarray(grey.astype(np.uint8)).save(tmp_path / "eight.png")
+    # 4095 is 255 × 16 + 15: what v becomes that reads as v again.
+    Image.fromarray((grey * 4095 // 255).astype(np.uint16)).save(tmp_path / "twelve.png")
+
+    def ask(*words: object) -> object:
+        assert main(["infer", str(model), *map(str, words), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)["images"][0]["predictions"]
+
+    assert ask(tmp_path / "twelve.png", "--max-value", 4095) == ask(tmp_path / "eight.png")
+    assert main(["infer", str(model), str(tmp_path / "twelve.png")]) == 0
+    assert "--max-value 4095" in capsys.readouterr().err

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 
-from repvgg_deploy.export.statistics import collect_statistics
+from repvgg_deploy.export.statistics import collect_statistics, read_trained_on
 from repvgg_deploy.model.block import TrainingBlock
 from repvgg_deploy.model.network import RepVGG
 from repvgg_deploy.specs.values import BlockKind, ChannelStatistics
@@ -87,3 +89,46 @@ def test_collect_statistics_of_an_input_are_its_own() -> None:
             np.testing.assert_allclose(mean, truth.mean((0, 2, 3)).numpy(), atol=1e-5)
             np.testing.assert_allclose(std, truth.var((0, 2, 3)).sqrt().numpy(), rtol=1e-4, atol=1e-5)
     assert identities > 0
+
+
+def trained_stem(kind: BlockKind, images: torch.Tensor, width: int = 16) -> RepVGG:
+    """Whose BatchNorms have seen these images."""
+    model = random_model(replace(small_variant(block=kind), widths=(width, 16, 16, 24, 32)))
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    model.train()
+    with torch.no_grad():
+        model(images)
+    return model.eval()
+
+
+def photos(count: int, size: int) -> torch.Tensor:
+    """Smooth, as photographs are: neighbours alike, channels too; float32 (N, 3, H, W), no unit deviation."""
+    rough = torch.randn(count, 3, size // 4, size // 4, generator=torch.Generator().manual_seed(0))
+    smooth = torch.nn.functional.interpolate(rough, size=(size, size), mode="bicubic")
+    mixed = torch.einsum("dc,nchw->ndhw", torch.tensor([[1.0, 0.5, 0.1], [0.3, 1.0, 0.4], [0.2, 0.6, 0.7]]), smooth)
+    return mixed * torch.tensor([0.5, 1.2, 2.0]).reshape(1, 3, 1, 1) + torch.tensor([0.4, -0.8, 1.5]).reshape(
+        1, 3, 1, 1
+    )
+
+
+# The 1×1 branch is exact but for the pixels that its stride leaves out; without one, the correlation of neighbours is a
+# model of photographs, and the border is zero: within a quarter, where a wrong range is off by a factor of four.
+@pytest.mark.parametrize(
+    ("kind", "near"), [("repvgg", 0.05), ("qarepvgg_v1", 0.05), ("qarepvgg_v2", 0.25), ("plain", 0.25)]
+)
+def test_read_trained_on_is_the_mean_and_deviation_of_the_images(kind: BlockKind, near: float) -> None:
+    images = photos(8, 64)
+    found = read_trained_on(trained_stem(kind, images))
+    assert found is not None
+    std = images.std((0, 2, 3)).numpy()
+    np.testing.assert_allclose(found.std, std, rtol=near)
+    np.testing.assert_allclose(found.mean, images.mean((0, 2, 3)).numpy(), atol=near * float(std.max()))
+
+
+def test_read_trained_on_tells_nothing_of_random_statistics_and_of_few_channels() -> None:
+    for seed in range(5):
+        model = random_model(replace(small_variant(), widths=(16, 16, 16, 24, 32)), seed=seed)
+        assert read_trained_on(model) is None
+    assert read_trained_on(trained_stem("repvgg", photos(4, 32), width=8)) is None

@@ -23,6 +23,7 @@ from repvgg_deploy.images.calibration import (
     split_held_out,
 )
 from repvgg_deploy.images.decode import normalize
+from repvgg_deploy.images.sets import SetOptions
 from repvgg_deploy.specs import codec
 from repvgg_deploy.specs.values import CalibrationProvenance
 from tests.images.make_images import PREPROCESSING, draw, make_spec, save_images
@@ -190,9 +191,7 @@ def flatten(images: Images) -> NDArray[Any]:
 
 def test_calibration_images_are_chosen_by_seed_and_found_recursively(tmp_path: Path) -> None:
     save_images(tmp_path, [f"{index % 3}/{index:02}.png" for index in range(40)])
-    one, same, other = (
-        load_calibration(tmp_path, make_spec(), limit=20, batch_size=8, seed=seed) for seed in (0, 0, 1)
-    )
+    one, same, other = (load_calibration(tmp_path, make_spec(), options=SetOptions(20, 8, seed)) for seed in (0, 0, 1))
     assert [len(batch) for batch in one.batches] == [8, 8, 4]
     assert one.images == 20
     assert np.array_equal(flatten(one), flatten(same))
@@ -214,7 +213,7 @@ def test_calibration_respects_a_fixed_batch(tmp_path: Path, caplog: pytest.LogCa
     images = load_calibration(tmp_path / "set.npz", make_spec(batch=4, uint8=True))
     assert [batch.shape for batch in images.batches] == [(4, 8, 8, 3)] * 5
     assert "last 2 images" in caplog.text
-    few = load_calibration(tmp_path / "set.npz", make_spec(batch=32), limit=3)
+    few = load_calibration(tmp_path / "set.npz", make_spec(batch=32), options=SetOptions(3))
     assert few.batches[0].shape == (32, 3, 8, 8)
     assert "repeated to fill" in caplog.text
     divided = split_held_out(images, share=0.4)
@@ -261,7 +260,7 @@ def test_held_out_share_is_spread_evenly_and_nothing_is_lost(
     tmp_path: Path, count: int, share: float, held: int
 ) -> None:
     np.savez(tmp_path / "set.npz", images=draw(count))
-    images = load_calibration(tmp_path / "set.npz", make_spec(uint8=True), batch_size=16)
+    images = load_calibration(tmp_path / "set.npz", make_spec(uint8=True), options=SetOptions(batch_size=16))
     divided = split_held_out(images, share=share)
     out = np.concatenate(divided.held_out)
     assert (divided.images, len(out)) == (count - held, held)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import unicodedata
+from typing import Any
+
 import pytest
 
 from repvgg_deploy.errors import InputError
@@ -48,7 +51,7 @@ def test_folders_of_wordnet_ids_are_found_in_an_imagenet_model_and_in_labels() -
         assert "WordNet" in how
     own = Classes(("n02102040 English springer", "n01440764 tench, Tinca tinca", "crane (n03126707)"), 3)
     assert index_folders(["n01440764", "n02102040", "n03126707"], own, "set")[0] == [1, 0, 2]
-    assert index_folders(["tinca_tinca"], own, "set")[0] == [1]
+    assert index_folders(["Tinca_tinca"], own, "set")[0] == [1]
     assert list(imagenet_wordnet_ids()) == sorted(imagenet_wordnet_ids())
 
 
@@ -57,3 +60,61 @@ def test_labels_that_name_two_classes_name_none() -> None:
     assert index_labels(["bird"], classes, "csv")[0] == [2]  # a whole label comes before a part of another
     with pytest.raises(InputError, match="'crane' is no class"):
         index_labels(["crane"], classes, "csv")
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("name", ["Käse", "영희", "ガ", "é"])
+def test_names_match_in_either_unicode_form(name: str, form: Any) -> None:
+    others = ("cat", unicodedata.normalize("NFC", name)), ("cat", unicodedata.normalize("NFD", name))
+    for labels in others:
+        folder = unicodedata.normalize(form, name)
+        assert index_folders([folder], Classes(labels, 2), "set")[0] == [1]
+        assert index_labels([folder], Classes(labels, 2), "csv")[0] == [1]
+
+
+def test_case_counts_and_a_name_in_another_case_is_suggested() -> None:
+    letters = Classes(("a", "A"), 2)
+    assert index_folders(["A", "a"], letters, "set")[0] == [1, 0]
+    with pytest.raises(InputError, match="'Dog' is no class") as caught:
+        index_folders(["Dog", "cat"], Classes(("cat", "dog"), 2), "set")
+    assert "'dog'" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ("parachute", "tench", "gas pump"),
+        ("parachute, chute", "tench, Tinca tinca", "gas pump, gasoline pump"),
+        ("parachute", "tench", "gas_pump"),
+        ("Parachute", "Tench", "Gas pump"),
+    ],
+)
+def test_wordnet_ids_are_known_of_every_model_of_imagenets_names(labels: tuple[str, ...]) -> None:
+    found, how = index_folders(["n01440764", "n03425413", "n03888257"], Classes(labels, 3), "set")
+    assert found == [1, 2, 0]
+    assert "WordNet" in how
+
+
+def test_wordnet_ids_are_not_guessed_where_a_label_is_nobodys_name() -> None:
+    with pytest.raises(InputError, match="'n01440764' is no class"):
+        index_folders(["n01440764"], Classes(("tench", "my own"), 2), "set")
+
+
+def test_wordnet_ids_of_a_thousand_labels_that_call_some_classes_otherwise() -> None:
+    others = tuple(f"{label}?" if index % 3 == 0 else label for index, label in enumerate(imagenet_labels()))
+    assert index_folders(["n01440764", "n03888257"], Classes(others, 1000), "set")[0] == [0, 701]
+    shuffled = tuple(reversed(imagenet_labels()))  # of another order, by their names
+    assert index_folders(["n01440764"], Classes(shuffled, 1000), "set")[0] == [999]
+
+
+def test_folders_of_numbers_say_that_image_folder_counts_them_as_texts() -> None:
+    _, how = index_folders(["0", "1", "10", "2"], Classes(None, 11), "set")
+    assert "--sorted-folders" in how
+    _, how = index_folders(["00", "01", "02", "10"], Classes(None, 11), "set")
+    assert "--sorted-folders" not in how
+
+
+def test_labels_that_are_whole_floating_point_numbers_are_indices() -> None:
+    assert index_labels(["2.0", "0.", "1"], Classes(None, 3), "csv")[0] == [2, 0, 1]
+    with pytest.raises(InputError, match=r"'1\.5' is no class"):
+        index_labels(["1.5"], Classes(None, 3), "csv")

@@ -23,13 +23,13 @@ from repvgg_deploy.images.decode import (
     IMAGENET_STD,
     decode_image,
     default_preprocessing,
-    list_images,
     load_batch,
     load_image,
     normalize,
 )
 from repvgg_deploy.images.pixels import place
 from repvgg_deploy.specs.values import ModelSpec, Preprocessing, TensorSpec
+from tests.images.make_images import make_jpegs
 
 SMALL = default_preprocessing(6, 6)
 
@@ -449,7 +449,7 @@ def test_load_image_of_an_impossible_path_is_an_input_error(path: str) -> None:
 def test_load_image_without_pillow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(Image.new("RGB", (6, 6)), tmp_path / "a.png")
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(MissingDependencyError, match=r"repvgg-deploy\[cpu\]"):
+    with pytest.raises(MissingDependencyError, match=r"pip install '\.\[cpu\]'"):
         load_image(path, SMALL)
 
 
@@ -515,35 +515,13 @@ def test_normalize_of_another_dtype_or_layout_is_refused(images: Any) -> None:
         normalize(images, SMALL)
 
 
-def test_list_images_expands_folders_and_patterns_and_keeps_files(tmp_path: Path) -> None:
-    for name in ("b.png", "a.JPG", "notes.txt", "c.webp"):
-        (tmp_path / name).touch()
-    (tmp_path / "sub.png").mkdir()
-    assert [path.name for path in list_images([tmp_path])] == ["a.JPG", "b.png", "c.webp"]
-    assert [path.name for path in list_images([f"{tmp_path}/*.png", tmp_path / "absent.jpg"])] == [
-        "b.png",
-        "absent.jpg",
-    ]
-
-
-def test_list_images_of_a_folder_that_may_not_be_read_is_our_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(path: Path) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(Path, "iterdir", refuse)
-    with pytest.raises(InputError, match="cannot be read: Permission denied"):
-        list_images([tmp_path])
-
-
-def test_list_images_of_a_name_with_brackets_is_that_file(tmp_path: Path) -> None:
-    path = tmp_path / "photo[1].png"
-    path.touch()
-    assert list_images([path]) == (path,)
-
-
-def test_list_images_without_any_image_is_refused(tmp_path: Path) -> None:
-    for paths in ([tmp_path], [tmp_path / "*.png"], []):
-        with pytest.raises(InputError, match="image"):
-            list_images(paths)
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # of the damaged EXIF blocks, which the programs silence
+@pytest.mark.parametrize("name", [name for name in make_jpegs() if not name.startswith("bad")])
+def test_jpeg_of_the_wild_is_read_and_turned_where_its_orientation_can_be_told(name: str) -> None:
+    """The same files are given to Triton's decoder: tests/serving/test_jpeg_model.py."""
+    image = decode_image(make_jpegs()[name], crop_only(28, 28))
+    plain = decode_image(make_jpegs()["plain"], crop_only(28, 28))
+    if "turned" in name or name.endswith("beside it") or "outside" in name:
+        np.testing.assert_array_equal(image, np.rot90(plain, 3))
+    elif name.startswith(("an ", "bytes")):
+        np.testing.assert_array_equal(image, plain)

@@ -26,6 +26,7 @@ from repvgg_deploy.serving.triton import write_triton
 from repvgg_deploy.serving.validate import validate_repository
 from repvgg_deploy.specs import codec
 from repvgg_deploy.specs.values import Preprocessing
+from tests.images.make_images import make_jpegs
 from tests.runtime.make_model import ModelOptions, make_onnx, strip_metadata, write_bound
 from tests.serving.make_repository import needs_schema, read_config
 
@@ -206,3 +207,33 @@ def test_model_that_no_jpeg_can_be_made_for_is_refused(options: ModelOptions, tm
     with pytest.raises(InputError, match="--ensemble jpeg needs"):
         write_triton([make_onnx(tmp_path / "m.onnx", options)], tmp_path / "repo", RepositoryOptions(ensemble="jpeg"))
     assert not (tmp_path / "repo").exists()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # of the damaged EXIF blocks, which the programs silence
+@pytest.mark.parametrize("name", make_jpegs())
+def test_triton_answers_what_the_engine_answers_and_refuses_what_it_refuses(
+    name: str, template: types.ModuleType, tmp_path: Path
+) -> None:
+    data, preprocessing = make_jpegs()[name], Preprocessing(MEAN, STD, 32, (24, 28), "bicubic")
+    (tmp_path / "photo.jpg").write_bytes(data)
+    (response,) = start(template, tmp_path, preprocessing).execute([request(data)])
+    if name.startswith("bad"):
+        assert response.error is not None
+        with pytest.raises(InputError):
+            load_batch([tmp_path / "photo.jpg"], preprocessing)
+    else:
+        assert response.error is None
+        expected = load_batch([tmp_path / "photo.jpg"], preprocessing)
+        np.testing.assert_array_equal(response.output_tensors[0].array, expected)
+
+
+def test_triton_stretches_covers_and_interpolates_as_the_engine(template: types.ModuleType, tmp_path: Path) -> None:
+    data = make_jpegs()["plain"]
+    (tmp_path / "photo.jpg").write_bytes(data)
+    for index, changes in enumerate(({"fit": "stretch"}, {"fit": "cover"}, {"interpolation": "lanczos"})):
+        preprocessing = Preprocessing(MEAN, STD, 30, (24, 28), box=(30, 40), **changes)  # type: ignore[arg-type]
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        (response,) = start(template, folder, preprocessing).execute([request(data)])
+        expected = load_batch([tmp_path / "photo.jpg"], preprocessing)
+        np.testing.assert_array_equal(response.output_tensors[0].array, expected)

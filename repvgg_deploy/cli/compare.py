@@ -197,7 +197,6 @@ def _as_text(one: str, two: str, report: AgreementReport, said: Sequence[tuple[s
     same = show_share(report.agreement, report.agreement_standard_error)
     pairs = [
         ("compared", f"{two} with the reference {one}, {report.images} images{skipped}"),
-        *said,
         ("agreement", f"{same} of the best classes are the same"),
     ]
     if report.output is not None:
@@ -210,6 +209,7 @@ def _as_text(one: str, two: str, report: AgreementReport, said: Sequence[tuple[s
         top1 = (show_share(accuracy.top1, accuracy.top1_standard_error) for accuracy in both)
         pairs.append(("top-1", " → ".join(top1)))
         pairs.append(("top-5", " → ".join(f"{100 * accuracy.top5:.2f} %" for accuracy in both)))
+    pairs += said
     if not report.layers:
         return f"{format_pairs(pairs)}\nlayers not compared: {report.layers_note}"
     where = f"they part at {report.first_apart}" if report.first_apart else "they part nowhere"

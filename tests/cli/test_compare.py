@@ -105,9 +105,9 @@ def test_compare_prints_a_summary_with_layers(
     assert printed.err == ""
     lines = printed.out.splitlines()
     assert lines[0].split(maxsplit=1)[1] == "int8.onnx with the reference fp32.onnx, 60 images"
-    assert [line.split()[0] for line in lines[1:5]] == ["agreement", "logits", "top-1", "top-5"]
-    assert lines[5] == "layers (parted below 20 dB): they part nowhere"
-    assert lines[7].split()[0] == "stage0.conv"
+    assert [line.split()[0] for line in lines[1:6]] == ["agreement", "logits", "top-1", "top-5", "data"]
+    assert lines[6] == "layers (parted below 20 dB): they part nowhere"
+    assert lines[8].split()[0] == "stage0.conv"
 
 
 def test_compare_without_labels_leaves_accuracy_out_and_draws(

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     Float32Array: TypeAlias = NDArray[np.float32]
 
 logger = logging.getLogger(__name__)
+MAX_SCANS = 100
+"""Of a JPEG that somebody sends: ten times the usual number of a progressive one."""
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 """Mean of ImageNet's red, green and blue, 0–255: 255 × (0.485, 0.456, 0.406), as in RepVGG's train.py and test.py."""
 IMAGENET_STD = (58.395, 57.12, 57.375)
@@ -248,6 +250,14 @@ def decode_image(
     if not data:
         raise InputError(f"{where}: no bytes, expected those of an image file", remedy="send the file as it is")
     _require_readable(Path(where), bytes(data[:HEAD_BYTES]))
+    # Each scan of a progressive JPEG costs a pass over all of its pixels, and few bytes. The marker may also stand in
+    # a thumbnail or in metadata: a few are counted too many.
+    scans = data.count(b"\xff\xda") if data[:2] == b"\xff\xd8" else 0
+    if scans > MAX_SCANS:
+        raise InputError(
+            f"{where}: a JPEG of {scans} scans, expected at most {MAX_SCANS}",
+            remedy="save it again as a baseline JPEG; usual progressive ones have ten scans",
+        )
     limit = min(max_pixels, MAX_PIXELS)
     found = decode(BytesIO(data), preprocessing, where=where, formats=formats, max_pixels=limit)
     for note in found.notes:

@@ -329,12 +329,7 @@ def _verify(
 ) -> tuple[dict[str, _Arrays], tuple[Check, ...], tuple[str, ...]]:
     """What the file gives on drawn inputs, how far from it the folded file is, and what could not be compared.
 
-    Args:
-        path: The file that was given.
-        given: What it holds.
-        folded: The folded file, and its graph with `choices.before` as further outputs.
-        choices: Of both.
-        feeds: By batch, what goes in.
+    `folded` are the file that was written and its graph with `choices.before` as further outputs; `feeds` go in.
     """
     outputs = [value.name for value in folded[1].graph.output if value.name not in choices.before]
     reference = with_outputs(given, list(dict.fromkeys([*outputs, *choices.inner])))
@@ -344,9 +339,13 @@ def _verify(
     for name, feed in feeds.items():
         try:
             inner |= run_onnx(path, {name: feed}, content=content)
-        except ParityError:
+        except ParityError as error:
             if name.startswith("image"):
-                raise
+                shapes = {key: array.shape for key, array in feed.items()}
+                raise ParityError(
+                    f"{path}: as it was given it does not run on {shapes}: {error.message}",
+                    remedy="check it in ONNX Runtime; where tracing fixed a size that it calls free, export it so",
+                ) from error
             notes.append(f"the file as it was given does not run {name}: not verified")
     used = {name: feeds[name] for name in inner}
     references = {batch: {name: arrays[name] for name in outputs} for batch, arrays in inner.items()}

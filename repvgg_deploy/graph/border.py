@@ -25,9 +25,13 @@ _ANY_SIZE = (7, 10)
 _LONGEST = 24
 
 
-def find_borders(view: GraphView) -> dict[str, Border]:
-    """By the result of each chain that pads with constants, what it is."""
+def find_borders(view: GraphView) -> tuple[dict[str, Border], set[str]]:
+    """By the result of each chain that pads with constants, what it is; and results of chains that may be such.
+
+    What overwrites a padding with what cannot be computed here, such as sizes that vary, may be one.
+    """
     found: dict[str, Border] = {}
+    unread: set[str] = set()
     for node in view.nodes:
         readers = view.readers.get(node.output[0], []) if node.output else []
         if node.op_type in _CHAIN and not any(reader.op_type in _CHAIN for reader in readers):
@@ -35,7 +39,18 @@ def find_borders(view: GraphView) -> dict[str, Border]:
             border = None if data is None else _run(view, data, node.output[0])
             if border is not None:
                 found[node.output[0]] = border
-    return found
+            elif data is not None and "Scatter" in "".join(_kinds(view, node, data)):
+                unread.add(node.output[0])
+    return found, unread
+
+
+def _kinds(view: GraphView, last: onnx.NodeProto, data: str) -> list[str]:
+    """Operators of a chain, from its end to what it pads."""
+    kinds, node = [last.op_type], last
+    while data not in node.input:
+        node = next(view.made_by[name] for name in node.input if not _is_filling(view, name))
+        kinds.append(node.op_type)
+    return kinds
 
 
 def _walk_back(view: GraphView, last: onnx.NodeProto) -> str | None:

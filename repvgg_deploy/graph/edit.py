@@ -51,7 +51,8 @@ class GraphView:
         made_by: By the name of a tensor, the node that makes it.
         readers: By the name of a tensor, the nodes that read it, once each; subgraphs of If and Loop count.
         kept: Tensors that must exist whatever is folded: the graph's outputs, and what subgraphs read.
-        borders: By their results, paddings with constants; `border.find_borders` fills it.
+        borders: By their results, paddings with constants; `border.find_borders` finds them.
+        channels: Of tensors that are images whatever ONNX can tell of their shape; `regions.Regions` fills it.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
@@ -61,6 +62,7 @@ class GraphView:
         self.made_by = {output: node for node in self.nodes for output in node.output if output}
         self.readers: dict[str, list[onnx.NodeProto]] = {}
         self.borders: dict[str, Border] = {}
+        self.channels: dict[str, int] = {}
         self.kept = {value.name for value in graph.output}
         for node in self.nodes:
             for name in dict.fromkeys(node.input):

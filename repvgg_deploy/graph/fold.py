@@ -89,8 +89,8 @@ def fold_branches(model: onnx.ModelProto) -> tuple[onnx.ModelProto, FoldReport]:
         ParityError: A fold differs from the region that it was to replace: a fault of this program.
     """
     view = GraphView(drop_unread(model))
-    view.borders.update(find_borders(view))
-    regions = Regions(view)
+    view.borders, unread = find_borders(view)
+    regions = Regions(view, unread)
     writer = _Writer(view, regions)
     for node in view.nodes:
         if not any(output in regions.inputs for output in node.output):

@@ -295,7 +295,7 @@ def _read_batch_norm(view: GraphView, node: onnx.NodeProto) -> tuple[str, Form] 
         return "its statistics are no constants"
     if _integer(node, "training_mode", 0):
         return "training_mode=1: it normalises by the batch"
-    if len(view.shape(node.input[0]) or ()) != 4:
+    if node.input[0] not in view.channels and len(view.shape(node.input[0]) or ()) != 4:
         return "its input is no batch of images, or its shape is not known"
     scale, shift, mean, variance = (np.asarray(value, np.float64) for value in values)
     factor = scale / np.sqrt(variance + float(_number(node, "epsilon", 1e-5)))
@@ -396,7 +396,7 @@ def _read_window(view: GraphView, node: onnx.NodeProto, size: tuple[int, ...]) -
 def _channels(view: GraphView, name: str) -> int | None:
     """Of a batch of images; None for a tensor of another rank, or where it is not known."""
     shape = view.shape(name)
-    return shape[1] if shape is not None and len(shape) == 4 else None
+    return view.channels.get(name, shape[1] if shape is not None and len(shape) == 4 else None)
 
 
 def _integer(node: onnx.NodeProto, name: str, default: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -53,7 +53,7 @@ class Term:
 class Regions:
     """Which tensors are linear in which, and the cheapest plans."""
 
-    def __init__(self, view: GraphView) -> None:
+    def __init__(self, view: GraphView, unread: Collection[str] = ()) -> None:
         self.view = view
         self.inputs: dict[str, list[Term]] = {}
         """By a linear tensor: what it is made of, one term for an operator of one input."""
@@ -61,6 +61,7 @@ class Regions:
         self.sources: dict[str, list[str]] = {}
         self.refused: dict[str, str] = {}
         """By a tensor: why its operator, or all that leads to it, is no convolution."""
+        self.refused |= dict.fromkeys(unread, "a border that is overwritten, and with what cannot be computed here")
         self.broken: dict[str, str] = {}
         """By a sum: why one of its branches is not linear."""
         self._owners = {inner: name for name, border in view.borders.items() for inner in border.inner}
@@ -83,32 +84,46 @@ class Regions:
         if isinstance(found, tuple):
             data, form = found
             self.inputs[name], self.operators[name] = [Term(data, 1)], form
+            self.view.channels[name] = form.out_channels
             self.sources[name] = [*self.sources.get(data, []), data][-_DEEPEST:]
             return
         if node.op_type in ("Add", "Sub", "Sum") and node.domain in ("", "ai.onnx"):
             terms = [Term(data, -1 if node.op_type == "Sub" and index else 1) for index, data in enumerate(node.input)]
             own = [[*self.sources.get(term.name, []), term.name][-_DEEPEST:] for term in terms]
             common = [source for source in own[0] if all(source in other for other in own[1:])]
-            shapes = {self.view.shape(data) for data in node.input}
+            shapes = [None if data in self.view.channels else self.view.shape(data) for data in node.input]
             channels = {self._channels(data) for data in node.input}
-            is_image = all(shape is not None and len(shape) == 4 for shape in shapes) and None not in channels
+            known = all(
+                data in self.view.channels or (shape is not None and len(shape) == 4)
+                for data, shape in zip(node.input, shapes, strict=True)
+            )
+            is_image = known and None not in channels
             if is_image and common and len(channels) == 1:
                 self.inputs[name], self.sources[name] = terms, common
+                self.view.channels[name] = channels.pop() or 0
             elif common and None in channels and all(shape is None or len(shape) == 4 for shape in shapes):
                 self.broken[name] = "the number of channels of a branch is not known"
-            for term in terms:
-                if term.name in self.refused and not common:
-                    kind = self.view.made_by[term.name].op_type
-                    if is_image or (None in shapes and kind in ("Conv", "BatchNormalization", "AveragePool")):
-                        self.broken[name] = f"{kind}: {self.refused[term.name]}"
+            elif not common:
+                self._blame(name, terms, is_image=is_image, shapes=shapes)
         elif isinstance(found, str):
             self.refused[name] = found
+
+    def _blame(
+        self, name: str, terms: list[Term], *, is_image: bool, shapes: list[tuple[int | None, ...] | None]
+    ) -> None:
+        """Says of a sum without a common source which operator, at a branch's end or before it, is no convolution."""
+        for term in terms:
+            first = self.sources.get(term.name, [term.name])[0]
+            if first in self.refused:
+                kind = self.view.made_by[first].op_type
+                if is_image or (None in shapes and kind in ("Conv", "BatchNormalization", "AveragePool")):
+                    self.broken[name] = f"{kind}: {self.refused[first]}"
 
     def _channels(self, name: str) -> int | None:
         """Of a tensor: by its operator, whose weights say it, or by its shape."""
         shape = self.view.shape(name)
         found = shape[1] if shape is not None and len(shape) == 4 else None
-        return self.operators[name].out_channels if name in self.operators else found
+        return self.view.channels.get(name, found)
 
     def results(self) -> list[str]:
         """Linear tensors that something reads which is not linear, or that are outputs."""

@@ -229,6 +229,18 @@ def test_fold_onnx_of_two_inputs_and_an_if_keeps_them_and_has_no_metadata(tmp_pa
         Engine(tmp_path / "out.onnx")
 
 
+def test_fold_onnx_that_does_not_run_itself_is_refused_with_what_may_be_wrong(given: Path, tmp_path: Path) -> None:
+    model = onnx.load(given)
+    model.graph.initializer.append(numpy_helper.from_array(np.ones((1, 8, 9, 7), np.float32), "fixed"))
+    last = model.graph.node[-1]
+    output, last.output[0] = last.output[0], "before"
+    model.graph.node.append(helper.make_node("Add", ["before", "fixed"], [output]))
+    onnx.save(model, given)
+    with pytest.raises(ParityError, match=r"does not run on \{'x': \(1, 8, 128, 192\)\}") as caught:
+        fold_onnx(given, tmp_path / "out.onnx")
+    assert "where tracing fixed a size" in caught.value.remedy
+
+
 def test_fold_onnx_of_fixed_sizes_is_verified_on_these(tmp_path: Path) -> None:
     model = make_block("RepVGG")
     for dim, size in zip(model.graph.input[0].type.tensor_type.shape.dim, (2, 8, 9, 11), strict=True):

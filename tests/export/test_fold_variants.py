@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,6 +21,7 @@ from repvgg_deploy.export.module import _fold
 from repvgg_deploy.model.network import RepVGG
 from repvgg_deploy.specs.values import TensorSpec, VariantSpec
 from repvgg_deploy.specs.variants import PUBLISHED
+from tests.export import make_modules
 from tests.model.other_projects import BLOCKS, Ghost, Plus
 from tests.model.random_blocks import randomise, small_variant
 
@@ -119,3 +122,24 @@ class Logits(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
         return (self.network.classify(self.network.stage_outputs(x)["stage4"]),)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", make_modules.BLOCKS)
+@pytest.mark.parametrize(("exporter", "opset"), [("legacy", 11), ("legacy", 20), ("dynamo", 18), ("dynamo", 22)])
+def test_block_is_one_convolution_whichever_exporter_wrote_it(
+    name: str, exporter: str, opset: int, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = make_modules.make_module(make_modules.BLOCKS[name][0]())
+    randomise(model)
+    given, mode = tmp_path / "given.onnx", torch.onnx.TrainingMode
+    options: dict[str, Any] = {"dynamo": True, "external_data": False}
+    if exporter == "legacy":  # with BatchNorm as it is, and merged
+        options = {"dynamo": False, "training": mode.PRESERVE if opset == 11 else mode.EVAL}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model.eval(), (torch.randn(1, 3, 17, 15),), given, opset_version=opset, **options)
+    result = fold_onnx(given, tmp_path / "out.onnx")
+    assert sum(node.op_type == "Conv" for node in onnx.load(tmp_path / "out.onnx").graph.node) == 2
+    assert result.report.left == () and result.metadata is not None

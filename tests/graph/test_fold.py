@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
 from repvgg_deploy.errors import ParityError
-from repvgg_deploy.graph import regions
+from repvgg_deploy.graph import edit, regions
 from repvgg_deploy.graph.edit import resolve_sizes
 from repvgg_deploy.graph.fold import fold_branches
 from repvgg_deploy.graph.linear import Form
@@ -66,6 +66,50 @@ def test_border_that_holds_what_zeros_would_give_makes_a_diverse_branch_block_on
     model = make_border(name)
     folded, report = fold_branches(model)
     assert kinds(folded) == {"Relu": 2, "Conv": 1} and report.folds[0].branches == 4
+    assert_equal(model, folded, sizes=[(1, 9, 10)])
+
+
+def test_branch_whose_shapes_onnx_cannot_tell_is_folded_by_what_its_weights_say(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Behind such a border old exporters leave every size unknown, of pooling and BatchNorm, too."""
+    model = make_border("scattered")
+    hidden = {node.output[0] for node in model.graph.node if node.op_type in ("ScatterND", "AveragePool")}
+    hidden |= {
+        node.output[0] for node in model.graph.node if node.op_type == "BatchNormalization" and node.input[0] in hidden
+    }
+    shape = edit.GraphView.shape
+
+    def forget(view: edit.GraphView, name: str) -> tuple[int | None, ...] | None:
+        return (None,) * 4 if name in hidden else shape(view, name)
+
+    monkeypatch.setattr(edit.GraphView, "shape", forget)
+    folded, report = fold_branches(model)
+    assert kinds(folded) == {"Relu": 2, "Conv": 1} and report.left == ()
+    assert_equal(model, folded, sizes=[(1, 9, 10)])
+
+
+def test_sum_behind_a_border_that_cannot_be_computed_remains_with_its_reason() -> None:
+    """The border's length is read from an image whose size varies."""
+    model = make_border("scattered")
+    model.graph.input[0].type.tensor_type.shape.dim[3].dim_param = "w"
+    first = next(node for node in model.graph.node if node.op_type == "ScatterND")
+    value = numpy_helper.to_array(next(t for t in model.graph.initializer if t.name == first.input[2]))[..., :1]
+    constants = {"value": value, "three": np.array(3), "two": np.array([2]), "rest": np.array([1, 8, 1])}
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in constants.items())
+    nodes = [
+        helper.make_node("Shape", ["x"], ["sizes"]),
+        helper.make_node("Gather", ["sizes", "three"], ["width"]),
+        helper.make_node("Add", ["width", "two"], ["length"]),
+        helper.make_node("Concat", ["rest", "length"], ["wanted"], axis=0),
+        helper.make_node("Expand", ["value", "wanted"], ["edge"]),
+    ]
+    first.input[2] = "edge"
+    others = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend([*nodes, *others])
+    folded, report = fold_branches(model)
+    assert kinds(folded)["Add"] > 1 and "a border that is overwritten" in report.left[0][1]
     assert_equal(model, folded, sizes=[(1, 9, 10)])
 
 

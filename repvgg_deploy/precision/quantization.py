@@ -218,7 +218,7 @@ def _gather_images(
         path, synthetic = _find_beside(source, parent), True
     limit = options.images + int(options.images * _EXTRA_SHARE)
     chosen = SetOptions(limit, seed=options.seed, max_value=options.max_value)
-    found = load_calibration(path, parent.metadata.spec, options=chosen, accept_data=options.accept_data)
+    found = load_calibration(path, parent.metadata.spec, options=chosen, accept_data=options.accept_data or synthetic)
     if options.precision == "fp16":
         return found, ImageUse(found.name, synthetic, found.images, 0, found.skipped, found.likeness, found.left_out)
     if found.images < LEAST_IMAGES:

@@ -80,7 +80,7 @@ def test_quantize_takes_the_synthetic_images_beside_the_model(
         r"\d+\.\d\d %: \d of 2 held-out images keep FP32's best class \(at least 97 % demanded\)", lines["agreement"]
     )
     assert re.fullmatch(rf"{re.escape(str(target))} \(0\.\d MB, 2\d% of the FP32 file\)", lines["written"])
-    assert len(out.splitlines()) == 17 and "stage" in out.splitlines()[-1]
+    assert len(out.splitlines()) == 18 and "stage" in out.splitlines()[-1]
     assert err.splitlines()[-1] == f"next: repvgg-trt compare {sample} {target} --data PATH"
     assert accuracy(target, sample_dir) > 0.98
 

@@ -79,7 +79,9 @@ def test_assumed_preprocessing_is_noted_and_what_is_stated_is_not(tmp_path: Path
 
     def notes(**stated: Any) -> list[str]:
         graph = GraphOptions(image_size=(64, 64))
-        options = ExportOptions(graph, mean=stated.pop("mean", None), std=stated.pop("std", None), force=True)
+        options = ExportOptions(
+            graph, CASES[0].spec, mean=stated.pop("mean", None), std=stated.pop("std", None), force=True
+        )
         options = dataclasses.replace(options, resizing=ResizeOptions(**stated))
         result = export_checkpoint(checkpoint, tmp_path / "m.onnx", options=options)
         assert read_metadata(tmp_path / "m.onnx").notes == result.notes

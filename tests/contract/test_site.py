@@ -207,6 +207,7 @@ HELPERS = {
     "as_path",
     "classes_of",
     "count_steps",
+    "expand",
     "first_below",
     "imagenet_labels",
     "look_for_gpu",
@@ -215,6 +216,7 @@ HELPERS = {
     "read_model",
     "require_drawable",
     "require_free",
+    "require_like",
     "run_pairs",
     "save_figure",
 }

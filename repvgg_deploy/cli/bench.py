@@ -43,7 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     seconds = partial(parse_number, least=0.01, most=3600, what="seconds from 0.01 to 3600")
     count = partial(parse_whole, most=(1 << 20) - 1)
     parser.add_argument("models", metavar="MODEL", nargs="+", type=Path,
-                        help="an .onnx that repvgg-export or quantize wrote, or a .plan with its passport beside it")
+                        help="an .onnx of repvgg-export, fold or quantize, or a .plan with its passport beside it")
     add_batch_option(parser)
     parser.add_argument("--threads", type=count, default=1, metavar="N",
                         help="clients that call one Engine at once (default: %(default)s)")

@@ -37,7 +37,7 @@ _SWITCHES = ("tf32", "sparse", "version_compatible", "hardware_compatible")
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The model, its precision, and what the builder is given."""
     parser.add_argument("model", metavar="MODEL", type=Path,
-                        help="an .onnx that repvgg-export or repvgg-trt quantize wrote")
+                        help="an .onnx of repvgg-export, fold or quantize")
     kind = parser.add_mutually_exclusive_group()
     for name, text in (
         ("fp32", "the graph must be FP32: full float32, no TF32 unless --tf32"),

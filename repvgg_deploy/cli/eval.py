@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The model and its images."""
     parser.add_argument("model", metavar="MODEL",
-                        help="an .onnx that repvgg-export or quantize wrote, or a plan with its passport beside it")
+                        help="an .onnx of repvgg-export, fold or quantize, or a plan with its passport beside it")
     parser.add_argument("--worst", type=parse_whole, default=5, metavar="N",
                         help="how many of the worst classes to print (default: %(default)s)")
     add_data_options(parser)

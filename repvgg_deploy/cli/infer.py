@@ -28,7 +28,7 @@ _USUAL_TOP = 5
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The model, the images, and what is printed of them."""
     parser.add_argument("model", metavar="MODEL",
-                        help="an .onnx that repvgg-export wrote, or a plan with its passport beside it")
+                        help="an .onnx of repvgg-export, fold or quantize, or a plan with its passport beside it")
     parser.add_argument("images", metavar="IMAGE", nargs="+",
                         help="image files, folders (with all below them), quoted patterns, or - for one image on "
                              "standard input")

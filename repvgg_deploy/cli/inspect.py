@@ -21,7 +21,7 @@ _DIGEST_LETTERS = 64
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The model."""
-    parser.add_argument("model", metavar="MODEL", help="an .onnx that repvgg-export wrote")
+    parser.add_argument("model", metavar="MODEL", help="an .onnx of repvgg-export, fold or quantize")
 
 
 def execute(args: argparse.Namespace) -> Output:

@@ -45,7 +45,8 @@ _RANGES = {
 # fmt: off
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The precision, its images and its steps."""
-    parser.add_argument("model", metavar="MODEL", type=Path, help="the FP32 .onnx that repvgg-export wrote")
+    parser.add_argument("model", metavar="MODEL", type=Path,
+                        help="the FP32 .onnx of repvgg-export, export_module or fold")
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--fp16", action="store_const", dest="precision", const="fp16",
                       help="half precision, rescaled so that nothing overflows")

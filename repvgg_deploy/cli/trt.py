@@ -18,7 +18,7 @@ from .inspect import COMMAND as INSPECT
 from .quantize import COMMAND as QUANTIZE
 from .triton import COMMAND as TRITON
 
-DESCRIPTION = "Quantizes, builds, runs, measures and describes models that repvgg-export wrote."
+DESCRIPTION = "Folds, quantizes, builds, runs, measures and describes models; repvgg-export makes them of checkpoints."
 COMMANDS = (INFER, INSPECT, FOLD, QUANTIZE, BUILD, CHECK, TRITON, EVAL, COMPARE, BENCH, ADVISE)
 
 

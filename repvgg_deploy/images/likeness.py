@@ -33,6 +33,7 @@ SAMPLE = 128
 _ERRORS = 4.0
 _PLAUSIBLE = 2.0
 _LEAST_IMAGES = 4  # fewer have no spread to tell chance from
+_ROUNDING = 1e-9  # a gain below it is of float64: of gray images, blue first is the very same
 _FLOOR = 1 / 255  # of a deviation, in units of the deviation in training: below it an image is of one colour
 _Triple = tuple[float, float, float]
 
@@ -110,7 +111,7 @@ def compare(images: ImageSet) -> Likeness:
     count, mean, std = len(sample.means), sample.mean, sample.std
     as_given = _Reading("", "", np.ones(3), np.zeros(3))
     given = sample.measure_likelihood(as_given)
-    best, gain = None, 0.0
+    best, gain = None, _ROUNDING
     for reading in _readings(how, sample.values):
         differences = sample.measure_likelihood(reading) - given
         error = differences.std(ddof=1) / math.sqrt(count) if count >= _LEAST_IMAGES else math.inf

@@ -176,6 +176,58 @@ def drop_unread(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
+def sum_stacks(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with a Sum where tensors were stacked only to be summed or averaged over the stack.
+
+    Unsqueeze of each → Concat → ReduceSum or ReduceMean, all along one axis: `torch.stack(…).sum(…)` of branches.
+    """
+    if not any(node.op_type in ("ReduceSum", "ReduceMean") for node in model.graph.node):
+        return model
+    view = GraphView(model)
+    nodes: list[onnx.NodeProto] = []
+    added: list[onnx.TensorProto] = []
+    for node in view.nodes:
+        parts = _stacked(view, node)
+        if not parts:
+            nodes.append(node)
+            continue
+        result = node.output[0]
+        total = view.new_name(result) if node.op_type == "ReduceMean" else result
+        nodes.append(onnx.helper.make_node("Sum", parts, [total], name=node.name))
+        if total != result:
+            factor = view.new_name(result)
+            added.append(numpy_helper.from_array(np.array(1 / len(parts), np.float32), factor))
+            nodes.append(onnx.helper.make_node("Mul", [total, factor], [result], name=total))
+    if nodes == view.nodes:
+        return model
+    summed = view.rebuild(nodes, added)
+    summed.graph.value_info.extend(model.graph.value_info)  # what the exporter knew of shapes
+    return summed
+
+
+def _stacked(view: GraphView, node: onnx.NodeProto) -> list[str]:
+    """The float32 tensors that a node sums or averages after they were stacked; none for any other node."""
+    if node.op_type not in ("ReduceSum", "ReduceMean") or int(attributes(node).get("keepdims", 1)):
+        return []
+    concat = view.made_by.get(node.input[0])
+    if concat is None or concat.op_type != "Concat" or not view.may_be_float32(node.output[0]):
+        return []
+    stacked = [view.made_by.get(name) for name in concat.input]
+    axis = _axes(view, node)
+    if axis != [int(attributes(concat)["axis"])] or axis[0] < 0:
+        return []
+    if not all(part is not None and part.op_type == "Unsqueeze" and _axes(view, part) == axis for part in stacked):
+        return []
+    return [part.input[0] for part in stacked if part is not None]
+
+
+def _axes(view: GraphView, node: onnx.NodeProto) -> list[int] | None:
+    """The constant axes of a node: an attribute of old operator sets, an input of new ones."""
+    given = attributes(node).get("axes")
+    array = view.raw_constant(node.input[1]) if given is None and len(node.input) > 1 else given
+    return None if array is None else [int(axis) for axis in np.ravel(array)]
+
+
 def resolve_sizes(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with integers that follow from known sizes as constants.
 

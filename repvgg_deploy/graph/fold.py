@@ -19,7 +19,7 @@ from onnx import helper, numpy_helper
 
 from ..errors import ParityError
 from .border import find_borders
-from .edit import GraphView, attributes, drop_unread
+from .edit import GraphView, attributes, drop_unread, sum_stacks
 from .linear import Form
 from .prove import TOLERANCE, measure_fold
 from .regions import Plan, Regions, Term
@@ -88,7 +88,7 @@ def fold_branches(model: onnx.ModelProto) -> tuple[onnx.ModelProto, FoldReport]:
     Raises:
         ParityError: A fold differs from the region that it was to replace: a fault of this program.
     """
-    view = GraphView(drop_unread(model))
+    view = GraphView(sum_stacks(drop_unread(model)))
     view.borders, unread = find_borders(view)
     regions = Regions(view, unread)
     writer = _Writer(view, regions)

@@ -265,6 +265,57 @@ def test_export_module_sum_that_remains_is_told_with_its_reason(tmp_path: Path) 
     assert result.metadata.history[0].options["sums_left"] == 1
 
 
+class Float32Only(nn.Module):
+    """A block whose result is made float32 whatever the model's dtype: a float64 copy of it does not run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.head = make_module(BLOCKS["yolov7"][0]()), nn.LazyConv2d(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.block(x).float())
+        return y
+
+
+def test_export_module_that_runs_in_float32_only_is_folded_and_verified(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Float32Only().eval(), torch.randn(1, 3, 17, 15)
+    model(x)
+    randomise(model)
+    with pytest.raises(RuntimeError):
+        copy.deepcopy(model).double()(x.double())
+    result = export_module(model, x, tmp_path / "m.onnx")
+    assert result.folded is not None and len(result.folded.folds) == 1
+    assert all(check.passed for check in result.metadata.certificate.checks)
+
+
+class Stacked(Sum):
+    """Branches of one input, stacked, and summed or averaged over the stack."""
+
+    def __init__(self, *branches: nn.Module, mean: bool = False) -> None:
+        super().__init__(*branches)
+        self.mean = mean
+
+    def forward(self, x: Tensor) -> Tensor:
+        stack = torch.stack([part(x) for part in self.parts], dim=1)
+        return stack.mean(1) if self.mean else stack.sum(1)
+
+
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("opset", [17, 18])
+def test_export_module_branches_that_are_stacked_are_one_convolution(mean: bool, opset: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = make_module(Stacked(conv_bn(3), conv_bn(1), nn.Identity(), mean=mean))
+    randomise(model)
+    result = export_module(
+        model.eval(), torch.randn(1, 3, 17, 15), tmp_path / "m.onnx", options=ModuleOptions(opset=opset)
+    )
+    assert result.folded is not None and result.folded.left == ()
+    ops = operators(tmp_path / "m.onnx")
+    assert ops.keys() & {"Concat", "Unsqueeze", "ReduceSum", "ReduceMean", "Sum", "Add"} == set()
+    assert ops["Mul"] == ops["Sigmoid"]  # of SiLU
+
+
 def test_export_module_in_training_mode_is_exported_in_eval_and_not_changed(tmp_path: Path) -> None:
     model = make_module(BLOCKS["yolov7"][0]())
     randomise(model)

@@ -119,7 +119,10 @@ def test_fp16_tensor_that_does_not_fit_is_an_island_with_what_makes_and_reads_it
     graph = write_halves(fitted.model, full=islands)
     check_halves(graph)
     assert Judge(network, batches).compare(graph).sqnr_db > 50
-    assert Judge(network, batches).compare(write_halves(fitted.model)).sqnr_db < 10  # what it would be without
+    large = [
+        name for name, kind in ((node.output[0], node.op_type) for node in graph.graph.node) if kind == "ReduceSum"
+    ]
+    assert max(float(np.max(found[large[0]])) for found in run_tensors(network.model, large, batches)) > LARGEST
 
 
 def test_pairs_stand_where_integers_can_be_moved_and_added() -> None:

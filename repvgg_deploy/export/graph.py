@@ -268,7 +268,7 @@ def _node_name(node: onnx.NodeProto) -> str:
     if node.op_type in ("Conv", "Gemm"):
         owner = _weight_name(node.input[1]).removesuffix(".weight")
         return f"{owner}.conv" if node.op_type == "Conv" else owner
-    parts = [part for part in node.name.split("/") if part and part != "network"]
+    parts = [part for part in node.name.split("/") if part not in ("", "network", "nonlinearity")]
     scope, operator = parts[:-1], node.op_type
     path = [
         part

@@ -152,10 +152,6 @@ def _circular(block: OfficialBlock) -> None:
     block.rbr_dense.conv.padding_mode = "circular"
 
 
-def _five(block: OfficialBlock) -> None:
-    block.rbr_dense.conv = nn.Conv2d(4, 4, 5, 1, 2, groups=2)
-
-
 def _groups(block: OfficialBlock) -> None:
     block.rbr_1x1.conv = nn.Conv2d(4, 4, 1)
 
@@ -164,12 +160,27 @@ def _statistics(block: OfficialBlock) -> None:
     block.rbr_dense.bn = nn.BatchNorm2d(4, track_running_stats=False)
 
 
-@pytest.mark.parametrize("change", [_circular, _five, _groups, _statistics], ids=lambda f: f.__name__.strip("_"))
+@pytest.mark.parametrize("change", [_circular, _groups, _statistics], ids=lambda f: f.__name__.strip("_"))
 def test_reparameterize_block_that_is_no_3x3_is_refused(change: Any) -> None:
     block = OfficialBlock(4)
     change(block)
     with pytest.raises(CheckpointError, match=r"^0"):
         reparameterize(nn.Sequential(block))
+
+
+def test_reparameterize_block_of_a_larger_kernel_is_folded() -> None:
+    """It was refused, where nothing but 3×3 was known; a grouped 5×5 beside the rest is a convolution as well."""
+    block = OfficialBlock(4)
+    block.rbr_dense.conv = nn.Conv2d(4, 4, 5, 1, 2, groups=2, bias=False)
+    block.rbr_1x1.conv = nn.Conv2d(4, 4, 1, groups=2, bias=False)
+    model = nn.Sequential(block)
+    randomise(model)
+    x = torch.randn(1, 4, 9, 9)
+    with torch.no_grad():
+        expected = model.eval()(x)
+        folded = reparameterize(model)
+        assert relative_error(folded(x), expected) < 5e-6
+    assert [tuple(p.shape) for p in folded.parameters() if p.ndim == 4] == [(4, 2, 5, 5)]
 
 
 @pytest.mark.parametrize("output", ["probabilities", "top5"])

@@ -32,7 +32,6 @@ SAMPLE = 128
 """At most so many images are looked at."""
 _ERRORS = 4.0
 _PLAUSIBLE = 2.0
-_LEAST_GAIN = 1e-6  # in log-likelihood: of grey images the swapped reading differs by rounding alone
 _LEAST_IMAGES = 4  # fewer have no spread to tell chance from
 _ROUNDING = 1e-9  # a gain below it is of float64: of gray images, blue first is the very same
 _FLOOR = 1 / 255  # of a deviation, in units of the deviation in training: below it an image is of one colour
@@ -116,7 +115,7 @@ def compare(images: ImageSet) -> Likeness:
     for reading in _readings(how, sample.values):
         differences = sample.measure_likelihood(reading) - given
         error = differences.std(ddof=1) / math.sqrt(count) if count >= _LEAST_IMAGES else math.inf
-        if differences.mean() > max(gain, _ERRORS * error, _LEAST_GAIN):
+        if differences.mean() > max(gain, _ERRORS * error):
             best, gain = reading, float(differences.mean())
     seen = (count, _triple(mean), _triple(std), *((None, None) if best is None else (best.what, best.remedy)))
     numbers = (

@@ -147,9 +147,11 @@ def run_onnx(
         try:
             results[batch] = dict(zip(names, session.run(names, dict(arrays)), strict=True))
         except Exception as error:  # ONNX Runtime's exceptions have no common base class
+            other = batch.removeprefix("another ")
+            fixed = f"give it a fixed {other}: what torch or another exporter wrote holds for one {other} only"
             raise ParityError(
                 f"ONNX Runtime cannot run {path.name} on the batch {batch!r}: {error}",
-                remedy="report the model and the versions",
+                remedy=fixed if other != batch else "report the model and the versions",
             ) from error
     return results
 

@@ -184,6 +184,21 @@ def test_export_module_dynamic_size_runs_other_sizes(tmp_path: Path) -> None:
         assert [array.shape[2:] for array in found.values()] == [(24, 9), (12, 5), (6, 3), (3, 2)]
 
 
+class TracedSize(nn.Module):
+    """Runs at any size, but torch's trace keeps the example's height as a number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.ones(1, 1, int(x.shape[2]), 1)
+
+
+def test_export_module_whose_graph_holds_for_one_size_only_is_refused_with_what_helps(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 3, 1), TracedSize()).eval(), torch.randn(1, 3, 16, 16)
+    with pytest.raises(ParityError, match="another size") as caught:
+        export_module(model, x, tmp_path / "m.onnx", options=ModuleOptions(dynamic_size=True))
+    assert caught.value.remedy is not None and "fixed size" in caught.value.remedy
+    assert export_module(model, x, tmp_path / "m.onnx").metadata.certificate.passed
+
+
 def test_export_module_identical_file_is_up_to_date(network: SmallPSPNet, image: Tensor, tmp_path: Path) -> None:
     assert export_module(network, image, tmp_path / "m.onnx").output.status == "written"
     assert export_module(network, image, tmp_path / "m.onnx").output.status == "up to date"

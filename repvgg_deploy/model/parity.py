@@ -145,6 +145,9 @@ def _widen(block: B) -> B:
         wide = type(block)(block.spec)
     state = {name: t.double() if t.is_floating_point() else t for name, t in block.state_dict().items()}
     wide.load_state_dict(state, assign=True)
+    for one, other in zip(wide.modules(), block.modules(), strict=True):
+        if isinstance(one, nn.BatchNorm2d) and isinstance(other, nn.BatchNorm2d):
+            one.eps = other.eps  # a pickled module tells it layer by layer, the block's spec has one for all
     return wide.eval()
 
 

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from repvgg_deploy import Engine, export_checkpoint, export_module, reparameterize
-from repvgg_deploy.errors import ContractError, ExportError, InputError, ParityError
+from repvgg_deploy.errors import CheckpointError, ContractError, ExportError, InputError, ParityError
 from repvgg_deploy.export import module as pipeline
 from repvgg_deploy.export.contract import check_module_contract
 from repvgg_deploy.export.module import ModuleOptions
 from repvgg_deploy.files.onnx import read_metadata
 from repvgg_deploy.model.network import RepVGG
 from tests.export.make_modules import BLOCKS, CHANNELS, Gate, Sum, conv_bn, make_module
+from tests.model.checkpoint import own_modules
 from tests.model.random_blocks import randomise, small_variant
 from tests.model.test_fold import OfficialBlock
 
@@ -484,3 +485,37 @@ def test_export_is_the_same_whatever_state_torch_is_in_and_leaves_it(state: str,
         assert export_module(module, image, tmp_path / "plain.onnx").output.status == "up to date"
         assert export_checkpoint(sample, tmp_path / "sample.onnx").output.status == "up to date"
         assert (torch.get_default_dtype(), torch.is_inference_mode_enabled(), torch.empty(1).device) == before
+
+
+class Constant(nn.Module):
+    """Gives one value, whatever it is given."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.full_like(x.mean((2, 3)), self.value)
+
+
+@pytest.mark.parametrize("kind", ["dead", "NaN", "another reference"])
+def test_parity_errors_name_no_option_that_a_module_does_not_have(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(conv_bn(3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    given = {"dead": Constant(1.0), "NaN": Constant(float("nan")), "another reference": module}[kind]
+    other = copy.deepcopy(module)
+    nn.init.normal_(next(other.parameters()))
+    options = ModuleOptions(reference=other if kind == "another reference" else None)
+    with pytest.raises(ParityError) as caught:
+        export_module(given, torch.randn(1, CHANNELS, 16, 16), tmp_path / "m.onnx", options=options)
+    for command in ("--arch", "--ckpt", "--strides", "repvgg-export"):
+        assert command not in str(caught.value)
+
+
+def test_a_module_that_its_checkpoint_sends_to_export_module_is_exported_there(tmp_path: Path) -> None:
+    model = own_modules.randomise(own_modules.OwnRepVGG(act=nn.SiLU))
+    torch.save(model, tmp_path / "m.pth")
+    with pytest.raises(CheckpointError) as caught:
+        export_checkpoint(tmp_path / "m.pth", tmp_path / "c.onnx")
+    assert "export_module" in caught.value.remedy
+    export_module(model, torch.randn(1, 3, 32, 32), tmp_path / "m.onnx")

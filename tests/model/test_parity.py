@@ -101,6 +101,16 @@ def test_compare_forms_unreparameterized_block_is_caught() -> None:
         run(model, deploy)
 
 
+def test_compare_forms_an_epsilon_of_each_layer_is_compared_as_it_is() -> None:
+    model = build()
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for index, norm in enumerate(norms):
+        norm.eps = (1e-5, 1e-3, 0.1)[index % 3]
+    report = run(model, reparameterize(model))
+    require_passed(report.checks, "deploy form")
+    assert 0 < report.training_error < 1e-5
+
+
 @pytest.mark.parametrize("name", ["stage0", "stage4.0"])
 def test_compare_forms_one_changed_weight_is_caught(name: str) -> None:
     model = build()

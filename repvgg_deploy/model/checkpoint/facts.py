@@ -32,6 +32,8 @@ _PASSIVE = frozenset(
 _LISTS = frozenset(["Sequential", "ModuleList", "ModuleDict"])
 _POOLS = frozenset(["AdaptiveAvgPool2d", "FastAdaptiveAvgPool2d", "FastAdaptiveAvgPool"])
 _POOL_HOLDERS = frozenset(["SelectAdaptivePool2d", "GlobalAveragePooling"])
+_IDENTITY = frozenset(["Identity"])
+_ACTIVATION = re.compile(r"non_?linearity|act|activation|relu")
 _CONV_HOLDERS = frozenset(["ConvModule"])  # mmcv's: a convolution with its activation
 _FUNCTIONS = frozenset(["torch.nn.functional", "torch._C._nn", "torch", "torch._C._VariableFunctions"])
 _FACTORS = re.compile(r"((layer|res|residual|branch)_?)?(alpha|beta|gamma|scale|slope|gain|temperature)s?")
@@ -255,6 +257,10 @@ class _Reader:
         if without and len(without) < len(counts):
             for path in without:
                 self._refuse("no activation in some blocks", path)
+        for path, module in self._modules.items():
+            owner, _, name = path.rpartition(".")
+            if owner in without and _ACTIVATION.fullmatch(name) and _is_known(class_of(module), _IDENTITY):
+                self._refuse("Identity as the activation", path)
         return not without or len(functional) == len(counts)
 
     def _check_attributes(self, path: str, module: ForeignObject, functional: list[str]) -> None:

@@ -228,7 +228,17 @@ def _choose_spec(
         arch = replace(spec, strides=told.strides)
         arch = replace(arch, name=name_variant(arch) or "custom")
     if arch is not None:
-        spec = match_architecture(shapes, found, arch)
+        try:
+            spec = match_architecture(shapes, found, arch)
+        except CheckpointError as error:
+            if asked.arch is not None:
+                raise
+            remedy = "load it with its own code, then export_module(model, example_inputs, 'model.onnx')"
+            if asked.strides is not None:
+                remedy = (
+                    "give the strides of its code" if told is None else "leave --strides out: the module tells them"
+                )
+            raise CheckpointError(error.message, remedy=remedy) from error
     if own is not None:
         spec = _check_own(shapes, found, own, arch=arch)
     if told is None:

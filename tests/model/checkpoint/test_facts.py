@@ -47,6 +47,15 @@ def test_epsilon_of_each_layer_is_used(tmp_path):
     assert_computes_the_same(save(module, tmp_path), module)
 
 
+def test_other_strides_than_the_module_tells_are_refused_whether_the_tensors_fit_them_or_not(tmp_path):
+    for strides in [(2, 1, 1, 2, 2), (2, 2, 2, 1, 2)]:
+        path = save(randomise(OwnRepVGG(strides=strides)), tmp_path)
+        with pytest.raises(CheckpointError) as caught:
+            load_checkpoint(path, strides=(2, 2, 2, 2, 2))
+        assert "--strides out: the module tells them" in caught.value.remedy
+        assert load_checkpoint(path).spec.strides == strides  # the remedy followed
+
+
 def test_facts_say_who_told_them(tmp_path):
     checkpoint = load_checkpoint(save(randomise(OwnRepVGG(strides=(1, 2, 2, 2, 1), eps=1e-3)), tmp_path))
     assert checkpoint.spec.strides == (1, 2, 2, 2, 1) and checkpoint.spec.bn_eps == 1e-3
@@ -65,6 +74,7 @@ def test_module_of_this_project_pickled_tells_everything(spec, tmp_path):
 
 _ACTIVATIONS: list[tuple[Callable[[], nn.Module], str]] = [
     (nn.SiLU, "SiLU"),
+    (nn.Identity, "Identity as the activation"),
     (functools.partial(nn.LeakyReLU, 0.1), r"LeakyReLU negative_slope 0\.1"),
     (nn.GELU, "GELU"),
     (nn.ReLU6, "ReLU6"),

@@ -91,7 +91,7 @@ def find_averages(
         openmmlab: Whether mmcv saved the file, whose hook may have swapped the two.
     """
     wanted = {name: official for official, name in translation.names.items() if not official.endswith(_BUFFERS)}
-    shapes = {name: model.tensors[name].shape for name in wanted}
+    buffers = [name for official, name in translation.names.items() if official.endswith(_BUFFERS)]
     found = []
     for key, tensors, parts_of in parts:
         theirs = {name: parts_of[official] for name, official in wanted.items() if official in parts_of}
@@ -108,35 +108,44 @@ def find_averages(
             listed = [other.tensors[name] for name in names if name.isdecimal()]
             if len(listed) == len(names) == len(wanted):
                 found.append(_make(other.where, dict(zip(wanted, listed, strict=True)), frozenset()))
-        for lead, squashed in _find_undotted(names, list(wanted), translation.prefix):
+        for lead, squashed in _find_undotted(names, list(wanted), translation.prefix, buffers):
             key = ".".join(part for part in (other.where, lead) if part)
             if is_average(key):
                 tensors = {name: other.tensors[their] for name, their in squashed.items()}
                 spent = frozenset(squashed.values()) if own else frozenset()
                 found.append(_make(key, tensors, spent, unclear=openmmlab and own and lead == "ema"))
-    return [average for average in found if all(average.tensors[name].shape == shapes[name] for name in wanted)]
+    theirs_fit = (all(t.shape == model.tensors[name].shape for name, t in one.tensors.items()) for one in found)
+    return [average for average, fits in zip(found, theirs_fit, strict=True) if fits]
 
 
 def _make(key: str, tensors: Mapping[str, LazyTensor], spent: frozenset[str], *, unclear: bool = False) -> Average:
-    note = (
-        f"the average in {key!r} holds parameters only; the BatchNorm statistics are those of the raw weights, as its "
-        f"own code leaves them"
-    )
+    note = f"the average in {key!r} holds BatchNorm statistics of its own"
+    if not any(name.endswith(_BUFFERS) for name in tensors):
+        note = (
+            f"the average in {key!r} holds parameters only; the BatchNorm statistics are those of the raw weights, as "
+            f"its own code leaves them"
+        )
     return Average(key, tensors, spent, note, unclear)
 
 
-def _find_undotted(names: list[str], wanted: list[str], prefix: str) -> list[tuple[str, dict[str, str]]]:
-    """Averages whose names are the model's without dots, or with underscores: (what stands before, wanted → name)."""
+def _find_undotted(
+    names: list[str], wanted: list[str], prefix: str, buffers: list[str]
+) -> list[tuple[str, dict[str, str]]]:
+    """Averages whose names are the model's without dots, or with underscores: (what stands before, wanted → name).
+
+    `buffers` are taken, too, where they are there.
+    """
     squashed = {_squash(name): name for name in names}
     found: list[tuple[str, dict[str, str]]] = []
     for cut in {0, len(prefix)}:
-        short = {name: _squash(name[cut:] if name.startswith(prefix) else name) for name in wanted}
+        every = [*wanted, *buffers]
+        short = {name: _squash(name[cut:] if name.startswith(prefix) else name) for name in every}
         probe = short[wanted[0]] if wanted else ""
         for ending in [name for name in squashed if probe and name.endswith(probe) and name != probe]:
             lead = ending.removesuffix(probe)
             matched = {name: squashed.get(lead + text) for name, text in short.items()}
             whole = {name: their for name, their in matched.items() if their is not None}
-            if len(whole) == len(wanted) and not any(lead in done for done, _ in found):
+            if whole.keys() >= set(wanted) and not any(lead in done for done, _ in found):
                 original = squashed[ending]
                 end = next(end for end in range(len(original) + 1) if _squash(original[:end]) == lead)
                 found.append((original[:end], whole))

@@ -84,17 +84,19 @@ def _add_affine(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTensor
             added = True
             for base in bases:
                 shape = tensors[f"{base}.running_mean"].shape
-                result |= {f"{base}.{leaf}": _constant(shape, _LEAVES[leaf]) for leaf in ("weight", "bias")}
+                result |= {f"{base}.{leaf}": constant(shape, _LEAVES[leaf]) for leaf in ("weight", "bias")}
     return result, added
 
 
 def _add_norm(tensors: dict[str, LazyTensor], name: str, shape: tuple[int, ...]) -> str:
     for leaf, value in _LEAVES.items():
-        tensors[f"{name}.{leaf}"] = _constant(shape, value)
+        tensors[f"{name}.{leaf}"] = constant(shape, value)
     return name
 
 
-def _constant(shape: tuple[int, ...], value: float) -> LazyTensor:
+def constant(shape: tuple[int, ...], value: float) -> LazyTensor:
+    """A tensor of one value that stands in no file, float32."""
+
     def load():  # type: ignore[no-untyped-def]
         import torch
 

@@ -14,7 +14,7 @@ from ...errors import CheckpointError, InputError
 from ...specs import codec
 from ...specs.values import Form, Preprocessing, VariantSpec
 from ...specs.variants import architecture_of, name_variant
-from .branches import complete_branches
+from .branches import complete_branches, constant
 from .candidates import SKIPPED_KEY, Candidate
 from .containers import Content
 from .facts import Facts, read_facts
@@ -107,12 +107,12 @@ def identify(candidate: Candidate, translation: Translation, asked: Asked, *, em
     _refuse_unusable(tensors, translation)
     if translation.family == "paddleclas":
         _turn_classifier(tensors)
-    _flatten_classifier(tensors)
+    more = _complete_classifier(tensors)
     told = None if candidate.modules is None else read_facts(candidate.modules, translation)
     tensors, added = complete_branches(tensors, None if told is None else told.bare)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     found = infer_structure(shapes, split=translation.split)
-    more = [f"the state dict was found under {candidate.where!r}"] if candidate.where else []
+    more += [f"the state dict was found under {candidate.where!r}"] if candidate.where else []
     if candidate.modules is not None:
         more.append(
             "the file holds a pickled module; its tensors and what it says of itself were read, no code was run"
@@ -191,12 +191,16 @@ def _refuse_unusable(tensors: Mapping[str, LazyTensor], translation: Translation
     )
 
 
-def _flatten_classifier(tensors: dict[str, LazyTensor]) -> None:
-    """A classifier that is a 1×1 convolution behind the global pooling is the same matrix."""
+def _complete_classifier(tensors: dict[str, LazyTensor]) -> list[str]:
+    """A 1×1 convolution behind the global pooling is the same matrix, and no bias the same as zeros; gives notes."""
     stored = tensors.get("linear.weight")
     if stored is not None and len(stored.shape) == 4 and stored.shape[2:] == (1, 1):
         load = stored.load
         tensors["linear.weight"] = replace(stored, shape=stored.shape[:2], load=lambda: load().flatten(1))
+    if stored is None or "linear.bias" in tensors:
+        return []
+    tensors["linear.bias"] = constant(stored.shape[:1], 0.0)
+    return ["the classifier has no bias: zeros stand for it"]
 
 
 def _turn_classifier(tensors: dict[str, LazyTensor]) -> None:

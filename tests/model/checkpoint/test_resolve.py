@@ -122,6 +122,25 @@ def test_average_of_parameters_takes_the_statistics_of_the_raw_model(make, tmp_p
     assert torch.equal(outputs(build_model(raw)), outputs(RAW))
 
 
+@pytest.mark.parametrize("lead", ["ema_", "model_ema."])
+def test_average_without_dots_that_holds_statistics_is_taken_with_them(lead: str, tmp_path: Path) -> None:
+    between = "_" if lead == "ema_" else ""
+    own = {lead + name.replace(".", between): tensor for name, tensor in AVERAGED.state_dict().items()}
+    prefix = "" if lead == "ema_" else "model."
+    checkpoint = load(save({"state_dict": state(RAW, prefix) | own}, tmp_path))
+    assert torch.equal(outputs(build_model(checkpoint)), outputs(AVERAGED))
+    assert any("BatchNorm statistics of its own" in note for note in checkpoint.notes)
+
+
+def test_classifier_without_a_bias_gets_zeros_and_it_is_said(tmp_path: Path) -> None:
+    bare = state(RAW)
+    del bare["linear.bias"]
+    checkpoint = load(save(bare, tmp_path))
+    assert any("the classifier has no bias" in note for note in checkpoint.notes)
+    expected = RAW.state_dict() | {"linear.bias": torch.zeros_like(RAW.state_dict()["linear.bias"])}
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in checkpoint.state.items())
+
+
 REFUSED: dict[str, tuple[Callable[[], object], list[str]]] = {
     "teacher and student": (lambda: {"teacher": state(RAW), "student": state(AVERAGED)}, ["teacher", "student"]),
     "ema teacher": (lambda: {"student": state(RAW), "ema_teacher": state(AVERAGED)}, ["student", "ema_teacher"]),

@@ -13,6 +13,7 @@ import pytest
 from repvgg_deploy import __version__
 from repvgg_deploy.cli.trt import main
 from tests.runtime.make_model import make_onnx
+from tests.serving.make_repository import needs_schema
 
 ROOT = Path(__file__).parents[2]
 
@@ -194,7 +195,9 @@ def test_programs_run_without_assertions_and_docstrings(tmp_path: Path) -> None:
     assert re.search(r"^ +1 +3 ", done.stdout, re.M)
 
 
-@pytest.mark.parametrize("command", ["triton {model} --out -", "fold {model} --out -"])
+@pytest.mark.parametrize(
+    "command", [pytest.param("triton {model} --out -", marks=needs_schema), "fold {model} --out -"]
+)
 def test_dash_as_output_is_refused(model: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert main(command.format(model=model).split()) == 1
     assert "standard output" in capsys.readouterr().err

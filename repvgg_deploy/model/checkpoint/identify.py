@@ -169,8 +169,9 @@ def _refuse_unusable(tensors: Mapping[str, LazyTensor], translation: Translation
     empty = [name for name, tensor in tensors.items() if tensor.shape == (0,)]
     if len(empty) > len(tensors) // 2:
         raise CheckpointError(
-            f"has placeholders of the shape [0] in place of {len(empty)} tensors, first {translation.names[empty[0]]}: "
-            f"DeepSpeed's ZeRO stage 3 keeps the weights in the files of its ranks",
+            f"has placeholders of the shape [0] in place of {len(empty)} tensors, first "
+            f"{printable(translation.names[empty[0]])}: DeepSpeed's ZeRO stage 3 keeps the weights in the files of its "
+            f"ranks",
             remedy="in the folder of the checkpoint: python zero_to_fp32.py . model.pth",
         )
     if not wrong:

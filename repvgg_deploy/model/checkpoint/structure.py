@@ -16,7 +16,7 @@ from typing import NamedTuple
 from ...errors import CheckpointError, InputError
 from ...specs.values import BlockKind, Form, SePosition, VariantSpec
 from ...specs.variants import name_variant
-from .lazy import listing
+from .lazy import listing, printable
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -360,4 +360,6 @@ def _first_difference(shapes: Shapes, expected: Shapes) -> str | None:
         if shapes[name] != shape:
             return f"{name} is expected with the shape {list(shape)}, found {list(shapes[name])}"
     surplus = next((name for name in shapes if name not in expected), None)
-    return None if surplus is None else f"{surplus} is not expected, found with the shape {list(shapes[surplus])}"
+    if surplus is None:
+        return None
+    return f"{printable(surplus)} is not expected, found with the shape {list(shapes[surplus])}"

@@ -132,6 +132,13 @@ def test_average_without_dots_that_holds_statistics_is_taken_with_them(lead: str
     assert any("BatchNorm statistics of its own" in note for note in checkpoint.notes)
 
 
+def test_name_with_a_control_character_is_shown_without_it(tmp_path: Path) -> None:
+    named = state(RAW) | {"stage0.rbr_1x1.bn.num_batches_trac\x01ed": torch.tensor(1)}
+    with pytest.raises(CheckpointError, match=r"num_batches_trac\?ed") as caught:
+        load_checkpoint(save(named, tmp_path), strides=(2, 2, 2, 2, 2), arch=RAW.spec)
+    assert caught.value.message.isprintable()
+
+
 def test_classifier_without_a_bias_gets_zeros_and_it_is_said(tmp_path: Path) -> None:
     bare = state(RAW)
     del bare["linear.bias"]

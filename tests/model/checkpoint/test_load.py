@@ -203,7 +203,7 @@ _KERNEL = "stage2.1.rbr_dense.conv.weight"
             r"kernels are missing, first stage0\.",
         ),
         (_spoiled(linear__weight=None), r"linear\.weight is missing"),
-        (_spoiled(linear__bias=None), r"missing, first linear\.bias"),
+        (_spoiled(stage0__rbr_1x1__bn__bias=None), r"missing, first stage0\.rbr_1x1\.bn\.bias"),
         (
             _spoiled(decoder__weight=torch.ones(3)),
             r"1 tensors that a RepVGG of this form does not have: decoder\.weight",

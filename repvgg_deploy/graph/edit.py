@@ -1,13 +1,14 @@
 """An ONNX graph as it is read and edited: who makes a tensor, who reads it, what is constant, how many channels it has.
 
-A graph is never changed in place: `rebuild` writes a new one from a list of nodes.
+`GraphView` never changes its graph: `rebuild` writes a new one from a list of nodes. Below are copies of whole models
+with other weights; the two functions called `set_` alone change what they are given.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -307,3 +308,59 @@ def _shape(value: onnx.ValueInfoProto) -> tuple[int | None, ...] | None:
     if not value.type.HasField("tensor_type") or not value.type.tensor_type.HasField("shape"):
         return None
     return tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in value.type.tensor_type.shape.dim)
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    """Version of ONNX's own operator set; 0 where the graph names none."""
+    return max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+
+
+def set_weights(model: onnx.ModelProto, weights: Mapping[str, NDArray[Any]]) -> None:
+    """Adds initializers, or changes their values, in place: copying a large model for each layer would be slow."""
+    there = {tensor.name: tensor for tensor in model.graph.initializer}
+    for name, value in weights.items():
+        tensor = there[name] if name in there else model.graph.initializer.add()
+        tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(value), name))
+
+
+def set_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
+    """Replaces the nodes of a graph in place; the new ones may be its own."""
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(copies)
+
+
+def copy_model(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy, weights and all."""
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    return result
+
+
+def replace_weights(model: onnx.ModelProto, weights: Mapping[str, NDArray[Any]]) -> onnx.ModelProto:
+    """A copy with other values of some initializers, by name; those that the graph does not have are added."""
+    result = copy_without(model, weights)
+    set_weights(result, weights)
+    return result
+
+
+def copy_without(model: onnx.ModelProto, names: Container[str]) -> onnx.ModelProto:
+    """A copy without some initializers, which are never copied.
+
+    What is deleted from a message keeps its memory until the whole message goes, and weights are most of a model.
+    """
+    result = onnx.ModelProto()
+    _copy_fields(model, result, leave_out="graph")
+    _copy_fields(model.graph, result.graph, leave_out="initializer")
+    result.graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name not in names)
+    return result
+
+
+def _copy_fields(source: Any, target: Any, *, leave_out: str) -> None:
+    for field, value in source.ListFields():
+        if field.name == leave_out:
+            continue
+        if isinstance(value, (str, bytes, int, float)):
+            setattr(target, field.name, value)
+        else:
+            getattr(target, field.name).MergeFrom(value)

@@ -18,12 +18,10 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import numpy_helper
 
 from .edit import GraphView, attributes
 
 Ids = NDArray[np.int64]
-Factors = NDArray[np.float64]
 _POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool")
 _REDUCTIONS = ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin")
 _GATES = ("Sigmoid", "HardSigmoid", "Softmax", "Clip", "Tanh")
@@ -31,7 +29,7 @@ _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLO
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class WeightedNode:
+class LayerFlow:
     """A node with constant weights between two sets of variables.
 
     Attributes:
@@ -61,7 +59,7 @@ class ChannelFlow:
 
     count: int
     tensors: dict[str, Ids]
-    weighted: tuple[WeightedNode, ...]
+    weighted: tuple[LayerFlow, ...]
     shifts: tuple[tuple[onnx.NodeProto, int, Ids], ...]
     held: dict[int, str]
 
@@ -86,55 +84,6 @@ def find_flow(view: GraphView) -> ChannelFlow:
         view: Of an FP32 graph. A tensor whose shape is not known is held at 1 wherever the shape matters.
     """
     return _Reader(view).read()
-
-
-def rescale_channels(view: GraphView, flow: ChannelFlow, factors: Factors) -> onnx.ModelProto:
-    """A graph that computes the same, its tensors divided by factors.
-
-    Args:
-        view: A graph.
-        flow: Its variables.
-        factors: Positive, float64 (`flow.count`,), 1 where `flow.held` says so.
-
-    Returns:
-        A copy. Weights are multiplied by the factors of what they read and divided by those of what they make, in
-        float64, and stored in their own type; what several nodes share gets a copy for each that needs another.
-    """
-    assert factors.shape == (flow.count,) and (factors > 0).all(), "factors are positive, one for each variable"
-    assert all(factors[variable] == 1 for variable in flow.held), "what is held keeps 1"
-    places = [(node, index, 1 / factors[ids]) for node, index, ids in flow.shifts]
-    for layer in flow.weighted:
-        places.append((layer.node, 1, _weight_factors(view, layer, factors)))
-        if len(layer.node.input) > 2 and layer.node.input[2]:
-            places.append((layer.node, 2, 1 / factors[layer.result]))
-    changed: dict[int, dict[int, NDArray[Any]]] = {}
-    for node, index, factor in places:
-        value = view.raw_constant(node.input[index])
-        assert value is not None
-        if np.any(factor != 1):
-            changed.setdefault(id(node), {})[index] = (value.astype(np.float64) * factor).astype(value.dtype)
-    nodes, added = [], []
-    for node in view.nodes:
-        nodes.append(onnx.NodeProto.FromString(node.SerializeToString()) if id(node) in changed else node)
-        for index, value in changed.get(id(node), {}).items():
-            nodes[-1].input[index] = view.new_name(node.input[index])
-            added.append(numpy_helper.from_array(np.ascontiguousarray(value), nodes[-1].input[index]))
-    return view.rebuild(nodes, added)
-
-
-def _weight_factors(view: GraphView, layer: WeightedNode, factors: Factors) -> Factors:
-    """Of the weight's shape: what its columns read, by what its rows make."""
-    weight = view.raw_constant(layer.node.input[1])
-    assert weight is not None
-    columns, rows, groups = factors[layer.source], factors[layer.result], layer.groups
-    if layer.node.op_type in ("Gemm", "MatMul"):
-        found = columns[:, None] / rows
-        return found.T if attributes(layer.node).get("transB", 0) else found
-    if layer.node.op_type == "ConvTranspose":  # (in, out / groups, …)
-        found = columns.reshape(groups, -1, 1) / rows.reshape(groups, 1, -1)
-    else:  # (out, in / groups, …)
-        found = columns.reshape(groups, 1, -1) / rows.reshape(groups, -1, 1)
-    return found.reshape(*weight.shape[:2], *(1,) * (weight.ndim - 2))
 
 
 class _Sets:
@@ -174,7 +123,7 @@ class _Reader:
         self._sets = _Sets()
         self._held: dict[int, str] = {}
         self._tensors: dict[str, Ids] = {}
-        self._weighted: list[WeightedNode] = []
+        self._weighted: list[LayerFlow] = []
         self._shifts: list[tuple[onnx.NodeProto, int, Ids]] = []
         same = ("Relu", "LeakyRelu", "PRelu", "Identity", "Dropout", "Neg", "Abs")
         self._readers: dict[str, Callable[[onnx.NodeProto], Ids | list[Ids] | None]] = {
@@ -209,9 +158,7 @@ class _Reader:
         held: dict[int, str] = {}
         for variable, reason in self._held.items():
             held.setdefault(int(numbers[variable]), reason)
-        weighted = [
-            WeightedNode(one.node, one.groups, numbers[one.source], numbers[one.result]) for one in self._weighted
-        ]
+        weighted = [LayerFlow(one.node, one.groups, numbers[one.source], numbers[one.result]) for one in self._weighted]
         shifts = [(node, index, numbers[ids]) for node, index, ids in self._shifts]
         tensors = {name: numbers[ids] for name, ids in self._tensors.items()}
         return ChannelFlow(len(order), tensors, tuple(weighted), tuple(shifts), held)
@@ -478,7 +425,7 @@ class _Reader:
         if source is None:
             return None
         result = self._sets.new(outer)
-        self._weighted.append(WeightedNode(node, groups, source, result))
+        self._weighted.append(LayerFlow(node, groups, source, result))
         rank = ids.ndim if kind in ("Gemm", "MatMul") else weight.ndim
         return result.reshape([outer if i == axis else 1 for i in range(rank)])
 

@@ -9,7 +9,6 @@ from onnx import TensorProto, helper, shape_inference
 
 from ..errors import CalibrationError
 from ..graph.edit import GraphView
-from .network import Layer, Network
 
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "QuantizeLinear", "DequantizeLinear")
 MOVES = ("Concat", "Split", "Slice", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity", "Resize")
@@ -71,19 +70,16 @@ def is_layer(node: onnx.NodeProto, constants: AbstractSet[str]) -> bool:
     return node.op_type in _LAYERS or (node.op_type == "MatMul" and not constants.isdisjoint(node.input))
 
 
-def find_classifier(network: Network) -> Layer | None:
-    """The last layer, if it is a Gemm and every output of the graph is made of what it gives; else None."""
-    last, view = network.layers[-1], GraphView(network.model)
-    if last.op_type != "Gemm":
-        return None
-    behind = {last.output}
+def makes_all(view: GraphView, tensor: str) -> bool:
+    """Whether every output of a graph is made of a tensor."""
+    behind = {tensor}
     for node in view.nodes:
         if behind.intersection(node.input):
             behind.update(node.output)
-    return last if behind.issuperset(value.name for value in network.model.graph.output) else None
+    return behind.issuperset(value.name for value in view.model.graph.output)
 
 
-def judged_tensors(model: onnx.ModelProto) -> tuple[str, ...]:
+def judged_tensors(view: GraphView) -> tuple[str, ...]:
     """The float tensors in which a graph's answers are compared, in the order of its outputs.
 
     Of what hangs on a choice (TopK, ArgMax, NonMaxSuppression), that which is chosen from: two almost equal scores may
@@ -92,7 +88,7 @@ def judged_tensors(model: onnx.ModelProto) -> tuple[str, ...]:
     Raises:
         CalibrationError: There are none.
     """
-    view, types = GraphView(model), find_types(model)
+    types = find_types(view.model)
     chosen: dict[str, list[str]] = {}
     for node in view.nodes:
         behind = [name for read in node.input for name in chosen.get(read, ())]
@@ -101,7 +97,7 @@ def judged_tensors(model: onnx.ModelProto) -> tuple[str, ...]:
         if behind:
             chosen |= {name: list(dict.fromkeys(behind)) for name in node.output}
     found: dict[str, None] = {}
-    queue = [name for value in model.graph.output for name in chosen.get(value.name, [value.name])]
+    queue = [name for value in view.model.graph.output for name in chosen.get(value.name, [value.name])]
     while queue:
         name = queue.pop(0)
         maker = view.made_by.get(name)

@@ -10,9 +10,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from ..errors import CalibrationError
+from ..graph.edit import opset_of
 from .answers import find_types
 from .halves import FULL_INPUTS, SMALLEST_NORMAL
-from .network import opset_of
 from .normalise import KINDS
 
 Target: TypeAlias = Literal["trt8", "trt10"]

@@ -181,9 +181,9 @@ def find_large(network: Network, batches: Sequence[NDArray[Any]], limit: float) 
     """
     view, answers = GraphView(network.model), {node.output[0] for node in find_answers(network.model)}
     floats = {name for name, kind in find_types(network.model).items() if kind == TensorProto.FLOAT}
-    made_by_layers = {layer.output for layer in network.layers} | {
-        node.output[0] for node in view.nodes for layer in network.layers if node.name == layer.name
-    }
+    names = {layer.name for layer in network.layers}
+    made_by_layers = {layer.output for layer in network.layers}
+    made_by_layers |= {node.output[0] for node in view.nodes if node.name in names}
     asked, found = [], []
     for node in view.nodes:
         name = node.output[0]

@@ -17,9 +17,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from ..errors import CalibrationError
+from ..graph.edit import copy_model, set_nodes
 from ..specs.values import ModelSpec, TensorSpec
 from .answers import find_answers, find_types, is_layer
-from .network import copy_model, set_nodes
 
 Io: TypeAlias = Literal["fp32", "fp16"]
 LARGEST = float(np.finfo(np.float16).max)

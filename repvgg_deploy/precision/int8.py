@@ -22,6 +22,7 @@ import onnx
 from numpy.typing import NDArray
 
 from ..errors import CalibrationError
+from ..graph.edit import opset_of
 from ..images.calibration import Images
 from .check import Target, check_quantized
 from .closed_form import closed_form_statistics, correct_bias
@@ -39,7 +40,7 @@ from .metrics import (
     rank_layers,
 )
 from .mixed import halve_quantized, round_activation_scales
-from .network import Layer, Network, opset_of, read_network, read_weights
+from .network import Layer, Network, read_network, read_weights
 from .normalise import KINDS
 from .qdq import insert_pairs, write_integers
 from .ranges import Statistics, collect, hash_images

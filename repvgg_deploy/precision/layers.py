@@ -21,8 +21,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ..errors import InputError, ModelError
 from ..evaluate.agreement import decibels
-from .answers import find_classifier, judged_tensors
-from .network import Layer, Network, copy_model
+from ..graph.edit import copy_model
+from .network import Layer, Network
 from .round import RoundedLayer
 from .run_onnx import Tensors, make_part, open_session, run_session, run_tensors
 
@@ -54,9 +54,7 @@ def cut_behind(network: Network, layer: Layer) -> Cut:
     for node in nodes:
         if reached.intersection(node.input):
             reached.update(node.output)
-    classifier = find_classifier(network)
-    judged = judged_tensors(network.model) if classifier is None else (classifier.output,)
-    ends = tuple(name for name in judged if name in reached) or (layer.output,)
+    ends = tuple(name for name in network.judged if name in reached) or (layer.output,)
     producers = {name: node for node in nodes for name in node.output}
     needed: set[str] = set()
     queue = list(ends)

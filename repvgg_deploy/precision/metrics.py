@@ -13,10 +13,10 @@ from onnx import TensorProto, helper
 
 from ..errors import ParityError
 from ..evaluate.agreement import decibels
+from ..graph.edit import copy_model
 from ..images.classes import softmax
-from .answers import find_classifier, judged_tensors
 from .layers import quantize_alone
-from .network import Network, copy_model
+from .network import Network
 from .round import RoundedLayer
 from .round_network import Prepared
 from .run_onnx import Tell, Tensors, count_images, open_tensors, run_tensors, split_batches, spread_images, tell_nobody
@@ -36,7 +36,7 @@ class Verification:
             what FP32 gives its best class less what it gives the other's. No labels are needed; changing between two
             classes that FP32 holds for equally likely costs nothing. None without a classifier.
         sqnr_db: Of the logits, in decibels; without a classifier, of the worst of the outputs.
-        outputs: What was compared, by name, and the SQNR of each: the logits, or what `judged_tensors` says.
+        outputs: What was compared (`Network.judged`), and the SQNR of each.
     """
 
     images: int
@@ -56,9 +56,7 @@ class Judge:
     """Compares typed graphs with one FP32 graph on the same images. What FP32 gives its classes is computed once."""
 
     def __init__(self, network: Network, batches: Sequence[NDArray[Any]], *, held_out: bool = True) -> None:
-        classifier = find_classifier(network)
-        self.classifies = classifier is not None
-        self._names = list(judged_tensors(network.model)) if classifier is None else [classifier.output]
+        self.classifies, self._names = network.classifies, list(network.judged)
         self._reference = network.model
         self._batches = batches
         self._held_out = held_out

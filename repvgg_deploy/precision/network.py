@@ -9,7 +9,7 @@ the graph, its own, and named.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast
 
@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
 from ..errors import CalibrationError, ModelError
-from ..graph.edit import GraphView, attributes
+from ..graph.edit import GraphView, attributes, replace_weights
 from ..graph.flow import ChannelFlow, find_flow
+from .answers import judged_tensors, makes_all
 from .normalise import KINDS, normalise
 
 FloatArray: TypeAlias = NDArray[np.float32]
@@ -129,6 +130,8 @@ class Network:
         shifts: Constants that are added to channels: the initializer, and the variable of each of its elements.
         sums: What convolutions' outputs are added to: each tensor, and the variable of each of its channels.
         image: Tensor that the first layer reads: the normalised float32 image.
+        classifies: Whether the last layer is a classifier: a Gemm of which every output of the graph is made.
+        judged: Tensors in which answers are compared: the logits, or what `answers.judged_tensors` says.
         gates: Names of the layers of squeeze-and-excitation (SE): they make factors of channels of their averages.
     """
 
@@ -139,7 +142,9 @@ class Network:
     shifts: tuple[tuple[str, Ids], ...]
     sums: tuple[tuple[str, Ids], ...]
     image: str
-    gates: tuple[str, ...] = ()
+    classifies: bool
+    judged: tuple[str, ...]
+    gates: tuple[str, ...]
 
     def layer(self, name: str) -> Layer:
         """The layer of that name."""
@@ -196,7 +201,7 @@ def read_network(model: onnx.ModelProto) -> Network:
     """Reads the structure of an FP32 graph.
 
     Raises:
-        CalibrationError: The graph is typed already (FP16 or Q/DQ).
+        CalibrationError: The graph is typed already (FP16 or Q/DQ), or gives nothing that can be compared.
         ModelError: It holds no layer with weights, has several inputs, or subgraphs (If, Loop, Scan).
     """
     _require_readable(model)
@@ -235,9 +240,10 @@ def read_network(model: onnx.ModelProto) -> Network:
             sums[node.input[index]] = np.broadcast_to(ids.ravel(), (layer.out_channels,))
     interfaces = _interfaces(layers, flow, held)
     gates = tuple(layer.name for layer in layers if _is_gate(view, layer))
-    return Network(
-        model, tuple(layers), interfaces, flow.count + 1, shifts, tuple(sums.items()), layers[0].input, gates
-    )
+    classifies = layers[-1].op_type == "Gemm" and makes_all(view, layers[-1].output)
+    judged = (layers[-1].output,) if classifies else judged_tensors(view)
+    structure = (tuple(layers), interfaces, flow.count + 1, shifts, tuple(sums.items()), layers[0].input)
+    return Network(model, *structure, classifies, judged, gates)
 
 
 def find_residuals(view: GraphView, layers: Sequence[Layer]) -> list[tuple[onnx.NodeProto, int, Layer]]:
@@ -392,11 +398,6 @@ def _read_window(view: GraphView, node: onnx.NodeProto, shape: tuple[int, ...]) 
     return {"pads": tuple(around), "dilations": dilations, "upsampling": strides} if min(around) >= 0 else None
 
 
-def opset_of(model: onnx.ModelProto) -> int:
-    """Version of ONNX's own operator set; 0 where the graph names none."""
-    return max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
-
-
 def read_weights(network: Network) -> dict[str, FloatArray]:
     """The float32 initializers by name, weights of layers (out, in / groups, …); copies, which may be changed."""
     by_weight = {layer.weight: layer for layer in network.layers}
@@ -418,57 +419,6 @@ def read_layer(network: Network, layer: Layer) -> tuple[FloatArray, FloatArray]:
 def _read_tensor(model: onnx.ModelProto, name: str) -> FloatArray:
     tensor = next(t for t in model.graph.initializer if t.name == name)
     return np.array(numpy_helper.to_array(tensor), np.float32)
-
-
-def set_weights(model: onnx.ModelProto, weights: Mapping[str, NDArray[Any]]) -> None:
-    """Adds initializers, or changes their values, in place: copying a large model for each layer would be slow."""
-    there = {tensor.name: tensor for tensor in model.graph.initializer}
-    for name, value in weights.items():
-        tensor = there[name] if name in there else model.graph.initializer.add()
-        tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(value), name))
-
-
-def set_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
-    """Replaces the nodes of a graph in place; the new ones may be its own."""
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del graph.node[:]
-    graph.node.extend(copies)
-
-
-def copy_model(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy, weights and all."""
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    return result
-
-
-def replace_weights(model: onnx.ModelProto, weights: Mapping[str, NDArray[Any]]) -> onnx.ModelProto:
-    """A copy with other values of some initializers, by name; those that the graph does not have are added."""
-    result = copy_without(model, weights)
-    set_weights(result, weights)
-    return result
-
-
-def copy_without(model: onnx.ModelProto, names: Container[str]) -> onnx.ModelProto:
-    """A copy without some initializers, which are never copied.
-
-    What is deleted from a message keeps its memory until the whole message goes, and weights are most of a model.
-    """
-    result = onnx.ModelProto()
-    _copy_fields(model, result, leave_out="graph")
-    _copy_fields(model.graph, result.graph, leave_out="initializer")
-    result.graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name not in names)
-    return result
-
-
-def _copy_fields(source: Any, target: Any, *, leave_out: str) -> None:
-    for field, value in source.ListFields():
-        if field.name == leave_out:
-            continue
-        if isinstance(value, (str, bytes, int, float)):
-            setattr(target, field.name, value)
-        else:
-            getattr(target, field.name).MergeFrom(value)
 
 
 def scale_inputs(weight: NDArray[Any], groups: int, factors: NDArray[Any]) -> NDArray[Any]:

@@ -10,8 +10,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from ..graph.edit import GraphView, attributes
-from .network import FloatArray, Network, copy_model, copy_without, find_residuals, replace_weights, set_nodes
+from ..graph.edit import GraphView, attributes, copy_model, copy_without, replace_weights, set_nodes
+from .network import FloatArray, Network, find_residuals
 from .round import RoundedLayer
 
 _MOVES = ("MaxPool", "Concat", "Resize", "Slice", "Transpose")

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..graph.edit import copy_without, set_weights
 from .mixed import round_layer_to_half
-from .network import Network, copy_without, read_layer, set_weights
+from .network import Network, read_layer
 from .qdq import fake_quantize, insert_pairs
 from .ranges import Moments
 from .round import RoundedLayer, RoundOptions, round_layer, round_nearest

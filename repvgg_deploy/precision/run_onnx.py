@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from ..errors import CalibrationError, ModelError
-from .network import copy_model, set_nodes
+from ..graph.edit import copy_model, set_nodes
 
 Tell: TypeAlias = Callable[[int, int], None]
 """Called with steps done and steps in all."""

@@ -18,10 +18,11 @@ import onnx
 
 from ..errors import CalibrationError, InputError
 from ..files.output import explain_os_errors
+from ..graph.edit import copy_model
 from ..specs import codec
 from .equalize import read_range, rescale
 from .halves import LARGEST
-from .network import Float64, FloatArray, Interface, Layer, Network, copy_model, input_norms, read_weights
+from .network import Float64, FloatArray, Interface, Layer, Network, input_norms, read_weights
 from .ranges import LEVELS, Statistics, TensorStatistics
 
 Method = Literal["max", "percentile", "entropy", "min_error"]

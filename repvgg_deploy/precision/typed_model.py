@@ -16,9 +16,10 @@ from ..files import onnx as onnx_file
 from ..files import wire
 from ..files.output import atomic_output
 from ..files.versions import installed_versions
+from ..graph.edit import copy_model
 from ..specs import codec
 from ..specs.values import METADATA_KEY, HistoryEntry, ModelMetadata, ModelSpec
-from .network import Network, copy_model, read_network
+from .network import Network, read_network
 
 StrPath: TypeAlias = str | os.PathLike[str]
 _TOOLS = ("onnx", "onnxruntime", "onnxruntime-gpu", "numpy")

@@ -15,14 +15,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from repvgg_deploy.precision.network import (
-    Layer,
-    read_network,
-    read_weights,
-    replace_weights,
-    scale_inputs,
-    set_weights,
-)
+from repvgg_deploy.graph.edit import replace_weights, set_weights
+from repvgg_deploy.precision.network import Layer, read_network, read_weights, scale_inputs
 from repvgg_deploy.precision.ranges import columns, pick_positions
 from repvgg_deploy.precision.run_onnx import LayerWalk
 from repvgg_deploy.specs.values import VariantSpec

@@ -10,7 +10,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from repvgg_deploy.errors import CalibrationError, ModelError
-from repvgg_deploy.precision.answers import find_answers, find_classifier, judged_tensors
+from repvgg_deploy.graph.edit import GraphView
+from repvgg_deploy.precision.answers import find_answers, judged_tensors
 from repvgg_deploy.precision.check import check_halves
 from repvgg_deploy.precision.equalize import EqualizeOptions, equalize
 from repvgg_deploy.precision.fp16 import Fp16Options, find_islands, find_large, fit_ranges, measure_ranges
@@ -180,15 +181,15 @@ def test_what_is_compared_is_chosen_from_and_each_answer_apart() -> None:
     best = n.node("TopK", [flat, n.constant_integers([5])], axis=1)
     n.nodes[-1].output.append("where")
     model = n.finish(both, best, rank=2)
-    assert judged_tensors(model) == (boxes, scores)
-    assert find_classifier(read_network(model)) is None
-    assert find_classifier(read_network(GRAPHS["mobile"]())) is not None
+    network, mobile = read_network(model), read_network(GRAPHS["mobile"]())
+    assert (network.classifies, network.judged) == (False, (boxes, scores))
+    assert (mobile.classifies, mobile.judged) == (True, (mobile.layers[-1].output,))
 
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_cut_of_every_layer_ends_where_it_is_judged(name: str) -> None:
     network = read_network(GRAPHS[name]())
-    judged = set(judged_tensors(network.model))
+    judged = set(network.judged)
     ends = [set(cut_behind(network, layer).ends) for layer in network.layers]
     assert all(end and end <= judged for end in ends)
     assert set().union(*ends) == judged
@@ -258,7 +259,7 @@ def test_graph_that_gives_numbers_of_classes_alone_is_judged_by_what_they_are_ch
     head = n.layer("x", 4, "")
     model = n.model(n.node("ArgMax", [head], axis=1))
     model.graph.output[0].type.tensor_type.elem_type = TensorProto.INT64
-    assert judged_tensors(model) == (head,)
+    assert judged_tensors(GraphView(model)) == (head,)
     whole = helper.make_model(
         helper.make_graph(
             [helper.make_node("Shape", ["x"], ["s"])], "g", [model.graph.input[0]], [onnx.ValueInfoProto()]
@@ -266,4 +267,4 @@ def test_graph_that_gives_numbers_of_classes_alone_is_judged_by_what_they_are_ch
     )
     whole.graph.output[0].CopyFrom(helper.make_tensor_value_info("s", TensorProto.INT64, [4]))
     with pytest.raises(CalibrationError, match="nothing to compare"):
-        judged_tensors(whole)
+        judged_tensors(GraphView(whole))

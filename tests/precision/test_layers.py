@@ -12,11 +12,12 @@ from onnx import numpy_helper
 
 from repvgg_deploy.errors import InputError, ModelError
 from repvgg_deploy.evaluate.agreement import LayerAgreement, compare_layers
+from repvgg_deploy.graph.edit import replace_weights
 from repvgg_deploy.precision.fp16 import Fp16Options, to_fp16
 from repvgg_deploy.precision.int8 import FAST, MAX_CALIBRATION, quantize_graph
 from repvgg_deploy.precision.layers import LayerRun, cut_behind, quantize_alone, run_pairs
 from repvgg_deploy.precision.mixed import halve_quantized, round_scales_to_half
-from repvgg_deploy.precision.network import read_network, read_weights, replace_weights
+from repvgg_deploy.precision.network import read_network, read_weights
 from repvgg_deploy.precision.qdq import insert_pairs
 from repvgg_deploy.precision.round import round_nearest
 from repvgg_deploy.precision.run_onnx import run_tensors

@@ -6,8 +6,9 @@ import pytest
 from onnx import numpy_helper
 
 from repvgg_deploy.evaluate.agreement import decibels
+from repvgg_deploy.graph.edit import replace_weights
 from repvgg_deploy.precision.metrics import layer_sqnr
-from repvgg_deploy.precision.network import read_network, replace_weights
+from repvgg_deploy.precision.network import read_network
 from repvgg_deploy.precision.run_onnx import run_tensors
 from tests.precision.compare import judge
 from tests.precision.make_chain import KINDS, make_batches, make_model

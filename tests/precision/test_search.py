@@ -7,9 +7,10 @@ import onnx
 import pytest
 
 from repvgg_deploy.errors import CalibrationError
+from repvgg_deploy.graph.edit import replace_weights
 from repvgg_deploy.precision.equalize import EqualizeOptions
 from repvgg_deploy.precision.int8 import Int8Options, quantize_graph
-from repvgg_deploy.precision.network import read_network, replace_weights
+from repvgg_deploy.precision.network import read_network
 from repvgg_deploy.precision.ranges import collect
 from repvgg_deploy.precision.search import SearchOptions, choose_exponents
 from tests.precision.compare import judge

@@ -82,13 +82,14 @@ def execute(args: argparse.Namespace) -> Output:
         "reference": str(args.reference),
         "other": str(args.other),
         "data": str(args.data),
+        "labels_from": images.labels_from,
         "left_out": images.left_out,
         "likeness": likeness,
         "report": report,
     }
-    return Output(
-        data=data, text=_as_text(name, other, report, describe_data(images.left_out, likeness)), errors=errors
-    )
+    said = [] if images.labels is not None else [("accuracy", f"not measured: {images.labels_from}")]
+    said += describe_data(images.left_out, likeness)
+    return Output(data=data, text=_as_text(name, other, report, said), errors=errors)
 
 
 def share_input(reference: ModelSpec, other: ModelSpec) -> _Inputs:

@@ -11,6 +11,7 @@ PLAN_MAGICS = (b"ftrt", b"vtrt")
 """How plans of TensorRT 8 to 11 and of TensorRT-RTX 1.7 begin. It is undocumented: another beginning proves nothing."""
 ZIP_MAGICS = (b"PK\x03\x04", b"PK\x05\x06")
 """How zip archives begin: with their first entry, or with the end of an empty one."""
+NUMPY_MAGIC = b"\x93NUMPY"
 _PICKLE_MAGIC = b"\x80"
 _MARKUP = (b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")
 _TAR_OFFSET, _TAR_MAGIC = 257, b"ustar"
@@ -26,7 +27,7 @@ _SIGNATURES = (
     (b"\x89PNG", "a PNG image", "give the {wanted} here, and images where they are asked for"),
     (b"\xff\xd8\xff", "a JPEG image", "give the {wanted} here, and images where they are asked for"),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras)", "export its weights as safetensors with a RepVGG's usual key names"),
-    (b"\x93NUMPY", "one NumPy array", "give the {wanted}"),
+    (NUMPY_MAGIC, "one NumPy array", "give the {wanted}"),
     (b"GGUF", "a GGUF file", "give the {wanted}"),
 )
 
@@ -49,8 +50,8 @@ def name_foreign(path: Path, head: bytes, wanted: Literal[".onnx", "checkpoint",
     if wanted == "checkpoint" and _looks_like_onnx(head):
         return "an ONNX model", f"run it as it is: repvgg-trt inspect {shlex.quote(str(path))}"
     if head[_TAR_OFFSET:].startswith(_TAR_MAGIC):
-        inside = f"unpack it and give the {wanted} inside: tar -xf"
-        return "a tar archive", f"{inside}; load one of torch before 0.1.10 and save it again with torch.save"
+        old = "; load one of torch before 0.1.10 and save it again with torch.save" if wanted == "checkpoint" else ""
+        return "a tar archive", f"unpack it and give the {wanted} inside: tar -xf{old}"
     found = next(((what, remedy) for magic, what, remedy in _SIGNATURES if head.startswith(magic)), None)
     return found and (found[0], found[1].format(wanted=wanted))
 

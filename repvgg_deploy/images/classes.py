@@ -19,8 +19,8 @@ from ..errors import InputError
 
 IMAGENET_CLASSES = 1000
 _WORDNET_ID = re.compile(r"n\d{8}")
-_NUMBER = re.compile(r"[0-9]+")
-_WHOLE = re.compile(r"[+-]?[0-9]+(?:\.0*)?")
+_NUMBER = re.compile(r"[0-9]{1,18}")
+_WHOLE = re.compile(r"[+-]?[0-9]{1,18}(?:\.0*)?")
 
 
 def softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
@@ -101,7 +101,7 @@ def index_labels(texts: Sequence[str], classes: Classes, where: str) -> tuple[li
     names = _index_by_name(classes)
     unknown = [text for text in texts if _plain(text) not in names]
     if unknown:
-        raise _unknown(f"{where}: the label {unknown[0]!r}", unknown[0], classes)
+        raise _unknown(f"{where}: the label {unknown[0][:80]!r}", unknown[0], classes)
     return [names[_plain(text)] for text in texts], "labels are names of the model's classes"
 
 
@@ -169,7 +169,7 @@ def index_sorted(folders: Sequence[str], empty: Sequence[str], classes: Classes,
 
 
 def _check_indices(texts: Sequence[str], classes: Classes, where: str) -> list[int]:
-    indices = [int(float(text)) for text in texts]
+    indices = [int(text.partition(".")[0]) for text in texts]
     for index in indices:
         if index < 0 or (classes.count is not None and index >= classes.count):
             last = "" if classes.count is None else f" to {classes.count - 1}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import InputError
-from ..files.signatures import HEAD_BYTES, name_foreign
+from ..files.signatures import HEAD_BYTES, NUMPY_MAGIC, PLAN_MAGICS, ZIP_MAGICS, name_foreign
 
 IMAGE_SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".mpo", ".ppm",
@@ -44,10 +44,15 @@ _UNREAD = (
     (b"IIU\0", "a camera's raw file", "darktable-cli FILE FILE.png"),
     (b"BPG\xfb", "a BPG image", "bpgdec -o FILE.png FILE"),
 )
-_CONTAINERS = (
-    (b"PK\x03\x04", "a zip archive", "unpack it, and give the folder"),
-    (b"PAR1", "a Parquet file", "write its images to files, or to an .npz"),
-    (b"\x80", "a pickle", "write its images to files, or to an .npz: numpy.savez(file, images=…, labels=…)"),
+_TO_FILES = "write its images to files, or to an .npz: numpy.savez(file, images=…, labels=…)"
+_NO_IMAGES = (
+    (ZIP_MAGICS, "a zip archive", "unpack it, and give the folder"),
+    (b"PAR1", "a Parquet file", _TO_FILES),
+    (b"\x80", "a pickle", _TO_FILES),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file", _TO_FILES),
+    (NUMPY_MAGIC, "a NumPy array", _TO_FILES),
+    (b"\x89PNG", "a PNG image that was copied as text, or is cut off", "copy it again, as it is (in binary mode)"),
+    (PLAN_MAGICS, "a TensorRT plan", "give an image file in its place"),
 )
 _ISO_UNREAD = {
     **dict.fromkeys(
@@ -106,8 +111,8 @@ def name_unread(path: Path, head: bytes) -> Unread | None:
         found = ("a camera's raw file", "darktable-cli FILE FILE.png")
     if found is not None:
         return Unread(found[0], _CONVERT.format(how=found[1]), True)
-    if container := next((named[1:] for named in _CONTAINERS if head.startswith(named[0])), None):
-        return Unread(*container, False)
+    if known := next((named[1:] for named in _NO_IMAGES if head.startswith(named[0])), None):
+        return Unread(*known, False)
     foreign = name_foreign(path, head, "image")
     return None if foreign is None else Unread(*foreign, False)
 

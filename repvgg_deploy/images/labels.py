@@ -18,13 +18,12 @@ from .formats import read_text
 
 _REMEDY = "give a UTF-8 text file with one label a line, in the classifier's order"
 _WRAPPERS = ("id2label", "label2id", "class_to_idx", "idx_to_class", "names", "labels", "classes", "categories")
-_NUMBER_FIRST = re.compile(r"(\d+)(?:[.)]\s+|\s*[:=,;]\s*|\s+)(\S.*)")
-_NUMBER_LAST = re.compile(r"(\S.*?)(?:\s*[:=,;]\s*|\s+)(\d+)")
+_NUMBER_FIRST = re.compile(r"(\d{1,9})(?:[.)]\s+|\s*[:=,;]\s*|\s+)(\S.*)")
+_NUMBER_LAST = re.compile(r"(\S.*?)(?:\s*[:=,;]\s*|\s+)(\d{1,9})")
 _HEADER = frozenset({"id", "index", "idx", "number", "class", "label", "name"}) | {
     f"{what}_{which}" for what in ("class", "label") for which in ("id", "index", "name")
 }
 _UNSEEN = {"Cc", "Cs", "Zl", "Zp"}  # controls, halves of surrogate pairs, line and paragraph separators
-# Marks that turn the direction of what stands beside them.
 _BIDIRECTIONAL = frozenset(map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A))))  # they turn their neighbours
 
 
@@ -133,7 +132,7 @@ def _name_of(item: Any) -> str | None:
 
 def _is_number(value: Any) -> bool:
     if isinstance(value, str):
-        return value.isascii() and value.isdecimal()
+        return value.isascii() and value.isdecimal() and len(value) < 10
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -153,22 +152,28 @@ def _in_order(pairs: Sequence[tuple[Any, Any]], where: str) -> list[str]:
 def _take_numbers(lines: Sequence[str], where: str) -> list[str] | None:
     """The names of lines that all bear the number of their class; None where they do not.
 
-    Numbers from 0 count classes, unless they are what tells the names apart (`digit 0`). Numbers from 1 may be part of
-    the names (`1 star`): in order they change nothing; in another order nobody can know.
+    Numbers from 0 count classes, unless they are what tells the names apart (`digit 0`, `2 stars`). Those that begin
+    at 0 or 1 and do not count from 0 are refused: as parts of the names they would hide that a label is off by one.
+    Others are parts of the names (`Audi 100`).
     """
-    found = []
     has_header = len(lines) > 1 and set(re.split(r"[\s,;:]+", lines[0].casefold())) <= _HEADER
-    for start in (1,) if has_header else (0,):
-        for pattern, number, name in ((_NUMBER_FIRST, 1, 2), (_NUMBER_LAST, 2, 1)):
-            matches = [pattern.fullmatch(line) for line in lines[start:]]
-            pairs = [(int(match[number]), _unquote(match[name])) for match in matches if match is not None]
-            if len(pairs) < len(matches) or len({text for _, text in pairs}) < len(pairs):
-                continue
-            numbers = [index for index, _ in pairs]
-            if sorted(numbers) == list(range(1, len(pairs) + 1)) != numbers:
-                raise _refuse(where, f"numbers its lines from 1 to {len(pairs)}, and classes count from 0")
-            if sorted(numbers) == list(range(len(pairs))):
-                found.append(_in_order(pairs, where))
+    found, contradicts = [], []
+    for pattern, number, name in ((_NUMBER_FIRST, 1, 2), (_NUMBER_LAST, 2, 1)):
+        matches = [pattern.fullmatch(line) for line in lines[has_header:]]
+        pairs = [(int(match[number]), _unquote(match[name])) for match in matches if match is not None]
+        if len(pairs) < len(matches) or len({text for _, text in pairs}) < len(pairs):
+            continue
+        numbers = [index for index, _ in pairs]
+        if sorted(numbers) == list(range(len(pairs))):
+            found.append(_in_order(pairs, where))
+        elif min(numbers) <= 1:  # beside numbers from 0 only those that ask for another order matter
+            contradicts.append(sorted(numbers) == list(range(1, len(pairs) + 1)) != numbers)
+    if any(contradicts) or (contradicts and not found):
+        raise InputError(
+            f"{where}: each line bears a number, and they do not count the classes from 0",
+            remedy="number the classes from 0, or give the names alone; names that hold numbers may stand in a JSON "
+            'list: ["1 star", "2 stars"]',
+        )
     if len(found) == 2 and found[0] != found[1]:
         raise _refuse(where, "has two numbers on each line, and either could be that of the class")
     return found[0] if found else None

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
+from ..files.signatures import NUMPY_MAGIC
 from ..specs.values import ModelSpec, Preprocessing
 from .classes import Classes, index_folders, index_labels, index_sorted, readable_name
 from .decode import StrPath, normalize
@@ -27,7 +28,6 @@ logger = logging.getLogger(__name__)
 MAX_UNREADABLE_SHARE = 0.1
 """A set with a larger share of unreadable images is refused: what is left of it may be a biased choice."""
 LabelUse: TypeAlias = Literal["required", "optional", "none"]
-_NUMPY_MAGIC = b"\x93NUMPY"
 _Indices: TypeAlias = "tuple[int, ...] | None"
 
 
@@ -103,7 +103,7 @@ def open_images(path: StrPath, spec: ModelSpec, options: SetOptions | None = Non
 def _open_folder(
     path: Path, listing: Listing, spec: ModelSpec, options: SetOptions
 ) -> tuple[ImageSource, _Indices, str, tuple[str, ...] | None]:
-    """The images of a folder, the class of each, how the classes were found, and what the folders call them."""
+    """The images of a folder, the class of each, how that was found or why not, and what the folders call them."""
     files, use = listing.files, options.labels
     if not files:
         beside = f"; {listing.left_out}" if listing.left_out else ""
@@ -113,23 +113,23 @@ def _open_folder(
     source = FileSource(files, _preprocessing_of(spec, str(path)))
     parts = [file.relative_to(path).parts for file in files]
     loose = next((file for file, part in zip(files, parts, strict=True) if len(part) == 1), None)
-    if use == "none" or (use == "optional" and loose is not None):
+    if use == "none":
         return source, None, "", None
-    if loose is not None:
-        raise InputError(
-            f"{path}: expected one sub-folder a class, found the image {loose.name} outside of any",
-            remedy="sort the images into folders named after the classes, or give a CSV of path,label",
-        )
     names = sorted({part[0] for part in parts})
     try:
+        if loose is not None:
+            raise InputError(
+                f"{path}: expected one sub-folder a class, found the image {loose.name} outside of any",
+                remedy="sort the images into folders named after the classes, or give a CSV of path,label",
+            )
         if options.sorted_folders:
             indices, how = index_sorted(names, listing.empty, classes_of(spec), str(path))
         else:
             indices, how = index_folders(names, classes_of(spec), str(path))
-    except InputError:
+    except InputError as error:
         if use == "required":
             raise
-        return source, None, "", None
+        return source, None, error.message, None
     by_name = dict(zip(names, indices, strict=True))
     by_index = {index: readable_name(name) for name, index in by_name.items()}
     called = tuple(by_index.get(index, "") for index in range(max(indices) + 1))
@@ -148,7 +148,7 @@ def _open_file(path: Path, spec: ModelSpec, *, with_labels: bool) -> tuple[Image
             f"{path}: no such file or folder", remedy="check the path; relative paths start at the current folder"
         )
     suffix, head = path.suffix.lower(), _head_of(path)
-    if suffix in (".npz", ".npy") or head.startswith(_NUMPY_MAGIC):
+    if suffix in (".npz", ".npy") or head.startswith(NUMPY_MAGIC):
         archive = NpzSource(path)
         return archive, archive.labels() if with_labels else None
     is_text = b"\0" not in head and suffix not in IMAGE_SUFFIXES | RAW_SUFFIXES and name_unread(path, head) is None
@@ -170,12 +170,12 @@ def _index_texts(texts: Sequence[str] | None, spec: ModelSpec, path: Path, use: 
     if texts is not None:
         indices, how = index_labels(texts, classes_of(spec), str(path))
         return tuple(indices), how
+    why = f"{path}: has no labels"
     if use == "required":
         raise InputError(
-            f"{path}: has no labels",
-            remedy="give path,label lines, an .npz with labels, or a folder with one sub-folder a class",
+            why, remedy="give path,label lines, an .npz with labels, or a folder with one sub-folder a class"
         )
-    return None, ""
+    return None, "" if use == "none" else why
 
 
 def choose_evenly(count: int, limit: int | None, seed: int) -> tuple[int, ...]:
@@ -235,7 +235,7 @@ class ImageSet:
         spec: The specification of the model whose input they become.
         chosen: Ascending indices into `source`.
         labels: Class of each image of `source`, or None.
-        labels_from: How the classes were found, in words; empty without labels.
+        labels_from: How the classes were found, or why there are none, in words; empty where none were looked for.
         batch_size: Images in every batch but the last.
         name: For messages and reports.
         class_names: What the folders call the classes, by index; None where the set is no folder of folders.

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import InputError
+from ..files.signatures import NUMPY_MAGIC
 from ..specs.values import Preprocessing
 from .decode import read_image
 from .formats import read_head
@@ -74,7 +75,7 @@ class NpzSource:
     def __init__(self, path: Path) -> None:
         self._path = path
         with _explain_damage(path):
-            self._is_bare = path.suffix.lower() == ".npy" or read_head(path).startswith(b"\x93NUMPY")
+            self._is_bare = path.suffix.lower() == ".npy" or read_head(path).startswith(NUMPY_MAGIC)
         with self._open("images") as file:
             self.shape, self.dtype, fortran = _read_header(file)
         if len(self.shape) != 4 or self.dtype not in ("uint8", "float32") or fortran:

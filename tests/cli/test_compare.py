@@ -125,7 +125,23 @@ def test_compare_without_labels_leaves_accuracy_out_and_draws(
     assert picture.read_bytes().startswith(b"\x89PNG")
     arguments = [models / "fp32.onnx", models / "int8.onnx", "--data", tmp_path / "0.png", "--layer-images", 0]
     assert main(["compare", *map(str, arguments)]) == 0
-    assert "layers not compared: not asked for" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "layers not compared: not asked for" in printed
+    assert "0.png: has no labels" in printed
+
+
+def test_compare_says_which_folder_is_no_class_and_costs_the_accuracy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data = make_onnx(tmp_path / "m.onnx"), tmp_path / "val"
+    words = ["compare", str(model), str(model), "--data", str(data), "--layer-images", "0"]
+    for name, is_known in (("class 0", True), ("wolf", False)):
+        (data / name).mkdir(parents=True)
+        Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(data / name / "a.png")
+        assert main(words) == 0
+        printed = capsys.readouterr().out
+        assert ("top-1" in printed) is is_known
+        assert ("not measured: " in printed and "the folder 'wolf' is no class of the model" in printed) is not is_known
 
 
 def test_compare_of_different_networks_says_why_layers_are_left_out(

@@ -118,3 +118,10 @@ def test_labels_that_are_whole_floating_point_numbers_are_indices() -> None:
     assert index_labels(["2.0", "0.", "1"], Classes(None, 3), "csv")[0] == [2, 0, 1]
     with pytest.raises(InputError, match=r"'1\.5' is no class"):
         index_labels(["1.5"], Classes(None, 3), "csv")
+
+
+@pytest.mark.parametrize("label", ["9" * 20, "9" * 400, "9" * 5000, "1" * 400 + ".0"])
+def test_number_of_any_length_is_no_class(label: str) -> None:
+    with pytest.raises(InputError, match="is no class of the model") as caught:
+        index_labels([label, "1"], Classes(None, 10), "csv")
+    assert len(str(caught.value)) < 400

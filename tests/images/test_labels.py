@@ -54,6 +54,8 @@ KEPT = {
     "WordNet's lines": "n01440764 tench, Tinca tinca\nn01443537 goldfish",
     "numbers alone": "0\n1\n2",
     "numbers that are not the classes'": "7 tench\n9 shark",
+    "numbers too long for a class": f"{'9' * 5000} tench\n1 shark",
+    "models": "Audi 100\nVolvo 240",
     "a name in brackets": "[background]\ncat\n[other]",
     "no name in between": "cat\n\ndog",
 }
@@ -74,7 +76,15 @@ REFUSED = {
     "JSON from 1": ('{"1": "tench", "2": "shark"}', "from 1 to 2, expected 0 to 1"),
     "JSON with a gap": ('{"0": "tench", "2": "shark"}', "from 0 to 2"),
     "JSON with a key twice": ('{"0": "tench", "0": "shark"}', "key twice"),
-    "numbers from 1 out of order": ("2 shark\n1 tench\n", "from 1 to 2"),
+    "numbers from 1": ("1 tench\n2 shark\n", "do not count the classes from 0"),
+    "numbers from 1 behind": ("tench: 1\nshark: 2\n", "do not count the classes from 0"),
+    "numbers from 1 out of order": ("2 shark\n1 tench\n", "do not count the classes from 0"),
+    "numbers from 1 in another order than those from 0": ("0 a 2\n1 b 1\n", "do not count the classes from 0"),
+    "numbers from 1 with gaps": ("1 person\n3 car\n90 brush\n", "do not count the classes from 0"),
+    "numbers from 0 with gaps": ("0,tench\n2,shark\n", "do not count the classes from 0"),
+    "numbers that are all 0": ("0 tench\n0 shark\n0 crane\n", "do not count the classes from 0"),
+    "numbers that are all 0, header": ("id,name\n0,tench\n0,shark\n", "do not count the classes from 0"),
+    "JSON with a number too long": ('{"' + "9" * 5000 + '": "tench"}', "no list of names"),
     "two numbers": ("0 a 1\n1 b 0\n", "two numbers"),
     "Git LFS": ("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3\n", "Git LFS pointer"),
     "web page": ("<!DOCTYPE html>\n<html></html>\n", "HTML"),
@@ -96,6 +106,11 @@ def test_what_is_not_read_rightly_is_refused_by_its_name(kind: str, tmp_path: Pa
         read_labels(path)
     assert str(path) in caught.value.message
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize("text", ["0 stage 1\n1 stage 2", '["stage 1", "stage 2"]'])
+def test_names_that_end_with_numbers_of_their_own_are_read(text: str, tmp_path: Path) -> None:
+    assert read_labels(write(tmp_path, text)) == ("stage 1", "stage 2")
 
 
 def test_labels_that_cannot_be_read_are_an_input_error(tmp_path: Path) -> None:

@@ -208,9 +208,13 @@ def test_labels_that_are_optional_are_left_out_where_there_are_none(tmp_path: Pa
     for path in (tmp_path / "flat", tmp_path / "flat" / "a.png"):
         images = open_images(path, make_spec(), SetOptions(labels="optional"))
         assert next(iter(images)).labels is None
+        assert images.labels_from.startswith(str(path))
     assert open_images(folder, make_spec(), SetOptions(labels="optional")).labels is not None
     save_images(folder, ["wolf/a.png"])
-    assert open_images(folder, make_spec(), SetOptions(labels="optional")).labels is None
+    images = open_images(folder, make_spec(), SetOptions(labels="optional"))
+    assert images.labels is None
+    assert "the folder 'wolf' is no class of the model" in images.labels_from  # and not without a word
+    assert open_images(folder, make_spec(), SetOptions(labels="none")).labels_from == ""
 
 
 def test_unreadable_images_are_skipped_with_their_reason_and_refused_above_a_share(

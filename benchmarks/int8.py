@@ -31,16 +31,16 @@ from benchmarks.int8_parts.report import table
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "int8.json"
 METHODS = {
-    "fp32": ("FP32", "FP32"),
-    "fp16": ("FP16", "FP16"),
-    "max": ("per-channel weights, max calibration", "max calibration"),
-    "onnxruntime": ("ONNX Runtime quantize_static", "ONNX Runtime, best settings"),
-    "modelopt": ("ModelOpt PTQ", "ModelOpt"),
-    "fast": ("ours, --fast", "ours, fast"),
-    "ours": ("ours", "ours"),
-    "ours trt10": ("ours, FP16 for the rest (trt10)", "ours, FP16 for the rest"),
-    "synthetic": ("ours, no images: synthetic calibration", "ours, synthetic images"),
-    "statistics": ("ours, no images: statistics in closed form", "ours, statistics alone"),
+    "fp32": "FP32",
+    "fp16": "FP16",
+    "max": "per-channel weights, max calibration",
+    "onnxruntime": "ONNX Runtime quantize_static",
+    "modelopt": "ModelOpt PTQ",
+    "fast": "ours, --fast",
+    "ours": "ours",
+    "ours trt10": "ours, FP16 for the rest (trt10)",
+    "synthetic": "ours, no images: synthetic calibration",
+    "statistics": "ours, no images: statistics in closed form",
 }
 ONCE = ("fp32", "fp16", "ours trt10", "statistics")
 """Methods that are run with one seed: calibration images change little, or there are none."""
@@ -55,7 +55,7 @@ SETTINGS = (
 
 
 def main() -> None:
-    """Measures, prints the tables, and writes `results/int8.json` and `results/int8.png`."""
+    """Measures, prints the tables, and writes `results/int8.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--quick",
@@ -64,9 +64,7 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="+", choices=METHODS, metavar="METHOD", help="; ".join(METHODS))
     parser.add_argument("--models", nargs="+", choices=places.SUBJECTS, default=list(places.SUBJECTS))
-    parser.add_argument(
-        "--out", type=Path, help="the JSON; the picture beside it (default: benchmarks/results/int8.json)"
-    )
+    parser.add_argument("--out", type=Path, help="the JSON (default: benchmarks/results/int8.json)")
     args = parser.parse_args()
     results: dict[str, Any] = {}
     start = time.perf_counter()
@@ -83,15 +81,14 @@ def main() -> None:
 
 
 def store(target: Path, results: dict[str, Any], seconds: float) -> None:
-    """Writes the JSON and the picture."""
+    """Writes the JSON."""
     target.parent.mkdir(exist_ok=True)
     machine = step("machine", target.parent, {})[0]
     target.write_text(
         json.dumps({"machine": machine, "seconds": seconds, "models": results}, indent=1, ensure_ascii=False) + "\n",
         encoding="utf-8",
     )
-    step("draw", target.with_suffix(".png"), results)
-    print(f"\nwritten: {target} and its picture, after {seconds / 60:.0f} minutes")
+    print(f"\nwritten: {target}, after {seconds / 60:.0f} minutes")
 
 
 def step(name: str, folder: Path, arguments: dict[str, Any]) -> tuple[Any, dict[str, float]]:
@@ -149,7 +146,7 @@ class Run:
 
     def _rows(self, method: str) -> dict[str, Any]:
         if method == "modelopt" and not places.has_modelopt():
-            return {"key": method, "method": METHODS[method][0], "note": "not installed"}
+            return {"key": method, "method": METHODS[method], "note": "not installed"}
         seeds = self._seeds[:1] if method in ONCE else self._seeds
         if method != "onnxruntime":
             return self._row(method, [self._try(method, seed) for seed in seeds])
@@ -187,7 +184,7 @@ class Run:
 
     def _row(self, method: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
         """Medians: top-1 on all images, the rest on the second half."""
-        row: dict[str, Any] = {"key": method, "method": METHODS[method][0], "short": METHODS[method][1]}
+        row: dict[str, Any] = {"key": method, "method": METHODS[method]}
         for key, part in (("top1", "all"), ("drop", "all"), ("agreement", "reported"), ("sqnr_db", "reported")):
             row[key] = statistics.median(run[part][key] for run in runs)
         for key in ("seconds", "cpu_seconds", "peak_mb"):

@@ -10,7 +10,7 @@ from typing import Any
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("step", choices=["prepare", "quantize", "score", "machine", "draw"])
+    parser.add_argument("step", choices=["prepare", "quantize", "score", "machine"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("arguments", type=json.loads)
     args = parser.parse_args()
@@ -32,14 +32,9 @@ def answer(step: str, folder: Path, arguments: dict[str, Any]) -> Any:
         from .score import score
 
         return score(folder, folder / arguments["graph"])
-    if step == "machine":
-        from .report import describe_machine
+    from .report import describe_machine
 
-        return describe_machine()
-    from .report import draw
-
-    draw(folder, arguments)
-    return {}
+    return describe_machine()
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ SUBJECTS = {
     "A0": Subject(SHARED / "repvgg-a0-imagenette.pth", 128, SHARED / "imagenette128.npz"),
     "A0g4": Subject(SHARED / "repvgg-a0g4-imagenette-early.pth", 96, SHARED / "imagenette128.npz"),
     "sample": Subject(SAMPLE / "repvgg-sample.pth", 32, SAMPLE / "eval.npz"),
-    # What `benchmarks/train_deep.py NAME --epochs 12 --side 64` makes; left out where it has not been run.
+    # What `python -m benchmarks.int8_parts.train_deep NAME` makes; left out where it has not been run.
     **{
         f"deep-{blocks}-{se}": Subject(DEEP / f"deep-{blocks}-{se}-12.pth", 64, SHARED / "imagenette128.npz")
         for blocks in (24, 48)

@@ -1,9 +1,8 @@
-"""The table and the picture of the INT8 benchmark."""
+"""The table of the INT8 benchmark."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import math
 import os
 import platform
 from pathlib import Path
@@ -39,19 +38,3 @@ def table(subject: str, found: dict[str, Any]) -> str:
         cost = f"{row['seconds']:8.1f}{row['cpu_seconds']:8.1f}{row['peak_mb']:7.0f}" if "seconds" in row else ""
         lines.append(f"{row['method']:54}{row['top1']:7.2f}{row['drop']:7.2f}{row['agreement']:9.2f}{sqnr:>9}{cost}")
     return "\n".join(lines)
-
-
-def draw(target: Path, results: dict[str, Any]) -> None:
-    """Top-1 by method of the first model, with its standard error."""
-    from repvgg_deploy.evaluate.figures import save_figure
-    from repvgg_deploy.evaluate.plots import AccuracyRow, draw_accuracy
-
-    name, found = next(iter(results.items()))
-    rows = []
-    for row in (row for row in found["rows"] if "note" not in row):
-        share = row["top1"] / 100
-        quality = "" if row["key"] == "fp32" else f", {row['sqnr_db']:.0f} dB"
-        error = math.sqrt(share * (1 - share) / found["evaluation"])
-        rows.append(AccuracyRow(row["short"] + quality, share, error, is_reference=row["key"] == "fp32"))
-    title = f"RepVGG-{name}: top-1 on {found['evaluation']} images, and SQNR of the logits"
-    save_figure(draw_accuracy(rows, title=title), target, force=True)

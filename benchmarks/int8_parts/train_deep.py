@@ -3,8 +3,8 @@
 They are what mobile detectors and D2se look like, and small enough to train on a CPU: 24 blocks, 12 epochs at 64
 pixels, take a quarter of an hour of one core; 48 blocks twice as long; 96 pixels twice as long again.
 
-    python benchmarks/train_deep.py 24-before                              # barely trained
-    python benchmarks/train_deep.py 24-none --epochs 40                    # well
+    python -m benchmarks.int8_parts.train_deep 24-before                   # barely trained
+    python -m benchmarks.int8_parts.train_deep 24-none --epochs 40         # well
     python benchmarks/int8.py --models deep-24-before --only max fast ours "ours trt10"
 
 Writes models/checkpoints/deep-NAME-EPOCHS.pth in training form; `int8.py` takes those of 12 epochs at 64 pixels. The
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import sys
 import time
 from pathlib import Path
 
@@ -26,13 +25,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, Python looks beside it only
-
-from benchmarks.int8_parts.places import DEEP, SHARED
 from repvgg_deploy.images.decode import default_preprocessing
 from repvgg_deploy.model.network import RepVGG, weight_decay_groups
 from repvgg_deploy.specs import codec
 from repvgg_deploy.specs.values import SePosition, VariantSpec
+
+from .places import DEEP, SHARED
 
 DEPTHS = {24: (4, 6, 12, 1), 48: (8, 14, 24, 1)}
 WIDTHS = (32, 32, 64, 128, 512)
@@ -141,7 +139,7 @@ def main() -> None:
         "preprocessing": codec.encode(default_preprocessing(arguments.side, arguments.side)),
     }
     torch.save({"state_dict": model.state_dict(), "repvgg_deploy": note}, path)
-    print(print(f"{path}: top-1 {measure_top1(model, arguments.side):.2f} %"))
+    print(f"{path}: top-1 {measure_top1(model, arguments.side):.2f} %")
 
 
 if __name__ == "__main__":

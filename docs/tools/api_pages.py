@@ -170,13 +170,7 @@ def _link_types(text: str, page: str, names: dict[str, str]) -> str:
     def link(found: re.Match[str]) -> str:
         for name in re.findall(r"\w+", found[1]):
             if name in names:
-                page_of, _, anchor = names[name].partition("#")
-                target = (
-                    f"#{anchor}"
-                    if page_of == page
-                    else f"{os.path.relpath(page_of, os.path.dirname(page) or '.')}#{anchor}"
-                )
-                return f"[`{found[1]}`]({target})"
+                return f"[`{found[1]}`]({os.path.relpath(names[name], os.path.dirname(page))})"
         return f"`{found[1]}`"
 
     return re.sub(r"`([^`\n]+)`\{ \.type \}", link, text)

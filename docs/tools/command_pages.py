@@ -48,7 +48,7 @@ def _lines(parser: argparse.ArgumentParser) -> Iterator[str]:
         for action in parser._actions
         if action.required and action.option_strings
     ]
-    yield "```text"
+    yield "```sh"
     yield " ".join([parser.prog, *needed, "[options]", *given])
     yield "```\n"
     examples = (parser.epilog or "").removeprefix("examples:").splitlines()

@@ -121,10 +121,7 @@ def mark_span(span: str, page: str, names: dict[str, str]) -> str:
 def move_link(found: re.Match[str], page: str, source: str) -> str:
     """A link between files of the repository as one between pages; what the site does not have keeps its text only."""
     target = os.path.normpath(os.path.join(os.path.dirname(source), found["target"]))
-    homes = {folder: name for name, folder in FOLDERS.items()} | {
-        "examples/service": "service.md",
-        "docker": "containers.md",
-    }
+    homes = {place: name for name, readme in FOLDERS.items() for place in (readme, os.path.dirname(readme))}
     if target in homes:
         home = homes[target]
     elif target.startswith("docs/"):

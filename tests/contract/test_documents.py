@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from repvgg_deploy.cli import trt
 from tests.contract.source_tree import ROOT, modules
 
 GUIDES = [
@@ -122,23 +123,7 @@ def test_snippet_of_the_readme_recognises_the_digit(exported: Path) -> None:
 
 @functools.cache
 def help_texts() -> dict[str, str]:
-    commands = {
-        "repvgg-export": [[]],
-        "repvgg-trt": [
-            [],
-            ["infer"],
-            ["inspect"],
-            ["fold"],
-            ["quantize"],
-            ["build"],
-            ["check"],
-            ["triton"],
-            ["eval"],
-            ["compare"],
-            ["bench"],
-            ["advise"],
-        ],
-    }
+    commands = {"repvgg-export": [[]], "repvgg-trt": [[], *([command.name] for command in trt.COMMANDS)]}
     narrow = {**os.environ, "COLUMNS": "80"}
     result = {}
     for program, variants in commands.items():

@@ -209,18 +209,18 @@ def find_conflict(args: argparse.Namespace) -> str | None:
 
 def execute(args: argparse.Namespace) -> Output:
     """Exports the checkpoint, or describes it."""
-    return _describe(args.ckpt, args) if args.describe else _export(args)
+    return _describe(args) if args.describe else _export(args)
 
 
-def _describe(checkpoint: Path, args: argparse.Namespace) -> Output:
+def _describe(args: argparse.Namespace) -> Output:
     from ..model.checkpoint.load import describe_checkpoint
     from ..specs.codec import encode
     from ..specs.variants import get_variant
     from ..specs.zoo import find_card, find_card_by_name
 
     arch = get_variant(args.arch) if args.arch else None
-    found = describe_checkpoint(checkpoint, arch=arch, strides=args.strides, weights=args.weights)
-    card, named = find_card(found.sha256), find_card_by_name(checkpoint.name)
+    found = describe_checkpoint(args.ckpt, arch=arch, strides=args.strides, weights=args.weights)
+    card, named = find_card(found.sha256), find_card_by_name(args.ckpt.name)
     published = None if card is None else card.summary()
     if card is None and named is not None and named.bytes is not None:
         expected = f"{named.bytes:,} bytes, sha256 {str(named.sha256)[:16]}…"

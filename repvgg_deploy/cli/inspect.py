@@ -98,6 +98,7 @@ def _describe_metadata(metadata: ModelMetadata, operators: dict[str, int]) -> li
         ("checkpoint", origin),
         ("history", "\n".join(_describe_stage(entry.stage, entry.options) for entry in metadata.history) or "none"),
         ("operators", ", ".join(f"{name} {count}" for name, count in sorted(operators.items()))),
+        *(("taken as given", fact) for fact in metadata.certificate.facts),
         ("certificate", _describe_certificate(metadata.certificate)),
     ]
 

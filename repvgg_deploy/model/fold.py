@@ -18,7 +18,7 @@ from ..errors import CheckpointError, InputError, ParityError
 from ..specs.values import Check
 from .beside import Trial
 from .block import TrainingBlock, fold_block
-from .foreign import Candidate, read_block
+from .foreign import Candidate, find_parallel, read_block
 from .network import RepVGG
 
 M = TypeVar("M", bound=nn.Module)
@@ -53,7 +53,7 @@ def reparameterize(model: M, *, convert: Mapping[type[nn.Module], Convert] | Non
         InputError: There is no block of a class that `convert` names.
     """
     memo: dict[int, object] = {}
-    left: list[str] = []
+    left: dict[str, str] = {}
     convert = convert or {}
     unused, inside = set(convert), "\0"  # `inside`: the block that was folded last; its parts are gone with it
     for name, module in model.named_modules(remove_duplicate=False):
@@ -64,7 +64,7 @@ def reparameterize(model: M, *, convert: Mapping[type[nn.Module], Convert] | Non
         unused.discard(kind)
         folded = _fold(module, where) if kind is None else _convert(module, convert[kind], where)
         if isinstance(folded, str):
-            left.append(folded)
+            left[where] = folded
         elif folded is not None:
             memo[id(module)], inside = folded, f"{name}." if name else ""
         elif isinstance(module, RepVGG):
@@ -84,14 +84,24 @@ def reparameterize(model: M, *, convert: Mapping[type[nn.Module], Convert] | Non
     return result
 
 
-def _report_left(model: nn.Module, left: Sequence[str], *, found: bool) -> None:
-    """Says which modules with branches stay as they are: in a warning, or in the error where nothing was folded."""
-    more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
-    text = f"{'; '.join(left[:_SHOWN])}{more}"
+def _report_left(model: nn.Module, left: dict[str, str], *, found: bool) -> None:
+    """Says which modules with branches stay as they are: in a warning, or in the error where nothing was folded.
+
+    Args:
+        model: What holds them.
+        left: Those that were nominated: name → class and branches.
+        found: Whether anything was folded. Where nothing was, modules of weaker signs are named, too.
+    """
+    if not found:
+        weaker = ((name or type(module).__name__, module) for name, module in model.named_modules())
+        named = {where: _describe(module, parts) for where, module in weaker if (parts := find_parallel(module))}
+        left = named | left
+    text = "; ".join(f"{where} ({what})" for where, what in list(left.items())[:_SHOWN])
+    text += f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
     if found and left:
         logger.warning("modules that look like branches, but are more than their sum, stay as they are: %s", text)
     if not found:
-        branching = f"; modules with branches that it does not know: {text}" if left else ""
+        branching = f"; modules that may have branches: {text}" if left else ""
         raise CheckpointError(
             f"{type(model).__name__} holds no RepVGG block in training form{branching}",
             remedy="give the model as it was trained; a model in deploy form needs no conversion; export_module folds "
@@ -100,14 +110,18 @@ def _report_left(model: nn.Module, left: Sequence[str], *, found: bool) -> None:
 
 
 def _fold(module: nn.Module, where: str) -> nn.Module | str | None:
-    """A block in deploy form; where it looks like one and stays as it is, its name, class and branches; else None."""
+    """A block in deploy form; where it looks like one and stays as it is, its class and branches; else None."""
     if isinstance(module, TrainingBlock):
         return _fold_ours(module, where)
     candidate = read_block(module, where)
     if candidate is None:
         return None
     folded = _fold_candidate(module, candidate, where)
-    return f"{where} ({type(module).__name__}: {', '.join(candidate.parts)})" if folded is None else folded
+    return _describe(module, candidate.parts) if folded is None else folded
+
+
+def _describe(module: nn.Module, parts: Sequence[str]) -> str:
+    return f"{type(module).__name__}: {', '.join(parts)}"
 
 
 def _fold_ours(block: TrainingBlock, where: str) -> nn.Module:

@@ -140,16 +140,49 @@ def fold_reading(reading: Reading, dtype: torch.dtype) -> nn.Conv2d:
     return conv
 
 
-def _parallel_parts(block: nn.Module) -> list[str]:
-    """The names of two or more parts that look like branches: linear, from the same to the same number of channels."""
-    found: dict[tuple[int, int, int], list[str]] = {}
-    parts = dict(_flatten(block))
-    for name, part in parts.items():
+def find_parallel(block: nn.Module) -> list[str]:
+    """Parts that may be branches, by signs too weak to nominate a block: for a message.
+
+    Linear parts of one stride from the same to the same number of channels, poolings among them.
+    """
+    if isinstance(block, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        return []
+    groups = _group_linear(block)
+    pools = [(name, _stride(part)) for name, part in _flatten(block) if isinstance(part, nn.AvgPool2d)]
+    for (ins, outs, _, stride), group in groups.items():
+        names = group + [name for name, own in pools if ins == outs and own == stride]
+        if len(names) > 1:
+            return names
+    return []
+
+
+def _group_linear(block: nn.Module) -> dict[tuple[int, int, int, tuple[int, int]], list[str]]:
+    """Linear parts with a convolution, by what branches share: input and output channels, groups, stride."""
+    found: dict[tuple[int, int, int, tuple[int, int]], list[str]] = {}
+    for name, part in _flatten(block):
         convs = [module for module in part.modules() if isinstance(module, nn.Conv2d)]
         leaves = [module for module in part.modules() if not list(module.children())]
         if convs and all(isinstance(leaf, _LINEAR) or _is_idle(leaf) or _is_bn(leaf) for leaf in leaves):
-            found.setdefault((convs[0].in_channels, convs[-1].out_channels, convs[0].groups), []).append(name)
-    for group in found.values():
+            key = (convs[0].in_channels, convs[-1].out_channels, convs[0].groups, _stride(part))
+            found.setdefault(key, []).append(name)
+    return found
+
+
+def _stride(part: nn.Module) -> tuple[int, int]:
+    """Input pixels for one output pixel, vertically and horizontally."""
+    height, width = 1, 1
+    for module in part.modules():
+        if isinstance(module, (nn.Conv2d, nn.AvgPool2d)):
+            stride = module.stride
+            down, right = stride if isinstance(stride, tuple) else (stride, stride)
+            height, width = height * down, width * right
+    return height, width
+
+
+def _parallel_parts(block: nn.Module) -> list[str]:
+    """The names of two or more parts that look like branches: linear, from the same to the same number of channels."""
+    parts = dict(_flatten(block))
+    for group in _group_linear(block).values():
         simple = [name for name in group if _conv_bn(parts[name])]  # others may be an SE, behind the sum
         names = simple if len(simple) > 1 else group
         convs = [module for name in names for module in parts[name].modules() if isinstance(module, nn.Conv2d)]

@@ -28,6 +28,7 @@ except ImportError as error:
 
 from ..files.output import atomic_output
 from ..model.block import BlockSpec, DeployBlock, TrainingBlock
+from ..model.checkpoint.names import plus_prefixes
 from ..model.fold import reparameterize
 from ..model.foreign import read_block
 from ..model.network import RepVGG
@@ -125,11 +126,11 @@ class RepVGGplus(RepVGG):
         """As `nn.Module.state_dict`, under the original key names."""
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
         prefix: str = kwargs.get("prefix", args[1] if len(args) > 1 else "")
-        _rename(state, prefix, _original_prefixes(self.spec.depths))
+        _rename(state, prefix, plus_prefixes(self.spec.depths))
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        _rename(state_dict, prefix, {theirs: ours for ours, theirs in _original_prefixes(self.spec.depths).items()})
+        _rename(state_dict, prefix, {theirs: ours for ours, theirs in plus_prefixes(self.spec.depths).items()})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -139,20 +140,6 @@ def _rename(state: dict[str, Any], prefix: str, blocks: dict[str, str]) -> None:
         old = next((old for old in blocks if name.startswith(old)), None)
         value = state.pop(key)  # put back in any case, so that the order of keys stays
         state[key if old is None else prefix + blocks[old] + name[len(old) :]] = value
-
-
-def _original_prefixes(depths: tuple[int, int, int, int]) -> dict[str, str]:
-    """Prefix of each block behind the stem in our key names → in the original's, where stage 3 is split into halves."""
-    half = depths[2] // 2
-    result = {}
-    for stage, depth in enumerate(depths, start=1):
-        for index in range(depth):
-            if stage == 3:
-                theirs = f"stage3_first.blocks.{index}." if index < half else f"stage3_second.blocks.{index - half}."
-            else:
-                theirs = f"stage{stage}.blocks.{index}."
-            result[f"stage{stage}.{index}."] = theirs
-    return result
 
 
 class Factory(Protocol):

@@ -38,7 +38,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     return status, captured.out, captured.err
 
 
-def refused(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: object) -> str:
+def assert_refused(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: object) -> str:
     """The message of a refusal: exit 1, a remedy, no traceback, no file."""
     before = sorted(folder.rglob("*"))
     status, out, err = run(capsys, *arguments)
@@ -105,7 +105,7 @@ def test_strides_are_stated_where_no_file_tells_them(tmp_path: Path, capsys: pyt
     torch.save(random_model(small_variant()).state_dict(), path)
     status, out, _ = run(capsys, "--ckpt", path, "--describe")
     assert status == 0 and "--strides 2,2,2,2,2" in out and "custom variant" in out
-    assert "--strides 2,2,2,2,2" in refused(capsys, tmp_path, "--ckpt", path, *SIZE)
+    assert "--strides 2,2,2,2,2" in assert_refused(capsys, tmp_path, "--ckpt", path, *SIZE)
     status, out, _ = run(capsys, "--ckpt", path, "--strides", "1,2,2,2,1", *SIZE)
     assert status == 0 and "stated by the user: strides 1,2,2,2,1" in out
     status, out, _ = run(capsys, "--ckpt", path, "--strides", "1,2,2,2,1", "--describe")
@@ -127,18 +127,18 @@ def test_export_file_that_is_no_checkpoint_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
 ) -> None:
     (tmp_path / "x.pth").write_bytes(content)
-    refused(capsys, tmp_path, "--ckpt", tmp_path / "x.pth")
+    assert_refused(capsys, tmp_path, "--ckpt", tmp_path / "x.pth")
 
 
 def test_export_missing_folder_or_truncated_is_refused(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    refused(capsys, tmp_path, "--ckpt", tmp_path / "absent.pth")
-    refused(capsys, tmp_path, "--ckpt", tmp_path)
+    assert_refused(capsys, tmp_path, "--ckpt", tmp_path / "absent.pth")
+    assert_refused(capsys, tmp_path, "--ckpt", tmp_path)
     data = checkpoint.read_bytes()
     for part in (0.1, 0.5, 0.99):
         checkpoint.write_bytes(data[: int(len(data) * part)])
-        refused(capsys, tmp_path, "--ckpt", checkpoint)
+        assert_refused(capsys, tmp_path, "--ckpt", checkpoint)
 
 
 class Evil:
@@ -152,7 +152,7 @@ def test_export_pickle_that_would_run_code_does_not_run_it(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "evil.pth").write_bytes(pickle.dumps({"state_dict": Evil()}, protocol=protocol))
-    refused(capsys, tmp_path, "--ckpt", "evil.pth")
+    assert_refused(capsys, tmp_path, "--ckpt", "evil.pth")
     assert not (tmp_path / "was-run").exists()
     pickle.loads((tmp_path / "evil.pth").read_bytes())  # the file is a real one: plain pickle does run it
     assert (tmp_path / "was-run").exists()
@@ -177,16 +177,16 @@ def test_export_another_network_is_refused(tmp_path: Path, capsys: pytest.Captur
         },
         tmp_path / "r.pth",
     )
-    refused(capsys, tmp_path, "--ckpt", tmp_path / "r.pth")
+    assert_refused(capsys, tmp_path, "--ckpt", tmp_path / "r.pth")
 
 
 def test_export_wrong_arch_names_the_tensor_and_the_variant_that_fits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save(random_model(get_variant("A0", num_classes=10)).state_dict(), tmp_path / "a0.pth")
-    message = refused(capsys, tmp_path, "--ckpt", tmp_path / "a0.pth", "--arch", "A1")
+    message = assert_refused(capsys, tmp_path, "--ckpt", tmp_path / "a0.pth", "--arch", "A1")
     assert "stage0" in message and "48" in message and "64" in message and "A0" in message
-    refused(capsys, tmp_path, "--ckpt", tmp_path / "a0.pth", "--arch", "Z9")
+    assert_refused(capsys, tmp_path, "--ckpt", tmp_path / "a0.pth", "--arch", "Z9")
 
 
 def test_export_half_converted_missing_and_extra_tensors_are_refused(
@@ -205,7 +205,7 @@ def test_export_half_converted_missing_and_extra_tensors_are_refused(
         ("extra", extra, "mystery"),
     ):
         torch.save(content, tmp_path / f"{name}.pth")
-        assert expected in refused(capsys, tmp_path, "--ckpt", tmp_path / f"{name}.pth")
+        assert expected in assert_refused(capsys, tmp_path, "--ckpt", tmp_path / f"{name}.pth")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -215,7 +215,7 @@ def test_export_weights_that_are_not_finite_are_refused(
     state = torch.load(checkpoint, weights_only=True)["state_dict"]
     state["stage3.1.rbr_dense.conv.weight"][1, 2, 0, 1] = value
     torch.save(state, checkpoint)
-    assert "stage3.1.rbr_dense.conv.weight" in refused(capsys, tmp_path, "--ckpt", checkpoint)
+    assert "stage3.1.rbr_dense.conv.weight" in assert_refused(capsys, tmp_path, "--ckpt", checkpoint)
 
 
 def test_export_existing_different_output_needs_force(
@@ -223,7 +223,7 @@ def test_export_existing_different_output_needs_force(
 ) -> None:
     out = tmp_path / "m.onnx"
     out.write_text("mine")
-    assert "--force" in refused(capsys, tmp_path, "--ckpt", checkpoint, "--out", out, *SIZE)
+    assert "--force" in assert_refused(capsys, tmp_path, "--ckpt", checkpoint, "--out", out, *SIZE)
     assert out.read_text() == "mine"
     assert run(capsys, "--ckpt", checkpoint, "--out", out, *SIZE, "--force")[0] == 0
 
@@ -231,15 +231,15 @@ def test_export_existing_different_output_needs_force(
 def test_export_unwritable_folder_and_full_disk_are_refused(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "mkdir" in refused(capsys, tmp_path, "--ckpt", checkpoint, "--out", tmp_path / "no" / "m.onnx")
-    assert "folder" in refused(capsys, tmp_path, "--ckpt", checkpoint, "--out", tmp_path)
+    assert "mkdir" in assert_refused(capsys, tmp_path, "--ckpt", checkpoint, "--out", tmp_path / "no" / "m.onnx")
+    assert "folder" in assert_refused(capsys, tmp_path, "--ckpt", checkpoint, "--out", tmp_path)
 
     def deny(*_: object, **__: object) -> None:
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
     with monkeypatch.context() as patch:  # tests may run as root, whom no folder denies anything
         patch.setattr(output.tempfile, "mkstemp", deny)
-        assert "writable" in refused(capsys, tmp_path, "--ckpt", checkpoint)
+        assert "writable" in assert_refused(capsys, tmp_path, "--ckpt", checkpoint)
 
     from repvgg_deploy.export import export as pipeline
 
@@ -248,7 +248,7 @@ def test_export_unwritable_folder_and_full_disk_are_refused(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(pipeline, "write_model", full)
-    assert "free some space" in refused(capsys, tmp_path, "--ckpt", checkpoint, *SIZE)
+    assert "free some space" in assert_refused(capsys, tmp_path, "--ckpt", checkpoint, *SIZE)
 
 
 def test_export_really_full_disk_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ def test_inspect_prints_specification_certificate_and_layers(model: Path, capsys
         "mean 123.675, 116.28, 103.53",
         "7: class 0, class 1, class 2, …",
         "tiny.pth, official family, training form",
+        "stated by the user: strides 2,2,2,2,2",
         "passed, 1 of 1 checks",
         "training form against ONNX Runtime  1.00e-07  1.00e-05",
         "Conv 1, Flatten 1, Gemm 1, GlobalAveragePool 1, Relu 1",

@@ -352,6 +352,55 @@ def test_reparameterize_nothing_found_lists_the_modules_with_branches() -> None:
     assert "export_module folds any branches, by algebra; convert=" in caught.value.remedy
 
 
+def _holding(forward: Callable[..., Tensor], **parts: nn.Module) -> nn.Module:
+    """A module of these parts."""
+    block = type("Holding", (nn.Module,), {"forward": forward})()
+    for name, part in parts.items():
+        block.add_module(name, part)
+    return block
+
+
+@pytest.mark.parametrize(
+    ("block", "branches"),
+    [
+        (
+            _holding(lambda self, x: self.conv3(x) + self.conv1(x), conv3=nn.Conv2d(4, 8, 3, padding=1),
+                     conv1=nn.Conv2d(4, 8, 1)),
+            "conv3, conv1",
+        ),
+        (
+            _holding(lambda self, x: sum(conv(x) for conv in self.paths),
+                     paths=nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))),
+            "paths.0, paths.1, paths.2",
+        ),
+        (
+            _holding(lambda self, x: self.conv(x) + self.pool(x), conv=nn.Conv2d(4, 4, 3, padding=1),
+                     pool=nn.AvgPool2d(3, 1, 1)),
+            "conv, pool",
+        ),
+        (
+            _holding(lambda self, x: self.conv(x) + self.pool(x), conv=nn.Conv2d(4, 4, 2, 2), pool=nn.AvgPool2d(2)),
+            "conv, pool",
+        ),
+    ],
+    ids=["bare convolutions", "equal kernels in a list", "pooling", "pooling of a stride"],
+)  # fmt: skip
+def test_reparameterize_nothing_found_names_branches_of_weak_signs(block: nn.Module, branches: str) -> None:
+    assert block(torch.ones(1, 4, 6, 6)).isfinite().all()
+    with pytest.raises(CheckpointError) as caught:
+        reparameterize(nn.Sequential(nn.Conv2d(3, 4, 1), block, nn.ReLU()))
+    assert caught.value.message.endswith(f"; modules that may have branches: 1 (Holding: {branches})")
+
+
+def test_reparameterize_nothing_found_names_no_layers_that_only_follow_one_another() -> None:
+    block = _holding(
+        lambda self, x: self.last(self.pool(self.middle(self.first(x)))),
+        first=nn.Conv2d(4, 8, 3), middle=nn.Conv2d(8, 8, 3, 2), pool=nn.AvgPool2d(3, 1, 1), last=nn.Conv2d(8, 4, 1),
+    )  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"holds no RepVGG block in training form\n"):
+        reparameterize(nn.Sequential(block, nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)))
+
+
 class Unknown(nn.Module):
     """A block that only its author can convert: the factor depends on a buffer's root."""
 

@@ -91,6 +91,7 @@ def make_metadata(options: ModelOptions = ModelOptions()) -> ModelMetadata:
             "tiny.pth in training form",
             (Check("training form against ONNX Runtime", 1e-7, 1e-5, 2.5),),
             {"onnx": "1.0"},
+            ("stated by the user: strides 2,2,2,2,2",),
         ),
         statistics={},
         history=(HistoryEntry("export", {"repvgg_deploy": "0.1.0"}, {"opset": 17}),),

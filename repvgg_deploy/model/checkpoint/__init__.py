@@ -3,12 +3,17 @@
 The stages, and where something new goes:
 
 - `containers`: a file → its content as data. A new container: recognised in `_read`, with a reader beside the others.
-- `pickle`: a pickle as data, its callables names only. A new way to write tensors as a call: a line in `_HANDLERS`.
+- `places`: what is no such file (an address, a folder, a shard), by name; indexes of shards.
+- `pickle`: a pickle as data. `objects`: what it describes; a new way to write tensors as a call: a line in `_HANDLERS`.
 - `lazy`: a tensor whose bytes are still in the file.
-- `resolve`: content → one model. A new wrapper: a key in `_PLAIN_KEYS`, or `_EMA_KEYS` for averaged weights. A new fact
-  of a pickled module: read in `_walk_module` by `_attributes`, carried in `Candidate`, used or refused in `_identify`.
+- `candidates`: content → every state dict in it, under any key. A new way to keep a weight in parts: `_ways_to_fold`.
 - `names`: names of a file → official names. A new family: a `Naming` in `_FAMILIES`.
-- `structure`: official names and shapes → the architecture, and whether every tensor is there.
+- `structure`: official names and shapes → the architecture, and whether every tensor is there. `branches`: QARepVGG's
+  branches without BatchNorm, completed.
+- `facts`: what a pickled module tells beside its tensors: used, or refused by name.
+- `identify`: one state dict → its architecture, and who said what tensors do not tell.
+- `averages`: which keys mean an average (`_AVERAGES`), and averages in other shapes than a state dict's.
+- `resolve`: content → one model, chosen among all that are complete.
 - `load`: the stages in order, the weights, and the result (`Checkpoint`); `build_model`, `write_deploy` and
   `describe_checkpoint`.
 """

@@ -8,11 +8,16 @@ Source: https://github.com/cxxgtxy/QARepVGG (repvgg.py: QARepVGGBlock, V3 to V6,
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from ...errors import CheckpointError
 from .lazy import FLOAT32, LazyTensor
+
+if TYPE_CHECKING:
+    import torch
 
 _LEAVES = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
 _REPEATED = re.compile(r"stage[1-4]\.[1-9]\d*")
@@ -97,12 +102,9 @@ def _add_norm(tensors: dict[str, LazyTensor], name: str, shape: tuple[int, ...])
 def constant(shape: tuple[int, ...], value: float) -> LazyTensor:
     """A tensor of one value that stands in no file, float32."""
 
-    def load():  # type: ignore[no-untyped-def]
+    def load() -> torch.Tensor:
         import torch
 
         return torch.full(shape, value)
 
-    size = 1
-    for side in shape:
-        size *= side
-    return LazyTensor(FLOAT32, shape, object(), 4 * size, load)
+    return LazyTensor(FLOAT32, shape, object(), math.prod(shape) * FLOAT32.itemsize, load)

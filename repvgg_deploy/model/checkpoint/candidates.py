@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from ...specs.values import METADATA_KEY
 from .lazy import LazyTensor, MalformedError, printable
-from .pickle import ArrayObject, ForeignObject, Global
+from .objects import ArrayObject, ForeignObject, attributes_of
 
 if TYPE_CHECKING:
     import torch
 
-SKIPPED_KEY = "repvgg_deploy"
 _MAX_DEPTH = 8
 _MAX_VISITS = 500_000
 _MAX_NAME = 512
@@ -83,7 +83,7 @@ class _Search:
         self._add(where, tensors)
         first = len(self.found)
         for key, child in children.items():
-            if key != SKIPPED_KEY and isinstance(child, (dict, list, tuple, ForeignObject)):
+            if key != METADATA_KEY and isinstance(child, (dict, list, tuple, ForeignObject)):
                 self.visit(child, (*path, printable(key)))
         parts = [part for part in self.found[first:] if part.modules is None]
         if len(parts) > 1 or (parts and tensors):
@@ -157,27 +157,6 @@ def _tensor_of(value: object) -> LazyTensor | None:
     if isinstance(value, ArrayObject):
         return value.tensor
     return value if isinstance(value, LazyTensor) else None
-
-
-def attributes_of(node: ForeignObject) -> dict[object, object]:
-    """What a pickled object has in its `__dict__`; a `torch.fx.GraphModule` is rebuilt from it."""
-    state = node.state[0] if isinstance(node.state, tuple) and node.state else node.state
-    if state is None and is_graph_module(node) and isinstance(node.args, tuple) and node.args:
-        state = node.args[0]
-    return state if isinstance(state, dict) else {}
-
-
-def is_graph_module(node: ForeignObject) -> bool:
-    """Whether it is a module that torch.fx traced: what it computes is text in it, not its submodules."""
-    return node.name.startswith("torch.fx.graph_module.")
-
-
-def class_of(node: ForeignObject) -> str:
-    """Dotted name of the class of a pickled object."""
-    named = node.callable
-    if isinstance(named, Global) and named.path in ("copyreg._reconstructor", "copy_reg._reconstructor"):
-        named = node.args[0] if isinstance(node.args, tuple) and node.args else None
-    return named.path if isinstance(named, Global) else "an unknown class"
 
 
 def _module_parts(node: ForeignObject) -> tuple[dict[object, object], ...] | None:

@@ -46,7 +46,8 @@ from .lazy import (
     printable,
     read_bytes,
 )
-from .pickle import Global, PickleStream, read_pickle
+from .objects import Global
+from .pickle import PickleStream, read_pickle
 from .places import find_index, read_index, refuse_distributed, refuse_joblib, refuse_no_file
 
 if TYPE_CHECKING:

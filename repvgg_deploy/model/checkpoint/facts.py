@@ -14,10 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ...errors import CheckpointError
-from .candidates import attributes_of, class_of, is_graph_module
 from .lazy import listing, printable
 from .names import Translation, unwrap
-from .pickle import ForeignObject, Global
+from .objects import ForeignObject, Global, attributes_of, class_of, is_graph_module
 
 _CONVOLUTIONS = frozenset(["Conv2d"])
 _NORMS = frozenset(["BatchNorm2d", "SyncBatchNorm", "BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNorm2d"])

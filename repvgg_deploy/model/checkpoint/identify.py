@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ...errors import CheckpointError, InputError
 from ...specs import codec
-from ...specs.values import Form, Preprocessing, VariantSpec
+from ...specs.values import METADATA_KEY, Form, Preprocessing, VariantSpec
 from ...specs.variants import architecture_of, name_variant
 from .branches import complete_branches, constant
-from .candidates import SKIPPED_KEY, Candidate
+from .candidates import Candidate
 from .containers import Content
 from .facts import Facts, read_facts
 from .lazy import LazyTensor, listing, printable
@@ -30,7 +30,6 @@ from .structure import (
     match_architecture,
 )
 
-METADATA_KEY = SKIPPED_KEY
 _MAX_PLAIN_DEPTH = 8
 _MAX_PLAIN_ITEMS = 200_000
 _MAX_PLAIN_TEXT = 10_000
@@ -76,7 +75,7 @@ class Resolved:
     notes: tuple[str, ...]
     facts: tuple[str, ...] = ()
     untold: tuple[str, ...] = ()
-    bn_eps: Mapping[str, float] | None = None
+    bn_eps: Mapping[str, float] = field(default_factory=dict)
     headless: bool = False
     others: tuple[str, ...] = ()
 

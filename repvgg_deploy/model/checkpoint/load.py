@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING
 from ...errors import CheckpointError, InputError, explain_missing, say_install
 from ...files.output import default_output, sha256_file
 from ...specs import codec
-from ...specs.values import Form, Preprocessing, VariantSpec
+from ...specs.values import METADATA_KEY, Form, Preprocessing, VariantSpec
 from ...specs.variants import count_parameters, name_variant
 from .containers import open_checkpoint, read_file
-from .identify import METADATA_KEY, Asked, Resolved
-from .lazy import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, INT64, Dtype, LazyTensor, MalformedError
+from .identify import Asked, Resolved
+from .lazy import BFLOAT16, COMPLEX64, COMPLEX128, FLOAT16, FLOAT32, FLOAT64, INT64, Dtype, LazyTensor, MalformedError
+from .names import plus_prefixes
 from .resolve import resolve
 from .structure import describe_custom
 
@@ -164,7 +165,7 @@ def _load(path: Path, asked: Asked, *, read: bool) -> Checkpoint:
         others=found.others,
         facts=found.facts,
         untold=found.untold,
-        bn_eps=found.bn_eps or {},
+        bn_eps=found.bn_eps,
         headless=found.headless,
     )
 
@@ -198,6 +199,8 @@ def _load_weights(found: Resolved) -> tuple[dict[str, torch.Tensor], list[str]]:
         if lazy.dtype not in _FLOATS:
             message = f"{name} has the dtype {lazy.dtype.name}, expected float32 (or float16, bfloat16, float64)"
             remedy = "give the checkpoint before quantization, with floating-point weights"
+            if lazy.dtype in (COMPLEX64, COMPLEX128):
+                remedy = "no RepVGG has complex weights: give the checkpoint of a RepVGG"
             raise CheckpointError(message, remedy=remedy)
         if lazy.dtype != FLOAT32:
             converted[lazy.dtype] = converted.get(lazy.dtype, 0) + 1
@@ -334,15 +337,10 @@ def write_deploy(model: RepVGG, path: Path, *, headless: bool = False) -> None:
 
 
 def _official_name(name: str, spec: VariantSpec) -> str:
-    """RepVGGplus (SE after the ReLU) keeps its blocks in `stageN.blocks`, and its third stage in two halves."""
-    stage, _, rest = name.partition(".")
-    if spec.se != "after_relu" or stage not in ("stage1", "stage2", "stage3", "stage4") or rest.startswith("blocks."):
-        return name
-    index_text, _, part = rest.partition(".")
-    index, half = int(index_text), spec.depths[2] // 2
-    if stage == "stage3":
-        stage, index = ("stage3_first", index) if index < half else ("stage3_second", index - half)
-    return f"{stage}.blocks.{index}.{part}"
+    """As the original has it: RepVGGplus (SE after the ReLU) calls its blocks otherwise."""
+    prefixes = plus_prefixes(spec.depths) if spec.se == "after_relu" else {}
+    ours = next((ours for ours in prefixes if name.startswith(ours)), "")
+    return prefixes.get(ours, "") + name.removeprefix(ours)
 
 
 def _own_storage(tensor: torch.Tensor) -> torch.Tensor:

@@ -147,6 +147,20 @@ class Translation:
     prefix: str = ""
 
 
+def plus_prefixes(depths: tuple[int, int, int, int]) -> dict[str, str]:
+    """Prefix of each block behind the stem → in RepVGGplus, whose third stage stands in two halves."""
+    half = depths[2] // 2
+    result = {}
+    for stage, depth in enumerate(depths, start=1):
+        for index in range(depth):
+            if stage == 3:
+                theirs = f"stage3_first.blocks.{index}." if index < half else f"stage3_second.blocks.{index - half}."
+            else:
+                theirs = f"stage{stage}.blocks.{index}."
+            result[f"stage{stage}.{index}."] = theirs
+    return result
+
+
 def unwrap(name: str) -> str:
     """A name without what wrappers put into it, wherever they do.
 

@@ -12,12 +12,14 @@ import json
 import re
 import shlex
 from pathlib import Path
+from urllib.parse import unquote
 
 from ...errors import CheckpointError
 from .lazy import printable
 
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-\d{5}(?P<suffix>\.(?:safetensors|bin|pth|pt))\Z")
-_ADDRESS = re.compile(r"(https?|ftp|s3|gs|gcs|az|abfs|hf|hf-hub|hf_hub|wandb|mlflow|file|local-dir|timm):/?")
+_SCHEMES = r"[a-z][a-z\d+.-]+(?=:/)|file|hf|hf-hub|hf_hub|local-dir|mlflow|timm|wandb"  # one letter is a drive
+_ADDRESS = re.compile(rf"(?P<scheme>{_SCHEMES}):(?P<rest>.+)", re.IGNORECASE)
 _SUFFIXES = (".pth", ".pt", ".tar", ".safetensors", ".pdparams", ".bin", ".ckpt", ".index.json")
 _MAX_INDEX = 100_000_000
 _DCP = "a checkpoint of torch.distributed.checkpoint (DCP)"
@@ -70,14 +72,8 @@ def refuse_no_file(path: Path) -> None:
         CheckpointError: It is missing, an address, a folder, a device or pipe, or empty.
     """
     if not path.exists():
-        address = _ADDRESS.match(str(path))
-        if address is not None:
-            whole = re.sub(r"^(\w+):/(?!/)", r"\1://", str(path)) if "/" in address[0] else str(path)
-            how = f"curl -LO {shlex.quote(whole)}" if address[1].startswith(("http", "ftp")) else "with its own program"
-            raise CheckpointError(
-                f"{whole}: is an address ({address[1]}), expected a file",
-                remedy=f"download it first ({how}), then give the file",
-            )
+        if (address := _ADDRESS.match(str(path))) is not None:
+            raise _name_address(address["scheme"], address["rest"])
         raise CheckpointError(f"{path}: there is no such file", remedy="check the path given as --ckpt")
     if path.is_dir():
         raise _name_folder(path)
@@ -87,6 +83,17 @@ def refuse_no_file(path: Path) -> None:
     if path.stat().st_size == 0:
         remedy = "save or copy it again: an interrupted copy leaves such a file"
         raise CheckpointError(f"{path}: is empty (0 bytes)", remedy=remedy)
+
+
+def _name_address(scheme: str, rest: str) -> CheckpointError:
+    """What an address is; pathlib made one slash of two."""
+    whole = f"{scheme}:/{rest}" if rest.startswith("/") else f"{scheme}:{rest}"
+    how = f"curl -LO {shlex.quote(whole)}" if scheme.lower().startswith(("http", "ftp")) else "with its own program"
+    remedy = f"download it first ({how}), then give the file"
+    if scheme.lower() in ("file", "local-dir"):
+        local = re.sub(r"^/localhost(?=/)", "", unquote(rest))
+        remedy = f"give its path alone: {shlex.quote(local)}"
+    return CheckpointError(f"{whole}: is an address ({scheme}), expected a file", remedy=remedy)
 
 
 def _name_folder(path: Path) -> CheckpointError:

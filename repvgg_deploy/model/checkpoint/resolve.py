@@ -18,7 +18,7 @@ from .containers import Content
 from .identify import Asked, Embedded, Resolved, identify, read_embedded
 from .lazy import MalformedError, listing, printable
 from .names import Translation, translate
-from .pickle import ForeignObject
+from .objects import ForeignObject
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from torch import nn
 from repvgg_deploy.errors import CheckpointError
 from repvgg_deploy.model.checkpoint.candidates import find_candidates
 from repvgg_deploy.model.checkpoint.containers import read_file
-from repvgg_deploy.model.checkpoint.pickle import ForeignObject
+from repvgg_deploy.model.checkpoint.objects import ForeignObject
 
 STATE = {
     "a": torch.arange(20000, dtype=torch.float32).reshape(100, 200),

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from repvgg_deploy.model.checkpoint import pickle as tensor_pickle
 from repvgg_deploy.model.checkpoint.lazy import FLOAT32, LazyTensor, MalformedError, Storage, printable
-from repvgg_deploy.model.checkpoint.pickle import ArrayObject, ForeignObject, Global, PickleStream, read_pickle
+from repvgg_deploy.model.checkpoint.objects import ArrayObject, ForeignObject, Global
+from repvgg_deploy.model.checkpoint.pickle import PickleStream, read_pickle
 
 
 def read(data: bytes, persistent=None):

@@ -76,12 +76,38 @@ def test_index_that_is_none_is_refused(content, tmp_path):
         ("hf-hub:timm/repvgg_a0.rvgg_in1k", r"is an address \(hf-hub\)"),
         ("hf://timm/repvgg_a0/model.safetensors", r"hf://timm/repvgg_a0/model\.safetensors: is an address \(hf\)"),
         ("s3://bucket/b.pth", r"s3://bucket/b\.pth: is an address \(s3\)"),
+        ("HTTPS://host/b.pth", r"HTTPS://host/b\.pth: is an address \(HTTPS\)"),
+        ("sftp://user@host/b.pth", r"sftp://user@host/b\.pth: is an address \(sftp\)"),
+        ("wandb:team/run/b.pth", r"wandb:team/run/b\.pth: is an address \(wandb\)"),
     ],
 )
 def test_address_is_named_as_one(address, shown):
     with pytest.raises(CheckpointError, match=shown) as caught:
         load_checkpoint(address)
     assert "download it first" in caught.value.remedy
+    assert ("curl -LO" in caught.value.remedy) == address.lower().startswith("http")
+
+
+@pytest.mark.parametrize(
+    ("address", "local"),
+    [
+        ("file:///tmp/a.pth", "/tmp/a.pth"),
+        ("FILE://localhost/tmp/a.pth", "/tmp/a.pth"),
+        ("file:/tmp/my%20model.pth", "'/tmp/my model.pth'"),
+        ("file:a.pth", "a.pth"),
+        ("local-dir:/tmp/a.pth", "/tmp/a.pth"),
+    ],
+)
+def test_address_of_a_file_on_this_machine_gives_its_path(address, local):
+    with pytest.raises(CheckpointError, match=r"is an address") as caught:
+        load_checkpoint(address)
+    assert caught.value.remedy == f"give its path alone: {local}"
+
+
+@pytest.mark.parametrize("path", ["run:1/b.pth", "c:/b.pth", "folder/https:/b.pth", "b.pth"])
+def test_path_that_is_not_there_is_no_address(path):
+    with pytest.raises(CheckpointError, match=r"there is no such file"):
+        load_checkpoint(path)
 
 
 @pytest.mark.parametrize(
@@ -142,11 +168,14 @@ KERNEL = "stage2.1.rbr_dense.conv.weight"
     ("change", "what", "remedy"),
     [
         (lambda t: t.to(torch.float8_e4m3fn), r"dtype float8_e4m3fn, expected float32", "before quantization"),
+        (lambda t: t.to(torch.int8), r"dtype int8, expected float32", "before quantization"),
+        (lambda t: t.to(torch.complex64), r"dtype complex64, expected float32", "no RepVGG has complex weights"),
+        (lambda t: t.to(torch.complex128), r"dtype complex128, expected float32", "no RepVGG has complex weights"),
         (lambda t: t.to("meta"), r"a meta tensor: a shape without values", "after its weights were loaded"),
         (lambda t: t.to_sparse(), r"a sparse tensor", "to_dense()"),
         (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), r"a quantized tensor", "before quantization"),
     ],
-    ids=["float8", "meta", "sparse", "quantized"],
+    ids=["float8", "int8", "complex64", "complex128", "meta", "sparse", "quantized"],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_values_that_are_no_plain_numbers_are_named(change, what, remedy, tmp_path):

@@ -107,6 +107,57 @@ GRAPHS: dict[str, Callable[[], onnx.ModelProto]] = {
 }
 
 
+def _split(n: Network, x: str) -> str:
+    a = n.node("Split", [x, n.constant_integers([6, 10])], axis=1)
+    n.nodes[-1].output.append("rest")
+    n.channels |= {a: 6, "rest": 10}
+    return n.sum(n.layer(a, 8, kernel=1), n.layer("rest", 8, kernel=1))
+
+
+def _shuffle(n: Network, x: str) -> str:
+    apart = n.node("Reshape", [x, n.constant_integers([0, 4, 4, 16, 16])])
+    turned = n.node("Transpose", [apart], perm=[0, 2, 1, 3, 4])
+    return n.node("Reshape", [turned, n.constant_integers([0, 16, 16, 16])], 16)
+
+
+def _resize(n: Network, x: str, mode: str) -> str:
+    return n.node("Resize", [x, "", n.constant([1, 1, 2, 2])], mode=mode)
+
+
+def _dilated(n: Network, x: str) -> str:
+    weights = [n.random_constant(8, 16, 3, 3), n.random_constant(8)]
+    return n.node("Conv", [x, *weights], 8, pads=[2] * 4, dilations=[2, 2])
+
+
+_HALF = {"kernel_shape": [2, 2], "strides": [2, 2]}
+OPERATORS: dict[str, Callable[[Network, str], str]] = {
+    "residual": lambda n, x: n.node("Relu", [n.sum(n.layer(x, 16, ""), x)]),
+    "two convolutions": lambda n, x: n.sum(n.layer(x, 16, ""), n.layer(x, 16, "")),
+    "split": _split,
+    "slice": lambda n, x: n.slice(x, 2, 10, 8),
+    "nearest": lambda n, x: _resize(n, x, "nearest"),
+    "linear": lambda n, x: _resize(n, x, "linear"),
+    "largest": lambda n, x: n.node("MaxPool", [x], **_HALF),
+    "average": lambda n, x: n.node("AveragePool", [x], **_HALF),
+    "transposed": lambda n, x: n.transposed(x, 8),
+    "depthwise": lambda n, x: n.layer(x, 16, "SiLU", group=16),
+    "grouped": lambda n, x: n.layer(x, 16, "SiLU", group=4),
+    "dilated": _dilated,
+    "pad": lambda n, x: n.node("Pad", [x, n.constant_integers([0, 0, 1, 1, 0, 0, 1, 1])]),
+    "PReLU": lambda n, x: n.node("PRelu", [n.layer(x, 16, ""), n.random_constant(16, 1, 1)]),
+    "LeakyReLU": lambda n, x: n.node("LeakyRelu", [n.layer(x, 16, "")], alpha=0.1),
+    "gate": lambda n, x: n.node("Mul", [x, n.node("Sigmoid", [n.layer(n.pooled(x), 16, "", kernel=1)])]),
+    "shuffle": _shuffle,
+    "concat": lambda n, x: n.node("Concat", [x, n.layer(x, 8, "SiLU")], 24, axis=1),
+}
+
+
+def make_around(operator: str, activation: str = "Relu") -> onnx.ModelProto:
+    """One operator between two layers."""
+    n = Network(seed=5)
+    return n.finish(n.layer(OPERATORS[operator](n, n.layer("x", 16, activation)), 6, ""))
+
+
 def draw(count: int, *, seed: int = 0) -> list[NDArray[np.float32]]:
     """Smooth random images, in batches of 8."""
     random = np.random.default_rng(seed)
@@ -115,4 +166,4 @@ def draw(count: int, *, seed: int = 0) -> list[NDArray[np.float32]]:
     return list(images.astype(np.float32).reshape(-1, 8, *SIZE))
 
 
-__all__ = ["GRAPHS", "Network", "draw"]
+__all__ = ["GRAPHS", "OPERATORS", "Network", "draw", "make_around"]

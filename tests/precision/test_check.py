@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import onnx
 import pytest
-from onnx import helper
+from onnx import TensorProto, helper
 
 from repvgg_deploy.errors import CalibrationError
 from repvgg_deploy.precision.check import Target, check_halves, check_quantized, check_types
@@ -22,7 +22,11 @@ def typed(target: Target, kind: str = "plain", kept: tuple[str, ...] = ()) -> on
 @pytest.mark.parametrize("target", ["trt8", "trt10"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_check_quantized_graphs_of_every_kind_pass(kind: str, target: Target) -> None:
-    check_quantized(typed(target, kind), target=target)
+    graph = typed(target, kind)
+    check_quantized(graph, target=target)  # raises
+    integers = [tensor for tensor in graph.graph.initializer if tensor.data_type == TensorProto.INT8 and tensor.dims]
+    layers = [node for node in graph.graph.node if node.op_type in ("Conv", "Gemm")]
+    assert len([tensor for tensor in integers if len(tensor.dims) > 1]) == len(layers)
 
 
 @pytest.mark.parametrize(

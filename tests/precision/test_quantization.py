@@ -444,4 +444,4 @@ def test_parent_and_its_chain_are_read_once(tmp_path: Path, opened: list[str], c
 
 def test_quantize_needs_no_torch() -> None:
     code = "import sys; import repvgg_deploy.precision.quantization; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[2]).returncode == 0

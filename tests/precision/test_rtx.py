@@ -19,7 +19,7 @@ from repvgg_deploy.precision.network import read_network
 from repvgg_deploy.specs.values import VariantSpec
 from repvgg_deploy.specs.variants import get_variant
 from tests.precision.make_chain import KINDS, ChainOptions, make_batches, make_model
-from tests.precision.make_graph import GRAPHS, draw
+from tests.precision.make_graph import GRAPHS, OPERATORS, draw, make_around
 from tests.precision.make_quantized import quantize_mixed, quantize_plainly
 from tests.precision.make_variant import SMALL_G4, images_for, make_variant
 from tests.precision.rtx import Built, build, needs_rtx
@@ -77,14 +77,15 @@ def test_rtx_every_typed_graph_of_a_variant_is_built(variant: str, typing: str) 
 
 
 @pytest.mark.parametrize("typing", ["FP16", "INT8", "INT8+FP16"])
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("name", [*GRAPHS, *(pytest.param(name, marks=pytest.mark.slow) for name in OPERATORS)])
 def test_rtx_every_network_that_is_no_chain_is_built(name: str, typing: str) -> None:
-    model = GRAPHS[name]()
+    model = GRAPHS[name]() if name in GRAPHS else make_around(name)
     if typing == "FP16":
-        accepted(write_halves(read_network(model).model))
+        graph = write_halves(read_network(model).model)
     else:
         steps = FAST if typing == "INT8" else dataclasses.replace(FAST, target="trt10")
-        accepted(quantize_graph(model, draw(16), steps)[0])
+        graph = quantize_graph(model, draw(16), steps)[0]
+    assert accepted(graph).plan_bytes > 0
 
 
 def test_rtx_plans_hold_weights_of_the_type_that_the_graph_has() -> None:

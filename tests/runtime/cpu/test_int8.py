@@ -29,7 +29,7 @@ from repvgg_deploy.runtime.cpu.int8 import Options, explain_inexact_products, pr
 from repvgg_deploy.runtime.engine import Engine
 from tests.precision.compare import sqnr, values
 from tests.precision.make_chain import KINDS, make_batches, make_model, save
-from tests.precision.make_graph import GRAPHS, draw
+from tests.precision.make_graph import GRAPHS, OPERATORS, draw, make_around
 from tests.precision.make_quantized import quantize_mixed, quantize_plainly
 from tests.precision.make_variant import SMALL_G4, images_for, make_variant
 
@@ -385,7 +385,8 @@ def test_graph_that_cannot_be_rewritten_is_run_as_it_stands_with_a_warning(
 def quantized_graph(name: str, target: Literal["trt8", "trt10"]) -> bytes:
     """A network that is no chain, in INT8."""
     steps = dataclasses.replace(FAST, target=target)
-    return quantize_graph(GRAPHS[name](), draw(16), steps)[0].SerializeToString()
+    model = GRAPHS[name]() if name in GRAPHS else make_around(name)
+    return quantize_graph(model, draw(16), steps)[0].SerializeToString()
 
 
 def run_openvino(data: bytes, batch: np.ndarray) -> list[np.ndarray]:
@@ -399,7 +400,7 @@ def run_openvino(data: bytes, batch: np.ndarray) -> list[np.ndarray]:
 )
 @pytest.mark.parametrize("to", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("target", ["trt8", "trt10"])
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("name", [*GRAPHS, *(pytest.param(name, marks=pytest.mark.slow) for name in OPERATORS)])
 def test_any_network_computes_rewritten_what_it_does_as_it_stands(name: str, target: Any, to: Any) -> None:
     """Biases rounded to the step of the products, and FP16 that is FP32 now, move some values over an edge by a step.
 

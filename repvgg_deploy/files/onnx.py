@@ -171,7 +171,7 @@ def _mapped(path: Path) -> Iterator[memoryview]:
         with path.open("rb") as file:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except IsADirectoryError as error:
-        remedy = "give the .onnx file that repvgg-export wrote"
+        remedy = "give the .onnx file itself"
         raise ModelError(f"{path}: is a folder, expected an ONNX file", remedy=remedy) from error
     except ValueError as error:
         raise ModelError(f"{path}: is empty, expected an ONNX file", remedy=_REEXPORT) from error
@@ -196,7 +196,7 @@ def _top_level(path: Path, buffer: memoryview) -> list[wire.Field]:
     graphs = [field for field in fields if field.number == _GRAPH and field.wire_type == wire.BYTES]
     if len(graphs) != 1 or any(field.number not in _MODEL_FIELDS for field in fields):
         message = f"{path}: not an ONNX file: expected one graph, found {len(graphs)}"
-        raise _no_onnx(path, buffer) or ModelError(message, remedy="give an .onnx file that repvgg-export wrote")
+        raise _no_onnx(path, buffer) or ModelError(message, remedy=f"give the .onnx file, or {_REEXPORT}")
     return fields
 
 
@@ -238,7 +238,7 @@ def _foreign_error(path: Path, buffer: memoryview, fields: list[wire.Field]) -> 
             remedy="run it in ONNX Runtime itself, or export a model that takes the image alone",
         )
     return ForeignModelError(
-        f"{message}: it was not written by repvgg-export",
+        f"{message}: it was not written by repvgg-export, export_module or repvgg-trt fold",
         remedy=f"{_REEXPORT}, or make one of ours of it: repvgg-trt fold {path.name} --out OUT.onnx",
     )
 

@@ -39,14 +39,12 @@ def read_passport(plan: Path, *, finish: bool = True) -> PlanPassport | None:
     """
     path = passport_path(plan)
     try:
-        with path.open("rb") as file:
-            data = file.read(_LARGEST_BYTES + 1)
+        return _read(path)
     except FileNotFoundError:
         return _finish(plan) if finish else None
     except OSError as error:
         remedy = "check that it is a file that you may read"
         raise PlanError(f"{path}: cannot be read: {error.strerror}", remedy=remedy) from error
-    return _decode(path, data)
 
 
 def _finish(plan: Path) -> PlanPassport | None:
@@ -62,7 +60,7 @@ def _finish(plan: Path) -> PlanPassport | None:
             return read_passport(plan, finish=False)
         for hidden in find_partials(path):
             with contextlib.suppress(OSError, PlanError):
-                passport = _decode(hidden, hidden.read_bytes()[: _LARGEST_BYTES + 1])
+                passport = _read(hidden)
                 if passport.plan_sha256 != sha256_file(plan):
                     continue
                 logger.warning("%s: the passport that %s lost when its build was killed is used", hidden, plan.name)
@@ -72,7 +70,9 @@ def _finish(plan: Path) -> PlanPassport | None:
     return None
 
 
-def _decode(path: Path, data: bytes) -> PlanPassport:
+def _read(path: Path) -> PlanPassport:
+    with path.open("rb") as file:
+        data = file.read(_LARGEST_BYTES + 1)
     if len(data) > _LARGEST_BYTES:
         raise PlanError(f"{path}: not a passport: larger than {_LARGEST_BYTES >> 20} MiB", remedy=_REBUILD)
     try:

@@ -31,9 +31,9 @@ from .statistics import Recorder, Statistics
 from .threads import answer, fail, wait_for
 
 logger = logging.getLogger(__name__)
-_LONGEST_WAIT_SECONDS = (
-    60.0  # Python refuses to wait for centuries; and what ends a batcher may miss one that begins to
-)
+_LONGEST_WAIT_SECONDS = 60.0
+"""Python refuses to wait for centuries, which a delay may say; and `_Crew.end`, called by a garbage collection inside
+the lock, may come after the last look and before the wait."""
 
 
 @dataclass(slots=True, eq=False)
@@ -331,7 +331,6 @@ class Batcher:
     ) -> None:
         self._options, self._check_batch = options, check
         self._crew = _Crew(options, run, package, clock)
-        self._threads = self._crew.threads
         weakref.finalize(self, self._crew.end).atexit = False
 
     @property

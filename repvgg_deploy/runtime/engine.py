@@ -51,7 +51,7 @@ class Engine:
             logits = engine.infer(batch)
 
     Args:
-        path: An ONNX that repvgg-export wrote, or a TensorRT plan.
+        path: An ONNX of ours (of repvgg-export, `export_module`, `quantize` or `fold`), or a TensorRT plan.
         device: `cpu`, or `cuda`: the GPU or an error, never the CPU in its place; `cuda:1` or 1 is the second one.
             None: `cuda` for a plan, `cpu` for an ONNX.
         backend: `onnxruntime`, `openvino` (on the CPU, the fastest for typed INT8 graphs), or `fastest`: OpenVINO if

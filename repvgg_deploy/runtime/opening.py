@@ -112,7 +112,7 @@ def is_plan(path: Path) -> bool:
         ) from error
     raise ModelError(
         f"{path}: is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}, expected an ONNX file",
-        remedy="give the .onnx file that repvgg-export wrote",
+        remedy="give the .onnx file itself",
     )
 
 

@@ -1,16 +1,20 @@
 """Writes models into a Triton repository, in the order in which a server may see the files, and takes models out.
 
 A model folder appears whole, with its configuration, or not at all, whatever ends the writer: it is filled under a
-hidden name beside the repository, where no server looks, and renamed. A new version of a model that is configured so
-already is filled inside its folder, under a hidden name, which Triton takes for no version. What a writer that was
-killed left is removed by the next one. What is taken out is what somebody wrote here and no longer wants; what others
-put there stays.
+hidden name beside the repository, where no server looks, and renamed. (Inside, Triton takes every folder for a model,
+hidden ones too, and does not start on one without a version: `_make_aside`.) A new version of a model that is
+configured so already is filled inside its folder, under a hidden name, which Triton takes for no version. What a writer
+that was killed left is removed by the next one. What is taken out is what somebody wrote here and no longer wants; what
+others put there stays.
 """
 
 from __future__ import annotations
 
 import contextlib
+import filecmp
+import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -19,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ArtifactError, InputError
-from ..files.output import exchange, explain_os_errors, locked, read_umask, refuse_stdout, sha256_file, write_text
+from ..files.output import exchange, explain_os_errors, locked, read_umask, refuse_stdout, write_text
 from .config import (
     LABELS_FILE,
     PREFIX,
@@ -33,9 +37,12 @@ from .config import (
 )
 from .options import RepositoryOptions, Servable, ServedFile
 
+logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.pbtxt"
 PARTIAL_SUFFIX = ".partial"
 _OLD_SUFFIX = f".old{PARTIAL_SUFFIX}"
+_HIDDEN = re.compile(r"\.(?P<of>.+)\.[a-z0-9_]{8}(\.old)?\.partial")
+"""What a writer at work names what will be `of`; the rest as `tempfile` chooses it."""
 _LOCKED = "repository"
 
 
@@ -123,9 +130,10 @@ def write_repository(
         if held:
             _clear_leftovers(out)
         # A server that starts between two of the models must not find a new model behind an ensemble of the old one.
-        if any(_replaces(draft, out / draft.config.name) for draft in drafts):
-            ensembles = [draft.config.name for draft in drafts if draft.config.platform == "ensemble"]
-            remove_models(out, [name for name in ensembles if (out / name).exists()])
+        ensembles = [draft.config.name for draft in drafts if draft.config.platform == "ensemble"]
+        standing = [name for name in ensembles if (out / name).exists()]
+        if standing and any(_find_place(draft, out / draft.config.name, force=True)[2] for draft in drafts):
+            remove_models(out, standing)
         return tuple(_write_model(draft, out, force=force) for draft in drafts)
 
 
@@ -137,8 +145,9 @@ def _clear_leftovers(out: Path) -> None:
     with explain_os_errors(out):
         for folder in (out.parent, out, *(out / name for name in list_models(out))):
             for entry in list(folder.iterdir()):
-                ours = folder not in (out.parent, out) or entry.name.startswith(f".{out.name}.")
-                if ours and entry.name.startswith(".") and entry.name.endswith(PARTIAL_SUFFIX):
+                hidden = _HIDDEN.fullmatch(entry.name)
+                # Beside the repository there are files and repositories of others.
+                if hidden and (folder not in (out.parent, out) or (hidden["of"] == out.name and entry.is_dir())):
                     for taken in entry.iterdir() if entry.name.endswith(_OLD_SUFFIX) else ():
                         place = (out if folder == out.parent else folder) / taken.name
                         if not place.exists():
@@ -147,11 +156,19 @@ def _clear_leftovers(out: Path) -> None:
 
 
 def _make_aside(out: Path) -> Path:
-    """A hidden folder on the repository's disk: beside it, where no server looks for models, or else in it."""
+    """A hidden folder on the repository's disk: beside it, where no server looks for models, or else in it.
+
+    There it is said: a server that starts while it is there, or after a kill and before the next writer, does not.
+    """
     named: dict[str, str] = {"prefix": f".{out.name}.", "suffix": PARTIAL_SUFFIX}
     with contextlib.suppress(OSError):
         if out.parent.stat().st_dev == out.stat().st_dev:
             return Path(tempfile.mkdtemp(dir=out.parent, **named))
+    logger.warning(
+        "%s: is a mount of its own, or the folder around it may not be written to: no server may start on it until "
+        "this is done; a repository one folder below avoids that",
+        out,
+    )
     return Path(tempfile.mkdtemp(dir=out, **named))
 
 
@@ -235,24 +252,23 @@ def _differs(draft: _Draft, folder: Path) -> bool:
     return draft.labels is not None and (not labels.is_file() or labels.read_bytes() != draft.labels.encode())
 
 
-def _replaces(draft: _Draft, folder: Path) -> bool:
-    """Whether what stands there must be replaced as a whole: nothing of it may differ from the new configuration."""
-    if not folder.is_dir():
-        return False
-    number, standing = find_version(folder, draft.files, draft.version, force=True)
-    return _differs(draft, folder) or (not standing and (folder / str(number)).exists())
+def _find_place(draft: _Draft, folder: Path, *, force: bool) -> tuple[int, bool, bool]:
+    """As `find_version`, and whether what stands there must be replaced as a whole, as it is configured otherwise."""
+    number, standing = find_version(folder, draft.files, draft.version, force=force)
+    replaces = folder.is_dir() and (_differs(draft, folder) or (not standing and (folder / str(number)).exists()))
+    return number, standing, replaces
 
 
 def _write_model(draft: _Draft, out: Path, *, force: bool) -> WrittenModel:
     config, folder = draft.config, out / draft.config.name
     # Looked up again: another writer may have been here meanwhile.
-    number, standing = find_version(folder, draft.files, draft.version, force=force)
+    number, standing, replaces = _find_place(draft, folder, force=force)
     if WRITTEN_BY in config.parameters:
         versions, found = {number}, _read_config(folder)
         if found is not None and _read_writer(found) == config.parameters[WRITTEN_BY].string_value:
             versions |= set(_read_written_versions(found)) & set(list_versions(folder))
         config.parameters[WRITTEN_VERSIONS].string_value = ",".join(map(str, sorted(versions)))
-    if folder.is_dir() and not _replaces(draft, folder):
+    if folder.is_dir() and not replaces:
         if not standing:
             write_version(folder / str(number), draft.files)
         write_text(folder / CONFIG_FILE, print_config(config), force=True)  # no more than its provenance changes
@@ -269,8 +285,14 @@ def _write_folder(draft: _Draft, folder: Path, out: Path, *, number: int) -> Non
         try:
             made = aside / folder.name
             if folder.is_dir():
-                ours = (str(number), CONFIG_FILE, LABELS_FILE, f".*{PARTIAL_SUFFIX}")
-                shutil.copytree(folder, made, copy_function=_link, ignore=shutil.ignore_patterns(*ours), symlinks=True)
+                ours = shutil.ignore_patterns(str(number), CONFIG_FILE, LABELS_FILE, f".*{PARTIAL_SUFFIX}")
+                shutil.copytree(
+                    folder,
+                    made,
+                    copy_function=_link,
+                    ignore=lambda place, names: ours(place, names) if Path(place) == folder else (),
+                    symlinks=True,
+                )
             made.mkdir(exist_ok=True)
             made.chmod(0o777 & ~read_umask())
             texts = {CONFIG_FILE: print_config(draft.config), LABELS_FILE: draft.labels}
@@ -356,7 +378,7 @@ def _is_same(path: Path, source: Path | bytes) -> bool:
         return False
     if isinstance(source, bytes):
         return path.read_bytes() == source
-    return path.stat().st_size == source.stat().st_size and sha256_file(path) == sha256_file(source)
+    return filecmp.cmp(path, source, shallow=False)
 
 
 def _read_config(folder: Path) -> Any:

@@ -78,16 +78,16 @@ def validate_repository(repository: Path) -> tuple[tuple[str, ...], tuple[Findin
 
 
 def _list_models(repository: Path) -> tuple[str, ...]:
+    """All folders: Triton takes hidden ones for models, too."""
     if not repository.is_dir():
         raise InputError(f"{repository}: is no folder", remedy="give the folder that holds a folder for each model")
     if (repository / CONFIG_FILE).exists():
         remedy = f"give the folder around it: {repository.absolute().parent}"
         raise InputError(f"{repository}: is one model and no repository", remedy=remedy)
-    models = list_models(repository)
-    if not models:
+    if not list_models(repository):
         remedy = "write one with repvgg-trt triton MODEL --out REPOSITORY"
         raise InputError(f"{repository}: holds no model", remedy=remedy)
-    return models
+    return tuple(sorted(entry.name for entry in repository.iterdir() if entry.is_dir()))
 
 
 def _read_config(folder: Path) -> Any:

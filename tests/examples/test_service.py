@@ -169,7 +169,7 @@ def test_service_of_any_kind_of_classifier_gives_what_the_engine_gives(tmp_path:
         data = answer.body[int(answer.headers["Inference-Header-Content-Length"]) :]
         arrays = (expected.scores, expected.classes) if isinstance(expected, TopK) else (expected,)
         assert data == b"".join(array.tobytes() for array in arrays)
-        compare_predictions(running.ask("POST", "/predict", photo), engine, tmp_path / "photo.jpg")
+        assert_predictions(running.ask("POST", "/predict", photo), engine, tmp_path / "photo.jpg")
 
 
 def jpeg(width: int, height: int, *, kind: str = "JPEG", seed: int = 0) -> bytes:
@@ -180,7 +180,7 @@ def jpeg(width: int, height: int, *, kind: str = "JPEG", seed: int = 0) -> bytes
     return file.getvalue()
 
 
-def compare_predictions(answer: Answer, engine: Engine, path: Path) -> None:
+def assert_predictions(answer: Answer, engine: Engine, path: Path) -> None:
     """Against `Engine.infer_images` of the same file."""
     assert answer.status == 200, answer.body
     found = answer.json["predictions"]
@@ -206,7 +206,7 @@ def test_predict_of_an_image_is_that_of_infer_images(
 ) -> None:
     path = tmp_path / "photo.img"
     path.write_bytes(jpeg(90, 61, kind=kind))
-    compare_predictions(
+    assert_predictions(
         service.ask("POST", "/predict", path.read_bytes(), {"Content-Type": f"image/{kind.lower()}"}), engine, path
     )
 

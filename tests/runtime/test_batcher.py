@@ -168,7 +168,7 @@ def test_close_drains_or_cancels_what_waits(drain: bool) -> None:
     with pytest.raises(InputError, match="closed"):
         batcher.submit(one(1))
     batcher.close()
-    assert batcher.closed and not any(thread.is_alive() for thread in batcher._threads)
+    assert batcher.closed and not any(thread.is_alive() for thread in batcher._crew.threads)
 
 
 def test_dropped_batchers_run_what_waits_and_give_back_threads_and_engine(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_dropped_batchers_run_what_waits_and_give_back_threads_and_engine(tmp_pa
     for _ in range(10):
         batcher = engine.batcher(4, max_delay_ms=1e6)  # nothing is run before it is dropped
         futures.append(batcher.submit(image))
-        threads += batcher._threads
+        threads += batcher._crew.threads
     expected = engine.infer(image)
     del batcher, engine
     gc.collect()

@@ -123,7 +123,7 @@ def test_engines_opened_and_closed_leave_no_thread_and_no_model(tmp_path: Path, 
                 assert engine.submit(image).result().shape == (1, 7)
             # OpenVINO 2026.4 ends the process (heap corrupted) where a model is freed while a thread that ran it is
             # still ending; `join` returns before the system's thread is gone.
-            tasks = [Path(f"/proc/self/task/{thread.native_id}") for thread in batcher._threads]
+            tasks = [Path(f"/proc/self/task/{thread.native_id}") for thread in batcher._crew.threads]
             wait_until(lambda: not any(task.exists() for task in tasks), "the batcher's thread to end")
 
     for _ in range(5):

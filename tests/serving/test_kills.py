@@ -103,8 +103,31 @@ def test_leftovers_stay_where_there_are_no_locks(tmp_path: Path, monkeypatch: py
     assert not leftover.exists()
 
 
-def test_repository_on_a_disk_of_its_own_is_filled_inside_and_left_clean(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_others_write_beside_the_repository_stays(tmp_path: Path) -> None:
+    """An export of `repo.onnx`, a build of `repo.plan`, a repository `repo.old`: they may be at work."""
+    files = [tmp_path / f".repo{name}.abcd1234.partial" for name in (".onnx", ".plan.json", "")]
+    for path in files:
+        path.touch()
+    other = tmp_path / ".repo.old.abcd1234.partial"
+    other.mkdir()
+    one(tmp_path)
+    assert all(path.exists() for path in (*files, other))
+
+
+def test_replaced_model_keeps_files_of_others_whatever_their_names(tmp_path: Path) -> None:
+    write_first(tmp_path, jpeg=False)
+    kept = ["2/labels.txt", "2/1/weights.bin", "docs/config.pbtxt", "docs/.x.partial", "notes.txt"]
+    for name in kept:
+        path = tmp_path / "repo/b2" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine", encoding="utf-8")
+    one_again(tmp_path)
+    found = files_below(tmp_path / "repo/b2")
+    assert {name: found.get(name) for name in kept} == dict.fromkeys(kept, b"mine")
+
+
+def test_repository_on_a_disk_of_its_own_is_filled_inside_said_so_and_left_clean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A folder that is mounted into a container: nothing can be renamed into it from beside it."""
     (tmp_path / "repo").mkdir()
@@ -120,6 +143,7 @@ def test_repository_on_a_disk_of_its_own_is_filled_inside_and_left_clean(
     monkeypatch.setattr(module.tempfile, "mkdtemp", note)
     one(tmp_path)
     assert seen == [tmp_path / "repo"]
+    assert "no server may start on it until this is done" in caplog.text
     assert sorted(path.name for path in (tmp_path / "repo").iterdir()) == ["b2"]
 
 

@@ -209,6 +209,23 @@ def test_what_the_validator_finds_triton_refuses(case: Any, tmp_path: Path, onnx
         assert infer(server.port, "good", IMAGE)[0] == 200
 
 
+def test_what_a_killed_writer_left_beside_a_repository_is_no_model_and_a_hidden_folder_inside_is_one(
+    tmp_path: Path, onnx: Path
+) -> None:
+    write_triton([onnx], tmp_path / "repo", RepositoryOptions(name="good"))
+    for folder in (tmp_path, tmp_path / "repo"):
+        (folder / ".repo.abcd1234.partial").mkdir()
+        (folder / ".repository.lock").touch()
+        errors = [one for one in validate_repository(tmp_path / "repo")[1] if one.severity == "error"]
+        if folder == tmp_path:
+            with start(tmp_path / "repo", ["*"]) as server:
+                assert (infer(server.port, "good", IMAGE)[0], errors) == (200, [])
+        else:
+            with pytest.raises(AssertionError, match="failed to load all models"), start(tmp_path / "repo", ["*"]):
+                pass
+            assert [one.model for one in errors] == [".repo.abcd1234.partial"]
+
+
 def test_configuration_of_a_plan_is_parsed(onnx: Path, tmp_path: Path) -> None:
     """All but the GPU and the backend is found good: what is refused is that there is none of them here."""
     write_triton([onnx], tmp_path / "repo", RepositoryOptions(name="good"))

@@ -216,6 +216,12 @@ def test_what_an_interrupted_copy_left_is_warned_of(repository: Path) -> None:
     assert ".2.abc.partial was left" in only(repository, "warning")
 
 
+def test_hidden_folder_is_a_model_for_triton(repository: Path) -> None:
+    (repository / ".repo.abcd1234.partial/tiny").mkdir(parents=True)
+    (repository / ".repository.lock").touch()  # a file is none
+    assert "neither a config.pbtxt nor a version folder" in only(repository)
+
+
 def test_folders_that_are_no_model_are_found(repository: Path) -> None:
     (repository / "notes").mkdir()
     assert "neither a config.pbtxt nor a version folder" in only(repository)

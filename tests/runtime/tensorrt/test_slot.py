@@ -252,7 +252,7 @@ def test_any_sequence_of_requests_and_failures(
     assert world.cuda.leaks() == {}
 
 
-def soak(world: World, count: int) -> None:
+def assert_steady(world: World, count: int) -> None:
     with world.open(contexts=2) as engine, ThreadPoolExecutor(4) as pool:
         batches = [batch_of(1 + index % 11, seed=index) for index in range(33)]
         expected = [world.expect(batch)[0] for batch in batches]
@@ -274,10 +274,10 @@ def soak(world: World, count: int) -> None:
 
 
 def test_steady_state_takes_no_memory(world: World) -> None:
-    soak(world, 500)
+    assert_steady(world, 500)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_steady_state_takes_no_memory_in_100_000_inferences(world: World) -> None:
-    soak(world, 100_000)
+    assert_steady(world, 100_000)

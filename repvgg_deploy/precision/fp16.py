@@ -100,7 +100,7 @@ def to_fp16(
     batches: Sequence[NDArray[Any]] | None = None,
     options: Fp16Options | None = None,
 ) -> tuple[TypedModel, Fp16Report]:
-    """Makes the FP16 graph of an FP32 ONNX that repvgg-export wrote; `typed_model.write_typed` writes it.
+    """Makes the FP16 graph of an FP32 ONNX of ours; `typed_model.write_typed` writes it.
 
     Args:
         source: File, the model in memory, or what `load_parent` read.

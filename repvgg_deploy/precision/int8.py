@@ -1,8 +1,8 @@
 """FP32 ONNX → INT8 ONNX with explicit quantization, as TensorRT wants it.
 
-Pairs stand on the input of every convolution and of the classifier, and nowhere else (none between Conv and ReLU: it
-would break the fusion); weights are INT8 initializers behind DequantizeLinear, one scale per output channel; zero
-points are 0; biases stay floating-point.
+Pairs stand on the input of every layer and where TensorRT adds or moves integers (`qdq`), none between a layer and its
+activation: it would break the fusion. Weights are INT8 initializers behind DequantizeLinear, one scale per output
+channel; zero points are 0; biases stay floating-point.
 
 `quantize_graph` is the story: ranges (`ranges`; without images `closed_form`), equalization (`search`, `equalize`),
 scales (`scales`), rounding with bias correction (`round_network`), the bound on what may be lost (`metrics`), and the
@@ -164,7 +164,7 @@ class Int8Report:
     Attributes:
         images: Calibration images.
         source: `images`, or `statistics` for ranges in closed form.
-        layers: In order; the last is the classifier, whose figure is that of the logits.
+        layers: In order.
         interfaces: What equalization did; empty without.
         scales: To be saved and reused.
         costs: Layers ranked by what each alone costs, the costliest first; empty where it was not asked for.
@@ -192,7 +192,7 @@ def to_int8(
     saved: ScaleFile | None = None,
     progress: Progress | None = None,
 ) -> tuple[TypedModel, Int8Report]:
-    """Makes the INT8 graph of an FP32 ONNX that repvgg-export wrote; `typed_model.write_typed` writes it.
+    """Makes the INT8 graph of an FP32 ONNX of ours; `typed_model.write_typed` writes it.
 
     Args:
         source: File, the model in memory, or what `load_parent` read.
@@ -410,7 +410,8 @@ class _Bound:
         """The network with those layers kept, and the others' weights."""
         if not self.judge.classifies:
             raise CalibrationError(
-                "a largest drop needs a classifier, and this graph gives features", remedy="leave --max-drop out"
+                "a largest drop of top-1 needs a classifier, and this graph has none",
+                remedy="leave --max-drop out, and give --min-sqnr",
             )
         names = [cost.name for cost in costs]
         found = fewest_kept(costs, lambda kept: self._holds(prepared.keeping(kept), rounded, len(names)))

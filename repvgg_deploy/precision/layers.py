@@ -129,7 +129,8 @@ class LayerRun:
                 raise ModelError(f"{source}: cannot be read as ONNX: {_first_line(error)}", remedy=_EXPORT) from error
         layers = [node for node in model.graph.node if node.op_type in _LAYERS]
         self.outputs = {_name(node): node.output[0] for node in layers}
-        self.classifiers = frozenset(_name(node) for node in layers if node.op_type == "Gemm")  # nothing rescales them
+        # Nothing rescales a classifier.
+        self.classifiers = frozenset(_name(node) for node in layers[-1:] if node.op_type == "Gemm")
         self._shapes = _weight_shapes(model)
         self._input = model.graph.input[0].name
         del model.graph.output[:]  # ONNX Runtime infers the types of the new ones

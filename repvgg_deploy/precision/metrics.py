@@ -154,7 +154,7 @@ class QuantizationCost:
 
     Attributes:
         name: Of its node.
-        sqnr_db: Of the logits (of the last layer reached, where there is no classifier), in decibels, with this layer
+        sqnr_db: Of the logits, or of the worst of the answers that it reaches, in decibels, with this layer
             alone quantized.
         macs: Multiply-accumulates of one image.
     """

@@ -130,7 +130,9 @@ def raise_opset(model: onnx.ModelProto, opset: int) -> None:
     """
     entry = next((entry for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None)
     if entry is None:
-        raise ModelError("the graph names no ONNX operator set", remedy="give the file that repvgg-export wrote")
+        raise ModelError(
+            "the graph names no ONNX operator set", remedy="give the FP32 file, as it was exported or folded"
+        )
     if entry.version < opset:
         for op_type in sorted({node.op_type for node in model.graph.node}):
             old, new = (

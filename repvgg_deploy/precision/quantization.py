@@ -119,7 +119,7 @@ def quantize(
     force: bool = False,
     progress: Progress | None = None,
 ) -> QuantizeResult:
-    """Makes a typed ONNX of one that repvgg-export wrote; writes it if it agrees with FP32, where that can be judged.
+    """Makes a typed ONNX of an FP32 one of ours; writes it if it agrees with FP32, where that can be judged.
 
     Args:
         model: The FP32 `.onnx`.

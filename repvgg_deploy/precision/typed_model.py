@@ -68,13 +68,13 @@ def load_parent(source: StrPath | onnx.ModelProto | Parent) -> Parent:
         text = next((entry.value for entry in source.metadata_props if entry.key == METADATA_KEY), None)
         if text is None:
             raise ModelError(
-                f"the model carries no {METADATA_KEY} metadata", remedy="load the file that repvgg-export wrote"
+                f"the model carries no {METADATA_KEY} metadata", remedy="load the file as it was exported or folded"
             )
         try:
             metadata = codec.loads(ModelMetadata, text)
         except InputError as error:
             raise ModelError(
-                f"the model's metadata is damaged: {error.message}", remedy="load the file that repvgg-export wrote"
+                f"the model's metadata is damaged: {error.message}", remedy="load the file as it was exported or folded"
             ) from error
         model, digest = copy_model(source), None
     else:

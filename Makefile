@@ -66,5 +66,5 @@ bench: install ## side-by-side measurements, an hour; results in benchmarks/resu
 	  [ -z "$$failed" ] || { echo "failed, or missed an aim:$$failed" >&2; exit 1; }
 
 clean: ## remove the environment, caches and what the demo wrote
-	rm -rf .venv .venv310 .triton .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist demo site *.egg-info
+	rm -rf .venv .venv3.* .triton .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist demo site *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -79,7 +79,8 @@ def train(spec: VariantSpec, side: int, epochs: int, seed: int, *, bfloat16: boo
     """SGD with a cosine schedule that ends at nothing, label smoothing, and the paper's L2 on equivalent kernels."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    model = RepVGG(spec).to(memory_format=torch.channels_last)
+    model = RepVGG(spec)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs do not know it
     images, classes = load_split(0, side)
     labels = torch.from_numpy(classes)
     batches = len(images) // BATCH
@@ -104,7 +105,8 @@ def train(spec: VariantSpec, side: int, epochs: int, seed: int, *, bfloat16: boo
             total += loss.item()
         seconds = time.perf_counter() - start
         print(f"epoch {epoch + 1:3d} of {epochs}: loss {total / batches:.3f}, {seconds:.0f} s", flush=True)
-    return model.to(memory_format=torch.contiguous_format).eval()
+    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return model.eval()
 
 
 def measure_top1(model: RepVGG, side: int) -> float:

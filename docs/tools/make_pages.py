@@ -3,7 +3,8 @@
     python -m docs.tools.make_pages            # or: make docs
 
 Copies docs/ into build/pages/ and puts in what other files say: a page for each command, the API from docstrings,
-tables of measured figures, folders' own READMEs, formulas as drawings. Nothing of this is done by the site's builder.
+tables of measured figures, JSON Schemas of the artifacts, folders' own READMEs, formulas as drawings. Nothing of this
+is done by the site's builder.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import api_pages, command_pages, figure_tables
+from . import api_pages, command_pages, figure_tables, json_schemas
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -36,6 +37,7 @@ _NOTE = re.compile(r"^<!-- (?:not run|needs)\b[^>]*-->\n", re.M)
 _TABLE = re.compile(r"^<!-- figures: (\w+) -->$", re.M)
 _CHART = re.compile(r"^<!-- chart: (\w+) -->$", re.M)
 _COMMANDS = re.compile(r"^<!-- commands -->$", re.M)
+_SCHEMAS = re.compile(r"^<!-- schemas -->$", re.M)
 _VIEW = re.compile(r'viewBox="([^"]+)"')
 _UNITS_PER_EM = 24
 
@@ -51,6 +53,8 @@ def main() -> int:
         shutil.copytree(DOCS / name, out / name)
     for name, picture in figure_tables.draw_charts().items():
         (out / "images" / name).write_text(picture, encoding="utf-8")
+    for name, schema in json_schemas.write_schemas().items():
+        (out / "schemas" / name).write_text(schema, encoding="utf-8")
     pages = read_pages()
     names = api_pages.find_names({page: text for page, (_, text) in pages.items()}) | command_pages.find_pages()
     for page, (source, text) in pages.items():
@@ -84,6 +88,7 @@ def finish(page: str, source: str, text: str, names: dict[str, str]) -> str:
     text = _TABLE.sub(lambda found: figure_tables.make_table(found[1]), text)
     text = _CHART.sub(lambda found: figure_tables.show_chart(found[1]), text)
     text = _COMMANDS.sub(lambda _: command_pages.make_list(), text)
+    text = _SCHEMAS.sub(lambda _: json_schemas.make_list(), text)
     text = _LINK.sub(lambda found: move_link(found, page, source), text)
     text = api_pages.insert(text, page, names)
     text = _outside_code(

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import InputError, ModelError, RepVGGDeployError
+from ..errors import InputError, ModelError
 from .common import Command, Output, Progress, add_device_options, format_table, parse_whole
 from .eval import add_max_value_option
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from ..runtime.engine import Engine
-    from ..specs.values import ModelSpec, Preprocessing
+    from ..runtime.answers import Answer, Classifying
+    from ..specs.values import ModelSpec
 
 logger = logging.getLogger(__name__)
 _USUAL_TOP = 5
@@ -42,76 +38,60 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 # fmt: on
 
 
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """What became of one image: class, label and probability, best first, or an error."""
-
-    image: str
-    predictions: tuple[tuple[int, str | None, float], ...] = ()
-    error: RepVGGDeployError | None = None
-
-
 def execute(args: argparse.Namespace) -> Output:
     """Answers the images that can be read; what is wrong with the others stands in the output's errors."""
     from ..images.listing import Listing, expand
+    from ..runtime.answers import Answer, answer_images
     from ..runtime.engine import Engine
     from ..runtime.options import EngineOptions
 
     options = EngineOptions(intra_op_threads=args.threads)
-    answers: list[_Answer] = []
+    answers: list[Answer] = []
     with Engine(args.model, device=args.device, backend=args.backend, options=options) as engine:
-        labels = _choose_labels(engine.spec, args)
-        preprocessing = engine.spec.preprocessing
-        assert preprocessing is not None, "_choose_labels refuses a model without"
-        if args.max_value is not None:
-            preprocessing = replace(preprocessing, max_value=args.max_value)
+        how = _plan(engine.spec, args)
         found = Listing()
         for item in args.images:
             try:
                 found += expand([item])
             except InputError as error:
-                answers.append(_Answer(item, error=error))
+                answers.append(Answer(item, error=error))
         if found.left_out:
             logger.warning("%s", found.left_out)
-        files = found.files
+        files = tuple(dict.fromkeys(map(str, found.files)))  # each is read once
         with Progress(len(files), "images") as bar:
-            for start in range(0, len(files), args.batch_size):
-                piece = files[start : start + args.batch_size]
-                answers += _answer(engine, piece, preprocessing, labels, top=args.top or _USUAL_TOP)
-                bar.advance(len(piece))
+            for answer in answer_images(files, how, infer=engine.infer, batch_size=args.batch_size):
+                answers.append(answer)
+                bar.advance(1)
     left_out = {"hidden": found.hidden, "no_image": found.others, "without_images": found.empty}
     return Output(
-        data={"model": str(args.model), "images": [_as_json(answer) for answer in answers], "left_out": left_out},
+        data={"model": str(args.model), "images": [_as_json(answer, how) for answer in answers], "left_out": left_out},
         text="\n".join(_as_text(answer) for answer in answers if answer.error is None),
         errors=tuple(answer.error for answer in answers if answer.error is not None),
     )
 
 
-def _choose_labels(spec: ModelSpec, args: argparse.Namespace) -> tuple[str, ...] | None:
-    """The names of the classes; refuses a model that has none, and options that do not fit it."""
+def _plan(spec: ModelSpec, args: argparse.Namespace) -> Classifying:
+    """How images become answers; refuses a model without classes, and options that do not fit it."""
     from ..images.labels import read_labels
+    from ..runtime.answers import plan_answers
 
-    from_python = "run it from Python: Engine(path).infer(batch)"
-    if spec.kind not in ("logits", "probabilities", "top5"):
-        raise InputError(
-            f"{args.model}: gives {spec.kind}, not classes, so there is nothing to print", remedy=from_python
-        )
-    if spec.preprocessing is None:
-        raise InputError(f"{args.model}: does not say how an image becomes its input", remedy=from_python)
+    how = plan_answers(spec, args.model, top=args.top or _USUAL_TOP)
     if spec.kind == "top5" and args.top is not None and args.top > (best := _count_columns(spec)):
         raise InputError(
             f"{args.model}: gives the best {best} classes, --top {args.top} asks for more",
             remedy=f"give --top {best} or less, or export with --output logits",
         )
+    if args.max_value is not None:
+        how = replace(how, preprocessing=replace(how.preprocessing, max_value=args.max_value))
     if args.labels is None:
-        return spec.labels
+        return how
     labels = read_labels(args.labels)
     if spec.kind != "top5" and len(labels) != (count := _count_columns(spec)):
         raise InputError(
             f"{args.labels}: holds {len(labels)} labels, and the model has {count} classes",
             remedy="give one label a line, in the order of the classes",
         )
-    return labels
+    return replace(how, labels=labels)
 
 
 def _count_columns(spec: ModelSpec) -> int:
@@ -122,49 +102,20 @@ def _count_columns(spec: ModelSpec) -> int:
     return columns
 
 
-def _answer(
-    engine: Engine, files: Sequence[Path], preprocessing: Preprocessing, labels: tuple[str, ...] | None, *, top: int
-) -> list[_Answer]:
-    """Answers the images that can be read at once, in the order of the files; each is read once."""
-    import numpy as np
-
-    from ..images.decode import load_image, normalize
-    from ..runtime.results import rank_classes
-
-    images: dict[str, NDArray[np.uint8]] = {}
-    answers: dict[str, _Answer] = {}
-    for file in dict.fromkeys(map(str, files)):
-        try:
-            images[file] = load_image(file, preprocessing)
-        except InputError as error:
-            answers[file] = _Answer(file, error=error)
-    if images:
-        pixels = np.stack(list(images.values()))
-        result = engine.infer(pixels if preprocessing.in_graph else normalize(pixels, preprocessing))
-        for file, (classes, scores) in zip(images, rank_classes(result, engine.spec, top), strict=True):
-            if np.isfinite(scores).all():
-                names = [labels[index] if labels is not None and index < len(labels) else None for index in classes]
-                answers[file] = _Answer(file, tuple(zip(classes.tolist(), names, scores.tolist(), strict=True)))
-            else:
-                message = f"{file}: the model answers with NaN or infinities"
-                remedy = "export it again from the checkpoint, and verify it"
-                answers[file] = _Answer(file, error=ModelError(message, remedy=remedy))
-    return [answers[str(file)] for file in files]
-
-
-def _as_json(answer: _Answer) -> dict[str, object]:
+def _as_json(answer: Answer, how: Classifying) -> dict[str, object]:
+    image = str(answer.image)
     if answer.error is not None:
-        return {"image": answer.image, "error": answer.error.message, "remedy": answer.error.remedy}
-    keys = ("class", "label", "probability")
-    return {"image": answer.image, "predictions": [dict(zip(keys, p, strict=True)) for p in answer.predictions]}
-
-
-def _as_text(answer: _Answer) -> str:
-    rows = [
-        [str(rank), label or f"class {index}", f"{probability:.4f}"]
-        for rank, (index, label, probability) in enumerate(answer.predictions, start=1)
+        return {"image": image, "error": answer.error.message, "remedy": answer.error.remedy}
+    found = [
+        {"class": each.index, "label": how.label_of(each.index), "probability": each.score}
+        for each in answer.predictions
     ]
-    return f"{answer.image}\n{format_table(rows, '><>')}"
+    return {"image": image, "predictions": found}
+
+
+def _as_text(answer: Answer) -> str:
+    rows = [[str(rank), each.label, f"{each.score:.4f}"] for rank, each in enumerate(answer.predictions, start=1)]
+    return "\n".join([str(answer.image), format_table(rows, "><>")])
 
 
 COMMAND = Command(

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 from ..errors import InputError, MissingDependencyError, say_install
 from ..files.signatures import HEAD_BYTES
@@ -24,15 +24,31 @@ from ..specs.values import ModelSpec, Preprocessing
 from .formats import name_special, name_unread, read_head
 from .listing import STANDARD_INPUT
 from .listing import StrPath as StrPath  # noqa: PLC0414 - handed on
-from .pixels import FORMATS, MAX_PIXELS, Decoded, decode, fit_to_input, read_size
+from .pixels import FORMATS, MAX_PIXELS, Decoded, convert, decode, fit_to_input, read_size
 from .pixels import normalize as normalize  # noqa: PLC0414 - handed on: it is public here
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from PIL.Image import Image
 
     Uint8Array: TypeAlias = NDArray[np.uint8]
     Float32Array: TypeAlias = NDArray[np.float32]
+
+
+class PillowImage(Protocol):
+    """An image of Pillow, for type checkers in an environment without Pillow."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels."""
+
+    def getexif(self) -> Any:
+        """Its EXIF data."""
+
+
+Picture: TypeAlias = "str | os.PathLike[str] | bytes | NDArray[np.uint8] | PillowImage"
+"""One image: the path of a file, what a file holds, pixels uint8 (H, W, 3) RGB 0–255 of any size, or Pillow's."""
 
 logger = logging.getLogger(__name__)
 MAX_SCANS = 100
@@ -178,6 +194,35 @@ def read_image(path: StrPath, preprocessing: Preprocessing) -> Decoded:
         return decode(BytesIO(data), preprocessing, where="standard input", max_pixels=MAX_PIXELS)
     _require_readable(Path(where), _open_head(where))
     return decode(where, preprocessing, where=where, max_pixels=MAX_PIXELS)
+
+
+def load_picture(picture: Picture, preprocessing: Preprocessing) -> Uint8Array:
+    """`load_image` for whatever an image is given as.
+
+    Args:
+        picture: The path of a file; what a file holds; pixels uint8 (H, W, 3), RGB, 0–255; or an image of Pillow.
+        preprocessing: Sizes and filter.
+
+    Returns:
+        uint8 (H, W, 3), RGB, 0–255, with (H, W) = `preprocessing.crop`.
+
+    Raises:
+        InputError: It is not a usable image, or nothing that an image can be given as.
+        MissingDependencyError: Pillow is not installed.
+    """
+    if isinstance(picture, (str, os.PathLike)):
+        return load_image(picture, preprocessing)
+    if isinstance(picture, (bytes, bytearray, memoryview)):
+        return decode_image(bytes(picture), preprocessing)
+    kind = type(picture)
+    if any(base.__module__ == "PIL.Image" for base in kind.__mro__):
+        return convert(cast("Image", picture), preprocessing, where="the image in memory")
+    if hasattr(picture, "dtype") and hasattr(picture, "ndim"):
+        return fit_image(cast("Uint8Array", picture), preprocessing)
+    raise InputError(
+        f"expected an image, found an object of type {kind.__qualname__}",
+        remedy="give a path, the bytes of a file, pixels uint8 (H, W, 3) in RGB, an image of Pillow, or a list of them",
+    )
 
 
 def image_size(path: StrPath) -> tuple[int, int]:

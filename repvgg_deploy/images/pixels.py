@@ -142,6 +142,22 @@ def decode(
     return Decoded(fit_to_input(upright, preprocessing, where=where, max_pixels=max_pixels), tuple(notes), placed)
 
 
+def convert(image: Image.Image, preprocessing: Preprocessing, *, where: str) -> NDArray[np.uint8]:
+    """`decode` for an image that Pillow has opened already; EXIF rotation is applied where it still stands in it.
+
+    Raises:
+        InputError: It cannot be loaded, or would be resized to more than MAX_PIXELS pixels.
+    """
+    notes: list[str] = []
+    _check_size(image.size, where, "the image has", MAX_PIXELS)
+    try:
+        image.load()
+    except Exception as error:  # what is wrong with its file: OSError, SyntaxError, ValueError and more
+        raise InputError(f"{where}: the image is damaged or truncated: {error}", remedy=_COPY) from error
+    upright = _to_rgb(_upright(image, notes), preprocessing.max_value, where, notes)
+    return fit_to_input(upright, preprocessing, where=where)
+
+
 def read_size(source: str | BytesIO, *, where: str) -> tuple[int, int]:
     """(height, width) in pixels of an image file as `decode` sees it, upright; of most formats the head alone is read.
 

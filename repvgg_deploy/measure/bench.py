@@ -19,12 +19,13 @@ from ..files.onnx import graph_precision, precision_of, read_graph, weighted_nod
 from ..files.output import sha256_file
 from ..files.passport import read_passport
 from ..files.versions import installed_versions
+from ..images.ahead import count_cores
 from ..runtime.engine import Engine
 from ..runtime.opening import is_plan
 from ..runtime.options import BackendName, EngineOptions
 from ..specs.values import Precision, VariantSpec
 from ..specs.variants import name_variant
-from .peaks import combine, count_cores, cpu_name, find_gpu_peaks, look_up_gpu, measure_cpu
+from .peaks import combine, cpu_name, find_gpu_peaks, look_up_gpu, measure_cpu
 from .records import BENCHMARK_SCHEMA, Benchmark, Device, ModelResult, Phases, Point, Way
 from .roofline import ITEM_BYTES, Ceiling, LayerCost, bound_layers, count_costs, total_floor_ms
 from .times import (

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import logging
 import math
-import os
 import platform
 import re
 import sys
@@ -29,6 +28,7 @@ from numpy.typing import NDArray
 
 from ..errors import InputError
 from ..files import wire
+from ..images.ahead import count_cores
 from ..specs import codec
 from .roofline import Ceiling
 
@@ -82,11 +82,6 @@ def cpu_name() -> str:
         logger.debug("there is no /proc/cpuinfo")
     cores = count_cores()
     return f"{name}, {cores} core{'s' if cores > 1 else ''}"
-
-
-def count_cores() -> int:
-    """Logical cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _measure_product(runtime: Any, *, integer: bool, threads: int | None, seconds: float) -> float:

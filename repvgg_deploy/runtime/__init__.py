@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from .. import find_lazily
 
 if TYPE_CHECKING:
+    from .answers import Answer as Answer
+    from .answers import Prediction as Prediction
     from .batcher import Batcher as Batcher
     from .cuda.arrays import DeviceArray as DeviceArray
     from .cuda.arrays import DeviceArrays as DeviceArrays
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 __getattr__ = find_lazily(
     __name__,
     {
+        "answers": "Answer Prediction",
         "batcher": "Batcher",
         "cuda.arrays": "DeviceArray DeviceArrays",
         "engine": "Engine",

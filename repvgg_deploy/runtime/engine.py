@@ -12,17 +12,18 @@ import os
 import reprlib
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import EngineBusyError, InputError, RepVGGDeployError
 from ..specs.values import ModelMetadata, ModelSpec
+from .answers import Answer, Picture, Prediction, answer_images, plan_answers
 from .batcher import Batcher
 from .checks import BatchCheck, require_rows, show_shape
 from .cuda.arrays import DeviceArrays, read_shape
@@ -152,6 +153,65 @@ class Engine:
             return package(self._run_device(batch, stream, to_host=True), self._spec)
         return package(self._run(self._check.check(batch)), self._spec)
 
+    def logits(self, batch: Any) -> NDArray[np.float32]:
+        """`infer` of a model that gives logits, with the one type float32 (N, classes); an InputError of others."""
+        if self._spec.kind != "logits":
+            raise InputError(f"{self._path}: gives {self._spec.kind}, not logits", remedy="call infer(batch)")
+        result = self.infer(batch)
+        assert isinstance(result, np.ndarray), "a classifier has one output"
+        return result
+
+    @overload  # a text is a sequence, too; the first that fits counts
+    def classify(self, images: Picture, *, top: int = 5) -> list[Prediction]: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def classify(self, images: Sequence[Picture], *, top: int = 5) -> list[list[Prediction]]: ...
+
+    def classify(self, images: Any, *, top: int = 5) -> Any:
+        """The best classes of one image, or of each of a list, best first.
+
+            for prediction in engine.classify("photo.jpg"):
+                print(prediction.label, prediction.score)
+
+        Args:
+            images: The path of an image file, what a file holds, pixels uint8 (H, W, 3) RGB 0–255 of any size, or an
+                image of Pillow; or a list of them.
+            top: How many classes, where the model has so many.
+
+        Raises:
+            InputError: An image cannot be read, the model gives no classes, or the Engine is closed.
+            ModelError: The model answers with NaN.
+            MissingDependencyError: Pillow is not installed.
+        """
+        several = isinstance(images, (list, tuple))
+        answers = list(self.stream(images if several else [images], top=top))
+        for error in (answer.error for answer in answers if answer.error is not None):
+            raise error
+        return [list(answer.predictions) for answer in answers] if several else list(answers[0].predictions)
+
+    def stream(self, images: Iterable[Picture], *, top: int = 5, batch_size: int | None = None) -> Iterator[Answer]:
+        """The best classes of any number of images, decoded ahead in threads, in full batches and constant memory.
+
+            for answer in engine.stream(Path("photos").rglob("*.jpg")):
+                print(answer.image, answer.error or answer.predictions[0].label)
+
+        Args:
+            images: As `classify` takes them, from a list, a generator or any other source; taken as they are needed.
+            top: How many classes of each, where the model has so many.
+            batch_size: Images that are run at a time; None chooses.
+
+        Returns:
+            One Answer an image, in order. An image that cannot be read is an answer with an error, and ends nothing.
+
+        Raises:
+            InputError: The model gives no classes, or the Engine is closed.
+            MissingDependencyError: Pillow is not installed.
+        """
+        if isinstance(images, (str, bytes, os.PathLike)):
+            raise InputError("images: expected many, found one", remedy="call classify(image)")
+        how = plan_answers(self._spec, self._path, top=top)
+        return answer_images(images, how, infer=self.infer, batch_size=self._choose_step(batch_size))
+
     def infer_device(self, batch: Any, *, stream: Any = None) -> DeviceArrays:
         """Runs images that lie on the GPU, with a plan, and leaves the results there.
 
@@ -190,12 +250,7 @@ class Engine:
         """
         from ..images.decode import load_batch
 
-        step = batch_size if batch_size is not None else min(self._model.largest, _IMAGES_AT_ONCE)
-        if not isinstance(step, int) or step < 1:
-            raise InputError(
-                f"batch_size: expected a whole number of at least 1, found {reprlib.repr(step)}",
-                remedy="leave it out, or give a positive number",
-            )
+        step = self._choose_step(batch_size)
         if isinstance(paths, (str, os.PathLike)):
             raise InputError(
                 f"paths: expected a list of image paths, found {paths!r}",
@@ -387,6 +442,16 @@ class Engine:
             f"<Engine {str(self._path)!r}: {name}{state}, {source.dtype} {show_shape(source.shape)} {source.layout} → "
             f"{outputs}>"
         )
+
+    def _choose_step(self, batch_size: int | None) -> int:
+        """Images decoded and run at a time."""
+        step = batch_size if batch_size is not None else min(self._model.largest, _IMAGES_AT_ONCE)
+        if not isinstance(step, int) or step < 1:
+            raise InputError(
+                f"batch_size: expected a whole number of at least 1, found {reprlib.repr(step)}",
+                remedy="leave it out, or give a positive number",
+            )
+        return step
 
     def _run(self, batch: NDArray[Any], *, entered: bool = False) -> Arrays:
         """Runs a batch that was checked, and counts it; `entered`: the caller holds the lease."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
+import venv
 import zipfile
 from email import message_from_bytes
 from pathlib import Path, PurePosixPath
@@ -23,12 +26,18 @@ pytestmark = [
 NAME = f"repvgg_deploy-{repvgg_deploy.__version__}"
 
 
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a command that sees what is installed, and not this folder."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a source distribution, and of the wheel that was made of it and not of this folder."""
     folder = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--outdir", str(folder), str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run(command, folder)
     if "No matching distribution found for setuptools" in done.stdout + done.stderr:
         pytest.skip("setuptools, which a build installs, cannot be had here")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -57,6 +66,24 @@ def test_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
     assert "](docs/" not in str(metadata.get_payload())  # a link that a package index cannot follow
 
 
+def test_program_of_a_user_passes_type_checkers_with_the_wheel_alone(built: Path, tmp_path: Path) -> None:
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    wheel = str(built / f"{NAME}-py3-none-any.whl")
+    constraints = ["-c", str(ROOT / "constraints.txt")]
+    needed = [python, "-m", "pip", "install", "-q", *constraints, wheel, "mypy", "basedpyright"]
+    installed = run(needed, tmp_path)
+    if "No matching distribution found" in installed.stderr:
+        pytest.skip("mypy and basedpyright cannot be had here")
+    assert installed.returncode == 0, installed.stderr
+    shutil.copy(ROOT / "tests" / "contract" / "typed_program.py", tmp_path / "program.py")
+    settings = {"typeCheckingMode": "strict", "reportMissingTypeStubs": False, "venvPath": ".", "venv": "venv"}
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps({**settings, "include": ["program.py"]}))
+    for command in (["mypy", "--strict", "program.py"], ["basedpyright"]):
+        done = run([python, "-m", *command], tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_source_distribution_is_the_whole_repository(built: Path) -> None:
     with tarfile.open(built / f"{NAME}.tar.gz") as archive:
         inside = {PurePosixPath(member.name).relative_to(NAME) for member in archive if member.isfile()}
@@ -70,6 +97,5 @@ def test_source_distribution_passes_tests_of_its_own(built: Path, tmp_path: Path
     # The rest passes there, too, and takes as long as here.
     parts = ["tests/specs", "tests/files", "tests/graph", "tests/contract/test_imports.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *parts]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=tmp_path / NAME, capture_output=True, text=True, check=False, env=environment)
+    done = run(command, tmp_path / NAME)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr

@@ -18,7 +18,7 @@ GPU_METRICS = {
     "nv_gpu_power_usage",
     "nv_gpu_power_limit",
 }
-_METRIC = re.compile(r"\b(?:nv_\w+|repvgg_\w+|process_\w+|up)\b(?!\")")
+METRIC = re.compile(r"\b(?:nv_\w+|repvgg_\w+|process_\w+|up)\b(?!\")")
 
 
 def read_dashboard(name: str) -> dict[str, Any]:
@@ -45,4 +45,4 @@ def expressions(name: str) -> dict[str, str]:
 def metric_names(name: str) -> set[str]:
     """The metrics that are asked for, also by variables."""
     variables = [variable["definition"] for variable in read_dashboard(name)["templating"]["list"]]
-    return set(_METRIC.findall(" ".join([*expressions(name).values(), *variables])))
+    return set(METRIC.findall(" ".join([*expressions(name).values(), *variables])))

@@ -153,6 +153,8 @@ def test_prometheus_asks_services_of_the_compose_file_at_their_own_port(services
         if volume["source"] == str(FOLDER / "prometheus/prometheus.yml")
     ]
     assert [f"--config.file={path}" in services["prometheus"]["command"] for path in mounted] == [True]
+    files = {Path(volume["source"]).name: Path(volume["target"]).parent for volume in services["prometheus"]["volumes"]}
+    assert files["alerts.yml"] == files["prometheus.yml"] and "rule_files: [alerts.yml]" in text
 
 
 @pytest.mark.slow

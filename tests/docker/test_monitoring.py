@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -109,6 +111,7 @@ def prometheus(folder: Path, server: RealServer) -> Iterator[Prometheus]:
     text = text.replace(
         "scrape_interval: 5s\n  scrape_timeout: 4s\n", "scrape_interval: 1s\n  scrape_timeout: 1s\n"
     )  # so that the test is short
+    shutil.copy(ROOT / "docker/prometheus/alerts.yml", config.parent)
     config.write_text(f'{text}    static_configs: [{{ targets: ["127.0.0.1:{server.port + 2}"] }}]\n', encoding="utf-8")
     with run_prometheus(program, config) as running:
         wait_until(lambda: bool(running.ask('up{job="triton"} == 1')), "the first scrape")
@@ -164,6 +167,15 @@ def test_panels_of_what_is_not_here_are_expressions_that_prometheus_understands(
     expression: str, prometheus: Prometheus
 ) -> None:
     assert prometheus.ask(expression) == []
+
+
+def test_alerts_are_evaluated_and_none_goes_off_under_a_load_that_is_answered(prometheus: Prometheus) -> None:
+    with urllib.request.urlopen(f"{prometheus.url}/api/v1/rules", timeout=PATIENCE_SECONDS) as answer:
+        rules = [rule for group in json.load(answer)["data"]["groups"] for rule in group["rules"]]
+    assert {rule["name"] for rule in rules} >= {"ServerDown", "TritonQueueFull"}
+    assert [
+        (rule["name"], rule["health"], rule["state"]) for rule in rules if rule["health"] == "err" or rule["alerts"]
+    ] == []
 
 
 def test_numbers_of_the_panels_are_what_was_sent(prometheus: Prometheus) -> None:

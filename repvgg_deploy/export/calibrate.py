@@ -1,12 +1,17 @@
-"""Checkpoint + its ONNX → `NAME.calib.npz`: calibration images synthesised from BatchNorm statistics."""
+"""Training form + its ONNX → `NAME.calib.npz`: calibration images synthesised from BatchNorm statistics."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from ..errors import ArtifactError, InputError, RepVGGDeployError
 from ..files.onnx import read_metadata
@@ -16,7 +21,16 @@ from ..images.calibration import calibration_path, load_calibration_file
 from ..model.checkpoint.load import Checkpoint, build_model, load_checkpoint
 from ..specs import codec
 from ..specs.values import CALIBRATION_SCHEMA, CalibrationProvenance, ModelMetadata, Preprocessing
-from .synthesize import StatisticsMismatch, Steps, SynthesisOptions, plan_synthesis, synthesize_images
+from .synthesize import (
+    ModuleMismatch,
+    StatisticsMismatch,
+    Steps,
+    SynthesisOptions,
+    SynthesisPlan,
+    image_cost,
+    plan_synthesis,
+    synthesize_images,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +78,65 @@ def write_calibration(
     weights = None if metadata.source is None else metadata.source.weights
     checkpoint = load_checkpoint(ckpt, arch=metadata.variant, weights=weights)
     preprocessing = _require_same_checkpoint(onnx, metadata, checkpoint)
-    plan = plan_synthesis(checkpoint.spec, preprocessing.crop, options, multiple=metadata.spec.batch or 1)
-    mismatch = StatisticsMismatch(build_model(checkpoint))
+    plan = plan_synthesis(image_cost(checkpoint.spec, preprocessing.crop), options, multiple=metadata.spec.batch or 1)
+    made = _Synthesis(StatisticsMismatch(build_model(checkpoint)), preprocessing, plan, options.seed)
+    return _write(onnx, made, checkpoint.sha256, force=force, progress=progress)
+
+
+def write_module_calibration(
+    model: nn.Module, onnx: Path | str, preprocessing: Preprocessing, options: SynthesisOptions, *, force: bool = False
+) -> CalibrationResult:
+    """The same for any module with BatchNorm layers, and the ONNX that `export_module` wrote of it.
+
+    Args:
+        model: In training form and `eval()`.
+        onnx: From `export_module`.
+        preprocessing: How an image becomes the module's input.
+        options: How many images and steps, and the seed.
+        force: Replace a different calibration file.
+
+    Raises:
+        CalibrationError: The module has no BatchNorm, or cannot be run with gradients.
+        InputError: The number of images does not suit the ONNX.
+        ArtifactError: A different calibration file stands there, or it cannot be written.
+    """
+    onnx = Path(onnx)
+    with ModuleMismatch(model) as mismatch:
+        plan = plan_synthesis(
+            mismatch.measure_cost(preprocessing.crop), options, multiple=read_metadata(onnx).spec.batch or 1
+        )
+        return _write(onnx, _Synthesis(mismatch, preprocessing, plan, options.seed), hash_module(model), force=force)
+
+
+def hash_module(model: nn.Module) -> str:
+    """SHA-256 of a module's parameters and buffers, names and values."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class _Synthesis(NamedTuple):
+    """What is to be made."""
+
+    mismatch: Callable[[Tensor], Tensor]
+    preprocessing: Preprocessing
+    plan: SynthesisPlan
+    seed: int
+
+
+def _write(
+    onnx: Path, made: _Synthesis, training_sha256: str, *, force: bool, progress: Steps | None = None
+) -> CalibrationResult:
+    plan = made.plan
     wanted = CalibrationProvenance(
         schema=CALIBRATION_SCHEMA,
         onnx_sha256=sha256_file(onnx),
-        checkpoint_sha256=checkpoint.sha256,
+        checkpoint_sha256=training_sha256,
         method="bn_statistics",
         images=plan.images,
-        seed=options.seed,
+        seed=made.seed,
         steps=plan.steps,
         loss=0.0,  # known at the end
         versions=tool_versions(),
@@ -83,7 +147,7 @@ def write_calibration(
         return CalibrationResult(PendingOutput(target, target, "up to date"), found)
     # Opened first: a folder that cannot be written to should not be found out after the work.
     with atomic_output(target, force=force) as output:
-        batches = list(synthesize_images(mismatch, preprocessing, plan, seed=options.seed, progress=progress))
+        batches = list(synthesize_images(made.mismatch, made.preprocessing, plan, seed=made.seed, progress=progress))
         loss = float(np.average([loss for _, loss in batches], weights=plan.batches))
         provenance = dataclasses.replace(wanted, loss=loss)
         with output.partial.open("wb") as file:

@@ -47,7 +47,7 @@ from .contract import check_contract
 from .graph import plain_torch, rename, simplify, to_onnx
 from .options import GraphOptions, ResizeOptions, model_spec, require_units_of_255
 from .statistics import collect_statistics, read_trained_on
-from .synthesize import Steps, SynthesisOptions, plan_synthesis
+from .synthesize import Steps, SynthesisOptions, image_cost, plan_synthesis
 from .verify import require_same_weights, verify_onnx
 from .writer import append_metadata, write_model
 
@@ -291,7 +291,7 @@ def _require_statistics(checkpoint: Checkpoint, spec: ModelSpec, calibration: Sy
             remedy="leave --synthetic-calibration out and calibrate with real images",
         )
     assert spec.preprocessing is not None
-    plan_synthesis(checkpoint.spec, spec.preprocessing.crop, calibration, multiple=spec.batch or 1)
+    plan_synthesis(image_cost(checkpoint.spec, spec.preprocessing.crop), calibration, multiple=spec.batch or 1)
 
 
 def _make_metadata(

@@ -20,6 +20,7 @@ from ..errors import ForeignModelError, InputError, ModelError, ParityError
 from ..files.onnx import read_graph, read_metadata
 from ..files.output import PendingOutput, atomic_output, require_distinct, sha256_file
 from ..files.versions import installed_versions
+from ..graph.batchnorm import read_statistics, read_trained_on
 from ..graph.edit import GraphView, resolve_sizes
 from ..graph.fold import FoldReport, fold_branches
 from ..graph.prove import TOLERANCE
@@ -164,7 +165,9 @@ def fold_onnx(model: Path | str, out: Path | str | None = None, *, options: Fold
             done = {"opset": _opset(folded), **count_folds(report)}
             entry = HistoryEntry("fold", installed_versions(_TOOLS), done, sha256_file(path))
             reference = f"the file as it was given: {describe_folding(report)}{choices.describe()}"
+            spec = replace(spec, trained_on=spec.trained_on or read_trained_on(graph))
             metadata = _extend(parent, spec, Certificate(reference, checks, entry.versions), entry)
+            metadata = replace(metadata, statistics=metadata.statistics or read_statistics(graph, folded))
             append_metadata(output.partial, digest, metadata)
     return FoldResult(report, checks, (*notes, *said), output, metadata, macs, size)
 

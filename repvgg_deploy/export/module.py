@@ -12,9 +12,10 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError, ParityError
+from ..errors import CalibrationError, InputError, ParityError
 from ..files.output import atomic_output
 from ..files.versions import tool_versions
+from ..graph.batchnorm import read_statistics, read_trained_on
 from ..graph.fold import Fold, FoldReport, fold_branches
 from ..images.decode import normalize
 from ..images.drawn import draw_images
@@ -28,12 +29,14 @@ from ..specs.values import (
     Preprocessing,
     TensorSpec,
 )
+from .calibrate import CalibrationResult, write_module_calibration
 from .choices import Choices, Trial, choose_outputs, find_choices, judge_outputs, with_outputs
 from .contract import check_module_contract
 from .export import TRAINING_REFERENCE, ExportResult
 from .fold import FOLD_REMEDY, check_folds, count_folds, describe_folding, nudge
 from .graph import plain_torch, simplify, stamp, trace
 from .options import require_opset
+from .synthesize import ModuleMismatch, SynthesisOptions
 from .verify import Arrays, run_onnx
 from .writer import append_metadata, write_model
 
@@ -56,7 +59,9 @@ class ModuleOptions:
         dynamic_batch: Accept any batch size.
         dynamic_size: Accept any height and width.
         preprocessing: How an image becomes the input, for `Engine.infer_images`.
-        force: Replace a different file.
+        synthetic_calibration: Also make images from what the BatchNorms of the training form saw, to calibrate INT8
+            with, and write them beside the ONNX: `NAME.calib.npz`. None: no.
+        force: Replace different files.
     """
 
     opset: int = 17
@@ -66,10 +71,16 @@ class ModuleOptions:
     dynamic_batch: bool = True
     dynamic_size: bool = False
     preprocessing: Preprocessing | None = None
+    synthetic_calibration: SynthesisOptions | None = None
     force: bool = False
 
     def __post_init__(self) -> None:
         require_opset(self.opset)
+        if self.synthetic_calibration is not None and self.preprocessing is None:
+            raise CalibrationError(
+                "no images can be synthesised: how an image becomes the module's input is not known",
+                remedy="give ModuleOptions.preprocessing too, such as default_preprocessing(224, 224)",
+            )
 
 
 @plain_torch()
@@ -83,7 +94,8 @@ def export_module(
 ) -> ExportResult:
     """Exports, folds by algebra, simplifies and verifies a module, and writes one ONNX file.
 
-    What becomes one convolution is decided by the graph, not by the names of classes: see `graph.fold_branches`.
+    What becomes one convolution is decided by the graph, not by the names of classes: see `graph.fold_branches`. What
+    its BatchNorms tell of each layer and of the images stays in the metadata: FP16 and INT8 without images need it.
 
     Args:
         model: In training form (or its own conversion, see `ModuleOptions.reference`); used in `eval()` and not
@@ -99,19 +111,20 @@ def export_module(
         InputError: The inputs or outputs are of a kind that cannot be exported.
         ExportError: torch, onnxsim or the graph contract refuse the graph.
         ParityError: The ONNX does not give what the module, or its reference, gives.
-        ArtifactError: The file cannot be written.
+        CalibrationError: Images were to be synthesised, and no BatchNorm says of what.
+        ArtifactError: A file cannot be written.
     """
-    options = options or ModuleOptions()
-    x = _single_input(example_inputs)
+    options, x = options or ModuleOptions(), _single_input(example_inputs)
     with atomic_output(Path(out), force=options.force) as output:
         given = copy.deepcopy(model).eval()
         reference = given if options.reference is None else copy.deepcopy(options.reference).eval()
+        _require_calibration(reference, x, options)
         names, inputs = _name_outputs(given, x, options), _vary_input(x, options)
         wanted = _run_module(reference, inputs, names)
         tensors = (_describe_input(x, options), *_describe_outputs(wanted, inputs, options))
         traced = trace(_Flat(given), x, opset=options.opset, tensors=tensors, with_weights=True)
         outputs = _choose(traced, options)
-        traced = with_outputs(traced, list(dict.fromkeys([*names, *outputs])))
+        traced, training = with_outputs(traced, list(dict.fromkeys([*names, *outputs]))), traced
         choices = find_choices(traced)
         judged, report = _fold(with_outputs(traced, list(dict.fromkeys([*names, *outputs, *choices.before]))))
         graph = with_outputs(judged, outputs)
@@ -128,12 +141,46 @@ def export_module(
         require_passed(checks, f"{type(model).__name__} against its ONNX", remedy=FOLD_REMEDY)
         against = _GIVEN_REFERENCE if options.reference is None else TRAINING_REFERENCE
         certificate = Certificate(f"{against}: {describe_folding(report)}{choices.describe()}", checks, tool_versions())
-        spec = ModelSpec(tensors[0], tensors[1:], "module", options.preprocessing)
-        said = {"opset": options.opset, **count_folds(report)}
-        entry = HistoryEntry("export_module", certificate.versions, said)
-        metadata = ModelMetadata(METADATA_SCHEMA, spec, None, None, certificate, {}, (entry,), notes)
-        append_metadata(output.partial, digest, metadata)
-    return ExportResult(output, metadata, folded=report)
+        metadata = _make_metadata(certificate, tensors, (training, graph), report=report, options=options)
+        append_metadata(output.partial, digest, replace(metadata, notes=notes))
+    calibration = _synthesize(reference, Path(out), options)
+    return ExportResult(output, metadata, calibration=calibration, folded=report)
+
+
+def _make_metadata(
+    certificate: Certificate,
+    tensors: Sequence[TensorSpec],
+    graphs: tuple[onnx.ModelProto, onnx.ModelProto],
+    *,
+    report: FoldReport,
+    options: ModuleOptions,
+) -> ModelMetadata:
+    """All but the notes; `tensors` are the input and the outputs, `graphs` those before and after the folding."""
+    outputs, seen = tuple(tensors[1:]), read_trained_on(graphs[0])
+    spec = ModelSpec(tensors[0], outputs, "module", options.preprocessing, trained_on=seen)
+    said = {"opset": options.opset, **count_folds(report)}
+    entry = HistoryEntry("export_module", certificate.versions, said)
+    return ModelMetadata(METADATA_SCHEMA, spec, None, None, certificate, read_statistics(*graphs), (entry,))
+
+
+def _synthesize(reference: nn.Module, onnx: Path, options: ModuleOptions) -> CalibrationResult | None:
+    """Calibration images, where they are asked for."""
+    if options.synthetic_calibration is None or options.preprocessing is None:
+        return None
+    wanted = (options.preprocessing, options.synthetic_calibration)
+    return write_module_calibration(reference, onnx, *wanted, force=options.force)
+
+
+def _require_calibration(reference: nn.Module, x: Tensor, options: ModuleOptions) -> None:
+    """Before the work: whether calibration images can be synthesised, if they are asked for."""
+    if options.synthetic_calibration is None:
+        return
+    if x.shape[1] != 3:
+        raise CalibrationError(
+            f"no images can be synthesised for an input of {x.shape[1]} channels: RGB has 3",
+            remedy="leave synthetic_calibration out, and calibrate with batches of your own",
+        )
+    ModuleMismatch(reference)
 
 
 def _choose(traced: onnx.ModelProto, options: ModuleOptions) -> tuple[str, ...]:

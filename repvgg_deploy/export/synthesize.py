@@ -9,7 +9,8 @@ What the steps lower is the mismatch: for every channel of every BatchNorm's inp
 averaged over channels, then over BatchNorms. µ and σ² are the running statistics, mean and std² those over the batch
 and all positions; ε stands under both roots, so that a channel that hardly varies counts for little. A block is
 computed once for both purposes, its statistics and what the next block sees: the branches' raw outputs, then one affine
-sum of them (`_Sum`). That takes a third of the time and half the memory of hooks on the BatchNorm modules.
+sum of them (`_Sum`). That takes a third of the time and half the memory of hooks on the BatchNorm modules, which serve
+any other network (`ModuleMismatch`).
 
 Source: Cai et al. 2020, ZeroQ, https://arxiv.org/abs/2001.00281, with every branch of every block in place of one
 BatchNorm a layer; Yin et al. 2020, DeepInversion, https://arxiv.org/abs/1912.08795; Field 1987,
@@ -22,12 +23,14 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import CalibrationError, InputError
 from ..images.decode import IMAGENET_MEAN, IMAGENET_STD
@@ -101,21 +104,26 @@ class SynthesisPlan:
         return sum(self.batches)
 
 
-def plan_synthesis(
-    spec: VariantSpec, size: tuple[int, int], options: SynthesisOptions, *, multiple: int = 1
-) -> SynthesisPlan:
+@dataclass(frozen=True, slots=True)
+class ImageCost:
+    """What one image costs: multiply-accumulates of a run, and bytes that are kept while its gradient is computed."""
+
+    macs: float
+    kept_bytes: int
+
+
+def plan_synthesis(cost: ImageCost, options: SynthesisOptions, *, multiple: int = 1) -> SynthesisPlan:
     """Chooses what was not asked for, by cost, and batches that fit into memory.
 
     Args:
-        spec: The variant.
-        size: (height, width) in pixels.
+        cost: Of the network's own image size.
         options: What was asked for.
         multiple: The graph's fixed batch: the number of images is a multiple of it.
 
     Raises:
         InputError: The number of images that was asked for is not such a multiple.
     """
-    affordable = _BUDGET_MACS / count_macs(spec, *size)  # image-steps
+    affordable = _BUDGET_MACS / max(cost.macs, 1)  # image-steps
     images, steps = options.images, options.steps
     if images is None:
         wanted = min(_USUAL_IMAGES, max(_LEAST_IMAGES, int(affordable / (steps or _USUAL_STEPS))))
@@ -123,17 +131,18 @@ def plan_synthesis(
     elif images % multiple:
         raise InputError(
             f"the graph has a fixed batch of {multiple}, and {images} images do not fill it",
-            remedy=f"give --synthetic-calibration {-(-images // multiple) * multiple}, or export with --batch dynamic",
+            remedy=f"give --synthetic-calibration {-(-images // multiple) * multiple} (SynthesisOptions.images), or "
+            "export with --batch dynamic (ModuleOptions.dynamic_batch)",
         )
     if steps is None:
         steps = min(_USUAL_STEPS, max(_LEAST_STEPS, int(affordable / images)))
-    most = min(_BATCH_IMAGES, max(1, _BATCH_BYTES // image_bytes(spec, size)))
+    most = min(_BATCH_IMAGES, max(1, _BATCH_BYTES // max(cost.kept_bytes, 1)))
     count = -(-images // most)
     return SynthesisPlan(tuple(images // count + (index < images % count) for index in range(count)), steps)
 
 
-def image_bytes(spec: VariantSpec, size: tuple[int, int]) -> int:
-    """Memory that one image of a batch takes while its gradient is computed: two to four float32 maps a layer."""
+def image_cost(spec: VariantSpec, size: tuple[int, int]) -> ImageCost:
+    """Of a variant: in deploy form, and two to four float32 maps a layer."""
     height, width = size
     values = 6 * height * width
     for layer in spec.layers():
@@ -141,11 +150,11 @@ def image_bytes(spec: VariantSpec, size: tuple[int, int]) -> int:
         maps = 2 if spec.block == "plain" else 3
         maps += (spec.block.startswith("qarepvgg")) + (spec.se != "none")
         values += maps * layer.out_channels * height * width
-    return 4 * values
+    return ImageCost(count_macs(spec, *size), 4 * values)
 
 
 def synthesize_images(
-    mismatch: StatisticsMismatch,
+    mismatch: Callable[[Tensor], Tensor],
     preprocessing: Preprocessing,
     plan: SynthesisPlan,
     *,
@@ -155,7 +164,7 @@ def synthesize_images(
     """Optimises one batch of images after the other.
 
     Args:
-        mismatch: What is made small.
+        mismatch: What is made small: of normalised images, float32 (N, 3, H, W), a number, ().
         preprocessing: The model's normalisation and image size.
         plan: Batches and steps.
         seed: Starts the random generator; each batch has a stream of its own.
@@ -199,7 +208,7 @@ def synthesize_images(
             raise CalibrationError(
                 f"the mismatch of synthesised images with the BatchNorm statistics is {left}: values in the network "
                 f"leave float32",
-                remedy="look for extreme BatchNorm weights in the checkpoint, or calibrate with real images",
+                remedy="look for extreme BatchNorm weights, or calibrate with real images",
             )
         _LOG.info("calibration images: batch %d of %d, mismatch %.4f", index + 1, len(plan.batches), left)
         yield np.ascontiguousarray(rounded.permute(0, 2, 3, 1).to(torch.uint8).numpy()), left
@@ -259,6 +268,105 @@ class StatisticsMismatch:
                 total = total + loss
             x = layer.finish(x)
         return total / self._norms
+
+
+class ModuleMismatch:
+    """The same of any module, by hooks on its BatchNorms, while it is used: a context manager.
+
+    A BatchNorm is what has a running mean and variance, whatever its class. Of one that is called several times, such
+    as in a head for several scales, means and variances are averaged over the calls, as its running ones were.
+
+    Args:
+        model: In training form and `eval()`; its weights are no longer differentiable afterwards.
+
+    Raises:
+        CalibrationError: It has no BatchNorm.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model.requires_grad_(False)
+        self._norms = [(name, module) for name, module in model.named_modules() if has_statistics(module)]
+        if not self._norms:
+            raise CalibrationError(
+                f"{type(model).__name__} has no BatchNorm with running statistics that images could be synthesised "
+                f"from",
+                remedy="give the training form (ModuleOptions.reference, if the model is a conversion), or calibrate "
+                "with real images",
+            )
+        self._seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> ModuleMismatch:
+        for name, module in self._norms:
+            self._hooks.append(module.register_forward_pre_hook(partial(self._see, name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def _see(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        axes = [axis for axis in range(inputs[0].ndim) if axis != 1]
+        variance, mean = torch.var_mean(inputs[0], axes, correction=0)
+        self._seen.setdefault(name, []).append((mean, variance))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """As of `StatisticsMismatch`."""
+        self._seen.clear()
+        self._model(images)
+        total = images.new_zeros(())
+        for name, module in self._norms:
+            if name in self._seen:
+                mean, variance = (torch.stack(part).mean(0) for part in zip(*self._seen[name], strict=True))
+                eps = float(getattr(module, "eps", 0.0))
+                seen_mean, seen_variance = cast("Tensor", module.running_mean), cast("Tensor", module.running_var)
+                std = torch.sqrt(seen_variance + eps).clamp_min(_EPSILON)
+                ratio = torch.sqrt(variance + eps + _EPSILON**2) / std - 1
+                total = total + (((mean - seen_mean) / std).square() + ratio.square()).mean()
+        return total / max(1, len(self._seen))
+
+    @torch.enable_grad()
+    def measure_cost(self, size: tuple[int, int]) -> ImageCost:
+        """What one image of (height, width) pixels costs: run once, with its gradient.
+
+        Raises:
+            CalibrationError: The module cannot be run so, or no BatchNorm's input depends on the image.
+        """
+        macs, kept = 0.0, dict[int, int]()
+
+        def count(module: nn.Module, inputs: object, output: object) -> None:
+            nonlocal macs
+            weight = getattr(module, "weight", None)
+            if isinstance(output, Tensor) and isinstance(weight, Tensor) and weight.ndim > 1:
+                macs += output.numel() * weight[0].numel()
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        hooks = [module.register_forward_hook(count) for module in self._model.modules()]
+        pixels = torch.zeros(1, 3, *size).requires_grad_()
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                found = self(pixels + 0.0)
+            torch.autograd.grad(found, pixels)
+        except RuntimeError as error:
+            raise CalibrationError(
+                f"the BatchNorm statistics of {type(self._model).__name__} cannot be followed back to an image of "
+                f"{size[0]}×{size[1]} pixels: {str(error).partition(chr(10))[0]}",
+                remedy="leave synthetic_calibration out, and calibrate with real images",
+            ) from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+        own = {tensor.untyped_storage().data_ptr() for tensor in self._model.state_dict().values()}
+        return ImageCost(macs, sum(size for place, size in kept.items() if place not in own))
+
+
+def has_statistics(module: nn.Module) -> bool:
+    """Whether a module is a BatchNorm that keeps running statistics."""
+    mean, variance = getattr(module, "running_mean", None), getattr(module, "running_var", None)
+    return isinstance(mean, Tensor) and isinstance(variance, Tensor) and mean.ndim == 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,10 @@ from .sets import ImageSet, SetOptions, open_images
 
 logger = logging.getLogger(__name__)
 USUAL_IMAGES = 256
-_REMAKE = "make it again: repvgg-export --ckpt CHECKPOINT --out ONNX --synthetic-calibration"
+_REMAKE = (
+    "make it again: repvgg-export --ckpt CHECKPOINT --out ONNX --synthetic-calibration; of a module, with "
+    "ModuleOptions.synthetic_calibration"
+)
 _FEW_IMAGES = 16  # fewer are warned of
 _TRAINING = "give images of the training split"
 _SUFFIX = ".calib.npz"

@@ -103,8 +103,8 @@ def compare(images: ImageSet) -> Likeness:
     if trained is None or how is None:
         return Likeness(
             "not checked",
-            "not checked: the model keeps no statistics of its training images (deploy-form checkpoints have none, and "
-            "export_module and repvgg-trt fold read none)",
+            "not checked: the model keeps no statistics of its training images (its first convolution had no BatchNorm "
+            "that tells them, as in deploy form)",
         )
     sample = _take_sample(images, trained, how)
     if sample is None:

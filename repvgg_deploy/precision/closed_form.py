@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import CalibrationError
+from ..graph.batchnorm import decode_channels, name_input
 from ..specs.values import ChannelStatistics, Preprocessing
-from .fp16 import INPUT_SUFFIX, decode_channels
 from .network import Float64, FloatArray, Layer, Network, read_weights
 from .ranges import BINS, Statistics, TensorStatistics
 from .scales import graph_sha256
@@ -128,7 +128,7 @@ def _stated_inputs(network: Network, statistics: Mapping[str, ChannelStatistics]
     """Mean and standard deviation of what blocks read, by tensor; the standard deviation is 0 where it is not known."""
     found = {}
     for layer in network.layers:
-        value = statistics.get(layer.output.removesuffix(".conv") + INPUT_SUFFIX)
+        value = statistics.get(name_input(layer.output))
         if value is not None:
             found[layer.input] = (decode_channels(value.mean), decode_channels(value.std))
     return found

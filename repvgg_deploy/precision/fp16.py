@@ -7,7 +7,6 @@ measured on images, or, without any, stated by the BatchNorm layers and tried on
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from ..errors import CalibrationError, ModelError
+from ..graph.batchnorm import INPUT_SUFFIX, decode_channels
 from ..graph.edit import GraphView
 from ..images.decode import normalize
 from ..specs.values import ChannelStatistics, ModelSpec
@@ -34,8 +34,6 @@ RangeSource: TypeAlias = Literal["images", "statistics", "synthetic"]
 """What ranges are known from. `images`: measured on the caller's. `statistics`: of the BatchNorm layers, |mean| + 256σ,
 where they speak (every 3×3 convolution), and 32 times what drawn images gave elsewhere (SE, classifier). `synthetic`:
 32 times what drawn images gave, everywhere."""
-INPUT_SUFFIX = ".input"
-"""Ends the name under which the metadata states what a block reads."""
 DEVIATIONS = 256.0
 """Standard deviations that a channel may reach. A trained A0 reaches 130 on 64 photographs: tails are long, and a
 block's branches, whose variances the statistics add as if they were independent, rise together. Too much does no harm:
@@ -291,11 +289,6 @@ def stated_ranges(statistics: Mapping[str, ChannelStatistics]) -> dict[str, Floa
         name: np.abs(decode_channels(value.mean)) + DEVIATIONS * decode_channels(value.std)
         for name, value in outputs.items()
     }
-
-
-def decode_channels(text: str) -> Float64:
-    """One number a channel, of `ChannelStatistics`; float64 (C,)."""
-    return np.frombuffer(base64.b64decode(text), "<f4").astype(np.float64)
 
 
 def draw_batches(spec: ModelSpec, draw: Callable[[int, int], NDArray[np.uint8]] | None = None) -> list[NDArray[Any]]:

@@ -241,7 +241,8 @@ def _find_beside(model: Path, parent: Parent) -> Path:
         raise CalibrationError(
             f"{model}: INT8 needs calibration images: none were given, and {calibration_path(model).name} is not there",
             remedy=f"repvgg-export --ckpt CHECKPOINT --out {model} --synthetic-calibration makes them of a "
-            "training-form checkpoint alone; or give --calib DIR with images of the training split; or "
+            "training-form checkpoint alone, and ModuleOptions.synthetic_calibration of a module; or give --calib DIR "
+            "with images of the training split; or "
             "--calib statistics, which takes no time and is less exact",
         )
     load_calibration_file(path, parent.sha256)

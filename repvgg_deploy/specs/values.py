@@ -465,7 +465,8 @@ class CalibrationProvenance:
     Attributes:
         schema: CALIBRATION_SCHEMA.
         onnx_sha256: The ONNX that the images were made for.
-        checkpoint_sha256: The training-form checkpoint whose BatchNorm statistics they match.
+        checkpoint_sha256: The training-form checkpoint whose BatchNorm statistics they match; of a module in memory,
+            its parameters and buffers.
         images: How many.
         seed: Seed of the random generator.
         steps: Optimisation steps per batch.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,18 +11,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
-from repvgg_deploy import Engine
+from repvgg_deploy import Engine, QuantizeOptions, export_module, quantize
 from repvgg_deploy.cli.export import main
 from repvgg_deploy.errors import ArtifactError, CalibrationError, InputError
 from repvgg_deploy.export import calibrate as pipeline
-from repvgg_deploy.export.calibrate import write_calibration
+from repvgg_deploy.export.calibrate import hash_module, write_calibration
 from repvgg_deploy.export.export import ExportOptions, export_checkpoint
+from repvgg_deploy.export.module import ModuleOptions
 from repvgg_deploy.export.options import GraphOptions
-from repvgg_deploy.export.synthesize import SynthesisOptions, SynthesisPlan
+from repvgg_deploy.export.synthesize import ModuleMismatch, SynthesisOptions, SynthesisPlan
 from repvgg_deploy.files.output import sha256_file
 from repvgg_deploy.images.calibration import find_calibration_file, load_calibration_file
-from repvgg_deploy.images.decode import normalize
+from repvgg_deploy.images.decode import default_preprocessing, normalize
+from repvgg_deploy.images.drawn import draw_images
 from repvgg_deploy.model.checkpoint.load import load_checkpoint
 from repvgg_deploy.precision.int8 import Int8Options, to_int8
 from repvgg_deploy.precision.typed_model import write_typed
@@ -217,3 +222,91 @@ def test_sample_int8_from_synthetic_images_agrees_as_well_as_from_real_ones(
     # chance.
     assert found["synthetic"][0] > found["real"][0] - 2, found
     assert found["synthetic"][0] > 33 and found["synthetic"][1] >= 0.995, found
+
+
+class Pyramid(nn.Module):
+    """Two scales, joined, with SiLU, and a head with a BatchNorm of its own for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.SiLU())
+        self.deeper = nn.Sequential(nn.Conv2d(16, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.SiLU())
+        self.head = nn.Sequential(nn.Conv2d(24, 8, 1, bias=False), nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 4, 1))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        fine = self.stem(x)
+        coarse = nn.functional.interpolate(self.deeper(fine), scale_factor=2.0)
+        return {"boxes": self.head(torch.cat((fine, coarse), 1))}
+
+
+def train_pyramid(images: np.ndarray) -> Pyramid:
+    """Its running statistics are those of these images."""
+    torch.manual_seed(0)
+    model = Pyramid().train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+    with torch.no_grad():
+        model(torch.from_numpy(images))
+    return model.eval()
+
+
+SEEN = default_preprocessing(32, 32)
+
+
+@pytest.fixture(scope="module")
+def pyramid() -> Pyramid:
+    images = draw_images((32, 32), 32, np.random.default_rng(0))
+    return train_pyramid(normalize(images, SEEN))
+
+
+def test_module_with_calibration_is_quantized_without_an_image(pyramid: Pyramid, tmp_path: Path) -> None:
+    onnx = tmp_path / "pyramid.onnx"
+    options = ModuleOptions(preprocessing=SEEN, synthetic_calibration=SynthesisOptions(images=16, steps=12, seed=3))
+    result = export_module(pyramid, torch.zeros(1, 3, 32, 32), onnx, options=options)
+    assert files(tmp_path) == ["pyramid.calib.npz", "pyramid.onnx"]
+    images, provenance = load_calibration_file(tmp_path / "pyramid.calib.npz", sha256_file(onnx))
+    assert result.calibration is not None and result.calibration.provenance == provenance
+    assert (images.shape, images.dtype, provenance.seed, provenance.steps) == ((16, 32, 32, 3), np.uint8, 3, 12)
+    with ModuleMismatch(copy.deepcopy(pyramid)) as mismatch, torch.no_grad():
+        left = float(mismatch(torch.from_numpy(normalize(images, SEEN))))
+        noise = float(mismatch(torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))))
+    assert left == pytest.approx(provenance.loss, rel=1e-3)
+    assert left < noise / 5
+    # Again, it is up to date; from another training form, the file is another.
+    again = export_module(pyramid, torch.zeros(1, 3, 32, 32), onnx, options=options)
+    assert again.calibration is not None and again.calibration.output.status == "up to date"
+    made = quantize(onnx, None, QuantizeOptions("int8", images=8))
+    assert made.images is not None and made.images.synthetic and made.verification is not None
+    assert made.verification.sqnr_db > 24
+    assert made.metadata.history[-1].options["calibration"] == "synthetic"
+
+
+def test_module_in_a_conversion_is_calibrated_with_its_reference(pyramid: Pyramid, tmp_path: Path) -> None:
+    onnx, folded = tmp_path / "p.onnx", copy.deepcopy(pyramid)
+    for part in (folded.stem, folded.deeper, folded.head):
+        conv = part[0]
+        assert isinstance(conv, nn.Conv2d)
+        part[0], part[1] = nn.utils.fuse_conv_bn_eval(conv, part[1]), nn.Identity()
+    options = ModuleOptions(preprocessing=SEEN, synthetic_calibration=SynthesisOptions(images=4, steps=1))
+    with pytest.raises(CalibrationError, match="Pyramid has no BatchNorm"):
+        export_module(folded, torch.zeros(1, 3, 32, 32), onnx, options=options)
+    assert files(tmp_path) == []
+    result = export_module(
+        folded, torch.zeros(1, 3, 32, 32), onnx, options=dataclasses.replace(options, reference=pyramid)
+    )
+    assert result.calibration is not None
+    assert result.calibration.provenance.checkpoint_sha256 == hash_module(pyramid) != hash_module(folded)
+    assert all(not parameter.grad_fn and parameter.requires_grad for parameter in pyramid.parameters())
+
+
+def test_module_whose_images_are_not_known_is_refused_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="how an image becomes the module's input is not known"):
+        ModuleOptions(synthetic_calibration=QUICK)
+    options = ModuleOptions(preprocessing=SEEN, synthetic_calibration=QUICK)
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).eval()
+    with pytest.raises(CalibrationError, match="an input of 4 channels"):
+        export_module(model, torch.zeros(1, 4, 32, 32), tmp_path / "m.onnx", options=options)
+    assert files(tmp_path) == []

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from repvgg_deploy.errors import CalibrationError, InputError
 from repvgg_deploy.export.synthesize import (
+    ModuleMismatch,
     StatisticsMismatch,
     SynthesisOptions,
     SynthesisPlan,
-    image_bytes,
+    image_cost,
     plan_synthesis,
     synthesize_images,
 )
@@ -71,6 +72,84 @@ def test_mismatch_and_its_gradient_are_those_of_hooks_on_the_batchnorm_modules(n
     found.backward()
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["repvgg", "qarepvgg_v2", "se_before"])
+def test_mismatch_of_a_module_is_that_of_the_network_that_it_is(name: str) -> None:
+    model = random_model(VARIANTS[name]).double()
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ours, theirs = images.clone().requires_grad_(), images.clone().requires_grad_()
+    expected = StatisticsMismatch(model)(theirs)
+    expected.backward()
+    with ModuleMismatch(model) as mismatch:
+        found = mismatch(ours)
+    found.backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-7, atol=1e-12)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+class FrozenNorm(nn.Module):
+    """As torchvision's and RT-DETR's: buffers only, and no class of torch's."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.eps = 1e-5
+        self.register_buffer("running_mean", torch.randn(channels))
+        self.register_buffer("running_var", torch.rand(channels) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, variance = self.get_buffer("running_mean"), self.get_buffer("running_var")
+        return (x - mean.reshape(1, -1, 1, 1)) * (variance + self.eps).rsqrt().reshape(1, -1, 1, 1)
+
+
+class SharedHead(nn.Module):
+    """One BatchNorm for two scales, as in heads that are shared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, 2, 1), FrozenNorm(8)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [self.norm(self.conv(x)), self.norm(self.conv(x[:, :, ::2, ::2]))]
+
+
+def test_mismatch_of_a_batchnorm_for_two_scales_is_of_their_mean_and_variance_averaged() -> None:
+    torch.manual_seed(0)
+    model, images = SharedHead(), torch.randn(2, 3, 16, 16)
+    parts = [torch.var_mean(model.conv(x), (0, 2, 3), correction=0) for x in (images, images[:, :, ::2, ::2])]
+    variance, mean = (sum(part) / 2 for part in zip(*parts, strict=True))
+    norm = model.norm
+    std = (norm.running_var + norm.eps).sqrt()
+    expected = ((mean - norm.running_mean) / std).square() + ((variance + norm.eps).sqrt() / std - 1).square()
+    with ModuleMismatch(model) as mismatch:
+        torch.testing.assert_close(mismatch(images), expected.mean())
+
+
+def test_cost_of_a_module_is_near_that_of_the_variant_that_it_is() -> None:
+    spec = small_variant()
+    with ModuleMismatch(random_model(spec)) as mismatch:
+        found = mismatch.measure_cost((64, 64))
+    known = image_cost(spec, (64, 64))
+    # Its 1×1 branches are a ninth of the work more; a layer keeps branches, sum and activation.
+    assert 1 < found.macs / known.macs < 1.3
+    assert 0.7 < found.kept_bytes / known.kept_bytes < 2.5
+
+
+class Detached(SharedHead):
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return super().forward(x.detach())
+
+
+class Bypassed(SharedHead):
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [self.conv(x)]
+
+
+@pytest.mark.parametrize("kind", [Detached, Bypassed])
+def test_module_whose_batchnorms_do_not_see_the_image_is_refused(kind: type[nn.Module]) -> None:
+    with ModuleMismatch(kind()) as mismatch, pytest.raises(CalibrationError, match=f"{kind.__name__} cannot be follow"):
+        mismatch.measure_cost((16, 16))
 
 
 @torch.no_grad()
@@ -186,27 +265,30 @@ def test_synthesis_options_that_cannot_hold_are_refused(change: dict[str, int]) 
 
 
 def test_plan_chooses_less_for_larger_networks_and_keeps_batches_even() -> None:
-    small = plan_synthesis(PUBLISHED["A0"], (128, 128), SynthesisOptions())
-    large = plan_synthesis(PUBLISHED["B2"], (224, 224), SynthesisOptions())
+    small = plan_synthesis(image_cost(PUBLISHED["A0"], (128, 128)), SynthesisOptions())
+    large = plan_synthesis(image_cost(PUBLISHED["B2"], (224, 224)), SynthesisOptions())
     assert small.images >= 64 and small.images * small.steps > large.images * large.steps
     assert large.images >= 8
-    assert plan_synthesis(PUBLISHED["A0"], (128, 128), SynthesisOptions(images=100, steps=7)).batches == (50, 50)
-    assert plan_synthesis(PUBLISHED["A0"], (128, 128), SynthesisOptions(images=5)).batches == (5,)
+    assert plan_synthesis(image_cost(PUBLISHED["A0"], (128, 128)), SynthesisOptions(images=100, steps=7)).batches == (
+        50,
+        50,
+    )
+    assert plan_synthesis(image_cost(PUBLISHED["A0"], (128, 128)), SynthesisOptions(images=5)).batches == (5,)
     for spec, size in (
         (PUBLISHED["B2"], (224, 224)),
         (PUBLISHED["D2se"], (224, 224)),
         (PUBLISHED["RepVGGplus-L2pse"], (320, 320)),
     ):
-        plan = plan_synthesis(spec, size, SynthesisOptions(images=512))
+        plan = plan_synthesis(image_cost(spec, size), SynthesisOptions(images=512))
         assert (
-            max(plan.batches) * image_bytes(spec, size) <= 3 << 30
+            max(plan.batches) * image_cost(spec, size).kept_bytes <= 3 << 30
         )  # of the 6 GB that a large network may take; its weights are another 1
         assert plan.images == 512
 
 
 def test_plan_fills_a_fixed_batch() -> None:
     spec = PUBLISHED["A0"]
-    assert plan_synthesis(spec, (128, 128), SynthesisOptions(), multiple=48).images % 48 == 0
+    assert plan_synthesis(image_cost(spec, (128, 128)), SynthesisOptions(), multiple=48).images % 48 == 0
     with pytest.raises(InputError, match="fixed batch of 48") as caught:
-        plan_synthesis(spec, (128, 128), SynthesisOptions(images=50), multiple=48)
+        plan_synthesis(image_cost(spec, (128, 128)), SynthesisOptions(images=50), multiple=48)
     assert "--synthetic-calibration 96" in caught.value.remedy

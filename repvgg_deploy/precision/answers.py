@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 
 import onnx
@@ -43,17 +44,19 @@ def find_types(model: onnx.ModelProto) -> dict[str, int]:
 def find_answers(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     """The nodes behind the last layers that compute with more than moves, activations and gates, and all behind them.
 
-    They make answers of what the layers give, such as boxes or probabilities.
+    They make answers of what the layers give, such as boxes or probabilities. A fixed layer among them (`find_means`)
+    is one of them.
     """
     constants, types = {tensor.name for tensor in model.graph.initializer}, find_types(model)
+    layers = {node.output[0] for node in model.graph.node if is_layer(node, constants)} - find_means(model)
     leading: set[str] = set()
     for node in reversed(model.graph.node):
-        if is_layer(node, constants) or leading.intersection(node.output):
+        if node.output[0] in layers or leading.intersection(node.output):
             leading.update(node.input)
     found: list[onnx.NodeProto] = []
     behind, answered = set[str](), set[str]()  # floats that layers give, and that answers give
     for node in model.graph.node:
-        if not is_layer(node, constants):
+        if node.output[0] not in layers:
             if not behind.intersection(node.input):
                 continue
             joins = node.op_type in ("Mul", "Add") and behind.issuperset(node.input)
@@ -68,6 +71,32 @@ def find_answers(model: onnx.ModelProto) -> list[onnx.NodeProto]:
 def is_layer(node: onnx.NodeProto, constants: AbstractSet[str]) -> bool:
     """Whether a node is of a layer: it has weights, stored or behind DequantizeLinear, or is a pair."""
     return node.op_type in _LAYERS or (node.op_type == "MatMul" and not constants.isdisjoint(node.input))
+
+
+def find_means(model: onnx.ModelProto) -> set[str]:
+    """Outputs of the fixed layers of detectors' decoding: the mean of a distribution that a Softmax gives.
+
+    One number of each distribution: a product with a stored vector, or a convolution to one channel. Its result is a
+    side of a box in strides, and its weights, 0 to 15 say, are nothing that was trained.
+    Source: Li et al. 2020, Generalized Focal Loss, arXiv:2006.04388, which names each side of a box by a distribution.
+    """
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    made_by = {name: node for node in model.graph.node for name in node.output}
+    return {node.output[0] for node in model.graph.node if _takes_mean(node, made_by, shapes)}
+
+
+def _takes_mean(
+    node: onnx.NodeProto, made_by: Mapping[str, onnx.NodeProto], shapes: Mapping[str, tuple[int, ...]]
+) -> bool:
+    if node.op_type not in ("Conv", "Gemm", "MatMul") or node.input[1] not in shapes:
+        return False
+    shape = shapes[node.input[1]]
+    turned = node.op_type == "Gemm" and any(entry.name == "transB" and entry.i for entry in node.attribute)
+    outputs = shape[0] if node.op_type == "Conv" or turned else shape[1] if len(shape) > 1 else 1
+    maker = made_by.get(node.input[0])
+    while maker is not None and maker.op_type in ("Transpose", "Reshape", "Unsqueeze", "Squeeze"):
+        maker = made_by.get(maker.input[0])
+    return outputs == 1 and maker is not None and maker.op_type == "Softmax"
 
 
 def makes_all(view: GraphView, tensor: str) -> bool:

@@ -119,7 +119,8 @@ def to_fp16(
     margin = options.margin * (UNSEEN if batches is None else 1)
     islands = find_islands(fitted, [*beyond, *find_large(fitted, tried, LARGEST / margin)])
     typed = write_halves(fitted.model, io=options.io, full=islands)
-    check_halves(typed, full={node.name for node in typed.graph.node if islands.intersection(node.output)})
+    full = islands.union(*(node.output for node in find_answers(fitted.model)))
+    check_halves(typed, full={node.name for node in typed.graph.node if full.intersection(node.output)})
     rescaled = {name: int((factor != 1).sum()) for name, factor in factors.items()}
     said: dict[str, str | int | float | bool | None] = {
         "margin": options.margin,

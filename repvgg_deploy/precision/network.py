@@ -21,7 +21,7 @@ from onnx import TensorProto, numpy_helper
 from ..errors import CalibrationError, ModelError
 from ..graph.edit import GraphView, attributes, replace_weights
 from ..graph.flow import ChannelFlow, find_flow
-from .answers import judged_tensors, makes_all
+from .answers import find_means, judged_tensors, makes_all
 from .normalise import KINDS, normalise
 
 FloatArray: TypeAlias = NDArray[np.float32]
@@ -211,13 +211,12 @@ def read_network(model: onnx.ModelProto) -> Network:
     variables = {one.node.output[0]: (one.source, one.result) for one in flow.weighted}
     axes: dict[str, int] = {}
     layers: list[Layer] = []
+    means = find_means(model)
     for node in view.nodes:
         layer = _read_layer(view, node, variables.get(node.output[0]), flow.count)
-        if (
-            layer is not None
-            and not _takes_mean(view, layer)
-            and axes.setdefault(layer.input, layer.axis) == layer.axis
-        ):
+        if layer is None or node.output[0] in means:
+            continue
+        if axes.setdefault(layer.input, layer.axis) == layer.axis:
             layers.append(layer)
     if not layers:
         found_kinds = ", ".join(sorted({node.op_type for node in view.nodes}))
@@ -368,17 +367,6 @@ def _read_layer(view: GraphView, node: onnx.NodeProto, variables: tuple[Ids, Ids
     source, result = variables or (held[: shape[1] * groups], held[: shape[0]])
     names = (node.name, cast("Kind", kind), node.input[0], output, node.input[1], bias, shape)
     return Layer(*names, source, result, groups, **window)
-
-
-def _takes_mean(view: GraphView, layer: Layer) -> bool:
-    """Whether it is a fixed layer of a detector's decoding: the mean of a distribution that a Softmax gives.
-
-    Source: Li et al. 2020, Generalized Focal Loss, arXiv:2006.04388, which names each side of a box by a distribution.
-    """
-    node = view.made_by.get(layer.input)
-    while node is not None and node.op_type in ("Transpose", "Reshape", "Unsqueeze", "Squeeze"):
-        node = view.made_by.get(node.input[0])
-    return layer.out_channels == 1 and node is not None and node.op_type == "Softmax"
 
 
 def _read_window(view: GraphView, node: onnx.NodeProto, shape: tuple[int, ...]) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from repvgg_deploy.errors import CalibrationError, ModelError
 from repvgg_deploy.graph.edit import GraphView
 from repvgg_deploy.precision.answers import find_answers, judged_tensors
-from repvgg_deploy.precision.check import check_halves
+from repvgg_deploy.precision.check import check_halves, check_types
 from repvgg_deploy.precision.equalize import EqualizeOptions, equalize
 from repvgg_deploy.precision.fp16 import Fp16Options, find_islands, find_large, fit_ranges, measure_ranges
 from repvgg_deploy.precision.halves import LARGEST, write_halves
@@ -234,13 +234,41 @@ def test_grouped_transposed_convolution_stays_in_the_wider_type() -> None:
     assert kinds[node.input[1]] == TensorProto.FLOAT16
 
 
-def test_layer_that_decodes_boxes_of_a_distribution_is_no_layer() -> None:
-    """Distribution focal loss: Softmax over 16 bins, then a fixed convolution that takes their mean."""
+def _sides(n: Network, bins: str, product: str) -> str:
+    """Distances to the sides of boxes, (N, 4, cells), as the means of distributions over 16 bins."""
+    parts = n.node("Reshape", [bins, n.constant_integers([0, 4, 16, 256])])
+    if product == "Conv":
+        turned = n.node("Softmax", [n.node("Transpose", [parts], perm=[0, 2, 1, 3])], axis=1)
+        mean = n.node("Conv", [turned, n.constant(np.arange(16.0).reshape(1, 16, 1, 1))], 1)
+    else:
+        turned = n.node("Transpose", [n.node("Softmax", [parts], axis=2)], perm=[0, 1, 3, 2])
+        steps = np.arange(16.0) if product == "vector" else np.arange(16.0).reshape(16, 1)
+        mean = n.node("MatMul", [turned, n.constant(steps)])
+    return n.node("Reshape", [mean, n.constant_integers([0, 4, 256])])
+
+
+@pytest.mark.parametrize("product", ["Conv", "column", "vector"])
+def test_layer_that_decodes_boxes_of_a_distribution_computes_in_fp32(product: str) -> None:
+    """Distribution focal loss: Softmax over 16 bins, and their mean by a fixed layer, which is no layer to quantize."""
     n = Network()
-    bins = n.node("Softmax", [n.layer("x", 16, "")], axis=1)
-    mean = n.node("Conv", [bins, n.constant(np.arange(16.0).reshape(1, 16, 1, 1))], 1)
-    network = read_network(n.finish(mean))
-    assert [layer.out_channels for layer in network.layers] == [16]
+    sides = _sides(n, n.layer(n.layer("x", 16), 64, ""), product)
+    grid = n.node("Add", [sides, n.constant(np.arange(256.0).reshape(1, 1, 256))])
+    model = n.finish(n.node("Mul", [grid, n.constant(8.0)]), rank=3)
+    network = read_network(model)
+    assert [layer.out_channels for layer in network.layers] == [16, 64]
+    int8, _ = quantize_graph(model, draw(16), dataclasses.replace(FAST, target="trt10"))
+    halves = write_halves(network.model)
+    check_halves(halves, full=[node.name for node in find_answers(network.model)])
+    for graph in (int8, halves):
+        kinds, made_by = check_types(graph), {name: node for node in graph.graph.node for name in node.output}
+        (softmax,) = (node for node in graph.graph.node if node.op_type == "Softmax")
+        kind, layers = "Conv" if product == "Conv" else "MatMul", {layer.name for layer in network.layers}
+        (mean,) = (node for node in graph.graph.node if node.op_type == kind and node.name not in layers)
+        assert kinds[softmax.output[0]] == kinds[mean.output[0]] == kinds[mean.input[1]] == TensorProto.FLOAT
+        assert mean.input[1] not in made_by  # the very weights, not rounded to FP16 on the way
+    found, truth = (values(each, draw(8, seed=1))[0] for each in (halves, model))
+    # Coordinates reach 2,000 pixels, where FP16 has steps of one; sides up to 120, where it has steps of 1/16.
+    assert np.abs(found - truth).mean() < 1 / 64
 
 
 def test_graphs_with_branches_of_control_or_two_inputs_are_refused_by_name() -> None:

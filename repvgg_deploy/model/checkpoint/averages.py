@@ -22,6 +22,7 @@ from .names import Translation
 _BUFFERS = (".running_mean", ".running_var", ".num_batches_tracked")
 _AVERAGES = frozenset(["ema", "swa", "ewma", "averaged", "average", "avg", "shadow", "polyak"])
 _JOINED = re.compile(r"{0}*(?:ema|swa){0}*".format("(?:model|net|network|weights?|params?|state|dict)"))
+_MAX_LEADS = 64
 _ROLES = frozenset(["teacher", "student"])
 _BACKUP = re.compile(r"(^|\.)(collected_params|backup)(\.|$)")  # the raw weights, put aside while the average serves
 
@@ -97,11 +98,7 @@ def find_averages(
         theirs = {name: parts_of[official] for name, official in wanted.items() if official in parts_of}
         if is_average(key) and len(theirs) == len(wanted):
             found.append(_make(key, {name: tensors[their] for name, their in theirs.items()}, frozenset()))
-    seen: list[Candidate] = []
-    for other in others:
-        if any(other is one for one in seen):
-            continue
-        seen.append(other)
+    for other in {id(other): other for other in others}.values():
         own = other is model
         names = list(translation.extra) if own else list(other.tensors)
         if is_average(other.where) and not own and not _BACKUP.search(other.where):
@@ -141,7 +138,8 @@ def _find_undotted(
         every = [*wanted, *buffers]
         short = {name: _squash(name[cut:] if name.startswith(prefix) else name) for name in every}
         probe = short[wanted[0]] if wanted else ""
-        for ending in [name for name in squashed if probe and name.endswith(probe) and name != probe]:
+        endings = [name for name in squashed if probe and name.endswith(probe) and name != probe]
+        for ending in endings[:_MAX_LEADS]:
             lead = ending.removesuffix(probe)
             matched = {name: squashed.get(lead + text) for name, text in short.items()}
             whole = {name: their for name, their in matched.items() if their is not None}

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _MAX_DEPTH = 8
 _MAX_VISITS = 500_000
+_MAX_LOOKS = 20_000_000
+_LETTERS = 32  # of a name are paid as one visit
 _MAX_NAME = 512
 _MAX_PATH = 100
 
@@ -59,13 +61,14 @@ class _Search:
 
     def __init__(self) -> None:
         self._left = _MAX_VISITS
+        self._looks = _MAX_LOOKS
         self._seen: set[int] = set()
         self.found: list[Candidate] = []
         self.merged: list[Candidate] = []
 
     def _spend(self, visits: int) -> None:
         self._left -= visits
-        if self._left < 0:
+        if self._left < 0 or self._looks < 0:
             raise MalformedError("the objects in the file are nested or shared beyond reason")
 
     def visit(self, node: object, path: tuple[str, ...]) -> None:
@@ -91,7 +94,7 @@ class _Search:
             for part in parts:
                 inner = part.where[len(where) :].lstrip(".")
                 whole |= {f"{inner}.{name}": tensor for name, tensor in part.tensors.items()}
-            self._spend(len(whole))
+            self._spend(sum(1 + len(name) // _LETTERS for name in whole))
             self.merged.append(Candidate(where, whole, merged=True))
 
     def _add(
@@ -104,10 +107,14 @@ class _Search:
     def _children(self, node: object) -> dict[str, object]:
         """The named values in a dict, a list (by index, or of pairs), or a foreign object: attributes and items."""
         items: Iterable[object] = ()
+        attributes = attributes_of(node) if isinstance(node, ForeignObject) else {}
+        held_items = node.items if isinstance(node, ForeignObject) else node
+        self._looks -= 1 + len(attributes) + (len(held_items) if isinstance(held_items, (dict, list, tuple)) else 0)
+        self._spend(1)
         if isinstance(node, dict):
             items = list(node.items())
         elif isinstance(node, ForeignObject):
-            items = [*attributes_of(node).items(), *node.items]
+            items = [*attributes.items(), *node.items]
         elif isinstance(node, (list, tuple)):
             held = (list, tuple, dict, ForeignObject, LazyTensor, ArrayObject)
             pairs = all(isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) for item in node)
@@ -122,7 +129,7 @@ class _Search:
                     key = str(key)  # epochs are counted; so are the states of an optimizer, which no family names
                 if isinstance(key, str) and len(key) <= _MAX_NAME:
                     named[key] = item[1]
-        self._spend(1 + len(named))
+        self._spend(len(named))
         return named
 
     def _walk_module(self, root: ForeignObject) -> tuple[dict[str, LazyTensor], dict[str, ForeignObject]]:
@@ -134,8 +141,9 @@ class _Search:
             prefix, module = stack.pop()
             found[prefix.rstrip(".")] = module
             parameters, buffers, modules = _module_parts(module) or ({}, {}, {})
-            self._spend(1 + len(parameters) + len(buffers) + len(modules))
             transient = attributes_of(module).get("_non_persistent_buffers_set")
+            self._looks -= len(transient) if isinstance(transient, list) else 0
+            self._spend(1 + len(prefix) // _LETTERS + len(parameters) + len(buffers) + len(modules))
             skipped = {name for name in transient if isinstance(name, str)} if isinstance(transient, list) else set()
             for name, value in (*parameters.items(), *buffers.items()):
                 tensor = _tensor_of(value)
@@ -188,7 +196,8 @@ def fold_parts(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTensor]
                 base = name.replace("parametrizations.", "").removesuffix(".original").removesuffix(".original0")
                 base = base.removesuffix("_orig").removesuffix("_g")
                 largest = max(parts, key=lambda part: (bool(part.unusable), part.nbytes))
-                whole[base] = replace(largest, load=_combine(parts, combine))
+                views = tuple(view for part in parts for view in part.views)
+                whole[base] = replace(largest, load=_combine(parts, combine), views=views)
                 used |= set(names)
                 counts[kind] = counts.get(kind, 0) + 1
                 break

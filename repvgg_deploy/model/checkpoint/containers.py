@@ -16,6 +16,7 @@ import mmap
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,13 +39,16 @@ from .lazy import (
     Dtype,
     LazyTensor,
     MalformedError,
+    Range,
     Storage,
     as_count,
+    gather_bytes,
     listing,
     named_dtype,
     placeholder,
     printable,
     read_bytes,
+    swap_bytes,
 )
 from .objects import Global
 from .pickle import PickleStream, read_pickle
@@ -54,7 +58,9 @@ if TYPE_CHECKING:
     import torch
 
 _LOCAL_HEADER_BYTES = 30
-_MAX_ENTRIES = 200_000
+_ENTRY_MAGIC = b"PK\x01\x02"
+_MAX_ENTRIES = 50_000
+_PIECE_BYTES = 1 << 20
 _INFLATED_FLOOR = 64 << 20
 _INFLATED_RATIO = 20
 _ZIP_ERRORS = (zipfile.BadZipFile, struct.error, ValueError, OverflowError, EOFError, RuntimeError, IndexError, OSError)
@@ -173,17 +179,17 @@ class _ZipArchive:
 
     def __init__(self, buffer: mmap.mmap, file: BinaryIO) -> None:
         self._buffer = buffer
+        _check_entries(buffer)
         try:
             with zipfile.ZipFile(file) as archive:
                 infos = archive.infolist()
-            if len(infos) > _MAX_ENTRIES:
-                raise MalformedError(f"the zip archive has {len(infos)} entries")
             self._starts = {info.filename: self._locate(info) for info in infos}
         except MalformedError:
             raise
         except _ZIP_ERRORS as error:
             raise MalformedError(f"the zip archive is damaged or truncated ({printable(str(error))})") from error
         self.entries = {info.filename: info for info in infos}
+        self._sound: set[str] = set()
         stored = sum(info.compress_size for info in self.entries.values())
         inflated = sum(info.file_size for info in self.entries.values() if info.compress_type == zipfile.ZIP_DEFLATED)
         if stored > len(buffer):
@@ -208,45 +214,90 @@ class _ZipArchive:
             raise MalformedError(f"the zip entry {name} reaches past the end of the file")
         return start
 
-    def _bytes_of(self, name: str) -> tuple[bytes | mmap.mmap, int]:
-        """(buffer, offset in it): the bytes of an entry, inflated where they are deflated."""
+    def _pieces(self, name: str) -> Iterator[bytes | memoryview]:
+        """The bytes of an entry in order, inflated where they are deflated, and never more than the directory says.
+
+        Raises:
+            MalformedError: It is damaged, of another length, or of another checksum; known when all of it has come.
+        """
         info, start = self.entries[name], self._starts[name]
-        if info.compress_type == zipfile.ZIP_STORED:
-            return self._buffer, start
-        decoder = zlib.decompressobj(-zlib.MAX_WBITS)
-        try:
-            stored = memoryview(self._buffer)[start : start + info.compress_size]
-            data = decoder.decompress(stored, info.file_size + 1)
-        except zlib.error as error:
-            raise MalformedError(f"the zip entry {printable(name)} is damaged ({error})") from error
-        if len(data) != info.file_size:
-            raise MalformedError(f"the zip entry {printable(name)} has another length than the directory says")
-        return data, 0
-
-    def stream(self, name: str) -> PickleStream:
-        """An entry as a pickle stream."""
-        data, start = self._bytes_of(name)
-        return PickleStream(data, start, start + self.entries[name].file_size)
-
-    def text(self, name: str) -> bytes:
-        """The bytes of a small entry, compared with their checksum."""
-        data, start = self._checked(name)
-        return bytes(memoryview(data)[start : start + self.entries[name].file_size][:_MAX_TEXT])
-
-    def read(self, name: str, alignment: int) -> torch.Tensor:
-        """uint8 (n,): the bytes of an entry, compared with their checksum."""
-        data, start = self._checked(name)
-        writable = bytearray(data) if isinstance(data, bytes) else data
-        return read_bytes(writable, start, self.entries[name].file_size, alignment=alignment)
-
-    def _checked(self, name: str) -> tuple[bytes | mmap.mmap, int]:
-        info, (data, start) = self.entries[name], self._bytes_of(name)
+        stored = memoryview(self._buffer)[start : start + info.compress_size]
+        checksum = 0
+        for piece in _inflate(stored, info.file_size, name) if info.compress_type == zipfile.ZIP_DEFLATED else [stored]:
+            checksum = zlib.crc32(piece, checksum)
+            yield piece
         # torch can be told to write no checksums (`set_crc32_options(False)`): the field is then 0.
-        if info.CRC and zlib.crc32(memoryview(data)[start : start + info.file_size]) != info.CRC:
+        if info.CRC and checksum != info.CRC:
             raise MalformedError(
                 f"the checksum of {printable(name)} is wrong: the file was damaged after it was written"
             )
-        return data, start
+
+    def stream(self, name: str) -> PickleStream:
+        """An entry as a pickle stream."""
+        info, start = self.entries[name], self._starts[name]
+        if info.compress_type == zipfile.ZIP_STORED:
+            return PickleStream(self._buffer, start, start + info.file_size)
+        data = b"".join(_inflate(memoryview(self._buffer)[start : start + info.compress_size], info.file_size, name))
+        return PickleStream(data, 0, len(data), info.compress_size)
+
+    def text(self, name: str) -> bytes:
+        """The bytes of a small entry, compared with their checksum."""
+        return b"".join(bytes(piece[:_MAX_TEXT]) for piece in self._pieces(name))[:_MAX_TEXT]
+
+    def read(self, name: str, ranges: Sequence[Range], alignment: int, *, swap: int = 1) -> list[torch.Tensor]:
+        """uint8 (n,) of each range of an entry, compared with its checksum; `swap`: bytes to turn around."""
+        is_stored = self.entries[name].compress_type == zipfile.ZIP_STORED
+        if is_stored and name not in self._sound:
+            for _ in self._pieces(name):
+                pass
+            self._sound.add(name)
+        if is_stored and swap == 1:
+            return read_bytes(self._buffer, self._starts[name], ranges, alignment=alignment)
+        found = gather_bytes(self._pieces(name), ranges)
+        swap_bytes(found, swap)
+        return found
+
+
+def _check_entries(buffer: mmap.mmap) -> None:
+    """Counts what could be entries of a directory before zipfile makes ten times their bytes of them.
+
+    Raises:
+        MalformedError: There are too many.
+    """
+    position = buffer.find(_ENTRY_MAGIC)
+    for _ in range(_MAX_ENTRIES):
+        if position < 0:
+            return
+        position = buffer.find(_ENTRY_MAGIC, position + len(_ENTRY_MAGIC))
+    raise MalformedError(f"the zip archive has more than {_MAX_ENTRIES:,} entries")
+
+
+def _inflate(stored: memoryview, size: int, name: str) -> Iterator[bytes]:
+    """What deflated bytes stand for, in pieces.
+
+    Raises:
+        MalformedError: They are damaged, or stand for another number of bytes than `size`.
+    """
+    decoder = zlib.decompressobj(-zlib.MAX_WBITS)
+    left, position = size, 0
+    pending: bytes | memoryview = b""
+    while left >= 0 and not decoder.eof:
+        if not pending:
+            pending = stored[position : position + _PIECE_BYTES]
+            position += len(pending)
+        is_last = not pending
+        try:
+            piece = decoder.decompress(pending, min(_PIECE_BYTES, left + 1))
+        except zlib.error as error:
+            raise MalformedError(f"the zip entry {printable(name)} is damaged ({error})") from error
+        pending = decoder.unconsumed_tail
+        left -= len(piece)
+        if left >= 0 and piece:
+            yield piece
+        elif is_last:
+            break
+    if left:
+        raise MalformedError(f"the zip entry {printable(name)} has another length than the directory says")
 
 
 def _read_zip(archive: _ZipArchive) -> Content:
@@ -290,7 +341,7 @@ def _read_torch_zip(archive: _ZipArchive, prefix: str) -> Content:
     """The object in `prefix/data.pkl`, its storages in `prefix/data/N`."""
     order = f"{prefix}byteorder"
     swap = order in archive.entries and archive.text(order) == b"big"
-    storages: dict[tuple[str, Dtype], Storage] = {}
+    storages: dict[str, Storage] = {}
 
     def persistent(pid: object) -> object:
         dtype, key, count = _parse_persistent_id(pid)
@@ -300,21 +351,14 @@ def _read_torch_zip(archive: _ZipArchive, prefix: str) -> Content:
         held, wanted = entry.file_size, count * dtype.itemsize
         if wanted > held:
             raise MalformedError(f"the storage {printable(key)} has {held} bytes, expected {wanted}")
-        storage = Storage(dtype, held // dtype.itemsize * dtype.itemsize, partial(read, entry.filename, dtype))
-        return storages.setdefault((key, dtype), storage)
-
-    def read(name: str, dtype: Dtype) -> torch.Tensor:
-        data = archive.read(name, dtype.itemsize)
-        data = data[: data.numel() // dtype.itemsize * dtype.itemsize]
-        return _swap_bytes(data, dtype.itemsize) if swap else data
+        read = partial(archive.read, entry.filename, swap=dtype.itemsize if swap else 1)
+        storage = storages.setdefault(key, Storage(dtype, held // dtype.itemsize * dtype.itemsize, read))
+        if storage.dtype != dtype:
+            raise MalformedError(f"the storage {printable(key)} has two dtypes")
+        return storage
 
     root, suspicious = read_pickle(archive.stream(f"{prefix}data.pkl"), persistent)
     return Content("torch zip", root, suspicious=suspicious)
-
-
-def _swap_bytes(data: torch.Tensor, itemsize: int) -> torch.Tensor:
-    swapped: torch.Tensor = data.reshape(-1, itemsize).flip(1).flatten()
-    return swapped
 
 
 def _parse_persistent_id(pid: object) -> tuple[Dtype, str, int]:
@@ -330,6 +374,8 @@ def _parse_persistent_id(pid: object) -> tuple[Dtype, str, int]:
     if len(pid) > 5 and pid[5] is not None:
         remedy = "load it with a torch of its time and save it again with torch.save"
         raise CheckpointError("has storage views, which torch wrote before version 0.4 only", remedy=remedy)
+    if len(pid[2]) > _MAX_TEXT:
+        raise MalformedError(f"the name of the storage {printable(pid[2])} is too long")
     return dtype, pid[2], as_count(pid[4])
 
 
@@ -361,10 +407,12 @@ def _read_torch_legacy(buffer: mmap.mmap) -> Content | None:
             raise MalformedError(f"the storage {printable(key)} is larger than the file: it is truncated or damaged")
         return storage
 
-    def read(key: str) -> torch.Tensor:
-        itemsize = storages[key].dtype.itemsize
-        data = read_bytes(buffer, starts[key], storages[key].nbytes, alignment=itemsize)
-        return data if little else _swap_bytes(data, itemsize)
+    def read(key: str, ranges: Sequence[Range], alignment: int) -> list[torch.Tensor]:
+        found = read_bytes(buffer, starts[key], ranges, alignment=alignment)
+        if not little:
+            found = [tensor.clone() for tensor in found]
+            swap_bytes(found, storages[key].dtype.itemsize)
+        return found
 
     root, suspicious = read_pickle(stream, persistent)
     keys, _ = read_pickle(stream)
@@ -402,8 +450,13 @@ def _read_safetensors(path: Path) -> Content:
     try:
         # What a file holds is told without torch, too; loading its tensors needs it.
         file: Any = safe_open(str(path), framework="pt" if importlib.util.find_spec("torch") else "np")
-        tensors = {name: _safetensor(file, name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        names = file.keys()
+        if len(names) > _MAX_ENTRIES:
+            raise MalformedError(f"the safetensors file has more than {_MAX_ENTRIES:,} tensors")
+        tensors = {name: _safetensor(file, name) for name in names}
         return Content("safetensors", tensors, metadata=dict(file.metadata() or {}))
+    except MalformedError:
+        raise
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise MalformedError(f"the safetensors file is damaged or truncated ({printable(str(error))})") from error
 

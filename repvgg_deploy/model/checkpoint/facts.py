@@ -36,6 +36,8 @@ _ACTIVATION = re.compile(r"non_?linearity|act|activation|relu")
 _CONV_HOLDERS = frozenset(["ConvModule"])  # mmcv's: a convolution with its activation
 _FUNCTIONS = frozenset(["torch.nn.functional", "torch._C._nn", "torch", "torch._C._VariableFunctions"])
 _FACTORS = re.compile(r"((layer|res|residual|branch)_?)?(alpha|beta|gamma|scale|slope|gain|temperature)s?")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_MAX_WORK = 20_000_000
 _INERT_HOOKS = ("torch.nn.utils.", "torch.utils.hooks.")
 
 
@@ -91,6 +93,10 @@ class _Reader:
         self._problems: dict[str, list[str]] = {}
 
     def read(self) -> Facts:
+        size = len(self._modules) * len(self._owners) + sum(map(_count_attributes, self._modules.values()))
+        if size > _MAX_WORK:
+            message = f"is a pickled module of {len(self._modules):,} modules: far more than a RepVGG has"
+            raise CheckpointError(message, remedy="save the state dict alone: torch.save(model.state_dict(), …)")
         for path, module in self._modules.items():
             self._check_hooks(path, module)
         strides = {block: self._read_strides(block, path) for block, path in self._blocks.items()}
@@ -133,7 +139,7 @@ class _Reader:
         attributes = attributes_of(module)
         if is_graph_module(module):
             self._refuse("code that torch.fx traced", path)
-        for name in ("_forward_hooks", "_forward_pre_hooks"):
+        for name in _HOOKS:
             hooks = attributes.get(name)
             for hook in hooks.values() if isinstance(hooks, dict) else ():
                 kind = class_of(hook) if isinstance(hook, ForeignObject) else getattr(hook, "path", "an object")
@@ -340,9 +346,17 @@ def _pair(value: object) -> tuple[int, int] | None:
     return None
 
 
+def _count_attributes(module: ForeignObject) -> int:
+    """How many values its attributes hold, those of its dicts of hooks too."""
+    attributes = attributes_of(module)
+    hooks = (attributes.get(name) for name in _HOOKS)
+    return len(attributes) + sum(len(held) for held in hooks if isinstance(held, dict))
+
+
 def _show(value: object) -> str:
-    if isinstance(value, (tuple, list)):
-        return "×".join(str(item) for item in value)
-    if isinstance(value, int) and abs(value) > 1 << 63:
+    """A value for a message; of what holds others only numbers are shown."""
+    if isinstance(value, (tuple, list)) and len(value) <= 4:
+        return "×".join(_show(item) if not isinstance(item, (tuple, list)) else "…" for item in value)
+    if isinstance(value, int) and value.bit_length() > 63:
         return "a huge number"
-    return printable(value) if isinstance(value, str) else str(value)[:40]
+    return str(value) if isinstance(value, (int, float, type(None))) else printable(value)

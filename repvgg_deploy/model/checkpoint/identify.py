@@ -33,6 +33,7 @@ from .structure import (
 _MAX_PLAIN_DEPTH = 8
 _MAX_PLAIN_ITEMS = 200_000
 _MAX_PLAIN_TEXT = 10_000
+_MAX_JSON = 4 << 20
 _SE_KEPT = (
     "the SE blocks are kept: the model was trained with them; mmpretrain's own deploy form leaves them out and "
     "computes something else"
@@ -310,10 +311,13 @@ def read_embedded(content: Content) -> Embedded:
     """
     value: object = content.root.get(METADATA_KEY) if isinstance(content.root, dict) else None
     if METADATA_KEY in content.metadata:
+        text = content.metadata[METADATA_KEY]
         try:
-            value = json.loads(content.metadata[METADATA_KEY])
+            value = json.loads(text) if len(text) <= _MAX_JSON else None
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"its metadata {METADATA_KEY!r} is not JSON", remedy=_RESAVE) from error
+        if len(text) > _MAX_JSON:
+            raise CheckpointError(f"its metadata {METADATA_KEY!r} is larger than 4 MiB", remedy=_RESAVE)
     if value is None:
         return Embedded()
     try:
@@ -332,7 +336,9 @@ def _plain(value: object, left: list[int], depth: int) -> object:
     if isinstance(value, (list, tuple)):
         return [_plain(item, left, depth + 1) for item in value]
     if isinstance(value, str):
-        return value[:_MAX_PLAIN_TEXT]
+        if len(value) > _MAX_PLAIN_TEXT:
+            raise InputError(f"it holds a text of {len(value):,} letters", remedy=_RESAVE)
+        return value
     if isinstance(value, (bool, float, type(None))) or (isinstance(value, int) and abs(value) < 1 << 63):
         return value
     return printable(value)

@@ -5,17 +5,20 @@ Only `load` and what it calls need torch: what a file holds can be told without 
 
 from __future__ import annotations
 
+import bisect
 import math
 import mmap
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 
 if TYPE_CHECKING:
     import torch
 
+Range: TypeAlias = tuple[int, int]
+"""First byte and the one behind the last."""
 _MAX_DIMENSIONS = 8
 _MAX_ELEMENTS = 1 << 40
 _MAX_NAME = 100
@@ -68,6 +71,7 @@ class LazyTensor:
         backing_bytes: How many bytes the file really holds for `backing`.
         load: Gives the tensor: a view of the mapped file where that is possible. Call it once.
         unusable: What it is where it holds no plain numbers, such as `a sparse tensor`; it is never loaded then.
+        views: The ranges of storages that `load` reads; empty where `backing` is not a storage.
     """
 
     dtype: Dtype
@@ -76,6 +80,7 @@ class LazyTensor:
     backing_bytes: int
     load: Callable[[], torch.Tensor]
     unusable: str = ""
+    views: tuple[tuple[Storage, Range], ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -92,33 +97,127 @@ def placeholder(dtype: Dtype, shape: tuple[int, ...], unusable: str) -> LazyTens
     return LazyTensor(dtype, shape, object(), 0, load, unusable)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
+class _Part:
+    """A range of a storage that tensors to be loaded view: how many do, and its bytes once they were read."""
+
+    start: int
+    end: int
+    waiting: int = 1
+    data: torch.Tensor | None = None
+
+
+@dataclass(slots=True, eq=False)
 class Storage:
-    """A flat run of numbers of one dtype, which tensors are views of; `read` gives its bytes, uint8 (nbytes,)."""
+    """A flat run of numbers of one dtype, which tensors are views of.
+
+    Attributes:
+        dtype: Of the numbers; a view may take them as another.
+        nbytes: Its size.
+        read: Gives the bytes of ranges that ascend and do not overlap, uint8 (n,) each, aligned to its second argument
+            and in native byte order: views of the mapped file where that is possible.
+    """
 
     dtype: Dtype
     nbytes: int
-    read: Callable[[], torch.Tensor]
+    read: Callable[[Sequence[Range], int], list[torch.Tensor]]
+    _parts: list[_Part] = field(default_factory=list, repr=False)
 
-    def view(self, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> LazyTensor:
+    def view(
+        self, shape: tuple[int, ...], strides: tuple[int, ...], offset: int, dtype: Dtype | None = None
+    ) -> LazyTensor:
         """A strided view, in elements.
 
         Raises:
             MalformedError: It reaches outside the storage.
         """
-        available = self.nbytes // self.dtype.itemsize
+        kind = dtype or self.dtype
+        available = self.nbytes // kind.itemsize
         last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-        if math.prod(shape) and last >= available:
+        if not math.prod(shape):
+            return LazyTensor(kind, shape, self, self.nbytes, lambda: _empty(shape, kind))
+        if last >= available:
             raise MalformedError(f"a tensor of shape {list(shape)} reaches element {last} of a storage of {available}")
+        span = (offset * kind.itemsize, (last + 1) * kind.itemsize)
 
         def load() -> torch.Tensor:
-            import torch
+            return self._take(*span, kind.itemsize).view(kind.to_torch()).as_strided(shape, strides)
 
-            if not math.prod(shape):
-                return torch.empty(shape, dtype=self.dtype.to_torch())
-            return self.read().view(self.dtype.to_torch()).as_strided(shape, strides, offset)
+        return LazyTensor(kind, shape, self, self.nbytes, load, views=((self, span),))
 
-        return LazyTensor(self.dtype, shape, self, self.nbytes, load)
+    def expect(self, ranges: Iterable[Range]) -> None:
+        """Says what will be loaded: it is then read at once, and each part let go with the last view of it."""
+        self._parts = []
+        for start, end in sorted(ranges):
+            last = self._parts[-1] if self._parts else None
+            if last is not None and start < last.end:
+                last.end, last.waiting = max(end, last.end), last.waiting + 1
+            else:
+                self._parts.append(_Part(start, end))
+
+    def _take(self, start: int, end: int, itemsize: int) -> torch.Tensor:
+        """The bytes of a range, uint8 (end − start,)."""
+        alignment = max(itemsize, self.dtype.itemsize)
+        index = bisect.bisect_right(self._parts, start, key=lambda part: part.start) - 1
+        part = self._parts[index] if index >= 0 else None
+        if part is None or end > part.end or not part.waiting:
+            return self.read([(start, end)], alignment)[0]
+        if part.data is None:
+            for each, data in zip(
+                self._parts, self.read([(p.start, p.end) for p in self._parts], alignment), strict=True
+            ):
+                each.data = data
+        assert part.data is not None
+        taken = part.data[start - part.start : end - part.start]
+        part.waiting -= 1
+        if not part.waiting:
+            part.data = None
+        # Views of several dtypes: what begins within an element of another is none of its view.
+        return taken if (start - part.start) % itemsize == 0 else taken.clone()
+
+
+def _empty(shape: tuple[int, ...], dtype: Dtype) -> torch.Tensor:
+    import torch
+
+    return torch.empty(shape, dtype=dtype.to_torch())
+
+
+def load_each(tensors: Sequence[LazyTensor]) -> Iterator[torch.Tensor]:
+    """The tensors in order, each storage unpacked once, however many of them view it.
+
+    Raises:
+        MalformedError: The bytes of one are damaged.
+    """
+    ranges: dict[int, tuple[Storage, list[Range]]] = {}
+    for tensor in tensors:
+        for storage, span in tensor.views:
+            ranges.setdefault(id(storage), (storage, []))[1].append(span)
+    for storage, spans in ranges.values():
+        storage.expect(spans)
+    try:
+        for tensor in tensors:
+            yield tensor.load()
+    finally:
+        for storage, _ in ranges.values():
+            storage.expect(())
+
+
+def count_held(tensors: Iterable[LazyTensor]) -> int:
+    """Bytes of the file's content, unpacked, that tensors view; what several view counts once."""
+    backings: dict[int, int] = {}
+    ranges: dict[int, list[Range]] = {}
+    for tensor in tensors:
+        if not tensor.views:
+            backings[id(tensor.backing)] = tensor.backing_bytes
+        for storage, span in tensor.views:
+            ranges.setdefault(id(storage), []).append(span)
+    held = sum(backings.values())
+    for spans in ranges.values():
+        reached = 0
+        for start, end in sorted(spans):
+            held += max(0, end - max(start, reached))
+            reached = max(reached, end)
+    return held
 
 
 def as_shape(value: object) -> tuple[int, ...]:
@@ -138,25 +237,50 @@ def as_count(value: object) -> int:
     return value
 
 
-def read_bytes(buffer: bytearray | mmap.mmap, start: int, nbytes: int, *, alignment: int = 1) -> torch.Tensor:
-    """uint8 (nbytes,) view of a writable buffer, such as a private map of a file, from the byte `start` on.
-
-    It is a copy where `start` is not a multiple of `alignment`, the size of an element of the dtype to come.
-    """
+def read_bytes(buffer: mmap.mmap, start: int, ranges: Iterable[Range], *, alignment: int) -> list[torch.Tensor]:
+    """uint8 (n,) of each range behind the byte `start` of a private map: views where they are aligned, else copies."""
     import torch
 
-    if nbytes == 0:
-        return torch.empty(0, dtype=torch.uint8)
-    view = torch.frombuffer(buffer, dtype=torch.uint8, count=nbytes, offset=start)
-    if start % alignment == 0:
-        return view
-    copy = view.clone()
-    if isinstance(buffer, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        # The pages just read would else stay resident beside the copy; they are unchanged, so that they can be read
-        # again.
-        first = start // mmap.PAGESIZE * mmap.PAGESIZE
-        buffer.madvise(mmap.MADV_DONTNEED, first, start + nbytes - first)
-    return copy
+    found = []
+    for first, end in ranges:
+        view = torch.frombuffer(buffer, dtype=torch.uint8, count=end - first, offset=start + first)
+        if (start + first) % alignment:
+            view = view.clone()
+            if hasattr(mmap, "MADV_DONTNEED"):
+                # The pages just read would else stay resident beside the copy; they are unchanged, so that they can be
+                # read again.
+                page = (start + first) // mmap.PAGESIZE * mmap.PAGESIZE
+                buffer.madvise(mmap.MADV_DONTNEED, page, start + end - page)
+        found.append(view)
+    return found
+
+
+def gather_bytes(pieces: Iterable[bytes | memoryview], ranges: Sequence[Range]) -> list[torch.Tensor]:
+    """uint8 (n,) of each range, ascending and apart, of bytes that come in pieces, of which nothing else is kept."""
+    import torch
+
+    found = [torch.empty(end - start, dtype=torch.uint8) for start, end in ranges]
+    arrays = [tensor.numpy() for tensor in found]
+    first = position = 0
+    for piece in pieces:
+        data = np.frombuffer(piece, np.uint8)
+        behind = position + len(data)
+        for index in range(first, len(ranges)):
+            start, end = ranges[index]
+            if start >= behind:
+                break
+            low, high = max(start, position), min(end, behind)
+            arrays[index][low - start : high - start] = data[low - position : high - position]
+            first = index + (end <= behind)
+        position = behind
+    return found
+
+
+def swap_bytes(tensors: Iterable[torch.Tensor], itemsize: int) -> None:
+    """Turns the bytes of each element around, in place."""
+    for tensor in tensors:
+        if itemsize > 1:
+            tensor.numpy().view(f"u{min(itemsize, 8)}").byteswap(inplace=True)
 
 
 def array_tensor(

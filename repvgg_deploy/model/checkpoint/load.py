@@ -12,7 +12,7 @@ import hashlib
 import importlib.util
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +25,20 @@ from ...specs.values import METADATA_KEY, Form, Preprocessing, VariantSpec
 from ...specs.variants import count_parameters, name_variant
 from .containers import open_checkpoint, read_file
 from .identify import Asked, Resolved
-from .lazy import BFLOAT16, COMPLEX64, COMPLEX128, FLOAT16, FLOAT32, FLOAT64, INT64, Dtype, LazyTensor, MalformedError
+from .lazy import (
+    BFLOAT16,
+    COMPLEX64,
+    COMPLEX128,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
+    INT64,
+    Dtype,
+    LazyTensor,
+    MalformedError,
+    count_held,
+    load_each,
+)
 from .names import plus_prefixes
 from .resolve import resolve
 from .structure import describe_custom
@@ -36,6 +49,7 @@ if TYPE_CHECKING:
     from ..network import RepVGG
 
 _CHUNK = 1 << 20
+_COUNTER = ".num_batches_tracked"
 _UNREAD = f"the numbers were not looked at (NaN, infinities), because PyTorch is not installed: {say_install('export')}"
 _FLOATS = (FLOAT32, FLOAT64, FLOAT16, BFLOAT16)
 
@@ -127,7 +141,7 @@ def _load(path: Path, asked: Asked, *, read: bool) -> Checkpoint:
     try:
         # State dicts → official names → architectures, and the one to take.
         found = resolve(content, asked)
-        _check_overlap([tensor for tensor in found.tensors.values() if tensor is not None])
+        _check_overlap([lazy for name, lazy in found.tensors.items() if lazy is not None and _is_read(name, lazy)])
         with ThreadPoolExecutor(max_workers=1) as pool:
             digest = pool.submit(_digest, content.files or (path,))
             state, converted = _load_weights(found) if read else ({}, [_UNREAD])
@@ -180,15 +194,14 @@ def _load_weights(found: Resolved) -> tuple[dict[str, torch.Tensor], list[str]]:
     """float32 tensors (step counters int64), views of the mapped file where it holds float32; notes on conversions."""
     import torch
 
-    tensors = found.tensors
     state: dict[str, torch.Tensor] = {}
     converted: dict[Dtype, int] = {}
-    for name, lazy in tensors.items():
-        if name.endswith(".num_batches_tracked"):
+    loaded = load_each([lazy for name, lazy in found.tensors.items() if lazy is not None and _is_read(name, lazy)])
+    for name, lazy in found.tensors.items():
+        if name.endswith(_COUNTER):
             # Old files and PaddlePaddle have none; inference never looks at it.
-            state[name] = torch.zeros((), dtype=torch.int64)
-            if lazy is not None and lazy.shape == () and lazy.dtype == INT64:
-                state[name] = _read(name, lazy).clone()
+            read = lazy is not None and _is_read(name, lazy)
+            state[name] = _next(name, loaded).clone() if read else torch.zeros((), dtype=torch.int64)
             continue
         if lazy is None and found.headless and name.startswith("linear."):
             # In place of a classifier the mean of the features, by which they are compared with one another.
@@ -204,7 +217,7 @@ def _load_weights(found: Resolved) -> tuple[dict[str, torch.Tensor], list[str]]:
             raise CheckpointError(message, remedy=remedy)
         if lazy.dtype != FLOAT32:
             converted[lazy.dtype] = converted.get(lazy.dtype, 0) + 1
-        tensor = _read(name, lazy).to(torch.float32)
+        tensor = _next(name, loaded).to(torch.float32)
         # Row-major: a 1×1 kernel saved as channels_last is contiguous either way, but its strides alone would choose
         # another algorithm.
         state[name] = tensor.contiguous().flatten().view(tensor.shape)
@@ -214,8 +227,7 @@ def _load_weights(found: Resolved) -> tuple[dict[str, torch.Tensor], list[str]]:
 
 def _check_overlap(tensors: list[LazyTensor]) -> None:
     """A few bytes must not pose as many weights: they would take more memory and time than the file's size tells."""
-    needed = sum(tensor.nbytes for tensor in tensors)
-    held = sum({id(tensor.backing): tensor.backing_bytes for tensor in tensors}.values())
+    needed, held = sum(tensor.nbytes for tensor in tensors), count_held(tensors)
     if needed > held:
         raise CheckpointError(
             f"its tensors share memory: they need {needed:,} bytes, the file holds {held:,} for them",
@@ -223,9 +235,14 @@ def _check_overlap(tensors: list[LazyTensor]) -> None:
         )
 
 
-def _read(name: str, lazy: LazyTensor) -> torch.Tensor:
+def _is_read(name: str, lazy: LazyTensor) -> bool:
+    """Whether the file's numbers are used: of step counters only where they are one number."""
+    return not name.endswith(_COUNTER) or (lazy.shape == () and lazy.dtype == INT64)
+
+
+def _next(name: str, loaded: Iterator[torch.Tensor]) -> torch.Tensor:
     try:
-        return lazy.load()
+        return next(loaded)
     except MalformedError as error:
         remedy = "download the checkpoint again and compare its sha256; where it is your own, save it again"
         raise CheckpointError(f"{name} cannot be read: {error}", remedy=remedy) from error

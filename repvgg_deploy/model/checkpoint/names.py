@@ -108,6 +108,7 @@ _FAMILIES = (
 _ANCHORS = tuple(re.compile(rf"(?P<prefix>(?:[^.]+\.)*?){naming.telling}") for naming in _FAMILIES)
 _WRAPPERS = frozenset(["module", "wrapped_module"])
 _MAX_MODELS = 64
+_MAX_NAMES = 20_000
 _IGNORED = re.compile(
     r"(^|\.)(n_averaged|decay|num_updates|initted|step|steps|total_ops|total_params|StructuredToParameterName@@)$"
     r"|(^|\.)(data_preprocessor|normalize)\.(mean|std)$"
@@ -255,6 +256,9 @@ def _translate(names: _Names, prefix: str, *, naming: Naming, theirs: set[str]) 
             dropped.append(original)
         else:
             extra.append(original)
+    if len(found) > _MAX_NAMES:
+        remedy = "give the checkpoint of a RepVGG: the deepest that is published has 47 blocks"
+        raise CheckpointError(f"has {len(found):,} tensors of {len(blocks):,} blocks", remedy=remedy)
     notes = _note_wrappers(found, prefix, plain)
     if "linear.weight" not in found:
         notes += _take_only_classifier(found, extra, shapes, numpy=numpy)

@@ -10,15 +10,17 @@ numpy/_core/src/multiarray/methods.c (`__reduce__`).
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from ...errors import CheckpointError
 from .lazy import Dtype, LazyTensor, MalformedError, Storage, array_tensor, as_count, as_shape, named_dtype, placeholder
 
-_MAX_PAIRS = 1_000_000
+_PAIR_BYTES = 128
+_MAX_KEY_BITS = 64  # longer numbers can be made to collide
 _LONG_TEXT = 1 << 16
 _DTYPE_CODE = re.compile(r"[fiubc](1|2|4|8|16)\Z")
 _REACHING = """
@@ -106,11 +108,22 @@ def class_of(node: ForeignObject) -> str:
 
 
 def as_key(value: object) -> object:
-    """`value` as a dict key. What Python could not hash, or only by recursion, is replaced by an inert object."""
-    plain = (str, int, float, bytes, type(None), Global, ForeignObject)
-    if isinstance(value, plain) or (isinstance(value, tuple) and all(isinstance(item, plain) for item in value)):
+    """`value` as a dict key; an inert object in place of what Python cannot hash at once.
+
+    Such are tuples, whose hash is of all that they hold and can be made to collide, and numbers of any length.
+    """
+    plain = (str, float, bytes, type(None), Global, ForeignObject)
+    if isinstance(value, plain) or (isinstance(value, int) and value.bit_length() <= _MAX_KEY_BITS):
         return value
     return ForeignObject(Global("builtins", "object"), ())
+
+
+def cost_of_call(target: object, args: object) -> int:
+    """Bytes that `evaluate` copies of the arguments, which a pickle may give any number of times."""
+    first = args[0] if isinstance(args, tuple) and args else None
+    if not isinstance(target, Global) or target.path not in ("collections.OrderedDict", "_codecs.encode"):
+        return 0
+    return _PAIR_BYTES * len(first) if isinstance(first, (list, tuple)) else sys.getsizeof(first)
 
 
 def evaluate(target: object, args: object) -> object:
@@ -124,7 +137,7 @@ def evaluate(target: object, args: object) -> object:
         raise MalformedError(f"the arguments of {target.path} are not what they must be") from error  # type: ignore[attr-defined]
 
 
-def _rebuild_tensor(args: tuple[object, ...]) -> object:
+def _rebuild_tensor(args: tuple[object, ...], dtype: Dtype | None = None) -> object:
     storage, offset, shape, strides = args[:4]
     if isinstance(storage, ForeignObject) and storage.name == "torch.storage._load_from_bytes":
         raise CheckpointError(
@@ -137,17 +150,15 @@ def _rebuild_tensor(args: tuple[object, ...]) -> object:
     sizes = as_shape(shape)
     if not isinstance(strides, (tuple, list)):
         raise MalformedError("the strides of a tensor are not a list")
-    steps = tuple(as_count(stride) for stride in strides)
-    if len(sizes) != len(steps):
+    if len(sizes) != len(strides):
         raise MalformedError("a tensor has another number of strides than of sizes")
-    return storage.view(sizes, steps, as_count(offset))
+    steps = tuple(as_count(stride) for stride in strides)
+    return storage.view(sizes, steps, as_count(offset), dtype)
 
 
 def _rebuild_typed_tensor(args: tuple[object, ...]) -> object:
     """A tensor of a dtype that has no storage class: its storage is bytes, its strides count elements."""
-    storage, *place = args[:4]
-    dtype = _torch_dtype(args[6])
-    return _rebuild_tensor((replace(storage, dtype=dtype) if isinstance(storage, Storage) else storage, *place))
+    return _rebuild_tensor(args, _torch_dtype(args[6]))
 
 
 def _torch_dtype(named: object) -> Dtype:
@@ -182,12 +193,8 @@ def _rebuild_from_type(args: tuple[object, ...]) -> object:
 def _encode_text(args: tuple[object, ...]) -> object:
     """Protocols before 3 spell bytes as Latin-1 text; long ones, which are arrays, are encoded when they are used."""
     text = args[0]
-    if (
-        isinstance(text, str)
-        and len(text) <= _LONG_TEXT
-        and max(text, default="") <= "\xff"
-        and args[1:] == ("latin1",)
-    ):
+    is_short = isinstance(text, str) and len(text) <= _LONG_TEXT and len(args) == 2 and args[1] == "latin1"
+    if isinstance(text, str) and is_short and max(text, default="") <= "\xff":
         return text.encode("latin-1")
     return ForeignObject(Global("_codecs", "encode"), args)
 
@@ -202,8 +209,6 @@ def _ordered_dict(args: tuple[object, ...]) -> object:
         raise MalformedError("an OrderedDict is copied from another dict, which no writer of checkpoints does")
     if not isinstance(items, (list, tuple)):
         return {}
-    if len(items) > _MAX_PAIRS:
-        raise MalformedError("an OrderedDict has more than a million items")
     result: dict[object, object] = {}
     for key, value in items:
         result[as_key(key)] = value

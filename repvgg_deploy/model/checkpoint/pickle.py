@@ -1,5 +1,7 @@
 """A pickle read as data: nothing is called or imported, and work and memory are bounded by the size of the file.
 
+Every opcode pays for the objects that it makes, in bytes: a file may make 96 MiB, and twice its own size. Time is paid
+with them, because no opcode does work that it does not pay for.
 `pickle.Unpickler` runs what a file says. Here the opcodes move plain data and descriptions (`objects`) on a stack.
 Source: the opcode table of `pickletools`, and `pickle.py` for what each opcode does to stack and memo.
 """
@@ -9,13 +11,20 @@ from __future__ import annotations
 import mmap
 import pickletools
 import re
+import sys
 from collections.abc import Callable
 
 from .lazy import MalformedError
-from .objects import ArrayObject, ForeignObject, Global, array_of, as_key, evaluate
+from .objects import ArrayObject, ForeignObject, Global, array_of, as_key, cost_of_call, evaluate
 
-_MAX_OPERATIONS = 2_000_000
+_ALLOWED_FLOOR = 96 << 20
+_ALLOWED_RATIO = 2
+_OPCODE_BYTES = 48  # what an opcode puts on the stack: a number, a short tuple, a reference
+_CALL_BYTES = 1000  # a tensor that was not read yet
+_MORE_BYTES = {"EMPTY_LIST": 32, "EMPTY_DICT": 32, "EMPTY_SET": 32, "MARK": 32, "LIST": 32, "DICT": 32, "MEMOIZE": 64,
+               "PUT": 64, "BINPUT": 64, "LONG_BINPUT": 64, "BUILD": _CALL_BYTES}  # fmt: skip
 _MAX_LINE = 1 << 28
+_MAX_GLOBAL = 1000
 _LARGE_READ = 1 << 16
 _ESCAPED = (b"S", b"c", b"i", b"P")  # opcodes whose text `genops` unescapes
 _ESCAPES = re.compile(rb"\\(?:[\\'\"abfnrtv]|x[0-9a-fA-F]{2})")
@@ -35,12 +44,24 @@ _IGNORED = frozenset(["PROTO", "FRAME", "STOP", "READONLY_BUFFER"])
 class PickleStream:
     """A part of a mapped file as the file that `pickletools.genops` reads: small reads are bytes, large ones views."""
 
-    def __init__(self, buffer: bytes | mmap.mmap, start: int, end: int) -> None:
+    def __init__(self, buffer: bytes | mmap.mmap, start: int, end: int, stored: int | None = None) -> None:
+        """Of the bytes from `start` to `end`; `stored` is how many they are in the file, where they were deflated."""
+        self._left = _ALLOWED_FLOOR + _ALLOWED_RATIO * (end - start if stored is None else stored)
         self._buffer = buffer
         self._view = memoryview(buffer)
         self._position = start
         self._end = end
         self._last: bytes | memoryview = b""
+
+    def spend(self, nbytes: int) -> None:
+        """Pays for what is made of the stream.
+
+        Raises:
+            MalformedError: It is more than a file of this size may cost.
+        """
+        self._left -= nbytes
+        if self._left < 0:
+            raise MalformedError("the pickle would take more memory and time than a checkpoint of its size needs")
 
     def tell(self) -> int:
         """Offset in the buffer."""
@@ -89,11 +110,9 @@ def read_pickle(
     Raises:
         MalformedError: The bytes are not a pickle, are truncated, or would need absurd work.
     """
-    machine = _Machine(persistent)
+    machine = _Machine(persistent, stream.spend)
     try:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):  # type: ignore[arg-type]
-            if count >= _MAX_OPERATIONS:
-                raise MalformedError(f"the pickle has more than {_MAX_OPERATIONS:,} opcodes, which no checkpoint needs")
+        for opcode, argument, _ in pickletools.genops(stream):  # type: ignore[arg-type]
             machine.step(opcode.name, argument)
         return machine.pop(), frozenset(machine.suspicious)
     except MalformedError:
@@ -106,7 +125,8 @@ def read_pickle(
 class _Machine:
     """Stack, marks and memo of a pickle, and what each opcode does to them."""
 
-    def __init__(self, persistent: Callable[[object], object] | None) -> None:
+    def __init__(self, persistent: Callable[[object], object] | None, spend: Callable[[int], None]) -> None:
+        self._spend = spend
         self._stack: list[object] = []
         self._marks: list[list[object]] = []
         self._memo: dict[int, object] = {}
@@ -116,7 +136,10 @@ class _Machine:
 
     def step(self, name: str, argument: object) -> None:
         """Executes one opcode."""
+        self._spend(_OPCODE_BYTES + _MORE_BYTES.get(name, 0))
         if name in _PUSH:
+            if isinstance(argument, (str, bytes, int)):
+                self._spend(sys.getsizeof(argument))
             self._push(argument)
         elif name in _CONSTANTS:
             self._push(_CONSTANTS[name])
@@ -216,8 +239,11 @@ class _Machine:
         self._push_global(Global(module, name))
 
     def _push_global(self, named: Global) -> None:
+        if len(named.module) + len(named.name) > _MAX_GLOBAL:
+            raise MalformedError("the pickle names a class by a text that is too long for a name")
         # A mention counts, called or not: `functools.partial(os.system, …)` calls it by a detour.
         if named.suspicious:
+            self._spend(sys.getsizeof(named.path))
             self.suspicious.add(named.path)
         self._push(named)
 
@@ -235,22 +261,26 @@ class _Machine:
 
     def _op_reduce(self, _: object) -> None:
         args, target = self.pop(), self.pop()
-        self._push(evaluate(target, args))
+        self._push(self._evaluate(target, args))
+
+    def _evaluate(self, target: object, args: object) -> object:
+        self._spend(cost_of_call(target, args) + _CALL_BYTES)
+        return evaluate(target, args)
 
     _op_newobj = _op_reduce
 
     def _op_newobj_ex(self, _: object) -> None:
         keywords, args, target = self.pop(), self.pop(), self.pop()
-        self._push(evaluate(target, args if not keywords else [args, keywords]))
+        self._push(self._evaluate(target, args if not keywords else [args, keywords]))
 
     def _op_inst(self, argument: object) -> None:
         args = tuple(self._op_pop_mark())
         self._op_global(argument)
-        self._push(evaluate(self.pop(), args))
+        self._push(self._evaluate(self.pop(), args))
 
     def _op_obj(self, _: object) -> None:
         items = self._op_pop_mark()
-        self._push(evaluate(items[0], tuple(items[1:])))
+        self._push(self._evaluate(items[0], tuple(items[1:])))
 
     def _op_build(self, _: object) -> None:
         """What ordinary unpickling would set on an object that stands already."""

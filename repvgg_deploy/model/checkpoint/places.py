@@ -21,7 +21,7 @@ _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-\d{5}(?P<suffix>\.(?:safetensors|bin
 _SCHEMES = r"[a-z][a-z\d+.-]+(?=:/)|file|hf|hf-hub|hf_hub|local-dir|mlflow|timm|wandb"  # one letter is a drive
 _ADDRESS = re.compile(rf"(?P<scheme>{_SCHEMES}):(?P<rest>.+)", re.IGNORECASE)
 _SUFFIXES = (".pth", ".pt", ".tar", ".safetensors", ".pdparams", ".bin", ".ckpt", ".index.json")
-_MAX_INDEX = 100_000_000
+_MAX_INDEX = 4 << 20  # JSON takes up to twenty times its size in memory
 _DCP = "a checkpoint of torch.distributed.checkpoint (DCP)"
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-from dataclasses import replace
+from collections import Counter
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,12 +34,33 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         help="names of the classes, one a line; in place of those in the model")
     parser.add_argument("--batch-size", type=parse_whole, default=16, metavar="N",
                         help="images decoded and run at a time (default: %(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FILE",
+                        help="write a table with a row for each image, for any number of them: .csv, .jsonl or "
+                             ".parquet; what cannot be read has its reason there, and is no error")
+    parser.add_argument("--features", action="store_true",
+                        help="with --out: a backbone's outputs as columns, averaged over the image")
+    parser.add_argument("--resume", action="store_true",
+                        help="with --out: go on where an interrupted run of this command stopped")
+    parser.add_argument("--force", action="store_true", help="with --out: replace the file, or begin anew")
     add_max_value_option(parser)
     add_device_options(parser)
 # fmt: on
 
 
+def find_conflict(args: argparse.Namespace) -> str | None:
+    """What belongs to a table needs one."""
+    if args.out is not None:
+        return "--resume goes on, --force begins anew: give one" if args.resume and args.force else None
+    given = [name for name in ("features", "resume", "force") if getattr(args, name)]
+    return f"--{given[0]} needs --out" if given else None
+
+
 def execute(args: argparse.Namespace) -> Output:
+    """Prints what the images show, or writes it to a table."""
+    return _print_answers(args) if args.out is None else _write_table(args)
+
+
+def _print_answers(args: argparse.Namespace) -> Output:
     """Answers the images that can be read; what is wrong with the others stands in the output's errors."""
     from ..images.listing import Listing, expand
     from ..runtime.answers import Answer, answer_images
@@ -68,6 +90,49 @@ def execute(args: argparse.Namespace) -> Output:
         text="\n".join(_as_text(answer) for answer in answers if answer.error is None),
         errors=tuple(answer.error for answer in answers if answer.error is not None),
     )
+
+
+def _write_table(args: argparse.Namespace) -> Output:
+    """Scores all images below the folders; as many rows as images, however often it is interrupted."""
+    from ..files.output import refuse_stdout, sha256_file
+    from ..images.listing import STANDARD_INPUT, stream_images
+    from ..runtime.engine import Engine
+    from ..runtime.options import EngineOptions
+    from ..serving.scoring import Scorer, ScoringOptions, score
+    from ..serving.tables import GrowingTable
+
+    refuse_stdout(args.out)
+    if any(item in STANDARD_INPUT for item in args.images):
+        raise InputError("--out: standard input holds one image", remedy="leave --out out, or give files and folders")
+    with Engine(
+        args.model, device=args.device, backend=args.backend, options=EngineOptions(intra_op_threads=args.threads)
+    ) as engine:
+        labels = None if args.features else _plan(engine.spec, args).labels
+        options = ScoringOptions(args.top or _USUAL_TOP, args.features, labels, args.max_value)
+        scorer = Scorer(engine, options)
+        run = {"model_sha256": sha256_file(Path(args.model)), "images": args.images, "options": asdict(options)}
+        with GrowingTable(args.out, scorer.columns, run=run, resume=args.resume, force=args.force) as table:
+            done = table.find_done()
+            if len(done):
+                logger.warning("%s rows are there already", f"{len(done):,}")
+            known = Counter(file in done for file in stream_images(args.images))
+            if not known:
+                raise InputError(
+                    f"{', '.join(args.images)}: no image found there", remedy="name folders that hold some"
+                )
+            files = (file for file in stream_images(args.images) if file not in done)
+            with Progress(known[False], "images") as bar:
+                found = score(files, scorer, table, batch_size=args.batch_size, progress=bar.advance)
+            rows = table.finish()
+    rate = found.images / max(found.seconds, 1e-9)
+    lines = [f"{args.out}: {rows:,} rows, {found.images:,} of them now: {found.seconds:.0f} s, {rate:.0f} images/s"]
+    if found.unread:
+        lines += [f"{found.unread:,} could not be read:", *(f"  {error}" for error in found.errors)]
+        lines += [f"  … and {found.unread - len(found.errors):,} more, in the column error"] * (
+            found.unread > len(found.errors)
+        )
+    data = {"model": str(args.model), "output": str(args.out), "rows": rows, **asdict(found)}
+    return Output(data=data, text="\n".join(lines))
 
 
 def _plan(spec: ModelSpec, args: argparse.Namespace) -> Classifying:
@@ -122,7 +187,9 @@ COMMAND = Command(
     "infer",
     "print the best classes of images",
     "Prints the best classes of each image with their probabilities. An image that cannot be read is named, the others "
-    "are answered all the same, and the exit code is 1.",
+    "are answered all the same, and the exit code is 1. With --out it writes a table of any number of images in "
+    "constant memory; an interrupted run goes on with --resume.",
     add_options,
     execute,
+    find_conflict,
 )

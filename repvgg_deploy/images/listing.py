@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
@@ -64,53 +64,72 @@ def find_images(folder: Path) -> Listing:
     Raises:
         InputError: A folder may not be read: without it, a class could be missing unseen.
     """
-    search = _Search(folder)
-    search.run()
-    files = tuple(sorted(search.files))
+    found: dict[str, list[str]] = {kind: [] for kind in ("file", "hidden", "other", "folder")}
+    for kind, name in _walk(str(folder)):
+        found[kind].append(name)
+    files = tuple(sorted(map(Path, found["file"])))
     filled = {file.relative_to(folder).parts[0] for file in files}
-    empty = tuple(sorted(name for name in search.folders if name not in filled))
-    return Listing(files, tuple(sorted(search.hidden)), tuple(sorted(search.others)), empty)
+    empty = tuple(sorted(name for name in found["folder"] if name not in filled))
+    return Listing(files, tuple(sorted(found["hidden"])), tuple(sorted(found["other"])), empty)
 
 
-@dataclass(slots=True)
-class _Search:
-    """What was found so far below a folder."""
+def stream_images(paths: Iterable[StrPath]) -> Iterator[str]:
+    """The files of `expand`, one by one, in the memory that the names in one folder take.
 
-    root: Path
-    files: list[Path] = field(default_factory=list)
-    hidden: list[str] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)
-    folders: list[str] = field(default_factory=list)
+    The order is the same each time: the arguments', then that of names, a folder's content where its name stands. What
+    is no image is passed over, and of several arguments that overlap each file comes once.
 
-    def run(self) -> None:
-        waiting, seen = [str(self.root)], set()
-        while waiting:
-            folder = waiting.pop()
-            real = os.path.realpath(folder)
-            if real in seen:
-                continue
-            seen.add(real)
-            for entry in self._entries(folder):
-                where = os.path.relpath(entry.path, self.root)
-                if entry.name.startswith(".") or entry.name in _NO_CONTENT:
-                    self.hidden.append(where)
-                elif entry.is_dir():
-                    waiting.append(entry.path)
-                    if folder == str(self.root):
-                        self.folders.append(entry.name)
-                elif (reason := why_no_image(Path(entry.path), is_file=entry.is_file())) is None:
-                    self.files.append(Path(entry.path))
-                else:
-                    self.others.append(f"{where} ({reason})" if reason else where)
+    Raises:
+        InputError: A folder may not be read.
+    """
+    texts = [os.fspath(path) for path in paths]
+    seen: set[str] = set()  # of one argument nothing need be remembered
+    for text in texts:
+        folder = os.path.isdir(text)
+        for name in (name for kind, name in _walk(text) if kind == "file") if folder else _expand_one(text).files:
+            path = str(name)
+            if len(texts) == 1:
+                yield path
+            elif path not in seen:
+                seen.add(path)
+                yield path
 
-    def _entries(self, folder: str) -> Iterator[os.DirEntry[str]]:
-        try:
-            with os.scandir(folder) as entries:
-                yield from entries
-        except OSError as error:
-            raise InputError(
-                f"{folder}: cannot be read: {error.strerror}", remedy="make the folder readable, or move it out"
-            ) from error
+
+def _walk(root: str) -> Iterator[tuple[str, str]]:
+    """What stands below a folder, in the order of names, as kind and name.
+
+    Kinds: `file`, an image, with its path; `hidden` and `other`, no image, by their names below the root; `folder`, one
+    directly below the root, by its name.
+    """
+    seen, open_folders = {os.path.realpath(root)}, [iter(_entries(root))]
+    while open_folders:
+        entry = next(open_folders[-1], None)
+        if entry is None:
+            open_folders.pop()
+        elif entry.name.startswith(".") or entry.name in _NO_CONTENT:
+            yield "hidden", os.path.relpath(entry.path, root)
+        elif entry.is_dir():
+            if len(open_folders) == 1:
+                yield "folder", entry.name
+            real = os.path.realpath(entry.path)
+            if real not in seen:
+                seen.add(real)
+                open_folders.append(iter(_entries(entry.path)))
+        elif (reason := why_no_image(Path(entry.path), is_file=entry.is_file())) is None:
+            yield "file", entry.path
+        else:
+            where = os.path.relpath(entry.path, root)
+            yield "other", f"{where} ({reason})" if reason else where
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be read: {error.strerror}", remedy="make the folder readable, or move it out"
+        ) from error
 
 
 def why_no_image(path: Path, *, is_file: bool) -> str | None:

@@ -117,6 +117,7 @@ def test_extras_name_an_onnx_runtime_only_in_cpu_and_gpu() -> None:
         "serving",
         "service",
         "plot",
+        "parquet",
         "dev",
         "docs",
     }

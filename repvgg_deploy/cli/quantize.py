@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shlex
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -33,7 +34,7 @@ _STEPS = ("--method", "--percentile", "--no-equalize", "--exponent", "--no-bias-
 _INT8_ONLY = ("--target", *_STEPS, "--keep", "--max-drop", "--sensitivity", "--save-scales", "--scales", "--plot")
 _CALIBRATION = ("--method", "--percentile", "--no-equalize", "--exponent", "--save-scales")
 _NEEDS_IMAGES = ("--scales", "--save-scales", "--max-drop", "--sensitivity")
-_NAMED = 6  # of the layers that are kept
+_NAMED = 6  # of layers that are kept, or of tensors
 _WORST = 5
 _RANGES = {
     "images": "measured on {} images",
@@ -293,15 +294,23 @@ def _int8_pairs(
     share = f"{len(report.layers) - len(report.kept)} layers"
     if sum(layer.macs for layer in report.layers):
         share = f"{report.int8_share:.1%} of the multiply-accumulates"
-    named = ", ".join(report.kept[:_NAMED])
-    more = f" and {len(report.kept) - _NAMED} more" if len(report.kept) > _NAMED else ""
-    kept = f"; kept in {beside}: {named}{more}" if report.kept else ": every layer"
+    kept = f"; kept in {beside}: {_name(report.kept)}" if report.kept else ": every layer"
+    twice = dict.fromkeys(report.requantized)
+    why = "one scale for all that reads them would cost 0.5 dB or more"
+    why = why if report.source == "images" else "without images it is not known what one scale would cost"
     return [
         ("calibration", calibration),
         ("equalization", _equalization(options, report)),
         ("rounding", f"activation scales {scales}; weights {weights}; {bias}"),
         ("INT8", share + kept),
+        *([("requantized", f"{len(report.requantized)} times: {_name(list(twice))}; {why}")] if twice else []),
     ]
+
+
+def _name(names: Sequence[str]) -> str:
+    """The first of so many names."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def _equalization(options: QuantizeOptions, report: Int8Report) -> str:

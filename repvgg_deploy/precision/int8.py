@@ -42,13 +42,14 @@ from .metrics import (
 from .mixed import halve_quantized, round_activation_scales
 from .network import Layer, Network, read_network, read_weights
 from .normalise import KINDS
-from .qdq import insert_pairs, write_integers
+from .qdq import find_requantized, insert_pairs, write_integers
 from .ranges import Statistics, collect, hash_images
 from .round import RoundedLayer, RoundOptions, round_by_prior, round_nearest
 from .round_network import Prepared, round_weights
 from .run_onnx import has_fixed_batch, spread_images
 from .scales import ScaleFile, ScaleOptions, choose_scales, encode_factors, fit_scales, graph_sha256
 from .search import SearchOptions, choose_exponents
+from .share import share_scales
 from .typed_model import Parent, StrPath, TypedModel, extend, load_parent
 
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -171,6 +172,8 @@ class Int8Report:
         kept: Layers that stayed in floating point.
         int8_share: Share of the multiply-accumulates that are INT8, 0 to 1.
         held_out: Judged on images that took no part; None where there were none, or where there is no classifier.
+        requantized: Tensors that are quantized more than once, because one scale for all that reads them would cost too
+            much (`share`); each once for every scale but the first.
     """
 
     images: int
@@ -182,6 +185,7 @@ class Int8Report:
     kept: tuple[str, ...] = ()
     int8_share: float = 1.0
     held_out: Verification | None = None
+    requantized: tuple[str, ...] = ()
 
 
 def to_int8(
@@ -271,6 +275,8 @@ def quantize_graph(
             wanted = dataclasses.replace(options.search, range_percentile=options.range_percentile)
             exponents = choose_exponents(network, batches, statistics, wanted, progress=partial(tell, "equalize"))
         prepared, scales, interfaces = _calibrate(network, statistics, options, exponents)
+        prepared = share_scales(prepared, batches, progress=partial(tell, "share scales"))
+        scales = dataclasses.replace(scales, scales=dict(prepared.scales))
     else:
         prepared, scales, interfaces = *_reuse(network, batches, saved, options), ()
     # Weights; and which layers must stay in floating point.
@@ -289,6 +295,7 @@ def quantize_graph(
     tell("measure layers", 1, 1)
     judged = judge.compare(graph) if judge.classifies and len(images.held_out) else None
     report = dataclasses.replace(_report(prepared, scales, macs, sqnr), interfaces=interfaces, costs=costs)
+    report = dataclasses.replace(report, requantized=find_requantized(graph))
     full = set[str]()
     if options.half:
         tried = spread_images(network.model, batches, _REPORT_IMAGES)
@@ -321,7 +328,8 @@ def _quantize_without_images(
         tell("round", index + 1, len(layers))
     report = _report(prepared, scales, count_macs(network, blank_batch(network.model)), {})
     graph = _type(_write(prepared, rounded), prepared, options)
-    return graph, dataclasses.replace(report, source="statistics", interfaces=interfaces)
+    report = dataclasses.replace(report, source="statistics", interfaces=interfaces)
+    return graph, dataclasses.replace(report, requantized=find_requantized(graph))
 
 
 def _require_fit(network: Network, options: Int8Options) -> Int8Options:

@@ -114,6 +114,15 @@ def _split(n: Network, x: str) -> str:
     return n.sum(n.layer(a, 8, kernel=1), n.layer("rest", 8, kernel=1))
 
 
+def _cross_stage(n: Network, x: str) -> str:
+    """Two halves, one of which goes through a residual block; all of them and its result meet (CSP, YOLOv8's C2f)."""
+    left = n.node("Split", [x, n.constant_integers([8, 8])], axis=1)
+    n.nodes[-1].output.append("right")
+    n.channels |= {left: 8, "right": 8}
+    inner = n.sum("right", n.layer(n.layer("right", 8), 8))
+    return n.layer(n.node("Concat", [left, "right", inner], 24, axis=1), 16, kernel=1)
+
+
 def _shuffle(n: Network, x: str) -> str:
     apart = n.node("Reshape", [x, n.constant_integers([0, 4, 4, 16, 16])])
     turned = n.node("Transpose", [apart], perm=[0, 2, 1, 3, 4])
@@ -134,6 +143,7 @@ OPERATORS: dict[str, Callable[[Network, str], str]] = {
     "residual": lambda n, x: n.node("Relu", [n.sum(n.layer(x, 16, ""), x)]),
     "two convolutions": lambda n, x: n.sum(n.layer(x, 16, ""), n.layer(x, 16, "")),
     "split": _split,
+    "cross stage": _cross_stage,
     "slice": lambda n, x: n.slice(x, 2, 10, 8),
     "nearest": lambda n, x: _resize(n, x, "nearest"),
     "linear": lambda n, x: _resize(n, x, "linear"),

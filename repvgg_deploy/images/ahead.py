@@ -81,6 +81,22 @@ def decode_ahead(
                 future.cancel()
 
 
+def decode_pictures(pictures: Iterable[Picture], preprocessing: Preprocessing) -> Piece:
+    """Decodes images one after the other, into one piece."""
+    import numpy as np
+
+    found: list[tuple[Picture, InputError | None]] = []
+    pixels = []
+    for picture in pictures:
+        try:
+            pixels.append(load_picture(picture, preprocessing))
+        except InputError as error:
+            found.append((picture, error))
+        else:
+            found.append((picture, None))
+    return Piece(tuple(found), np.stack(pixels) if pixels else np.empty((0, *preprocessing.crop, 3), np.uint8))
+
+
 def count_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -257,10 +257,19 @@ def _schema(columns: Mapping[str, type | int]) -> Any:
 
 
 def _write_parquet(path: Path, columns: Mapping[str, type | int], rows: Sequence[Row]) -> None:
-    pyarrow, parquet = _import_parquet()
+    _import_parquet()[1].write_table(to_arrow(columns, rows), path)
+
+
+def to_arrow(columns: Mapping[str, type | int], rows: Sequence[Row]) -> Any:
+    """Rows as a pyarrow.Table.
+
+    Raises:
+        MissingDependencyError: pyarrow is not installed.
+    """
+    pyarrow, _ = _import_parquet()
     schema = _schema(columns)
     arrays = [pyarrow.array([row[index] for row in rows], field.type) for index, field in enumerate(schema)]
-    parquet.write_table(pyarrow.Table.from_arrays(arrays, schema=schema), path)
+    return pyarrow.Table.from_arrays(arrays, schema=schema)
 
 
 def _merge_parquet(parts: Sequence[Path], path: Path, columns: Mapping[str, type | int]) -> None:

@@ -11,6 +11,7 @@ from .build import COMMAND as BUILD
 from .check import COMMAND as CHECK
 from .common import Command, HelpFormatter, parent_parser, run
 from .compare import COMMAND as COMPARE
+from .doctor import COMMAND as DOCTOR
 from .eval import COMMAND as EVAL
 from .fold import COMMAND as FOLD
 from .infer import COMMAND as INFER
@@ -19,7 +20,7 @@ from .quantize import COMMAND as QUANTIZE
 from .triton import COMMAND as TRITON
 
 DESCRIPTION = "Folds, quantizes, builds, runs, measures and describes models; repvgg-export makes them of checkpoints."
-COMMANDS = (INFER, INSPECT, FOLD, QUANTIZE, BUILD, CHECK, TRITON, EVAL, COMPARE, BENCH, ADVISE)
+COMMANDS = (INFER, INSPECT, FOLD, QUANTIZE, BUILD, CHECK, TRITON, EVAL, COMPARE, BENCH, ADVISE, DOCTOR)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -25,6 +25,7 @@ from repvgg_deploy.serving import kserve
 from repvgg_deploy.specs.values import ModelSpec
 
 from .core import Service
+from .pages import Get, add_pages
 
 logger = logging.getLogger(__name__)
 
@@ -35,27 +36,31 @@ IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # MPO: what some cameras call th
 
 def create_app(service: Service) -> FastAPI:
     """The application around an open service."""
-    # No generated documentation: the bodies are bytes, which it could not describe.
+    # No generated documentation: the bodies are bytes, which it could not describe. `openapi.py` does.
     app = FastAPI(title="repvgg-deploy", version=__version__, openapi_url=None)
     app.add_middleware(Observer, service=service)
     app.add_exception_handler(AnyHTTPException, _answer_http_error)
     app.add_exception_handler(RepVGGDeployError, partial(_answer_error, service))
-    _add_health(app, service)
+    get = partial(_add_get, app)
+    _add_health(get, service)
     _add_inference(app, service)
+    if service.settings.pages:
+        add_pages(get, service)
     return app
 
 
-def _add_health(app: FastAPI, service: Service) -> None:
-    def get(*paths: str) -> Callable[[Callable[..., Any]], None]:
-        """The routes of one answer to GET and HEAD; OPTIONS says so. Balancers probe with any of the three."""
+def _add_get(app: FastAPI, *paths: str) -> Callable[[Callable[..., Any]], None]:
+    """The routes of one answer to GET and HEAD; OPTIONS says so. Balancers probe with any of the three."""
 
-        def add(answer: Callable[..., Any]) -> None:
-            for path in paths:
-                app.add_api_route(path, answer, methods=["GET", "HEAD"])
-                app.add_api_route(path, _say_methods, methods=["OPTIONS"])
+    def add(answer: Callable[..., Any]) -> None:
+        for path in paths:
+            app.add_api_route(path, answer, methods=["GET", "HEAD"])
+            app.add_api_route(path, _say_methods, methods=["OPTIONS"])
 
-        return add
+    return add
 
+
+def _add_health(get: Get, service: Service) -> None:
     @get("/v2/health/live")
     async def live() -> Response:
         return Response(status_code=200 if service.phase != "broken" else 503)

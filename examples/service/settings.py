@@ -67,6 +67,7 @@ class Settings:
         grace_seconds: How long requests are still answered after SIGTERM, while readiness is off: longer than a load
             balancer takes to notice.
         drain_seconds: How long requests that are under way after that may take.
+        pages: 1: also a page at `/` that classifies an image, and the routes as OpenAPI at `/openapi.json`.
     """
 
     model: str
@@ -93,6 +94,7 @@ class Settings:
     retry_after_seconds: int = 1
     grace_seconds: float = 10.0
     drain_seconds: float = 20.0
+    pages: int = 0
 
     @property
     def address(self) -> tuple[str, int]:

@@ -95,6 +95,7 @@ LOUD: dict[str, tuple[dict[str, str], str, str]] = {
 }
 
 
+@pytest.mark.slow
 def test_each_alert_goes_off_when_it_should_and_only_then(tmp_path: Path) -> None:
     promtool = find_prometheus("promtool")
     if promtool is None:

@@ -81,6 +81,13 @@ def test_openapi_names_every_route_and_no_other(service: Service) -> None:
     assert found <= there
 
 
+def test_openapi_has_the_statuses_of_the_readme(service: Service) -> None:
+    table = (pages.FOLDER.parent / "README.md").read_text(encoding="utf-8").partition("## When it refuses")[2]
+    refused = set(re.findall(r"\d{3}", " ".join(re.findall(r"^\| ([\d, ]+)[ |]", table, re.M))))
+    described = json.loads(ask(service, "GET", "/openapi.json")[2])["paths"]["/predict"]["post"]["responses"]
+    assert refused - {"404", "405"} == set(described) - {"200"}  # those are of no route that is described
+
+
 @pytest.mark.parametrize("options", [ModelOptions(), ModelOptions(kind="top5"), ModelOptions(uint8=True, labels=False)])
 def test_answers_are_what_openapi_says(options: ModelOptions, tmp_path: Path) -> None:
     jsonschema = pytest.importorskip("jsonschema", reason="jsonschema, of the extra dev, is not installed")

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
-from numpy.typing import NDArray
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from repvgg_deploy import __version__
 from repvgg_deploy.errors import DeadlineError, EngineBusyError, InputError, RepVGGDeployError
-from repvgg_deploy.images.decode import decode_image, normalize
+from repvgg_deploy.images.decode import normalize
 from repvgg_deploy.runtime.results import Result, rank_classes
 from repvgg_deploy.serving import kserve
 from repvgg_deploy.specs.values import ModelSpec
@@ -31,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 MODEL, VERSION = "/v2/models/{name}", "/v2/models/{name}/versions/{version}"
 _SHORT = 1 << 16  # bytes of JSON that are read between two other requests
-IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # MPO: what some cameras call their JPEG
 
 
 def create_app(service: Service) -> FastAPI:
@@ -120,7 +118,10 @@ def _add_inference(app: FastAPI, service: Service) -> None:
                 raise HTTPException(
                     415, "expected the bytes of an image file as the body, and no form: curl --data-binary @photo.jpg"
                 )
-            batch = await service.in_thread(partial(_decode, service, body))
+            image = (await service.decode(request, body))[np.newaxis]
+            preprocessing = service.spec.preprocessing
+            assert preprocessing is not None, "without it nothing is decoded"
+            batch = image if preprocessing.in_graph else normalize(image, preprocessing)
             result = await service.infer(request, batch)
         return Json({"model": service.name, "predictions": best_classes(result, service.spec)})
 
@@ -131,17 +132,6 @@ def _parse(service: Service, request: Request, body: bytearray) -> kserve.InferR
     if len(data) > limit:
         raise HTTPException(413, f"decompressed, the body has more than {limit:,} bytes")
     return kserve.parse_request(data, request.headers.get(kserve.HEADER), service.spec)
-
-
-def _decode(service: Service, body: bytearray) -> NDArray[Any]:
-    """One image file as a batch of one, as `Engine.infer_images` makes it."""
-    preprocessing = service.spec.preprocessing
-    if preprocessing is None or service.spec.kind not in ("logits", "probabilities", "top5"):
-        raise InputError(
-            "this model does not classify images as files", remedy=f"send tensors to /v2/models/{service.name}/infer"
-        )
-    image = decode_image(body, preprocessing, formats=IMAGE_FORMATS, max_pixels=service.settings.max_pixels)
-    return image[np.newaxis] if preprocessing.in_graph else normalize(image[np.newaxis], preprocessing)
 
 
 def best_classes(result: Result, spec: ModelSpec) -> list[dict[str, Any]]:

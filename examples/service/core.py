@@ -11,16 +11,18 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Literal, TypeVar, cast
 
+import numpy as np
 from fastapi import HTTPException, Request
 from numpy.typing import NDArray
 from starlette.requests import ClientDisconnect
 
 from repvgg_deploy import Engine, __version__
-from repvgg_deploy.errors import CudaContextError, InputError
+from repvgg_deploy.errors import CudaContextError, DeadlineError, InputError
 from repvgg_deploy.runtime.opening import is_plan
 from repvgg_deploy.runtime.options import BackendName, EngineOptions
 from repvgg_deploy.runtime.results import Result
 
+from .decoders import DecodeLimits, Decoders
 from .metrics import RequestMetrics, make_registry
 from .settings import Settings, name_variable
 
@@ -31,10 +33,11 @@ Phase = Literal["ready", "leaving", "refusing", "broken"]
 failed, and only a new process helps."""
 _T = TypeVar("_T")
 CLIENT_IS_GONE = 499
+_THREADS = 1  # that reads and writes long JSON: more would only take turns, and take them from the event loop
 
 
 class Service:
-    """An open Engine, its batcher, and the threads that decode; a context manager.
+    """An open Engine, its batcher, and the processes that decode; a context manager.
 
     Args:
         settings: The model, its limits and times.
@@ -82,13 +85,22 @@ class Service:
         if len(sizes) == 3:  # a model of any image size has no usual one
             for images in {1, largest}:
                 self.engine.warm_up((images, *sizes))
-        self._decoders = ThreadPoolExecutor(max(1, settings.decoders), thread_name_prefix="decoder")
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="worker")
+        self._open_decoders()
         about = {"version": __version__, "backend": self.engine.backend_name, "platform": self.platform}
         self.registry = make_registry(self.engine.statistics, self.batcher.statistics, about)
         self.metrics = RequestMetrics(self.registry)
         self.metrics.active.set_function(lambda: self.active)
         self.metrics.buffered.set_function(lambda: self._buffered)
         self.metrics.ready.set_function(lambda: self.phase == "ready")
+
+    def _open_decoders(self) -> None:
+        settings = self.settings
+        self._decoding = ThreadPoolExecutor(settings.decoders, thread_name_prefix="decoder")
+        self._decoders = None
+        if self.spec.preprocessing is not None and self.spec.kind in ("logits", "probabilities", "top5"):
+            limits = DecodeLimits(settings.decode_seconds, settings.max_pixels, settings.max_body_bytes)
+            self._decoders = Decoders(settings.decoders, self.spec.preprocessing, limits)
 
     def __enter__(self) -> Service:
         logger.info("%r as %r with %s", self.engine, self.name, dataclasses.asdict(self.settings))
@@ -98,7 +110,10 @@ class Service:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.batcher.close(drain=False)  # nobody waits for an answer any more
-        self._decoders.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._threads, self._decoding):
+            pool.shutdown(wait=False, cancel_futures=True)
+        if self._decoders is not None:
+            self._decoders.close()
         self.engine.close()
         logger.info("closed after %d requests", self.batcher.statistics().requests)
 
@@ -164,7 +179,38 @@ class Service:
         Raises:
             HTTPException: 503, the service ends before it is done.
         """
-        return await self._or_end(asyncio.get_running_loop().run_in_executor(self._decoders, work))
+        return await self._or_end(asyncio.get_running_loop().run_in_executor(self._threads, work))
+
+    async def decode(self, request: Request, body: bytearray) -> NDArray[np.uint8]:
+        """One image file as a model's input, uint8 (H, W, 3) RGB, as `Engine.infer_images` makes it.
+
+        Raises:
+            InputError: It is no usable image, or takes too long; or the model does not take images as files.
+            DeadlineError: No decoder was free within `timeout_ms`.
+            HTTPException: 499, the client has gone; 503, the service ends before it is done.
+        """
+        if self._decoders is None:
+            raise InputError(
+                "this model does not classify images as files", remedy=f"send tensors to /v2/models/{self.name}/infer"
+            )
+        late = False
+
+        def give_up() -> None:
+            nonlocal late
+            late = future.cancel()  # what has begun has a limit of its own
+
+        future = self._decoding.submit(self._decoders.decode, body)
+        timer = asyncio.get_running_loop().call_later(self.settings.timeout_ms / 1e3, give_up)
+        try:
+            return await self._or_end(asyncio.wrap_future(future), asyncio.ensure_future(_wait_until_gone(request)))
+        except asyncio.CancelledError:
+            if not late:
+                raise
+            raise DeadlineError(
+                f"no decoder was free within {self.settings.timeout_ms:g} ms", remedy="try again later, or elsewhere"
+            ) from None
+        finally:
+            timer.cancel()
 
     async def infer(self, request: Request, batch: NDArray[Any], timeout_ms: float | None = None) -> Result:
         """Runs a batch together with those of others. Where the client has gone, it leaves the queue.
@@ -210,6 +256,8 @@ class Service:
         if self.active:
             logger.warning("%d requests are still under way, and are refused", self.active)
         self._ended = True
+        if self._decoders is not None:
+            self._decoders.close()
         for ending in self._endings:
             if not ending.done():
                 ending.set_result(None)

@@ -28,6 +28,7 @@ _POSITIVE = frozenset(
         "max_pixels",
         "body_seconds",
         "decoders",
+        "decode_seconds",
         "head_seconds",
         "max_head_bytes",
         "answer_seconds",
@@ -56,7 +57,8 @@ class Settings:
         max_requests: Requests under way at once, those in the queue included; beyond it, 503.
         max_pixels: The largest image that is decoded.
         body_seconds: How long a client may take to send a request; then 408.
-        decoders: Threads that decode images.
+        decoders: Processes that decode images.
+        decode_seconds: Of a processor, that decoding an image may take; then 400.
         head_seconds: How long a client may take from its connection, or the first byte of a request, to the end of its
             headers; then 408.
         max_head_bytes: The largest request line with all headers; then 431.
@@ -87,6 +89,7 @@ class Settings:
     max_pixels: int = 25_000_000
     body_seconds: float = 10.0
     decoders: int = 2
+    decode_seconds: float = 5.0
     head_seconds: float = 10.0
     max_head_bytes: int = 65536
     max_connections: int = 0

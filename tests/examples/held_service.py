@@ -13,7 +13,7 @@ from typing import Any
 from unittest import mock
 
 from examples.service import __main__ as program
-from examples.service import app
+from examples.service.decoders import Decoders
 from repvgg_deploy.runtime.batcher import Request, _Crew
 from tests.waiting import Gate
 
@@ -39,14 +39,14 @@ def main() -> int:
         gate.pass_through()
         answer(crew, batch)
 
-    decoding, decode = Gate(Path(f"{os.environ[GATE]}.decode")), app._decode
+    decoding, decode = Gate(Path(f"{os.environ[GATE]}.decode")), Decoders.decode
 
     def decode_when_let(*arguments: Any) -> Any:
         decoding.pass_through()
         return decode(*arguments)
 
     with (
-        mock.patch.object(app, "_decode", decode_when_let),
+        mock.patch.object(Decoders, "decode", decode_when_let),
         mock.patch.object(_Crew, "_answer", answer_when_let),
         mock.patch.object(program, "time", Clock(Path(os.environ[GRACE_IS_OVER]))),
     ):

@@ -137,7 +137,7 @@ def test_what_is_rendered_as_text_leaves_the_event_loop(service: Service, monkey
     for binary in (True, False):
         assert ask(service, "POST", INFER, *binary_request(batch, binary_data_output=binary))[0] == 200
     main, other = threads
-    assert main == "MainThread" and other.startswith("decoder")
+    assert main == "MainThread" and other.startswith("worker")
 
 
 def test_jpeg_of_thousands_of_scans_is_refused_before_it_is_decoded(
@@ -221,6 +221,7 @@ def test_setting_that_is_no_count_is_an_input_error(text: str) -> None:
         "MAX_PIXELS",
         "BODY_SECONDS",
         "DECODERS",
+        "DECODE_SECONDS",
         "HEAD_SECONDS",
         "MAX_HEAD_BYTES",
         "ANSWER_SECONDS",

@@ -29,7 +29,21 @@ LENGTH = "Inference-Header-Content-Length"
 GROWTH_BYTES = 256 << 20  # a body of 32 MB as it arrives, whole and decompressed, and 8 MB of JSON as objects
 REFUSED = {400, 404, 405, 413, 415, 431}
 _TEXTS_OF_ID = ("", "x\0", "\u202ex", "x" * 100_000, "../x", "x\r\nA: b", None)
-_TEXTS = ("", "x\0", "\ud800", "a\udfff", "\u202ex", "x" * 100_000, "../x", "x\r\nA: b", None, 1, True, [], {})
+_TEXTS: tuple[object, ...] = (
+    "",
+    "x\0",
+    "\ud800",
+    "a\udfff",
+    "\u202ex",
+    "x" * 100_000,
+    "../x",
+    "x\r\nA: b",
+    None,
+    1,
+    True,
+    [],
+    {},
+)
 
 
 def http(body: bytes = b"", path: str = INFER, method: str = "POST", **headers: str) -> bytes:
@@ -73,8 +87,21 @@ def json_cases() -> Iterator[bytes]:
         yield http(f'{{"parameters":{{"timeout":{number if number != "9" * 400 else -1}}},"inputs":1}}'.encode())
     for data in ("[]", "{}", "1", "[[1],[1,2]]", "[1,[2]]", f'["{"x" * 500_000}"]', f"[{'[],' * 500_000}[]]"):
         yield with_data(data)
-    sizes = ([], [0], [-1], [1, 3, 16], [1] * 33, [1] * 100_000, [2**31] * 2, [2**30] * 32, [10**400], [1.0], ["1"])
-    for shape in (*sizes, {}, None, "1", True):
+    sizes: tuple[object, ...] = (
+        [],
+        [0],
+        [-1],
+        [1, 3, 16],
+        [1] * 33,
+        [1] * 100_000,
+        [2**31] * 2,
+        [2**30] * 32,
+        [10**400],
+        [1.0],
+        ["1"],
+    )
+    others: tuple[object, ...] = ({}, None, "1", True)
+    for shape in sizes + others:
         yield request(inputs=[tensor(shape=shape)])
         yield binary(shape=shape)
     for text in _TEXTS:
@@ -85,7 +112,8 @@ def json_cases() -> Iterator[bytes]:
             yield request(id=text)
     for key in ("name", "shape", "datatype", "data"):
         yield request(inputs=[{name: value for name, value in tensor().items() if name != key}])
-    for inputs in ({}, [], None, "x", [[]], [1], [{}], [tensor()] * 2, {"0": tensor()}):
+    several: tuple[object, ...] = ({}, [], None, "x", [[]], [1], [{}], [tensor()] * 2, {"0": tensor()})
+    for inputs in several:
         yield request(inputs=inputs)
     for outputs in ([{"name": "logits"}] * 2, [{"name": "logits"}] * 100_000, [1], "logits", {"name": "logits"}):
         yield request(outputs=outputs)

@@ -40,11 +40,13 @@ class PendingOutput:
         target: Where it will stand.
         partial: The hidden file beside it to write to.
         status: `pending`, then `written` or `up to date` (an identical file stood there already).
+        left: Whether the hidden file stays at the end if it has not been renamed, for the next command to finish.
     """
 
     target: Path
     partial: Path
     status: Literal["pending", "written", "up to date"] = "pending"
+    left: bool = False
 
 
 @contextlib.contextmanager
@@ -89,7 +91,9 @@ def pending_output(target: Path) -> Iterator[PendingOutput]:
         raise ArtifactError(error.message.replace(str(partial), str(target)), remedy=error.remedy) from error
     finally:
         os.close(handle)  # first: NFS keeps what is removed while it is open
-        partial.unlink(missing_ok=True)
+        if not output.left:
+            with contextlib.suppress(OSError):  # what cannot be removed is found by a later writer
+                partial.unlink()
 
 
 def write_text(target: Path, text: str, *, force: bool = False) -> PendingOutput:
@@ -161,19 +165,17 @@ def refuse_stdout(target: Path) -> None:
 def _create_partial(target: Path) -> tuple[Path, int]:
     """A hidden file beside the target, and its handle, which holds its lock: see `_remove_if_dead`."""
     refuse_stdout(target)
-    if target.is_dir():
-        raise ArtifactError(
-            f"{target}: is a folder, expected a file name", remedy=f"give a file, such as {target / 'model.onnx'}"
-        )
-    if target.exists() and not target.is_file():
-        raise ArtifactError(
-            f"{target}: is a device or pipe, expected a file", remedy="give the name of an ordinary file"
-        )
-    if not target.parent.is_dir():
-        raise ArtifactError(
-            f"{target}: the folder {target.parent} does not exist", remedy=f"mkdir -p {shlex.quote(str(target.parent))}"
-        )
     with explain_os_errors(target):
+        if target.is_dir():
+            raise ArtifactError(
+                f"{target}: is a folder, expected a file name", remedy=f"give a file, such as {target / 'model.onnx'}"
+            )
+        if target.exists() and not target.is_file():
+            remedy = "give the name of an ordinary file"
+            raise ArtifactError(f"{target}: is a device or pipe, expected a file", remedy=remedy)
+        if not target.parent.is_dir():
+            remedy = f"mkdir -p {shlex.quote(str(target.parent))}"
+            raise ArtifactError(f"{target}: the folder {target.parent} does not exist", remedy=remedy)
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=_hidden_name(target.name, "."), suffix=_PARTIAL)
     _try_lock(handle)
     return Path(name), handle
@@ -190,11 +192,9 @@ def find_partials(target: Path) -> list[Path]:
 
 
 def _clear_leftovers(target: Path, now: float) -> None:
-    """Removes hidden files of the dead. Containers share folders and not process ids, so that age and a lock decide.
+    """Removes hidden files of the dead, which are an hour old at `now`, the file system's clock, in seconds.
 
-    Args:
-        target: What they were to become.
-        now: By the clock of the file system, seconds.
+    Containers share folders and not process ids, so that age and a lock decide.
     """
     for path in find_partials(target):
         with contextlib.suppress(OSError):
@@ -274,8 +274,22 @@ def put_in_place(output: PendingOutput) -> None:
     Raises:
         OSError: The operating system refuses.
     """
-    os.replace(output.partial, output.target)
+    rename(output.partial, output.target)
     output.status = "written"
+
+
+def rename(source: Path, target: Path) -> None:
+    """`os.replace`; no error where it was done all the same: NFS asks again where the answer was lost, in vain then.
+
+    Raises:
+        OSError: The operating system refuses.
+    """
+    before = os.lstat(source)
+    try:
+        os.replace(source, target)
+    except OSError:
+        if os.path.lexists(source) or not (target.is_file() and os.path.samestat(before, os.lstat(target))):
+            raise
 
 
 @contextlib.contextmanager
@@ -311,8 +325,8 @@ def locked(path: Path) -> Iterator[bool]:
 
     Gives whether it is so: False where the file system has no locks.
 
-    The file is gone afterwards. That of a killed process stays, empty, and locks nothing: the lock went with its
-    process. Where the file system has no locks the block is entered all the same, which is logged.
+    The file is gone afterwards. That of a killed process stays, empty, and locks nothing. Where the file system has no
+    locks the block is entered all the same, which is logged.
 
     Raises:
         ArtifactError: The folder is missing or not writable.
@@ -428,6 +442,7 @@ def publish_pair(main: PendingOutput, passport: PendingOutput) -> None:
         if same and _is_same(passport):
             passport.status = "up to date"
         else:
+            passport.left = True  # where it cannot be put in place, the next command does it
             put_in_place(passport)
 
 
@@ -435,14 +450,15 @@ def _replace_main(main: PendingOutput, passport: PendingOutput) -> None:
     aside = passport.partial.with_name(f"{passport.partial.name}.old")
     try:
         with contextlib.suppress(FileNotFoundError):
-            os.rename(passport.target, aside)
+            rename(passport.target, aside)
         put_in_place(main)
     except OSError:
         with contextlib.suppress(FileNotFoundError):
-            os.rename(aside, passport.target)
+            rename(aside, passport.target)
         raise
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()
 
 
 def sha256_file(path: Path) -> str:

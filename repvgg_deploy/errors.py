@@ -27,6 +27,40 @@ A message says what, where, expected against found; the remedy is the command or
 from __future__ import annotations
 
 import importlib.util
+import unicodedata
+
+_TURNING = frozenset(map(chr, (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))))
+"""They change the direction in which their neighbours are shown."""
+_JOINERS = "\u200c\u200d"
+
+
+def clean_text(text: str, *, lines: bool = False) -> str:
+    """Text of a file as it may be printed, logged or written into labels: the one place that decides what that is.
+
+    Controls (of terminals, too) and what turns the direction of writing become `?`, half a surrogate pair its number;
+    what is not seen at all goes, but joiners between letters that are not ASCII, as Persian has them. Line ends and
+    tabs become spaces, unless `lines` says that these are our own.
+    """
+    if text.isprintable():
+        return text
+    return "".join(_clean(text, index, lines) for index in range(len(text)))
+
+
+def _clean(text: str, index: int, lines: bool) -> str:
+    letter = text[index]
+    if letter.isprintable() or (lines and letter in "\n\t"):
+        return letter
+    if letter in _JOINERS:
+        around = text[index - 1 : index] + text[index + 1 : index + 2]
+        return letter if len(around) == 2 and not any(map(str.isascii, around)) else ""
+    category = unicodedata.category(letter)
+    if letter in "\n\t\r\v\f\x85\u2028\u2029":
+        return " "
+    if category == "Cs":
+        return f"\\u{ord(letter):04x}"
+    if category == "Cf" and letter not in _TURNING:
+        return ""
+    return "?" if category in ("Cc", "Cf") else letter
 
 
 class RepVGGDeployError(Exception):
@@ -39,6 +73,7 @@ class RepVGGDeployError(Exception):
 
     def __init__(self, message: str, *, remedy: str) -> None:
         assert remedy.strip(), "every error needs a remedy"
+        message, remedy = clean_text(message, lines=True), clean_text(remedy, lines=True)
         super().__init__(message)
         self.message = message
         self.remedy = remedy

@@ -26,7 +26,7 @@ from types import FrameType
 import uvicorn
 
 from repvgg_deploy import RepVGGDeployError
-from repvgg_deploy.errors import InputError
+from repvgg_deploy.errors import InputError, clean_text
 
 from .app import create_app
 from .connections import Connection, ConnectionLimits, most_connections
@@ -113,9 +113,18 @@ class DrainingServer(uvicorn.Server):
         return bool(poll.poll(0))
 
 
+class _CleanFormatter(logging.Formatter):
+    """What a model or a request names stays text in the log: no controls of a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return clean_text(super().format(record), lines=True)
+
+
 def main() -> int:
     """Serves until it is told to stop; returns the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_CleanFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     parser = argparse.ArgumentParser(
         prog="python -m examples.service",
         description="Serves one model over HTTP. It has no options: its settings are variables of the environment, and "

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import __version__
-from ..errors import ArtifactError, InputError
+from ..errors import ArtifactError, InputError, PlanError
 from ..files.output import explain_os_errors, sha256_file
+from ..files.passport import read_passport_file
 from ..files.plan_place import platform_here
 from ..files.versions import installed_versions
 from ..specs import codec
@@ -82,7 +83,7 @@ class PlanCache:
             return None
         entry = self.folder / "plans" / key
         try:
-            passport = codec.loads(PlanPassport, (entry / _PASSPORT).read_text(encoding="utf-8"))
+            passport = read_passport_file(entry / _PASSPORT)
             data = (entry / _PLAN).read_bytes()
             if hashlib.sha256(data).hexdigest() == passport.plan_sha256:
                 with contextlib.suppress(
@@ -94,7 +95,7 @@ class PlanCache:
         except FileNotFoundError:  # there is none, or another process is removing it
             if not entry.exists():
                 return None
-        except (InputError, OSError, UnicodeDecodeError) as error:
+        except (PlanError, OSError) as error:
             logger.warning("%s: a cached plan cannot be used: %s", entry, error)
         shutil.rmtree(entry, ignore_errors=True)
         return None

@@ -26,6 +26,7 @@ from .options import BuildRequest
 from .recipes import configure, create_network, require_typing
 
 logger = logging.getLogger(__name__)
+_LARGEST_TIMINGS = 1 << 30
 _REMEDIES = (
     (
         ("out of memory", "outofmemory", "alloc", "insufficient memory"),
@@ -241,9 +242,13 @@ class TimingFile:
 
     def _read(self) -> bytes:
         try:
-            return self._path.read_bytes()
+            if self._path.stat().st_size <= _LARGEST_TIMINGS:
+                return self._path.read_bytes()
+            problem = "larger than any timings"
         except FileNotFoundError:
             return b""
         except OSError as error:
-            logger.warning("%s: cannot be read: %s", self._path, error.strerror)
-            return b""
+            problem = str(error.strerror)
+        logger.warning("%s: cannot be read: %s", self._path, problem)
+        self._usable = False
+        return b""

@@ -28,7 +28,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, TextIO
 
 from .. import __version__
-from ..errors import ArtifactError, RepVGGDeployError, explain_missing
+from ..errors import ArtifactError, RepVGGDeployError, clean_text, explain_missing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -195,7 +195,7 @@ def _complain(text: str, verbose: int) -> None:
     with contextlib.suppress(OSError):  # standard error may be full or gone, and then nobody is left to tell
         if verbose > 1:
             traceback.print_exc(file=sys.stderr)
-        print(text, file=sys.stderr, flush=True)
+        print(clean_text(text, lines=True), file=sys.stderr, flush=True)
 
 
 def _print_output(output: Output, as_json: bool) -> None:
@@ -204,7 +204,8 @@ def _print_output(output: Output, as_json: bool) -> None:
 
         _write_stdout(json.dumps(encode(output.data), indent=2, allow_nan=False))
         return
-    _write_stdout(fold_lines(output.text, terminal_columns(sys.stdout)) if sys.stdout.isatty() else output.text)
+    text = clean_text(output.text, lines=True)
+    _write_stdout(fold_lines(text, terminal_columns(sys.stdout)) if sys.stdout.isatty() else text)
     for error in output.errors:
         _complain(f"error: {error}", 0)
     if output.next_command:
@@ -258,10 +259,10 @@ def _signals_raise() -> Iterator[None]:
 
 
 class _LogHandler(_StreamHandler):
-    """Clears the bar that may be drawn in this line of a terminal; its next drawing brings it back."""
+    """Cleans what is logged, and clears the bar that may be drawn in this line; its next drawing brings it back."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return (_CLEAR if self.stream.isatty() else "") + super().format(record)
+        return (_CLEAR if self.stream.isatty() else "") + clean_text(super().format(record), lines=True)
 
 
 @contextlib.contextmanager
@@ -331,7 +332,8 @@ class Progress:
         bar = f" [{'#' * filled}{'.' * (_BAR_WIDTH - filled)}] {self._done}/{self._total} {seconds:.0f} s"
         # What reaches the last column goes on in the next line, and only that one would be cleared.
         room = terminal_columns(self._stream) - 1 - len(bar)
-        label = self._label if len(self._label) <= room else self._label[: max(room - 1, 0)] + "…"
+        label = clean_text(self._label)
+        label = label if len(label) <= room else label[: max(room - 1, 0)] + "…"
         self._write(_CLEAR + label + bar)
 
     def _write(self, text: str) -> None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from ..errors import ForeignModelError, InputError, ModelError
+from ..errors import ForeignModelError, InputError, ModelError, clean_text
 from ..specs import codec
 from ..specs.values import METADATA_KEY, ModelMetadata
 from . import wire
@@ -279,7 +279,8 @@ def _read_tensor(buffer: memoryview, field: wire.Field) -> _Tensor:
 
 
 def _text(buffer: memoryview, field: wire.Field) -> str:
-    return bytes(buffer[field.payload : field.end]).decode()
+    """A name; cleaned everywhere alike, so that it still means the same node or tensor."""
+    return clean_text(bytes(buffer[field.payload : field.end]).decode())
 
 
 def _read_node(buffer: memoryview, field: wire.Field) -> NodeSummary:

@@ -39,7 +39,7 @@ def read_passport(plan: Path, *, finish: bool = True) -> PlanPassport | None:
     """
     path = passport_path(plan)
     try:
-        return _read(path)
+        return read_passport_file(path)
     except FileNotFoundError:
         return _finish(plan) if finish else None
     except OSError as error:
@@ -60,7 +60,7 @@ def _finish(plan: Path) -> PlanPassport | None:
             return read_passport(plan, finish=False)
         for hidden in find_partials(path):
             with contextlib.suppress(OSError, PlanError):
-                passport = _read(hidden)
+                passport = read_passport_file(hidden)
                 if passport.plan_sha256 != sha256_file(plan):
                     continue
                 logger.warning("%s: the passport that %s lost when its build was killed is used", hidden, plan.name)
@@ -70,7 +70,13 @@ def _finish(plan: Path) -> PlanPassport | None:
     return None
 
 
-def _read(path: Path) -> PlanPassport:
+def read_passport_file(path: Path) -> PlanPassport:
+    """The passport in a file of any name.
+
+    Raises:
+        PlanError: It is no passport of this version.
+        OSError: It cannot be read.
+    """
     with path.open("rb") as file:
         data = file.read(_LARGEST_BYTES + 1)
     if len(data) > _LARGEST_BYTES:

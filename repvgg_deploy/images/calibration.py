@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,12 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CalibrationError, InputError
+from ..errors import CalibrationError, InputError, clean_text
 from ..specs import codec
 from ..specs.values import CalibrationProvenance, ModelSpec
 from .decode import StrPath
 from .likeness import Likeness, require_like
 from .sets import ImageSet, SetOptions, open_images
+from .sources import explain_damage, read_array
 
 logger = logging.getLogger(__name__)
 USUAL_IMAGES = 256
@@ -211,22 +211,21 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     if not path.is_file():
         raise InputError(f"{path}: no such file", remedy="look at the path, or " + _REMAKE)
     try:
-        with zipfile.ZipFile(path) as archive:
+        with explain_damage(path), zipfile.ZipFile(path) as archive:
             names = sorted(archive.namelist())
         if names != ["images.npy", "provenance.npy"]:
-            found = ", ".join(name.removesuffix(".npy") for name in names[:9]) or "none"
+            found = ", ".join(clean_text(name.removesuffix(".npy")[:40]) for name in names[:9]) or "none"
             raise _not_ours(path, f"expected the arrays images and provenance, found {found}")
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            return {name: np.asarray(stored[name]) for name in ("images", "provenance")}
-    except (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise _not_ours(path, f"cannot be read: {error}") from error
+        return {name: read_array(path, name) for name in ("images", "provenance")}
+    except InputError as error:
+        raise _not_ours(path, error.message.removeprefix(f"{path}: ")) from error
 
 
 def _read_provenance(path: Path, text: NDArray[Any]) -> CalibrationProvenance:
     if text.dtype.kind != "U" or text.ndim != 0:
         raise _not_ours(path, f"provenance: expected one text, found {text.dtype} {text.shape}")
     try:
-        return codec.loads(CalibrationProvenance, str(text))
+        return codec.loads(CalibrationProvenance, str(text[()]))
     except InputError as error:
         raise _not_ours(path, f"provenance: {error.message}") from error
 

@@ -8,23 +8,22 @@ from __future__ import annotations
 import ast
 import json
 import re
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, clean_text
 from .formats import read_text
 
 _REMEDY = "give a UTF-8 text file with one label a line, in the classifier's order"
 _WRAPPERS = ("id2label", "label2id", "class_to_idx", "idx_to_class", "names", "labels", "classes", "categories")
 _NUMBER_FIRST = re.compile(r"(\d{1,9})(?:[.)]\s+|\s*[:=,;]\s*|\s+)(\S.*)")
 _NUMBER_LAST = re.compile(r"(\S.*?)(?:\s*[:=,;]\s*|\s+)(\d{1,9})")
+_MOST_VALUES = 1 << 20
+_JOINERS = "\u200c\u200d"  # between letters of some scripts, and of emoji
 _HEADER = frozenset({"id", "index", "idx", "number", "class", "label", "name"}) | {
     f"{what}_{which}" for what in ("class", "label") for which in ("id", "index", "name")
 }
-_UNSEEN = {"Cc", "Cs", "Zl", "Zp"}  # controls, halves of surrogate pairs, line and paragraph separators
-_BIDIRECTIONAL = frozenset(map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A))))  # they turn their neighbours
 
 
 def read_labels(path: Path) -> tuple[str, ...]:
@@ -50,7 +49,7 @@ def require_printable(labels: Sequence[str], where: str) -> tuple[str, ...]:
         InputError: One holds control characters.
     """
     for index, label in enumerate(labels):
-        bad = next((c for c in label if unicodedata.category(c) in _UNSEEN or c in _BIDIRECTIONAL), None)
+        bad = next((c for c in label if c not in _JOINERS and clean_text(c) != c), None)
         if bad is not None:
             raise InputError(
                 f"{where}: the label of class {index} holds a control character, U+{ord(bad):04X}: {ascii(label)[:80]}",
@@ -93,13 +92,15 @@ def _read_literal(text: str, where: str) -> list[str] | None:
             raise _refuse(where, "has a key twice")
         return dict(pairs)
 
+    if sum(map(text.count, "[{(,")) > _MOST_VALUES:
+        raise _refuse(where, f"holds more than {_MOST_VALUES:,} values")
     readers: tuple[Callable[[str], Any], ...] = (lambda t: json.loads(t, object_pairs_hook=once), ast.literal_eval)
     for read in readers:
         try:
             return _read_value(read(text), where)
         except InputError:
             raise
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
     return None
 

@@ -22,6 +22,7 @@ from .decode import StrPath, normalize
 from .formats import IMAGE_SUFFIXES, RAW_SUFFIXES, is_read, name_special, name_unread, read_head
 from .listing import STANDARD_INPUT, Listing, find_images
 from .lists import LIST_SUFFIXES, read_list
+from .pixels import MAX_PIXELS
 from .sources import FileSource, ImageSource, NpzSource
 
 logger = logging.getLogger(__name__)
@@ -150,6 +151,8 @@ def _open_file(path: Path, spec: ModelSpec, *, with_labels: bool) -> tuple[Image
     suffix, head = path.suffix.lower(), _head_of(path)
     if suffix in (".npz", ".npy") or head.startswith(NUMPY_MAGIC):
         archive = NpzSource(path)
+        if len(archive):  # before any is read: a row of a few bytes may be said to be an image of gigabytes
+            _require_size(np.broadcast_to(np.zeros((), archive.dtype), archive.shape[1:]), spec, str(path))
         return archive, archive.labels() if with_labels else None
     is_text = b"\0" not in head and suffix not in IMAGE_SUFFIXES | RAW_SUFFIXES and name_unread(path, head) is None
     if suffix in LIST_SUFFIXES or (is_text and not is_read(head)):
@@ -320,6 +323,9 @@ def _require_size(image: NDArray[Any], spec: ModelSpec, name: str) -> None:
             f"{name}: expected RGB images (H, W, 3), found {image.shape}",
             remedy="repeat a grey channel three times, drop an alpha channel",
         )
+    if height * width > MAX_PIXELS:
+        remedy = "store smaller images, or give image files, which are resized"
+        raise InputError(f"{name}: an image of {height}×{width} has more than {MAX_PIXELS:,} pixels", remedy=remedy)
     wanted = [spec.input.shape[axis] for axis in spec.input.image_axes or ()]
     if any(isinstance(want, int) and want != have for want, have in zip(wanted, (height, width), strict=False)):
         raise InputError(

@@ -28,6 +28,8 @@ from .ranges import LEVELS, Statistics, TensorStatistics
 Method = Literal["max", "percentile", "entropy", "min_error"]
 _CANDIDATES = 64
 _SMALLEST_RATIO = 0.1  # candidates for clipping reach from a tenth of the largest value to all of it
+_LARGEST_BYTES = 64 << 20
+_LARGEST_SCALE = float(np.finfo(np.float32).max)
 MIN_SCALE = float(np.finfo(np.float32).tiny) * 256
 """Smallest scale: float32 arithmetic on it and its neighbours stays normal."""
 
@@ -80,6 +82,22 @@ class ScaleFile:
     exponents: dict[str, float] = field(default_factory=dict)
     target: Literal["trt8", "trt10"] = "trt10"
 
+    def __post_init__(self) -> None:
+        remedy = "calibrate again with --save-scales"
+        wrong = next((name for name, scale in self.scales.items() if not 0 < scale <= _LARGEST_SCALE), None)
+        if wrong is not None:
+            raise InputError(
+                f"the scale of {wrong!r} is {self.scales[wrong]}, expected a positive number", remedy=remedy
+            )
+        for name, text in self.factors.items():
+            try:
+                values = np.frombuffer(base64.b64decode(text, validate=True), "<f8")
+            except ValueError as error:
+                message = f"the factors of {name!r} are not base64 of float64: {error}"
+                raise InputError(message, remedy=remedy) from error
+            if not (np.isfinite(values).all() and (values > 0).all()):
+                raise InputError(f"the factors of {name!r} are not positive numbers", remedy=remedy)
+
     def channel_factors(self) -> dict[str, Float64]:
         """`factors` as numbers, float64 (C,)."""
         return {name: np.frombuffer(base64.b64decode(text), "<f8").astype(float) for name, text in self.factors.items()}
@@ -122,9 +140,11 @@ def read_scales(path: Path) -> ScaleFile:
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file", remedy="check the path, or make it with --save-scales")
-    with explain_os_errors(path):
-        data = path.read_bytes()
+    with explain_os_errors(path), path.open("rb") as file:
+        data = file.read(_LARGEST_BYTES + 1)
     try:
+        if len(data) > _LARGEST_BYTES:
+            raise InputError(f"larger than {_LARGEST_BYTES >> 20} MiB", remedy="calibrate again with --save-scales")
         return codec.loads(ScaleFile, data.decode("utf-8"))
     except (UnicodeDecodeError, InputError) as error:
         why = error.message if isinstance(error, InputError) else "not UTF-8"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import reprlib
 import sys
 import types
 import typing
@@ -12,13 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import InputError
+from ..errors import InputError, clean_text
 from .values import BuildConfig
 
 if TYPE_CHECKING:
     from importlib.abc import Traversable
 
 T = TypeVar("T")
+_SHOWN = 200  # letters of the place in a message
+_MOST_VALUES = 1 << 20
 
 
 def encode(value: object) -> Any:
@@ -52,6 +55,10 @@ def loads(kind: type[T], text: str) -> T:
     Raises:
         InputError: The text is not JSON, or not a `kind`; the message names the field.
     """
+    # A value of two letters takes a hundred bytes: what is no such file is not made into one first.
+    if sum(map(text.count, "[{,")) > _MOST_VALUES:
+        remedy = "regenerate the file with the command that wrote it"
+        raise InputError(f"holds more than {_MOST_VALUES:,} values", remedy=remedy)
     try:
         data = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
@@ -139,14 +146,18 @@ def _decode_scalar(kind: Any, data: Any, where: str) -> Any:
         _fail(where, f"a {kind.__name__}", data)
     if kind is str and not data.isascii() and any("\ud800" <= character <= "\udfff" for character in data):
         _fail(where, "text", ascii(data))  # half a surrogate pair, which no file can hold
-    return data
+    return clean_text(data) if kind is str else data
 
 
 def _fail(where: str, expected: str, found: object) -> Any:
     raise InputError(
-        f"{where}: expected {expected}, found {str(found)[:80]!r}",
+        f"{where[:_SHOWN]}: expected {expected}, found {_show(found)[:80]!r}",
         remedy="compare the file with the example in docs/schemas",
     )
+
+
+def _show(found: object) -> str:
+    return found if isinstance(found, str) else reprlib.repr(found)
 
 
 def load_build_config(path: Path) -> BuildConfig:
@@ -177,6 +188,6 @@ def read_toml(path: Path | Traversable, what: str, *, remedy: str) -> dict[str, 
         import tomli as tomllib
     try:
         table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"{path}: cannot be read as {what}: {error}", remedy=remedy) from error
     return table

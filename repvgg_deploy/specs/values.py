@@ -26,6 +26,10 @@ Precision = Literal["fp32", "fp16", "int8"]
 Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 
 
+_MOST_PIXELS = 1 << 26  # of an input: what a file says of its images is never the measure of an allocation
+_MOST_NUMBERS = 1 << 31  # of a tensor, where its metadata states every size
+
+
 def _require(condition: bool, message: str, remedy: str) -> None:
     if not condition:
         raise InputError(message, remedy=remedy)
@@ -130,6 +134,12 @@ class TensorSpec:
     shape: tuple[int | str, ...]
     layout: Literal["NCHW", "NHWC", "NC", "NK", "other"]
 
+    def __post_init__(self) -> None:
+        sizes = [size for size in self.shape if isinstance(size, int)]
+        found = f"{self.name}: the shape {self.shape} has a size below 1, or more than 2^31 numbers"
+        sound = min(sizes, default=1) >= 1 and math.prod(sizes) <= _MOST_NUMBERS
+        _require(sound, found, "state sizes of at least 1, and name those that are dynamic")
+
     @property
     def image_axes(self) -> tuple[int, int] | None:
         """Where height and width stand in `shape`; None where the tensor is no image."""
@@ -172,6 +182,9 @@ class Preprocessing:
         _require(finite, found, "give numbers in 0–255 units")
         found = f"standard deviation must be positive, found {self.std}"
         _require(all(s > 0 for s in self.std), found, "give --std in 0–255 units, such as 58.395")
+        for size in (self.crop, self.box or self.crop):
+            found = f"an image of {size[0]}×{size[1]} has more than {_MOST_PIXELS:,} pixels"
+            _require(size[0] * size[1] <= _MOST_PIXELS, found, "give a smaller --image-size or --resize")
         positive = min(self.crop) >= 1 and self.resize_short >= 1
         _require(positive, f"image size must be positive, found {self.crop}", "give --image-size in pixels")
         found = f"the value that is white must be 1 to 65535, found {self.max_value}"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
+import tracemalloc
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -272,3 +275,40 @@ def test_folder_that_may_not_be_read_is_an_error_and_not_a_class_less(
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(InputError, match=r"dog: cannot be read: Permission denied"):
         open_images(tmp_path, make_spec())
+
+
+def write_header(path: Path, descr: str, shape: tuple[int, ...], data: bytes, name: str = "images") -> Path:
+    """An .npz whose array claims what its bytes may not hold."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
+    images = io.BytesIO()
+    np.save(images, np.zeros((2, 8, 8, 3), np.uint8))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        if name != "images":
+            archive.writestr("images.npy", images.getvalue())
+        archive.writestr(f"{name}.npy", file.getvalue() + data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("descr", "shape", "name", "problem"),
+    [
+        ("|u1", (800_000_000, 1, 1, 3), "images", "ends before its 800,000,000 images"),
+        ("|u1", (2**62, 4, 4, 3), "images", "ends before its"),  # the product of these sizes overflows in NumPy
+        ("|u1", (3, 4, 4, 3), "images", "ends before its 3 images"),
+        ("|u1", (-2, 4, 4, 3), "images", "ends before its -2 images"),
+        ("|u1", (1, 30_000, 30_000, 3), "images", "ends before its 1 images"),
+        ("<i8", (10**12,), "labels", "is not what its"),
+        ("<U1000000", (2,), "labels", "is not what its"),
+    ],
+)
+def test_header_of_an_archive_is_compared_with_its_bytes_first(
+    descr: str, shape: tuple[int, ...], name: str, problem: str, tmp_path: Path
+) -> None:
+    path = write_header(tmp_path / "a.npz", descr, shape, bytes(100), name)
+    tracemalloc.start()
+    with pytest.raises(InputError, match=problem):
+        open_images(path, make_spec(), SetOptions(labels="optional"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10_000_000

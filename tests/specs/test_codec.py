@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from repvgg_deploy.errors import InputError
+from repvgg_deploy.errors import InputError, clean_text
 from repvgg_deploy.measure.records import Benchmark
 from repvgg_deploy.precision.scales import ScaleFile
 from repvgg_deploy.specs import codec
@@ -234,7 +234,7 @@ def test_encode_of_a_number_that_json_cannot_hold_is_refused(value: float) -> No
         codec.encode(Inner(value))
 
 
-json_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+json_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).map(clean_text)
 inners = st.builds(Inner, st.floats(allow_nan=False, allow_infinity=False), st.none() | json_text)
 outers = st.builds(
     Outer,
@@ -268,3 +268,12 @@ def test_decode_of_any_json_is_a_value_or_an_input_error(data: object) -> None:
     for kind in (Outer, ModelMetadata, BuildConfig):
         with contextlib.suppress(InputError):
             assert isinstance(codec.decode(kind, data), kind)
+
+
+def test_text_with_controls_is_read_without_them() -> None:
+    assert codec.loads(Inner, json.dumps({"size": 1.0, "name": "a\x1b[2J\u202eb"})) == Inner(1.0, "a?[2J?b")
+
+
+def test_json_of_too_many_values_is_refused_before_it_is_read() -> None:
+    with pytest.raises(InputError, match="more than 1,048,576 values"):
+        codec.loads(Inner, "[" + "[]," * (1 << 20) + "[]]")

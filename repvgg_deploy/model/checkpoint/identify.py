@@ -7,6 +7,7 @@ variant or the user; what nobody said is `untold`.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -33,6 +34,7 @@ from .structure import (
 _MAX_PLAIN_DEPTH = 8
 _MAX_PLAIN_ITEMS = 200_000
 _MAX_PLAIN_TEXT = 10_000
+_MAX_PIXELS = 1 << 22  # 2048 × 2048: an export runs such images
 _MAX_JSON = 4 << 20
 _SE_KEPT = (
     "the SE blocks are kept: the model was trained with them; mmpretrain's own deploy form leaves them out and "
@@ -321,9 +323,14 @@ def read_embedded(content: Content) -> Embedded:
     if value is None:
         return Embedded()
     try:
-        return codec.decode(Embedded, _plain(value, [_MAX_PLAIN_ITEMS], 0))
+        found = codec.decode(Embedded, _plain(value, [_MAX_PLAIN_ITEMS], 0))
     except InputError as error:
         raise CheckpointError(f"its value {METADATA_KEY!r} is wrong: {error.message}", remedy=_RESAVE) from error
+    how = found.preprocessing
+    if how is not None and math.prod(how.crop) > _MAX_PIXELS:
+        message = f"states images of {how.crop[0]}×{how.crop[1]} pixels, far more than a RepVGG was ever trained on"
+        raise CheckpointError(message, remedy="correct the sizes that stand beside the state dict, and save it again")
+    return found
 
 
 def _plain(value: object, left: list[int], depth: int) -> object:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 
+from ...errors import clean_text
+
 if TYPE_CHECKING:
     import torch
 
@@ -323,7 +325,7 @@ def array_tensor(
 def printable(name: object) -> str:
     """A name from a file as it may be shown at a terminal: short, without control characters."""
     text = name if isinstance(name, str) else type(name).__name__
-    shown = "".join(c if c.isprintable() else "?" for c in text[:_MAX_NAME])
+    shown = clean_text(text[:_MAX_NAME])
     return shown if len(text) <= _MAX_NAME else shown + "…"
 
 

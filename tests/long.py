@@ -37,6 +37,11 @@ def plan_steps(scale: float) -> dict[str, tuple[list[str], dict[str, str]]]:
         "fuzz": ([*pytest, "-m", "", "-k", "fuzz", "tests/fuzz"], {"REPVGG_FUZZ_CASES": f"{round(20_000 * scale)}"}),
         "guided checkpoint": ([*guided, "checkpoint", *minutes, str(corpus / "checkpoint")], {}),
         "guided onnx": ([*guided, "onnx", *minutes, str(corpus / "onnx")], {}),
+        **{
+            f"guided {name}": ([*guided, name, "--minutes", f"{10 * scale:g}", "--corpus", str(corpus / name)], {})
+            for name in ("passport", "calibration", "images", "scales", "plan cache", "timings", "labels")
+        },
+        "bounds": ([*pytest, "-m", "", "tests/model/checkpoint/test_bounds.py"], {}),
         "soak": ([*pytest, "-m", "slow", "tests/runtime/test_soak.py"], {"REPVGG_SOAK_FACTOR": f"{5 * scale:g}"}),
         "kills": ([*pytest, "tests/serving/test_kills.py", "tests/build/test_deliver.py"], {"REPVGG_EVERY_KILL": "1"}),
         "conformance": ([*pytest, "-m", "slow", "-k", "conformance", "tests"], {}),

@@ -10,6 +10,7 @@ import logging
 import math
 import struct
 import tokenize
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _CHUNK_BYTES = 1 << 20
 logger = logging.getLogger(__name__)
 _FEW_NOTES = 3
+_QUOTED = 300
 _SHOWN = 40  # letters of a name in a message
 _NPZ_REMEDY = (
     "write it with numpy.savez(file, images=…, labels=…): one C-ordered array uint8 (N, H, W, 3), and integers (N,)"
@@ -211,7 +213,7 @@ def explain_damage(path: Path) -> Iterator[None]:
     except InputError:
         raise
     except _NPZ_ERRORS as error:
-        said = " ".join(str(error).split())
+        said = " ".join(str(error)[:_QUOTED].split())
         raise _damaged(path, said) from error
 
 
@@ -230,7 +232,9 @@ def _read_any_header(file: IO[bytes], version: tuple[int, int]) -> tuple[tuple[i
     from numpy.lib import format as npy
 
     read: Any = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    shape, fortran, dtype = read(file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of a file that Python 2 wrote, which is read all the same
+        shape, fortran, dtype = read(file)
     return tuple(int(size) for size in shape), bool(fortran), dtype
 
 

@@ -61,6 +61,8 @@ def loads(kind: type[T], text: str) -> T:
         raise InputError(f"holds more than {_MOST_VALUES:,} values", remedy=remedy)
     try:
         data = json.loads(text, parse_constant=_refuse_constant)
+    except InputError:
+        raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"not JSON: {error}", remedy="regenerate the file with the command that wrote it") from error
     return decode(kind, data)

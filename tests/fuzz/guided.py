@@ -2,6 +2,7 @@
 
     python -m tests.fuzz.guided checkpoint --minutes 60 --corpus FOLDER
     python -m tests.fuzz.guided onnx --minutes 60 --corpus FOLDER
+    python -m tests.fuzz.guided passport --minutes 60 --corpus FOLDER     (and the other formats of `small_files`)
 
 Needs atheris (Linux, `pip install atheris`). Inputs that reached new code stay in the corpus; an input that ends in
 another exception, in more than 2 GB or in more than 30 s is left beside the corpus as `crash-…`, `oom-…`, `timeout-…`,
@@ -15,6 +16,7 @@ import contextlib
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import atheris
@@ -23,6 +25,7 @@ with atheris.instrument_imports(include=["repvgg_deploy"]):
     from repvgg_deploy.errors import RepVGGDeployError
     from repvgg_deploy.files import onnx as onnx_file
     from repvgg_deploy.model.checkpoint.load import load_checkpoint
+    from tests.fuzz.small_files import FORMATS
 
 from tests.fuzz.checkpoint_mutations import make_seeds
 from tests.runtime.make_model import make_onnx
@@ -40,7 +43,16 @@ def read_onnx(path: Path) -> None:
     onnx_file.read_metadata(path)
 
 
-READERS: dict[str, Callable[[Path], None]] = {"checkpoint": read_checkpoint, "onnx": read_onnx}
+def read_small(name: str, path: Path) -> None:
+    """One of the formats of `small_files`."""
+    FORMATS[name].read(path.parent, path.read_bytes())
+
+
+READERS: dict[str, Callable[[Path], None]] = {
+    "checkpoint": read_checkpoint,
+    "onnx": read_onnx,
+    **{name: partial(read_small, name) for name in FORMATS},
+}
 
 
 def main() -> None:
@@ -55,6 +67,8 @@ def main() -> None:
         folder = Path(name)
         if args.reader == "checkpoint":
             seeds = make_seeds(folder)
+        elif args.reader in FORMATS:
+            seeds = [FORMATS[args.reader].make()]
         else:
             seeds = [make_onnx(folder / "m.onnx").read_bytes()]
         for index, seed in enumerate(seeds):

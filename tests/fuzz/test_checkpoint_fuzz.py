@@ -17,7 +17,7 @@ import pytest
 from tests.fuzz.checkpoint_mutations import CASE_SECONDS, make_seeds, run_case
 
 ROOT = Path(__file__).resolve().parents[2]
-CASES = int(os.environ.get("REPVGG_FUZZ_CASES", "200"))
+CASES = int(os.environ.get("REPVGG_FUZZ_CASES", "300"))
 
 
 def test_unmutated_seeds_load(tmp_path):

@@ -1,0 +1,39 @@
+"""Mutated passports, calibration files, scales, cached plans, timings and labels end in a value or our error.
+
+`REPVGG_FUZZ_CASES` sets the number of cases of each. A failure names its case; repeat it with
+`python -m tests.fuzz.small_files 1 CASE FOLDER`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.fuzz.small_files import CASE_SECONDS, FORMATS, mutate
+
+ROOT = Path(__file__).resolve().parents[2]
+CASES = int(os.environ.get("REPVGG_FUZZ_CASES", "300"))
+
+
+@pytest.mark.timeout(900 + CASES)
+def test_mutated_small_files_end_in_a_value_or_our_error(tmp_path: Path) -> None:
+    program = [sys.executable, "-m", "tests.fuzz.small_files", str(CASES), "0", str(tmp_path)]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=600 + CASES, check=False)
+    assert done.returncode == 0, f"the interpreter died: {done.stderr[-2000:]}"
+    result = json.loads(done.stdout)
+    assert result["failures"] == []
+    assert result["slowest_s"] < CASE_SECONDS
+    for name, ends in result["ends"].items():
+        assert sum(ends.values()) == CASES, name
+        assert min(ends["read"], ends["refused"]) > 0, name  # mutations that always or never break test nothing
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_mutations_of_a_case_are_always_the_same(name: str) -> None:
+    seed = FORMATS[name].make()
+    assert [mutate(seed, number) for number in range(20)] == [mutate(seed, number) for number in range(20)]

@@ -39,6 +39,7 @@ METHODS = {
     "fast": "ours, --fast",
     "ours": "ours",
     "ours trt10": "ours, FP16 for the rest (trt10)",
+    "fp8": "ours, FP8 (E4M3), FP16 for the rest",
     "synthetic": "ours, no images: synthetic calibration",
     "statistics": "ours, no images: statistics in closed form",
 }

@@ -19,7 +19,13 @@ from .peers import quantize_modelopt, quantize_onnxruntime
 from .places import SUBJECTS
 
 OURS = Int8Options(target="trt8")
-OPTIONS = {"max": MAX_CALIBRATION, "fast": FAST, "ours": OURS, "ours trt10": dataclasses.replace(OURS, target="trt10")}
+OPTIONS = {
+    "max": MAX_CALIBRATION,
+    "fast": FAST,
+    "ours": OURS,
+    "ours trt10": dataclasses.replace(OURS, target="trt10"),
+    "fp8": Int8Options(format="fp8"),
+}
 
 
 def quantize(

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from ..errors import CalibrationError
 from ..graph.edit import opset_of
 from .answers import find_types
+from .grids import INT8, Grid
 from .halves import FULL_INPUTS, SMALLEST_NORMAL
 from .normalise import KINDS
 
@@ -28,11 +29,13 @@ _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 _HIGHEST_TRT8, _LOWEST_TRT10 = 17, 19
 
 
-def check_quantized(model: onnx.ModelProto, *, target: Target = "trt8", kept: Collection[str] = ()) -> None:
-    """Fails when a Q/DQ graph holds what TensorRT's parser refuses, or what keeps a convolution from INT8.
+def check_quantized(
+    model: onnx.ModelProto, *, target: Target = "trt8", kept: Collection[str] = (), grid: Grid = INT8
+) -> None:
+    """Fails when a Q/DQ graph holds what TensorRT's parser refuses, or what keeps a convolution from INT8 (or FP8).
 
-    Refused: integers other than INT8 (an INT32 bias, UINT8), zero points other than 0, scales that are not stored,
-    positive and finite, that are not of the target's type, or subnormal; activations with more than one scale, weights
+    Refused: other 8-bit numbers than those of `grid` (UINT8, an INT32 bias), zero points other than 0, scales that are
+    not stored, positive and finite, of the target's type, or subnormal; activations with more than one scale, weights
     without one scale per output channel; a convolution or Gemm whose input or weight has no DequantizeLinear, but for
     those in `kept`, which must have none; a pair between a convolution and its ReLU; operands of different types; an
     opset that the target's scales do not have.
@@ -55,8 +58,8 @@ def check_quantized(model: onnx.ModelProto, *, target: Target = "trt8", kept: Co
     producers = {name: node for node in model.graph.node for name in node.output}
     for node in model.graph.node:
         if node.op_type in _PAIR:
-            _check_constants(node, constants, TensorProto.FLOAT16 if target == "trt10" else TensorProto.FLOAT)
-            _check_granularity(model, node, constants)
+            _check_constants(node, constants, TensorProto.FLOAT16 if target == "trt10" else TensorProto.FLOAT, grid)
+            _check_granularity(model, node, constants, grid)
         behind_conv = node.op_type == "QuantizeLinear" and _type_of(producers, node.input[0]) == "Conv"
         if behind_conv and _feeds_relu(model, node):
             raise _refusal(node, "stands between a convolution and its ReLU, which breaks their fusion")
@@ -128,13 +131,13 @@ def _name(kind: int) -> str:
     return str(TensorProto.DataType.Name(kind))
 
 
-def _check_constants(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], kind: int) -> None:
+def _check_constants(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], kind: int, grid: Grid) -> None:
     if len(node.input) != 3 or any(name not in constants for name in node.input[1:]):
         raise _refusal(node, "needs a stored scale and zero point")
     scale, zero_point = (constants[name] for name in node.input[1:])
-    if zero_point.data_type != TensorProto.INT8:
-        raise _refusal(node, f"is of {_name(zero_point.data_type)}, expected INT8")
-    if np.any(numpy_helper.to_array(zero_point) != 0):
+    if zero_point.data_type != grid.kind:
+        raise _refusal(node, f"is of {_name(zero_point.data_type)}, expected {_name(grid.kind)}")
+    if np.any(numpy_helper.to_array(zero_point).astype(np.float32) != 0):
         raise _refusal(node, "has a zero point other than 0")
     if scale.data_type != kind:
         raise _refusal(node, f"has a scale of type {_name(scale.data_type)}, expected {_name(kind)}")
@@ -145,7 +148,9 @@ def _check_constants(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto
         raise _refusal(node, "has a scale that is subnormal in FP16")
 
 
-def _check_granularity(model: onnx.ModelProto, node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> None:
+def _check_granularity(
+    model: onnx.ModelProto, node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], grid: Grid
+) -> None:
     """One scale for a whole activation, one for each output channel of a weight."""
     scale = constants[node.input[1]]
     if node.input[0] not in constants:
@@ -153,8 +158,8 @@ def _check_granularity(model: onnx.ModelProto, node: onnx.NodeProto, constants: 
             raise _refusal(node, f"needs one scale for the whole activation, found shape {list(scale.dims)}")
         return
     weight = constants[node.input[0]]
-    if weight.data_type != TensorProto.INT8:
-        raise _refusal(node, f"is of {_name(weight.data_type)}, expected INT8")
+    if weight.data_type != grid.kind:
+        raise _refusal(node, f"is of {_name(weight.data_type)}, expected {_name(grid.kind)}")
     axis = next((helper.get_attribute_value(a) for a in node.attribute if a.name == "axis"), 1)
     readers = [reader.op_type for reader in model.graph.node if node.output[0] in reader.input]
     wanted = 1 if any(reader in ("MatMul", "ConvTranspose") for reader in readers) else 0
@@ -197,6 +202,6 @@ def _feeds_relu(model: onnx.ModelProto, quantize: onnx.NodeProto) -> bool:
 
 def _refusal(node: onnx.NodeProto, what: str) -> CalibrationError:
     return CalibrationError(
-        f"TensorRT would refuse this INT8 graph or not run it in INT8: {node.op_type} {node.name!r} {what}",
+        f"TensorRT would refuse this 8-bit graph or not run it in 8 bits: {node.op_type} {node.name!r} {what}",
         remedy=_REMEDY,
     )

@@ -28,6 +28,7 @@ from .check import Target, check_quantized
 from .closed_form import closed_form_statistics, correct_bias
 from .equalize import EqualizeOptions, InterfaceReport, apply_factors, decode, encode, equalize
 from .fp16 import find_islands, find_large
+from .grids import GRIDS, Format, Grid, find_unsuited, require_format
 from .halves import LARGEST, Io, half_spec
 from .metrics import (
     Judge,
@@ -39,7 +40,7 @@ from .metrics import (
     layer_sqnr,
     rank_layers,
 )
-from .mixed import halve_quantized, round_activation_scales
+from .mixed import fit_opset, halve_quantized, round_activation_scales
 from .network import Layer, Network, read_network, read_weights
 from .normalise import KINDS
 from .qdq import find_requantized, insert_pairs, write_integers
@@ -78,6 +79,8 @@ class Int8Options:
         max_drop: Keeps the fewest further layers in floating point with which the expected top-1 drop (see
             `metrics.Verification`), in points, is at most this; None keeps none.
         sensitivity: Whether layers are ranked by their cost, also without `max_drop`.
+        format: `int8`, or `fp8`: E4M3 numbers by the same steps, for Ada, Hopper and Blackwell; of `trt10` only.
+            Layers that TensorRT has no FP8 kernels for stay in FP16 (`grids.find_unsuited`).
     """
 
     target: Target = "trt10"
@@ -91,12 +94,14 @@ class Int8Options:
     keep_gates: bool = True
     max_drop: float | None = None
     sensitivity: bool = False
+    format: Format = "int8"
 
     def __post_init__(self) -> None:
         if self.target not in ("trt8", "trt10"):
             raise CalibrationError(
                 f"the target must be trt8 or trt10, found {self.target!r}", remedy="give trt10, or leave it out"
             )
+        require_format(self.format, target=self.target, method=self.scales.method)
         if self.io == "fp16" and self.target == "trt8":
             raise CalibrationError(
                 "FP16 inputs and outputs need the target trt10: trt8 keeps FP32 beside INT8",
@@ -112,6 +117,11 @@ class Int8Options:
                 f"the range percentile must lie between 50 and 100, found {self.range_percentile}",
                 remedy="leave it out",
             )
+
+    @property
+    def grid(self) -> Grid:
+        """The number format."""
+        return GRIDS[self.format]
 
     @property
     def half(self) -> bool:
@@ -170,10 +180,12 @@ class Int8Report:
         scales: To be saved and reused.
         costs: Layers ranked by what each alone costs, the costliest first; empty where it was not asked for.
         kept: Layers that stayed in floating point.
-        int8_share: Share of the multiply-accumulates that are INT8, 0 to 1.
+        int8_share: Share of the multiply-accumulates that are INT8 (or FP8), 0 to 1.
         held_out: Judged on images that took no part; None where there were none, or where there is no classifier.
         requantized: Tensors that are quantized more than once, because one scale for all that reads them would cost too
             much (`share`); each once for every scale but the first.
+        format: What was made.
+        unsuited: Why each layer stayed that the format has no kernels for, by name; they are among `kept`.
     """
 
     images: int
@@ -186,6 +198,8 @@ class Int8Report:
     int8_share: float = 1.0
     held_out: Verification | None = None
     requantized: tuple[str, ...] = ()
+    format: Format = "int8"
+    unsuited: Mapping[str, str] = field(default_factory=dict)
 
 
 def to_int8(
@@ -196,7 +210,7 @@ def to_int8(
     saved: ScaleFile | None = None,
     progress: Progress | None = None,
 ) -> tuple[TypedModel, Int8Report]:
-    """Makes the INT8 graph of an FP32 ONNX of ours; `typed_model.write_typed` writes it.
+    """Makes the INT8 (or FP8) graph of an FP32 ONNX of ours; `typed_model.write_typed` writes it.
 
     Args:
         source: File, the model in memory, or what `load_parent` read.
@@ -234,7 +248,7 @@ def to_int8(
         "data_sha256": report.scales.data_sha256,
     }
     spec = half_spec(parent.metadata.spec, options.io) if options.half else None
-    return extend(parent, graph, stage="int8", options=said, spec=spec), report
+    return extend(parent, graph, stage=options.format, options=said, spec=spec), report
 
 
 def _ignore(stage: str, done: int, total: int) -> None:
@@ -267,13 +281,16 @@ def quantize_graph(
     images = images if isinstance(images, Images) else Images(images)
     tell, batches = progress or _ignore, images.batches
     options = _require_fit(network, options or Int8Options())
+    network = fit_opset(network, options.grid)
     # Ranges, equalization and scales; or those of before.
     if saved is None:
         statistics = collect(network, batches, progress=partial(tell, "ranges"))
         exponents: dict[str, float] = {}
         if options.equalize is not None and options.search is not None:
             wanted = dataclasses.replace(options.search, range_percentile=options.range_percentile)
-            exponents = choose_exponents(network, batches, statistics, wanted, progress=partial(tell, "equalize"))
+            exponents = choose_exponents(
+                network, batches, statistics, wanted, grid=options.grid, progress=partial(tell, "equalize")
+            )
         prepared, scales, interfaces = _calibrate(network, statistics, options, exponents)
         prepared = share_scales(prepared, batches, progress=partial(tell, "share scales"))
         scales = dataclasses.replace(scales, scales=dict(prepared.scales))
@@ -309,6 +326,7 @@ def _quantize_without_images(
     """The same from statistics in closed form and the mean and deviation of each layer's input channels."""
     network = parent.network
     options = _require_fit(network, options)
+    network = fit_opset(network, options.grid)
     statistics, moments = closed_form_statistics(parent)
     prepared, scales, interfaces = _calibrate(network, statistics, options, {})
     weights, factors = read_weights(prepared.network), decode(network, scales.channel_factors())
@@ -318,9 +336,9 @@ def _quantize_without_images(
         weight, bias = weights[layer.weight], weights[layer.bias]
         mean, deviation = (value / factors[layer.source] for value in moments[layer.input])
         if options.rounding.method == "nearest":
-            found = round_nearest(weight, bias)
+            found = round_nearest(weight, bias, options.grid)
         else:
-            found = round_by_prior(weight, bias, deviation=deviation, groups=layer.groups)
+            found = round_by_prior(weight, bias, deviation=deviation, groups=layer.groups, grid=options.grid)
         if options.rounding.bias_correction:
             corrected = correct_bias(weight, found.weight(), bias, groups=layer.groups, mean=mean)
             found = dataclasses.replace(found, bias=corrected)
@@ -347,7 +365,8 @@ def _require_fit(network: Network, options: Int8Options) -> Int8Options:
         remedy = f"give {meant}" if meant in known else f"its layers are {', '.join(known)}"
         raise CalibrationError(f"no layer is called {unknown[0]!r}", remedy=remedy)
     gates = network.gates if options.keep_gates else ()
-    return dataclasses.replace(options, keep=(*options.keep, *(name for name in gates if name not in options.keep)))
+    more = dict.fromkeys((*gates, *find_unsuited(network.layers, options.grid)))
+    return dataclasses.replace(options, keep=(*options.keep, *(name for name in more if name not in options.keep)))
 
 
 def _calibrate(
@@ -365,9 +384,9 @@ def _calibrate(
     if options.half:
         # With a bound to meet, any layer may become one that is kept.
         kept = options.keep if options.max_drop is None else tuple(layer.name for layer in network.layers)
-        rescaled, divided = fit_scales(rescaled, statistics.ranges(), kept=kept)
+        rescaled, divided = fit_scales(rescaled, statistics.ranges(), kept=kept, grid=options.grid)
         factors, statistics = factors * divided, statistics.rescaled(network.divided(divided))
-    scales = choose_scales(rescaled, statistics, options.scales)
+    scales = choose_scales(rescaled, statistics, options.scales, options.grid)
     file = ScaleFile(
         schema=1,
         graph_sha256=graph_sha256(network.model),
@@ -378,14 +397,17 @@ def _calibrate(
         factors=encode_factors(encode(network, factors)),
         exponents=exponents,
         target=options.target,
+        format=options.format,
     )
-    return Prepared(rescaled, file.scales, options.keep, options.half), file, interfaces
+    return Prepared(rescaled, file.scales, options.keep, options.half, options.grid), file, interfaces
 
 
 def _reuse(
     network: Network, batches: Sequence[NDArray[Any]], saved: ScaleFile, options: Int8Options
 ) -> tuple[Prepared, ScaleFile]:
     """Takes a calibration that was saved."""
+    if options.format != saved.format:
+        raise CalibrationError(f"the saved scales are of {saved.format.upper()}", remedy="calibrate again")
     digest, _ = hash_images(batches)
     saved.check(graph_sha256(network.model), digest)
     if options.half and saved.target == "trt8":
@@ -399,7 +421,7 @@ def _reuse(
     scales = round_activation_scales(saved.scales) if options.half else saved.scales
     rescaled = apply_factors(network, saved.channel_factors())
     file = dataclasses.replace(saved, scales=scales, target=options.target)
-    return Prepared(rescaled, scales, options.keep, options.half), file
+    return Prepared(rescaled, scales, options.keep, options.half, options.grid), file
 
 
 @dataclass(slots=True, eq=False)
@@ -446,9 +468,9 @@ class _Bound:
 
 def _write(prepared: Prepared, rounded: Mapping[str, RoundedLayer]) -> onnx.ModelProto:
     """The INT8 graph, with FP32 scales and FP32 for the rest, whatever the target."""
-    paired = insert_pairs(prepared.network, prepared.scales, kept=prepared.kept)
+    paired = insert_pairs(prepared.network, prepared.scales, kept=prepared.kept, grid=prepared.grid)
     chosen = {name: layer for name, layer in rounded.items() if name not in prepared.kept}
-    return write_integers(paired, prepared.network, chosen)
+    return write_integers(paired, prepared.network, chosen, prepared.grid)
 
 
 def _type(
@@ -460,7 +482,7 @@ def _type(
     kept = (*prepared.kept, *others)
     if options.half:
         own = {node.output[0] for node in graph.graph.node if node.name in layers}
-        return halve_quantized(graph, io=options.io, kept=kept, full=full - own)
+        return halve_quantized(graph, io=options.io, kept=kept, full=full - own, grid=options.grid)
     check_quantized(graph, target="trt8", kept=kept)
     return graph
 
@@ -473,4 +495,6 @@ def _report(prepared: Prepared, scales: ScaleFile, macs: Mapping[str, int], sqnr
     layers = tuple(map(report, prepared.network.layers))
     total = sum(layer.macs for layer in layers)
     share = sum(layer.macs for layer in layers if not layer.kept) / total if total else 1.0
-    return Int8Report(scales.images, "images", layers, (), scales, kept=tuple(prepared.kept), int8_share=share)
+    unsuited = find_unsuited(prepared.network.layers, prepared.grid)
+    base = Int8Report(scales.images, "images", layers, (), scales, (), tuple(prepared.kept), share)
+    return dataclasses.replace(base, format=prepared.grid.name, unsuited=unsuited)

@@ -22,6 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 from ..errors import InputError, ModelError
 from ..evaluate.agreement import decibels
 from ..graph.edit import copy_model
+from .grids import INT8, Grid
 from .network import Layer, Network
 from .round import RoundedLayer
 from .run_onnx import Tensors, make_part, open_session, run_session, run_tensors
@@ -70,14 +71,20 @@ def cut_behind(network: Network, layer: Layer) -> Cut:
 
 
 def quantize_alone(
-    network: Network, layer: Layer, rounded: RoundedLayer, *, scale: float, images: Iterable[NDArray[Any]]
+    network: Network,
+    layer: Layer,
+    rounded: RoundedLayer,
+    *,
+    scale: float,
+    images: Iterable[NDArray[Any]],
+    grid: Grid = INT8,
 ) -> float:
     """SQNR in decibels at the worst of a network's ends when one layer alone is quantized.
 
     `scale` is the real value of one integer of the layer's input.
     """
     cut = cut_behind(network, layer)
-    session = _open_cut(network.model, layer, cut)
+    session = _open_cut(network.model, layer, cut, grid)
     constants = {_STEP: np.array(scale, np.float32), _WEIGHT: layer.translate(rounded.weight()), _BIAS: rounded.bias}
     signal, noise = np.zeros(len(cut.ends)), np.zeros(len(cut.ends))
     for values in run_tensors(network.model, (*cut.given, *cut.ends), images):
@@ -88,7 +95,7 @@ def quantize_alone(
     return min(map(decibels, signal.tolist(), noise.tolist()))
 
 
-def _open_cut(model: onnx.ModelProto, layer: Layer, cut: Cut) -> onnxruntime.InferenceSession:
+def _open_cut(model: onnx.ModelProto, layer: Layer, cut: Cut, grid: Grid) -> onnxruntime.InferenceSession:
     """The cut with its layer's input quantized; the scale of that, weight and bias are inputs."""
     between, after = "cut.quantized", "cut.dequantized"
     nodes = [
@@ -105,7 +112,8 @@ def _open_cut(model: onnx.ModelProto, layer: Layer, cut: Cut) -> onnxruntime.Inf
     inputs.append(helper.make_tensor_value_info(_STEP, TensorProto.FLOAT, []))
     outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in cut.ends]
     part = make_part(model, nodes, inputs, outputs)
-    part.graph.initializer.append(numpy_helper.from_array(np.array(0, np.int8), _ZERO))
+    part.graph.initializer.append(numpy_helper.from_array(grid.encode(np.array(0.0)), _ZERO))
+    part.graph.initializer[-1].data_type = grid.kind
     return open_session(part)
 
 

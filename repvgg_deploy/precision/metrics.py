@@ -179,7 +179,9 @@ def rank_layers(
     network, images = prepared.network, spread_images(prepared.network.model, batches, _IMAGES)
     costs = []
     for layer in (layer for layer in network.layers if layer.name in rounded):
-        found = quantize_alone(network, layer, rounded[layer.name], scale=prepared.scales[layer.input], images=images)
+        found = quantize_alone(
+            network, layer, rounded[layer.name], scale=prepared.scales[layer.input], images=images, grid=prepared.grid
+        )
         costs.append(QuantizationCost(layer.name, found, macs[layer.name]))
         progress(len(costs), len(rounded))
     return tuple(sorted(costs, key=lambda cost: cost.sqnr_db))

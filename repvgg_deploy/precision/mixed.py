@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from onnx import defs, helper, numpy_helper
 
 from ..errors import CalibrationError, ModelError
+from ..graph.edit import copy_model, opset_of
 from .check import check_quantized
+from .grids import INT8, Grid
 from .halves import LARGEST, SMALLEST_NORMAL, Io, write_halves
-from .network import FloatArray
+from .network import FloatArray, Network
 from .round import RoundedLayer
 
 OPSET = 19
@@ -69,7 +71,7 @@ def round_activation_scales(scales: Mapping[str, float]) -> dict[str, float]:
     return {name: float(round_scales_to_half(np.array(scale))) for name, scale in scales.items()}
 
 
-def round_layer_to_half(rounded: RoundedLayer) -> RoundedLayer:
+def round_layer_to_half(rounded: RoundedLayer, grid: Grid = INT8) -> RoundedLayer:
     """The layer with scales and bias that are exact in FP16.
 
     A scale moves by 2⁻¹² of itself at most and the integers stay; only those of a row whose scale would be subnormal
@@ -82,7 +84,7 @@ def round_layer_to_half(rounded: RoundedLayer) -> RoundedLayer:
     raised = rounded.scales < np.float32(SMALLEST_NORMAL)
     integers = rounded.integers.copy()
     ratio = (rounded.scales[raised] / scales[raised]).reshape(-1, *[1] * (integers.ndim - 1))
-    integers[raised] = np.rint(integers[raised] * ratio).astype(np.int8)
+    integers[raised] = grid.pack(grid.nearest(integers[raised] * ratio))
     if not float(np.abs(rounded.bias).max(initial=0.0)) <= LARGEST:
         raise CalibrationError(
             "a bias exceeds FP16", remedy="rescale the network with fit_scales before it is quantized"
@@ -93,15 +95,21 @@ def round_layer_to_half(rounded: RoundedLayer) -> RoundedLayer:
 
 
 def halve_quantized(
-    model: onnx.ModelProto, *, io: Io = "fp32", kept: Collection[str] = (), full: Collection[str] = ()
+    model: onnx.ModelProto,
+    *,
+    io: Io = "fp32",
+    kept: Collection[str] = (),
+    full: Collection[str] = (),
+    grid: Grid = INT8,
 ) -> onnx.ModelProto:
-    """A copy with FP16 scales, biases and activations, strongly typed, at opset 19 or higher; INT8 weights stay.
+    """A copy with FP16 scales, biases and activations, strongly typed, at opset 19 or higher; 8-bit weights stay.
 
     Args:
         model: As `insert_pairs` and `write_integers` make it: FP32 scales, each exact in FP16.
         io: Type of floating-point input and outputs.
         kept: Names of layers without pairs: they compute in FP16, their weights rounded to it.
         full: Outputs of other nodes that compute in FP32.
+        grid: The number format of the weights and pairs.
 
     Raises:
         CalibrationError: A scale is not exact in FP16 or subnormal, or the result is not what TensorRT takes.
@@ -118,8 +126,17 @@ def halve_quantized(
                 )
     result = write_halves(model, io=io, full=full)
     raise_opset(result, OPSET)
-    check_quantized(result, target="trt10", kept=kept)
+    check_quantized(result, target="trt10", kept=kept, grid=grid)
     return result
+
+
+def fit_opset(network: Network, grid: Grid) -> Network:
+    """The network at an opset whose QuantizeLinear knows the number format; the same where it is high enough."""
+    if not grid.floating or opset_of(network.model) >= OPSET:
+        return network
+    model = copy_model(network.model)
+    raise_opset(model, OPSET)
+    return dataclasses.replace(network, model=model)
 
 
 def raise_opset(model: onnx.ModelProto, opset: int) -> None:

@@ -1,4 +1,4 @@
-"""Q/DQ pairs and INT8 weights in a graph."""
+"""Q/DQ pairs and 8-bit weights in a graph."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from ..graph.edit import GraphView, attributes, copy_model, copy_without, replace_weights, set_nodes
-from .network import FloatArray, Network, find_residuals
+from .grids import INT8, Grid
+from .network import Network, find_residuals
 from .round import RoundedLayer
 
 _MOVES = ("MaxPool", "Concat", "Resize", "Slice", "Split", "Transpose")
@@ -20,13 +21,9 @@ _Place: TypeAlias = tuple[int, int]
 """The id of a node of a view, and the number of one of its inputs."""
 
 
-def fake_quantize(value: NDArray[Any], scale: float) -> FloatArray:
-    """What a Q/DQ pair makes of a float32 array."""
-    step = np.float32(scale)
-    return np.asarray(np.clip(np.rint(value / step), -128, 127) * step, np.float32)
-
-
-def insert_pairs(network: Network, scales: Mapping[str, float], *, kept: Collection[str] = ()) -> onnx.ModelProto:
+def insert_pairs(
+    network: Network, scales: Mapping[str, float], *, kept: Collection[str] = (), grid: Grid = INT8
+) -> onnx.ModelProto:
     """A copy of an FP32 graph with Q/DQ pairs where TensorRT fuses them; weights stay FP32.
 
     A pair stands on every layer's input but those `kept`; on what is added to a convolution's output (TensorRT computes
@@ -49,14 +46,22 @@ def insert_pairs(network: Network, scales: Mapping[str, float], *, kept: Collect
                     own = scales.get(tensor) == scales[key]
                     name = names[tensor, scales[key]] = tensor if own else f"{tensor}.for.{key}"
                     constants |= {f"{name}.scale": np.array(scales[key], np.float32)}
-                    constants |= {f"{name}.zero_point": np.array(0, np.int8)}
+                    constants |= {f"{name}.zero_point": grid.encode(np.array(0.0))}
                     nodes += _pair(tensor, name)
                 copy.input[index] = f"{names[tensor, scales[key]]}.dequantized"
         nodes.append(copy)
     result = copy_model(network.model)
     set_nodes(result.graph, nodes)
     result.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
-    return result
+    return _stored_as(result, {name for name in constants if name.endswith(".zero_point")}, grid)
+
+
+def _stored_as(model: onnx.ModelProto, names: Collection[str], grid: Grid) -> onnx.ModelProto:
+    """The model, whose named initializers are bytes so far, with the type that those bytes are of."""
+    for tensor in model.graph.initializer:
+        if tensor.name in names:
+            tensor.data_type = grid.kind
+    return model
 
 
 def find_meetings(network: Network, kept: Collection[str] = ()) -> list[tuple[str, ...]]:
@@ -127,8 +132,10 @@ def _pair(tensor: str, name: str) -> list[onnx.NodeProto]:
     ]
 
 
-def write_integers(model: onnx.ModelProto, network: Network, rounded: Mapping[str, RoundedLayer]) -> onnx.ModelProto:
-    """A copy of a graph of `network` with pairs, with INT8 weights behind DequantizeLinear, and the corrected biases.
+def write_integers(
+    model: onnx.ModelProto, network: Network, rounded: Mapping[str, RoundedLayer], grid: Grid = INT8
+) -> onnx.ModelProto:
+    """A copy of a graph of `network` with pairs, with 8-bit weights behind DequantizeLinear, and the corrected biases.
 
     Weights have one scale per output channel, on the axis on which the graph stores those.
     """
@@ -136,13 +143,16 @@ def write_integers(model: onnx.ModelProto, network: Network, rounded: Mapping[st
     arrays: dict[str, NDArray[Any]] = {}
     result = copy_without(model, {layer.weight for layer in layers.values()})
     dequantizers = []
+    stored = set[str]()
     for node in result.graph.node:
         layer = layers.get(node.name)
         if layer is None:
             continue
         found, weight = rounded[node.name], layer.weight
         constants, after = [weight, f"{weight}.scale", f"{weight}.zero_point"], f"{weight}.dequantized"
-        values = (layer.translate(found.integers), found.scales, np.zeros(len(found.scales), np.int8))
+        codes, zeros = grid.encode(layer.translate(found.integers)), grid.encode(np.zeros(len(found.scales)))
+        values = (codes, found.scales, zeros)
+        stored.update((weight, constants[2]))
         arrays |= dict(zip(constants, values, strict=True))
         arrays[layer.bias] = found.bias
         name = f"{weight}.dequantize"
@@ -150,4 +160,4 @@ def write_integers(model: onnx.ModelProto, network: Network, rounded: Mapping[st
         dequantizers.append(helper.make_node("DequantizeLinear", constants, [after], name=name, axis=axis))
         node.input[1] = after
     set_nodes(result.graph, [*dequantizers, *result.graph.node])
-    return replace_weights(result, arrays)
+    return _stored_as(replace_weights(result, arrays), stored, grid)

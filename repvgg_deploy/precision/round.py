@@ -1,4 +1,4 @@
-"""Weights → INT8, rounded so that what the layer computes changes least, rather than each weight.
+"""Weights → 8 bits, rounded so that what the layer computes changes least, rather than each weight.
 
 With the second moments H of a layer's (quantized) inputs, the squared error of its output is Σ (q − w) H (q − w)ᵀ over
 its rows. Inputs are centred: their mean is the bias's business, which takes up exactly what is left of it (bias
@@ -10,7 +10,9 @@ correction). Three steps:
    not rounded yet.
    Source: Frantar et al. 2022, GPTQ, https://arxiv.org/abs/2210.17323. Several clipped weight scales are tried and the
    best kept, row by row.
-3. Single weights are changed by one step wherever that still lowers the error (coordinate descent).
+3. Single weights are moved on the grid wherever that still lowers the error (coordinate descent).
+
+What the grid is, integers or E4M3's numbers, `grids` says.
 
 Without a single image (`round_by_prior`) the second moments are what is true of every image: neighbouring pixels are
 alike. What a layer reads is taken as independent from channel to channel, with the deviations that BatchNorm layers
@@ -30,8 +32,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CalibrationError
+from .grids import INT8, Grid
 from .network import Float64, FloatArray
-from .ranges import LEVELS, Moments
+from .ranges import Moments
 
 _BLOCK = 64
 _CORRELATION = 0.6  # of neighbouring pixels of one channel
@@ -78,15 +81,15 @@ class RoundOptions:
 
 @dataclass(frozen=True, slots=True)
 class RoundedLayer:
-    """One layer's weights in INT8.
+    """One layer's weights in 8 bits.
 
     Attributes:
-        integers: int8, the weight's shape, −127 … 127.
+        integers: int8, the weight's shape, −127 … 127; of a floating-point format float32, values of its grid.
         scales: float32 (out,): weight = integer × scale.
         bias: float32 (out,), corrected.
     """
 
-    integers: NDArray[np.int8]
+    integers: NDArray[Any]
     scales: FloatArray
     bias: FloatArray
 
@@ -95,21 +98,23 @@ class RoundedLayer:
         return np.asarray(self.integers * self.scales.reshape(-1, *[1] * (self.integers.ndim - 1)), np.float32)
 
 
-def nearest_scales(rows: NDArray[np.floating]) -> Float64:
+def nearest_scales(rows: NDArray[np.floating], grid: Grid = INT8) -> Float64:
     """The scale of each row that clips nothing; 1 for a row of zeros."""
     largest = np.abs(rows).max(axis=1).astype(np.float64)
-    return np.where(largest > 0, np.maximum(largest / LEVELS, float(np.finfo(np.float32).tiny)), 1.0)
+    return np.where(largest > 0, np.maximum(largest / grid.largest, float(np.finfo(np.float32).tiny)), 1.0)
 
 
-def round_nearest(weight: FloatArray, bias: FloatArray) -> RoundedLayer:
-    """Each weight to the nearest integer of its output channel's scale; the bias stays."""
+def round_nearest(weight: FloatArray, bias: FloatArray, grid: Grid = INT8) -> RoundedLayer:
+    """Each weight to the nearest value of its output channel's scale; the bias stays."""
     rows = weight.reshape(len(weight), -1)
-    scales = nearest_scales(rows).astype(np.float32)
-    integers = np.clip(np.rint(rows / scales[:, None]), -LEVELS, LEVELS).astype(np.int8)
+    scales = nearest_scales(rows, grid).astype(np.float32)
+    integers = grid.pack(grid.nearest(rows / scales[:, None]))
     return RoundedLayer(integers.reshape(weight.shape), scales, bias)
 
 
-def round_layer(weight: FloatArray, bias: FloatArray, moments: Moments, options: RoundOptions) -> RoundedLayer:
+def round_layer(
+    weight: FloatArray, bias: FloatArray, moments: Moments, options: RoundOptions, *, grid: Grid = INT8
+) -> RoundedLayer:
     """Rounds a layer's weights, (out, in / groups, …), and corrects its bias, (out,), by the moments of its inputs."""
     groups = moments.layer.groups
     rows = weight.reshape(groups, len(weight) // groups, -1)
@@ -117,20 +122,25 @@ def round_layer(weight: FloatArray, bias: FloatArray, moments: Moments, options:
     for group in range(groups):
         covariance, cross, mean, error = moments.centred(group)
         if options.method == "second_order":
-            found, scale = round_rows(rows[group], covariance, cross, options)
+            found, scale = round_rows(rows[group], covariance, cross, options, grid=grid)
         else:
-            scale = nearest_scales(rows[group]).astype(np.float32).astype(np.float64)
-            found = np.clip(np.rint(rows[group] / scale[:, None]), -LEVELS, LEVELS)
+            scale = nearest_scales(rows[group], grid).astype(np.float32).astype(np.float64)
+            found = grid.nearest(rows[group] / scale[:, None])
         integers.append(found)
         scales.append(scale)
         shift.append(error + rows[group] @ mean - (found @ mean) * scale)
     corrected = bias + np.concatenate(shift) if options.bias_correction else bias
-    packed = np.concatenate([found.astype(np.int8) for found in integers]).reshape(weight.shape)
+    packed = np.concatenate([grid.pack(found) for found in integers]).reshape(weight.shape)
     return RoundedLayer(packed, np.concatenate(scales).astype(np.float32), corrected.astype(np.float32))
 
 
 def round_rows(
-    rows: NDArray[np.floating], covariance: NDArray[np.floating], cross: NDArray[np.floating], options: RoundOptions
+    rows: NDArray[np.floating],
+    covariance: NDArray[np.floating],
+    cross: NDArray[np.floating],
+    options: RoundOptions,
+    *,
+    grid: Grid = INT8,
 ) -> tuple[FloatArray, Float64]:
     """Rounds the rows (out, K) of one group in the three steps above.
 
@@ -148,18 +158,18 @@ def round_rows(
     target += np.linalg.solve(damped, cross[:, order].T.astype(np.float32))
     np.fill_diagonal(damped, diagonal + np.float32(options.damping * level))
     factor = _upper_factor(damped)
-    base = nearest_scales(target.T)
+    base = nearest_scales(target.T, grid)
     best = np.full(len(rows), np.inf)
     integers, scales = np.zeros_like(target), base.astype(np.float32)
-    for clip in options.clips:
-        scale = (base * clip).astype(np.float32)
-        found, error = _feed_forward(target, scale, factor)
+    for width in grid.widths(options.clips):
+        scale = (base * width).astype(np.float32)
+        found, error = _feed_forward(target, scale, factor, grid)
         better = error < best
         best[better], scales[better] = error[better], scale[better]
         np.copyto(integers, found, where=better)
     del factor
     for _ in range(options.sweeps):
-        _descend(integers, scales, target, damped)
+        _descend(integers, scales, target, damped, grid=grid)
     restored = np.empty_like(integers)
     restored[order] = integers
     return restored.T, scales.astype(np.float64)
@@ -179,7 +189,7 @@ def _upper_factor(matrix: NDArray[Any]) -> NDArray[Any]:
 
 
 def _feed_forward(
-    target: NDArray[Any], scale: NDArray[Any], factor: NDArray[Any]
+    target: NDArray[Any], scale: NDArray[Any], factor: NDArray[Any], grid: Grid
 ) -> tuple[NDArray[Any], NDArray[np.float64]]:
     """Rounds column by column; each makes up for the error of those before, as those still free will for its own.
 
@@ -194,7 +204,7 @@ def _feed_forward(
         change, left = np.empty_like(target[start:stop]), np.empty_like(target[start:stop])
         for index in range(start, stop):
             row, pivot = index - start, factor[index, index]
-            result[index] = np.clip(np.rint((target[index] - work[index] / pivot) / scale), -LEVELS, LEVELS)
+            result[index] = grid.nearest((target[index] - work[index] / pivot) / scale)
             change[row] = result[index] * scale - target[index]
             left[row] = work[index] + pivot * change[row]
             work[index + 1 : stop] += np.outer(factor[index, index + 1 : stop], change[row])
@@ -203,7 +213,9 @@ def _feed_forward(
     return result, error
 
 
-def _descend(integers: NDArray[Any], scales: NDArray[Any], target: NDArray[Any], damped: NDArray[Any]) -> None:
+def _descend(
+    integers: NDArray[Any], scales: NDArray[Any], target: NDArray[Any], damped: NDArray[Any], *, grid: Grid
+) -> None:
     """One pass over the columns: each of `integers`, (K, out), moves to where the error, all others held, is least."""
     gradient = damped @ (integers * scales - target)
     for start in range(0, len(damped), _BLOCK):
@@ -211,14 +223,16 @@ def _descend(integers: NDArray[Any], scales: NDArray[Any], target: NDArray[Any],
         local, moves = gradient[start:stop].copy(), np.zeros_like(target[start:stop])
         for index in range(start, stop):
             wanted = integers[index] - local[index - start] / (damped[index, index] * scales)
-            found = np.clip(np.rint(wanted), -LEVELS, LEVELS)
+            found = grid.nearest(wanted)
             moves[index - start] = (found - integers[index]) * scales
             integers[index] = found
             local += np.outer(damped[start:stop, index], moves[index - start])
         gradient += damped[:, start:stop] @ moves
 
 
-def round_by_prior(weight: FloatArray, bias: FloatArray, *, deviation: Float64, groups: int) -> RoundedLayer:
+def round_by_prior(
+    weight: FloatArray, bias: FloatArray, *, deviation: Float64, groups: int, grid: Grid = INT8
+) -> RoundedLayer:
     """Rounds one layer without images; the bias stays. `deviation` is that of each input channel, (in,)."""
     options = RoundOptions()
     out, inner = weight.shape[:2]
@@ -227,21 +241,21 @@ def round_by_prior(weight: FloatArray, bias: FloatArray, *, deviation: Float64, 
     distance = np.sqrt(np.square(places[:, None] - places[None]).sum(axis=2))
     covariance = np.asarray(_CORRELATION**distance + options.damping * np.eye(len(places)), np.float64)
     factor = _upper_factor(covariance)
-    base = nearest_scales(weight.reshape(out, -1).astype(np.float64))
+    base = nearest_scales(weight.reshape(out, -1).astype(np.float64), grid)
     by_row = np.repeat(np.square(deviation).reshape(groups, -1), out // groups, axis=0)  # (out, in / groups)
     # A kernel is a row, and its taps are the columns.
     target = np.ascontiguousarray(weight.reshape(out * inner, -1).T, np.float64)
     best, integers, scales = np.full(out, np.inf), np.zeros((out, *target.shape[:1], inner)), base.copy()
-    for clip in options.clips:
-        scale = (base * clip).astype(np.float32).astype(np.float64)
+    for width in grid.widths(options.clips):
+        scale = (base * width).astype(np.float32).astype(np.float64)
         steps = np.repeat(scale, inner)
-        found, _ = _feed_forward(target, steps, factor)
+        found, _ = _feed_forward(target, steps, factor, grid)
         for _ in range(options.sweeps):
-            _descend(found, steps, target, covariance)
+            _descend(found, steps, target, covariance, grid=grid)
         difference = found * steps - target
         error = (by_row * ((covariance @ difference) * difference).sum(axis=0).reshape(out, inner)).sum(axis=1)
         better = error < best
         best[better], scales[better] = error[better], scale[better]
         integers[better] = found.reshape(-1, out, inner).transpose(1, 0, 2)[better]
-    packed = integers.transpose(0, 2, 1).reshape(weight.shape).astype(np.int8)
+    packed = grid.pack(integers.transpose(0, 2, 1).reshape(weight.shape))
     return RoundedLayer(packed, scales.astype(np.float32), bias)

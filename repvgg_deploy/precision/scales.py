@@ -21,12 +21,12 @@ from ..files.output import explain_os_errors
 from ..graph.edit import copy_model
 from ..specs import codec
 from .equalize import read_range, rescale
+from .grids import INT8, Format, Grid
 from .halves import LARGEST
 from .network import Float64, FloatArray, Interface, Layer, Network, input_norms, read_weights
 from .ranges import LEVELS, Statistics, TensorStatistics
 
 Method = Literal["max", "percentile", "entropy", "min_error"]
-_CANDIDATES = 64
 _SMALLEST_RATIO = 0.1  # candidates for clipping reach from a tenth of the largest value to all of it
 _LARGEST_BYTES = 64 << 20
 _LARGEST_SCALE = float(np.finfo(np.float32).max)
@@ -70,6 +70,7 @@ class ScaleFile:
             Empty without equalization.
         exponents: By name of a layer: with what exponent they were found.
         target: What they were made for: those of `trt10` also suit `trt8`, which asks for less.
+        format: The number format whose steps the scales are.
     """
 
     schema: Literal[1]
@@ -81,6 +82,7 @@ class ScaleFile:
     factors: dict[str, str] = field(default_factory=dict)
     exponents: dict[str, float] = field(default_factory=dict)
     target: Literal["trt8", "trt10"] = "trt10"
+    format: Format = "int8"
 
     def __post_init__(self) -> None:
         remedy = "calibrate again with --save-scales"
@@ -153,23 +155,25 @@ def read_scales(path: Path) -> ScaleFile:
         ) from error
 
 
-def choose_scales(network: Network, statistics: Statistics, options: ScaleOptions | None = None) -> dict[str, float]:
-    """The scale of each layer's input: the real value of one integer step, float32."""
+def choose_scales(
+    network: Network, statistics: Statistics, options: ScaleOptions | None = None, grid: Grid = INT8
+) -> dict[str, float]:
+    """The scale of each layer's input: the real value of one integer step, or of 1 in floating point; float32."""
     options = options or ScaleOptions()
     weights = read_weights(network)
     scales: dict[str, float] = {}
     for layer in network.layers:
         if layer.input not in scales:
             importance = input_norms(weights[layer.weight], layer.groups, order="square")
-            limit = choose_limit(statistics.tensors[layer.input], importance, options)
-            scales[layer.input] = float(np.float32(max(limit / LEVELS, MIN_SCALE)))
+            limit = choose_limit(statistics.tensors[layer.input], importance, options, grid)
+            scales[layer.input] = float(np.float32(max(limit / grid.largest, MIN_SCALE)))
     for name, ids in network.sums:
-        limit = choose_limit(statistics.tensors[name], np.ones(len(ids)), options)
-        scales[name] = float(np.float32(max(limit / LEVELS, MIN_SCALE)))
+        limit = choose_limit(statistics.tensors[name], np.ones(len(ids)), options, grid)
+        scales[name] = float(np.float32(max(limit / grid.largest, MIN_SCALE)))
     return scales
 
 
-def choose_limit(found: TensorStatistics, importance: Float64, options: ScaleOptions) -> float:
+def choose_limit(found: TensorStatistics, importance: Float64, options: ScaleOptions, grid: Grid = INT8) -> float:
     """The largest value that is not clipped; `importance` is what a squared error in each channel costs, (C,)."""
     top = float(found.largest.max(initial=0.0))
     if top <= 0:
@@ -177,7 +181,7 @@ def choose_limit(found: TensorStatistics, importance: Float64, options: ScaleOpt
     if options.method == "max":
         return top
     if options.method == "min_error":
-        return _least_error(found, importance)
+        return _least_error(found, importance, grid)
     counts, top = found.merged()
     if options.method == "entropy":
         return _least_divergence(counts) * top
@@ -185,14 +189,14 @@ def choose_limit(found: TensorStatistics, importance: Float64, options: ScaleOpt
     return float((np.searchsorted(below, options.percentile / 100) + 1) / len(counts) * top)
 
 
-def _least_error(found: TensorStatistics, importance: Float64) -> float:
+def _least_error(found: TensorStatistics, importance: Float64, grid: Grid) -> float:
     values, weight = found.values(), found.histogram * importance[:, None]
     top = float(found.largest.max())
-    limits = top * np.geomspace(_SMALLEST_RATIO, 1.0, _CANDIDATES)
+    limits = grid.limits(top, _SMALLEST_RATIO)
     errors = []
     for limit in limits:
-        step = limit / LEVELS
-        rounded = np.minimum(np.rint(values / step), LEVELS) * step
+        step = limit / grid.largest
+        rounded = grid.nearest(values / step) * step
         errors.append(float((weight * np.square(values - rounded)).sum()))
     return float(limits[int(np.argmin(errors))])
 
@@ -234,7 +238,7 @@ _OCTAVES = 40
 
 
 def fit_scales(
-    network: Network, ranges: Mapping[str, Float64], *, kept: Collection[str] = ()
+    network: Network, ranges: Mapping[str, Float64], *, kept: Collection[str] = (), grid: Grid = INT8
 ) -> tuple[Network, Float64]:
     """Rescales interfaces by powers of two, first layer to last, until the scales to come are comfortable in FP16.
 
@@ -247,7 +251,7 @@ def fit_scales(
         CalibrationError: What cannot be rescaled does not fit.
     """
     weights = read_weights(network)
-    fit = _Fit(network, weights, {layer.input: read_range(layer, ranges) for layer in network.layers}, kept)
+    fit = _Fit(network, weights, {layer.input: read_range(layer, ranges) for layer in network.layers}, kept, grid)
     factors = network.ones()
     for interface in network.interfaces:
         if interface.blocked_by is None:
@@ -268,6 +272,7 @@ class _Fit:
     weights: dict[str, FloatArray]
     ranges: dict[str, Float64]
     kept: Collection[str]
+    grid: Grid
 
     def choose(self, interface: Interface) -> Float64:
         """Powers of two, (count,), by which its channels are to be divided; 1 for all others."""
@@ -323,7 +328,7 @@ class _Fit:
     def _bounds(self, layer: Layer) -> Float64:
         """What each output channel can be at most, on every image: a quantized input ends at its scale."""
         weight = np.abs(self.weights[layer.weight]).reshape(layer.out_channels, -1).sum(axis=1, dtype=np.float64)
-        margin = _MARGIN if layer.name in self.kept else 128 / LEVELS
+        margin = _MARGIN if layer.name in self.kept else self.grid.spare * -self.grid.lowest / self.grid.largest
         top = float(self.ranges[layer.input].max(initial=0.0)) * margin
         return np.asarray(weight * top + np.abs(self.weights[layer.bias]), np.float64)
 

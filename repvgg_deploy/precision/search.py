@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from ..errors import CalibrationError
 from .equalize import choose_factors, main_reader
+from .grids import INT8, Grid
 from .network import Float64, FloatArray, Layer, Network, input_norms, read_weights, scale_inputs
-from .ranges import LEVELS, Statistics, columns, pick_positions
+from .ranges import Statistics, columns, pick_positions
 from .round import RoundOptions, round_rows
 from .run_onnx import LayerWalk, Tell, count_images, spread_images, tell_nobody
 from .scales import ScaleOptions, choose_limit
@@ -58,6 +59,7 @@ def choose_exponents(
     statistics: Statistics,
     options: SearchOptions,
     *,
+    grid: Grid = INT8,
     progress: Tell = tell_nobody,
 ) -> dict[str, float]:
     """An exponent for every interface that can be rescaled and that more than SE reads, by name of the layer before it.
@@ -86,7 +88,7 @@ def choose_exponents(
         sample = np.concatenate(
             [columns(v, layer, pick_positions(v, layer, each, generator)) for v in walk.advance(layer.input)], axis=1
         )
-        trial = _Trial(layer, weights[layer.weight], sample, generator)
+        trial = _Trial(layer, weights[layer.weight], sample, generator, grid=grid)
         free = np.isin(layer.source, interface.variables)
         norms = input_norms(weights[layer.weight], layer.groups, order="max")
         errors = {}
@@ -94,8 +96,8 @@ def choose_exponents(
             factors = choose_factors(np.asarray(ranges[layer.input], np.float64), norms, exponent, free=free)
             rescaled = scale_inputs(weights[layer.weight].astype(np.float64), layer.groups, factors)
             importance = input_norms(rescaled, layer.groups, order="square")
-            limit = choose_limit(statistics.tensors[layer.input].rescaled(factors), importance, ScaleOptions())
-            errors[exponent] = trial.error(factors, limit / LEVELS, options.channels)
+            limit = choose_limit(statistics.tensors[layer.input].rescaled(factors), importance, ScaleOptions(), grid)
+            errors[exponent] = trial.error(factors, limit / grid.largest, options.channels)
         found[interface.source] = min(errors, key=lambda exponent: errors[exponent])
         progress(index + 1, len(in_order))
     return found
@@ -104,7 +106,10 @@ def choose_exponents(
 class _Trial:
     """A layer's inputs at some positions, float32 (groups, positions, inner), in random order, and its weights."""
 
-    def __init__(self, layer: Layer, weight: FloatArray, sample: FloatArray, generator: np.random.Generator) -> None:
+    def __init__(
+        self, layer: Layer, weight: FloatArray, sample: FloatArray, generator: np.random.Generator, *, grid: Grid
+    ) -> None:
+        self._grid = grid
         self._kernel = int(np.prod(layer.weight_shape[2:]))
         self._sample = sample[:, generator.permutation(sample.shape[1])]
         self._rows = weight.reshape(layer.groups, -1, sample.shape[2])
@@ -116,17 +121,16 @@ class _Trial:
         inner = (picked[:, None] * self._kernel + np.arange(self._kernel)).ravel()
         parts = zip(self._sample, self._rows, factors.reshape(len(self._rows), -1), strict=True)
         return sum(
-            _error(sample[:, inner], rows[:, inner], np.repeat(factor[picked], self._kernel), step)
+            _error(sample[:, inner], rows[:, inner], np.repeat(factor[picked], self._kernel), step, grid=self._grid)
             for sample, rows, factor in parts
         )
 
 
-def _error(sample: FloatArray, rows: FloatArray, factors: Float64, step: float) -> float:
+def _error(sample: FloatArray, rows: FloatArray, factors: Float64, step: float, *, grid: Grid) -> float:
     """Of one group: the squared error at a quarter of the positions, the weights rounded by the others."""
     exact = (sample / factors).astype(np.float32)
     rows = (rows * factors).astype(np.float32)
-    size = np.float32(step)
-    rounded = np.clip(np.rint(exact / size), -LEVELS - 1, LEVELS) * size
+    rounded = grid.through(exact, step)
     count = max(1, len(exact) * 3 // 4)
     missing = (exact - rounded) @ rows.T
     seen, lost = rounded[:count], missing[:count]
@@ -135,7 +139,9 @@ def _error(sample: FloatArray, rows: FloatArray, factors: Float64, step: float) 
     centred = (seen - mean).astype(np.float32)
     covariance = (centred.T @ centred).astype(np.float64) / count
     cross = (lost.T @ centred).astype(np.float64) / count
-    integers, scales = round_rows(rows.astype(np.float64), covariance, cross, RoundOptions(clips=(0.8,), sweeps=0))
+    integers, scales = round_rows(
+        rows.astype(np.float64), covariance, cross, RoundOptions(clips=(0.8,), sweeps=0), grid=grid
+    )
     change = rows - integers * scales[:, None]
     left = missing[count:] - error + (rounded[count:] - mean) @ change.T
     return float(np.square(left, dtype=np.float64).sum())

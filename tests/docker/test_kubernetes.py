@@ -22,6 +22,8 @@ from tests.docker.dashboard import metric_names
 from tests.docker.dockerfiles import defaults, parse
 from tests.docker.kserve_api import KUBERNETES, KServe, find_kserve
 from tests.docker.prometheus import find_prometheus
+from tests.examples.running_service import serve
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
 FOLDER = ROOT / "docker/kubernetes"
 MARGIN_SECONDS = 5
@@ -144,6 +146,31 @@ def test_pod_has_the_folders_of_its_image_and_memory_for_what_it_lets_in(pod: di
 def gibibytes(text: str) -> int:
     assert text.endswith("Gi")
     return int(text.removesuffix("Gi"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_service_with_the_settings_of_the_deployment_passes_its_probes_and_ends(
+    exported_sample: Path, sample_dir: Path
+) -> None:
+    """What kubelet does: it asks the probes, and sends SIGTERM when the pod is to end."""
+    (container,) = POD["containers"]
+    given = {entry["name"].removeprefix("REPVGG_").lower(): entry.get("value") for entry in container["env"]}
+    assert [name for name, value in given.items() if value is None] == ["threads"]  # of limits.cpu
+    probes = {name: container[f"{name}Probe"]["httpGet"]["path"] for name in ("startup", "readiness", "liveness")}
+    photo = (sample_dir / "images/digit-3.png").read_bytes()
+    given |= {
+        "threads": container["resources"]["limits"]["cpu"],
+        "grace_seconds": "600",
+    }  # which ends when it is told to
+    with serve(exported_sample, held=True, **given) as service:
+        assert {name: service.ask("GET", path).status for name, path in probes.items()} == dict.fromkeys(probes, 200)
+        service.terminate()
+        wait_until(lambda: service.ask("GET", probes["readiness"]).status == 503, "readiness to go off")
+        assert service.ask("GET", probes["liveness"]).status == 200  # else it would be killed before its end
+        assert service.ask("POST", "/predict", photo).status == 200
+        service.end_grace()
+        assert service.process.wait(PATIENCE_SECONDS) == 0
 
 
 def test_selectors_and_references_lead_to_the_deployment() -> None:

@@ -119,7 +119,7 @@ def test_image_chosen_by_keyboard_shows_its_five_best_classes_as_bars(
         widths = [bar.bounding_box()["width"] for bar in page.locator(".bar").all()]
         # Half a pixel, by which a browser rounds; and no bar is narrower than two.
         assert widths == pytest.approx([max(2, one["score"] * track["width"]) for one in expected], abs=0.5)
-        assert re.fullmatch(r"Best: 3, [\d.]+ %\. Answered in \d+ ms\.", page.get_by_role("status").inner_text())
+        assert re.fullmatch(r"Best: 3, [\d.]+ %\. Answered in \d+ ms", page.get_by_role("status").text_content() or "")
         preview = page.get_by_alt_text("The chosen image, digit-3.png")
         assert preview.is_visible() and preview.evaluate("image => image.naturalWidth") > 0
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
@@ -232,6 +232,7 @@ def test_service_that_is_busy_or_gone_can_be_asked_again(
     page.get_by_role("button", name="Try again").press("Enter")
     expect(page.get_by_role("listitem")).to_have_count(5)
     expect(page.get_by_role("alert")).to_be_empty()
+    assert page.evaluate("document.activeElement.id") == "file"  # and not lost with the button
 
 
 def test_names_are_shown_as_text_and_scores_of_any_kind(page: Page, photo: Path) -> None:

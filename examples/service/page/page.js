@@ -9,8 +9,11 @@ let underWay = null;
 let last = null;
 
 /* Everything that comes from a file or from the service is set as text and never as HTML. */
-function say(text) {
-  status_.textContent = text;
+function say(text, heard = "") {
+  const span = document.createElement("span"); // read out, and not shown: the list below shows it
+  span.className = "heard";
+  span.textContent = heard;
+  status_.replaceChildren(...(heard ? [span, ` ${text}`] : [text]));
 }
 
 function fail(text, retry) {
@@ -90,7 +93,7 @@ async function classify(file) {
       // a proxy's page: its status says enough
     }
     if (answer.ok && content.predictions) {
-      say(`Best: ${list(content.predictions)}. Answered in ${took} ms.`);
+      say(`Answered in ${took} ms`, `Best: ${list(content.predictions)}.`);
     } else {
       const why = typeof content.error === "string" ? content.error : `The service answered with status ${answer.status}`;
       fail(`${why[0].toUpperCase()}${why.slice(1)}.`, [408, 429, 502, 503, 504].includes(answer.status));
@@ -117,7 +120,10 @@ input.addEventListener("change", () => {
   if (input.files.length) take(input.files, "chosen");
   input.value = ""; // so that the same file can be chosen again
 });
-again.addEventListener("click", () => classify(last));
+again.addEventListener("click", () => {
+  input.focus(); // the button goes
+  classify(last);
+});
 
 /* On the whole window: a browser would leave the page for an image that is dropped beside the field. */
 for (const kind of ["dragenter", "dragover"]) {

@@ -1,13 +1,16 @@
 """What INT8 costs: accuracy, time and memory of every method, beside what others offer, in one run and one table.
 
-On the trained A0 and A0g4 of `../shared/data`, where they are, and on the repository's own sample. Every method is
-given the same FP32 graph and the same calibration images (256 of the training split, drawn anew for each of three
-seeds) and runs in a process of its own, imports included; figures are medians. All graphs are scored in one way: in
-ONNX Runtime, every Q/DQ pair computed as it stands. Settings of others are chosen by SQNR on the first half of the
-evaluation images; agreement with FP32 and SQNR are reported on the second, top-1 on all.
+On the trained A0 and A0g4 of `../shared/data`, where they are, on A0 under a feature pyramid, and on the repository's
+own samples, classifier and detectors. Every method is given the same FP32 graph and the same calibration images (256 of
+the training split, drawn anew for each of three seeds) and runs in a process of its own, imports included; figures are
+medians. All graphs are scored in one way: in ONNX Runtime, every Q/DQ pair computed as it stands. Settings of others
+are chosen by SQNR (of the worst output) on the first half of the evaluation images; agreement with FP32 and SQNR are
+reported on the second, top-1 and mAP on all.
 
-    python benchmarks/int8.py                          # about half an hour on two cores
-    python benchmarks/int8.py --quick --models sample  # a minute
+    python benchmarks/int8.py                                   # about an hour on two cores
+    python benchmarks/int8.py --models detector detector-relu   # these anew; what is stored of the others stays
+    python benchmarks/int8.py --models A0 --only ours           # this row anew
+    python benchmarks/int8.py --quick --models sample           # a minute; nothing is stored
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ METHODS = {
     "fp16": "FP16",
     "max": "per-channel weights, max calibration",
     "onnxruntime": "ONNX Runtime quantize_static",
-    "modelopt": "ModelOpt PTQ",
+    "modelopt max": "ModelOpt PTQ, max",
+    "modelopt entropy": "ModelOpt PTQ, entropy",
     "fast": "ours, --fast",
     "ours": "ours",
     "ours trt10": "ours, FP16 for the rest (trt10)",
@@ -67,29 +71,26 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=places.SUBJECTS, default=list(places.SUBJECTS))
     parser.add_argument("--out", type=Path, help="the JSON (default: benchmarks/results/int8.json)")
     args = parser.parse_args()
-    results: dict[str, Any] = {}
-    start = time.perf_counter()
+    target = args.out or (None if args.quick else RESULTS)
     for name in args.models:
         with tempfile.TemporaryDirectory() as folder:
             found = Run(name, Path(folder), args).measure()
         if found is not None:
-            results[name] = found
             print(table(name, found), flush=True)
-    whole = not (args.quick or args.only or len(args.models) < len(places.SUBJECTS))
-    target = args.out or (RESULTS if whole else None)
-    if target is not None:
-        store(target, results, time.perf_counter() - start)
+            if target is not None:
+                store(target, name, found)
 
 
-def store(target: Path, results: dict[str, Any], seconds: float) -> None:
-    """Writes the JSON."""
+def store(target: Path, name: str, found: dict[str, Any]) -> None:
+    """Puts a model's rows into the JSON, in place of those of the same methods; all else stays as it is."""
     target.parent.mkdir(exist_ok=True)
-    machine = step("machine", target.parent, {})[0]
-    target.write_text(
-        json.dumps({"machine": machine, "seconds": seconds, "models": results}, indent=1, ensure_ascii=False) + "\n",
-        encoding="utf-8",
-    )
-    print(f"\nwritten: {target}, after {seconds / 60:.0f} minutes")
+    models = json.loads(target.read_text(encoding="utf-8"))["models"] if target.exists() else {}
+    before = {row["key"]: row for row in models.get(name, {}).get("rows", [])}
+    rows = before | {row["key"]: row for row in found["rows"]}
+    models[name] = {**found, "rows": [rows[key] for key in METHODS if key in rows]}
+    ordered = {key: models[key] for key in places.SUBJECTS if key in models}
+    target.write_text(json.dumps({"models": ordered}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"stored in {target}")
 
 
 def step(name: str, folder: Path, arguments: dict[str, Any]) -> tuple[Any, dict[str, float]]:
@@ -141,12 +142,13 @@ class Run:
             return None
         counts = {"calibration": 64, "evaluation": 400} if self._quick else {"calibration": 256, "evaluation": 2000}
         facts, _ = step("prepare", self._folder, {"name": self._name, "seeds": self._seeds, **counts})
+        machine, _ = step("machine", self._folder, {})
         truth = self._row("fp32", [self._score("fp32.onnx")])
         rows = [truth, *(self._rows(method) for method in self._methods if method != "fp32")]
-        return {**facts, "seeds": len(self._seeds), "rows": rows}
+        return {**facts, "seeds": len(self._seeds), "machine": machine, "rows": rows}
 
     def _rows(self, method: str) -> dict[str, Any]:
-        if method == "modelopt" and not places.has_modelopt():
+        if method.startswith("modelopt") and not places.has_modelopt():
             return {"key": method, "method": METHODS[method], "note": "not installed"}
         seeds = self._seeds[:1] if method in ONCE else self._seeds
         if method != "onnxruntime":
@@ -180,14 +182,19 @@ class Run:
         return found
 
     def _score(self, graph: str) -> dict[str, Any]:
-        found: dict[str, Any] = step("score", self._folder, {"graph": graph})[0]
+        found: dict[str, Any] = step("score", self._folder, {"graph": graph, "subject": self._name})[0]
         return found
 
     def _row(self, method: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
-        """Medians: top-1 on all images, the rest on the second half."""
+        """Medians: agreement and SQNR on the second half of the images, the rest on all."""
         row: dict[str, Any] = {"key": method, "method": METHODS[method]}
-        for key, part in (("top1", "all"), ("drop", "all"), ("agreement", "reported"), ("sqnr_db", "reported")):
-            row[key] = statistics.median(run[part][key] for run in runs)
+        places_of = [(key, "reported") for key in ("agreement", "sqnr_db")]
+        places_of += [(key, "all") for key in ("top1", "drop", "map", "map_drop", "drop_low", "drop_high")]
+        for key, part in places_of:
+            if key in runs[0][part]:
+                row[key] = statistics.median(run[part][key] for run in runs)
+        each = [run["reported"]["outputs"] for run in runs]
+        row["outputs"] = {name: statistics.median(outputs[name] for outputs in each) for name in each[0]}
         for key in ("seconds", "cpu_seconds", "peak_mb"):
             if key in runs[0]:
                 row[key] = statistics.median(run[key] for run in runs)

@@ -162,6 +162,16 @@ def run_scenes(run: Callable[[NDArray[np.float32]], Outputs], scenes: Sequence[S
 
 def measure_map(found: Sequence[Detections], scenes: Sequence[Scene]) -> tuple[float, float]:
     """COCO's mAP at IoU 0.50:0.95, and at 0.50, both 0–1."""
+    judge = judge_boxes(found, scenes)
+    with contextlib.redirect_stdout(io.StringIO()):
+        judge.accumulate()
+    precision = judge.eval["precision"][..., 0, -1]  # by IoU, recall, class; −1 for a class that no scene has
+    precision = precision[..., (precision > -1).all((0, 1))]
+    return float(precision.mean()), float(precision[0].mean())
+
+
+def judge_boxes(found: Sequence[Detections], scenes: Sequence[Scene]) -> Any:
+    """COCO's matching of boxes with the scenes' own: a COCOeval that is evaluated, not accumulated."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -177,10 +187,7 @@ def measure_map(found: Sequence[Detections], scenes: Sequence[Scene]) -> tuple[f
         judge = COCOeval(data, data.loadRes(_as_coco(found)), "bbox")
         judge.params.areaRng, judge.params.areaRngLbl = judge.params.areaRng[:1], judge.params.areaRngLbl[:1]
         judge.evaluate()
-        judge.accumulate()
-    precision = judge.eval["precision"][..., 0, -1]  # by IoU, recall, class; −1 for a class that no scene has
-    precision = precision[..., (precision > -1).all((0, 1))]
-    return float(precision.mean()), float(precision[0].mean())
+    return judge
 
 
 def _as_coco(found: Sequence[Detections]) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ def answer(step: str, folder: Path, arguments: dict[str, Any]) -> Any:
     if step == "score":
         from .score import score
 
-        return score(folder, folder / arguments["graph"])
+        return score(folder, folder / arguments["graph"], arguments["subject"])
     from .report import describe_machine
 
     return describe_machine()

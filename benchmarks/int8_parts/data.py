@@ -1,7 +1,7 @@
 """Models and images of the INT8 benchmark, exported and decoded once into a working folder for all methods.
 
-The folder holds `fp32.onnx`, `evaluation.npy` and `labels.npy`, and for each seed `calibration-SEED.npy`; images are
-uint8 (N, H, W, 3).
+The folder holds `fp32.onnx`, `evaluation.npy` and, of a classifier, `labels.npy`, and for each seed
+`calibration-SEED.npy`; images are uint8 (N, H, W, 3).
 """
 
 from __future__ import annotations
@@ -34,10 +34,30 @@ def prepare(name: str, folder: Path, *, calibration: int, evaluation: int, seeds
         seeds: Of the draws.
     """
     subject = SUBJECTS[name]
+    facts = {"size": subject.size, "evaluation": evaluation, "calibration": calibration}
+    if subject.kind == "detector":
+        from . import detection, networks
+
+        detection.prepare_scenes(folder, calibration=calibration, evaluation=evaluation, seeds=seeds)
+        networks.export(subject, folder)
+        return facts
+    facts |= _write_images(subject, folder, calibration=calibration, evaluation=evaluation, seeds=seeds)
+    if subject.kind == "pyramid":
+        from . import networks
+
+        networks.export(subject, folder)
+        return facts
     graph = GraphOptions(image_size=(subject.size, subject.size))
     strides = (2, 2, 2, 2, 2) if name == "A0g4" else None  # no published variant, and tensors do not tell
     options = ExportOptions(graph=graph, force=True, strides=strides)
     export_checkpoint(subject.checkpoint, folder / "fp32.onnx", options=options)
+    return facts
+
+
+def _write_images(
+    subject: Subject, folder: Path, *, calibration: int, evaluation: int, seeds: list[int]
+) -> dict[str, int]:
+    """The images of all seeds and of the evaluation, with labels; how many there are."""
     pools = _shared_images(subject) if subject.images.name == "imagenette128.npz" else _sample_images()
     images, labels = pools["evaluation"]
     np.save(folder / "evaluation.npy", _decode(images[:evaluation], subject.size))
@@ -46,11 +66,7 @@ def prepare(name: str, folder: Path, *, calibration: int, evaluation: int, seeds
     for seed in seeds:
         picks = np.random.default_rng(seed).permutation(len(training))[:calibration]
         np.save(folder / f"calibration-{seed}.npy", _decode([training[index] for index in picks], subject.size))
-    return {
-        "size": subject.size,
-        "evaluation": len(labels[:evaluation]),
-        "calibration": min(calibration, len(training)),
-    }
+    return {"evaluation": len(labels[:evaluation]), "calibration": min(calibration, len(training))}
 
 
 def _shared_images(subject: Subject) -> dict[str, tuple[list[Any], NDArray[np.int64]]]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from repvgg_deploy.export.calibrate import write_calibration
+from repvgg_deploy.export.calibrate import write_calibration, write_module_calibration
 from repvgg_deploy.export.synthesize import SynthesisOptions
 from repvgg_deploy.images.calibration import calibration_path, load_calibration_file
 from repvgg_deploy.precision.fp16 import to_fp16
@@ -45,13 +45,20 @@ def quantize(
     parent = folder / "fp32.onnx"
     if method == "onnxruntime":
         quantize_onnxruntime(parent, target, calibration_batches(folder, seed), setting)
-    elif method == "modelopt":
-        quantize_modelopt(parent, target, calibration_batches(folder, seed))
+    elif method.startswith("modelopt"):
+        how_chosen = method.removeprefix("modelopt ")
+        quantize_modelopt(parent, target, calibration_batches(folder, seed), how_chosen)
     elif method == "fp16":
         write_typed(target, to_fp16(parent, calibration_batches(folder, seed))[0])
     elif method == "synthetic":
         options = SynthesisOptions(16, seed, 8) if quick else SynthesisOptions(seed=seed)
-        write_calibration(SUBJECTS[subject].checkpoint, parent, options=options, force=True)
+        if SUBJECTS[subject].kind == "classifier":
+            write_calibration(SUBJECTS[subject].checkpoint, parent, options=options, force=True)
+        else:
+            from .networks import make_network
+
+            model, preprocessing = make_network(SUBJECTS[subject], folder)
+            write_module_calibration(model, parent, preprocessing, options, force=True)
         images, _ = load_calibration_file(calibration_path(parent))
         write_typed(target, to_int8(parent, as_batches(folder, images), OURS)[0])
     elif method == "statistics":

@@ -64,8 +64,8 @@ def quantize_onnxruntime(source: Path, target: Path, batches: list[NDArray[np.fl
     )
 
 
-def quantize_modelopt(source: Path, target: Path, batches: list[NDArray[np.float32]]) -> None:
-    """NVIDIA ModelOpt's PTQ with its default calibration.
+def quantize_modelopt(source: Path, target: Path, batches: list[NDArray[np.float32]], how: str) -> None:
+    """NVIDIA ModelOpt's PTQ with its calibration `max` or `entropy`, its default.
 
     Source: https://nvidia.github.io/Model-Optimizer/reference/generated/modelopt.onnx.quantization.quantize.html
     """
@@ -74,6 +74,7 @@ def quantize_modelopt(source: Path, target: Path, batches: list[NDArray[np.float
         str(source),
         quantize_mode="int8",
         calibration_data=np.concatenate(batches),
+        calibration_method=how,
         calibration_eps=["cpu"],
         op_types_to_quantize=["Conv", "Gemm"],
         high_precision_dtype="fp32",

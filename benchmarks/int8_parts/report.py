@@ -8,6 +8,15 @@ import platform
 from pathlib import Path
 from typing import Any
 
+_COLUMNS = {
+    "top1": ("top-1", "9.2f"),
+    "drop": ("drop", "9.2f"),
+    "agreement": ("agree %", "9.2f"),
+    "map": ("mAP", "9.2f"),
+    "map_drop": ("drop", "9.2f"),
+    "drop_low": ("from", "9.2f"),
+    "drop_high": ("to", "9.2f"),
+}
 _VERSIONS = ("repvgg-deploy", "numpy", "onnx", "onnxruntime", "torch", "nvidia-modelopt")
 
 
@@ -29,12 +38,18 @@ def describe_machine() -> dict[str, Any]:
 def table(subject: str, found: dict[str, Any]) -> str:
     """One line a method; medians over the seeds."""
     lines = [f"\n{subject}: {found['calibration']} calibration images, {found['evaluation']} evaluation images"]
-    lines.append(f"{'':54}{'top-1':>7}{'drop':>7}{'agree %':>9}{'SQNR dB':>9}{'wall s':>8}{'CPU s':>8}{'MB':>7}")
+    shown = [name for name in _COLUMNS if name in found["rows"][0]]
+    heads = "".join(f"{_COLUMNS[name][0]:>9}" for name in shown)
+    lines.append(f"{'':54}{heads}{'SQNR dB':>9}{'wall s':>8}{'CPU s':>8}{'MB':>7}")
     for row in found["rows"]:
         if "note" in row:
             lines.append(f"{row['method']:54}{row['note']:>15}")
             continue
         sqnr = "" if row["sqnr_db"] >= 199 else f"{row['sqnr_db']:.1f}"
         cost = f"{row['seconds']:8.1f}{row['cpu_seconds']:8.1f}{row['peak_mb']:7.0f}" if "seconds" in row else ""
-        lines.append(f"{row['method']:54}{row['top1']:7.2f}{row['drop']:7.2f}{row['agreement']:9.2f}{sqnr:>9}{cost}")
+        values = "".join(f"{row[name]:{_COLUMNS[name][1]}}" for name in shown)
+        lines.append(f"{row['method']:54}{values}{sqnr:>9}{cost}")
+        if len(row["outputs"]) > 1 and sqnr:
+            each = ", ".join(f"{name} {sqnr_db:.1f}" for name, sqnr_db in row["outputs"].items())
+            lines.append(f"{'':58}{each} dB")
     return "\n".join(lines)

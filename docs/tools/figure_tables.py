@@ -15,19 +15,29 @@ _METHODS = {
     "fp16": "FP16",
     "max": "INT8, per-channel weights, max calibration (what most tools do)",
     "onnxruntime": "INT8, ONNX Runtime `quantize_static`, the best of five settings",
+    "modelopt max": "INT8, NVIDIA ModelOpt, max",
+    "modelopt entropy": "INT8, NVIDIA ModelOpt, entropy",
     "fast": "**INT8, ours, `--fast`**",
     "ours": "**INT8, ours, FP32 for the rest** (`--target trt8`)",
     "ours trt10": "**INT8, ours, FP16 for the rest** (`--target trt10`, the default)",
     "synthetic": "**INT8, ours, no images: `--synthetic-calibration`**",
     "statistics": "**INT8, ours, no images: `--calib statistics`**",
 }
+_CLASSIFIERS = ("A0", "A0g4", "sample")
+_GRAPHS = {"detector": "detector, SiLU", "detector-relu": "detector, ReLU", "A0-fpn": "A0 under a pyramid, SiLU"}
 
 
 def make_table(name: str) -> str:
-    """The table of `benchmarks/NAME.py` in Markdown, and below it where its figures come from."""
-    found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    machine = describe_machine(found["machine"])
-    return f"{_TABLES[name](found)}\n\n*Measured by* `python benchmarks/{name}.py` *on {machine}.*"
+    """The table of this name in Markdown, and below it where its figures come from: `benchmarks/NAME.py`, usually."""
+    file, make = _TABLES[name]
+    found = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
+    if "models" in found:  # each measured by itself, perhaps elsewhere
+        shown = _CLASSIFIERS if name == file else tuple(_GRAPHS)
+        machines = [found["models"][key]["machine"] for key in shown]
+    else:
+        machines = [found["machine"]]
+    machine = "; ".join(dict.fromkeys(map(describe_machine, machines)))
+    return f"{make(found)}\n\n*Measured by* `python benchmarks/{file}.py` *on {machine}.*"
 
 
 def draw_charts() -> dict[str, str]:
@@ -85,17 +95,40 @@ def _export(found: dict[str, Any]) -> str:
 
 
 def _int8(found: dict[str, Any]) -> str:
-    models = {name: {row["key"]: row for row in model["rows"]} for name, model in found["models"].items()}
+    models = {name: {row["key"]: row for row in found["models"][name]["rows"]} for name in _CLASSIFIERS}
     main, *others = models
     rows = []
     for key, method in _METHODS.items():
-        row = models[main][key]
+        row = models[main].get(key, {"note": "not measured"})
+        if "note" in row:
+            continue
         exact = key == "fp32"
         noise = ["" if exact else f"{models[name][key]['sqnr_db']:.1f}" for name in (main, *others)]
         cost = ["", ""] if exact else [f"{row['cpu_seconds']:.0f}", f"{row['peak_mb']:.0f}"]
         rows.append([method, f"{row['top1']:.2f}", f"{row['agreement']:.1f}", *noise, *cost])
     header = ["", f"{main} top-1 %", f"{main} agreement %", *(f"{name} SQNR dB" for name in models)]
     return _rows([*header, f"{main} CPU s", f"{main} peak MB"], rows)
+
+
+def _int8_graphs(found: dict[str, Any]) -> str:
+    models = {name: {row["key"]: row for row in found["models"][name]["rows"]} for name in _GRAPHS}
+    heads, rows = [""], []
+    for name, shown in _GRAPHS.items():
+        heads += [f"{shown}: mAP lost, of {models[name]['fp32']['map']:.2f}"] if "map" in models[name]["fp32"] else []
+        heads.append(f"{shown}: SQNR dB")
+    for key, method in _METHODS.items():
+        cells, costs = list[str](), list[str]()
+        for model in models.values():
+            row = model.get(key, {"note": "not measured"})
+            is_empty = "note" in row or key == "fp32"
+            if "map" in model["fp32"]:
+                drop = "" if is_empty else f"{row['map_drop']:.2f} ({row['drop_low']:.2f} … {row['drop_high']:.2f})"
+                cells.append(drop)
+            cells.append("" if is_empty else f"{row['sqnr_db']:.1f}")
+            costs.append("" if is_empty else f"{row['cpu_seconds']:.0f}")
+        if any(cells):
+            rows.append([method, *cells, costs[0]])
+    return _rows([*heads, f"{next(iter(_GRAPHS))} CPU s"], rows)
 
 
 def _runtime(found: dict[str, Any]) -> str:
@@ -138,13 +171,14 @@ def _reparameterize(found: dict[str, Any]) -> str:
     return _rows(["", "CPU ms", "faster", "peak MB", "MACs left", "bytes left", "calls left"], rows)
 
 
-_TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "export": _export,
-    "fold": _fold,
-    "int8": _int8,
-    "reparameterize": _reparameterize,
-    "runtime": _runtime,
-    "runtime_overhead": _runtime_overhead,
+_TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "export": ("export", _export),
+    "fold": ("fold", _fold),
+    "int8": ("int8", _int8),
+    "int8_graphs": ("int8", _int8_graphs),
+    "reparameterize": ("reparameterize", _reparameterize),
+    "runtime": ("runtime", _runtime),
+    "runtime_overhead": ("runtime_overhead", _runtime_overhead),
 }
 
 

@@ -46,6 +46,13 @@ class TensorStatistics:
         """The statistics when each channel is divided by its factor."""
         return TensorStatistics(self.largest / factors, self.histogram)
 
+    def stretched(self, factor: float) -> TensorStatistics:
+        """The same values in a range that is wider by a factor of at least 1."""
+        bins = self.histogram.shape[1]
+        merged = np.zeros_like(self.histogram)
+        np.add.at(merged.T, (np.arange(bins) / factor).astype(np.int64), self.histogram.T)
+        return TensorStatistics(self.largest * factor, merged)
+
     def values(self) -> Float64:
         """|x| that each bin stands for, (C, bins); that of the first is 0, where ReLU puts most."""
         centres = (np.arange(self.histogram.shape[1]) + 0.5) / self.histogram.shape[1]

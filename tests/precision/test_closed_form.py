@@ -2,21 +2,28 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import torch
 
+from repvgg_deploy import export_module
 from repvgg_deploy.errors import CalibrationError
+from repvgg_deploy.export.module import ModuleOptions
+from repvgg_deploy.images.decode import normalize
+from repvgg_deploy.images.drawn import draw_images
 from repvgg_deploy.precision.check import check_quantized
 from repvgg_deploy.precision.closed_form import DEVIATIONS, closed_form_statistics, correct_bias
 from repvgg_deploy.precision.int8 import Int8Options, to_int8
 from repvgg_deploy.precision.network import read_network
 from repvgg_deploy.precision.round import round_nearest
 from repvgg_deploy.precision.run_onnx import open_session, run_tensors
-from repvgg_deploy.precision.typed_model import Parent
+from repvgg_deploy.precision.typed_model import Parent, load_parent
 from repvgg_deploy.specs import codec
 from repvgg_deploy.specs.values import METADATA_KEY, ChannelStatistics
+from tests.export.test_calibrate import SEEN, train_pyramid
 from tests.precision.compare import judge
 from tests.precision.make_chain import KINDS, make_batches, make_model, metadata_of
 
@@ -95,14 +102,45 @@ def test_closed_form_image_is_bounded_by_black_and_white() -> None:
     np.testing.assert_allclose(image.largest, np.abs(extremes).max(axis=(0, 2, 3)), rtol=1e-5)
 
 
-def test_closed_form_unknown_statistics_are_refused() -> None:
-    model = make_model()
+def test_closed_form_without_any_statistics_is_refused() -> None:
     with pytest.raises(CalibrationError, match="exported from a deploy form"):
-        closed_form_statistics(with_statistics(model, {}))
-    stated = statistics_for(model)
+        closed_form_statistics(with_statistics(make_model(), {}))
+
+
+def test_closed_form_layer_without_statistics_is_computed_of_what_it_reads() -> None:
+    model, batches = make_model(), make_batches(KINDS["plain"], 32)
+    stated = stated_of(model, batches)
+    whole, _ = closed_form_statistics(with_statistics(model, stated))
     del stated["stage1.conv"]
-    with pytest.raises(CalibrationError, match="nothing is known of stage1 without images"):
-        closed_form_statistics(with_statistics(model, stated))
+    found, _ = closed_form_statistics(with_statistics(model, stated))
+    ratio = found.tensors["stage1"].largest.max() / whole.tensors["stage1"].largest.max()
+    assert 0.5 < ratio < 2
+    assert {name for name in found.tensors if found.tensors[name] is not whole.tensors[name]} >= {"stage1"}
+
+
+def test_closed_form_of_a_graph_has_the_moments_that_images_have(tmp_path: Path) -> None:
+    """Two scales, Resize, Concat and SiLU; BatchNorms have seen the very images that are compared with."""
+    images = normalize(draw_images((32, 32), 64, np.random.default_rng(0)), SEEN)
+    export_module(
+        train_pyramid(images), torch.zeros(1, 3, 32, 32), tmp_path / "p.onnx", options=ModuleOptions(preprocessing=SEEN)
+    )
+    parent = load_parent(tmp_path / "p.onnx")
+    statistics, moments = closed_form_statistics(parent)
+    network = parent.network
+    assert list(statistics.tensors) == list(moments) == list(network.quantized_tensors())
+    (values,) = run_tensors(network.model, network.quantized_tensors()[1:], [images])
+    for name, value in values.items():
+        mean, std = moments[name]
+        # A normal distribution before SiLU is what is assumed of each channel, and is not quite what it is.
+        np.testing.assert_allclose(mean, value.mean((0, 2, 3)), atol=0.15)
+        np.testing.assert_allclose(std, value.std((0, 2, 3)), rtol=0.35)
+        ratio = statistics.tensors[name].largest / np.abs(value).max((0, 2, 3))
+        assert (0.5 < ratio).all() and (ratio < 3).all()
+    again, _ = closed_form_statistics(parent)
+    assert all(np.array_equal(t.histogram, again.tensors[name].histogram) for name, t in statistics.tensors.items())
+    typed, report = to_int8(parent, None, Int8Options(target="trt8"))
+    assert report.source == "statistics"
+    assert judge(network.model, typed.model, [images]).sqnr_db > 20  # what is demanded by convention
 
 
 @pytest.mark.parametrize("kind", KINDS)

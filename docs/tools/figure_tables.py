@@ -32,7 +32,9 @@ def make_table(name: str) -> str:
     file, make = _TABLES[name]
     found = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
     if "models" in found:  # each measured by itself, perhaps elsewhere
-        shown = _CLASSIFIERS if name == file else tuple(_GRAPHS)
+        shown = [key for key in (_CLASSIFIERS if name == file else _GRAPHS) if key in found["models"]]
+        if not shown:
+            return f"*Not measured yet:* `python benchmarks/{file}.py --models {' '.join(_GRAPHS)}`"
         machines = [found["models"][key]["machine"] for key in shown]
     else:
         machines = [found["machine"]]
@@ -111,9 +113,11 @@ def _int8(found: dict[str, Any]) -> str:
 
 
 def _int8_graphs(found: dict[str, Any]) -> str:
-    models = {name: {row["key"]: row for row in found["models"][name]["rows"]} for name in _GRAPHS}
+    models = {
+        name: {row["key"]: row for row in found["models"][name]["rows"]} for name in _GRAPHS if name in found["models"]
+    }
     heads, rows = [""], []
-    for name, shown in _GRAPHS.items():
+    for name, shown in ((name, _GRAPHS[name]) for name in models):
         heads += [f"{shown}: mAP lost, of {models[name]['fp32']['map']:.2f}"] if "map" in models[name]["fp32"] else []
         heads.append(f"{shown}: SQNR dB")
     for key, method in _METHODS.items():
@@ -128,7 +132,7 @@ def _int8_graphs(found: dict[str, Any]) -> str:
             costs.append("" if is_empty else f"{row['cpu_seconds']:.0f}")
         if any(cells):
             rows.append([method, *cells, costs[0]])
-    return _rows([*heads, f"{next(iter(_GRAPHS))} CPU s"], rows)
+    return _rows([*heads, f"{next(iter(models))} CPU s"], rows)
 
 
 def _runtime(found: dict[str, Any]) -> str:

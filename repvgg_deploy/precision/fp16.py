@@ -255,9 +255,12 @@ def find_ranges(parent: Parent, batches: Sequence[NDArray[Any]] | None) -> tuple
     found = {name: value * UNSEEN for name, value in measure_ranges(parent.network, drawn).items()}
     stated = stated_ranges(parent.metadata.statistics)
     for name, value in stated.items():
-        if name not in found or found[name].shape != value.shape:
+        if name not in found:
+            continue  # such as of a convolution of one dimension, which is no layer here
+        if found[name].shape != value.shape:
             raise ModelError(
-                f"the metadata states BatchNorm statistics of {name}, which the graph does not have",
+                f"the metadata states BatchNorm statistics of {value.size} channels of {name}, which has "
+                f"{found[name].size}",
                 remedy="export the model again",
             )
         # A channel that drawn images drive beyond that must fit, too.

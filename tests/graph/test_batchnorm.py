@@ -15,6 +15,8 @@ from repvgg_deploy.export.fold import fold_onnx
 from repvgg_deploy.export.graph import trace
 from repvgg_deploy.export.module import ModuleOptions
 from repvgg_deploy.graph.batchnorm import decode_channels, name_input, read_statistics, read_trained_on
+from repvgg_deploy.images.decode import default_preprocessing
+from repvgg_deploy.precision.fp16 import to_fp16
 from repvgg_deploy.precision.run_onnx import run_tensors
 from repvgg_deploy.specs.values import ChannelStatistics, TensorSpec
 from tests.export.test_statistics import photos
@@ -122,3 +124,26 @@ def test_fold_keeps_the_same_statistics_without_torch(exported: Path, images: Te
     assert again is not None and again.statistics == theirs.statistics
     folded = onnx.load(tmp_path / "folded.onnx")
     assert read_statistics(folded, folded) == {} and read_trained_on(folded) is None
+
+
+class Sequential1d(nn.Module):
+    """A layer of two dimensions, and one of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flat = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.line = nn.Sequential(nn.Conv1d(8, 8, 3, bias=False), nn.BatchNorm1d(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.line(self.flat(x).flatten(2))
+
+
+def test_statistics_of_what_is_no_layer_of_fp16_are_left_aside(tmp_path: Path) -> None:
+    options = ModuleOptions(preprocessing=default_preprocessing(16, 16))
+    result = export_module(Sequential1d().eval(), torch.randn(1, 3, 16, 16), tmp_path / "m.onnx", options=options)
+    typed, report = to_fp16(tmp_path / "m.onnx")
+    assert report.source == "statistics" and len(report.largest) < len(result.metadata.statistics)
+    (layer,) = report.largest
+    # BatchNorms as they are made: mean 0 and deviation 1, so that 256 deviations are stated.
+    assert report.largest[layer] == pytest.approx(256, rel=0.5)
+    assert typed.metadata.history[-1].options["ranges"] == "statistics"

@@ -42,8 +42,15 @@ def plan_steps(scale: float) -> dict[str, tuple[list[str], dict[str, str]]]:
             for name in ("passport", "calibration", "images", "scales", "plan cache", "timings", "labels")
         },
         "bounds": ([*pytest, "-m", "", "tests/model/checkpoint/test_bounds.py"], {}),
-        "soak": ([*pytest, "-m", "slow", "tests/runtime/test_soak.py"], {"REPVGG_SOAK_FACTOR": f"{5 * scale:g}"}),
+        "soak": (
+            [*pytest, "-m", "slow", "tests/runtime/test_soak.py", "tests/examples/test_soak.py"],
+            {"REPVGG_SOAK_FACTOR": f"{5 * scale:g}"},
+        ),
         "kills": ([*pytest, "tests/serving/test_kills.py", "tests/build/test_deliver.py"], {"REPVGG_EVERY_KILL": "1"}),
+        "kills and tritonserver": (
+            [*pytest, "-m", "slow", "-k", "kill", "tests/serving/test_real_server.py"],
+            {"REPVGG_EVERY_KILL": "1"},
+        ),
         "conformance": ([*pytest, "-m", "slow", "-k", "conformance", "tests"], {}),
     }
 

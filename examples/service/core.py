@@ -257,7 +257,7 @@ class Service:
             logger.warning("%d requests are still under way, and are refused", self.active)
         self._ended = True
         if self._decoders is not None:
-            self._decoders.close()
+            self._decoders.end()
         for ending in self._endings:
             if not ending.done():
                 ending.set_result(None)

@@ -95,8 +95,8 @@ class Decoders:
                 ended, process = process, None
                 self._end(ended)
                 # What somebody else killed, while it was idle or not, is no fault of the image: once more.
-                if last or ended.code == -signal.SIGPROF:
-                    raise InputError(self._say_end(ended.code), remedy=_DEAR)
+                if last or ended.wait() == -signal.SIGPROF:
+                    raise InputError(self._say_end(ended.wait()), remedy=_DEAR)
         finally:
             self._idle.put(process)
         assert answer is not None
@@ -105,12 +105,18 @@ class Decoders:
             raise InputError(message, remedy=remedy)
         return np.frombuffer(answer, np.uint8, offset=1).reshape(*self._preprocessing.crop, 3)
 
-    def close(self) -> None:
-        """Ends all processes, whatever they decode."""
+    def end(self) -> None:
+        """Ends all processes, whatever they decode, and waits for none."""
         with self._lock:
             self._closed = True
             for process in self._running:
                 process.kill()
+
+    def close(self) -> None:
+        """Ends all processes, whatever they decode."""
+        self.end()
+        for process in list(self._running):
+            process.wait()
 
     def _say_end(self, code: int) -> str:
         if code == -signal.SIGPROF:
@@ -129,10 +135,11 @@ class Decoders:
 
     def _end(self, process: _Process) -> None:
         process.kill()
+        code = process.wait()
         with self._lock:
             self._running.discard(process)
             self._require_open()
-        logger.warning("a decoder ended (%d) and is started again with the next image", process.code)
+        logger.warning("a decoder ended (%d) and is started again with the next image", code)
 
     def _require_open(self) -> None:
         if self._closed:
@@ -153,9 +160,8 @@ class _Process:
                 env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
             )
 
-    @property
-    def code(self) -> int:
-        """Its exit code; minus the signal that ended it."""
+    def wait(self) -> int:
+        """Its exit code once it has ended; minus the signal that ended it."""
         return self._process.wait()
 
     def ask(self, data: bytes | bytearray) -> bytes | None:
@@ -176,7 +182,6 @@ class _Process:
     def kill(self) -> None:
         """Ends it at once."""
         self._process.kill()
-        self._process.wait()
 
 
 def main() -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import shutil
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,11 @@ from repvgg_deploy import Engine
 from repvgg_deploy.serving.options import RepositoryOptions
 from repvgg_deploy.serving.triton import write_triton
 from repvgg_deploy.serving.validate import validate_repository
+from tests.kills import killed_before
 from tests.runtime.make_model import ModelOptions, make_onnx, random_batch
+from tests.serving import test_kills as kills
 from tests.serving.broken_configs import BROKEN
-from tests.serving.make_repository import edit_config, needs_schema, write_plan
+from tests.serving.make_repository import edit_config, files_below, needs_schema, write_plan
 from tests.serving.prepare_triton import FOLDER, CannotPrepareError, find_haproxy, prepare
 from tests.serving.real_server import Load, RealServer, TritonGate, free_ports, infer, request, start
 from tests.waiting import PATIENCE_SECONDS, wait_until
@@ -224,6 +228,38 @@ def test_what_a_killed_writer_left_beside_a_repository_is_no_model_and_a_hidden_
             with pytest.raises(AssertionError, match="failed to load all models"), start(tmp_path / "repo", ["*"]):
                 pass
             assert [one.model for one in errors] == [".repo.abcd1234.partial"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stands", [False, True], ids=["empty", "standing"])
+@pytest.mark.parametrize("write", [kills.one, kills.one_again, kills.ensemble])
+def test_server_starts_on_what_a_kill_at_any_event_leaves(
+    write: Callable[[Path], None], stands: bool, tmp_path: Path
+) -> None:
+    """`make long` kills before every event, else before every seventh. Plans need a GPU: their folders are alike."""
+    start_state = tmp_path / "start"
+    start_state.mkdir()
+    if stands:
+        kills.write_first(start_state, jpeg=write is not kills.one_again)
+    step = 1 if "REPVGG_EVERY_KILL" in os.environ else 7
+    seen: list[dict[str, bytes]] = []
+    number, killed = 1 - step, True
+    while killed:
+        number += step
+        folder = tmp_path / f"killed{number}"
+        shutil.copytree(start_state, folder)
+        killed = killed_before(number, folder, lambda: write(folder))  # noqa: B023 - it is called at once
+        repository = folder / "repo"
+        models = [path.name for path in repository.iterdir() if path.is_dir()] if repository.exists() else []
+        files = files_below(repository)
+        state = {name: data for name, data in files.items() if not name.startswith(".")}
+        if not models or state in seen:  # nothing to serve, or a server has started on it
+            continue
+        seen.append(state)
+        with start(repository, ["*"]) as server:
+            for name in models:
+                assert server.get(f"/v2/models/{name}/ready")[0] == 200, f"{name} after {number - 1} events"
+    assert seen
 
 
 def test_configuration_of_a_plan_is_parsed(onnx: Path, tmp_path: Path) -> None:

@@ -136,10 +136,11 @@ def execute(args: argparse.Namespace) -> Output:
     plan_bytes = plan.stat().st_size
     passport, passport_output = result.passport, result.passport_output
     on = f"on {passport.gpu_name}" if passport.gpu_name else "without a GPU"
-    pairs = [
-        ("model", f"{args.model} ({show_bytes(args.model.stat().st_size)})"),
-        ("builder", f"{result.library}, {on}"),
-    ]
+    # First, because much hangs on it: a plan of one of the two is nothing to the other, nor to Triton.
+    builder = f"{result.library}, {on}"
+    if passport.flavour == "tensorrt_rtx":
+        builder += "; Triton cannot load its plans"
+    pairs = [("builder", builder), ("model", f"{args.model} ({show_bytes(args.model.stat().st_size)})")]
     if result.origin != "built":
         where = "the cache" if result.origin == "cache" else "its place already"
         end = "another build was faster" if "build" in result.seconds else "nothing was built now"

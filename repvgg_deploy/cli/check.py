@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import PlanIncompatibleError
 from .common import Command, Output, format_pairs, show_bytes
+from .terminal import paint
 
 if TYPE_CHECKING:
     from ..build.judge import CheckResult
@@ -64,11 +65,12 @@ def execute(args: argparse.Namespace) -> Output:
     data: dict[str, object] = {"plan": str(args.plan), "compatible": isinstance(verdict, Compatible)}
     errors: tuple[PlanIncompatibleError, ...] = ()
     if isinstance(verdict, Compatible):
-        pairs.append(("verdict", "it will run, as far as that is known" if verdict.warnings else "it will run"))
+        said = "it will run, as far as that is known" if verdict.warnings else "it will run"
+        pairs.append(("verdict", paint(said, "warn" if verdict.warnings else "good")))
         pairs += [("warning", warning) for warning in verdict.warnings]
         data |= {"reason": None, "remedy": None, "warnings": verdict.warnings}
     else:
-        pairs.append(("verdict", "it will not run"))
+        pairs.append(("verdict", paint("it will not run", "bad")))
         data |= {"reason": verdict.reason, "remedy": verdict.remedy, "warnings": ()}
         errors = (PlanIncompatibleError(f"{args.plan}: {verdict.reason}", remedy=verdict.remedy),)
     data |= {"here": result.is_here, "environment": result.environment, "passport": result.passport}

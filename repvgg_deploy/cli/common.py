@@ -16,19 +16,22 @@ import os
 import re
 import signal
 import sys
-import textwrap
 import threading
-import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from .. import __version__
-from ..errors import ArtifactError, RepVGGDeployError, clean_text, explain_missing
+from ..errors import ArtifactError, RepVGGDeployError, clean_text, explain_missing, say_install
+from .terminal import CLEAR, Tone, colour, fold_lines, paint, terminal_columns
+from .terminal import Progress as Progress  # noqa: PLC0414 - handed on, as the next two are
+from .terminal import format_pairs as format_pairs  # noqa: PLC0414
+from .terminal import format_table as format_table  # noqa: PLC0414
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,9 +41,6 @@ else:
     _StreamHandler = logging.StreamHandler  # generic from Python 3.11 on
 
 EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 0, 1, 130, 141
-_BAR_WIDTH = 24
-_BAR_SECONDS = 0.1  # at most ten drawings a second
-_CLEAR = "\r\x1b[K"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +96,31 @@ class HelpFormatter(argparse.HelpFormatter):
         return super()._fill_text(text, width, indent)
 
 
-def parent_parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser that asks "did you mean …?" where a word is almost one that it knows."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with usage, message and what was perhaps meant."""
+        meant = [match for word, known in self._find_unknown(message) for match in get_close_matches(word, known, 1)]
+        super().error(f"{message}; did you mean {', '.join(meant)}?" if meant else message)
+
+    def _find_unknown(self, message: str) -> Iterator[tuple[str, list[str]]]:
+        choice = re.search(r"invalid choice: '?([^' ]+)'? \(choose from (.+)\)", message)
+        if choice is not None:
+            yield choice[1], re.findall(r"[\w.-]+", choice[2])
+        elif message.startswith("unrecognized arguments:"):
+            options = [name for action in self._actions for name in action.option_strings if len(name) > 2]
+            for word in message.split()[2:]:
+                if word.startswith("-"):
+                    yield word.partition("=")[0], options
+
+
+def parent_parser() -> Parser:
     """A parent with `-v`, `--json` and `--version`; make a new one for each (sub)parser.
 
     Absent options are absent from the namespace, so that a subcommand does not reset what stood before its name.
     """
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = Parser(add_help=False)
     group = parser.add_argument_group("common options")
     verbose = "log progress on standard error; -vv also shows tracebacks"
     group.add_argument("-v", "--verbose", action="count", default=argparse.SUPPRESS, help=verbose)
@@ -109,6 +128,40 @@ def parent_parser() -> argparse.ArgumentParser:
     group.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=as_json)
     group.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return parser
+
+
+class CompletionAction(argparse.Action):
+    """Prints what a shell completes this program's words with, and ends the program."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> NoReturn:
+        """Prints it.
+
+        Raises:
+            SystemExit: Always; with 1 where shtab is not installed.
+        """
+        try:
+            import shtab
+        except ModuleNotFoundError:
+            parser.exit(EXIT_ERROR, f"error: completion needs shtab\n  remedy: {say_install('completion')}\n")
+        for action in _all_actions(parser):
+            if action.type is Path or action.metavar in ("MODEL", "IMAGE", "ONNX", "PLAN"):
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+        print(shtab.complete(parser, shell=given[1]))
+        parser.exit(EXIT_DONE)
+
+
+def _all_actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    for action in parser._actions:
+        yield action
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                yield from _all_actions(child)
+
+
+def add_completion(parser: argparse.ArgumentParser) -> None:
+    """`--print-completion SHELL` of a program."""
+    text = 'print the completion of a shell: eval "$(%(prog)s --print-completion bash)"'
+    parser.add_argument("--print-completion", action=CompletionAction, choices=("bash", "zsh", "tcsh"), help=text)
 
 
 class Terminated(BaseException):
@@ -195,7 +248,14 @@ def _complain(text: str, verbose: int) -> None:
     with contextlib.suppress(OSError):  # standard error may be full or gone, and then nobody is left to tell
         if verbose > 1:
             traceback.print_exc(file=sys.stderr)
-        print(clean_text(text, lines=True), file=sys.stderr, flush=True)
+        text = clean_text(text, lines=True)
+        tones: tuple[tuple[str, Tone], ...] = (("error:", "bad"), ("next:", "dim"))
+        for word, tone in tones:
+            if text.startswith(word):
+                text = paint(word, tone) + text[len(word) :]
+        if sys.stderr.isatty():
+            text = fold_lines(text, terminal_columns(sys.stderr))
+        print(colour(text, sys.stderr), file=sys.stderr, flush=True)
 
 
 def _print_output(output: Output, as_json: bool) -> None:
@@ -205,7 +265,8 @@ def _print_output(output: Output, as_json: bool) -> None:
         _write_stdout(json.dumps(encode(output.data), indent=2, allow_nan=False))
         return
     text = clean_text(output.text, lines=True)
-    _write_stdout(fold_lines(text, terminal_columns(sys.stdout)) if sys.stdout.isatty() else text)
+    text = fold_lines(text, terminal_columns(sys.stdout)) if sys.stdout.isatty() else text
+    _write_stdout(colour(text, sys.stdout))
     for error in output.errors:
         _complain(f"error: {error}", 0)
     if output.next_command:
@@ -262,7 +323,13 @@ class _LogHandler(_StreamHandler):
     """Cleans what is logged, and clears the bar that may be drawn in this line; its next drawing brings it back."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return (_CLEAR if self.stream.isatty() else "") + clean_text(super().format(record), lines=True)
+        text = clean_text(super().format(record), lines=True)
+        if not self.stream.isatty():
+            return text
+        text = fold_lines(text, terminal_columns(self.stream))
+        head, colon, rest = text.partition(":")
+        painted = f"{paint(head, 'warn')}{colon}{rest}" if record.levelno >= logging.WARNING else text
+        return CLEAR + colour(painted, self.stream)
 
 
 @contextlib.contextmanager
@@ -280,124 +347,6 @@ def _logging(verbose: int) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
-
-
-class Progress:
-    """A bar on standard error while a long job runs; draws nothing unless standard error is a terminal.
-
-    Args:
-        total: Steps.
-        label: What is being done; nothing is drawn before `show` is called where it is empty.
-        stream: Where to draw; standard error for None.
-    """
-
-    def __init__(self, total: int = 0, label: str = "", *, stream: TextIO | None = None) -> None:
-        self._stream = stream if stream is not None else sys.stderr
-        self._draws = self._stream.isatty()
-        self._begin(total, label)
-
-    def _begin(self, total: int, label: str) -> None:
-        self._total, self._label, self._done = max(total, 1), label, 0
-        self._started, self._drawn = time.monotonic(), 0.0
-
-    def __enter__(self) -> Progress:
-        self._draw()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._draws and self._label:
-            self._write(_CLEAR)
-
-    def advance(self, steps: int = 1, *, label: str | None = None) -> None:
-        """Counts `steps` as done; `label` names what is done from here on."""
-        self._done = min(self._done + steps, self._total)
-        changed = label is not None and label != self._label
-        self._label = label if label is not None else self._label
-        if changed or time.monotonic() - self._drawn >= _BAR_SECONDS:
-            self._draw()
-
-    def show(self, stage: str, done: int, total: int) -> None:
-        """So many steps of a stage are done. Another stage, or fewer steps than before, begins a new bar."""
-        if (stage, max(total, 1)) != (self._label, self._total) or done < self._done:
-            self._begin(total, stage)
-            self._draw()
-        self.advance(done - self._done)
-
-    def _draw(self) -> None:
-        if not self._draws or not self._label:
-            return
-        self._drawn = time.monotonic()
-        filled = _BAR_WIDTH * self._done // self._total
-        seconds = self._drawn - self._started
-        bar = f" [{'#' * filled}{'.' * (_BAR_WIDTH - filled)}] {self._done}/{self._total} {seconds:.0f} s"
-        # What reaches the last column goes on in the next line, and only that one would be cleared.
-        room = terminal_columns(self._stream) - 1 - len(bar)
-        label = clean_text(self._label)
-        label = label if len(label) <= room else label[: max(room - 1, 0)] + "…"
-        self._write(_CLEAR + label + bar)
-
-    def _write(self, text: str) -> None:
-        try:
-            self._stream.write(text)
-            self._stream.flush()
-        except OSError:
-            self._draws = False  # the terminal is gone; the work goes on
-
-
-def terminal_columns(stream: TextIO) -> int:
-    """The width of the terminal behind a stream; 80 where it does not say."""
-    try:
-        return os.get_terminal_size(stream.fileno()).columns or 80
-    except (OSError, ValueError):  # no terminal, or closed
-        return 80
-
-
-def format_table(rows: Sequence[Sequence[str]], align: str, *, indent: int = 2) -> str:
-    """Rows of equal length as lines with aligned columns.
-
-    Args:
-        rows: The first may be a header.
-        align: `<` or `>` for each column.
-        indent: Spaces before each line.
-    """
-    widths = [max(len(row[column]) for row in rows) for column in range(len(align))] if rows else []
-    lines = (
-        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True)) for row in rows
-    )
-    return "\n".join((" " * indent + line).rstrip() for line in lines)
-
-
-def format_pairs(pairs: Sequence[tuple[str, str]]) -> str:
-    """`name  value` lines with the values aligned; a value of several lines is indented as a whole."""
-    width = max(len(name) for name, _ in pairs)
-    return "\n".join(
-        f"{name:<{width}}  {value}".replace("\n", "\n" + " " * (width + 2)).rstrip() for name, value in pairs
-    )
-
-
-def fold_lines(text: str, columns: int) -> str:
-    """Breaks lines that are longer than a terminal is wide; what goes on stands below the value, as in `format_pairs`.
-
-    Rows of a table, which have gaps of two spaces and more in several places, stay as they are: folded they would be
-    harder to read.
-    """
-    return "\n".join(_fold(line, columns) for line in text.split("\n"))
-
-
-def _fold(line: str, columns: int) -> str:
-    if len(line) <= columns or len(re.findall(r"\S {2,}(?=\S)", line)) > 1:
-        return line
-    value = re.match(r" +|\S+(?: \S+)* {2,}(?=\S)", line)
-    indent = value.end() if value and value.end() <= columns // 2 else 2
-    return textwrap.fill(
-        line,
-        columns,
-        subsequent_indent=" " * indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-        replace_whitespace=False,
-        expand_tabs=False,
-    )
 
 
 def show_bytes(count: int) -> str:

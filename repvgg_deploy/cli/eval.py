@@ -10,15 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from .common import Command, Output, Progress, add_device_options, format_pairs, format_table, parse_whole, save_plot
+from .terminal import paint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-    from ..evaluate.accuracy import AccuracyReport, Answer
+    from ..evaluate.accuracy import AccuracyReport, Answer, ConfusionMatrix
     from ..images.likeness import Likeness
     from ..images.sets import ImageSet, LabelUse, SetOptions
     from ..runtime.engine import Engine
+
+
+_TERMINAL_CLASSES = 10
 
 
 # fmt: off
@@ -138,16 +142,10 @@ def describe_data(left_out: str, likeness: Likeness | None) -> list[tuple[str, s
 
 
 def _draw(name: str, report: AccuracyReport) -> Figure:
-    from ..evaluate.plots import AccuracyRow, ClassBar, draw_accuracy, draw_confusion
+    from ..evaluate.plots import draw_confusion
 
     head = f"{name} on {report.images} images: top-1 {show_share(report.top1, report.top1_standard_error)}"
-    if not report.worst:
-        return draw_accuracy([AccuracyRow(name, report.top1, report.top1_standard_error)], title=head)
-    bars = []
-    for item in report.worst:
-        taken = tuple((_label(other.index, other.label), other.images / item.images) for other in item.confused_with)
-        bars.append(ClassBar(_label(item.index, item.label), item.images, item.top1, taken))
-    return draw_confusion(bars, title=f"{head}\nThe worst classes, and what they are taken for")
+    return draw_confusion(report.confusion, title=head)
 
 
 def _label(index: int, label: str | None) -> str:
@@ -171,7 +169,26 @@ def _as_text(report: AccuracyReport, images: ImageSet, likeness: Likeness, backe
     for item in report.worst:
         taken = ", ".join(f"{_label(other.index, other.label)}: {other.images}" for other in item.confused_with)
         rows.append([_label(item.index, item.label), str(item.images), f"{100 * item.top1:.1f}", taken])
-    return "\n".join([format_pairs(pairs), "worst classes", format_table(rows, "<>><")])
+    return "\n".join([format_pairs(pairs), "worst classes", format_table(rows, "<>><"), *_matrix(report.confusion)])
+
+
+def _matrix(found: ConfusionMatrix) -> list[str]:
+    """The confusion matrix of few classes, which a terminal has room for; more are drawn by --plot."""
+    if len(found.classes) > _TERMINAL_CLASSES:
+        return []
+    rows = [["", *map(str, found.classes)]]
+    for index, label, counts in zip(found.classes, found.labels, found.counts, strict=True):
+        name = str(index) if label in (None, str(index)) else f"{label} ({index})"
+        rows.append(
+            [
+                name,
+                *(
+                    paint(str(count), "bad") if count and other != index else str(count or "·")
+                    for other, count in zip(found.classes, counts, strict=True)
+                ),
+            ]
+        )
+    return ["rows: the right class, columns: what the model said", format_table(rows, "<" + ">" * len(found.classes))]
 
 
 COMMAND = Command(

@@ -17,7 +17,9 @@ from ..specs.values import Interpolation
 from .common import (
     HelpFormatter,
     Output,
+    Parser,
     Progress,
+    add_completion,
     format_pairs,
     format_table,
     parent_parser,
@@ -51,6 +53,9 @@ _STAGES = 6
 def main(argv: list[str] | None = None) -> int:
     """Runs the program; returns the exit code."""
     parser = build_parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help()
+        return 0
     args = parser.parse_args(argv)
     conflict = find_conflict(args)
     if conflict is not None:
@@ -60,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The program's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="repvgg-export",
         description=DESCRIPTION,
         epilog=EXAMPLES,
@@ -68,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         parents=[parent_parser()],
     )
     add_options(parser)
+    add_completion(parser)
     return parser
 
 
@@ -341,7 +347,7 @@ def _as_text(result: ExportResult) -> str:
         ("checkpoint", f"{source.file}: {origin}\nsha256 {source.sha256}"),
         *(("note", note) for note in result.notes),
         *(("taken as given", fact) for fact in metadata.certificate.facts),
-        ("verified", f"against {metadata.certificate.reference}\n{_certificate_table(metadata.certificate)}"),
+        ("verified", f"against {metadata.certificate.reference}\n{certificate_table(metadata.certificate)}"),
         ("input", f"{_show_tensor(spec.input)} {spec.input.layout}, {_describe_pixels(spec.preprocessing)}"),
         ("output", ", ".join(map(_show_tensor, spec.outputs))),
     ]
@@ -371,7 +377,7 @@ def _describe_pixels(preprocessing: Preprocessing | None) -> str:
     return f"RGB, (pixel - ({mean})) / ({std})"
 
 
-def _certificate_table(certificate: Certificate) -> str:
+def certificate_table(certificate: Certificate) -> str:
     """One line for each kind of comparison: how many there were, and the worst."""
     kinds: dict[str, list[tuple[float, float, float]]] = {}
     for check in certificate.checks:

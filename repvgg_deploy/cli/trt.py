@@ -9,7 +9,7 @@ from .advise import COMMAND as ADVISE
 from .bench import COMMAND as BENCH
 from .build import COMMAND as BUILD
 from .check import COMMAND as CHECK
-from .common import Command, HelpFormatter, parent_parser, run
+from .common import Command, HelpFormatter, Parser, add_completion, parent_parser, run
 from .compare import COMMAND as COMPARE
 from .doctor import COMMAND as DOCTOR
 from .eval import COMMAND as EVAL
@@ -32,7 +32,14 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code; see `common`. `--help`, `--version` and usage errors raise SystemExit, as argparse does.
     """
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    words = sys.argv[1:] if argv is None else argv
+    if not words:
+        parser.print_help()
+        return 0
+    args, unknown = parser.parse_known_args(words)
+    if unknown:  # said by the command's own parser, which knows what was meant
+        args.usage_error(f"unrecognized arguments: {' '.join(unknown)}")
     command: Command = args.chosen
     conflict = command.find_conflict(args) if command.find_conflict is not None else None
     if conflict is not None:
@@ -42,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(prog="repvgg-trt", description=DESCRIPTION, parents=[parent_parser()])
+    parser = Parser(prog="repvgg-trt", description=DESCRIPTION, parents=[parent_parser()])
+    add_completion(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     for command in COMMANDS:
         child = commands.add_parser(

@@ -18,6 +18,8 @@ from ..images.sets import ImageBatch
 
 _BEST = 5
 _CONFUSED_WITH = 3
+MATRIX_CLASSES = 20
+"""Rows of a confusion matrix at most: what a person can read."""
 
 
 class Ranked(Protocol):
@@ -63,6 +65,23 @@ class ClassAccuracy:
 
 
 @dataclass(frozen=True, slots=True)
+class ConfusionMatrix:
+    """How often images of one class were taken for another.
+
+    Attributes:
+        classes: Indices of the classes, in order: all that occur, or those that are confused most where they are many.
+        labels: Their names, where they are known.
+        counts: By the right class and then by the class that was said, images.
+        others: By the right class, images that were taken for a class that is not in `classes`.
+    """
+
+    classes: tuple[int, ...]
+    labels: tuple[str | None, ...]
+    counts: tuple[tuple[int, ...], ...]
+    others: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class AccuracyReport:
     """How well a classifier does on labelled images.
 
@@ -76,6 +95,7 @@ class AccuracyReport:
         decode_seconds: Reading, decoding, resizing and normalising.
         inference_seconds: Running the model.
         worst: Classes with the lowest top-1, worst first; none of them perfect.
+        confusion: Of at most MATRIX_CLASSES classes.
     """
 
     images: int
@@ -88,6 +108,7 @@ class AccuracyReport:
     decode_images_per_second: float
     inference_images_per_second: float
     worst: tuple[ClassAccuracy, ...]
+    confusion: ConfusionMatrix
 
 
 def evaluate(
@@ -147,6 +168,7 @@ def evaluate(
         decode_images_per_second=tally.images / reading,
         inference_images_per_second=tally.images / running,
         worst=tally.worst(worst, labels),
+        confusion=tally.matrix(labels),
     )
 
 
@@ -219,6 +241,23 @@ class Tally:
             top1 = self._pairs[truth, truth] / totals[truth]
             found.append(ClassAccuracy(truth, _name(names, truth), totals[truth], top1, best))
         return tuple(sorted(found, key=lambda item: (item.top1, -item.images, item.index))[:count])
+
+    def matrix(self, names: Sequence[str] | None) -> ConfusionMatrix:
+        """The confusion matrix of all classes that occur, or of those that are confused most."""
+        known = sorted({index for pair in self._pairs for index in pair})
+        if len(known) > MATRIX_CLASSES:
+            wrong = sorted((-images, pair) for pair, images in self._pairs.items() if pair[0] != pair[1])
+            chosen: dict[int, None] = {}
+            for _, pair in wrong:
+                if len(chosen.keys() | set(pair)) <= MATRIX_CLASSES:
+                    chosen.update(dict.fromkeys(pair))
+            known = sorted(chosen)
+        counts = tuple(tuple(self._pairs[truth, said] for said in known) for truth in known)
+        totals: Counter[int] = Counter()
+        for (truth, _), images in self._pairs.items():
+            totals[truth] += images
+        others = tuple(totals[truth] - sum(row) for truth, row in zip(known, counts, strict=True))
+        return ConfusionMatrix(tuple(known), tuple(_name(names, index) for index in known), counts, others)
 
 
 def _name(names: Sequence[str] | None, index: int) -> str | None:

@@ -11,11 +11,9 @@ from .figures import (
     BLUE,
     DARK,
     GREY,
-    ORANGE,
     SERIES,
     SKY,
     VERMILION,
-    YELLOW,
     draw_grid,
     draw_legend,
     open_figure,
@@ -28,9 +26,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from .accuracy import ConfusionMatrix
+
 _MOST_DB = 100.0  # what is better is equal for all purposes, and would flatten the rest of the picture
 _NAME_WIDTH = 34
-_NOTE_WIDTH = 46
+_CELL_NAME = 20
 _SQNR_HEIGHT, _RANGES_WIDTH = 5.2, 8.0  # inches
 _BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
 
@@ -68,16 +68,6 @@ class AccuracyRow:
     top1: float
     standard_error: float
     is_reference: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ClassBar:
-    """One class: the share of its images that were recognised, 0 to 1, and the share taken for each other class."""
-
-    name: str
-    images: int
-    right: float
-    taken_for: tuple[tuple[str, float], ...]
 
 
 def draw_layer_sqnr(series: Sequence[SqnrSeries], *, reference: str, bound_db: float | None = None) -> Figure:
@@ -222,53 +212,38 @@ def draw_accuracy(rows: Sequence[AccuracyRow], *, title: str = "Top-1 accuracy b
     return figure
 
 
-def draw_confusion(
-    bars: Sequence[ClassBar], *, title: str = "The worst classes, and what they are taken for"
-) -> Figure:
-    """Of each class the share of images that was not recognised, divided by what they were taken for.
+def draw_confusion(matrix: ConfusionMatrix, *, title: str = "Which class is taken for which") -> Figure:
+    """The confusion matrix: a row for each right class, a column for each class that was said, images in the cells.
+
+    Colours are shares of the row; images that were taken for a class without a column stand in the last one.
 
     Args:
-        bars: Worst first.
+        matrix: Of at most some twenty classes.
         title: Title of the picture.
 
     Raises:
         InputError: There is nothing to draw.
         MissingDependencyError: matplotlib is not installed.
     """
-    require_data(bool(bars), "no class was ever confused")
-    colours, widest = (VERMILION, ORANGE, YELLOW), 100 * max(1 - bar.right for bar in bars)
-    left_over = False
-    with open_figure(9.5, 1.9 + 0.62 * len(bars)) as (figure, axes):
-        for place, bar in enumerate(bars):
-            shares = [100 * share for _, share in bar.taken_for]
-            rest = max(0.0, 100 * (1 - bar.right) - sum(shares))
-            left_over, left = left_over or rest >= 0.5, 0.0
-            for share, colour in zip((*shares, rest), (*colours[: len(shares)], GREY), strict=True):
-                axes.barh(place, share, left=left, height=0.62, color=colour, edgecolor="white", linewidth=1)
-                left += share
-            axes.text(left + 0.02 * widest, place, _describe(bar, rest), va="center", fontsize=9, bbox=_BOX)
-        names = [f"{_clip(bar.name, _NAME_WIDTH)}\n{bar.right:.0%} of {bar.images} right" for bar in bars]
-        axes.set_yticks(range(len(bars)), names, fontsize=9)
-        axes.set_ylim(len(bars) - 0.4, -0.6)
-        axes.set_xlim(0, 2.1 * widest)
-        axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= min(100, 2.1 * widest)])
-        axes.set(title=title, xlabel="share of the class's images that were taken for another class, %")
-        draw_grid(axes, "x")
-        from matplotlib.patches import Patch
-
-        used = max(len(bar.taken_for) for bar in bars)
-        looks = list(zip(colours[:used], ("most often", "next", "third"), strict=False))
-        looks += [(GREY, "all others")] if left_over else []
-        draw_legend(axes, entries=4, columns=4, handles=[Patch(color=colour, label=name) for colour, name in looks])
+    require_data(bool(matrix.classes), "no class was ever confused")
+    names = [
+        shorten(label or f"class {index}", _CELL_NAME)
+        for index, label in zip(matrix.classes, matrix.labels, strict=True)
+    ]
+    rows = [[*row, other] for row, other in zip(matrix.counts, matrix.others, strict=True)]
+    columns = [*names, "others"]
+    if not any(matrix.others):
+        rows, columns = [row[:-1] for row in rows], names
+    shares = [[count / max(sum(row), 1) for count in row] for row in rows]
+    side = 2.6 + 0.42 * len(names)
+    with open_figure(side + 0.42 * (len(columns) - len(names)) + 1.0, side) as (figure, axes):
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        for top, row in enumerate(rows):
+            for left, count in enumerate(row):
+                if count:
+                    colour = "white" if shares[top][left] > 0.5 else DARK
+                    axes.text(left, top, str(count), ha="center", va="center", fontsize=8, color=colour)
+        axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor", fontsize=9)
+        axes.set_yticks(range(len(names)), names, fontsize=9)
+        axes.set(title=title, xlabel="what the model said", ylabel="right class")
     return figure
-
-
-def _describe(bar: ClassBar, rest: float) -> str:
-    parts = [f"{_clip(name, 24)}: {share:.0%}" for name, share in bar.taken_for]
-    parts += [f"others: {rest:.0f}%"] if rest >= 0.5 else []
-    # A line is broken between classes only.
-    return "\n".join(textwrap.wrap(", ".join(part.replace(" ", "\u00a0") for part in parts), _NOTE_WIDTH)[:3])
-
-
-def _clip(name: str, most: int) -> str:
-    return name if len(name) <= most else f"{name[: most - 1]}…"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from repvgg_deploy.cli import common
+from repvgg_deploy.cli import common, terminal
 from repvgg_deploy.cli.common import Output, Progress, fold_lines, format_pairs, format_table, parent_parser, run
 from repvgg_deploy.errors import InputError, MissingDependencyError
 from tests.waiting import PATIENCE_SECONDS
@@ -262,8 +262,8 @@ def test_progress_on_a_terminal_draws_and_clears() -> None:
     with Progress(4, "images", stream=stream) as bar:
         bar.advance(2, label="more images")
     drawn = stream.getvalue().split("\r\x1b[K")
-    assert drawn[1].startswith("images [........................] 0/4")
-    assert drawn[2].startswith("more images [############............] 2/4")
+    assert drawn[1].startswith("images [....................] 0/4")
+    assert drawn[2].startswith("more images [##########..........] 2/4")
     assert drawn[3] == ""
 
 
@@ -305,7 +305,7 @@ def test_progress_on_a_lost_terminal_does_not_stop_the_work() -> None:
 
 def test_progress_never_reaches_the_last_column(monkeypatch: pytest.MonkeyPatch) -> None:
     # A drawing that is longer than the line leaves its beginning behind when the next one clears the line.
-    monkeypatch.setattr(common, "terminal_columns", lambda _: 60)
+    monkeypatch.setattr(terminal, "terminal_columns", lambda _: 60)
     stream = Terminal()
     with Progress(6, "verify the deploy form against the training form", stream=stream) as bar:
         bar.advance(label="short")
@@ -327,8 +327,75 @@ def test_warning_while_a_bar_is_drawn_stands_in_a_line_of_its_own(
         return Output({}, "")
 
     assert run(body, parse()) == 0
-    assert stream.getvalue().endswith("0/2 0 s\r\x1b[KWARNING: mind\n\r\x1b[K" if terminal else "WARNING: mind\n")
+    painted = "0/2 0 s\r\x1b[K\x1b[33mWARNING\x1b[0m: mind\n\r\x1b[K"
+    assert stream.getvalue().endswith(painted if terminal else "WARNING: mind\n")
     assert terminal or stream.getvalue() == "WARNING: mind\n"
+
+
+def test_progress_elsewhere_says_a_line_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, stream = [100.0], io.StringIO()
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    with Progress(5000, "images", stream=stream) as bar:
+        for _ in range(25):
+            now[0] += 1.0
+            bar.advance(100)
+    assert stream.getvalue().splitlines() == [
+        "images: 1,000 of 5,000, 100/s, 40 s left",
+        "images: 2,000 of 5,000, 100/s, 30 s left",
+    ]
+
+
+def test_progress_on_a_terminal_shows_rate_and_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, stream = [100.0], Terminal()
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    with Progress(1000, "images", stream=stream) as bar:
+        now[0] += 50
+        bar.advance(100)
+    assert "100/1000 2/s, 7:30 min left" in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0.2, "0 s"), (59.4, "59 s"), (61, "1:01 min"), (3599, "59:59 min"), (7860, "2:11 h")]
+)
+def test_time_is_shown_in_the_unit_that_suits_it(seconds: float, shown: str) -> None:
+    assert terminal.show_time(seconds) == shown
+
+
+@pytest.mark.parametrize("variable", ["NO_COLOR", "TERM"])
+def test_colour_is_for_terminals_that_want_it(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    painted = terminal.paint("yes", "good")
+    assert terminal.colour(painted, Terminal()) == "\x1b[32myes\x1b[0m"
+    assert terminal.colour(painted, io.StringIO()) == "yes"
+    monkeypatch.setenv(variable, "1" if variable == "NO_COLOR" else "dumb")
+    assert terminal.colour(painted, Terminal()) == "yes"
+
+
+def test_painted_cells_stand_in_line_and_lose_their_colour_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = format_table([["a", "b"], [terminal.paint("good", "good"), "1"]], "<>")
+    assert terminal.plain(table) == "  a     b\n  good  1"
+    for stream in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.delenv("NO_COLOR", raising=False)
+        monkeypatch.setenv("TERM", "xterm")
+        assert run(lambda _: Output({}, table), parse()) == 0
+        assert ("\x1b[32m" in stream.getvalue()) == stream.isatty()
+
+
+def test_error_on_a_terminal_is_red_and_folded_between_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: argparse.Namespace) -> Output:
+        raise InputError("a message " * 20, remedy="a remedy " * 20)
+
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert run(fail, parse()) == 1
+    lines = stream.getvalue().splitlines()
+    assert lines[0].startswith("\x1b[31merror:\x1b[0m a message")
+    assert max(len(re.sub(r"\x1b\[\d+m", "", line)) for line in lines) <= 80
+    assert all(line.endswith(("message", "a", "remedy", "remedy:")) for line in lines)
 
 
 def test_text_is_folded_for_a_terminal_and_left_alone_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

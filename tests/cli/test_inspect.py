@@ -11,6 +11,7 @@ import pytest
 from repvgg_deploy.cli.trt import main
 from repvgg_deploy.specs.variants import PUBLISHED, count_macs, count_parameters, layer_rows
 from tests.runtime.make_model import ModelOptions, make_onnx, tiny_variant
+from tests.serving.make_repository import write_plan
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def test_inspect_prints_specification_certificate_and_layers(model: Path, capsys
         "tiny.pth, official family, training form",
         "stated by the user: strides 2,2,2,2,2",
         "passed, 1 of 1 checks",
-        "training form against ONNX Runtime  1.00e-07  1.00e-05",
+        "ONNX in ONNX Runtime      1      1.0e-07  1.0e-05",
         "Conv 1, Flatten 1, Gemm 1, GlobalAveragePool 1, Relu 1",
         "opset 17",
     ):
@@ -38,6 +39,31 @@ def test_inspect_prints_specification_certificate_and_layers(model: Path, capsys
     parameters, macs = count_parameters(tiny_variant(), "deploy"), count_macs(tiny_variant(), 16, 16)
     assert re.search(rf"^  total +{parameters:,} +{macs:,}$", printed.out, re.MULTILINE)
     assert printed.err == f"next: repvgg-trt infer {model} IMAGE…\n"
+
+
+def test_inspect_in_full_lists_every_check_and_layer(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(model)]) == 0
+    short = capsys.readouterr().out
+    assert main(["inspect", str(model), "--full"]) == 0
+    full = capsys.readouterr().out
+    assert "training form against ONNX Runtime  1.00e-07  1.00e-05" in full
+    assert len(short.splitlines()) <= 40
+    names = [row.name for row in layer_rows(tiny_variant(), (16, 16))]
+    assert all(re.search(rf"^  {re.escape(name)} ", full, re.M) for name in names)
+    total = re.compile(r"^  total.*$", re.M)
+    assert total.search(short)[0].split() == total.search(full)[0].split()
+
+
+def test_inspect_of_a_plan_reads_its_passport(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = write_plan(tmp_path / "a.plan")
+    assert main(["inspect", str(plan)]) == 0
+    printed = capsys.readouterr()
+    assert "as the passport beside it says" in printed.out
+    assert "runs on" in printed.out
+    assert printed.err == f"next: repvgg-trt check {plan}\n"
+    plan.with_name(plan.name + ".json").unlink()
+    assert main(["inspect", str(plan)]) == 1
+    assert "without a passport" in capsys.readouterr().err
 
 
 def test_inspect_with_json_prints_one_object(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from repvgg_deploy import __version__
+from repvgg_deploy.cli import export
 from repvgg_deploy.cli.trt import main
 from tests.runtime.make_model import make_onnx
 from tests.serving.make_repository import needs_schema
@@ -41,10 +42,48 @@ def test_bad_model_gives_one_message_and_exit_1(
     assert set(json.loads(capsys.readouterr().out)) == {"error", "remedy"}
 
 
+def test_bare_program_shows_its_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for program in (main, export.main):
+        monkeypatch.setattr(sys, "argv", ["program"])
+        assert program() == 0
+        assert capsys.readouterr().out.startswith("usage: repvgg-")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["inferr", "m.onnx"], "infer"),
+        (["infer", "m.onnx", "x.png", "--batchsize", "3"], "--batch-size"),
+        (["quantize", "m.onnx", "--int8", "--calibb", "x"], "--calib"),
+        (["infer", "m.onnx", "x.png", "--backend", "openvin"], "openvino"),
+        (["zzz"], None),
+    ],
+)
+def test_usage_error_asks_what_was_meant(
+    arguments: list[str], meant: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    said = capsys.readouterr().err
+    assert f"did you mean {meant}?" in said if meant else "did you mean" not in said
+
+
+def test_completion_is_a_script_that_knows_commands_and_options(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab", reason="shtab, of the extra completion, is not installed")
+    for program, words in ((main, ("quantize", "--calib")), (export.main, ("--ckpt",))):
+        with pytest.raises(SystemExit) as caught:
+            program(["--print-completion", "bash"])
+        assert caught.value.code == 0
+        script = capsys.readouterr().out
+        assert all(word in script for word in words)
+        done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
-        [],
+        ["--json"],
         ["infer"],
         ["infer", "m.onnx"],
         ["infer", "m.onnx", "x.png", "--top", "0"],

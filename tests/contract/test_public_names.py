@@ -118,6 +118,7 @@ def test_extras_name_an_onnx_runtime_only_in_cpu_and_gpu() -> None:
         "service",
         "plot",
         "parquet",
+        "completion",
         "ray",
         "dev",
         "docs",

@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from repvgg_deploy.errors import ArtifactError, InputError, MissingDependencyError
+from repvgg_deploy.evaluate.accuracy import ConfusionMatrix
 from repvgg_deploy.evaluate.figures import open_figure, require_drawable, save_figure
 from repvgg_deploy.evaluate.plots import (
     AccuracyRow,
     ChannelSpread,
-    ClassBar,
     SqnrSeries,
     draw_accuracy,
     draw_confusion,
@@ -59,16 +59,15 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "perfect accuracy": lambda: draw_accuracy([AccuracyRow("FP32", 1.0, 0.0)]),
     "no accuracy": lambda: draw_accuracy([AccuracyRow("FP32", 0.0, 0.0), AccuracyRow("INT8", 0.02, 0.01)]),
     "confusion": lambda: draw_confusion(
-        [
-            ClassBar("French horn", 200, 0.62, (("church", 0.15), ("chain saw", 0.10), ("parachute", 0.03))),
-            ClassBar(
-                "a class with a name that goes on and on",
-                19,
-                0.0,
-                (("another class of a long name, too", 0.5), ("$a$", 0.5)),
-            ),
-            ClassBar("3", 40, 0.975, (("8", 0.025),)),
-        ]
+        ConfusionMatrix(
+            (0, 3, 7),
+            ("French horn", "a class with a name that goes on and on", None),
+            ((120, 30, 50), (9, 0, 10), (0, 1, 39)),
+            (0, 0, 0),
+        )
+    ),
+    "part of a confusion": lambda: draw_confusion(
+        ConfusionMatrix(tuple(range(20)), (None,) * 20, tuple((index,) * 20 for index in range(20)), (5,) * 20)
     ),
 }
 
@@ -130,7 +129,7 @@ def test_axis_that_does_not_begin_at_zero_says_so() -> None:
         lambda: draw_layer_sqnr([SqnrSeries("x", (), ())], reference="x"),
         lambda: draw_ranges([]),
         lambda: draw_accuracy([]),
-        lambda: draw_confusion([]),
+        lambda: draw_confusion(ConfusionMatrix((), (), (), ())),
     ],
 )
 def test_picture_of_nothing_is_refused(draw: Callable[[], Figure]) -> None:

@@ -10,6 +10,8 @@ import time
 from collections.abc import Sequence
 from typing import Literal, TextIO
 
+from ..errors import clean_text
+
 Tone = Literal["good", "bad", "warn", "dim"]
 _CODES: dict[Tone, str] = {"good": "32", "bad": "31", "warn": "33", "dim": "2"}
 # Letters for private use in the place of escapes: what comes from files is cleaned of escapes after it was laid out.
@@ -80,7 +82,7 @@ class Progress:
         if not self._draws:
             if self._label and time.monotonic() - self._said >= _LINE_SECONDS:
                 self._said = time.monotonic()
-                self._write(f"{self._label}: {self._done:,} of {self._total:,}, {self._pace()}\n")
+                self._write(f"{clean_text(self._label)}: {self._done:,} of {self._total:,}, {self._pace()}\n")
         elif changed or time.monotonic() - self._drawn >= _BAR_SECONDS:
             self._draw()
 
@@ -99,7 +101,8 @@ class Progress:
         bar = f" [{'#' * filled}{'.' * (_BAR_WIDTH - filled)}] {self._done}/{self._total} {self._pace()}"
         # What reaches the last column goes on in the next line, and only that one would be cleared.
         room = terminal_columns(self._stream) - 1 - len(bar)
-        label = self._label if len(self._label) <= room else self._label[: max(room - 1, 0)] + "…"
+        label = clean_text(self._label)
+        label = label if len(label) <= room else label[: max(room - 1, 0)] + "…"
         self._write(CLEAR + label + bar)
 
     def _pace(self) -> str:

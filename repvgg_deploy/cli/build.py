@@ -251,6 +251,8 @@ def _describe_typing(result: BuildResult) -> str:
     if not checks or " against fp32 " not in checks[-1].name:
         return f"{text}: not verified, there were no images to compare it on"
     last = checks[-1]
+    if "the score fell" in last.name:
+        return f"{text}: the score fell by {last.error:g}, and {last.tolerance:g} was allowed"
     if "other best classes" in last.name:
         return f"{text}: {1 - last.error:.2%} of the images keep FP32's best class"
     return f"{text}: the outputs differ by {last.error:.1e} of their size"

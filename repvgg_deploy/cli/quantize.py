@@ -27,6 +27,7 @@ EXAMPLES = """examples:
   repvgg-trt quantize b2.onnx --int8                    (b2.calib.npz is there)
   repvgg-trt quantize b2.onnx --int8 --calib train/ --max-drop 0.3 --plot b2.png
   repvgg-trt quantize b2.onnx --int8 --calib statistics    (no images at all)
+  repvgg-trt quantize yolo.onnx --int8 --calib train/ --metric measure:mean_ap --max-drop 0.003
 """
 _STATISTICS = "statistics"
 _IMAGES = 256
@@ -92,6 +93,13 @@ def add_image_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--min-sqnr", type=float, metavar="DB",
                        help="the same for a graph without a classifier: every output must reach so many "
                             "decibels (default: 20)")
+    group.add_argument("--metric", metavar="MODULE:FUNCTION",
+                       help="judge by a measure of your own (mAP, mIoU, …) in place of both: a Python function that "
+                            "is given run(batch), which runs the graph as Engine.infer does, and returns one number, "
+                            "larger is better; modules of the working directory are found")
+    group.add_argument("--min-metric", type=float, metavar="SCORE",
+                       help="write nothing unless --metric gives so much (default: 97 %% of what it gives FP32, or "
+                            "what --max-drop leaves)")
     add_data_check_option(group)
     add_max_value_option(group)
 
@@ -102,9 +110,10 @@ def add_step_options(group: argparse._ArgumentGroup) -> None:
                        help="round weights to nearest and search no exponents: much quicker, some dB less exact")
     group.add_argument("--keep", nargs="+", action="extend", metavar="LAYER",
                        help="layers that stay in floating point, such as stage0.conv")
-    group.add_argument("--max-drop", type=float, metavar="POINTS",
-                       help="keep as few layers in floating point as hold the expected drop of top-1 to POINTS "
-                            "percentage points")
+    group.add_argument("--max-drop", type=_parse_drop, metavar="LOSS",
+                       help="keep as few layers in floating point as hold the loss: 0.3 is percentage points of top-1 "
+                            "that are expected to be lost, or, with --metric, what its score may fall by; 24dB is "
+                            "every output at least 24 dB above its error")
     group.add_argument("--method", choices=("max", "percentile", "entropy", "min_error"),
                        help="how activation scales are chosen (default: min_error)")
     group.add_argument("--percentile", type=float, metavar="P",
@@ -120,10 +129,24 @@ def add_step_options(group: argparse._ArgumentGroup) -> None:
 # fmt: on
 
 
+def _parse_drop(text: str) -> float | str:
+    """`0.3` as a number; `24dB` as it is, in one spelling."""
+    number = text.strip().lower()
+    is_db = number.endswith("db")
+    try:
+        value = float(number.removesuffix("db"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected a loss such as 0.3, or decibels such as 24dB, found {text!r}"
+        ) from None
+    return f"{value:g}dB" if is_db else value
+
+
 def find_given(args: argparse.Namespace) -> list[str]:
     """Which options of the quantization are given."""
     others = {"--calib": args.calib is not None, "--min-agreement": args.min_agreement is not None}
-    others |= {"--min-sqnr": args.min_sqnr is not None}
+    others |= {"--min-sqnr": args.min_sqnr is not None, "--metric": args.metric is not None}
+    others |= {"--min-metric": args.min_metric is not None}
     others |= {"--accept-data": args.accept_data, "--max-value": args.max_value is not None}
     others |= {"--images": args.images != _IMAGES, "--seed": args.seed != 0, "--io": args.io != "fp32"}
     return [*(flag for flag, is_given in others.items() if is_given), *_given_for_int8(args)]
@@ -136,6 +159,11 @@ def _given_for_int8(args: argparse.Namespace) -> list[str]:
 def find_conflict(args: argparse.Namespace) -> str | None:
     """What is wrong with options that cannot hold together, or None."""
     given = _given_for_int8(args)
+    if args.min_metric is not None and args.metric is None:
+        return "--min-metric needs --metric"
+    for flag, value in (("--min-agreement", args.min_agreement), ("--min-sqnr", args.min_sqnr)):
+        if args.metric is not None and value is not None:
+            return f"--metric judges in place of {flag}: they cannot hold together"
     if args.precision == "fp16":
         wrong = [*given, *(["--calib statistics"] if args.calib == _STATISTICS else [])]
         return f"{wrong[0]} is of --int8: it cannot hold with --fp16" if wrong else None
@@ -194,11 +222,12 @@ def read_options(args: argparse.Namespace) -> QuantizeOptions:
 
     Raises:
         CalibrationError: A number is out of range.
-        InputError: Likewise.
+        InputError: Likewise; or --metric names no function.
     """
     from ..precision.fp16 import Fp16Options
     from ..precision.int8 import Int8Options
     from ..precision.options import MIN_AGREEMENT, MIN_SQNR_DB, QuantizeOptions
+    from ..precision.score import load_metric
 
     is_int8 = args.precision == "int8"
     return QuantizeOptions(
@@ -210,6 +239,8 @@ def read_options(args: argparse.Namespace) -> QuantizeOptions:
         Fp16Options() if is_int8 else Fp16Options(io=args.io),
         MIN_AGREEMENT if args.min_agreement is None else args.min_agreement,
         MIN_SQNR_DB if args.min_sqnr is None else args.min_sqnr,
+        None if args.metric is None else load_metric(args.metric),
+        args.min_metric,
         args.scales,
         args.save_scales,
         args.accept_data,
@@ -229,6 +260,7 @@ def _read_int8_options(args: argparse.Namespace) -> Int8Options:
         equalize, search = None, None
     elif args.exponent is not None:
         equalize, search = EqualizeOptions(args.exponent), None
+    in_db = isinstance(args.max_drop, str)
     percentile = base.scales.percentile if args.percentile is None else args.percentile
     return Int8Options(
         target=args.target or "trt10",
@@ -238,7 +270,8 @@ def _read_int8_options(args: argparse.Namespace) -> Int8Options:
         scales=ScaleOptions(args.method or base.scales.method, percentile),
         rounding=RoundOptions(args.rounding or base.rounding.method, bias_correction=not args.no_bias_correction),
         keep=tuple(args.keep or ()),
-        max_drop=args.max_drop,
+        max_drop=None if in_db else args.max_drop,
+        least_sqnr_db=float(args.max_drop.removesuffix("dB")) if in_db else None,
         sensitivity=args.sensitivity,
     )
 
@@ -344,18 +377,26 @@ def _fp16_pairs(report: Fp16Report) -> list[tuple[str, str]]:
 
 
 def _verdict(options: QuantizeOptions, result: QuantizeResult) -> list[tuple[str, str]]:
-    found = result.verification
+    found, score = result.verification, result.score
+    scored = []
+    if score is not None:
+        what = f"{score.found:g}, FP32 {score.fp32:g} (at least {score.least:g} demanded)"
+        scored = [("score", f"{score.metric} gives {what}")]
     if found is None:
-        return [("not verified", result.ungated)]
+        return scored or [("not verified", result.ungated)]
     what = "held-out images" if found.held_out else "images" if result.images is not None else "drawn images"
     if found.agreement is None:
-        least = f"at least {options.min_sqnr_db:g} dB each" if options.precision == "int8" else result.ungated
-        each = ", ".join(f"{name} {sqnr_db:.1f} dB" for name, sqnr_db in found.outputs)
-        return [("SQNR", f"{each} on {found.images} {what} ({least})")]
+        least = (
+            f" (at least {options.min_sqnr_db:g} dB each)" if options.precision == "int8" else f" ({result.ungated})"
+        )
+        each = ", ".join(f"{one.name} {one.sqnr_db:.1f} dB ({one.relative:.2%})" for one in found.outputs)
+        said = f"{each} on {found.images} {what}{'' if score is not None else least}"
+        return [*scored, ("SQNR (error)", said)]
     demanded = result.ungated or describe_demand(found.agreement, options.min_agreement)
     same = f"{found.images - found.differing} of {found.images} {what} keep FP32's best class"
     return [
-        ("agreement", f"{100 * found.agreement:.2f} %: {same} ({demanded})"),
+        *scored,
+        ("agreement", f"{100 * found.agreement:.2f} %: {same}{'' if score is not None else f' ({demanded})'}"),
         ("expected drop", f"{found.expected_drop:.2f} points of top-1, by FP32's own probabilities"),
         ("SQNR", f"{found.sqnr_db:.1f} dB of the logits"),
     ]
@@ -411,6 +452,7 @@ def _as_json(args: argparse.Namespace, result: QuantizeResult) -> dict[str, obje
         "int8": int8,
         "fp16": result.fp16,
         "verification": result.verification,
+        "score": result.score,
         "ungated": result.ungated,
         "bytes_before": result.bytes_before,
         "bytes_after": result.bytes_after,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .int8 import LayerReport as LayerReport
     from .int8 import quantize_graph as quantize_graph
     from .int8 import to_int8 as to_int8
+    from .metrics import OutputError as OutputError
     from .metrics import Verification as Verification
     from .options import QuantizeOptions as QuantizeOptions
     from .quantization import ImageUse as ImageUse
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .quantization import quantize as quantize
     from .round import RoundOptions as RoundOptions
     from .scales import ScaleOptions as ScaleOptions
+    from .score import Score as Score
     from .search import SearchOptions as SearchOptions
     from .typed_model import write_typed as write_typed
 
@@ -37,11 +39,12 @@ __getattr__ = find_lazily(
         "equalize": "EqualizeOptions",
         "fp16": "Fp16Options Fp16Report to_fp16",
         "int8": "Int8Options Int8Report LayerReport quantize_graph to_int8",
-        "metrics": "Verification",
+        "metrics": "OutputError Verification",
         "options": "QuantizeOptions",
         "quantization": "ImageUse QuantizeResult StageTime default_typed_output quantize",
         "round": "RoundOptions",
         "scales": "ScaleOptions",
+        "score": "Score",
         "search": "SearchOptions",
         "typed_model": "write_typed",
     },

@@ -14,12 +14,13 @@ from ..evaluate.agreement import compare_layers
 from ..specs.values import Check
 from .equalize import apply_factors
 from .layers import LayerRun, run_pairs
-from .metrics import Verification, count_macs, rank_layers
+from .metrics import QuantizationCost, Verification, count_macs, rank_layers
 from .network import Network, read_weights
 from .round import round_nearest
 from .round_network import Prepared
 from .run_onnx import spread_images
 from .scales import ScaleFile
+from .score import Score
 
 MIN_FP16_DB = 40.0
 """FP16 rounds to 66 dB an operation; some thirty layers in a row leave 50 or more. Below 40, a hundredth of the logits,
@@ -63,26 +64,63 @@ def refuse_fp16(
     )
 
 
-def refuse_int8(found: Verification, min_agreement: float, blamed: Sequence[tuple[str, float]]) -> ParityError:
+def refuse_int8(found: Verification, min_agreement: float, blamed: Sequence[QuantizationCost]) -> ParityError:
     """The error of an INT8 graph that does not pass; it names what `blame_int8` found."""
     return ParityError(
         f"INT8 agrees with FP32 on {_percent(found)} of {found.images} {_images(found)}, at least "
-        f"{100 * min_agreement:g} % expected; the layers that cost most, each quantized alone: {_list(blamed)}",
-        remedy=f"keep those layers in floating point (--keep {blamed[0][0]}, or --max-drop 0.3 to find how few are "
+        f"{100 * min_agreement:g} % expected; the layers that cost most, each quantized alone: {_costliest(blamed)}",
+        remedy=f"keep those layers in floating point (--keep {blamed[0].name}, or --max-drop 0.3 to find how few are "
         f"needed); give more images with --calib; leave --fast and other short cuts out; or accept it with a lower "
         f"--min-agreement",
     )
 
 
-def refuse_outputs(found: Verification, min_sqnr_db: float, blamed: Sequence[tuple[str, float]]) -> ParityError:
-    """The error of an INT8 graph without a classifier that does not pass."""
-    low = [(name, sqnr_db) for name, sqnr_db in found.outputs if sqnr_db < min_sqnr_db]
+def refuse_outputs(found: Verification, min_sqnr_db: float, blamed: Sequence[QuantizationCost]) -> ParityError:
+    """The error of an INT8 graph without a classifier that does not pass; of each low output it names the layers."""
+    low = [output for output in found.outputs if output.sqnr_db < min_sqnr_db]
+    count = 1 if len(low) > _BLAMED else _BLAMED
+    said = [
+        f"{output.name} {output.sqnr_db:.1f} dB (an error of {output.relative:.1%}), most of it by "
+        f"{_costliest(blamed, output.name, count)}"
+        for output in sorted(low, key=lambda output: output.sqnr_db)
+    ]
     return ParityError(
-        f"INT8 is too far from FP32 on {found.images} {_images(found)}: {_list(low)}, at least {min_sqnr_db:g} dB "
-        f"expected; the layers that cost most, each quantized alone: {_list(blamed)}",
-        remedy=f"keep those layers in floating point (--keep {blamed[0][0]}); give more images with --calib; leave "
-        f"--fast and other short cuts out; or accept it with a lower --min-sqnr",
+        f"INT8 is too far from FP32 on {found.images} {_images(found)}, at least {min_sqnr_db:g} dB expected: "
+        f"{'; '.join(said)}; behind each layer, what the output has with that alone quantized",
+        remedy=f"keep those layers in floating point (--keep {blamed[0].name}, or --max-drop {min_sqnr_db:g}dB to find "
+        f"how few are needed); give more images with --calib; leave --fast and other short cuts out; or accept it with "
+        f"a lower --min-sqnr",
     )
+
+
+def score_check(score: Score, precision: str) -> Check:
+    """The user's own measure as the certificate states it: what it fell by, and what it was allowed to."""
+    name = f"{precision} against fp32 in ONNX Runtime, {score.metric}: what the score fell by"
+    return Check(name, score.fp32 - score.found, score.fp32 - score.least, score.fp32)
+
+
+def refuse_score(score: Score, precision: str, blamed: Sequence[QuantizationCost]) -> ParityError:
+    """The error of a graph that the user's own measure does not pass; `blamed` is empty where nothing was measured."""
+    why = f"; the layers that cost the outputs most, each quantized alone: {_costliest(blamed)}" if blamed else ""
+    keep = ""
+    if blamed:
+        keep = (
+            f"keep those layers in floating point (--keep {blamed[0].name}, or --max-drop to find how few are needed); "
+        )
+    return ParityError(
+        f"{precision.upper()} is too far from FP32: {score.metric} falls from {score.fp32:g} to {score.found:g}, at "
+        f"least {score.least:g} expected{why}",
+        remedy=f"{keep}give images of the training split with --calib; leave short cuts out; or "
+        f"accept it with a lower --min-metric",
+    )
+
+
+def _costliest(blamed: Sequence[QuantizationCost], output: str | None = None, count: int = _BLAMED) -> str:
+    """The layers that cost most, at one output or at the worst of all."""
+    if output is None:
+        return _list([(cost.name, cost.sqnr_db) for cost in blamed[:count]])
+    there = [(cost.name, cost.outputs[output]) for cost in blamed if output in cost.outputs]
+    return _list(sorted(there, key=lambda item: item[1])[:count])
 
 
 def _percent(found: Verification) -> str:
@@ -95,8 +133,8 @@ def _list(blamed: Sequence[tuple[str, float]]) -> str:
 
 def blame_int8(
     network: Network, scales: ScaleFile, kept: Sequence[str], batches: Sequence[NDArray[Any]]
-) -> list[tuple[str, float]]:
-    """The layers that cost most when each alone is quantized with the chosen scales, the worst first; dB of the logits.
+) -> tuple[QuantizationCost, ...]:
+    """What each layer costs when it alone is quantized with the chosen scales, the worst first.
 
     Weights are rounded to nearest and few images are run: a fraction of the time that the quantization took.
     """
@@ -105,8 +143,7 @@ def blame_int8(
     layers = [layer for layer in network.layers if layer.name not in kept]
     rounded = {layer.name: round_nearest(weights[layer.weight], weights[layer.bias]) for layer in layers}
     images = spread_images(network.model, batches, _BLAME_IMAGES)
-    ranked = rank_layers(prepared, rounded, images, macs=count_macs(network, images[0]))
-    return [(cost.name, cost.sqnr_db) for cost in ranked[:_BLAMED]]
+    return rank_layers(prepared, rounded, images, macs=count_macs(network, images[0]))
 
 
 def blame_fp16(

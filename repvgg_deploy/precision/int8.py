@@ -30,16 +30,8 @@ from .equalize import EqualizeOptions, InterfaceReport, apply_factors, decode, e
 from .fp16 import find_islands, find_large
 from .grids import GRIDS, Format, Grid, find_unsuited, require_format
 from .halves import LARGEST, Io, half_spec
-from .metrics import (
-    Judge,
-    QuantizationCost,
-    Verification,
-    blank_batch,
-    count_macs,
-    fewest_kept,
-    layer_sqnr,
-    rank_layers,
-)
+from .keep import Bound
+from .metrics import Judge, QuantizationCost, Verification, blank_batch, count_macs, layer_sqnr, rank_layers
 from .mixed import fit_opset, halve_quantized, round_activation_scales
 from .network import Layer, Network, read_network, read_weights
 from .normalise import KINDS
@@ -78,6 +70,9 @@ class Int8Options:
             theirs is one of a whole channel of the image, which no pooling averages away.
         max_drop: Keeps the fewest further layers in floating point with which the expected top-1 drop (see
             `metrics.Verification`), in points, is at most this; None keeps none.
+        least_sqnr_db: Likewise, with which every output reaches so many decibels.
+        accepts: Likewise, with which this, asked about a typed graph, says yes; `quantize` asks the user's own measure.
+            One of the three can be given.
         sensitivity: Whether layers are ranked by their cost, also without `max_drop`.
         format: `int8`, or `fp8`: E4M3 numbers by the same steps, for Ada, Hopper and Blackwell; of `trt10` only.
             Layers that TensorRT has no FP8 kernels for stay in FP16 (`grids.find_unsuited`).
@@ -93,6 +88,8 @@ class Int8Options:
     keep: tuple[str, ...] = ()
     keep_gates: bool = True
     max_drop: float | None = None
+    least_sqnr_db: float | None = None
+    accepts: Callable[[onnx.ModelProto], bool] | None = None
     sensitivity: bool = False
     format: Format = "int8"
 
@@ -112,6 +109,15 @@ class Int8Options:
                 f"the largest drop must lie between 0 and 100 points, found {self.max_drop}",
                 remedy="give 0.3, or leave it out",
             )
+        if self.least_sqnr_db is not None and not 0 <= self.least_sqnr_db <= 200:
+            raise CalibrationError(
+                f"the least SQNR must lie between 0 and 200 dB, found {self.least_sqnr_db:g}",
+                remedy="give 24, or leave it out",
+            )
+        if sum(bound is not None for bound in (self.max_drop, self.least_sqnr_db, self.accepts)) > 1:
+            raise CalibrationError(
+                "layers can be kept for one bound: max_drop, least_sqnr_db or accepts", remedy="give one of them"
+            )
         if not 50 < self.range_percentile <= 100:
             raise CalibrationError(
                 f"the range percentile must lie between 50 and 100, found {self.range_percentile}",
@@ -128,12 +134,16 @@ class Int8Options:
         """Whether what is not INT8 is FP16."""
         return self.target == "trt10"
 
+    @property
+    def bounded(self) -> bool:
+        """Whether layers are kept so that a bound is met."""
+        return any(bound is not None for bound in (self.max_drop, self.least_sqnr_db, self.accepts))
+
     def without_images(self) -> Int8Options:
         """These options where nothing can be measured; a normal distribution's tail is no reason to clip."""
         equalize, scales = self.equalize and EqualizeOptions(0.5), ScaleOptions("max")
-        return dataclasses.replace(
-            self, equalize=equalize, search=None, scales=scales, max_drop=None, sensitivity=False
-        )
+        unbound = dataclasses.replace(self, max_drop=None, least_sqnr_db=None, accepts=None, sensitivity=False)
+        return dataclasses.replace(unbound, equalize=equalize, search=None, scales=scales)
 
 
 MAX_CALIBRATION = Int8Options(
@@ -300,11 +310,13 @@ def quantize_graph(
     rounded = round_weights(prepared, batches, options.rounding, progress=partial(tell, "round"))
     macs = count_macs(network, batches[0] if has_fixed_batch(network.model) else batches[0][:1])
     costs: tuple[QuantizationCost, ...] = ()
-    if options.sensitivity or options.max_drop is not None:
+    if options.sensitivity or options.bounded:
         costs = rank_layers(prepared, rounded, batches, macs=macs, progress=partial(tell, "sensitivity"))
     judge = Judge(prepared.network, images.held_out if len(images.held_out) else batches)
-    if options.max_drop is not None:
-        prepared, rounded = _Bound(options, judge, batches, tell).meet(prepared, rounded, costs)
+    finish = partial(_finish, options=options, full=_find_full(prepared, batches))
+    if options.bounded:
+        bound = Bound(*_find_bound(options, judge), finish, batches, tell)
+        prepared, rounded = bound.meet(prepared, rounded, costs, options.rounding)
     # The graph, and what it costs.
     graph = _write(prepared, rounded)
     tell("measure layers", 0, 1)
@@ -312,12 +324,16 @@ def quantize_graph(
     tell("measure layers", 1, 1)
     judged = judge.compare(graph) if judge.classifies and len(images.held_out) else None
     report = dataclasses.replace(_report(prepared, scales, macs, sqnr), interfaces=interfaces, costs=costs)
-    report = dataclasses.replace(report, requantized=find_requantized(graph))
-    full = set[str]()
-    if options.half:
-        tried = spread_images(network.model, batches, _REPORT_IMAGES)
-        full = find_islands(prepared.network, find_large(prepared.network, tried, LARGEST / FP16_MARGIN))
-    return _type(graph, prepared, options, full), dataclasses.replace(report, held_out=judged)
+    found = find_requantized(graph)
+    return finish(prepared, rounded), dataclasses.replace(report, held_out=judged, requantized=found)
+
+
+def _find_full(prepared: Prepared, batches: Sequence[NDArray[Any]]) -> set[str]:
+    """Outputs of nodes that FP16 cannot hold, where the rest is FP16."""
+    if not prepared.half:
+        return set()
+    tried = spread_images(prepared.network.model, batches, _REPORT_IMAGES)
+    return find_islands(prepared.network, find_large(prepared.network, tried, LARGEST / FP16_MARGIN))
 
 
 def _quantize_without_images(
@@ -357,6 +373,12 @@ def _require_fit(network: Network, options: Int8Options) -> Int8Options:
             f"opset {opset_of(network.model)}: scales per output channel need at least 13",
             remedy="export with --opset 17",
         )
+    if options.max_drop is not None and not network.classifies:
+        raise CalibrationError(
+            "a largest drop in points of top-1 needs a classifier, and this graph has none",
+            remedy="say how many decibels every output must reach (--max-drop 24dB), or give a measure of your own "
+            "(--metric module:function)",
+        )
     known = [layer.name for layer in network.layers]
     unknown = sorted(set(options.keep) - set(known))
     if unknown:
@@ -383,7 +405,7 @@ def _calibrate(
         factors, statistics = factors * divided, statistics.rescaled(network.divided(divided))
     if options.half:
         # With a bound to meet, any layer may become one that is kept.
-        kept = options.keep if options.max_drop is None else tuple(layer.name for layer in network.layers)
+        kept = options.keep if not options.bounded else tuple(layer.name for layer in network.layers)
         rescaled, divided = fit_scales(rescaled, statistics.ranges(), kept=kept, grid=options.grid)
         factors, statistics = factors * divided, statistics.rescaled(network.divided(divided))
     scales = choose_scales(rescaled, statistics, options.scales, options.grid)
@@ -424,46 +446,19 @@ def _reuse(
     return Prepared(rescaled, scales, options.keep, options.half, options.grid), file
 
 
-@dataclass(slots=True, eq=False)
-class _Bound:
-    """Keeps the fewest further layers in floating point with which the expected drop is at most `options.max_drop`."""
+def _find_bound(options: Int8Options, judge: Judge) -> tuple[Callable[[onnx.ModelProto], bool], str]:
+    """What says of a typed graph whether it is what the options ask for; and that, for an error."""
+    if options.accepts is not None:
+        return options.accepts, "is the graph accepted by the measure that was given"
+    least, drop = options.least_sqnr_db, options.max_drop
+    if least is not None:
+        return lambda graph: judge.compare(graph).sqnr_db >= least, f"does every output reach {least:g} dB"
 
-    options: Int8Options
-    judge: Judge
-    batches: Sequence[NDArray[Any]]
-    tell: Progress
-    tried: int = 0
+    def holds(graph: onnx.ModelProto) -> bool:
+        found = judge.compare(graph).expected_drop
+        return found is not None and drop is not None and found <= drop
 
-    def meet(
-        self, prepared: Prepared, rounded: dict[str, RoundedLayer], costs: Sequence[QuantizationCost]
-    ) -> tuple[Prepared, dict[str, RoundedLayer]]:
-        """The network with those layers kept, and the others' weights."""
-        if not self.judge.classifies:
-            raise CalibrationError(
-                "a largest drop of top-1 needs a classifier, and this graph has none",
-                remedy="leave --max-drop out, and give --min-sqnr",
-            )
-        names = [cost.name for cost in costs]
-        found = fewest_kept(costs, lambda kept: self._holds(prepared.keeping(kept), rounded, len(names)))
-        for count in range(len(names) + 1 if found is None else len(found), len(names) + 1):
-            # The weights after a kept layer are rounded anew: they saw what its quantized form gave.
-            larger, final = prepared.keeping(names[:count]), rounded
-            if count:
-                tell = partial(self.tell, "round")
-                final = round_weights(larger, self.batches, self.options.rounding, progress=tell)
-            if self._holds(larger, final, len(names)):
-                return larger, final
-        raise CalibrationError(
-            f"not even with every layer in floating point is the expected drop at most {self.options.max_drop} points",
-            remedy="give a larger --max-drop",
-        )
-
-    def _holds(self, prepared: Prepared, rounded: dict[str, RoundedLayer], layers: int) -> bool:
-        halvings = layers.bit_length() + 1  # `fewest_kept` halves what is left; more are rare
-        self.tried += 1
-        self.tell("meet the bound", min(self.tried, halvings) - 1, halvings)
-        drop, limit = self.judge.compare(_write(prepared, rounded)).expected_drop, self.options.max_drop
-        return drop is not None and limit is not None and drop <= limit
+    return holds, f"is the expected drop at most {drop} points"
 
 
 def _write(prepared: Prepared, rounded: Mapping[str, RoundedLayer]) -> onnx.ModelProto:
@@ -471,6 +466,12 @@ def _write(prepared: Prepared, rounded: Mapping[str, RoundedLayer]) -> onnx.Mode
     paired = insert_pairs(prepared.network, prepared.scales, kept=prepared.kept, grid=prepared.grid)
     chosen = {name: layer for name, layer in rounded.items() if name not in prepared.kept}
     return write_integers(paired, prepared.network, chosen, prepared.grid)
+
+
+def _finish(
+    prepared: Prepared, rounded: Mapping[str, RoundedLayer], *, options: Int8Options, full: AbstractSet[str]
+) -> onnx.ModelProto:
+    return _type(_write(prepared, rounded), prepared, options, full)
 
 
 def _type(

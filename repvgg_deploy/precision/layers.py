@@ -78,8 +78,8 @@ def quantize_alone(
     scale: float,
     images: Iterable[NDArray[Any]],
     grid: Grid = INT8,
-) -> float:
-    """SQNR in decibels at the worst of a network's ends when one layer alone is quantized.
+) -> dict[str, float]:
+    """SQNR in decibels at each of the ends that a layer reaches, by tensor, when it alone is quantized.
 
     `scale` is the real value of one integer of the layer's input.
     """
@@ -92,7 +92,7 @@ def quantize_alone(
         for index, (name, value) in enumerate(zip(cut.ends, found, strict=True)):
             signal[index] += float(np.square(values[name], dtype=np.float64).sum())
             noise[index] += float(np.square(value - values[name], dtype=np.float64).sum())
-    return min(map(decibels, signal.tolist(), noise.tolist()))
+    return dict(zip(cut.ends, map(decibels, signal.tolist(), noise.tolist()), strict=True))
 
 
 def _open_cut(model: onnx.ModelProto, layer: Layer, cut: Cut, grid: Grid) -> onnxruntime.InferenceSession:

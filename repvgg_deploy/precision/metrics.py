@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,21 @@ _IMAGES = 64
 
 
 @dataclass(frozen=True, slots=True)
+class OutputError:
+    """How far one output is from FP32's, over all images.
+
+    Attributes:
+        name: Of its tensor.
+        sqnr_db: Signal-to-quantization-noise ratio in decibels.
+        relative: Root mean square of the error by that of the output.
+    """
+
+    name: str
+    sqnr_db: float
+    relative: float
+
+
+@dataclass(frozen=True, slots=True)
 class Verification:
     """A typed graph against the FP32 graph, on the same images.
 
@@ -36,7 +51,7 @@ class Verification:
             what FP32 gives its best class less what it gives the other's. No labels are needed; changing between two
             classes that FP32 holds for equally likely costs nothing. None without a classifier.
         sqnr_db: Of the logits, in decibels; without a classifier, of the worst of the outputs.
-        outputs: What was compared (`Network.judged`), and the SQNR of each.
+        outputs: What was compared (`Network.judged`), each apart.
     """
 
     images: int
@@ -44,7 +59,7 @@ class Verification:
     agreement: float | None
     expected_drop: float | None
     sqnr_db: float
-    outputs: tuple[tuple[str, float], ...] = ()
+    outputs: tuple[OutputError, ...] = ()
 
     @property
     def differing(self) -> int:
@@ -70,7 +85,7 @@ class Judge:
         """
         signal, noise = dict.fromkeys(self._names, 0.0), dict.fromkeys(self._names, 0.0)
         agreeing, done, lost, run = 0, 0, 0.0, None
-        outputs = run_tensors(_accept_floats(typed), self._names, self._batches)
+        outputs = run_tensors(accept_floats(typed), self._names, self._batches)
         for index, (found, batch) in enumerate(zip(outputs, self._batches, strict=True)):
             if index < len(self._logits):
                 truth = self._logits[index]
@@ -93,8 +108,9 @@ class Judge:
             done += len(batch)
             progress(done, count_images(self._batches))
         share, drop = (agreeing / done, 100 * lost / done) if self.classifies else (None, None)
-        each = tuple((name, decibels(signal[name], noise[name])) for name in self._names)
-        return Verification(done, self._held_out, share, drop, min(sqnr_db for _, sqnr_db in each), each)
+        ratios = {name: decibels(signal[name], noise[name]) for name in self._names}
+        each = tuple(OutputError(name, sqnr_db, 10 ** (-sqnr_db / 20)) for name, sqnr_db in ratios.items())
+        return Verification(done, self._held_out, share, drop, min(ratios.values()), each)
 
 
 def _lost(truth: NDArray[np.float64], found: NDArray[np.float64]) -> float:
@@ -103,7 +119,7 @@ def _lost(truth: NDArray[np.float64], found: NDArray[np.float64]) -> float:
     return float((shares[rows, truth.argmax(axis=1)] - shares[rows, found.argmax(axis=1)]).sum())
 
 
-def _accept_floats(model: onnx.ModelProto) -> onnx.ModelProto:
+def accept_floats(model: onnx.ModelProto) -> onnx.ModelProto:
     """The graph with a cast before a float16 input, so that it takes what the FP32 graph takes."""
     if model.graph.input[0].type.tensor_type.elem_type != TensorProto.FLOAT16:
         return model
@@ -157,11 +173,13 @@ class QuantizationCost:
         sqnr_db: Of the logits, or of the worst of the answers that it reaches, in decibels, with this layer
             alone quantized.
         macs: Multiply-accumulates of one image.
+        outputs: The same of each that it reaches.
     """
 
     name: str
     sqnr_db: float
     macs: int
+    outputs: dict[str, float] = field(default_factory=dict)
 
 
 def rank_layers(
@@ -182,7 +200,7 @@ def rank_layers(
         found = quantize_alone(
             network, layer, rounded[layer.name], scale=prepared.scales[layer.input], images=images, grid=prepared.grid
         )
-        costs.append(QuantizationCost(layer.name, found, macs[layer.name]))
+        costs.append(QuantizationCost(layer.name, min(found.values()), macs[layer.name], found))
         progress(len(costs), len(rounded))
     return tuple(sorted(costs, key=lambda cost: cost.sqnr_db))
 

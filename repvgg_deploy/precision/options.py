@@ -10,6 +10,7 @@ from ..errors import InputError
 from ..images.calibration import USUAL_IMAGES
 from .fp16 import Fp16Options
 from .int8 import Int8Options
+from .score import Metric
 
 STATISTICS = "statistics"
 """In place of images: ranges in closed form, from the BatchNorm statistics in the metadata."""
@@ -34,6 +35,10 @@ class QuantizeOptions:
         min_agreement: Share of held-out images whose best class must be FP32's, 0 to 1. Of so few images that one alone
             is more than that, one may differ.
         min_sqnr_db: What INT8 must reach at every output of a graph without a classifier, on held-out images.
+        metric: The user's own measure, on data of its own, in place of agreement and SQNR: a function that is given
+            `run(batch)`, which runs a graph on a batch as `Engine.infer` does (an array, or a dict of them by the names
+            of the outputs), and returns one number, larger is better. `int8.max_drop` then is what it may fall by.
+        min_metric: What it must give the typed graph; None: 97 % of what it gives FP32, or what `int8.max_drop` leaves.
         scales: A calibration that was saved (`scales.ScaleFile`), used in place of a new one.
         save_scales: Where to save the calibration.
         accept_data: Calibrate with images that are unlike those that the model was trained on.
@@ -48,6 +53,8 @@ class QuantizeOptions:
     fp16: Fp16Options = field(default_factory=Fp16Options)
     min_agreement: float = MIN_AGREEMENT
     min_sqnr_db: float = MIN_SQNR_DB
+    metric: Metric | None = None
+    min_metric: float | None = None
     scales: Path | None = None
     save_scales: Path | None = None
     accept_data: bool = False
@@ -72,6 +79,10 @@ class QuantizeOptions:
             raise InputError(
                 f"the least SQNR is 0 to 200 dB, found {self.min_sqnr_db}", remedy="give --min-sqnr 20, or leave it out"
             )
+        if self.min_metric is not None and self.metric is None:
+            raise InputError(
+                "a least score needs a measure that gives one", remedy="give --metric module:function, too"
+            )
         if self.images < 1:
             raise InputError(
                 f"expected at least one image, found {self.images}", remedy="give --images 256, or leave it out"
@@ -87,7 +98,7 @@ class QuantizeOptions:
                 "--calib statistics takes no time, so its scales are neither saved nor reused",
                 remedy="leave the scales out",
             )
-        if self.from_statistics and (self.int8.max_drop is not None or self.int8.sensitivity):
+        if self.from_statistics and (self.int8.bounded or self.int8.sensitivity):
             raise InputError(
                 "--max-drop and --sensitivity are measured on images, and --calib statistics has none",
                 remedy="give --calib images",

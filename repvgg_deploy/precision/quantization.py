@@ -32,11 +32,21 @@ from ..images.sets import SetOptions
 from ..specs import codec
 from ..specs.values import Check, ModelMetadata
 from .fp16 import Fp16Report, draw_batches, to_fp16
-from .gate import agreement_check, blame_int8, error_check, refuse_fp16, refuse_int8, refuse_outputs
+from .gate import (
+    agreement_check,
+    blame_int8,
+    error_check,
+    refuse_fp16,
+    refuse_int8,
+    refuse_outputs,
+    refuse_score,
+    score_check,
+)
 from .int8 import Int8Report, Progress, to_int8
 from .metrics import Judge, Verification
-from .options import STATISTICS, QuantizeOptions
+from .options import MIN_AGREEMENT, STATISTICS, QuantizeOptions
 from .scales import ScaleOptions, read_scales
+from .score import Demand, Score, demand_score
 from .typed_model import Parent, TypedModel, load_parent, write_typed
 
 LEAST_IMAGES = 8
@@ -90,6 +100,7 @@ class QuantizeResult:
         verification: The written graph against the FP32 graph; None without images to run.
         ungated: Why no agreement was demanded; empty where it was.
         scales_output: The saved calibration, if that was asked for.
+        score: What the user's own measure says, if one was given.
     """
 
     output: PendingOutput
@@ -103,6 +114,7 @@ class QuantizeResult:
     bytes_after: int
     stages: tuple[StageTime, ...]
     scales_output: PendingOutput | None = None
+    score: Score | None = None
 
 
 def default_typed_output(model: Path, precision: str) -> Path:
@@ -134,7 +146,7 @@ def quantize(
         ParityError: The typed graph does not agree with the FP32 graph; the message names the layers to blame.
         ModelError: The file is missing, damaged or not one of ours.
         ArtifactError: A file cannot be written, or exists and differs.
-        InputError: Two outputs are one file, or an output is an input.
+        InputError: Two outputs are one file, or an output is an input; or the user's own measure fails.
     """
     source = Path(model)
     target = default_typed_output(source, options.precision) if out is None else Path(out)
@@ -144,11 +156,12 @@ def quantize(
     # Opened before the work: a folder that cannot be written to should not be found out after it. Written both or none.
     saving = nullcontext() if options.save_scales is None else atomic_output(options.save_scales, force=force)
     with saving as scales_output, atomic_output(target, force=force) as output:
+        demand = _demand(parent, options, clock)  # before the work: a function that fails should not be found after it
         clock("read images", 0, 1)
         images, use = _gather_images(source, parent, options)
         clock("read images", 1, 1)
         make = _make_int8 if options.precision == "int8" else _make_fp16
-        made = make(parent, images, options, clock)  # and judged: what does not pass is refused there
+        made = make(parent, images, options, clock, demand=demand)  # and judged: what does not pass is refused there
         typed = _certify(made, options, use)
         clock("write", 0, 1)
         if scales_output is not None:
@@ -170,6 +183,7 @@ def quantize(
         bytes_after,
         clock.stages(),
         scales_output,
+        made.score,
     )
 
 
@@ -260,9 +274,30 @@ class _Made:
     fp16: Fp16Report | None = None
     verification: Verification | None = None
     ungated: str = ""
+    score: Score | None = None
 
 
-def _make_fp16(parent: Parent, images: Images | None, options: QuantizeOptions, clock: _Clock) -> _Made:
+def _demand(parent: Parent, options: QuantizeOptions, clock: _Clock) -> Demand | None:
+    """What the user's own measure gives FP32 and must give the typed graph; None where there is none."""
+    if options.metric is None:
+        return None
+    clock("score FP32", 0, 1)
+    bounds = {"least": options.min_metric, "most_lost": options.int8.max_drop}
+    found = demand_score(options.metric, parent.network.model, **bounds, share=MIN_AGREEMENT)
+    clock("score FP32", 1, 1)
+    return found
+
+
+def _score(demand: Demand, typed: TypedModel, clock: _Clock) -> Score:
+    clock("score", 0, 1)
+    found = demand.judge(typed.model)
+    clock("score", 1, 1)
+    return found
+
+
+def _make_fp16(
+    parent: Parent, images: Images | None, options: QuantizeOptions, clock: _Clock, *, demand: Demand | None
+) -> _Made:
     """Makes the FP16 graph, judges it, and refuses it if it does not pass the gate."""
     clock("ranges", 0, 1)
     typed, report = to_fp16(parent, None if images is None else images.batches, options.fp16)
@@ -271,15 +306,20 @@ def _make_fp16(parent: Parent, images: Images | None, options: QuantizeOptions, 
     found = Judge(parent.network, batches, held_out=False).compare(typed.model, progress=partial(clock, "verify"))
     checks = [error_check(found, "fp16")]
     # FP32 itself is undecided on drawn images: there the error counts, not the class.
-    if images is not None and found.agreement is not None:
+    if images is not None and found.agreement is not None and demand is None:
         checks.append(agreement_check(found, "fp16", options.min_agreement))
     if not all(check.passed for check in checks):
         raise refuse_fp16(found, parent.network, typed.model, batches)
-    ungated = _DRAWN_ONLY if images is None else ""
-    if found.agreement is None:
+    score = None if demand is None else _score(demand, typed, clock)
+    if score is not None:
+        checks.append(score_check(score, "fp16"))
+        if not score.passed:
+            raise refuse_score(score, "fp16", ())
+    ungated = _DRAWN_ONLY if images is None and demand is None else ""
+    if found.agreement is None and demand is None:
         ungated = _NO_CLASSIFIER
     said = {"verified": found.images, "sqnr_db": round(found.sqnr_db, 1)}
-    return _Made(typed, checks, said, fp16=report, verification=found, ungated=ungated)
+    return _Made(typed, checks, said, fp16=report, verification=found, ungated=ungated, score=score)
 
 
 def _draw(height: int, width: int) -> np.ndarray:
@@ -287,19 +327,28 @@ def _draw(height: int, width: int) -> np.ndarray:
     return draw_images((height, width), _DRAWN, np.random.default_rng(1))
 
 
-def _make_int8(parent: Parent, images: Images | None, options: QuantizeOptions, clock: _Clock) -> _Made:
+def _make_int8(
+    parent: Parent, images: Images | None, options: QuantizeOptions, clock: _Clock, *, demand: Demand | None
+) -> _Made:
     """Makes the INT8 graph, judges it, and refuses it if it does not pass the gate."""
     if images is None:
         clock("closed form", 0, 1)
         typed, report = to_int8(parent, None, options.int8, progress=clock)
         clock("closed form", 1, 1)
-        return _Made(typed, [], {"verified": None}, report, ungated=_NO_IMAGES)
+        if demand is None:
+            return _Made(typed, [], {"verified": None}, report, ungated=_NO_IMAGES)
+        alone = _score(demand, typed, clock)
+        if not alone.passed:
+            raise refuse_score(alone, "int8", ())
+        return _Made(typed, [score_check(alone, "int8")], {"verified": None}, report, score=alone)
     saved, steps = None if options.scales is None else read_scales(options.scales), options.int8
     if saved is not None:  # for the history: what the saved calibration was made with
         steps = dataclasses.replace(steps, scales=ScaleOptions(saved.method, steps.scales.percentile))
     # What is judged below is the very graph that is written. Held-out images are given here only where a bound is to be
     # met with them.
-    given = images if steps.max_drop is not None else dataclasses.replace(images, held_out=())
+    if demand is not None and steps.max_drop is not None:
+        steps = dataclasses.replace(steps, max_drop=None, accepts=lambda graph: demand.judge(graph).passed)
+    given = images if steps.bounded else dataclasses.replace(images, held_out=())
     typed, report = to_int8(parent, given, steps, saved=saved, progress=clock)
     clock("verify", 0, 1)
     found = Judge(parent.network, images.held_out).compare(typed.model, progress=partial(clock, "verify"))
@@ -307,17 +356,22 @@ def _make_int8(parent: Parent, images: Images | None, options: QuantizeOptions, 
     if saved is not None:
         how = "measured" if saved.exponents else "saved"
         said["equalize"] = how if saved.factors else None
-    if found.agreement is None:
+    score = None if demand is None else _score(demand, typed, clock)
+    if score is not None:
+        check = score_check(score, "int8")
+    elif found.agreement is None:
         check = error_check(found, "int8", options.min_sqnr_db)
     else:
         check = agreement_check(found, "int8", options.min_agreement)
-    if not check.passed:
+    if not (check.passed if score is None else score.passed):
         blamed = blame_int8(parent.network, report.scales, report.kept, images.batches)
+        if score is not None:
+            raise refuse_score(score, "int8", blamed)
         if found.agreement is None:
             raise refuse_outputs(found, options.min_sqnr_db, blamed)
         raise refuse_int8(found, options.min_agreement, blamed)
     report = dataclasses.replace(report, held_out=found)
-    return _Made(typed, [check], said, report, verification=found)
+    return _Made(typed, [check], said, report, verification=found, score=score)
 
 
 def _certify(made: _Made, options: QuantizeOptions, use: ImageUse | None) -> TypedModel:

@@ -39,7 +39,8 @@ def share_scales(prepared: Prepared, batches: Sequence[NDArray[Any]], *, progres
     judge = Judge(network, spread_images(network.model, batches, _IMAGES))
 
     def measure(chosen: Mapping[str, float]) -> dict[str, float]:
-        return dict(judge.compare(insert_pairs(network, chosen, kept=prepared.kept, grid=prepared.grid)).outputs)
+        found = judge.compare(insert_pairs(network, chosen, kept=prepared.kept, grid=prepared.grid))
+        return {output.name: output.sqnr_db for output in found.outputs}
 
     own = measure(scales)
     taken, left = scales, [groups, *([group] for group in groups if len(groups) > 1)]

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,8 @@ FAULTS: dict[str, tuple[list[str], str]] = {
     ),
     "drop": (["sample.onnx", "--int8", "--calib", "good.npz", "--max-drop", "-1"], "between 0 and 100"),
     "agreement": (["sample.onnx", "--int8", "--min-agreement", "97"], "share from 0 to 1"),
+    "decibels": (["sample.onnx", "--int8", "--calib", "good.npz", "--max-drop", "201 dB"], "between 0 and 200 dB"),
+    "metric": (["sample.onnx", "--int8", "--metric", "nowhere:map"], "there is no module nowhere"),
     "plot": (["sample.onnx", "--int8", "--plot", "p.jpg"], r"ends in \.png"),
     "plot over output": (["sample.onnx", "--int8", "--plot", "p.png", "--out", "p.png"], "would replace"),
     "out over input": (["sample.onnx", "--fp16", "--out", "sample.onnx"], "would replace"),
@@ -301,7 +304,10 @@ USAGE = {
     "statistics plot": (["--int8", "--calib", "statistics", "--no-equalize", "--plot", "p.png"], "nothing to draw"),
     "images": (["--int8", "--images", "0"], "at least 1"),
     "seed": (["--int8", "--seed", "-1"], "at least 0"),
-    "number": (["--int8", "--max-drop", "much"], "invalid float"),
+    "number": (["--int8", "--max-drop", "much"], "expected a loss such as 0.3, or decibels such as 24dB, found 'much'"),
+    "fp16 decibels": (["--fp16", "--max-drop", "24dB"], "--max-drop is of --int8"),
+    "score of nothing": (["--int8", "--min-metric", "0.5"], "--min-metric needs --metric"),
+    "two judges": (["--int8", "--metric", "m:f", "--min-sqnr", "9"], "--metric judges in place of --min-sqnr"),
 }
 
 
@@ -325,8 +331,40 @@ def test_quantize_of_a_backbone_says_how_near_each_output_is(
     assert (
         err.splitlines()[-1] == f"next: repvgg-trt inspect {tmp_path / 'm-int8.onnx'}"
     )  # `compare` is for classifiers
-    assert re.search(r"SQNR +stage1 \d+\.\d dB, stage2 \d+\.\d dB on \d+ held-out images \(at least 10 dB each\)", out)
+    assert re.search(
+        r"SQNR \(error\) +stage1 \d+\.\d dB \(\d+\.\d+%\), stage2 \d+\.\d dB \(\d+\.\d+%\) on \d+ held-out images "
+        r"\(at least 10 dB each\)",
+        out,
+    )
     assert "agreement  " not in out
+
+
+def test_quantize_keeps_layers_for_a_measure_of_ones_own_and_says_what_it_gave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A measure that falls by 1 for every hundredth of the last map's size that INT8 is off."""
+    model = save(tmp_path / "m.onnx", make_model(KINDS["features"]))
+    np.savez(tmp_path / "i.npz", images=np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8))
+    (tmp_path / "nearness.py").write_text(
+        "import numpy as np\nbatch = np.random.default_rng(1).normal(size=(8, 3, 16, 16)).astype(np.float32)\n"
+        "truth = []\ndef score(run):\n    found = run(batch)['stage2']\n    truth.append(found)\n"
+        "    return 100 - 100 * np.abs(found - truth[0]).mean() / np.abs(truth[0]).mean()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "nearness", raising=False)
+    arguments = [model, "--int8", "--fast", "--calib", "i.npz", "--metric", "nearness:score"]
+    status, out, err = run(capsys, *arguments, "--min-metric", "99.9")
+    assert (status, out) == (1, "") and "nearness:score falls from 100 to 8" in err
+    status, out, err = run(capsys, *arguments, "--max-drop", "2", "--json")
+    assert status == 0
+    found = json.loads(out)
+    assert found["score"]["metric"] == "nearness:score" and found["score"]["least"] == 98
+    assert 98 <= found["score"]["found"] < 100 and found["int8"]["kept"] and found["int8"]["requantized"] == []
+    assert {"name", "sqnr_db", "relative"} == set(found["verification"]["outputs"][0])
+    status, out, err = run(capsys, *arguments, "--max-drop", "2", "--out", "again.onnx")
+    flat = " ".join(out.split())
+    assert re.search(r"score nearness:score gives 9\d\.\d+, FP32 100 \(at least 98 demanded\)", flat), out
 
 
 @pytest.mark.parametrize("kind", ["plain", "uint8_top5", "probabilities"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ from scenes import LABELS, Scene, draw_scene, load_digits
 
 from examples import detect
 from examples.detect import Detections, decode, export_network, load_network, measure_map, run_scenes, suppress
-from repvgg_deploy import Engine
+from repvgg_deploy import Engine, QuantizeOptions, quantize
+from repvgg_deploy.errors import ParityError
 from repvgg_deploy.images.decode import fit_image, normalize
+from repvgg_deploy.precision.int8 import MAX_CALIBRATION
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +121,26 @@ def test_example_prints_the_map_of_both_and_draws_the_boxes(tmp_path: Path, caps
     with Image.open(tmp_path / "detections.png") as picture:
         assert picture.width > 1000
     assert (tmp_path / "detector-silu.onnx").is_file()
+
+
+@pytest.mark.slow
+def test_map_refuses_a_coarse_int8_detector_and_keeps_the_layers_that_it_takes(exported: Path, tmp_path: Path) -> None:
+    """The naivest INT8 (largest values, to nearest) loses mAP; with the costliest layers in FP16 it does not."""
+    digits, folder = load_digits("calib"), tmp_path / "scenes"
+    folder.mkdir()
+    for number in range(96):
+        Image.fromarray(draw_scene(digits, "calib", number).image).save(folder / f"{number:02d}.png")
+    coarse = dataclasses.replace(MAX_CALIBRATION, target="trt10")
+    options = QuantizeOptions("int8", folder, images=64, int8=coarse, metric=detect.score, accept_data=True)
+    free = quantize(exported, tmp_path / "free.onnx", dataclasses.replace(options, min_metric=0))
+    assert free.score is not None and free.int8 is not None and free.int8.kept == ()
+    lost = free.score.fp32 - free.score.found
+    assert 0.05 < lost < 10  # points of mAP
+    with pytest.raises(ParityError, match=r"examples\.detect:score falls from 7\d\.\d+ to 7\d\.\d+, .* cost .*\.conv"):
+        quantize(exported, tmp_path / "no.onnx", dataclasses.replace(options, min_metric=free.score.fp32 - lost / 2))
+    bounded = dataclasses.replace(options, int8=dataclasses.replace(coarse, max_drop=lost / 2))
+    kept = quantize(exported, tmp_path / "kept.onnx", bounded)
+    assert kept.score is not None and kept.int8 is not None
+    assert kept.score.fp32 - kept.score.found <= lost / 2
+    assert 0 < len(kept.int8.kept) < len(kept.int8.layers) and 0 < kept.int8.int8_share < 1
+    assert {output.name for output in kept.verification.outputs} == {"boxes_8", "boxes_16", "scores_8", "scores_16"}

@@ -90,7 +90,7 @@ def test_quantize_every_kind_of_graph_is_verified_and_written(
     assert found.images == (12 if precision == "int8" else 64)
     assert found.held_out == (precision == "int8")
     assert found.sqnr_db > (55 if precision == "fp16" else 18 if kind == "features" else 22)
-    assert [name for name, _ in found.outputs][-1] == ("stage2" if kind == "features" else "logits")
+    assert found.outputs[-1].name == ("stage2" if kind == "features" else "logits")
     assert (found.agreement is None) == (kind == "features")
     assert ("no classifier" in result.ungated) == (kind == "features" and precision == "fp16")
     assert result.bytes_after == out.stat().st_size < result.bytes_before == source.stat().st_size
@@ -102,7 +102,9 @@ def test_quantize_every_kind_of_graph_is_verified_and_written(
 
 def test_int8_outputs_of_a_backbone_must_reach_the_least_sqnr(tmp_path: Path, pixels: Path) -> None:
     source = save(tmp_path / "m.onnx", make_model(KINDS["features"]))
-    with pytest.raises(ParityError, match=r"held-out images: stage1 \(.* dB\), stage2 .*at least 60 dB") as caught:
+    with pytest.raises(
+        ParityError, match=r"held-out images, at least 60 dB expected: stage2 \d+\.\d dB .* by stage2\.conv .*; stage1 "
+    ) as caught:
         quantize(source, None, QuantizeOptions("int8", pixels, int8=QUICK, min_sqnr_db=60))
     assert "--min-sqnr" in caught.value.remedy and not (tmp_path / "m-int8.onnx").exists()
     with pytest.raises(InputError, match="0 to 200 dB"):
@@ -196,8 +198,8 @@ def test_blame_falls_on_the_layer_whose_scale_is_spoilt(model: Path, pixels: Pat
     for layer in ("stage2", "stage3"):
         spoilt = dataclasses.replace(scales, scales={**scales.scales, layer: scales.scales[layer] * 20})
         readers = {"stage2": "stage3.conv", "stage3": "stage4.conv"}
-        assert blame_int8(network, spoilt, (), batches)[0][0] == readers[layer]
-        assert readers[layer] not in [name for name, _ in blame_int8(network, spoilt, (readers[layer],), batches)]
+        assert blame_int8(network, spoilt, (), batches)[0].name == readers[layer]
+        assert readers[layer] not in [cost.name for cost in blame_int8(network, spoilt, (readers[layer],), batches)]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ EXAMPLES = """examples:
   repvgg-trt quantize b2.onnx --int8                    (b2.calib.npz is there)
   repvgg-trt quantize b2.onnx --int8 --calib train/ --max-drop 0.3 --plot b2.png
   repvgg-trt quantize b2.onnx --int8 --calib statistics    (no images at all)
-  repvgg-trt quantize yolo.onnx --int8 --calib train/ --metric measure:mean_ap --max-drop 0.003
+  repvgg-trt quantize yolo.onnx --int8 --metric measure:mean_ap --max-drop 0.3
 """
 _STATISTICS = "statistics"
 _IMAGES = 256

@@ -155,7 +155,7 @@ def _measure(metric: Metric, model: onnx.ModelProto, what: str) -> float:
             found: Any = metric(run)
     except (Exception, SystemExit) as error:
         raise InputError(
-            f"{name} failed on {what}: {_describe(error)}",
+            f"the measure {name} failed on {what}: {_describe(error)}",
             remedy="it is called with a function that runs the graph, run(batch), and returns one number; "
             "-vv shows where it failed",
         ) from error

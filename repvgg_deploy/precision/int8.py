@@ -324,8 +324,7 @@ def quantize_graph(
     tell("measure layers", 1, 1)
     judged = judge.compare(graph) if judge.classifies and len(images.held_out) else None
     report = dataclasses.replace(_report(prepared, scales, macs, sqnr), interfaces=interfaces, costs=costs)
-    found = find_requantized(graph)
-    return finish(prepared, rounded), dataclasses.replace(report, held_out=judged, requantized=found)
+    return finish(prepared, rounded), dataclasses.replace(report, held_out=judged, requantized=find_requantized(graph))
 
 
 def _find_full(prepared: Prepared, batches: Sequence[NDArray[Any]]) -> set[str]:

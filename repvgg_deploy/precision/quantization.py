@@ -157,13 +157,11 @@ def quantize(
     saving = nullcontext() if options.save_scales is None else atomic_output(options.save_scales, force=force)
     with saving as scales_output, atomic_output(target, force=force) as output:
         demand = _demand(parent, options, clock)  # before the work: a function that fails should not be found after it
-        clock("read images", 0, 1)
-        images, use = _gather_images(source, parent, options)
+        images, use = _gather_images(source, parent, options, clock)
         clock("read images", 1, 1)
-        make = _make_int8 if options.precision == "int8" else _make_fp16
-        made = make(parent, images, options, clock, demand=demand)  # and judged: what does not pass is refused there
-        typed = _certify(made, options, use)
-        clock("write", 0, 1)
+        make = _make_int8 if options.precision == "int8" else _make_fp16  # and judge: what does not pass is refused
+        made = make(parent, images, options, clock, demand=demand)
+        typed = _certify(made, options, use, clock)
         if scales_output is not None:
             assert made.int8 is not None, "QuantizeOptions refuses it of FP16"
             scales_output.partial.write_text(codec.dumps(made.int8.scales) + "\n", encoding="utf-8")
@@ -216,7 +214,7 @@ class _Clock:
 
 
 def _gather_images(
-    source: Path, parent: Parent, options: QuantizeOptions
+    source: Path, parent: Parent, options: QuantizeOptions, clock: _Clock
 ) -> tuple[Images, ImageUse] | tuple[None, None]:
     """The images that the options name, or those beside the ONNX. None where FP16 has none, or INT8 is to do without.
 
@@ -224,6 +222,7 @@ def _gather_images(
         CalibrationError: There are none, too few or unusable ones; where a file stands beside the ONNX, it is damaged
             or of another ONNX.
     """
+    clock("read images", 0, 1)
     if options.from_statistics or (options.precision == "fp16" and options.calibration is None):
         return None, None
     if options.calibration is not None:
@@ -374,8 +373,9 @@ def _make_int8(
     return _Made(typed, [check], said, report, verification=found, score=score)
 
 
-def _certify(made: _Made, options: QuantizeOptions, use: ImageUse | None) -> TypedModel:
+def _certify(made: _Made, options: QuantizeOptions, use: ImageUse | None, clock: _Clock) -> TypedModel:
     """The graph with what was verified of it in its certificate, and how in the last entry of its history."""
+    clock("write", 0, 1)
     metadata, said = made.typed.metadata, dict(made.said)
     if options.precision == "int8":
         source = "synthetic" if use is not None and use.synthetic else "images"

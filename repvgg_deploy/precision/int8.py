@@ -297,10 +297,8 @@ def quantize_graph(
         statistics = collect(network, batches, progress=partial(tell, "ranges"))
         exponents: dict[str, float] = {}
         if options.equalize is not None and options.search is not None:
-            wanted = dataclasses.replace(options.search, range_percentile=options.range_percentile)
-            exponents = choose_exponents(
-                network, batches, statistics, wanted, grid=options.grid, progress=partial(tell, "equalize")
-            )
+            wanted = dataclasses.replace(options.search, range_percentile=options.range_percentile, grid=options.grid)
+            exponents = choose_exponents(network, batches, statistics, wanted, progress=partial(tell, "equalize"))
         prepared, scales, interfaces = _calibrate(network, statistics, options, exponents)
         prepared = share_scales(prepared, batches, progress=partial(tell, "share scales"))
         scales = dataclasses.replace(scales, scales=dict(prepared.scales))

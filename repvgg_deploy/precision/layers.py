@@ -22,7 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 from ..errors import InputError, ModelError
 from ..evaluate.agreement import decibels
 from ..graph.edit import copy_model
-from .grids import INT8, Grid
+from .grids import Grid
 from .network import Layer, Network
 from .round import RoundedLayer
 from .run_onnx import Tensors, make_part, open_session, run_session, run_tensors
@@ -71,18 +71,13 @@ def cut_behind(network: Network, layer: Layer) -> Cut:
 
 
 def quantize_alone(
-    network: Network,
-    layer: Layer,
-    rounded: RoundedLayer,
-    *,
-    scale: float,
-    images: Iterable[NDArray[Any]],
-    grid: Grid = INT8,
+    network: Network, layer: Layer, rounded: RoundedLayer, *, steps: tuple[float, Grid], images: Iterable[NDArray[Any]]
 ) -> dict[str, float]:
     """SQNR in decibels at each of the ends that a layer reaches, by tensor, when it alone is quantized.
 
-    `scale` is the real value of one integer of the layer's input.
+    `steps` are those of its input: the real value of one, and on which grid.
     """
+    scale, grid = steps
     cut = cut_behind(network, layer)
     session = _open_cut(network.model, layer, cut, grid)
     constants = {_STEP: np.array(scale, np.float32), _WEIGHT: layer.translate(rounded.weight()), _BIAS: rounded.bias}

@@ -197,9 +197,8 @@ def rank_layers(
     network, images = prepared.network, spread_images(prepared.network.model, batches, _IMAGES)
     costs = []
     for layer in (layer for layer in network.layers if layer.name in rounded):
-        found = quantize_alone(
-            network, layer, rounded[layer.name], scale=prepared.scales[layer.input], images=images, grid=prepared.grid
-        )
+        steps = (prepared.scales[layer.input], prepared.grid)
+        found = quantize_alone(network, layer, rounded[layer.name], steps=steps, images=images)
         costs.append(QuantizationCost(layer.name, min(found.values()), macs[layer.name], found))
         progress(len(costs), len(rounded))
     return tuple(sorted(costs, key=lambda cost: cost.sqnr_db))

@@ -35,6 +35,7 @@ class SearchOptions:
         channels: Input channels that take part, of each group.
         range_percentile: Of each channel's values, taken as its range.
         seed: Chooses positions and channels.
+        grid: The values that are rounded to; `quantize_graph` sets that of its format.
     """
 
     exponents: tuple[float, ...] = (0.3, 0.5, 0.6, 0.7, 0.85, 1.0)
@@ -43,6 +44,7 @@ class SearchOptions:
     channels: int = 64
     range_percentile: float = 99.99
     seed: int = 0
+    grid: Grid = INT8
 
     def __post_init__(self) -> None:
         enough = bool(self.exponents) and all(0 <= exponent <= 1 for exponent in self.exponents)
@@ -59,7 +61,6 @@ def choose_exponents(
     statistics: Statistics,
     options: SearchOptions,
     *,
-    grid: Grid = INT8,
     progress: Tell = tell_nobody,
 ) -> dict[str, float]:
     """An exponent for every interface that can be rescaled and that more than SE reads, by name of the layer before it.
@@ -88,7 +89,7 @@ def choose_exponents(
         sample = np.concatenate(
             [columns(v, layer, pick_positions(v, layer, each, generator)) for v in walk.advance(layer.input)], axis=1
         )
-        trial = _Trial(layer, weights[layer.weight], sample, generator, grid=grid)
+        trial = _Trial(layer, weights[layer.weight], sample, generator, grid=options.grid)
         free = np.isin(layer.source, interface.variables)
         norms = input_norms(weights[layer.weight], layer.groups, order="max")
         errors = {}
@@ -96,8 +97,10 @@ def choose_exponents(
             factors = choose_factors(np.asarray(ranges[layer.input], np.float64), norms, exponent, free=free)
             rescaled = scale_inputs(weights[layer.weight].astype(np.float64), layer.groups, factors)
             importance = input_norms(rescaled, layer.groups, order="square")
-            limit = choose_limit(statistics.tensors[layer.input].rescaled(factors), importance, ScaleOptions(), grid)
-            errors[exponent] = trial.error(factors, limit / grid.largest, options.channels)
+            limit = choose_limit(
+                statistics.tensors[layer.input].rescaled(factors), importance, ScaleOptions(), options.grid
+            )
+            errors[exponent] = trial.error(factors, limit / options.grid.largest, options.channels)
         found[interface.source] = min(errors, key=lambda exponent: errors[exponent])
         progress(index + 1, len(in_order))
     return found

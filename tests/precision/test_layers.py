@@ -14,6 +14,7 @@ from repvgg_deploy.errors import InputError, ModelError
 from repvgg_deploy.evaluate.agreement import LayerAgreement, compare_layers
 from repvgg_deploy.graph.edit import replace_weights
 from repvgg_deploy.precision.fp16 import Fp16Options, to_fp16
+from repvgg_deploy.precision.grids import INT8
 from repvgg_deploy.precision.int8 import FAST, MAX_CALIBRATION, quantize_graph
 from repvgg_deploy.precision.layers import LayerRun, cut_behind, quantize_alone, run_pairs
 from repvgg_deploy.precision.mixed import halve_quantized, round_scales_to_half
@@ -161,5 +162,5 @@ def test_quantize_alone_errs_as_the_graph_with_one_layer_quantized(kind: str) ->
                     for model in (network.model, graph)
                 )
                 worst.append(10 * np.log10(np.square(truth).sum() / np.square(found - truth).sum()))
-            sqnr_db = quantize_alone(network, layer, rounded, scale=step, images=batches)
+            sqnr_db = quantize_alone(network, layer, rounded, steps=(step, INT8), images=batches)
             assert list(sqnr_db.values()) == pytest.approx(worst, abs=0.01)  # float32 order of summation

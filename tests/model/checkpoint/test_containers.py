@@ -348,6 +348,7 @@ def _safetensors(header: object, data: bytes = b"") -> bytes:
         _safetensors(b'{"a": '),
         _safetensors(b"{" * 5000),
         struct.pack("<Q", 90_000_000) + b"{}",
+        _safetensors(b"{" + b" " * (9 << 20) + b"}"),
     ],
 )
 def test_damaged_safetensors_header_is_refused(content, tmp_path):

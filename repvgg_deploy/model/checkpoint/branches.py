@@ -73,9 +73,9 @@ def complete_branches(
                 new.add(_add_norm(result, f"{block}.{branch}.bn", kernel.shape[:1]))
                 if bias is not None:
                     result[f"{block}.{branch}.bn.bias"] = bias
-        if block in places and f"{block}.rbr_identity.running_mean" not in result:
-            kernel = result[f"{block}.rbr_dense.conv.weight"]
-            new.add(_add_norm(result, f"{block}.rbr_identity", kernel.shape[:1]))
+        dense = result.get(f"{block}.rbr_dense.conv.weight")  # without it the block is named as incomplete
+        if dense is not None and block in places and f"{block}.rbr_identity.running_mean" not in result:
+            new.add(_add_norm(result, f"{block}.rbr_identity", dense.shape[:1]))
     return result, tuple(sorted(new))
 
 

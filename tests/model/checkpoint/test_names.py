@@ -376,3 +376,14 @@ def test_saved_deploy_checkpoint_has_the_official_names_and_loads_again(spec, tm
     checkpoint = load_checkpoint(tmp_path / "deploy.pth")
     assert checkpoint.family == family
     assert torch.equal(outputs(build_model(checkpoint)), outputs(model))
+
+
+def test_qarepvgg_block_without_its_kernel_is_named_as_incomplete(tmp_path):
+    state = random_model(VariantSpec("x", (1, 1, 2, 1), (4, 4, 4, 8, 8), (1,) * 6, num_classes=3)).state_dict()
+    bare = {name: tensor for name, tensor in state.items() if ".rbr_identity." not in name}
+    for leaf in ("weight", "bias"):  # as in a QARepVGG whose BatchNorms have no scale and shift
+        bare = {name: tensor for name, tensor in bare.items() if not name.endswith(f".rbr_1x1.bn.{leaf}")}
+    del bare["stage3.1.rbr_dense.conv.weight"]
+    torch.save(bare, tmp_path / "m.pth")
+    with pytest.raises(CheckpointError, match=r"1 of 6 3×3 kernels are missing, first stage3\.1\.rbr_dense"):
+        load_checkpoint(tmp_path / "m.pth")

@@ -116,7 +116,7 @@ def open_engine(model: str, args: argparse.Namespace) -> Engine:
     from ..runtime.engine import Engine
     from ..runtime.options import EngineOptions
 
-    options = EngineOptions(intra_op_threads=args.threads)
+    options = EngineOptions(intra_op_threads=args.threads, bfloat16=args.bfloat16)
     engine = Engine(model, device=args.device, backend=args.backend, options=options)
     with contextlib.suppress(InputError):
         engine.warm_up()

@@ -67,7 +67,7 @@ def _print_answers(args: argparse.Namespace) -> Output:
     from ..runtime.engine import Engine
     from ..runtime.options import EngineOptions
 
-    options = EngineOptions(intra_op_threads=args.threads)
+    options = EngineOptions(intra_op_threads=args.threads, bfloat16=args.bfloat16)
     answers: list[Answer] = []
     with Engine(args.model, device=args.device, backend=args.backend, options=options) as engine:
         how = _plan(engine.spec, args)
@@ -104,13 +104,13 @@ def _write_table(args: argparse.Namespace) -> Output:
     refuse_stdout(args.out)
     if any(item in STANDARD_INPUT for item in args.images):
         raise InputError("--out: standard input holds one image", remedy="leave --out out, or give files and folders")
-    with Engine(
-        args.model, device=args.device, backend=args.backend, options=EngineOptions(intra_op_threads=args.threads)
-    ) as engine:
+    engine_options = EngineOptions(intra_op_threads=args.threads, bfloat16=args.bfloat16)
+    with Engine(args.model, device=args.device, backend=args.backend, options=engine_options) as engine:
         labels = None if args.features else _plan(engine.spec, args).labels
         options = ScoringOptions(args.top or _USUAL_TOP, args.features, labels, args.max_value)
         scorer = Scorer(engine, options)
         run = {"model_sha256": sha256_file(Path(args.model)), "images": args.images, "options": asdict(options)}
+        run["bfloat16"] = args.bfloat16
         with GrowingTable(args.out, scorer.columns, run=run, resume=args.resume, force=args.force) as table:
             done = table.find_done()
             if len(done):

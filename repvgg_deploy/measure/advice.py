@@ -163,7 +163,11 @@ def advise(
     Raises:
         InputError: There is neither a GPU nor a measurement of a published variant.
     """
-    known = {choice.key: choice for file in measured for choice in _measured_choices(file, wish)}
+    known: dict[tuple[str, int, str, int], Choice] = {}
+    for choice in (choice for file in measured for choice in _measured_choices(file, wish)):
+        # With several backends, the faster one.
+        if choice.key not in known or choice.images_per_second > known[choice.key].images_per_second:
+            known[choice.key] = choice
     choices = list(known.values())
     if ceiling is not None:
         choices += [choice for choice in _estimated_choices(wish, ceiling, assumptions) if choice.key not in known]
@@ -203,7 +207,8 @@ def _measured_choices(file: Measured, wish: Wish) -> Iterable[Choice]:
             if point.way == "engine" and point.clients == 1 and point.batch in wish.batches:
                 yield Choice(
                     variant.name, size, precision, point.batch, _expected_top1(top1, precision, wish),
-                    point.latency.median_ms, point.images_per_second, "measured", file.name,
+                    point.latency.median_ms, point.images_per_second, "measured",
+                    f"{file.name}, bfloat16" if "bfloat16" in point.backend else file.name,
                     _count_gmacs(_costs(variant, size, precision)), max(variant.groups) > 1,
                 )  # fmt: skip
 

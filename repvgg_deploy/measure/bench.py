@@ -59,6 +59,7 @@ class BenchRequest:
         compare: What the Engine is compared with.
         device: As Engine takes it.
         backend: As Engine takes it.
+        bfloat16: As EngineOptions takes it.
         cpu_threads: CPU threads that share one batch; None for the default.
         image_size: (height, width) for models that accept any.
         gpu: Which known GPU this one is; None for what the driver says.
@@ -71,6 +72,7 @@ class BenchRequest:
     compare: tuple[Literal["onnxruntime", "torch"], ...] = ()
     device: str | None = None
     backend: BackendName | None = None
+    bfloat16: bool = False
     cpu_threads: int | None = None
     image_size: tuple[int, int] | None = None
     gpu: str | None = None
@@ -165,7 +167,7 @@ def run_benchmark(request: BenchRequest, *, progress: Callable[[str], None] = la
 
 def _open_subject(path: Path, request: BenchRequest, stack: contextlib.ExitStack) -> _Subject:
     """Opens a model and finds out what is known of it."""
-    options = EngineOptions(intra_op_threads=request.cpu_threads)
+    options = EngineOptions(intra_op_threads=request.cpu_threads, bfloat16=request.bfloat16)
     engine = stack.enter_context(Engine(path, device=request.device, backend=request.backend, options=options))
     spec, variant, plan = engine.spec, engine.metadata.variant, is_plan(path)
     passport = read_passport(path) if plan else None
@@ -193,7 +195,10 @@ def _open_subject(path: Path, request: BenchRequest, stack: contextlib.ExitStack
         costs = count_costs(variant, size, find_precision, input_dtype=spec.input.dtype)  # type: ignore[arg-type]
         costs = costs[:-1] if spec.kind == "features" else costs  # a backbone has no classifier
     tf32 = passport is not None and passport.config.tf32
-    return _Subject(path, sha256_file(path), engine, plan, variant, precision, size, costs, tf32)
+    notes = []
+    if request.bfloat16:
+        costs, notes = (), ["no roofline: the processor's peak in bfloat16 is not measured"]
+    return _Subject(path, sha256_file(path), engine, plan, variant, precision, size, costs, tf32, notes)
 
 
 def _describe_device(subjects: Sequence[_Subject], threads: int | None) -> Device:
@@ -308,7 +313,7 @@ def _make_point(
 
 
 def _make_result(subject: _Subject, points: Sequence[Point]) -> ModelResult:
-    if not subject.costs:
+    if not subject.costs and not any(note.startswith("no roofline") for note in subject.notes):
         subject.notes.append(
             "no roofline: its architecture or precision is not known; a plan's passport says both when "
             "repvgg-trt build wrote it anew"

@@ -40,6 +40,7 @@ _BLOCK_INPUT = (1, 7, 6)  # images, height, width: not square, odd and even, and
 _MAX_TRAINING_ERROR = 1e-4
 _HALF_EPSILON = 0.51 * float(np.finfo(np.float32).eps)
 _SMALLEST = float(np.finfo(np.float32).tiny)  # below it float32 has fewer digits
+_MOST_PIXELS = 4 * 256 * 256  # of the images that are run together
 _MIN_SPREAD = 10.0  # outputs must move by ten tolerances from image to image, or agreement shows nothing
 
 
@@ -81,13 +82,14 @@ def compare_forms(
     """
     training.eval()
     inputs = {name: torch.from_numpy(array) for name, array in batches.items()}
-    checks, wide, exact = _compare_blocks(training, deploy, [inputs[name].double() for name in small])
-    truth = _classify64(training.linear, wide)
-    references, error = _run_reference(training, inputs, dict(zip(small, truth, strict=True)))
-    results = {name: _run(deploy, inputs[name])["logits"] for name in small}
+    few = {name: inputs[name] for name in small}
+    checks, wide, exact = _compare_blocks(training, deploy, [x.double() for x in _join(few)])
+    truth, other = (_separate(few, _classify64(form.linear, x)) for form, x in ((training, wide), (deploy, exact)))
+    references, error = _run_reference(training, inputs, truth)
+    results = {name: outputs["logits"] for name, outputs in _run(deploy, few).items()}
     _require_finite("deploy", results)
-    for name, t, e in zip(small, truth, _classify64(deploy.linear, exact), strict=True):
-        checks.append(compare(f"network, float64, {name}", e, t, allow_float64(error)))
+    for name in small:
+        checks.append(compare(f"network, float64, {name}", other[name], truth[name], allow_float64(error)))
     for name in (name for name in small if name in references):
         logits = references[name]["logits"]
         checks.append(compare(f"network, float32, {name}", results[name], logits, allow_float32(error)))
@@ -106,13 +108,14 @@ def reference_of_deploy(
         ParityError: It gives NaN or infinity, or its output does not depend on its input.
     """
     inputs = {name: torch.from_numpy(array) for name, array in batches.items()}
-    chain = [inputs[name].double() for name in small]
+    few = {name: inputs[name] for name in small}
+    chain = [x.double() for x in _join(few)]
     for block in deploy.blocks().values():
         assert isinstance(block, DeployBlock)  # reference_of_deploy is given deploy forms only
         wide = _widen(block)
         chain = [wide(x) for x in chain]
-    truth = _classify64(deploy.linear, chain)
-    return FormReport((), *_run_reference(deploy, inputs, dict(zip(small, truth, strict=True))))
+    truth = _separate(few, _classify64(deploy.linear, chain))
+    return FormReport((), *_run_reference(deploy, inputs, truth))
 
 
 def _compare_blocks(
@@ -209,16 +212,52 @@ def _run_reference(
     model: RepVGG, inputs: Mapping[str, Tensor], truth: Mapping[str, NDArray[np.floating]]
 ) -> tuple[dict[str, Outputs], float]:
     """Outputs on every batch that can be verified, and its own float32 error against `truth`, its float64 logits."""
-    references = {name: _run(model, x) for name, x in inputs.items()}
+    references = _run(model, inputs)
     _require_finite(model.form, {name: outputs["logits"] for name, outputs in references.items()})
     references, error = _keep_stable(references, truth)
     _require_spread(references, allow_float32(error))
     return references, error
 
 
-def _run(model: RepVGG, x: Tensor) -> Outputs:
-    stages = model.stage_outputs(x)
-    return {"logits": model.classify(stages["stage4"]).numpy(), **{name: t.numpy() for name, t in stages.items()}}
+def _run(model: RepVGG, inputs: Mapping[str, Tensor]) -> dict[str, Outputs]:
+    """By batch name, what the model gives."""
+    joined = []
+    for x in _join(inputs):
+        stages = model.stage_outputs(x)
+        outputs = {"logits": model.classify(stages["stage4"]), **stages}
+        joined.append({name: t.numpy() for name, t in outputs.items()})
+    apart = {name: _separate(inputs, [outputs[name] for outputs in joined]) for name in joined[0]}
+    return {batch: {name: arrays[batch] for name, arrays in apart.items()} for batch in inputs}
+
+
+def _group(inputs: Mapping[str, Tensor]) -> list[list[str]]:
+    """Names of the batches that are run together: those of one image size, where the images are few and small.
+
+    A layer reads all its weights anew in each run, which takes longer than the arithmetic of a small image. Large
+    images would take memory and gain nothing.
+    """
+    groups: list[list[str]] = []
+    by_size: dict[torch.Size, list[str]] = {}
+    for name, x in inputs.items():
+        by_size.setdefault(x.shape[1:], []).append(name)
+    for names in by_size.values():
+        together = sum(inputs[name][:, 0].numel() for name in names) <= _MOST_PIXELS
+        groups += [names] if together else [[name] for name in names]
+    return groups
+
+
+def _join(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """Each group's images."""
+    return [torch.cat([inputs[name] for name in names]) for names in _group(inputs)]
+
+
+def _separate(inputs: Mapping[str, Tensor], joined: Sequence[NDArray[np.floating]]) -> dict[str, NDArray[np.floating]]:
+    """By batch name, its rows of what was computed of each group."""
+    found: dict[str, NDArray[np.floating]] = {}
+    for names, array in zip(_group(inputs), joined, strict=True):
+        ends = np.cumsum([len(inputs[name]) for name in names])
+        found |= dict(zip(names, np.split(array, ends[:-1]), strict=True))
+    return found
 
 
 def _require_finite(form: str, outputs: Outputs) -> None:

@@ -437,7 +437,7 @@ class Engine:
         outputs = ", ".join(f"{output.name} {show_shape(output.shape)}" for output in self._spec.outputs)
         variant = self._model.metadata.variant
         name = variant.name if variant else self._spec.kind
-        state = ", closed" if self.closed else f" on {self.device}"
+        state = ", closed" if self.closed else f" on {self.device}, {self.backend_name}"
         return (
             f"<Engine {str(self._path)!r}: {name}{state}, {source.dtype} {show_shape(source.shape)} {source.layout} → "
             f"{outputs}>"

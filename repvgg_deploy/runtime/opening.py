@@ -44,6 +44,11 @@ def open_model(path: Path, device: DeviceChoice, backend: BackendName | None, op
     opened: Backend
     splitting: SplittingBackend | None = None
     if plan:
+        if options.bfloat16:
+            raise InputError(
+                f"{path}: bfloat16 is of OpenVINO on a CPU, and this is a TensorRT plan",
+                remedy="leave bfloat16 out; a plan has the precision that it was built with",
+            )
         if kind == "cpu":
             raise InputError(
                 f"{path}: is a TensorRT plan, which runs on a GPU only", remedy="give the .onnx that it was built from"
@@ -167,7 +172,13 @@ def open_backend(
     Raises:
         RepVGGDeployError: As `Engine` says.
     """
-    if _choose(path, device, backend) == "openvino":
+    chosen = _choose(path, device, backend)
+    if options.bfloat16 and chosen != "openvino":
+        raise InputError(
+            f"{path}: only OpenVINO computes in bfloat16, and this model is to run on ONNX Runtime",
+            remedy='give backend="openvino" (--backend openvino), or leave bfloat16 out',
+        )
+    if chosen == "openvino":
         from .cpu.openvino import OpenVinoBackend
 
         return OpenVinoBackend(path, spec, options)

@@ -28,6 +28,9 @@ class EngineOptions:
             that may use only some of the machine's cores, and to 1 where many threads or processes call `infer` at
             once. At most MOST_THREADS.
         device_id: Which GPU, with `device="cuda"`.
+        bfloat16: Whether OpenVINO computes in bfloat16 what is not INT8, on a CPU with AMX or AVX512-BF16: several
+            times as fast as FP32 there, with eight bits of a number left (RepVGG-A0: 43.7 dB and 99.7 % of FP32's best
+            classes).
         tf32: Whether FP32 convolutions on the GPU may round their inputs to TF32: faster, and an error of about 1e-3.
         workers: Threads that run what `submit` and `infer_async` hand in.
         max_pending: Batches that may wait for them; one more is refused.
@@ -43,6 +46,7 @@ class EngineOptions:
     max_batch: int = 64
     intra_op_threads: int | None = None
     device_id: int = 0
+    bfloat16: bool = False
     tf32: bool = False
     workers: int = 2
     max_pending: int = 256

@@ -11,6 +11,7 @@ from torch import nn
 from repvgg_deploy.errors import ParityError
 from repvgg_deploy.images.decode import default_preprocessing
 from repvgg_deploy.images.drawn import make_batches
+from repvgg_deploy.model import parity
 from repvgg_deploy.model.fold import reparameterize
 from repvgg_deploy.model.network import RepVGG
 from repvgg_deploy.model.parity import FormReport, _keep_stable, compare_forms, reference_of_deploy
@@ -169,4 +170,27 @@ def test_reference_of_deploy_gives_references_and_no_checks() -> None:
     assert report.checks == ()
     with torch.no_grad():
         for name, array in BATCHES.items():
-            np.testing.assert_array_equal(report.references[name]["logits"], deploy(torch.from_numpy(array)).numpy())
+            expected = deploy(torch.from_numpy(array)).numpy()
+            # Images of one size run together: another order of additions.
+            np.testing.assert_allclose(report.references[name]["logits"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_compare_forms_runs_images_of_one_size_together_and_gives_each_batch_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = build()
+    deploy = reparameterize(model)
+    ran: list[tuple[int, ...]] = []
+    model.stage0.register_forward_hook(lambda module, inputs, output: ran.append(tuple(inputs[0].shape)))
+    report = run(model, deploy)
+    assert sorted(ran) == [(4, 3, 33, 47), (4, 3, 64, 64)]
+    for name, array in BATCHES.items():
+        alone = model.stage_outputs(torch.from_numpy(array))
+        for stage, found in report.references[name].items():
+            expected = alone[stage] if stage != "logits" else model.classify(alone["stage4"])
+            # Another number of images, another order of additions.
+            np.testing.assert_allclose(found, expected.detach().numpy(), rtol=1e-4, atol=1e-5)
+    ran.clear()
+    monkeypatch.setattr(parity, "_MOST_PIXELS", 4 * 33 * 47)
+    run(model, deploy)
+    assert sorted(ran) == [(1, 3, 64, 64), (1, 3, 64, 64), (2, 3, 64, 64), (4, 3, 33, 47)]

@@ -26,9 +26,9 @@ def masked(values: np.ndarray) -> Any:
     return np.ma.masked_array(values, mask=values > 0)
 
 
-def with_value(value: float) -> np.ndarray:
+def with_value(*values: float) -> np.ndarray:
     batch = GOOD.copy()
-    batch[1, 2, 3, 4] = value
+    batch[1, 2, 3, 4 : 4 + len(values)] = values
     changed: np.ndarray = batch
     return changed
 
@@ -80,6 +80,7 @@ CASES: dict[str, tuple[ModelOptions, object, str, str]] = {
         "image 1 of the batch",
     ),
     "infinity": (FLOAT, with_value(np.inf), "the first at (1, 2, 3, 4): inf", "image 1 of the batch"),
+    "both infinities": (FLOAT, with_value(np.inf, -np.inf), "found 2 of 1536 NaN or infinite", "image 1 of the batch"),
     "minus infinity": (FLOAT, with_value(-np.inf), "the first at (1, 2, 3, 4): -inf", "image 1 of the batch"),
 }
 

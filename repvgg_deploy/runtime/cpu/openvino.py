@@ -21,6 +21,7 @@ from ...specs.values import ModelSpec
 from ..checks import RUN_REMEDY, GraphTensor, check_graph, import_backend, one_line
 from ..options import EngineOptions
 from .int8 import prepare
+from .processor import require_bfloat16
 
 logger = logging.getLogger(__name__)
 _DTYPES = {"f32": "float32", "f16": "float16", "u8": "uint8", "i64": "int64", "i32": "int32"}
@@ -35,9 +36,10 @@ class OpenVinoBackend:
     Args:
         path: An ONNX whose metadata was checked.
         spec: What that metadata says of inputs and outputs.
-        options: Threads.
+        options: Threads, bfloat16.
 
     Raises:
+        InputError: `bfloat16` is asked for, and this processor does not compute in it.
         ModelError: OpenVINO refuses the file, or the graph is not what the specification says.
         MissingDependencyError: openvino is not installed or does not load.
     """
@@ -50,7 +52,12 @@ class OpenVinoBackend:
         )
         version = str(library.__version__).partition("-")[0]
         # FP32 means FP32: by default OpenVINO computes it in bfloat16 where the CPU can, with an error of 4e-3.
-        settings: dict[str, object] = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
+        if options.bfloat16:
+            require_bfloat16()
+        settings: dict[str, object] = {
+            "INFERENCE_PRECISION_HINT": "bf16" if options.bfloat16 else "f32",
+            "NUM_STREAMS": 1,
+        }
         if options.intra_op_threads is not None:
             # These share one batch, as with ONNX Runtime; with more cores than that, several batches run side by side.
             streams = max(1, (os.cpu_count() or 1) // options.intra_op_threads)
@@ -68,12 +75,12 @@ class OpenVinoBackend:
         self._count = len(spec.outputs)
         self._process = os.getpid()
         self._idle: deque[Any] = deque([self._compiled.create_infer_request()])
-        self._label = f"OpenVINO {version}, CPU"
+        self._label = f"OpenVINO {version}, CPU{' in bfloat16' if options.bfloat16 else ''}"
         logger.info("%s: opened with %s", path, self._label)
 
     @property
     def name(self) -> str:
-        """OpenVINO, its version and its device."""
+        """OpenVINO, its version, its device, and bfloat16 where it computes in that."""
         return self._label
 
     def run(self, batch: NDArray[Any]) -> Sequence[NDArray[Any]]:

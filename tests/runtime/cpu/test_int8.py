@@ -23,9 +23,10 @@ from onnx import TensorProto, helper, numpy_helper
 from repvgg_deploy.errors import ModelError
 from repvgg_deploy.precision.int8 import FAST, quantize_graph
 from repvgg_deploy.precision.run_onnx import open_session, rounds_halves
-from repvgg_deploy.runtime.cpu import int8
+from repvgg_deploy.runtime.cpu import processor
 from repvgg_deploy.runtime.cpu.graph import GraphError
-from repvgg_deploy.runtime.cpu.int8 import Options, explain_inexact_products, prepare, rewrite
+from repvgg_deploy.runtime.cpu.int8 import Options, prepare, rewrite
+from repvgg_deploy.runtime.cpu.processor import explain_inexact_products
 from repvgg_deploy.runtime.engine import Engine
 from tests.precision.compare import sqnr, values
 from tests.precision.make_chain import KINDS, make_batches, make_model, save
@@ -329,7 +330,7 @@ def pretend_cpu(
     path = tmp_path / "cpuinfo"
     if flags is not None:
         path.write_text(f"processor\t: 0\nflags\t\t: fpu {flags} sse\nbugs\t\t: none\n", encoding="utf-8")
-    monkeypatch.setattr(int8, "_CPUINFO", path)
+    monkeypatch.setattr(processor, "_CPUINFO", path)
 
 
 @pytest.mark.parametrize(
@@ -350,6 +351,26 @@ def test_products_are_exact_with_vnni_and_on_arm(
     pretend_cpu(monkeypatch, tmp_path, machine=machine, flags=flags)
     found = explain_inexact_products()
     assert (found is None) if reason is None else (found is not None and reason in found)
+
+
+def test_graph_for_openvino_stays_signed_on_a_cpu_with_amx_but_where_it_has_a_concat(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same integers either way; clips in place of ReLUs cost time there."""
+    chain = save(tmp_path / "m.onnx", quantize_mixed(make_model(), make_batches(count=4)))
+    neck = save(tmp_path / "neck.onnx", onnx.load_model_from_string(quantized_graph("neck", "trt8")))
+    pretend_cpu(monkeypatch, tmp_path, flags="avx512_vnni amx_tile amx_int8")
+    caplog.set_level(logging.INFO, logger="repvgg_deploy")
+    for path, target, signed in ((chain, "openvino", True), (chain, "onnxruntime", False), (neck, "openvino", False)):
+        data = prepare(path, target)  # type: ignore[arg-type]
+        assert isinstance(data, bytes)
+        model = onnx.load_model_from_string(data)
+        stored = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+        kinds = {stored[node.input[2]] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+        assert kinds == {TensorProto.INT8 if signed else TensorProto.UINT8}
+        assert (f"{path}: activations are signed: this CPU has AMX" in caplog.text) == signed
+        assert all(node.op_type != "Clip" for node in model.graph.node) or not signed
+        caplog.clear()
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino"])

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import openvino
 import pytest
 
 from repvgg_deploy.errors import InputError, MissingDependencyError, ModelError
+from repvgg_deploy.runtime.cpu import processor
+from repvgg_deploy.runtime.cpu.processor import read_features
 from repvgg_deploy.runtime.engine import Engine
 from repvgg_deploy.runtime.options import EngineOptions
 from tests.runtime.make_model import ModelOptions, make_metadata, make_onnx, random_batch, strip_metadata, write_bound
@@ -65,6 +70,97 @@ def test_openvino_computes_float32_as_float32(tmp_path: Path) -> None:
     path = make_onnx(tmp_path / "m.onnx")
     with Engine(path, backend="openvino") as engine:
         assert engine._backend._compiled.get_property("INFERENCE_PRECISION_HINT") == openvino.Type.f32
+
+
+@pytest.fixture
+def processor_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str | None], None]:
+    """Pretends to be an x86 with these features; None: they cannot be read."""
+
+    def pretend(flags: str | None) -> None:
+        path = tmp_path / "cpuinfo"
+        if flags is not None:
+            path.write_text(f"processor\t: 0\nflags\t\t: fpu {flags}\n", encoding="utf-8")
+        monkeypatch.setattr(processor, "_CPUINFO", path)
+        monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+
+    return pretend
+
+
+class Library:
+    """Takes down the settings of OpenVINO, and has no bfloat16 itself: on processors without it, it runs float32."""
+
+    __version__ = openvino.__version__
+
+    def __init__(self) -> None:
+        self.settings: dict[str, object] = {}
+
+    def Core(self) -> Library:
+        return self
+
+    def read_model(self, source: object) -> openvino.Model:
+        return openvino.Core().read_model(source)
+
+    def compile_model(self, model: openvino.Model, device: str, settings: dict[str, object]) -> openvino.CompiledModel:
+        self.settings = settings
+        return openvino.Core().compile_model(model, device, {**settings, "INFERENCE_PRECISION_HINT": "f32"})
+
+
+@pytest.mark.parametrize("features", ["avx512_bf16", "amx_tile amx_bf16"])
+def test_bfloat16_is_asked_of_openvino_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processor_with: Callable[[str | None], None], features: str
+) -> None:
+    processor_with(features)
+    library = Library()
+    monkeypatch.setattr("repvgg_deploy.runtime.cpu.openvino.import_backend", lambda *_, **__: library)
+    path = make_onnx(tmp_path / "m.onnx")
+    with Engine(path, backend="openvino", options=EngineOptions(bfloat16=True)) as engine:
+        assert library.settings["INFERENCE_PRECISION_HINT"] == "bf16"
+        assert engine.backend_name.endswith(", CPU in bfloat16")
+        assert "in bfloat16" in repr(engine)
+    with Engine(path, backend="openvino") as engine:
+        assert library.settings["INFERENCE_PRECISION_HINT"] == "f32"
+        assert engine.backend_name.endswith(", CPU")
+
+
+@pytest.mark.skipif(
+    not (read_features() or frozenset()) & {"amx_bf16", "avx512_bf16"}, reason="this processor has no bfloat16"
+)
+def test_bfloat16_answers_almost_as_float32(tmp_path: Path) -> None:
+    path, batch = make_onnx(tmp_path / "m.onnx"), random_batch(ModelOptions(), 8)
+    with (
+        Engine(path, backend="openvino") as exact,
+        Engine(path, backend="openvino", options=EngineOptions(bfloat16=True)) as engine,
+    ):
+        assert engine._backend._compiled.get_property("INFERENCE_PRECISION_HINT") == openvino.Type.bf16
+        truth, found = exact.infer(batch), engine.infer(batch)
+    assert found.dtype == np.float32
+    error = np.abs(found - truth).max() / np.abs(truth).max()
+    assert 1e-6 < error < 2**-6  # a number keeps eight bits; two layers
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"), [("avx512f avx512_vnni", "neither AMX nor AVX512-BF16"), (None, "does not say what it has")]
+)
+def test_bfloat16_on_a_processor_without_it_is_refused(
+    tmp_path: Path, processor_with: Callable[[str | None], None], flags: str | None, why: str
+) -> None:
+    processor_with(flags)
+    with pytest.raises(InputError, match=why) as caught:
+        Engine(make_onnx(tmp_path / "m.onnx"), backend="openvino", options=EngineOptions(bfloat16=True))
+    assert "quantize --int8" in caught.value.remedy
+
+
+@pytest.mark.parametrize("backend", [None, "onnxruntime", "fastest"])
+def test_bfloat16_on_onnx_runtime_is_refused_and_never_chosen(
+    tmp_path: Path, processor_with: Callable[[str | None], None], backend: Any
+) -> None:
+    processor_with("amx_bf16")
+    path = make_onnx(tmp_path / "m.onnx")
+    with pytest.raises(InputError, match="only OpenVINO computes in bfloat16") as caught:
+        Engine(path, backend=backend, options=EngineOptions(bfloat16=True))
+    assert "--backend openvino" in caught.value.remedy
+    with Engine(path, backend=backend) as engine:
+        assert "bfloat16" not in engine.backend_name
 
 
 def test_openvino_answers_are_not_overwritten_by_later_batches(tmp_path: Path) -> None:

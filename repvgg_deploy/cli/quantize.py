@@ -320,6 +320,10 @@ def _int8_pairs(
         what = "synthetic images, made from BatchNorm statistics" if images.synthetic else "images"
         judged = f"{images.held_out} held out to judge the result{skipped}"
         calibration = f"{images.name}: {images.calibration} {what}, and {judged}"
+    if report.scales.left_out:
+        calibration += (
+            f"; {len(report.scales.left_out)} of them left out: beside their activations those of the others vanish"
+        )
     nearest = report.source == "statistics" or options.int8.rounding.method == "nearest"
     weights = "rounded to nearest" if nearest else "rounded so that each layer's output changes least"
     bias = "bias corrected" if options.int8.rounding.bias_correction else "bias left as it is"

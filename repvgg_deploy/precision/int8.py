@@ -1,8 +1,7 @@
 """FP32 ONNX → INT8 ONNX with explicit quantization, as TensorRT wants it.
 
 Pairs stand on the input of every layer and where TensorRT adds or moves integers (`qdq`), none between a layer and its
-activation: it would break the fusion. Weights are INT8 initializers behind DequantizeLinear, one scale per output
-channel; zero points are 0; biases stay floating-point.
+activation: it would break the fusion. Weights are INT8, a scale each output channel; zero points 0; biases floating.
 
 `quantize_graph` is the story: ranges (`ranges`; without images `closed_form`), equalization (`search`, `equalize`),
 scales (`scales`), rounding with bias correction (`round_network`), the bound on what may be lost (`metrics`), and the
@@ -36,7 +35,7 @@ from .mixed import fit_opset, halve_quantized, round_activation_scales
 from .network import Layer, Network, read_network, read_weights
 from .normalise import KINDS
 from .qdq import find_requantized, insert_pairs, write_integers
-from .ranges import Statistics, collect, hash_images
+from .ranges import Statistics, collect, hash_images, leave_out
 from .round import RoundedLayer, RoundOptions, round_by_prior, round_nearest
 from .round_network import Prepared, round_weights
 from .run_onnx import has_fixed_batch, spread_images
@@ -295,6 +294,7 @@ def quantize_graph(
     # Ranges, equalization and scales; or those of before.
     if saved is None:
         statistics = collect(network, batches, progress=partial(tell, "ranges"))
+        batches = leave_out(batches, statistics.left_out)
         exponents: dict[str, float] = {}
         if options.equalize is not None and options.search is not None:
             wanted = dataclasses.replace(options.search, range_percentile=options.range_percentile, grid=options.grid)
@@ -304,6 +304,7 @@ def quantize_graph(
         scales = dataclasses.replace(scales, scales=dict(prepared.scales))
     else:
         prepared, scales, interfaces = *_reuse(network, batches, saved, options), ()
+        batches = leave_out(batches, saved.left_out)
     # Weights; and which layers must stay in floating point.
     rounded = round_weights(prepared, batches, options.rounding, progress=partial(tell, "round"))
     macs = count_macs(network, batches[0] if has_fixed_batch(network.model) else batches[0][:1])
@@ -311,7 +312,7 @@ def quantize_graph(
     if options.sensitivity or options.bounded:
         costs = rank_layers(prepared, rounded, batches, macs=macs, progress=partial(tell, "sensitivity"))
     judge = Judge(prepared.network, images.held_out if len(images.held_out) else batches)
-    finish = partial(_finish, options=options, full=_find_full(prepared, batches))
+    finish = partial(_finish, options=options, full=_find_full(prepared, images.batches))
     if options.bounded:
         bound = Bound(*_find_bound(options, judge), finish, batches, tell)
         prepared, rounded = bound.meet(prepared, rounded, costs, options.rounding)
@@ -415,6 +416,7 @@ def _calibrate(
         scales=round_activation_scales(scales) if options.half else scales,
         factors=encode_factors(encode(network, factors)),
         exponents=exponents,
+        left_out=statistics.left_out,
         target=options.target,
         format=options.format,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,9 @@ BINS = 1024
 """Of a channel's histogram."""
 _MERGED_BINS = 2048
 _MAX_PIXELS = 1024
+_EXTREME = 30.0
+"""An image is left out whose activations are so many times those of the median image (root mean squares)."""
+_MOST_EXTREME = 0.05  # where a larger share is extreme, that is what the data is like
 _ROWS = 512
 
 
@@ -84,11 +87,13 @@ class Statistics:
         tensors: By name of a layer's input.
         images: How many images there were.
         data_sha256: Of their values, shapes and dtypes, in order.
+        left_out: Which images are not in `tensors`; see `find_extreme`.
     """
 
     tensors: dict[str, TensorStatistics]
     images: int
     data_sha256: str
+    left_out: tuple[int, ...] = ()
 
     def ranges(self, percent: float = 100.0) -> dict[str, Float64]:
         """Ranges of each channel, by tensor: the largest values, or a percentile of each channel's own."""
@@ -117,19 +122,73 @@ def collect(network: Network, batches: Iterable[NDArray[Any]], *, progress: Tell
     tensors, axes = network.quantized_tensors(), network.axes()
     digest, images = hash_images(batches)
     run, done = open_tensors(network.model, tensors), 0
-    largest: dict[str, Float64] = {}
+    peaks: dict[str, list[FloatArray]] = {name: [] for name in tensors}  # of each image, (N, C)
+    sizes: dict[str, list[FloatArray]] = {name: [] for name in tensors}  # root mean square of each, (N,)
     for batch in batches:
-        widen_ranges(largest, run(batch), axes)
+        for name, value in run(batch).items():
+            peak, size = _by_image(np.moveaxis(value, axes[name], 1), len(batch))
+            peaks[name].append(peak)
+            sizes[name].append(size)
         done += len(batch)
         progress(done, 2 * images)
-    require_finite(largest, "calibration gives", "look for NaN in the calibration images and in the checkpoint")
+    by_image = {name: np.concatenate(value) for name, value in peaks.items()}
+    require_finite(
+        {name: value.max(axis=0).astype(np.float64) for name, value in by_image.items()},
+        "calibration gives",
+        "look for NaN in the calibration images and in the checkpoint",
+    )
+    gated = {layer.input for layer in network.layers if layer.name in network.gates}
+    left_out = find_extreme([np.concatenate(value) for name, value in sizes.items() if name not in gated])
+    largest = {name: np.delete(v, left_out, axis=0).max(axis=0).astype(np.float64) for name, v in by_image.items()}
     histograms = {name: np.zeros((value.size, BINS), np.int64) for name, value in largest.items()}
-    for batch in batches:
+    for batch in leave_out(batches, left_out):
         for name, value in run(batch).items():
             histograms[name] += _histogram(np.moveaxis(value, axes[name], 1), largest[name])
         done += len(batch)
         progress(done, 2 * images)
-    return Statistics({name: TensorStatistics(largest[name], histograms[name]) for name in tensors}, images, digest)
+    found = {name: TensorStatistics(largest[name], histograms[name]) for name in tensors}
+    return Statistics(found, images, digest, left_out)
+
+
+def _by_image(value: FloatArray, images: int) -> tuple[FloatArray, FloatArray]:
+    """Largest absolute value of each image's channels, (N, C), and its root mean square, (N,), of (N, C, …).
+
+    Of (N × k, C, …), as windows of an image are, too; where the first axis is not of images, all have what the whole
+    has.
+    """
+    parts = images if len(value) % images == 0 else 1
+    rows = value.reshape(parts, -1, value.shape[1], int(np.prod(value.shape[2:])))
+    peak = np.maximum(rows.max(axis=(1, 3)), -rows.min(axis=(1, 3)))
+    size = np.sqrt(np.einsum("nkcp,nkcp->n", rows, rows) / rows[0].size)
+    return np.repeat(peak, images // parts, axis=0), np.repeat(size, images // parts)
+
+
+def find_extreme(sizes: Iterable[FloatArray]) -> tuple[int, ...]:
+    """Images beside which the others vanish: in a deep network with gates, some make activations hundreds as large.
+
+    127 steps that reach up to theirs leave none for the other images, and squared errors speak of theirs alone. Takes
+    the root mean square of each image, (N,), of each tensor; gives none where they are too many to be exceptions.
+    """
+    found: set[int] = set()
+    count = 0
+    for size in sizes:
+        count = len(size)
+        found.update(np.flatnonzero(size > _EXTREME * np.median(size)).tolist() if np.median(size) > 0 else ())
+    return tuple(sorted(found)) if len(found) <= _MOST_EXTREME * count else ()
+
+
+def leave_out(batches: Iterable[NDArray[Any]], images: Collection[int]) -> list[NDArray[Any]]:
+    """The batches with others of the same batch in the place of some images, so that batches keep their size.
+
+    Where nothing else is in a batch, it is gone.
+    """
+    found, start = [], 0
+    for batch in batches:
+        rest = [index for index in range(len(batch)) if start + index not in images]
+        if rest:
+            found.append(batch if len(rest) == len(batch) else batch[np.resize(rest, len(batch))])
+        start += len(batch)
+    return found
 
 
 def widen_ranges(ranges: dict[str, Float64], values: Tensors, channels: Mapping[str, int]) -> None:

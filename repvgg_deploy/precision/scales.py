@@ -69,6 +69,7 @@ class ScaleFile:
         factors: By name of a layer: what its output channels are divided by; base64 of little-endian float64 (C,).
             Empty without equalization.
         exponents: By name of a layer: with what exponent they were found.
+        left_out: Which images, counted from 0, took no part: their activations dwarf those of the others.
         target: What they were made for: those of `trt10` also suit `trt8`, which asks for less.
         format: The number format whose steps the scales are.
     """
@@ -81,6 +82,7 @@ class ScaleFile:
     scales: dict[str, float]
     factors: dict[str, str] = field(default_factory=dict)
     exponents: dict[str, float] = field(default_factory=dict)
+    left_out: tuple[int, ...] = ()
     target: Literal["trt8", "trt10"] = "trt10"
     format: Format = "int8"
 

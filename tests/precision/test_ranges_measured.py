@@ -5,7 +5,7 @@ import pytest
 
 from repvgg_deploy.errors import CalibrationError
 from repvgg_deploy.precision.network import read_network
-from repvgg_deploy.precision.ranges import collect
+from repvgg_deploy.precision.ranges import _by_image, collect, find_extreme, hash_images, leave_out
 from repvgg_deploy.precision.run_onnx import LayerWalk, run_tensors
 from repvgg_deploy.precision.scales import ScaleFile, ScaleOptions, choose_scales, graph_sha256
 from repvgg_deploy.specs import codec
@@ -122,3 +122,45 @@ def test_steps_give_what_the_whole_graph_gives(kind: str) -> None:
         for found, expected in zip(steps.advance(name), whole, strict=True):
             # float32 rounding: cut graphs are fused differently
             np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+def test_an_image_beside_which_the_others_vanish_takes_no_part() -> None:
+    """One image a thousand times as large would leave the others a few of the 127 steps."""
+    model, batches = make_model(), make_batches()
+    wild = [batch.copy() for batch in batches]
+    wild[1][3] *= 1000
+    index = len(batches[0]) + 3
+    found = collect(read_network(model), wild)
+    assert found.left_out == (index,)
+    plain = collect(read_network(model), leave_out(batches, [index]))
+    assert plain.left_out == ()
+    assert (found.images, found.data_sha256) == (64, hash_images(wild)[0])
+    for name, value in found.tensors.items():
+        # The same images stand in the same batches.
+        assert np.array_equal(value.largest, plain.tensors[name].largest)
+        assert np.array_equal(value.histogram, plain.tensors[name].histogram)
+
+
+def test_images_that_are_no_exceptions_take_part() -> None:
+    sizes = np.ones(100, np.float32)
+    sizes[:5] = 31
+    assert find_extreme([np.ones(100, np.float32), sizes]) == (0, 1, 2, 3, 4)
+    sizes[5] = 31
+    assert find_extreme([sizes]) == ()
+    assert find_extreme([np.where(sizes > 1, sizes, 0)]) == ()  # most are dead: nothing to compare with
+
+
+def test_leave_out_keeps_the_size_of_batches() -> None:
+    batches = [np.arange(4), np.arange(4, 6), np.arange(6, 7)]
+    found = leave_out(batches, (1, 4, 6))
+    assert [batch.tolist() for batch in found] == [[0, 2, 3, 0], [5, 5]]
+
+
+def test_images_are_told_apart_where_the_first_axis_is_of_windows() -> None:
+    value = np.random.default_rng(0).standard_normal((6, 4, 5)).astype(np.float32)
+    peak, size = _by_image(value, 3)
+    assert np.array_equal(peak, np.abs(value).reshape(3, 2, 4, 5).max(axis=(1, 3)))
+    assert size == pytest.approx(np.sqrt(np.square(value).reshape(3, -1).mean(axis=1)), rel=1e-5)
+    peak, size = _by_image(value, 4)
+    assert np.array_equal(peak, np.tile(np.abs(value).max(axis=(0, 2)), (4, 1)))
+    assert len(set(size.tolist())) == 1

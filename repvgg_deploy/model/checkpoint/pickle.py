@@ -46,7 +46,9 @@ class PickleStream:
 
     def __init__(self, buffer: bytes | mmap.mmap, start: int, end: int, stored: int | None = None) -> None:
         """Of the bytes from `start` to `end`; `stored` is how many they are in the file, where they were deflated."""
-        self._left = _ALLOWED_FLOOR + _ALLOWED_RATIO * (end - start if stored is None else stored)
+        self._left = _ALLOWED_FLOOR + _ALLOWED_RATIO * (end - start)
+        if stored is not None:  # what was inflated takes memory, too
+            self._left = _ALLOWED_FLOOR + _ALLOWED_RATIO * stored - (end - start)
         self._buffer = buffer
         self._view = memoryview(buffer)
         self._position = start

@@ -29,7 +29,7 @@ class EngineOptions:
             once. At most MOST_THREADS.
         device_id: Which GPU, with `device="cuda"`.
         bfloat16: Whether OpenVINO computes in bfloat16 what is not INT8, on a CPU with AMX or AVX512-BF16: several
-            times as fast as FP32 there, with eight bits of a number left (RepVGG-A0: 43.7 dB and 99.7 % of FP32's best
+            times as fast as FP32 there, with eight bits of a number left (RepVGG-A0: 43 dB, and 99.8 % of FP32's best
             classes).
         tf32: Whether FP32 convolutions on the GPU may round their inputs to TF32: faster, and an error of about 1e-3.
         workers: Threads that run what `submit` and `infer_async` hand in.

@@ -1,6 +1,6 @@
 """`repvgg-trt build`: exported or typed ONNX → TensorRT plan and its passport.
 
-Needs no torch, and the onnx package only where an FP32 ONNX becomes FP16 or INT8.
+Needs no torch, and the onnx package only where an FP32 ONNX becomes FP16, FP8 or INT8.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .deliver import (
 from .inspect import PrecisionReport
 from .library import find_tactic_libraries, is_strongly_typed, look_for_gpu, open_library
 from .options import BuildOptions, BuildRequest, choose_profile, must_type
-from .recipes import require_gpu, require_options, resolve_targets
+from .recipes import require_fp8, require_gpu, require_options, resolve_targets
 from .source import Source, read_source
 
 if TYPE_CHECKING:
@@ -131,11 +131,14 @@ def _make_request(source: Source, options: BuildOptions) -> BuildRequest:
     search = look_for_gpu()
     require_gpu(library, search.gpu, search.reason)
     targets = resolve_targets(library, options.targets, None if search.gpu is None else search.gpu.compute_capability)
+    precision = options.config.precision or source.precision
+    if precision == "fp8":
+        targets = require_fp8(library, search.gpu, targets, named=bool(options.targets))
     if options.timing_cache is not None and not library.is_rtx:
         require_writable(options.timing_cache)
     return BuildRequest(
         source,
-        dataclasses.replace(options.config, profile=profile, precision=options.config.precision or source.precision),
+        dataclasses.replace(options.config, profile=profile, precision=precision),
         library,
         search.gpu,
         targets,
@@ -149,9 +152,9 @@ def _choose_typing(library: Library, options: BuildOptions) -> QuantizeOptions:
     from ..precision import QuantizeOptions  # its face says what to install where onnx is missing
 
     precision = options.config.precision
-    assert precision in ("fp16", "int8"), "what must be typed was FP32"
+    assert precision in ("fp16", "fp8", "int8"), "what must be typed was FP32"
     chosen = options.quantize or QuantizeOptions(precision)
-    if precision == "fp16":
+    if precision != "int8":
         return chosen
     # TensorRT 8 wants FP32 scales and opset 17; strong typing lets the rest be FP16.
     target: Literal["trt8", "trt10"] = "trt10" if is_strongly_typed(library) else "trt8"

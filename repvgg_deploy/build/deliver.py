@@ -25,7 +25,7 @@ from ..files.output import (
 from ..files.passport import passport_path, read_passport
 from ..files.plan_place import platform_here
 from ..specs import codec
-from ..specs.values import PASSPORT_SCHEMA, HistoryEntry, ModelSpec, PlanPassport
+from ..specs.values import PASSPORT_SCHEMA, HistoryEntry, ModelSpec, PlanPassport, Precision
 from .compile import BuiltPlan
 from .inspect import PrecisionReport
 from .options import BuildRequest
@@ -167,8 +167,8 @@ def make_passport(request: BuildRequest, built: BuiltPlan) -> PlanPassport:
     )
 
 
-def _stated_precision(report: PrecisionReport | None) -> Literal["fp32", "fp16", "int8", "not_inspected"]:
-    known: dict[str, Literal["fp32", "fp16", "int8"]] = {"fp32": "fp32", "fp16": "fp16", "int8": "int8"}
+def _stated_precision(report: PrecisionReport | None) -> Literal["fp32", "fp16", "fp8", "int8", "not_inspected"]:
+    known: dict[str, Precision] = {"fp32": "fp32", "fp16": "fp16", "fp8": "fp8", "int8": "int8"}
     return "not_inspected" if report is None else known.get(report.precision, "not_inspected")
 
 

@@ -34,7 +34,7 @@ class WeightedLayer:
 
     Attributes:
         name: Name of its node.
-        precision: What the graph is typed as: `int8`, `fp16` or `fp32`.
+        precision: What the graph is typed as: `int8`, `fp8`, `fp16` or `fp32`.
         macs: Multiply-accumulates of one image.
     """
 

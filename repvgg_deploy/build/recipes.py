@@ -22,6 +22,7 @@ from .source import Source, tensor_types
 
 _CURRENT = "current"  # as a target: the GPU of this machine, whatever it is
 _TURING = "7.5"
+_FIRST_FP8 = (8, 9)
 _NEWEST_OPSET_8 = 17
 _FLOATS = {"float32": "FLOAT", "float16": "HALF"}
 _NEEDS_8_6 = {
@@ -105,6 +106,39 @@ def resolve_targets(library: Library, targets: tuple[str, ...], gpu: str | None)
             )
     named = [gpu if target == _CURRENT and gpu is not None else target for target in targets]
     return tuple(dict.fromkeys(named)) or tuple(name for name in known if name != _TURING)
+
+
+def require_fp8(library: Library, gpu: Gpu | None, targets: tuple[str, ...], *, named: bool) -> tuple[str, ...]:
+    """The targets of an FP8 graph: those that have FP8; all must, where they were `named`.
+
+    Source: builds of one FP8 graph with TensorRT-RTX 1.5 to 1.7 for every target; NVIDIA, TensorRT support matrix.
+
+    Raises:
+        BuildError: This TensorRT or a GPU knows no FP8.
+    """
+    remedy = "build --int8 or --fp16; FP8 needs Ada (8.9), Hopper (9.0) or Blackwell"
+    if library.number < ((1, 5) if library.is_rtx else (10, 0)):
+        later = "1.5" if library.is_rtx else "10"
+        raise BuildError(f"{library.name} knows no FP8: it came with {later}", remedy=f"{remedy}, and a later TensorRT")
+    if not library.is_rtx:
+        if gpu is not None and _number(gpu.compute_capability) < _FIRST_FP8:
+            raise BuildError(f"{gpu.name} ({gpu.compute_capability}) has no FP8", remedy=remedy)
+        return targets
+    last = (99, 0) if library.number >= (1, 7) else _FIRST_FP8
+    fit = tuple(name for name in targets if _FIRST_FP8 <= _number(name) <= last)
+    if not fit or (named and fit != targets):
+        wrong = ", ".join(name for name in targets if name not in fit)
+        known = "8.9 only" if last == _FIRST_FP8 else "8.9 and later"
+        raise BuildError(
+            f"{library.name} builds FP8 for compute capability {known}, not for {wrong}",
+            remedy="give --target 8.9, or build --int8 or --fp16",
+        )
+    return fit
+
+
+def _number(capability: str) -> tuple[int, int]:
+    major, _, minor = capability.partition(".")
+    return int(major), int(minor)
 
 
 def require_typing(library: Library, source: Source) -> None:

@@ -13,7 +13,8 @@ from ..files.signatures import PLAN_MAGICS
 from ..specs.values import ModelMetadata, ModelSpec, Precision
 
 _CAST = {
-    1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64", 16: "bfloat16"
+    1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64",
+    16: "bfloat16", 17: "float8e4m3fn"
 }  # fmt: skip
 """NumPy's names of TensorProto.DataType."""
 _FIXED = {"Shape": "int64", "Size": "int64", "ArgMax": "int64", "Equal": "bool", "Greater": "bool", "Less": "bool"}

@@ -43,6 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         ("fp32", "the graph must be FP32: full float32, no TF32 unless --tf32"),
         ("fp16", "half precision: an FP32 graph is converted first"),
         ("int8", "8-bit integers: an FP32 graph is calibrated and quantized first"),
+        ("fp8", "8-bit floating point, for Ada, Hopper and Blackwell: likewise"),
     ):
         kind.add_argument(f"--{name}", action="store_const", dest="precision", const=name,
                           help=f"{text} (default: as the graph is typed)")
@@ -68,7 +69,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     ):
         sizes.add_argument(f"--{name}-size", type=parse_size, metavar="N|HxW", help=text)
     _add_builder_options(parser.add_argument_group("TensorRT"))
-    images = parser.add_argument_group("from FP32 to FP16 or INT8, as in repvgg-trt quantize")
+    images = parser.add_argument_group("from FP32 to FP16, INT8 or FP8, as in repvgg-trt quantize")
     quantize.add_io_option(images)
     quantize.add_image_options(images)
     quantize.add_step_options(images)
@@ -121,8 +122,8 @@ def find_conflict(args: argparse.Namespace) -> str | None:
     """What is wrong with options that cannot hold together, or None."""
     given = quantize.find_given(args)
     if args.precision == "fp32" and given:
-        return f"{given[0]} is of --fp16 and --int8: it cannot hold with --fp32"
-    return quantize.find_conflict(args) if args.precision in ("fp16", "int8") else None
+        return f"{given[0]} is of --fp16, --int8 and --fp8: it cannot hold with --fp32"
+    return quantize.find_conflict(args) if args.precision in ("fp16", "int8", "fp8") else None
 
 
 def execute(args: argparse.Namespace) -> Output:
@@ -230,7 +231,7 @@ def _with_quantize(args: argparse.Namespace, options: BuildOptions) -> BuildOpti
     from ..files.onnx import graph_precision, read_graph, weighted_nodes
 
     given, precision = quantize.find_given(args), options.config.precision
-    if precision in ("fp16", "int8"):
+    if precision in ("fp16", "int8", "fp8"):
         args.precision = precision  # the configuration file may have asked for it
         conflict = find_conflict(args)
         if conflict is not None:
@@ -239,8 +240,8 @@ def _with_quantize(args: argparse.Namespace, options: BuildOptions) -> BuildOpti
             return dataclasses.replace(options, quantize=quantize.read_options(args))
     elif given:
         raise InputError(
-            f"{given[0]} is of --fp16 and --int8, and neither is asked for",
-            remedy="give --fp16 or --int8, or leave it out",
+            f"{given[0]} is of --fp16, --int8 and --fp8, and none is asked for",
+            remedy="give --fp16, --int8 or --fp8, or leave it out",
         )
     return options
 
@@ -262,8 +263,8 @@ COMMAND = Command(
     "build",
     "build a TensorRT plan, with a passport that says what it is and where it runs",
     "Builds a TensorRT or TensorRT-RTX plan of an ONNX. The precision is the graph's, on every version; an FP32 graph "
-    "is typed first where --fp16 or --int8 asks for it. A plan that computes in a wider type than its graph says is an "
-    "error.",
+    "is typed first where --fp16, --int8 or --fp8 asks for it. A plan that computes in a wider type than its graph "
+    "says is an error.",
     add_options,
     execute,
     find_conflict,

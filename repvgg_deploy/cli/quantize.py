@@ -1,4 +1,4 @@
-"""`repvgg-trt quantize`: FP32 ONNX → typed ONNX in FP16 or INT8. `build` takes the same options for an FP32 graph."""
+"""`repvgg-trt quantize`: FP32 ONNX → typed ONNX in FP16, INT8 or FP8. `build` takes the same options."""
 
 from __future__ import annotations
 
@@ -54,12 +54,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                       help="half precision, rescaled so that nothing overflows")
     kind.add_argument("--int8", action="store_const", dest="precision", const="int8",
                       help="8-bit integers, FP16 or FP32 for the rest")
+    kind.add_argument("--fp8", action="store_const", dest="precision", const="fp8",
+                      help="8-bit floating point (E4M3), FP16 for the rest: for Ada, Hopper and Blackwell")
     parser.add_argument("--out", type=Path, metavar="FILE",
-                        help="the ONNX to write (default: NAME-fp16.onnx or NAME-int8.onnx beside MODEL)")
+                        help="the ONNX to write (default: beside MODEL, such as NAME-int8.onnx)")
     add_io_option(parser)
     parser.add_argument("--force", action="store_true", help="replace files that exist and differ")
     add_image_options(parser.add_argument_group("images"))
-    steps = parser.add_argument_group("steps of INT8")
+    steps = parser.add_argument_group("steps of INT8 and FP8")
     steps.add_argument("--target", choices=("trt10", "trt8"),
                        help="trt10: FP16 beside INT8, opset 19, for TensorRT 10 and later; trt8: FP32, opset 17, for "
                             "TensorRT 8.5 and 8.6, too (default: trt10)")
@@ -80,8 +82,8 @@ def add_image_options(group: argparse._ArgumentGroup) -> None:
     """What an FP32 graph is calibrated with and judged on."""
     group.add_argument("--calib", metavar="DIR|FILE|statistics",
                        help="images to calibrate with: a folder, .npz, list or image; statistics: no images, ranges "
-                            "from the BatchNorm statistics in MODEL (default: for INT8 the NAME.calib.npz beside "
-                            "MODEL, which repvgg-export --synthetic-calibration writes; for FP16 none)")
+                            "from the BatchNorm statistics in MODEL (default: for INT8 and FP8 the NAME.calib.npz "
+                            "beside MODEL, which repvgg-export --synthetic-calibration writes; for FP16 none)")
     group.add_argument("--images", type=parse_whole, default=_IMAGES, metavar="N",
                        help="calibrate with at most N images; up to half as many more are held out to judge "
                             "(default: %(default)s)")
@@ -156,17 +158,27 @@ def _given_for_int8(args: argparse.Namespace) -> list[str]:
     return [flag for flag in _INT8_ONLY if getattr(args, flag[2:].replace("-", "_")) not in (None, False)]
 
 
-def find_conflict(args: argparse.Namespace) -> str | None:
-    """What is wrong with options that cannot hold together, or None."""
-    given = _given_for_int8(args)
+def _find_judge_conflict(args: argparse.Namespace) -> str | None:
     if args.min_metric is not None and args.metric is None:
         return "--min-metric needs --metric"
     for flag, value in (("--min-agreement", args.min_agreement), ("--min-sqnr", args.min_sqnr)):
         if args.metric is not None and value is not None:
             return f"--metric judges in place of {flag}: they cannot hold together"
+    return None
+
+
+def find_conflict(args: argparse.Namespace) -> str | None:
+    """What is wrong with options that cannot hold together, or None."""
+    wrong_judge = _find_judge_conflict(args)
+    if wrong_judge is not None:
+        return wrong_judge
+    given = _given_for_int8(args)
     if args.precision == "fp16":
         wrong = [*given, *(["--calib statistics"] if args.calib == _STATISTICS else [])]
-        return f"{wrong[0]} is of --int8: it cannot hold with --fp16" if wrong else None
+        return f"{wrong[0]} is of --int8 and --fp8: it cannot hold with --fp16" if wrong else None
+    if args.precision == "fp8" and (args.target == "trt8" or args.method == "entropy"):
+        wrong_option = "--target trt8" if args.target == "trt8" else "--method entropy"
+        return f"{wrong_option} is of integers: it cannot hold with --fp8"
     if args.target == "trt8" and args.io == "fp16":
         return "--target trt8 keeps FP32 beside INT8: it cannot hold with --io fp16"
     if args.percentile is not None and args.method != "percentile":
@@ -229,14 +241,14 @@ def read_options(args: argparse.Namespace) -> QuantizeOptions:
     from ..precision.options import MIN_AGREEMENT, MIN_SQNR_DB, QuantizeOptions
     from ..precision.score import load_metric
 
-    is_int8 = args.precision == "int8"
+    has_steps = args.precision != "fp16"
     return QuantizeOptions(
         args.precision,
         args.calib,
         args.images,
         args.seed,
-        _read_int8_options(args) if is_int8 else Int8Options(),
-        Fp16Options() if is_int8 else Fp16Options(io=args.io),
+        _read_int8_options(args) if has_steps else Int8Options(),
+        Fp16Options() if has_steps else Fp16Options(io=args.io),
         MIN_AGREEMENT if args.min_agreement is None else args.min_agreement,
         MIN_SQNR_DB if args.min_sqnr is None else args.min_sqnr,
         None if args.metric is None else load_metric(args.metric),
@@ -280,7 +292,7 @@ def _draw(model: str, result: QuantizeResult) -> Figure:
     from ..evaluate.plots import ChannelSpread, SqnrSeries, draw_quantization
 
     report = result.int8
-    assert report is not None, "--plot is of INT8"
+    assert report is not None, "--plot is of INT8 and FP8"
     rows = [ChannelSpread(i.source, i.spread_before, i.spread_after) for i in report.interfaces if i.blocked_by is None]
     series = []
     if report.source == "images":
@@ -294,7 +306,7 @@ def _as_text(args: argparse.Namespace, options: QuantizeOptions, result: Quantiz
     table = ""
     if result.int8 is not None:
         beside = "FP16" if options.int8.target == "trt10" else "FP32"
-        pairs = [("quantized", f"{size} to INT8, with {beside} for the rest")]
+        pairs = [("quantized", f"{size} to {result.int8.format.upper()}, with {beside} for the rest")]
         pairs += _int8_pairs(options, result, result.int8, beside)
         table = _worst_layers(result.int8, beside)
     else:
@@ -339,9 +351,18 @@ def _int8_pairs(
         ("calibration", calibration),
         ("equalization", _equalization(options, report)),
         ("rounding", f"activation scales {scales}; weights {weights}; {bias}"),
-        ("INT8", share + kept),
+        (report.format.upper(), share + kept),
+        *([("in FP16", f"{_reasons(report)}: TensorRT has no FP8 kernels for them")] if report.unsuited else []),
         *([("requantized", f"{len(report.requantized)} times: {_name(list(twice))}; {why}")] if twice else []),
     ]
+
+
+def _reasons(report: Int8Report) -> str:
+    """Each reason why layers stayed, with how many and the first of them."""
+    by_reason: dict[str, list[str]] = {}
+    for name, why in report.unsuited.items():
+        by_reason.setdefault(why, []).append(name)
+    return "; ".join(f"{_name(names)} ({why})" for why, names in by_reason.items())
 
 
 def _name(names: Sequence[str]) -> str:
@@ -391,7 +412,7 @@ def _verdict(options: QuantizeOptions, result: QuantizeResult) -> list[tuple[str
     what = "held-out images" if found.held_out else "images" if result.images is not None else "drawn images"
     if found.agreement is None:
         least = (
-            f" (at least {options.min_sqnr_db:g} dB each)" if options.precision == "int8" else f" ({result.ungated})"
+            f" (at least {options.min_sqnr_db:g} dB each)" if options.precision != "fp16" else f" ({result.ungated})"
         )
         each = ", ".join(f"{one.name} {one.sqnr_db:.1f} dB ({one.relative:.2%})" for one in found.outputs)
         said = f"{each} on {found.images} {what}{'' if score is not None else least}"
@@ -426,7 +447,12 @@ def _worst_layers(report: Int8Report, beside: str) -> str:
 
     def row(layer: LayerReport) -> list[str]:
         numbers = [f"{layer.sqnr_db:.1f}", f"{layer.macs / total:.1%}"]
-        return [layer.name, *numbers, beside if layer.kept else "INT8", *([costs.get(layer.name, "")] if costs else [])]
+        return [
+            layer.name,
+            *numbers,
+            beside if layer.kept else report.format.upper(),
+            *([costs.get(layer.name, "")] if costs else []),
+        ]
 
     if costs:
         layers = {layer.name: layer for layer in report.layers}
@@ -453,7 +479,8 @@ def _as_json(args: argparse.Namespace, result: QuantizeResult) -> dict[str, obje
         "status": result.output.status,
         "precision": args.precision,
         "images": result.images,
-        "int8": int8,
+        "int8": int8 if args.precision == "int8" else None,
+        "fp8": int8 if args.precision == "fp8" else None,
         "fp16": result.fp16,
         "verification": result.verification,
         "score": result.score,
@@ -468,9 +495,9 @@ def _as_json(args: argparse.Namespace, result: QuantizeResult) -> dict[str, obje
 
 COMMAND = Command(
     "quantize",
-    "make a typed ONNX: FP16 that cannot overflow, INT8 that keeps its accuracy",
-    "Makes an FP16 or INT8 ONNX of an FP32 one: calibrates, compares the result with FP32 on images that took no part, "
-    "and writes it only if they agree. Needs neither a GPU nor TensorRT.",
+    "make a typed ONNX: FP16 that cannot overflow, INT8 and FP8 that keep their accuracy",
+    "Makes an FP16, INT8 or FP8 ONNX of an FP32 one: calibrates, compares the result with FP32 on images that took no "
+    "part, and writes it only if they agree. Needs neither a GPU nor TensorRT.",
     add_options,
     execute,
     find_conflict,

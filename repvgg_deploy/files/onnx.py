@@ -31,8 +31,8 @@ _MODEL_FIELDS = {1, 2, 3, 4, 5, 6, 7, 8, 14, 20, 25, 26}
 _NODE, _INITIALIZER, _INPUT, _RAW_DATA = 1, 5, 11, 9
 _ATTRIBUTE, _ATTRIBUTE_NAME, _ATTRIBUTE_INTEGER = 5, 1, 3
 _CHUNK_BYTES = 1 << 20
-_TYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 10: "float16", 11: "float64"}
-_PRECISIONS = {"int8": "int8", "float16": "fp16", "float32": "fp32"}  # the lowest first
+_TYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 10: "float16", 11: "float64", 17: "float8e4m3fn"}
+_PRECISIONS = {"int8": "int8", "float8e4m3fn": "fp8", "float16": "fp16", "float32": "fp32"}  # the lowest first
 _DIGEST_FIELD = re.compile(r'"content_sha256":"[0-9a-f]*"')  # inside a JSON string the quotes would be escaped
 _REEXPORT = "export it again with repvgg-export"
 
@@ -341,7 +341,8 @@ class WeightedNode:
         name: The name of the node, or of its output where the node has none.
         op_type: `Conv` or `Gemm`.
         weight_shape: None where the weight is not stored in the file.
-        precision: `int8` (the weight stands before a DequantizeLinear), `fp16` or `fp32`; else the stored type.
+        precision: `int8` or `fp8` (the weight stands before a DequantizeLinear), `fp16` or `fp32`; else what is
+            stored.
     """
 
     name: str
@@ -367,10 +368,10 @@ def weighted_nodes(graph: GraphSummary) -> tuple[WeightedNode, ...]:
     return tuple(result)
 
 
-def graph_precision(nodes: Iterable[WeightedNode]) -> Literal["fp32", "fp16", "int8"]:
+def graph_precision(nodes: Iterable[WeightedNode]) -> Literal["fp32", "fp16", "fp8", "int8"]:
     """What a graph is typed as: the lowest precision that any of its layers computes in."""
     found = {node.precision for node in nodes}
-    return "int8" if "int8" in found else "fp16" if "fp16" in found else "fp32"
+    return "int8" if "int8" in found else "fp8" if "fp8" in found else "fp16" if "fp16" in found else "fp32"
 
 
 def precision_of(row: str, nodes: Iterable[WeightedNode]) -> str | None:
@@ -413,7 +414,7 @@ def count_weights(node: WeightedNode) -> int:
 
 
 def is_quantized(path: Path) -> bool:
-    """Whether an ONNX holds Q/DQ pairs.
+    """Whether an ONNX holds Q/DQ pairs, of INT8 or of FP8.
 
     Raises:
         ModelError: It is not an ONNX.

@@ -187,7 +187,7 @@ def _open_subject(path: Path, request: BenchRequest, stack: contextlib.ExitStack
         if plan and precision is not None:
             return precision
         parts = (precision_of(layer, nodes) or "").split("+")
-        known: dict[str, Precision] = {"fp32": "fp32", "fp16": "fp16", "int8": "int8"}
+        known: dict[str, Precision] = {"fp32": "fp32", "fp16": "fp16", "fp8": "fp8", "int8": "int8"}
         return next((known[part] for part in parts if part in ITEM_BYTES), "fp32")
 
     costs: tuple[LayerCost, ...] = ()

@@ -19,7 +19,7 @@ _SMALL = 8.5  # points
 _Label = tuple[str, float, float]
 _Box = tuple[float, float, float, float]
 _LINES = {"engine": "-", "onnxruntime": ":", "torch": "--"}
-_ROOFS = {"fp32": "-", "fp16": "--", "int8": ":"}
+_ROOFS = {"fp32": "-", "fp16": "--", "fp8": "-.", "int8": ":"}
 
 
 def draw_benchmark(result: Benchmark) -> Figure:

@@ -17,7 +17,7 @@ from typing import Literal
 from ..specs.values import Precision, VariantSpec
 from ..specs.variants import LayerRow, layer_rows
 
-ITEM_BYTES: dict[str, int] = {"fp32": 4, "fp16": 2, "int8": 1}
+ITEM_BYTES: dict[str, int] = {"fp32": 4, "fp16": 2, "fp8": 1, "int8": 1}
 _INPUT_BYTES = {"float32": 4, "float16": 2, "uint8": 1}
 _LOGIT_BYTES = 4
 _FILTER = 9  # 3×3

@@ -13,8 +13,10 @@ from ..errors import ParityError
 from ..evaluate.agreement import compare_layers
 from ..specs.values import Check
 from .equalize import apply_factors
+from .grids import GRIDS
 from .layers import LayerRun, run_pairs
 from .metrics import QuantizationCost, Verification, count_macs, rank_layers
+from .mixed import fit_opset
 from .network import Network, read_weights
 from .round import round_nearest
 from .round_network import Prepared
@@ -64,10 +66,12 @@ def refuse_fp16(
     )
 
 
-def refuse_int8(found: Verification, min_agreement: float, blamed: Sequence[QuantizationCost]) -> ParityError:
-    """The error of an INT8 graph that does not pass; it names what `blame_int8` found."""
+def refuse_int8(
+    found: Verification, min_agreement: float, blamed: Sequence[QuantizationCost], title: str = "INT8"
+) -> ParityError:
+    """The error of an INT8 or FP8 graph that does not pass; it names what `blame_int8` found."""
     return ParityError(
-        f"INT8 agrees with FP32 on {_percent(found)} of {found.images} {_images(found)}, at least "
+        f"{title} agrees with FP32 on {_percent(found)} of {found.images} {_images(found)}, at least "
         f"{100 * min_agreement:g} % expected; the layers that cost most, each quantized alone: {_costliest(blamed)}",
         remedy=f"keep those layers in floating point (--keep {blamed[0].name}, or --max-drop 0.3 to find how few are "
         f"needed); give more images with --calib; leave --fast and other short cuts out; or accept it with a lower "
@@ -75,8 +79,10 @@ def refuse_int8(found: Verification, min_agreement: float, blamed: Sequence[Quan
     )
 
 
-def refuse_outputs(found: Verification, min_sqnr_db: float, blamed: Sequence[QuantizationCost]) -> ParityError:
-    """The error of an INT8 graph without a classifier that does not pass; of each low output it names the layers."""
+def refuse_outputs(
+    found: Verification, min_sqnr_db: float, blamed: Sequence[QuantizationCost], title: str = "INT8"
+) -> ParityError:
+    """The error of a graph without a classifier that does not pass; of each low output it names the layers."""
     low = [output for output in found.outputs if output.sqnr_db < min_sqnr_db]
     count = 1 if len(low) > _BLAMED else _BLAMED
     said = [
@@ -85,7 +91,7 @@ def refuse_outputs(found: Verification, min_sqnr_db: float, blamed: Sequence[Qua
         for output in sorted(low, key=lambda output: output.sqnr_db)
     ]
     return ParityError(
-        f"INT8 is too far from FP32 on {found.images} {_images(found)}, at least {min_sqnr_db:g} dB expected: "
+        f"{title} is too far from FP32 on {found.images} {_images(found)}, at least {min_sqnr_db:g} dB expected: "
         f"{'; '.join(said)}; behind each layer, what the output has with that alone quantized",
         remedy=f"keep those layers in floating point (--keep {blamed[0].name}, or --max-drop {min_sqnr_db:g}dB to find "
         f"how few are needed); give more images with --calib; leave --fast and other short cuts out; or accept it with "
@@ -138,10 +144,12 @@ def blame_int8(
 
     Weights are rounded to nearest and few images are run: a fraction of the time that the quantization took.
     """
-    prepared = Prepared(apply_factors(network, scales.channel_factors()), scales.scales)
+    grid = GRIDS[scales.format]
+    network = fit_opset(network, grid)
+    prepared = Prepared(apply_factors(network, scales.channel_factors()), scales.scales, grid=grid)
     weights = read_weights(prepared.network)
     layers = [layer for layer in network.layers if layer.name not in kept]
-    rounded = {layer.name: round_nearest(weights[layer.weight], weights[layer.bias]) for layer in layers}
+    rounded = {layer.name: round_nearest(weights[layer.weight], weights[layer.bias], grid) for layer in layers}
     images = spread_images(network.model, batches, _BLAME_IMAGES)
     return rank_layers(prepared, rounded, images, macs=count_macs(network, images[0]))
 

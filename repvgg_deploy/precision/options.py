@@ -9,6 +9,7 @@ from typing import Literal
 from ..errors import InputError
 from ..images.calibration import USUAL_IMAGES
 from .fp16 import Fp16Options
+from .grids import require_format
 from .int8 import Int8Options
 from .score import Metric
 
@@ -26,15 +27,15 @@ class QuantizeOptions:
     Attributes:
         precision: What the layers of the graph to write compute in.
         calibration: Images (a folder, list, .npz or image; see `images.calibration.load_calibration`), or `statistics`.
-            None: for INT8 the `NAME.calib.npz` beside the ONNX; for FP16 no images.
+            None: for INT8 and FP8 the `NAME.calib.npz` beside the ONNX; for FP16 no images.
         images: At most so many to calibrate with. Where there are more, up to half as many again are held out to judge
             the result; else a fifth is.
         seed: Another gives another choice of images.
-        int8: Steps of INT8 and their methods; without effect for FP16.
-        fp16: Margin and types of FP16; without effect for INT8.
+        int8: Steps of INT8 and FP8 and their methods (`precision` chooses the format); without effect for FP16.
+        fp16: Margin and types of FP16; of FP16 only.
         min_agreement: Share of held-out images whose best class must be FP32's, 0 to 1. Of so few images that one alone
             is more than that, one may differ.
-        min_sqnr_db: What INT8 must reach at every output of a graph without a classifier, on held-out images.
+        min_sqnr_db: What INT8 or FP8 must reach at every output of a graph without a classifier, on held-out images.
         metric: The user's own measure, on data of its own, in place of agreement and SQNR: a function that is given
             `run(batch)`, which runs a graph on a batch as `Engine.infer` does (an array, or a dict of them by the names
             of the outputs), and returns one number, larger is better. `int8.max_drop` then is what it may fall by.
@@ -45,7 +46,7 @@ class QuantizeOptions:
         max_value: What is white in images of more than 8 bits; None: what the model states.
     """
 
-    precision: Literal["fp16", "int8"]
+    precision: Literal["fp16", "fp8", "int8"]
     calibration: Path | str | None = None
     images: int = USUAL_IMAGES
     seed: int = 0
@@ -62,13 +63,13 @@ class QuantizeOptions:
 
     @property
     def from_statistics(self) -> bool:
-        """Whether INT8 is to do without images."""
+        """Whether INT8 or FP8 is to do without images."""
         return self.calibration == STATISTICS
 
     def __post_init__(self) -> None:
-        if self.precision not in ("fp16", "int8"):
+        if self.precision not in ("fp16", "fp8", "int8"):
             raise InputError(
-                f"the precision must be fp16 or int8, found {self.precision!r}", remedy="give one of the two"
+                f"the precision must be fp16, fp8 or int8, found {self.precision!r}", remedy="give one of them"
             )
         if not 0 <= self.min_agreement <= 1:
             raise InputError(
@@ -87,6 +88,8 @@ class QuantizeOptions:
             raise InputError(
                 f"expected at least one image, found {self.images}", remedy="give --images 256, or leave it out"
             )
+        if self.precision == "fp8":
+            require_format("fp8", target=self.int8.target, method=self.int8.scales.method)
         with_scales = self.scales is not None or self.save_scales is not None
         if self.precision == "fp16" and (self.from_statistics or with_scales):
             raise InputError(

@@ -1,4 +1,4 @@
-"""Exported ONNX → typed ONNX in FP16 or INT8: calibrated, judged, and only then written. Needs no torch.
+"""Exported ONNX → typed ONNX in FP16, INT8 or FP8: calibrated, judged, and only then written. Needs no torch.
 
 `quantize` is the story. A new precision gets a function beside `_make_fp16` and `_make_int8`, and its name in
 `QuantizeOptions.precision`.
@@ -159,7 +159,7 @@ def quantize(
         demand = _demand(parent, options, clock)  # before the work: a function that fails should not be found after it
         images, use = _gather_images(source, parent, options, clock)
         clock("read images", 1, 1)
-        make = _make_int8 if options.precision == "int8" else _make_fp16  # and judge: what does not pass is refused
+        make = _make_fp16 if options.precision == "fp16" else _make_int8  # and judge: what does not pass is refused
         made = make(parent, images, options, clock, demand=demand)
         typed = _certify(made, options, use, clock)
         if scales_output is not None:
@@ -329,18 +329,20 @@ def _draw(height: int, width: int) -> np.ndarray:
 def _make_int8(
     parent: Parent, images: Images | None, options: QuantizeOptions, clock: _Clock, *, demand: Demand | None
 ) -> _Made:
-    """Makes the INT8 graph, judges it, and refuses it if it does not pass the gate."""
+    """Makes the INT8 or FP8 graph, judges it, and refuses it if it does not pass the gate."""
+    assert options.precision != "fp16", "that is another path"
+    chosen = dataclasses.replace(options.int8, format=options.precision)
     if images is None:
         clock("closed form", 0, 1)
-        typed, report = to_int8(parent, None, options.int8, progress=clock)
+        typed, report = to_int8(parent, None, chosen, progress=clock)
         clock("closed form", 1, 1)
         if demand is None:
             return _Made(typed, [], {"verified": None}, report, ungated=_NO_IMAGES)
         alone = _score(demand, typed, clock)
         if not alone.passed:
-            raise refuse_score(alone, "int8", ())
-        return _Made(typed, [score_check(alone, "int8")], {"verified": None}, report, score=alone)
-    saved, steps = None if options.scales is None else read_scales(options.scales), options.int8
+            raise refuse_score(alone, options.precision, ())
+        return _Made(typed, [score_check(alone, options.precision)], {"verified": None}, report, score=alone)
+    saved, steps = None if options.scales is None else read_scales(options.scales), chosen
     if saved is not None:  # for the history: what the saved calibration was made with
         steps = dataclasses.replace(steps, scales=ScaleOptions(saved.method, steps.scales.percentile))
     # What is judged below is the very graph that is written. Held-out images are given here only where a bound is to be
@@ -357,18 +359,18 @@ def _make_int8(
         said["equalize"] = how if saved.factors else None
     score = None if demand is None else _score(demand, typed, clock)
     if score is not None:
-        check = score_check(score, "int8")
+        check = score_check(score, options.precision)
     elif found.agreement is None:
-        check = error_check(found, "int8", options.min_sqnr_db)
+        check = error_check(found, options.precision, options.min_sqnr_db)
     else:
-        check = agreement_check(found, "int8", options.min_agreement)
+        check = agreement_check(found, options.precision, options.min_agreement)
     if not (check.passed if score is None else score.passed):
         blamed = blame_int8(parent.network, report.scales, report.kept, images.batches)
         if score is not None:
-            raise refuse_score(score, "int8", blamed)
+            raise refuse_score(score, options.precision, blamed)
         if found.agreement is None:
-            raise refuse_outputs(found, options.min_sqnr_db, blamed)
-        raise refuse_int8(found, options.min_agreement, blamed)
+            raise refuse_outputs(found, options.min_sqnr_db, blamed, options.precision.upper())
+        raise refuse_int8(found, options.min_agreement, blamed, options.precision.upper())
     report = dataclasses.replace(report, held_out=found)
     return _Made(typed, [check], said, report, verification=found, score=score)
 
@@ -377,7 +379,7 @@ def _certify(made: _Made, options: QuantizeOptions, use: ImageUse | None, clock:
     """The graph with what was verified of it in its certificate, and how in the last entry of its history."""
     clock("write", 0, 1)
     metadata, said = made.typed.metadata, dict(made.said)
-    if options.precision == "int8":
+    if options.precision != "fp16":
         source = "synthetic" if use is not None and use.synthetic else "images"
         said["calibration"] = STATISTICS if use is None else source
     if use is not None and use.likeness is not None and use.likeness.verdict == "refused":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from ..errors import InputError, ModelError, PlanError
-from ..files.onnx import is_quantized, read_metadata
+from ..files.onnx import graph_precision, is_quantized, read_graph, read_metadata, weighted_nodes
 from ..files.signatures import HEAD_BYTES, PLAN_MAGICS
 from ..specs.values import ModelMetadata, ModelSpec
 from .options import BackendName, DeviceChoice, DeviceKind, EngineOptions, find_device
@@ -212,6 +212,8 @@ def _choose(path: Path, device: DeviceKind, backend: BackendName | None) -> Lite
         reason = "the graph is not INT8, and both are equally fast"
     elif importlib.util.find_spec("openvino") is None:
         reason = "OpenVINO is not installed"
+    elif graph_precision(weighted_nodes(read_graph(path))) == "fp8":
+        reason = "the graph is FP8, and it was judged on ONNX Runtime"
     else:
         chosen, reason = "openvino", "the graph is INT8"
     logger.info("%s: the fastest backend here is %s: %s", path, chosen, reason)

@@ -22,7 +22,7 @@ SePosition = Literal["none", "before_relu", "after_relu"]
 Form = Literal["training", "deploy"]
 InputKind = Literal["float32", "uint8"]
 OutputKind = Literal["logits", "probabilities", "top5"]
-Precision = Literal["fp32", "fp16", "int8"]
+Precision = Literal["fp32", "fp16", "fp8", "int8"]
 Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 
 
@@ -457,7 +457,7 @@ class PlanPassport:
     onnx_sha256: str
     spec: ModelSpec
     certificate: Certificate
-    precision: Literal["fp32", "fp16", "int8", "not_inspected"]
+    precision: Literal["fp32", "fp16", "fp8", "int8", "not_inspected"]
     config: BuildConfig
     flavour: Literal["tensorrt", "tensorrt_rtx"]
     tensorrt_version: str

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from repvgg_deploy.build.compile import compile_plan
-from repvgg_deploy.build.recipes import require_gpu, require_options, require_typing, resolve_targets
+from repvgg_deploy.build.library import Gpu
+from repvgg_deploy.build.recipes import require_fp8, require_gpu, require_options, require_typing, resolve_targets
 from repvgg_deploy.build.source import read_source
 from repvgg_deploy.errors import BuildError, CudaError
 from repvgg_deploy.files.plan_place import Library
@@ -225,3 +226,31 @@ def test_profile_that_is_refused_is_an_error(tmp_path: Path) -> None:
 def test_plan_that_does_not_load_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="cannot load the plan that it has just built"):
         build_fake("10.9.0.34", make_typed(tmp_path, "fp32"), faults=Faults(no_engine=True))
+
+
+ADA, AMPERE = Gpu("L4", "8.9", None), Gpu("A10", "8.6", None)
+
+
+def test_fp8_is_built_where_it_is_taken() -> None:
+    assert require_fp8(Library("tensorrt", None, "10.9.0.34"), ADA, ("8.9",), named=False) == ("8.9",)
+    every = ("8.0", "8.6", "8.9", "12.0", "12.1")
+    assert require_fp8(Library("tensorrt_rtx", None, "1.7.1.116"), None, every, named=False) == ("8.9", "12.0", "12.1")
+    assert require_fp8(Library("tensorrt_rtx", None, "1.5.0.1"), None, every, named=False) == ("8.9",)
+
+
+@pytest.mark.parametrize(
+    ("kind", "version", "gpu", "targets", "words"),
+    [
+        ("tensorrt", "8.6.1", ADA, ("8.9",), "knows no FP8: it came with 10"),
+        ("tensorrt", "10.9.0.34", AMPERE, ("8.6",), r"A10 \(8\.6\) has no FP8"),
+        ("tensorrt_rtx", "1.4.0.1", None, ("8.9",), "knows no FP8: it came with 1.5"),
+        ("tensorrt_rtx", "1.6.0.1", None, ("12.0",), "compute capability 8.9 only, not for 12.0"),
+        ("tensorrt_rtx", "1.7.1.116", None, ("8.6", "8.9"), "8.9 and later, not for 8.6"),
+    ],
+)
+def test_fp8_is_refused_elsewhere_with_what_helps(
+    kind: str, version: str, gpu: Gpu | None, targets: tuple[str, ...], words: str
+) -> None:
+    with pytest.raises(BuildError, match=words) as caught:
+        require_fp8(Library(kind, None, version), gpu, targets, named=True)
+    assert "--int8 or --fp16" in caught.value.remedy

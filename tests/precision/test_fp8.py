@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -8,17 +9,23 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from repvgg_deploy.errors import CalibrationError
+from repvgg_deploy.errors import CalibrationError, ParityError
+from repvgg_deploy.files.onnx import graph_precision, read_graph, read_metadata, weighted_nodes
 from repvgg_deploy.precision.check import check_quantized
 from repvgg_deploy.precision.grids import FP8, INT8, find_unsuited
 from repvgg_deploy.precision.int8 import FAST, Int8Options, quantize_graph
 from repvgg_deploy.precision.metrics import Judge
 from repvgg_deploy.precision.network import read_network
+from repvgg_deploy.precision.options import QuantizeOptions
+from repvgg_deploy.precision.quantization import quantize
 from repvgg_deploy.precision.round import round_nearest, round_rows
+from repvgg_deploy.precision.run_onnx import run_tensors
 from repvgg_deploy.precision.scales import ScaleOptions
-from tests.precision.make_chain import KINDS, ChainOptions, make_batches, make_model
+from repvgg_deploy.runtime.engine import Engine
+from tests.precision.make_chain import KINDS, ChainOptions, make_batches, make_model, save
 from tests.precision.make_graph import GRAPHS, draw
 from tests.precision.test_int8 import QUICK
+from tests.precision.test_quantization import write_pixels
 
 QUICK_FP8 = dataclasses.replace(QUICK, format="fp8")
 FAST_FP8 = dataclasses.replace(FAST, target="trt10", format="fp8")
@@ -162,3 +169,36 @@ def test_fp8_saved_scales_serve_again_and_not_for_int8() -> None:
     assert again == graph
     with pytest.raises(CalibrationError, match="of FP8"):
         quantize_graph(model, batches, dataclasses.replace(FAST, target="trt10"), saved=report.scales)
+
+
+def test_fp8_file_is_judged_written_named_and_run_by_the_engine(tmp_path: Path) -> None:
+    source, pixels = save(tmp_path / "m.onnx", make_model(WIDE)), write_pixels(tmp_path / "pixels.npz")
+    result = quantize(source, None, QuantizeOptions("fp8", pixels, int8=dataclasses.replace(FAST, target="trt10")))
+    out = tmp_path / "m-fp8.onnx"
+    assert result.output.target == out and result.int8 is not None and result.int8.format == "fp8"
+    metadata = read_metadata(out)
+    assert [entry.stage for entry in metadata.history] == ["export", "fp8"]
+    assert metadata.certificate.checks[-1].name.startswith("fp8 against fp32 in ONNX Runtime, 12 held-out images")
+    graph = read_graph(out)
+    assert [node.precision for node in weighted_nodes(graph)] == ["fp16", "fp8", "fp8", "fp8", "fp8"]
+    assert graph_precision(weighted_nodes(graph)) == "fp8"
+    batch = make_batches(WIDE, 4)[0]
+    truth = next(run_tensors(onnx.load(out), ["logits"], [batch]))["logits"]
+    with Engine(out, backend="fastest") as engine:
+        assert "ONNX Runtime" in engine.backend_name
+        assert np.array_equal(engine.infer(batch), truth)
+
+
+def test_fp8_graph_that_is_too_far_is_refused_by_its_own_name(tmp_path: Path) -> None:
+    source, pixels = save(tmp_path / "m.onnx", make_model(KINDS["features"])), write_pixels(tmp_path / "pixels.npz")
+    steps = dataclasses.replace(FAST, target="trt10")
+    with pytest.raises(ParityError, match="FP8 is too far from FP32"):
+        quantize(source, None, QuantizeOptions("fp8", pixels, int8=steps, min_sqnr_db=90))
+
+
+def test_fp8_graph_is_built_by_rtx_for_the_gpus_that_have_it() -> None:
+    pytest.importorskip("tensorrt_rtx")
+    from tests.precision.rtx import build
+
+    graph, _ = quantize_graph(make_model(WIDE), make_batches(WIDE, 16), FAST_FP8)
+    assert build(graph, plan=False).errors == ()

@@ -32,6 +32,7 @@ import numpy as np
 
 from ...errors import ModelError
 from ...files import wire
+from ...files.onnx import graph_precision, read_graph, weighted_nodes
 from .graph import FLOAT, FLOAT16, Graph, GraphError, Node, makers, parse, readers
 from .processor import explain_inexact_products, multiplies_int8_in_tiles
 
@@ -48,7 +49,7 @@ _LARGEST_BIAS = 2.0**30  # the products of 2,560 channels stay below 2**29
 
 
 def prepare(path: Path, target: Literal["onnxruntime", "openvino"]) -> bytes | str:
-    """The rewritten graph, or the path where it must be run as it stands; which and why is logged.
+    """The rewritten graph, or the path where it must be run as it stands (as FP8 is); which and why is logged.
 
     Args:
         path: An ONNX with Q/DQ pairs.
@@ -57,6 +58,9 @@ def prepare(path: Path, target: Literal["onnxruntime", "openvino"]) -> bytes | s
     Raises:
         ModelError: The file cannot be read.
     """
+    if graph_precision(weighted_nodes(read_graph(path))) == "fp8":
+        logger.info("%s: FP8 is run as it stands: a CPU computes it in FP32", path)
+        return str(path)
     inexact = explain_inexact_products()
     try:
         with path.open("rb") as file:

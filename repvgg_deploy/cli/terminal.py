@@ -20,7 +20,7 @@ _MARKS: dict[Tone, str] = {"good": "\ue001", "bad": "\ue002", "warn": "\ue003", 
 _PAINTED = re.compile("[\ue000-\ue004]")
 _BAR_WIDTH = 20
 _BAR_SECONDS = 0.1  # at most ten drawings a second
-_LINE_SECONDS = 10.0  # where there is no terminal
+_SILENT_SECONDS, _LINE_SECONDS = 30.0, 10.0  # where there is no terminal: before the first line, and between two
 _RATE_SECONDS = 1.0  # before, a rate says nothing
 CLEAR = "\r\x1b[K"
 
@@ -48,7 +48,7 @@ def colour(text: str, stream: TextIO) -> str:
 
 
 class Progress:
-    """A bar on standard error while a long job runs; a line every ten seconds where that is no terminal.
+    """A bar on standard error while a long job runs; now and then a line where that is no terminal.
 
     Args:
         total: Steps.
@@ -59,7 +59,7 @@ class Progress:
     def __init__(self, total: int = 0, label: str = "", *, stream: TextIO | None = None) -> None:
         self._stream = stream if stream is not None else sys.stderr
         self._draws, self._broken = self._stream.isatty(), False
-        self._said = time.monotonic()
+        self._said = time.monotonic() + _SILENT_SECONDS - _LINE_SECONDS
         self._begin(total, label)
 
     def _begin(self, total: int, label: str) -> None:

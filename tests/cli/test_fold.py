@@ -53,7 +53,7 @@ def test_fold_writes_a_file_and_a_table_of_what_it_saves(model: Path, capsys: py
     assert re.search(r"^  total +-\d\d% ", table, re.MULTILINE)
     assert max(len(line) for line in table.splitlines()) <= 80
     assert printed.err == f"next: repvgg-trt inspect {out}\n"
-    assert main(["inspect", str(out)]) == 0
+    assert main(["inspect", "--full", str(out)]) == 0
     described = capsys.readouterr().out
     assert "fold: opset 17, regions_folded" in described and "checkpoint     none: an ONNX of others" in described
 
@@ -172,7 +172,7 @@ def test_fold_with_letterbox_runs_images_letterboxed(tmp_path: Path, capsys: pyt
     assert main(["infer", str(out), str(photos), "--top", "1", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)["images"]
     assert found["predictions"][0]["class"] == expected.argmax()
-    assert main(["inspect", str(out)]) == 0
+    assert main(["inspect", "--full", str(out)]) == 0
     assert "letterboxed (bilinear) into 16×16, around it 9, 8, 7" in capsys.readouterr().out
 
 

@@ -73,14 +73,14 @@ def test_no_program_prints_or_writes_hostile_text(tmp_path: Path, capsys: pytest
     (tmp_path / "cut.onnx").write_bytes(model.read_bytes()[:-3] + wire.bytes_field(14, b"\x0a\x02\x1b["))
     np.savez(tmp_path / "a.npz", **{HOSTILE: np.zeros(2)})
     commands = [
-        ["inspect", model],
+        ["inspect", "--full", model],
         ["infer", model, image, "-v"],
         ["triton", model, "--out", repository],
         ["compare", model, model, "--data", image],
         ["eval", model, "--data", tmp_path / "a.npz"],
         ["quantize", model, "--int8", "--calib", tmp_path / "a.npz"],
         ["quantize", model, "--fp16", "-v"],
-        ["inspect", foreign],
+        ["inspect", "--full", foreign],
         ["fold", foreign, "--describe"],
         ["inspect", tmp_path / "cut.onnx"],
     ]

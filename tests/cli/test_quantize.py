@@ -159,7 +159,7 @@ def test_quantize_keeps_layers_and_shows_what_each_costs(
     assert status == 0
     assert re.search(r"^INT8 +\d\d\.\d% of the multiply-accumulates; kept in FP16: stage0\.conv, linear$", out, re.M)
     assert "the layers that cost most when each alone is quantized" in out and "alone dB" in out
-    assert main(["inspect", str(sample.with_name("sample-int8.onnx"))]) == 0
+    assert main(["inspect", "--full", str(sample.with_name("sample-int8.onnx"))]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"^precision +int8 \d\d\.\d %, fp16 \d+\.\d % of the multiply-accumulates$", printed, re.M)
     assert re.search(
@@ -280,7 +280,7 @@ def test_quantize_that_cannot_be_is_one_message(
 
 
 USAGE = {
-    "neither": ([], "one of the arguments --fp16 --int8 is required"),
+    "neither": ([], "one of the arguments --fp16 --int8 --fp8 is required"),
     "both": (["--fp16", "--int8"], "not allowed with"),
     "fp16 drop": (["--fp16", "--max-drop", "0.3"], "--max-drop is of --int8"),
     "fp16 target": (["--fp16", "--target", "trt8"], "--target is of --int8"),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repvgg_deploy.cli.quantize import describe_demand
+from repvgg_deploy.cli.quantize_report import describe_demand
 from repvgg_deploy.cli.trt import main
 from repvgg_deploy.runtime.engine import Engine
 from tests.endless import Stage, start_endless

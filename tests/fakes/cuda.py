@@ -35,7 +35,7 @@ class Memory:
 
 @dataclass(eq=False)
 class Stream:
-    number: int
+    number: int  # below 100: somebody else's; below 0: a default stream
     device: int
     queue: deque[Callable[[], None]] = field(default_factory=deque)
     recording: list[Callable[[], None]] | None = None
@@ -96,6 +96,7 @@ class FakeCuda:
         self.launches = 0
         self.foreign: set[int] = set()  # addresses of another context
         self._numbers = 100
+        self._defaults: dict[tuple[int, int, int], Stream] = {}
         self._current = threading.local()
 
     # what tests ask and tell
@@ -123,7 +124,7 @@ class FakeCuda:
     def foreign_stream(self, device: int = 0) -> int:
         """A stream that a caller made with another library: known by its number."""
         with self.lock:
-            number = 10 + len([number for number in self.streams if number < 100])
+            number = 10 + len([number for number in self.streams if 0 < number < 100])
             self.streams[number] = Stream(number, device)
             return number
 
@@ -336,7 +337,7 @@ class FakeCuda:
             self.device_wait()
 
     def device_wait(self) -> None:
-        """What torch.cuda.synchronize() in another thread does: it knows no lock of ours."""
+        """What torch.cuda.synchronize() does, and TensorRT on a default stream: they know no lock of ours."""
         with self.lock:
             device = self._begin("synchronize")
             streams = [stream for stream in self.streams.values() if stream.device == device]
@@ -398,10 +399,21 @@ class FakeCuda:
 
     def _stream(self, stream: Any) -> Stream:
         found = stream if isinstance(stream, Stream) else self.streams.get(stream)
+        if stream in (0, 1, 2):
+            found = self._default_stream(stream)
         assert found is not None and self.streams.get(found.number) is found, "a stream that is not there"
         if found.device != self.current_device():
             raise make_error("call", "CUDA_ERROR_INVALID_HANDLE", "the stream is of another device")
         return found
+
+    def _default_stream(self, handle: int) -> Stream:
+        """0 and 1 are one stream of each device, 2 is one of each thread."""
+        device, thread = self.current_device(), threading.get_ident() if handle == 2 else 0
+        key = (max(handle, 1), device, thread)
+        if key not in self._defaults:
+            found = Stream(-1 - len(self._defaults), device)
+            self._defaults[key] = self.streams[found.number] = found
+        return self._defaults[key]
 
     def _put(self, stream: Stream, step: Callable[[], None]) -> None:
         if stream.recording is not None:

@@ -23,6 +23,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from repvgg_deploy.errors import CudaError
 from tests.fakes.cuda import FakeCuda
 
 _ORT_TYPES = {
@@ -69,6 +70,7 @@ class Seen:
     """What happened."""
 
     runs: int = 0
+    default_streams: int = 0  # runs on handles 0, 1 and 2
     contexts: int = 0
     live_contexts: int = 0
     shapes: list[tuple[int, ...]] = field(default_factory=list)
@@ -385,6 +387,8 @@ class _Context:
                 world.seen.runs += 1
                 world.seen.shapes.append(shape)
                 world.seen.threads.add(threading.get_ident())
+                if stream_handle in (0, 1, 2) and not self._wait_for_device():
+                    return False
                 capturing = world.cuda._stream(stream_handle).recording is not None
                 if capturing:
                     assert shape in self._warm, "captured before the first run of this shape"
@@ -406,6 +410,21 @@ class _Context:
                 step.scale += 1e-6 * (0 < self._fallbacks[shape] <= 2)
                 world.cuda.enqueue(stream_handle, step)
             return True
+
+    def _wait_for_device(self) -> bool:
+        """TensorRT on a default stream waits for the whole device, which ends every capture that it meets.
+
+        Source: NvInferRuntime.h, IExecutionContext::enqueueV3; NVIDIA/TensorRT#2888.
+        """
+        self._world.seen.default_streams += 1
+        self._engine._logger.log(Severity.WARNING, "Using default stream in enqueueV3() may lead to performance issues")
+        try:
+            self._world.cuda.device_wait()
+        except CudaError as error:
+            message = f"IExecutionContext::enqueueV3: Error Code 1: {error.message}"
+            self._engine._logger.log(Severity.ERROR, message)
+            return False
+        return True
 
     def _next(self) -> int:
         assert self._scratch is not None

@@ -10,6 +10,7 @@ https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html (version 3
 from __future__ import annotations
 
 import ctypes
+import itertools
 import logging
 import threading
 import weakref
@@ -32,7 +33,14 @@ _NO_ORDER = -1  # in DLPack: the consumer sees to the order himself, or reads no
 _ALIGNMENT = 512
 _MOST_IDLE = 8
 
-# Streams. CUDA's handle 0 is the legacy default stream; handles 1 and 2 name the legacy and the per-thread one.
+# Streams
+
+DEFAULT_STREAMS = frozenset((0, 1, 2))
+"""CUDA's handles of default streams: 0 and 1 are the legacy one, 2 is another stream in each thread.
+
+Source: CUDA driver API, CU_STREAM_LEGACY and CU_STREAM_PER_THREAD.
+"""
+_PER_THREAD = 2
 
 
 def as_stream_handle(stream: Any) -> int:
@@ -171,6 +179,7 @@ class DeviceArray:
     ) -> None:
         self.shape, self.dtype = shape, dtype
         self._pool, self._block, self._stream = pool, block, stream
+        self._identity = None if stream is None else pool.identify_stream(stream)
         release = weakref.finalize(self, pool.give_back, block)
         release.atexit = False  # the process frees it, and CUDA may be gone by then
 
@@ -193,12 +202,13 @@ class DeviceArray:
     def __cuda_array_interface__(self) -> dict[str, Any]:
         """Version 3 of the protocol."""
         self._block.streams.add(UNKNOWN_STREAM)  # this protocol does not say where the reader works
+        stream = self._find_stream()
         return {
             "shape": self.shape,
             "typestr": self.dtype.str,
             "data": (self._block.address, False),
             "strides": None,
-            "stream": None if self._stream is None else _number_in_protocols(self._stream),
+            "stream": None if stream is None else _number_in_protocols(stream),
             "version": 3,
         }
 
@@ -211,10 +221,19 @@ class DeviceArray:
         None is the default stream, and −1 is a consumer who sees to the order himself.
         """
         reader = _number_in_protocols(0) if stream is None else stream
-        self._block.streams.add(UNKNOWN_STREAM if reader == _NO_ORDER else reader)
-        if reader != _NO_ORDER and self._stream is not None and reader != _number_in_protocols(self._stream):
-            self._pool.order(reader, after=self._stream)
+        identity = UNKNOWN_STREAM if reader == _NO_ORDER else self._pool.identify_stream(reader)
+        self._block.streams.add(identity)
+        writer = None if reader == _NO_ORDER else self._find_stream()
+        if writer is not None and identity != self._identity:
+            self._pool.order(reader, after=writer)
         return make_capsule(self, self._block.address, self.shape, dtype=self.dtype, device_id=self._pool.device_id)
+
+    def _find_stream(self) -> int | None:
+        """The handle, in this thread, of the stream that the array is in order on; None where it was waited for."""
+        if self._stream is not None and self._pool.identify_stream(self._stream) != self._identity:
+            self._pool.wait_for_device()  # it is another thread's default stream, which has no name here
+            self._stream = None
+        return self._stream
 
     def __repr__(self) -> str:
         return f"<DeviceArray {self.dtype} {self.shape} on GPU {self._pool.device_id}>"
@@ -244,7 +263,7 @@ class DeviceArrays:
 
 @dataclass(eq=False, slots=True)
 class Block:
-    """One piece of device memory, with the handles of the streams whose work may touch it, and UNKNOWN_STREAM."""
+    """One piece of device memory, with the identities of the streams whose work may touch it, and UNKNOWN_STREAM."""
 
     address: int
     size_bytes: int
@@ -262,22 +281,41 @@ class DevicePool:
         self._returned: deque[Block] = deque()
         self._idle: list[Block] = []
         self._closed = False
+        self._thread = threading.local()
+        self._numbers = itertools.count(2)
+
+    def identify_stream(self, handle: int) -> int:
+        """A number for each stream, which a handle is not: the legacy default stream has two, and a 2 is many streams.
+
+        Those of threads are negative, and none is given twice.
+        """
+        if handle != _PER_THREAD:
+            return _number_in_protocols(handle)
+        if not hasattr(self._thread, "number"):
+            self._thread.number = -next(self._numbers)
+        number: int = self._thread.number
+        return number
 
     def take(self, size_bytes: int, stream: int) -> Block:
         """A block that nothing but the stream itself may still be using. Called inside `on_device`.
+
+        Args:
+            size_bytes: At least so much.
+            stream: Handle of the stream that will use it, or that everything that uses it comes after.
 
         Raises:
             CudaMemoryError: There is no memory, also after all idle blocks were freed.
         """
         wanted = -(-max(size_bytes, 1) // _ALIGNMENT) * _ALIGNMENT
+        user = self.identify_stream(stream)
         with self._lock:
             self._idle.extend(self._drain())
             # Another stream may be gone by now, and its handle must not be touched: what it used waits until the whole
             # device was waited for.
             for block in reversed(self._idle):
-                if block.size_bytes == wanted and block.streams <= {stream}:
+                if block.size_bytes == wanted and block.streams <= {user}:
                     self._idle.remove(block)
-                    block.streams = {stream}
+                    block.streams = {user}
                     return block
             if len(self._idle) > _MOST_IDLE:
                 self._free_idle()
@@ -288,7 +326,7 @@ class DevicePool:
                     raise
                 self._free_idle()
                 address = self._port.allocate(wanted)
-        return Block(address, wanted, {stream})
+        return Block(address, wanted, {user})
 
     def give_back(self, block: Block) -> None:
         """Nobody refers to the block any more; work that reads it may still be on its streams."""
@@ -305,6 +343,11 @@ class DevicePool:
                 self._port.wait_event(stream, event)
             finally:
                 self._port.destroy_event(event)
+
+    def wait_for_device(self) -> None:
+        """Waits for all work on the GPU."""
+        with self._port.on_device(self.device_id):
+            self._port.synchronize()
 
     def close(self) -> None:
         """Frees what is idle; what somebody still holds is freed when it is let go."""

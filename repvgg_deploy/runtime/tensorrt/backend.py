@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ...errors import CudaContextError, CudaMemoryError, InputError
 from ...specs.values import ModelMetadata
 from ..cuda import opening
-from ..cuda.arrays import DeviceArray, DeviceArrays, DevicePool, DeviceView, view_device_array
+from ..cuda.arrays import DEFAULT_STREAMS, DeviceArray, DeviceArrays, DevicePool, DeviceView, view_device_array
 from ..options import EngineOptions
 from ..results import PhaseTimes
 from .memory import view_host
@@ -108,7 +108,9 @@ class TensorRtBackend:
 
         Args:
             batch: An array with `__dlpack__` or `__cuda_array_interface__`.
-            stream: Handle of the caller's stream, on which the results are in order; None waits for them.
+            stream: Handle of the caller's stream, on which the results are in order; None waits for them. On a default
+                stream TensorRT would wait for the whole device (NvInferRuntime.h, enqueueV3), which also ends a capture
+                in another thread: the slot's own stream does the work, between two events on the caller's.
             to_host: Whether the results come back as NumPy arrays, which waits for them.
 
         Raises:
@@ -116,12 +118,12 @@ class TensorRtBackend:
             CudaError: As of `run`.
         """
         with self._lend() as slot:
-            order: Any = slot.stream if stream is None else stream
-            handle = self._port.stream_handle(order)
-            view = self._view(batch, handle)
+            order: Any = slot.stream if stream is None or stream in DEFAULT_STREAMS else stream
+            caller: Any = order if stream is None else stream
+            view = self._view(batch, self._port.stream_handle(order))
             slot.wait_for_others(order)
             try:
-                results = self._run_pieces(slot, view, order)
+                results = self._run_pieces(slot, view, order, caller=caller)
             finally:
                 if stream is not None:  # also after a failure: what was put there before it may still run
                     slot.leave_working(order)
@@ -129,8 +131,10 @@ class TensorRtBackend:
                 self._port.synchronize_stream(order)
                 for result in results:
                     result.settle()
+            elif order is not caller:
+                slot.hold_up(caller)
             if to_host:
-                return self._download(results, handle)
+                return self._download(results, order)
         return DeviceArrays(tuple(output.name for output in self._plan.interface.outputs), tuple(results))
 
     def warm_up(self, batch: NDArray[Any]) -> None:
@@ -229,9 +233,10 @@ class TensorRtBackend:
             self._memory.order(handle, after=view.producer)
         return view
 
-    def _run_pieces(self, slot: Slot, view: DeviceView, order: Any) -> list[DeviceArray]:
+    def _run_pieces(self, slot: Slot, view: DeviceView, order: Any, *, caller: Any) -> list[DeviceArray]:
         """Puts all pieces of a batch on one stream, between the caller's array and blocks of the results' pool."""
         interface, lane, handle = self._plan.interface, slot.main, self._port.stream_handle(order)
+        reader = self._port.stream_handle(caller)
         results: list[DeviceArray] = []
         count = view.shape[0]
         row_bytes = interface.source.count_bytes(view.shape) // count
@@ -240,8 +245,11 @@ class TensorRtBackend:
             if not results:
                 for tensor, found in zip(interface.outputs, lane.output_shapes, strict=True):
                     shape = (count, *found[1:]) if tensor.shape[0] == interface.source.shape[0] else found
-                    block = self._memory.take(tensor.count_bytes(shape), handle)
-                    results.append(DeviceArray(self._memory, block, shape, tensor.dtype, stream=handle))
+                    block = self._memory.take(tensor.count_bytes(shape), reader)
+                    results.append(DeviceArray(self._memory, block, shape, tensor.dtype, stream=reader))
+                if order is not caller:
+                    # Not before the blocks are taken: what other slots still write to them is on this stream by then.
+                    slot.follow(caller)
             source = view.address + start * row_bytes
             targets = [
                 result.address + start * (tensor.count_bytes(found) // rows)
@@ -264,15 +272,15 @@ class TensorRtBackend:
         for target, address, tensor, found in zip(targets, outward, interface.outputs, lane.output_shapes, strict=True):
             port.copy(target, address, tensor.count_bytes(found) // lane.shape[0] * size, order)
 
-    def _download(self, results: list[DeviceArray], handle: int) -> Sequence[NDArray[Any]]:
+    def _download(self, results: list[DeviceArray], stream: Any) -> Sequence[NDArray[Any]]:
         """NumPy arrays of results on the device, through page-locked memory that is taken for this call."""
         outputs = []
         for result, wanted in zip(results, self._plan.spec.outputs, strict=True):
             size = int(np.prod(result.shape)) * result.dtype.itemsize
             address = self._port.allocate_host(size)
             try:
-                self._port.copy(address, result.address, size, handle)
-                self._port.synchronize_stream(handle)
+                self._port.copy(address, result.address, size, stream)
+                self._port.synchronize_stream(stream)
                 outputs.append(view_host(address, size).view(result.dtype).reshape(result.shape).astype(wanted.dtype))
             finally:
                 self._port.free_host(address)

@@ -187,8 +187,17 @@ class Slot:
             self.port.wait_event(stream, self._freed)
             self._busy = False
 
+    def follow(self, stream: int) -> None:
+        """What comes next on the slot's own stream begins after what a caller's stream has now."""
+        self.port.record_event(self.stage.arrived, stream)
+        self.port.wait_event(self.stream, self.stage.arrived)
+
+    def hold_up(self, stream: int) -> None:
+        """What comes next on a caller's stream begins after the work that `leave_working` noted."""
+        self.port.wait_event(stream, self._freed)
+
     def leave_working(self, stream: Any) -> None:
-        """Notes that work of this slot is left on a caller's stream."""
+        """Notes that work of this slot is left on a stream and not waited for."""
         try:
             self.port.record_event(self._freed, stream)
         except CudaError:

@@ -25,7 +25,7 @@ from repvgg_deploy.runtime.cuda.arrays import (
     view_device_array,
 )
 from repvgg_deploy.runtime.cuda.port import CAPTURE_LOCK
-from tests.fakes.cuda import FakeCuda, Stream
+from tests.fakes.cuda import FakeCuda
 from tests.runtime.gpu_world import Setting, World, make_world
 from tests.runtime.make_model import ModelOptions, random_batch
 
@@ -173,6 +173,150 @@ def test_results_are_in_order_on_the_callers_stream_and_not_waited_for(world: Wo
     assert world.cuda.leaks() == {}
 
 
+# default streams: handles 0 (of an ordinary torch program), 1 and 2
+
+
+@pytest.mark.parametrize("handle", [0, 1, 2])
+@pytest.mark.parametrize("count", [1, 5, 20])
+def test_default_stream_orders_the_work_and_never_reaches_tensorrt(world: World, handle: int, count: int) -> None:
+    batches = [random_batch(PLAIN, count, seed=seed) for seed in range(3)]
+    sources = [Interface(world, batch) for batch in batches]
+    array = Interface(world, np.zeros_like(batches[0]))
+    size = batches[0].nbytes
+    with world.open(contexts=2) as engine:
+        held = []
+        for source in sources:  # the same memory for each batch: the copy of the next one waits for its reader
+            with world.cuda.on_device(0):
+                world.cuda.copy(array.address, source.address, size, handle)
+            held.append(engine.infer_device(array, stream=handle)[0])
+        found = [world.cuda.download(one.address, one.dtype, one.shape) for one in held]
+        assert all(np.isnan(one).all() for one in found), "it was waited for"
+        with world.cuda.on_device(0):
+            world.cuda.synchronize_stream(handle)
+        for one, batch in zip(held, batches, strict=True):
+            answer = world.cuda.download(one.address, one.dtype, one.shape)
+            np.testing.assert_allclose(answer, world.expect(batch)[0], rtol=1e-5, atol=1e-5)
+            assert one.__cuda_array_interface__["stream"] == max(handle, 1)
+        with world.cuda.on_device(0):
+            world.cuda.copy(array.address, sources[1].address, size, handle)
+        np.testing.assert_allclose(
+            engine.infer(array, stream=handle), world.expect(batches[1])[0], rtol=1e-5, atol=1e-5
+        )
+        assert world.trt.seen.default_streams == world.cuda.calls["synchronize"] == 0
+        del held, one
+    free(world, array, *sources)
+    gc.collect()
+    assert world.cuda.leaks() == {}
+
+
+def test_default_stream_breaks_no_capture_of_another_thread(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin, batch = world.cuda.begin_capture, random_batch(PLAIN, 4)
+    array = Interface(world, batch)
+    answers: list[np.ndarray] = []
+    with world.open(contexts=2) as engine, world.open() as other:
+
+        def interfere(stream: object) -> None:
+            begin(stream)
+            with ThreadPoolExecutor(1) as pool:
+                answers.append(pool.submit(other.infer, array, stream=0).result(300))
+
+        monkeypatch.setattr(world.cuda, "begin_capture", interfere)
+        for _ in range(3):
+            np.testing.assert_allclose(engine.infer(batch), world.expect(batch)[0], rtol=1e-5, atol=1e-5)
+        assert len(answers) == 1 and world.cuda.calls["end_capture"] == 1 and world.cuda.launches == 2
+        np.testing.assert_allclose(answers[0], world.expect(batch)[0], rtol=1e-5, atol=1e-5)
+    free(world, array)
+
+
+def test_fakes_wait_for_the_device_on_a_default_stream_and_fail_a_capture(world: World) -> None:
+    """What the two tests above rest on."""
+    with world.open(contexts=1) as engine:
+        engine.infer(random_batch(PLAIN, 4))
+        slot = engine._backend._pool.acquire_idle()
+        lane, stage = next(iter(slot._lanes.values())), slot.stage
+        with world.cuda.on_device(0):
+            lane.enqueue(stage.addresses, 0)
+            assert (world.trt.seen.default_streams, world.cuda.calls["synchronize"]) == (1, 1)
+            world.cuda.begin_capture(slot.stream)
+            with pytest.raises(CudaError, match="CAPTURE_UNSUPPORTED"):
+                lane.enqueue(stage.addresses, 0)
+            with pytest.raises(CudaError, match="CAPTURE_INVALIDATED"):
+                world.cuda.end_capture(slot.stream)
+        engine._backend._pool.release(slot)
+
+
+def run_in_thread(call: Any, *arguments: Any) -> Any:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call, *arguments).result(300)
+
+
+READS_IN_ANOTHER_THREAD = {
+    "cuda array interface": lambda result: result.__cuda_array_interface__["stream"],
+    "dlpack": lambda result: result.__dlpack__(stream=2),
+}
+
+
+@pytest.mark.parametrize("read", READS_IN_ANOTHER_THREAD)
+def test_result_on_a_threads_default_stream_is_ready_before_another_thread_reads_it(world: World, read: str) -> None:
+    """Its handle names another stream there."""
+    batch = random_batch(PLAIN, 3)
+    array = Interface(world, batch)
+    with world.open() as engine:
+        result = engine.infer_device(array, stream=2)[0]
+        assert result.__cuda_array_interface__["stream"] == 2 and world.cuda.calls["synchronize"] == 0
+        named = run_in_thread(READS_IN_ANOTHER_THREAD[read], result)
+        found = world.cuda.download(result.address, result.dtype, result.shape)
+        np.testing.assert_allclose(found, world.expect(batch)[0], rtol=1e-5, atol=1e-5)
+        assert read == "dlpack" or named is None
+        del result, named
+    free(world, array)
+
+
+def test_memory_on_a_threads_default_stream_is_not_used_again_in_another_thread(world: World) -> None:
+    array = Interface(world, random_batch(PLAIN, 3))
+    with world.open() as engine:
+
+        def run() -> int:
+            address: int = engine.infer_device(array, stream=2)[0].address
+            gc.collect()
+            return address
+
+        first = run()
+        assert run() == first, "in the same thread it may be"
+        assert run_in_thread(run) != first
+    free(world, array)
+    gc.collect()
+    assert world.cuda.leaks() == {}
+
+
+def test_memory_given_back_early_is_not_written_by_two_slots(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A result is let go, while the slot that writes it is still at work, and a second slot takes its memory."""
+    first, second = random_batch(PLAIN, 3, seed=1), random_batch(PLAIN, 3, seed=2)
+    arrays_ = Interface(world, first), Interface(world, second)
+    take, entered = DevicePool.take, []
+    with world.open(contexts=2) as engine:
+
+        def take_late(pool: DevicePool, size: int, stream: int) -> Any:
+            entered.append(stream)
+            if len(entered) == 1:  # the second request has its slot, when the first one comes and goes
+                address = engine.infer_device(arrays_[0], stream=0)[0].address
+                gc.collect()
+                block = take(pool, size, stream)
+                assert block.address == address
+                return block
+            return take(pool, size, stream)
+
+        monkeypatch.setattr(DevicePool, "take", take_late)
+        result = engine.infer_device(arrays_[1], stream=0)[0]
+        with world.cuda.on_device(0):
+            world.cuda.device_wait()  # does the second slot's work first, where nothing orders it
+        found = world.cuda.download(result.address, result.dtype, result.shape)
+        np.testing.assert_allclose(found, world.expect(second)[0], rtol=1e-5, atol=1e-5)
+        assert len(entered) == 2
+        del result
+    free(world, *arrays_)
+
+
 def test_producers_stream_is_waited_for(world: World) -> None:
     stream = world.cuda.foreign_stream()
     batch = random_batch(PLAIN, 3)
@@ -269,7 +413,6 @@ def test_results_outlive_the_engine_and_free_themselves(world: World) -> None:
 
 def test_dlpack_without_a_stream_means_the_default_stream(world: World) -> None:
     stream = world.cuda.foreign_stream()
-    world.cuda.streams[1] = Stream(1, 0)  # the legacy default stream, as the protocol numbers it
     batch = random_batch(PLAIN, 3)
     array = Interface(world, batch)
     with world.open() as engine:
@@ -293,7 +436,6 @@ READERS = {
 
 @pytest.mark.parametrize("reader", READERS)
 def test_memory_that_an_unknown_stream_may_still_read_is_not_used_again_at_once(world: World, reader: str) -> None:
-    world.cuda.streams[1] = Stream(1, 0)
     array = Interface(world, random_batch(PLAIN, 2))
     with world.open() as engine:
         results = engine.infer_device(array)
@@ -327,7 +469,8 @@ def test_results_memory_is_used_again(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    "call", ["allocate", "record_event", "synchronize_stream", "create_event", "find_device", "is_reachable"]
+    "call",
+    ["allocate", "record_event", "wait_event", "synchronize_stream", "create_event", "find_device", "is_reachable"],
 )
 def test_failures_leave_no_memory_behind(world: World, call: str) -> None:
     batch = random_batch(PLAIN, 20)
@@ -335,7 +478,7 @@ def test_failures_leave_no_memory_behind(world: World, call: str) -> None:
     for nth in range(1, 12):
         engine = world.open()
         world.cuda.fail(call, nth=nth)
-        for stream in (None, world.cuda.foreign_stream()):
+        for stream in (None, world.cuda.foreign_stream(), 0):
             try:
                 engine.infer_device(array, stream=stream)
             except CudaError as error:

@@ -122,7 +122,6 @@ CONTRADICTIONS: dict[str, dict[str, object]] = {
     "input rank": {"input": dataclasses.replace(FLOAT_INPUT, shape=("batch", 3, 16), layout="other")},
     "rank of layout": {"input": dataclasses.replace(FLOAT_INPUT, shape=("batch", 3, 16))},
     "no dimension": {"input": dataclasses.replace(FLOAT_INPUT, shape=())},
-    "batch of 0": {"input": dataclasses.replace(FLOAT_INPUT, shape=(0, 3, 16, 16))},
     "no output": {"outputs": ()},
     "top5 with one output": {"kind": "top5"},
     "output name": {"outputs": (TensorSpec("other", "float32", ("batch", 7), "NC"),)},

@@ -187,6 +187,7 @@ EXTRAS = {
     "tritonclient": "serving",
     "prometheus_client": "service",
     "matplotlib": "plot",
+    "huggingface_hub": "hub",
 }
 """The extra that brings each optional package. (Of `cpu`, a machine with an NVIDIA GPU takes `gpu` in its place.)"""
 

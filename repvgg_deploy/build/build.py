@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ..errors import InputError, ModelError
+from ..files.cache import cache_folder
 from ..files.output import PendingOutput, require_distinct, require_writable
 from ..files.passport import passport_path
 from ..files.plan_place import Library
 from ..specs.values import PlanPassport
-from .cache import PlanCache, cache_folder, plan_key
+from .cache import PlanCache, plan_key
 from .compile import compile_plan
 from .deliver import (
     Delivered,

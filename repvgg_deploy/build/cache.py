@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from ..precision.options import QuantizeOptions
 
 logger = logging.getLogger(__name__)
-VARIABLE = "REPVGG_DEPLOY_CACHE"
 _LIMIT_BYTES = 16 << 30
 _PLAN, _PASSPORT, _PARTIAL = "plan", "passport.json", ".partial-"
 _ABANDONED_NS = 24 * 3600 * 10**9
@@ -43,31 +42,12 @@ _TOOLS = ("numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "pillow")
 _LISTS = (".txt", ".csv", ".tsv", ".lst")
 
 
-def cache_folder() -> Path:
-    """Where plans and timings are kept; it need not exist.
-
-    Raises:
-        InputError: The environment names no folder, not even a home.
-    """
-    own, general = os.environ.get(VARIABLE), os.environ.get("XDG_CACHE_HOME")
-    try:
-        if own:
-            return Path(own).expanduser()  # a unit file or a Dockerfile expands no ~
-        # Its standard says that a relative path is invalid and to be ignored.
-        usable = general is not None and Path(general).is_absolute()
-        return (Path(str(general)) if usable else Path.home() / ".cache") / "repvgg-deploy"
-    except RuntimeError as error:
-        raise InputError(
-            f"no folder for the cache: {error}", remedy=f"set {VARIABLE} to a folder, or give --no-cache"
-        ) from error
-
-
 @dataclass(frozen=True, slots=True)
 class PlanCache:
     """The cache in one folder. A folder that cannot be written to is logged: it costs time and no build.
 
     Attributes:
-        folder: See `cache_folder`; None for a cache that keeps nothing.
+        folder: See `files.download.cache_folder`; None for a cache that keeps nothing.
         limit_bytes: Beyond it, the entries that were not used for longest are removed.
     """
 

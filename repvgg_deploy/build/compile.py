@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError, BuildError, CudaError, InputError
+from ..files.cache import cache_folder
 from ..files.onnx import GraphSummary
 from ..files.output import atomic_output, locked
 from ..files.plan_place import Library, quote
-from .cache import cache_folder
 from .inspect import PrecisionReport, WeightedLayer, measure, read_layers, require_honest, weigh_layers
 from .library import BuildLog
 from .monitor import BuildState, make_monitor, run_cancellable

@@ -33,6 +33,7 @@ from .common import (
 if TYPE_CHECKING:
     from ..export.export import ExportOptions, ExportResult
     from ..export.options import ResizeOptions
+    from ..model.checkpoint.hub import Located
     from ..model.checkpoint.load import Description
     from ..specs.values import Certificate, Preprocessing, TensorSpec
 
@@ -43,6 +44,7 @@ DESCRIPTION = (
 EXAMPLES = """examples:
   repvgg-export --ckpt RepVGG-B2-train.pth --describe
   repvgg-export --arch B2 --ckpt RepVGG-B2-train.pth --out b2.onnx
+  repvgg-export --pretrained --arch A0 --out a0.onnx
   repvgg-export --ckpt mine.pth --input uint8 --output top5 --labels names.txt
   repvgg-export --ckpt mine.pth --features --image-size 512x1024
   repvgg-export --ckpt RepVGG-B2-train.pth --out b2.onnx --synthetic-calibration
@@ -80,8 +82,13 @@ def build_parser() -> argparse.ArgumentParser:
 # fmt: off
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The checkpoint and the files; what goes into the graph; calibration images."""
-    parser.add_argument("--ckpt", required=True, type=Path, metavar="FILE",
-                        help="checkpoint of any RepVGG family (.pth, .pth.tar, .safetensors, .pdparams)")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--ckpt", metavar="FILE|NAME",
+                        help="checkpoint of any RepVGG family (.pth, .pth.tar, .safetensors, .pdparams); "
+                             "hf-hub:ORG/NAME[/FILE][@REVISION] or https://... fetches it")
+    source.add_argument("--pretrained", action="store_true",
+                        help="timm's weights of the variant that --arch names: --ckpt "
+                             "hf-hub:timm/repvgg_a0.rvgg_in1k for A0")
     parser.add_argument("--arch", metavar="NAME",
                         help="variant that it must be, such as B2, or a TOML file; found from the tensors when left "
                              "out")
@@ -92,7 +99,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         help="which of several sets of weights in the file, such as model_ema (default: the only one, "
                              "or the only average)")
     parser.add_argument("--out", type=Path, metavar="FILE",
-                        help="the ONNX to write (default: beside the checkpoint, with the suffix .onnx)")
+                        help="the ONNX to write (default: beside the checkpoint, with the suffix .onnx; in this "
+                             "folder where that is a name)")
     parser.add_argument("--describe", action="store_true",
                         help="say what the checkpoint is and print the command that exports it; writes nothing")
     parser.add_argument("--save-deploy", type=Path, metavar="FILE",
@@ -206,6 +214,8 @@ def find_conflict(args: argparse.Namespace) -> str | None:
     """What is wrong with options that cannot hold together, or None."""
     if (conflict := find_resize_conflict(args)) is not None:
         return conflict
+    if args.pretrained and args.arch is None:
+        return "--pretrained needs --arch, such as --arch A0"
     if args.features and args.output != "logits":
         return f"--features gives stage outputs, so --output {args.output} cannot hold"
     if args.synthetic_calibration is None and (args.calibration_seed is not None or args.calibration_steps is not None):
@@ -215,6 +225,11 @@ def find_conflict(args: argparse.Namespace) -> str | None:
 
 def execute(args: argparse.Namespace) -> Output:
     """Exports the checkpoint, or describes it."""
+    if args.pretrained:
+        from ..model.checkpoint.hub import name_pretrained
+        from ..specs.variants import get_variant
+
+        args.ckpt = name_pretrained(get_variant(args.arch).name)
     return _describe(args) if args.describe else _export(args)
 
 
@@ -225,8 +240,9 @@ def _describe(args: argparse.Namespace) -> Output:
     from ..specs.zoo import find_card, find_card_by_name
 
     arch = get_variant(args.arch) if args.arch else None
-    found = describe_checkpoint(args.ckpt, arch=arch, strides=args.strides, weights=args.weights)
-    card, named = find_card(found.sha256), find_card_by_name(args.ckpt.name)
+    located = _locate(args.ckpt)
+    found = describe_checkpoint(located, arch=arch, strides=args.strides, weights=args.weights)
+    card, named = find_card(found.sha256), find_card_by_name(located.path.name)
     published = None if card is None else card.summary()
     if card is None and named is not None and named.bytes is not None:
         expected = f"{named.bytes:,} bytes, sha256 {str(named.sha256)[:16]}…"
@@ -243,6 +259,14 @@ def _describe(args: argparse.Namespace) -> Output:
         pairs.append(("export with", " ".join([found.command, shlex.join(given)]).strip()))
     errors = () if found.problem is None else (CheckpointError(found.problem, remedy=str(found.remedy)),)
     return Output({**encode(found), "published": published}, format_pairs(pairs), errors=errors)
+
+
+def _locate(ckpt: str) -> Located:
+    """The checkpoint on this machine; fetched, with a bar, where it is given by name."""
+    from ..model.checkpoint.hub import locate
+
+    with Progress() as bar:
+        return locate(ckpt, progress=lambda done, total: bar.show("fetch it, MB", done // 10**6, total // 10**6))
 
 
 def _describe_content(found: Description, size: int) -> list[tuple[str, str]]:
@@ -263,17 +287,17 @@ def _describe_content(found: Description, size: int) -> list[tuple[str, str]]:
 
 
 def _export(args: argparse.Namespace) -> Output:
-    from ..files.output import default_output
+    from ..model.checkpoint.hub import default_onnx
 
     # Before torch is loaded: let idle OpenMP threads sleep, not spin. On a machine that others use too, spinning
     # doubles the time of an export (B2 beside another busy program on two cores: 20 s against 39 s).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    out = args.out or default_output(args.ckpt)
+    out, located = args.out or default_onnx(args.ckpt), _locate(args.ckpt)
     with Progress(_STAGES, "start") as bar:
         from ..export import export_checkpoint
 
         result = export_checkpoint(
-            args.ckpt,
+            located,
             out,
             options=_read_options(args),
             progress=lambda stage: bar.advance(label=stage),
@@ -342,9 +366,10 @@ def _as_text(result: ExportResult) -> str:
     metadata = result.metadata
     source, variant, spec = metadata.source, metadata.variant, metadata.spec
     assert source is not None and variant is not None
-    origin = f"{source.family}, {source.form} form, {variant.name}, {variant.num_classes} classes"
+    kind = f"{source.family}, {source.form} form, {variant.name}, {variant.num_classes} classes"
     pairs = [
-        ("checkpoint", f"{source.file}: {origin}\nsha256 {source.sha256}"),
+        ("checkpoint", f"{source.file}: {kind}\nsha256 {source.sha256}"),
+        *([] if source.origin is None else [("fetched as", source.origin)]),
         *(("note", note) for note in result.notes),
         *(("taken as given", fact) for fact in metadata.certificate.facts),
         ("verified", f"against {metadata.certificate.reference}\n{certificate_table(metadata.certificate)}"),

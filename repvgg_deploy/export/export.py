@@ -25,7 +25,8 @@ from ..images.decode import default_preprocessing
 from ..images.drawn import make_batches
 from ..images.labels import require_printable
 from ..model.checkpoint.containers import open_checkpoint
-from ..model.checkpoint.load import Checkpoint, build_model, load_checkpoint, write_deploy
+from ..model.checkpoint.hub import Located, locate
+from ..model.checkpoint.load import Checkpoint, all_facts, build_model, load_checkpoint, write_deploy
 from ..model.fold import reparameterize
 from ..model.parity import compare_forms, reference_of_deploy
 from ..model.tolerance import require_passed
@@ -119,7 +120,7 @@ class ExportResult:
 
 @plain_torch()
 def export_checkpoint(
-    ckpt: Path | str,
+    ckpt: Path | str | Located,
     out: Path | str,
     *,
     options: ExportOptions | None = None,
@@ -129,7 +130,9 @@ def export_checkpoint(
     """Checkpoint → verified ONNX. Nothing is written that did not pass its verification.
 
     Args:
-        ckpt: A RepVGG checkpoint of any family, in training or deploy form.
+        ckpt: A RepVGG checkpoint of any family, in training or deploy form: a file, or a name as `load_checkpoint`
+            takes it, such as `hf-hub:timm/repvgg_a0.rvgg_in1k`. What its `config.json` says holds where neither the
+            options nor the file say it.
         out: The `.onnx`.
         options: How it is exported.
         progress: Called with the name of each stage when it begins.
@@ -138,27 +141,29 @@ def export_checkpoint(
 
     Raises:
         CalibrationError: Calibration images are asked for, and the checkpoint is in deploy form: it has no statistics.
-        CheckpointError: The checkpoint cannot be read, is incomplete or of another network.
+        CheckpointError: The checkpoint cannot be fetched or read, is incomplete or of another network.
         ExportError: torch, onnxsim or the graph contract refuse the graph.
         ParityError: The deploy form or the ONNX does not give what the training-mode model gives.
         ArtifactError: A file cannot be written, or exists and differs.
     """
-    ckpt, out, options, report = Path(ckpt), Path(out), options or ExportOptions(), progress or _silent
+    out, options, report = Path(out), options or ExportOptions(), progress or _silent
+    located = locate(ckpt)
+    path = located.path
     beside = [] if options.calibration is None else [calibration_path(out)]
     deploy_out = options.save_deploy
-    require_distinct([out, *beside] if deploy_out is None else [out, deploy_out, *beside], [ckpt])
-    open_checkpoint(ckpt).close()  # what is read comes first, then where it is written
+    require_distinct([out, *beside] if deploy_out is None else [out, deploy_out, *beside], [path])
+    open_checkpoint(path).close()  # what is read comes first, then where it is written
     # Opened first: a folder that cannot be written to should not be found out after the work. Written both or not at
     # all.
     deploying = nullcontext() if deploy_out is None else atomic_output(deploy_out, force=options.force)
     with deploying as deploy_output, atomic_output(out, force=options.force) as output:
-        metadata = _write_verified(ckpt, output.partial, deploy_output, options=options, report=report)
+        metadata = _write_verified(located, output.partial, deploy_output, options=options, report=report)
     calibration = None
     if options.calibration is not None:
         report("synthesise calibration images")
         release_freed_memory()
         calibration = write_calibration(
-            ckpt, out, options=options.calibration, force=options.force, progress=calibration_progress
+            path, out, options=options.calibration, force=options.force, progress=calibration_progress
         )
     return ExportResult(output, metadata, metadata.notes, deploy_output, calibration)
 
@@ -168,11 +173,11 @@ def _silent(stage: str) -> None:
 
 
 def _write_verified(
-    ckpt: Path, path: Path, deploy_output: PendingOutput | None, *, options: ExportOptions, report: Progress
+    located: Located, path: Path, deploy_output: PendingOutput | None, *, options: ExportOptions, report: Progress
 ) -> ModelMetadata:
     """The export itself: writes the ONNX to `path`, and the deploy form where it is wanted."""
     report("read the checkpoint")
-    checkpoint = load_checkpoint(ckpt, arch=options.arch, strides=options.strides, weights=options.weights)
+    checkpoint = load_checkpoint(located, arch=options.arch, strides=options.strides, weights=options.weights)
     _require_classifier(checkpoint, options.graph)
     model = build_model(checkpoint)
     checkpoint = dataclasses.replace(checkpoint, state={})  # the model holds the only reference to the weights
@@ -313,9 +318,14 @@ def _make_metadata(
         spec=spec,
         variant=checkpoint.spec,
         source=CheckpointSource(
-            checkpoint.path.name, checkpoint.sha256, checkpoint.family, checkpoint.form, checkpoint.weights
+            checkpoint.path.name,
+            checkpoint.sha256,
+            checkpoint.family,
+            checkpoint.form,
+            checkpoint.weights,
+            checkpoint.origin,
         ),
-        certificate=Certificate(reference, checks, versions, checkpoint.facts),
+        certificate=Certificate(reference, checks, versions, all_facts(checkpoint, spec.preprocessing, spec.labels)),
         statistics=statistics,
         history=(history,),
         notes=checkpoint.notes,

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import __version__
-from ..build.cache import cache_folder
 from ..build.library import BackendChoice, open_library
 from ..errors import CudaError, InputError, MissingDependencyError, RepVGGDeployError, say_install
+from ..files.cache import cache_folder
 from ..runtime.cpu.processor import read_features
 from ..runtime.cuda.opening import open_cuda
 from .peaks import cpu_name
@@ -37,6 +37,7 @@ _NEEDS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("infer, eval, compare, bench of an ONNX", ("onnxruntime", "PIL"), "cpu"),
     ("the fastest INT8 on a CPU", ("openvino",), "openvino"),
     ("infer --out x.parquet", ("pyarrow",), "parquet"),
+    ("repvgg-export of a name on the hub", ("huggingface_hub", "torch", "onnxruntime"), "hub,export,cpu"),
     ("scoring on Ray", ("ray", "pyarrow", "onnxruntime", "PIL"), "ray,cpu"),
     ("triton", ("google.protobuf", "tritonclient"), "serving"),
     ("the example service", ("fastapi", "uvicorn", "prometheus_client", "onnxruntime", "PIL"), "service,cpu"),

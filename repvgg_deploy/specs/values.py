@@ -294,13 +294,14 @@ class Certificate:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointSource:
-    """Where the weights came from; `weights` is their place in the file (`.`: the file is their state dict)."""
+    """Where the weights came from: `weights` is their place in the file (`.`: all of it), `origin` the fetched name."""
 
     file: str
     sha256: str
     family: str
     form: Form
     weights: str | None = None
+    origin: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from repvgg_deploy.build.cache import PlanCache, cache_folder, plan_key
+from repvgg_deploy.build.cache import PlanCache, plan_key
 from repvgg_deploy.build.source import read_source
+from repvgg_deploy.files.cache import cache_folder
 from repvgg_deploy.files.plan_place import Library
 from repvgg_deploy.precision.options import QuantizeOptions
 from repvgg_deploy.specs import codec

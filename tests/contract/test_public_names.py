@@ -119,6 +119,7 @@ def test_extras_name_an_onnx_runtime_only_in_cpu_and_gpu() -> None:
         "plot",
         "parquet",
         "completion",
+        "hub",
         "ray",
         "dev",
         "docs",

@@ -14,6 +14,7 @@ The stages, and where something new goes:
 - `identify`: one state dict → its architecture, and who said what tensors do not tell.
 - `averages`: which keys mean an average (`_AVERAGES`), and averages in other shapes than a state dict's.
 - `resolve`: content → one model, chosen among all that are complete.
+- `hub`: a name (`hf-hub:`, `https:`) → a file on this machine. `told`: what its `config.json` says.
 - `load`: the stages in order, the weights, and the result (`Checkpoint`); `build_model`, `write_deploy` and
   `describe_checkpoint`.
 """

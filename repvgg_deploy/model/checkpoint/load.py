@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import CheckpointError, InputError, explain_missing, say_install
-from ...files.output import default_output, sha256_file
+from ...files.output import sha256_file
 from ...specs import codec
 from ...specs.values import METADATA_KEY, Form, Preprocessing, VariantSpec
 from ...specs.variants import count_parameters, name_variant
 from .containers import open_checkpoint, read_file
+from .hub import Located, default_onnx, locate
 from .identify import Asked, Resolved
 from .lazy import (
     BFLOAT16,
@@ -42,6 +43,7 @@ from .lazy import (
 from .names import plus_prefixes
 from .resolve import resolve
 from .structure import describe_custom
+from .told import Told
 
 if TYPE_CHECKING:
     import torch
@@ -80,6 +82,8 @@ class Checkpoint:
         untold: What nobody said: `build_model` and exports refuse the checkpoint until it is stated.
         bn_eps: Name of a BatchNorm → its epsilon, where it is not that of `spec`.
         headless: There is no classifier; `state` has the mean of the features in its place, as one class.
+        origin: The name that it was fetched by, pinned (see `hub.Located`); None where it was given as a file.
+        told: What stands beside it on the hub. `labels` and `preprocessing` are of it where the file has none.
     """
 
     path: Path
@@ -99,6 +103,8 @@ class Checkpoint:
     untold: tuple[str, ...] = ()
     bn_eps: Mapping[str, float] = field(default_factory=dict)
     headless: bool = False
+    origin: str | None = None
+    told: Told | None = None
 
     @property
     def has_statistics(self) -> bool:
@@ -107,7 +113,7 @@ class Checkpoint:
 
 
 def load_checkpoint(
-    path: Path | str,
+    path: Path | str | Located,
     *,
     arch: VariantSpec | None = None,
     strides: tuple[int, int, int, int, int] | None = None,
@@ -117,7 +123,8 @@ def load_checkpoint(
 
     Args:
         path: `.pth`, `.pt`, `.pth.tar`, `.safetensors` or `.pdparams`, the index of a sharded `.safetensors` or one of
-            its shards; the content decides, not the suffix.
+            its shards; the content decides, not the suffix. Or a name: `hf-hub:ORG/NAME`, `https://…` (see
+            `repvgg_deploy.model.checkpoint.hub.locate`).
         arch: What it should be of (class count and block kind aside); None takes what the tensors say.
         strides: Of the stem and of the first block of stages 1 to 4: tensors do not tell them.
         weights: Which of several complete sets of weights in the file: the path of keys to it, such as `model_ema`.
@@ -125,18 +132,20 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: The file cannot be read, is no RepVGG, incomplete, of another architecture, has NaN or
-            infinite weights, or holds several sets of weights (epochs; teacher and student) of which none is asked for.
-        MissingDependencyError: torch is not installed.
+            infinite weights, or holds several sets of weights (epochs; teacher and student) of which none is asked for;
+            what is given by name cannot be fetched, or is another than it should be.
+        MissingDependencyError: torch is not installed, or, for `hf-hub:`, huggingface_hub.
     """
     try:
         import torch  # noqa: F401
     except ImportError as error:
         raise (explain_missing(error) or error) from error
-    return _load(Path(path), Asked(arch, strides, weights), read=True)
+    return _load(locate(path), Asked(arch, strides, weights), read=True)
 
 
-def _load(path: Path, asked: Asked, *, read: bool) -> Checkpoint:
+def _load(located: Located, asked: Asked, *, read: bool) -> Checkpoint:
     """`load_checkpoint`; where it does not `read` numbers, `state` is empty, and torch is not needed."""
+    path, told = located.path, located.told
     content = read_file(path)  # the container, and in it a pickle read as data: tensors are described, not loaded
     try:
         # State dicts → official names → architectures, and the one to take.
@@ -157,12 +166,19 @@ def _load(path: Path, asked: Asked, *, read: bool) -> Checkpoint:
             f"it is none of the published models, and the file does not tell {', '.join(found.untold)}: state the "
             f"strides to build or export it"
         )
-    notes += converted
+    notes += [*converted, *(() if told is None else told.notes)]
     if found.form == "deploy" and "train" in path.name.lower():
         notes.append(
             "the file is called a training checkpoint, but holds the deploy form (rbr_reparam): it is already "
             "reparameterized"
         )
+    labels, preprocessing = found.labels, found.preprocessing
+    if told is not None:
+        if not found.headless and told.classes not in (None, found.spec.num_classes):
+            message = f"{path}: has {found.spec.num_classes} classes, {told.who} says {told.classes}"
+            raise CheckpointError(message, remedy="name another revision or file, or give the file alone")
+        labels = labels if labels is not None or found.headless else told.labels
+        preprocessing = preprocessing or told.preprocessing
     return Checkpoint(
         path=path,
         sha256=sha256,
@@ -170,8 +186,8 @@ def _load(path: Path, asked: Asked, *, read: bool) -> Checkpoint:
         form=found.form,
         spec=found.spec,
         state=state,
-        labels=found.labels,
-        preprocessing=found.preprocessing,
+        labels=labels,
+        preprocessing=preprocessing,
         notes=tuple(notes),
         container=content.container,
         wrapper=found.wrapper,
@@ -181,6 +197,8 @@ def _load(path: Path, asked: Asked, *, read: bool) -> Checkpoint:
         untold=found.untold,
         bn_eps=found.bn_eps,
         headless=found.headless,
+        origin=located.origin,
+        told=told,
     )
 
 
@@ -313,7 +331,8 @@ def require_told(checkpoint: Checkpoint) -> None:
 
 def export_command(checkpoint: Checkpoint) -> str:
     """The command that exports a checkpoint, with what has to be stated."""
-    words = ["repvgg-export", "--ckpt", str(checkpoint.path), "--out", str(default_output(checkpoint.path))]
+    given = checkpoint.origin or str(checkpoint.path)
+    words = ["repvgg-export", "--ckpt", given, "--out", str(default_onnx(given))]
     if checkpoint.untold:
         words += ["--strides", ",".join(map(str, checkpoint.spec.strides))]
     if checkpoint.others:
@@ -367,6 +386,14 @@ def _own_storage(tensor: torch.Tensor) -> torch.Tensor:
     return detached if whole and detached.is_contiguous() else detached.contiguous().clone()
 
 
+def all_facts(
+    checkpoint: Checkpoint, preprocessing: Preprocessing | None, labels: tuple[str, ...] | None
+) -> tuple[str, ...]:
+    """What was said of a checkpoint, and by whom; of what stands beside it on the hub, what a model has of it."""
+    told = checkpoint.told
+    return checkpoint.facts if told is None else (*checkpoint.facts, *told.say(preprocessing, labels))
+
+
 @dataclass(frozen=True, slots=True)
 class Description:
     """What a file is. What has no line below is as in `Checkpoint`, or None where the file cannot be exported.
@@ -380,6 +407,7 @@ class Description:
         problem: Why it cannot be exported; None where it can.
         remedy: What to do about the problem.
         command: The command that exports it.
+        origin: The name that it was fetched by, pinned (see `hub.Located`); None for a file.
     """
 
     file: str
@@ -401,6 +429,7 @@ class Description:
     problem: str | None = None
     remedy: str | None = None
     command: str | None = None
+    origin: str | None = None
 
     @property
     def loadable(self) -> bool:
@@ -409,7 +438,7 @@ class Description:
 
 
 def describe_checkpoint(
-    path: Path | str,
+    path: Path | str | Located,
     *,
     arch: VariantSpec | None = None,
     strides: tuple[int, int, int, int, int] | None = None,
@@ -420,23 +449,25 @@ def describe_checkpoint(
     The arguments are those of `load_checkpoint`.
 
     Raises:
-        CheckpointError: There is no such file, it is a folder, empty, or cannot be opened.
+        CheckpointError: There is no such file, it is a folder, empty, or cannot be opened; or, of a name, as
+            `load_checkpoint`.
     """
-    target = Path(path)
+    located = locate(path)
+    target, shown = located.path, located.origin or str(located.path)
     open_checkpoint(target).close()
     size = target.stat().st_size
     try:
         asked = Asked(arch, strides, weights)
-        checkpoint = _load(target, asked, read=importlib.util.find_spec("torch") is not None)
+        checkpoint = _load(located, asked, read=importlib.util.find_spec("torch") is not None)
     except CheckpointError as error:
         problem = error.message.removeprefix(f"{target}: ")
         container = None
         with contextlib.suppress(CheckpointError):
             container = read_file(target).container
-        return Description(str(path), size, sha256_file(target), container, problem=problem, remedy=error.remedy)
+        return Description(shown, size, sha256_file(target), container, problem=problem, remedy=error.remedy)
     spec = checkpoint.spec
     return Description(
-        file=str(path),
+        file=shown,
         bytes=size,
         sha256=checkpoint.sha256,
         container=checkpoint.container,
@@ -449,8 +480,9 @@ def describe_checkpoint(
         spec=spec,
         labels=checkpoint.labels,
         notes=checkpoint.notes,
-        facts=checkpoint.facts,
+        facts=all_facts(checkpoint, checkpoint.preprocessing, checkpoint.labels),
         weights=checkpoint.weights,
         others=checkpoint.others,
         command=export_command(checkpoint),
+        origin=checkpoint.origin,
     )

@@ -88,8 +88,10 @@ def refuse_no_file(path: Path) -> None:
 def _name_address(scheme: str, rest: str) -> CheckpointError:
     """What an address is; pathlib made one slash of two."""
     whole = f"{scheme}:/{rest}" if rest.startswith("/") else f"{scheme}:{rest}"
-    how = f"curl -LO {shlex.quote(whole)}" if scheme.lower().startswith(("http", "ftp")) else "with its own program"
+    how = f"curl -LO {shlex.quote(whole)}" if scheme.lower().startswith("ftp") else "with its own program"
     remedy = f"download it first ({how}), then give the file"
+    if scheme.lower() in ("hf", "timm"):
+        remedy = "give hf-hub:ORG/NAME, such as hf-hub:timm/repvgg_a0.rvgg_in1k"
     if scheme.lower() in ("file", "local-dir"):
         local = re.sub(r"^/localhost(?=/)", "", unquote(rest))
         remedy = f"give its path alone: {shlex.quote(local)}"

@@ -72,11 +72,9 @@ def test_index_that_is_none_is_refused(content, tmp_path):
 @pytest.mark.parametrize(
     ("address", "shown"),
     [
-        ("https://host/a/b.pth", r"https://host/a/b\.pth: is an address \(https\)"),
-        ("hf-hub:timm/repvgg_a0.rvgg_in1k", r"is an address \(hf-hub\)"),
-        ("hf://timm/repvgg_a0/model.safetensors", r"hf://timm/repvgg_a0/model\.safetensors: is an address \(hf\)"),
+        ("ftp://host/a/b.pth", r"ftp://host/a/b\.pth: is an address \(ftp\)"),
         ("s3://bucket/b.pth", r"s3://bucket/b\.pth: is an address \(s3\)"),
-        ("HTTPS://host/b.pth", r"HTTPS://host/b\.pth: is an address \(HTTPS\)"),
+        ("FTP://host/b.pth", r"FTP://host/b\.pth: is an address \(FTP\)"),
         ("sftp://user@host/b.pth", r"sftp://user@host/b\.pth: is an address \(sftp\)"),
         ("wandb:team/run/b.pth", r"wandb:team/run/b\.pth: is an address \(wandb\)"),
     ],
@@ -85,7 +83,13 @@ def test_address_is_named_as_one(address, shown):
     with pytest.raises(CheckpointError, match=shown) as caught:
         load_checkpoint(address)
     assert "download it first" in caught.value.remedy
-    assert ("curl -LO" in caught.value.remedy) == address.lower().startswith("http")
+    assert ("curl -LO" in caught.value.remedy) == address.lower().startswith("ftp")
+
+
+def test_address_of_the_hub_in_another_form_gives_ours():
+    with pytest.raises(CheckpointError, match=r"hf://timm/repvgg_a0/model\.safetensors: is an address") as caught:
+        load_checkpoint("hf://timm/repvgg_a0/model.safetensors")
+    assert caught.value.remedy.startswith("give hf-hub:ORG/NAME")
 
 
 @pytest.mark.parametrize(

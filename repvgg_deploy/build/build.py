@@ -18,7 +18,7 @@ from ..errors import InputError, ModelError
 from ..files.cache import cache_folder
 from ..files.output import PendingOutput, require_distinct, require_writable
 from ..files.passport import passport_path
-from ..files.plan_place import Library
+from ..files.plan_place import SLOW_INT8, Library, warn_of_int8
 from ..specs.values import PlanPassport
 from .cache import PlanCache, plan_key
 from .compile import compile_plan
@@ -135,6 +135,9 @@ def _make_request(source: Source, options: BuildOptions) -> BuildRequest:
     precision = options.config.precision or source.precision
     if precision == "fp8":
         targets = require_fp8(library, search.gpu, targets, named=bool(options.targets))
+    if precision == "int8":
+        for target in (name for name in targets if name in SLOW_INT8):
+            logger.warning("%s", warn_of_int8(target))
     if options.timing_cache is not None and not library.is_rtx:
         require_writable(options.timing_cache)
     return BuildRequest(

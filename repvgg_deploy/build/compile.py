@@ -1,6 +1,7 @@
 """One build: typed ONNX → plan in memory, inspected where a GPU is there to do so; and TensorRT's timings in a file.
 
-Timings are kept in one file for each GPU and version. It is replaced whole, and merged when two builds end at once.
+Timings are kept in one file for each GPU, CUDA and TensorRT. It is replaced whole, and merged when two builds end at
+once.
 """
 
 from __future__ import annotations
@@ -17,22 +18,23 @@ from ..errors import ArtifactError, BuildError, CudaError, InputError
 from ..files.cache import cache_folder
 from ..files.onnx import GraphSummary
 from ..files.output import atomic_output, locked
-from ..files.plan_place import Library, quote
+from ..files.plan_place import Library, name_driver, quote, start_tensorrt
 from .inspect import PrecisionReport, WeightedLayer, measure, read_layers, require_honest, weigh_layers
 from .library import BuildLog
 from .monitor import BuildState, make_monitor, run_cancellable
 from .network import add_profile, output_types, parse, tensor_shapes
 from .options import BuildRequest
 from .recipes import configure, create_network, require_typing
+from .source import Source, find_dense_layers
 
 logger = logging.getLogger(__name__)
 _LARGEST_TIMINGS = 1 << 30
 _REMEDIES = (
+    (("out of memory", "could not be allocated"), "free memory of the GPU, or give a smaller --max-batch"),
     (
-        ("out of memory", "outofmemory", "alloc", "insufficient memory"),
-        "give a smaller --max-batch or --workspace, or free memory of the GPU",
+        ("outofmemory", "insufficient memory", "workspace"),
+        "give a larger --workspace, such as 8GiB, or a smaller --max-batch",
     ),
-    (("insufficient workspace", "workspace"), "give a larger --workspace, such as 8GiB"),
     (
         ("cuda initialization", "cuinit", "no cuda-capable", "driver"),
         "look at nvidia-smi: a GPU and a driver new enough for this TensorRT are needed",
@@ -42,7 +44,11 @@ _REMEDIES = (
         "use a TensorRT that supports this GPU, or another --target",
     ),
 )
-"""What helps, by words in TensorRT's errors."""
+"""What helps, by words in TensorRT's errors; the first that fits.
+
+`OutOfMemory (Requested size was …)` alone is the limit of the workspace, also on a machine without a GPU. Where memory
+of the GPU runs out, there is a line of CUDA's besides.
+"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,14 +81,32 @@ def compile_plan(request: BuildRequest, *, report: Callable[[float], None] = lam
         CudaError: TensorRT cannot start.
     """
     require_typing(request.library, request.source)
+    if request.config.sparse:
+        _say_sparsity(request.source)
     state = BuildState()
     return run_cancellable(request.library, lambda: _compile(request, state), state, poll=lambda: report(state.share))
+
+
+def _say_sparsity(source: Source) -> None:
+    """--sparse allows kernels for 2:4 sparse weights, and prunes none: it says where there are no such weights."""
+    dense, count = find_dense_layers(source)
+    if len(dense) == count:
+        logger.warning(
+            "--sparse has no effect: the weights of none of the %d layers are 2:4 sparse (two zeros of each four input "
+            "channels); prune the reparameterized network so and fine-tune it first",
+            count,
+        )
+    elif dense:
+        shown = ", ".join(dense[:3]) + (", …" if len(dense) > 3 else "")
+        logger.warning("--sparse: %d of %d layers have no 2:4 sparse weights: %s", len(dense), count, shown)
 
 
 def _compile(request: BuildRequest, state: BuildState) -> BuiltPlan:
     library, source = request.library, request.source
     begun, log = time.monotonic(), BuildLog(library.trt)
-    builder = _create_builder(library, log)
+    gpu = request.gpu
+    driver = "no NVIDIA driver" if gpu is None else name_driver(gpu.driver_version, gpu.cuda_version)
+    builder = start_tensorrt(library, "Builder", log.trt_logger, lines=lambda: log.errors, on=driver)
     network = create_network(library, builder)
     parser = parse(library, network, log=log, source=source)
     weighted = weigh_layers(source.graph, tensor_shapes(network))
@@ -90,7 +114,7 @@ def _compile(request: BuildRequest, state: BuildState) -> BuiltPlan:
     configure(request, network, settings)
     add_profile(builder, settings, source.spec, request.config.profile)
     file = choose_timing_file(request)
-    timing = None if file is None else TimingFile(file, settings)
+    timing = None if file is None else TimingFile(file, settings, is_ours=request.timing_cache is None)
     monitor = make_monitor(library.trt, state)
     if monitor is not None:
         settings.progress_monitor = monitor
@@ -112,21 +136,6 @@ def _compile(request: BuildRequest, state: BuildState) -> BuiltPlan:
     return BuiltPlan(plan, types, report, seconds)
 
 
-def _create_builder(library: Library, log: BuildLog) -> Any:
-    cause: Exception | None = None
-    try:
-        builder = library.trt.Builder(log.trt_logger)
-    except (TypeError, RuntimeError) as error:  # how the bindings say that C++ gave no object
-        builder, cause = None, error
-    if builder is None:
-        raise CudaError(
-            f"{library.name} cannot start its builder:{quote(log.errors)}",
-            remedy="look at nvidia-smi: TensorRT builds on a GPU, with a driver new enough for it; --backend rtx "
-            "builds without one",
-        ) from cause
-    return builder
-
-
 def _failure(library: Library, graph: GraphSummary, errors: Sequence[str]) -> BuildError:
     """Why there is no plan: the nodes that TensorRT's errors name, the errors, and what helps."""
     text = "\n".join(errors)
@@ -146,7 +155,12 @@ def _inspect(
     library, gpu, trt = request.library, request.gpu, request.library.trt
     if gpu is None or (library.is_rtx and gpu.compute_capability not in request.targets):
         return None
-    runtime = trt.Runtime(log.trt_logger)
+    heard, driver = len(log.errors), name_driver(gpu.driver_version, gpu.cuda_version)
+    try:
+        runtime = start_tensorrt(library, "Runtime", log.trt_logger, lines=lambda: log.errors[heard:], on=driver)
+    except CudaError as error:  # TensorRT-RTX, which has built the plan without a GPU
+        logger.warning("the precision is not judged: %s", error.message)
+        return None
     if request.config.version_compatible:
         runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(plan)
@@ -176,7 +190,10 @@ def _inspect(
 
 
 def choose_timing_file(request: BuildRequest) -> Path | None:
-    """The file of a build's timings: the caller's, or one of this GPU and TensorRT in the cache folder; or None."""
+    """The file of a build's timings: the caller's, or one of GPU, CUDA and TensorRT in the cache folder; or None.
+
+    Timings are of one CUDA, too. Source: NVIDIA, TensorRT developer guide, "Timing Cache".
+    """
     library, gpu, given = request.library, request.gpu, request.timing_cache
     if library.is_rtx:  # it times nothing before it runs
         if given is not None:
@@ -191,32 +208,36 @@ def choose_timing_file(request: BuildRequest) -> Path | None:
         logger.warning("timings are not kept: %s", error)
         return None
     name = re.sub(r"[^a-z0-9]+", "-", gpu.name.lower()).strip("-")
-    return folder / f"{library.flavour}-{library.version}-{name}-sm{gpu.compute_capability.replace('.', '')}.timing"
+    cuda, capability = gpu.cuda_version or "", gpu.compute_capability.replace(".", "")
+    return folder / f"{library.flavour}-{library.version}-cuda{cuda}-{name}-sm{capability}.timing"
 
 
 class TimingFile:
     """The timings of one build. Those in the file are given to TensorRT at once.
 
-    A file of another GPU or TensorRT, or a damaged one, is neither used nor replaced.
+    A file that TensorRT cannot use is replaced. Only what a caller names and what holds no timings at all is left as it
+    is: it may be anything.
 
     Args:
         path: The file; it need not exist.
         settings: The IBuilderConfig.
+        is_ours: Whether it lies in the cache folder, and not where a caller says.
     """
 
-    def __init__(self, path: Path, settings: Any) -> None:
-        self._path, self._settings, self._usable = path, settings, True
+    def __init__(self, path: Path, settings: Any, *, is_ours: bool) -> None:
+        self._path, self._settings, self._is_ours, self._usable = path, settings, is_ours, True
         data = self._read()
         known = settings.create_timing_cache(data) if data else None  # may be None, too, of bytes that are no timings
         if known is not None and settings.set_timing_cache(known, False):
             return
         if data:
-            self._usable = False
-            logger.warning(
-                "%s: the timings are damaged, or of another GPU or TensorRT: they are not used, and the file is "
-                "left as it is",
-                path,
-            )
+            self._usable = is_ours or known is not None
+            if known is not None:
+                problem = "the timings are of another GPU, CUDA or TensorRT"
+            else:
+                problem = "the timings are damaged" if is_ours else "holds no timings of this TensorRT"
+            remedy = "they are measured again" if self._usable else "it is left as it is: delete it, or name another"
+            logger.warning("%s: %s: %s", path, problem, remedy)
         settings.set_timing_cache(settings.create_timing_cache(b""), False)
 
     def store(self) -> None:
@@ -229,11 +250,9 @@ class TimingFile:
             with locked(self._path):
                 latest = self._read()
                 known = settings.create_timing_cache(latest) if latest else None
-                if latest and (known is None or not measured.combine(known, False)):
-                    logger.warning(
-                        "%s: was replaced by what is damaged, or of another GPU or TensorRT, and is left as it is",
-                        self._path,
-                    )
+                merged = known is not None and measured.combine(known, False)
+                if latest and not merged and known is None and not self._is_ours:
+                    logger.warning("%s: was replaced by what holds no timings, and is left as it is", self._path)
                     return
                 with atomic_output(self._path, force=True) as output:
                     output.partial.write_bytes(bytes(measured.serialize()))

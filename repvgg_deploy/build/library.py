@@ -102,11 +102,17 @@ class BuildLog:
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """The GPU that a build runs on; `driver_version` is None where the system does not say."""
+    """The GPU that a build runs on.
+
+    Attributes:
+        driver_version: None where the system does not say.
+        cuda_version: The newest CUDA that the driver knows; None where that was not asked.
+    """
 
     name: str
     compute_capability: str
     driver_version: str | None
+    cuda_version: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +138,7 @@ def look_for_gpu(index: int = 0) -> GpuSearch:
         info = open_cuda(None).describe_device(index)
     except (CudaError, MissingDependencyError) as error:
         return GpuSearch(None, error.message, error.remedy)
-    return GpuSearch(Gpu(info.name, info.compute_capability, info.driver_version or None))
+    return GpuSearch(Gpu(info.name, info.compute_capability, info.driver_version or None, info.cuda_version))
 
 
 _LIBRARIES = {

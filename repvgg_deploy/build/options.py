@@ -28,7 +28,7 @@ class BuildOptions:
         backend: `auto`: TensorRT where it is installed, else TensorRT-RTX.
         targets: Compute capabilities (`8.6`, or `current`) that a TensorRT-RTX plan is for; empty for all from Ampere
             on that it knows.
-        timing_cache: TensorRT's timings; None: a file of this GPU and TensorRT in the cache folder.
+        timing_cache: TensorRT's timings; None: a file of this GPU, CUDA and TensorRT in the cache folder.
         quantize: How an FP32 ONNX becomes FP16, FP8 or INT8; None: as `quantize` does by default. What stands beside
             INT8 follows from the version of TensorRT: FP32 for 8, FP16 for all later ones.
         use_cache: Take an identical plan that was built before, and keep this one.

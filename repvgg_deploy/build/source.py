@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ModelError
-from ..files.onnx import GraphSummary, NodeSummary, graph_precision, read_graph, read_metadata, weighted_nodes
+from ..files.onnx import (
+    GraphSummary,
+    NodeSummary,
+    find_initializers,
+    graph_precision,
+    read_graph,
+    read_metadata,
+    weighted_nodes,
+)
 from ..files.signatures import PLAN_MAGICS
 from ..specs.values import ModelMetadata, ModelSpec, Precision
 
@@ -19,6 +28,7 @@ _CAST = {
 """NumPy's names of TensorProto.DataType."""
 _FIXED = {"Shape": "int64", "Size": "int64", "ArgMax": "int64", "Equal": "bool", "Greater": "bool", "Less": "bool"}
 """Operators whose result has a type of its own."""
+_GROUP = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +107,42 @@ def tensor_types(graph: GraphSummary, spec: ModelSpec) -> dict[str, str]:
             if kind is not None and output:
                 types[output] = kind
     return types
+
+
+_BYTES = {"float8e4m3fn": "u1"}  # NumPy has no such type; all that counts is what is zero
+
+
+def find_dense_layers(source: Source) -> tuple[list[str], int]:
+    """Layers whose weights are not 2:4 sparse, and how many layers could be: those of four input channels or more.
+
+    Of each four input channels, at least two weights must be zero, for every output channel and kernel position.
+    Source: NVIDIA, TensorRT developer guide, "Sparsity".
+    """
+    import numpy as np  # the rest of a build does without
+
+    weights = find_initializers(source.path, memoryview(source.data))
+    producers = {name: node for node in source.graph.nodes for name in node.outputs}
+    dense, count = [], 0
+    for node in source.graph.nodes:
+        if node.op_type not in ("Conv", "Gemm") or len(node.inputs) < 2:
+            continue
+        producer, name = producers.get(node.inputs[1]), node.inputs[1]
+        if producer is not None and producer.op_type == "DequantizeLinear":
+            name = producer.inputs[0]
+        kind = source.graph.types.get(name, "")
+        shape, data = weights.get(name, ((), memoryview(b"")))
+        turned = node.op_type == "Gemm" and not node.integers.get("transB", 0)
+        if len(shape) < 2 or len(data) == 0 or shape[0 if turned else 1] < _GROUP:
+            continue
+        count += 1
+        array = np.frombuffer(data, np.dtype(_BYTES.get(kind, kind))).reshape(shape)
+        nonzero = (array & 0x7F if kind in _BYTES else array) != 0
+        nonzero = (nonzero.T if turned else nonzero).reshape(shape[1 if turned else 0], shape[0 if turned else 1], -1)
+        padded = np.pad(nonzero, ((0, 0), (0, -nonzero.shape[1] % _GROUP), (0, 0)))
+        groups = padded.reshape(len(padded), -1, _GROUP, math.prod(shape[2:]))
+        if groups.sum(axis=2).max() > _GROUP // 2:
+            dense.append(node.name or node.outputs[0])
+    return dense, count
 
 
 def _result_type(node: NodeSummary, types: dict[str, str]) -> str | None:

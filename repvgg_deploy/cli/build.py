@@ -88,7 +88,7 @@ def _add_builder_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--optimization-level", type=int, choices=range(6), metavar="N",
                        help="0 to 5: how long TensorRT searches (default: TensorRT's own)")
     group.add_argument("--timing-cache", type=Path, metavar="FILE",
-                       help="TensorRT's timings, read and updated (default: a file of this GPU and TensorRT in the "
+                       help="TensorRT's timings, read and updated (default: a file of GPU, CUDA and TensorRT in the "
                             "cache folder)")
     for flag, text in (
         ("--tf32", "let FP32 convolutions round their inputs to TF32: faster, an error of about 1e-3"),

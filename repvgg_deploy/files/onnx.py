@@ -153,15 +153,20 @@ def open_initializers(path: Path) -> Iterator[dict[str, tuple[tuple[int, ...], m
         ModelError: The file is missing, truncated or not an ONNX.
     """
     with _mapped(path) as buffer:
-        graph = next(field for field in _top_level(path, buffer) if field.number == _GRAPH)
-        inner = wire.walk(buffer, graph.payload, graph.end)
-        tensors = [_read_tensor(buffer, field) for field in inner if field.number == _INITIALIZER]
-        found = {tensor.name: (tensor.shape, buffer[tensor.start : tensor.end]) for tensor in tensors}
+        found = find_initializers(path, buffer)
         try:
             yield found
         finally:
             for _, view in found.values():
                 view.release()
+
+
+def find_initializers(path: Path, buffer: memoryview) -> dict[str, tuple[tuple[int, ...], memoryview]]:
+    """The same of a file that was read, as views of its bytes; `path` is for messages."""
+    graph = next(field for field in _top_level(path, buffer) if field.number == _GRAPH)
+    inner = wire.walk(buffer, graph.payload, graph.end)
+    tensors = [_read_tensor(buffer, field) for field in inner if field.number == _INITIALIZER]
+    return {tensor.name: (tensor.shape, buffer[tensor.start : tensor.end]) for tensor in tensors}
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ NVIDIA's lists of GPUs, https://developer.nvidia.com/cuda-gpus and https://devel
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import platform
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..errors import InputError, MissingDependencyError, say_install
+from ..errors import CudaError, InputError, MissingDependencyError, say_install
 from ..specs.values import PlanPassport
 
 Flavour = Literal["tensorrt", "tensorrt_rtx"]
@@ -28,6 +29,11 @@ INSTALL: dict[Flavour, str] = {"tensorrt": say_install("tensorrt"), "tensorrt_rt
 BROKEN_VERSION = (10, 2)
 LEAN = "tensorrt_lean"
 """The module of TensorRT's lean runtime: it runs version-compatible plans, and builds none."""
+SLOW_INT8 = frozenset({"10.3"})
+"""Compute capabilities that hardly have INT8: B300 and GB300, with 0.15 POPS beside B200's 4.5, and FP8 in its place.
+
+Source: NVIDIA's data sheets of HGX B200 and B300.
+"""
 _QUOTED = 5
 _QUOTED_CHARACTERS = 400
 
@@ -137,9 +143,58 @@ def make_trt_logger(trt: Any, hear: Callable[[str, str], None]) -> Any:
         def log(self, level: Any, message: str) -> None:
             name = names.get(level)
             if name is not None:
-                hear(name, message)
+                # TensorRT 8.6 and 10 say it as a warning, and then give no object.
+                hear("ERROR" if "CUDA initialization failure" in message else name, message)
 
     return TrtLogger()
+
+
+def start_tensorrt(
+    library: Library,
+    kind: Literal["Builder", "Runtime"],
+    trt_logger: Any,
+    *,
+    lines: Callable[[], Iterable[str]],
+    on: str,
+) -> Any:
+    """One of the two objects with which TensorRT begins.
+
+    A TensorRT that cannot start CUDA (the driver is older than its CUDA, say) gives no object, or one that ends the
+    process when it is used or let go (the lean runtime of 10.16 and 11.4): that one is kept for ever.
+
+    Args:
+        library: TensorRT.
+        kind: The class of the object.
+        trt_logger: From `make_trt_logger`.
+        lines: Gives the errors that were logged meanwhile.
+        on: The driver, from `name_driver`.
+
+    Raises:
+        CudaError: TensorRT cannot use the GPU.
+    """
+    found, cause = None, None
+    try:
+        found = getattr(library.trt, kind)(trt_logger)
+    except (TypeError, RuntimeError) as error:  # how the bindings say that C++ gave no object
+        cause = error
+    said = list(lines())
+    needs_gpu = kind == "Runtime" or not library.is_rtx
+    if found is not None and not (needs_gpu and any("cuda" in line.lower() for line in said)):
+        return found
+    if found is not None:
+        for kept in (found, trt_logger):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
+    raise CudaError(
+        f"{library.name} cannot start its {kind.lower()} on the GPU with {on}:{quote(said)}",
+        remedy="update the NVIDIA driver, or install a TensorRT that was made for the driver's CUDA; nvidia-smi shows "
+        "both" + ("" if kind == "Runtime" or library.is_rtx else "; --backend rtx builds without a GPU"),
+    ) from cause
+
+
+def name_driver(version: str | None, cuda_version: str | None) -> str:
+    """For people: `the NVIDIA driver 580.95.05 (CUDA 13.0)`, as far as it is known."""
+    cuda = f" (CUDA {cuda_version})" if cuda_version else ""
+    return f"the NVIDIA driver {version}{cuda}" if version else f"the NVIDIA driver{cuda}"
 
 
 def quote(lines: Iterable[str]) -> str:
@@ -276,7 +331,17 @@ def judge_plan(passport: PlanPassport, environment: Environment) -> Compatible |
     built, driver = passport.driver_version, environment.driver_version
     if built and driver and parse_version(driver)[:1] < parse_version(built)[:1]:
         warnings.append(f"the driver {driver} is older than {built}, with which the plan was built")
+    if passport.config.precision == "int8" and environment.compute_capability in SLOW_INT8:
+        warnings.append(warn_of_int8(environment.compute_capability))
     return Compatible(tuple(warnings))
+
+
+def warn_of_int8(capability: str) -> str:
+    """Why an INT8 plan is the wrong one for a GPU of `SLOW_INT8`."""
+    return (
+        f"compute capability {capability} ({' and '.join(_NAMES[capability])}) computes INT8 at a small part of its "
+        f"speed in FP8: build the plan from the FP32 ONNX with --fp8"
+    )
 
 
 def platform_here() -> str:

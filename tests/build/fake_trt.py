@@ -95,6 +95,7 @@ class Faults:
         parser: Errors of the parser: index of the node, and text.
         builder: Error lines of the builder, which then gives no plan.
         no_builder: Whether no builder can be made.
+        no_runtime: Whether no runtime can be made.
         profile: Whether the profile is refused.
         inspector: The layer inspector's answer.
         measured: What this build times.
@@ -104,6 +105,7 @@ class Faults:
     parser: tuple[tuple[int, str], ...] = ()
     builder: tuple[str, ...] = ()
     no_builder: bool = False
+    no_runtime: bool = False
     profile: bool = False
     inspector: str = '{"Layers": [], "Bindings": []}'
     measured: tuple[str, ...] = ("conv=1ms",)
@@ -181,7 +183,7 @@ def _add_classes(trt: FakeTrt) -> None:
         trt.IProgressMonitor = IProgressMonitor
     trt.Builder = lambda logger: _make_builder(trt, logger)
     trt.OnnxParser = lambda network, logger: Parser(trt, network)
-    trt.Runtime = lambda logger: Runtime(trt)
+    trt.Runtime = lambda logger: _make_runtime(trt, logger)
 
 
 def _make_builder(trt: FakeTrt, logger: Any) -> Builder:
@@ -189,6 +191,13 @@ def _make_builder(trt: FakeTrt, logger: Any) -> Builder:
         logger.log(logger.Severity.ERROR, "CUDA initialization failure with error: 35")
         raise TypeError("pybind11::init(): factory function returned nullptr")
     return Builder(trt, logger)
+
+
+def _make_runtime(trt: FakeTrt, logger: Any) -> Runtime:
+    if trt._faults.no_runtime:
+        logger.log(logger.Severity.ERROR, "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+    return Runtime(trt)
 
 
 class Builder:

@@ -20,7 +20,7 @@ from repvgg_deploy.specs.values import BuildConfig
 from tests.precision.make_chain import KINDS, ChainOptions, make_batches, make_model, save
 from tests.precision.make_quantized import quantize_mixed, quantize_plainly
 
-A10 = Gpu("NVIDIA A10", "8.6", "580.95.05")
+A10 = Gpu("NVIDIA A10", "8.6", "580.95.05", "13.0")
 SMALL = ChainOptions(widths=(8, 16), groups=(1, 1))
 
 

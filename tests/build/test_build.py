@@ -115,6 +115,24 @@ def test_passport_says_all_that_the_plan_is(tmp_path: Path, tensorrt) -> None:
     assert judge_plan(passport, here) == Compatible(())
 
 
+@pytest.mark.parametrize(
+    ("typing", "gpu", "said"),
+    [
+        ("int8", Gpu("NVIDIA B300", "10.3", None), True),
+        ("int8", Gpu("NVIDIA B200", "10.0", None), False),
+        ("fp16", Gpu("NVIDIA B300", "10.3", None), False),
+    ],
+)
+def test_int8_for_a_gpu_that_hardly_has_it_is_built_with_a_warning(
+    tmp_path: Path, tensorrt, caplog: pytest.LogCaptureFixture, typing: str, gpu: Gpu, said: bool
+) -> None:
+    model = make_typed(tmp_path, typing)
+    tensorrt(model, gpu=gpu)
+    assert build_plan(model).origin == "built"
+    assert ("(B300 and GB300) computes INT8 at a small part of its speed in FP8" in caplog.text) == said
+    assert ("--fp8" in caplog.text) == said
+
+
 @pytest.mark.parametrize("version", ["8.5.3.1", "8.6.1", "10.9.0.34", "11.4.0.106"])
 @pytest.mark.parametrize("typing", ["fp16", "int8"])
 def test_fp32_graph_becomes_typed_and_means_the_same_on_every_version(
@@ -646,7 +664,7 @@ def test_timings_stand_in_the_cache_of_this_gpu(tmp_path: Path, tensorrt, own_ca
     model = make_typed(tmp_path, "fp32")
     tensorrt(model)
     build_plan(model)
-    assert (own_cache / "timing" / "tensorrt-10.9.0.34-nvidia-a10-sm86.timing").read_text() == "a10|conv=1ms"
+    assert (own_cache / "timing" / "tensorrt-10.9.0.34-cuda13.0-nvidia-a10-sm86.timing").read_text() == "a10|conv=1ms"
     build_plan(model, tmp_path / "x.plan", BuildOptions(timing_cache=tmp_path / "my.timing", use_cache=False))
     assert (tmp_path / "my.timing").read_text() == "a10|conv=1ms"
 

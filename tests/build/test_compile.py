@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,9 @@ from tests.build.fake_trt import FakeTrt, Faults
 from tests.build.make_typed import A10, make_request, make_typed
 
 
-def run(path: Path, file: Path, faults: Faults | None = None, gpu: str = "a10") -> Any:
+def run(path: Path, file: Path | None, faults: Faults | None = None) -> Any:
     source = read_source(path)
     trt = FakeTrt("10.9.0.34", path, source.spec, faults)
-    trt.gpu = gpu
     return compile_plan(make_request(Library("tensorrt", trt, "10.9.0.34"), source, gpu=A10, timing_cache=file))
 
 
@@ -41,34 +40,45 @@ def test_timings_of_a_build_that_ended_meanwhile_are_merged(tmp_path: Path) -> N
     assert file.read_text() == "a10|mine,theirs"
 
 
-def test_timings_of_another_gpu_are_neither_used_nor_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_timings_of_another_gpu_are_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, file = make_typed(tmp_path, "fp32"), tmp_path / "t.timing"
     file.write_text("h100|x")
-    with caplog.at_level(logging.WARNING):
-        assert run(model, file).data
-    assert file.read_text() == "h100|x" and "of another GPU or TensorRT" in caplog.text
+    assert run(model, file).data
+    assert file.read_text() == "a10|conv=1ms"
+    assert "the timings are of another GPU, CUDA or TensorRT: they are measured again" in caplog.text
+    run(model, file, Faults(during=lambda: file.write_text("h100|x") and None))
+    assert file.read_text() == "a10|conv=1ms"
 
 
-def test_timings_of_another_gpu_that_come_meanwhile_are_left_alone(
+def test_what_a_caller_names_and_is_no_timings_is_left_as_it_is(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model, file = make_typed(tmp_path, "fp32"), tmp_path / "t.timing"
-    with caplog.at_level(logging.WARNING):
-        run(model, file, Faults(during=lambda: file.write_text("h100|x") and None))
-    assert file.read_text() == "h100|x" and "left as it is" in caplog.text
-
-
-def test_damaged_timings_are_neither_used_nor_replaced_and_cost_no_plan(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    model, file = make_typed(tmp_path, "fp32"), tmp_path / "t.timing"
+    model, file = make_typed(tmp_path, "fp32"), tmp_path / "my photo"
     file.write_bytes(b"no timings")
-    with caplog.at_level(logging.WARNING):
-        assert run(model, file).data
-    assert file.read_bytes() == b"no timings" and "the timings are damaged" in caplog.text
+    assert run(model, file).data
+    assert file.read_bytes() == b"no timings"
+    assert "holds no timings of this TensorRT: it is left as it is: delete it, or name another" in caplog.text
     file.unlink()
     assert run(model, file, Faults(during=lambda: file.write_bytes(b"no timings") and None)).data
-    assert file.read_bytes() == b"no timings" and "was replaced by what is damaged" in caplog.text
+    assert file.read_bytes() == b"no timings" and "was replaced by what holds no timings" in caplog.text
+
+
+def test_damaged_timings_in_the_cache_folder_are_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("REPVGG_DEPLOY_CACHE", str(tmp_path / "c"))
+    model = make_typed(tmp_path, "fp32")
+    file = choose("10.9.0.34", A10)
+    assert file is not None
+    for damage in (b"no timings", b"\0"):
+        file.write_bytes(damage)
+        assert run(model, None).data
+        assert file.read_text() == "a10|conv=1ms" and "the timings are damaged: they are measured again" in caplog.text
+        caplog.clear()
+    run(model, None, Faults(measured=("c",)))
+    assert file.read_text() == "a10|c,conv=1ms" and "timings" not in caplog.text
+    run(model, None, Faults(during=lambda: file.write_bytes(b"no timings") and None))
+    assert file.read_text() == "a10|c,conv=1ms"
 
 
 def test_timings_leave_only_the_file_and_its_lock(tmp_path: Path) -> None:
@@ -122,15 +132,16 @@ def choose(version: str, gpu: Gpu | None, given: Path | None = None, flavour: Fl
     return choose_timing_file(BuildRequest(source, BuildConfig(), library, gpu, (), timing_cache=given))
 
 
-L4, ADA = Gpu("NVIDIA L4", "8.9", None), Gpu("NVIDIA RTX 4000 Ada", "8.9", None)
+L4, ADA = Gpu("NVIDIA L4", "8.9", None, "13.0"), Gpu("NVIDIA RTX 4000 Ada", "8.9", None, "13.0")
 
 
-def test_file_is_one_for_each_gpu_and_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_is_one_for_each_gpu_cuda_and_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REPVGG_DEPLOY_CACHE", str(tmp_path / "c"))
     found = choose("10.9.0.34", ADA)
-    assert found == tmp_path / "c" / "timing" / "tensorrt-10.9.0.34-nvidia-rtx-4000-ada-sm89.timing"
+    assert found == tmp_path / "c" / "timing" / "tensorrt-10.9.0.34-cuda13.0-nvidia-rtx-4000-ada-sm89.timing"
     assert found.parent.is_dir()
-    assert len({found, choose("10.9.0.34", L4), choose("10.9.0.35", ADA)}) == 3
+    later = replace(ADA, cuda_version="13.1")
+    assert len({found, choose("10.9.0.34", L4), choose("10.9.0.35", ADA), choose("10.9.0.34", later)}) == 4
 
 
 def test_file_that_is_given_is_taken(tmp_path: Path) -> None:

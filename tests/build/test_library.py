@@ -180,10 +180,12 @@ def test_libraries_are_told_by_version_or_missing(tmp_path: Path, monkeypatch: p
 
 
 def test_gpu_is_asked_of_the_cuda_port_and_its_error_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    info = types.SimpleNamespace(name="NVIDIA A10", compute_capability="8.6", driver_version="", memory_bytes=1)
+    info = types.SimpleNamespace(
+        name="NVIDIA A10", compute_capability="8.6", driver_version="", cuda_version="13.0", memory_bytes=1
+    )
     port = types.SimpleNamespace(describe_device=lambda index: info)
     monkeypatch.setattr(opening, "open_cuda", lambda provider: port)
-    assert look_for_gpu() == GpuSearch(Gpu("NVIDIA A10", "8.6", None))
+    assert look_for_gpu() == GpuSearch(Gpu("NVIDIA A10", "8.6", None, "13.0"))
 
     def fail(provider: None) -> None:
         raise CudaError("no driver", remedy="install one")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -201,8 +202,14 @@ def test_builder_error_names_the_node_and_quotes_tensorrt(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("line", "remedy"),
     [
-        ("Requested amount of GPU memory could not be allocated: out of memory", "--max-batch"),
-        ("insufficient workspace for tactic", "--workspace"),
+        ("Requested amount of GPU memory could not be allocated: out of memory", "free memory of the GPU, or .*max-b"),
+        ("[virtualMemoryBuffer.cpp::resizePhysical::127] Error Code 1: Cuda Driver (out of memory)", "^free memory"),
+        (
+            "IBuilder::buildSerializedNetwork: Error Code 2: OutOfMemory (Requested size was 2147483648 bytes.)",
+            "^give a larger --workspace, such as 8GiB, or a smaller --max-batch$",
+        ),
+        ("insufficient workspace for tactic", "larger --workspace"),
+        ("no tactics to implement the operation within workspace limit", "larger --workspace"),
         ("CUDA initialization failure with error: 35", "nvidia-smi"),
         ("something else", "-vv"),
     ],
@@ -210,12 +217,24 @@ def test_builder_error_names_the_node_and_quotes_tensorrt(tmp_path: Path) -> Non
 def test_builder_error_has_a_remedy_that_fits(tmp_path: Path, line: str, remedy: str) -> None:
     with pytest.raises(BuildError) as caught:
         build_fake("10.9.0.34", make_typed(tmp_path, "fp32"), faults=Faults(builder=(line,)))
-    assert remedy in caught.value.remedy
+    assert re.search(remedy, caught.value.remedy)
 
 
 def test_builder_that_cannot_start_quotes_tensorrt(tmp_path: Path) -> None:
-    with pytest.raises(CudaError, match="cannot start its builder:\n    CUDA initialization failure with error: 35"):
+    with pytest.raises(CudaError, match="CUDA initialization failure with error: 35") as caught:
         build_fake("10.9.0.34", make_typed(tmp_path, "fp32"), faults=Faults(no_builder=True))
+    expected = (
+        "TensorRT 10.9.0.34 cannot start its builder on the GPU with the NVIDIA driver 580.95.05 (CUDA 13.0):\n    CUDA"
+    )
+    assert expected in caught.value.message and "--backend rtx" in caught.value.remedy
+
+
+def test_plan_of_a_tensorrt_whose_runtime_cannot_start_is_kept_and_not_judged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, built = build_fake("10.9.0.34", make_typed(tmp_path, "fp32"), faults=Faults(no_runtime=True))
+    assert bytes(built.data) == PLAN and built.report is None
+    assert "the precision is not judged: TensorRT 10.9.0.34 cannot start its runtime" in caplog.text
 
 
 def test_profile_that_is_refused_is_an_error(tmp_path: Path) -> None:

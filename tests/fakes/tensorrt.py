@@ -52,7 +52,9 @@ class Faults:
         no_capture: Whether runs are refused during capture.
         context: Numbers of the contexts that cannot be made.
         uncapturable: How often `is_stream_capturable` says no, first.
-        runtime_error: What Runtime() logs.
+        runtime_error: What Runtime() logs, which then cannot start CUDA.
+        runtime_severity: How loud it says so.
+        runtime_none: Whether C++ then gives no object; the other one ends the process when it is used or let go.
         message: What a refused run logs.
     """
 
@@ -62,6 +64,8 @@ class Faults:
     context: set[int] = field(default_factory=set)
     uncapturable: int = 0
     runtime_error: str = ""
+    runtime_severity: str = "ERROR"
+    runtime_none: bool = False
     message: str = "IExecutionContext::enqueueV3: Error Code 1: Cask (made to fail)"
 
 
@@ -69,6 +73,7 @@ class Faults:
 class Seen:
     """What happened."""
 
+    ended: bool = False  # the process, by a segmentation fault
     runs: int = 0
     default_streams: int = 0  # runs on handles 0, 1 and 2
     contexts: int = 0
@@ -199,7 +204,10 @@ class _Runtime:
         self.engine_host_code_allowed = False
         self.world.cuda.current_device()
         if self.world.faults.runtime_error:
-            logger.log(Severity.ERROR, self.world.faults.runtime_error)
+            logger.log(Severity[self.world.faults.runtime_severity], self.world.faults.runtime_error)
+            if self.world.faults.runtime_none:
+                raise TypeError("pybind11::init(): factory function returned nullptr")
+            weakref.finalize(self, setattr, self.world.seen, "ended", True).atexit = False
 
     def deserialize_cuda_engine(self, content: bytes) -> Any:
         assert not self.world.faults.runtime_error, "the process would have ended here"

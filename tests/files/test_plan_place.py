@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -207,3 +208,16 @@ def test_gpu_that_is_not_known_is_refused(text: str) -> None:
 def test_names_of_gpus_are_told_apart() -> None:
     names = [name for names in plan_place._NAMES.values() for name in names]
     assert len(names) == len({find_gpu(name)[0] for name in names}) > 60
+
+
+@pytest.mark.parametrize(
+    ("precision", "capability", "warned"), [("int8", "10.3", True), ("int8", "10.0", False), ("fp8", "10.3", False)]
+)
+def test_int8_on_a_gpu_that_hardly_has_it_is_a_warning_that_names_fp8(
+    precision: Any, capability: str, warned: bool
+) -> None:
+    passport = make_passport(compute_capabilities=(capability,), gpu_name=None)
+    passport = dataclasses.replace(passport, config=dataclasses.replace(passport.config, precision=precision))
+    found = judge_plan(passport, environment(compute_capability=capability, gpu_name="NVIDIA B300"))
+    assert isinstance(found, Compatible)
+    assert [("B300 and GB300" in text, "--fp8" in text) for text in found.warnings] == [(True, True)] * warned

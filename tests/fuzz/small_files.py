@@ -101,7 +101,7 @@ def _read_cache(folder: Path, data: bytes) -> object:
 def _read_timings(folder: Path, data: bytes) -> object:
     path = folder / "t.timing"
     path.write_bytes(data)
-    timings = TimingFile(path, _Settings())
+    timings = TimingFile(path, _Settings(), is_ours=False)
     timings.store()
     assert path.read_bytes().startswith(data), "timings that cannot be used were replaced"
     if data[:4] not in (b"", b"TIME"):

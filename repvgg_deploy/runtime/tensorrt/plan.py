@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from ...errors import CudaError, CudaMemoryError, MissingDependencyError, ModelError, PlanError, PlanIncompatibleError
+from ...errors import CudaMemoryError, MissingDependencyError, ModelError, PlanError, PlanIncompatibleError
 from ...files.passport import passport_path, read_passport, require_unchanged
 from ...files.plan_place import (
     FLAVOURS,
@@ -29,9 +29,11 @@ from ...files.plan_place import (
     judge_library,
     judge_plan,
     make_trt_logger,
+    name_driver,
     name_library,
     platform_here,
     quote,
+    start_tensorrt,
 )
 from ...specs.values import METADATA_SCHEMA, Certificate, ModelMetadata, ModelSpec, PlanPassport, TensorSpec
 from ..cuda.port import DeviceInfo
@@ -137,7 +139,8 @@ def open_plan(path: Path, device: DeviceInfo, *, backend: str | None, require_pa
     log = TrtLog(library.trt)
     # A version-compatible plan carries the code that reads it; it is run only where a passport vouches for its bytes.
     carries_code = passport is not None and passport.config.version_compatible
-    runtime, engine = _deserialize(library, log, content, path=path, carries_code=carries_code)
+    runtime = _start_runtime(library, log, device, carries_code=carries_code)
+    engine = _deserialize(library, log, runtime, content, path=path)
     interface = _read_interface(library.trt, engine, path)
     spec = _describe_interface(interface) if passport is None else passport.spec
     if passport is not None:
@@ -213,24 +216,21 @@ class TrtLog:
         logger.log(_LOG_LEVELS[severity], "%s", message)
 
 
-def _deserialize(library: Library, log: TrtLog, content: bytes, *, path: Path, carries_code: bool) -> tuple[Any, Any]:
-    """TensorRT's runtime and engine."""
-    trt = library.trt
-    runtime = trt.Runtime(log.trt_logger)
-    lines = log.take()
-    # To use a runtime that found no GPU ends the process.
-    if runtime is None or any("CUDA initialization failure" in line for line in lines):
-        raise CudaError(
-            f"{library.name} cannot use the GPU:{quote(lines)}",
-            remedy="update the NVIDIA driver, or install a TensorRT made for its CUDA version",
-        )
+def _start_runtime(library: Library, log: TrtLog, device: DeviceInfo, *, carries_code: bool) -> Any:
+    trt, driver = library.trt, name_driver(device.driver_version, device.cuda_version)
+    runtime = start_tensorrt(library, "Runtime", log.trt_logger, lines=log.take, on=driver)
     if carries_code and not library.is_rtx:
         runtime.engine_host_code_allowed = True
     if hasattr(trt, "init_libnvinfer_plugins"):
         trt.init_libnvinfer_plugins(log.trt_logger, "")
+    return runtime
+
+
+def _deserialize(library: Library, log: TrtLog, runtime: Any, content: bytes, *, path: Path) -> Any:
+    """TensorRT's engine."""
     engine = runtime.deserialize_cuda_engine(content)
     if engine is not None:
-        return runtime, engine
+        return engine
     lines = log.take()
     if any("out of memory" in line.lower() for line in lines):
         raise CudaMemoryError(

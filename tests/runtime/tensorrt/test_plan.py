@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from pathlib import Path
@@ -109,13 +110,31 @@ def test_truncated_plan_without_passport_quotes_tensorrt(tmp_path, monkeypatch) 
     assert world.cuda.leaks() == {}
 
 
-def test_runtime_that_finds_no_gpu_is_never_used(tmp_path, monkeypatch) -> None:
-    world = make_world(
-        tmp_path, monkeypatch, Setting(faults=Faults(runtime_error="CUDA initialization failure with error: 35"))
-    )
-    with pytest.raises(CudaError, match="CUDA initialization failure with error: 35"):
-        world.open()
-    assert world.trt.seen.deserialized == 0
+NO_CUDA = "CUDA initialization failure with error: 35"
+# As TensorRT 8.5 and 10 and the lean runtime of 11.4 were seen to do it on a machine whose driver is too old.
+CANNOT_START = {
+    "8.5.3.1": Faults(runtime_error=NO_CUDA, runtime_none=True),
+    "8.6.1": Faults(runtime_error=NO_CUDA, runtime_none=True, runtime_severity="WARNING"),
+    "10.16.1.11": Faults(runtime_error=f"createInferRuntime: Error Code 6: API Usage Error ({NO_CUDA})"),
+    "11.4.0.106": Faults(runtime_error="Error Code 1: Cuda Runtime (cudaError 35: driver version is insufficient)"),
+}
+
+
+@pytest.mark.parametrize("version", CANNOT_START)
+def test_tensorrt_that_cannot_start_cuda_is_an_error_and_never_ends_the_process(
+    tmp_path, monkeypatch, version: str
+) -> None:
+    world = make_world(tmp_path, monkeypatch, Setting(version=version, faults=CANNOT_START[version]))
+    for _ in range(2):
+        with pytest.raises(CudaError, match="35") as caught:
+            world.open()
+        text = str(caught.value)
+        assert f"TensorRT {version} cannot start its runtime" in text
+        assert "the NVIDIA driver 580.95.05 (CUDA 13.0)" in text and "update the NVIDIA driver" in caught.value.remedy
+        del caught
+        gc.collect()
+        assert not world.trt.seen.ended, "the runtime was let go"
+    assert world.trt.seen.deserialized == 0 and world.cuda.leaks() == {}
 
 
 def test_passport_and_plan_that_disagree_are_refused(world: World) -> None:

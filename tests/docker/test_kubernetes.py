@@ -16,6 +16,7 @@ import kubernetes_validate
 import yaml
 
 from examples.service import __main__ as program
+from examples.service.decoders import DecodeLimits
 from examples.service.settings import Settings
 from tests.contract.source_tree import ROOT
 from tests.docker.dashboard import metric_names
@@ -136,9 +137,10 @@ def test_pod_has_the_folders_of_its_image_and_memory_for_what_it_lets_in(pod: di
     volumes = {volume["name"]: volume.get("persistentVolumeClaim", {}).get("claimName") for volume in pod["volumes"]}
     claims = {document["metadata"]["name"] for document in read("service.yaml") if "Claim" in document["kind"]}
     assert {volumes[name] for name in mounts.values()} - {None} == claims
-    # Bodies, the pixels of each decoder (bytes, and float32 while they are scaled) and as much again for the rest.
+    # Bodies, what each decoder may take before it is ended, and as much again for the rest.
     settings = settings_of(container)
-    needed = settings.max_buffered_bytes + settings.decoders * settings.max_pixels * 3 * 5
+    decoder = DecodeLimits(settings.decode_seconds, settings.max_pixels, settings.max_body_bytes)
+    needed = settings.max_buffered_bytes + settings.decoders * decoder.memory_bytes
     assert gibibytes(container["resources"]["requests"]["memory"]) * 2**30 > 2 * needed
     assert container["resources"]["limits"]["cpu"].isdecimal()  # REPVGG_THREADS takes whole ones
 

@@ -5,7 +5,8 @@
     python -m tests.long --only soak
 
 Each step is a process of its own. The results, with date, processor and commit, go into benchmarks/results/long.json,
-step by step: what was measured stays when a later step is interrupted.
+step by step: what was measured stays when a later step is interrupted. Tests say with `record_property("counted", …)`
+how much they tried.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "long.json"
@@ -32,6 +34,7 @@ def plan_steps(scale: float) -> dict[str, tuple[list[str], dict[str, str]]]:
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "36000"]
     guided = [sys.executable, "-m", "tests.fuzz.guided"]
     minutes = ["--minutes", f"{GUIDED_MINUTES * scale:g}", "--corpus"]
+    soak = {"REPVGG_SOAK_FACTOR": f"{5 * scale:g}"}
     corpus = Path(tempfile.gettempdir()) / "repvgg-corpus"
     return {
         "fuzz": ([*pytest, "-m", "", "-k", "fuzz", "tests/fuzz"], {"REPVGG_FUZZ_CASES": f"{round(20_000 * scale)}"}),
@@ -42,10 +45,9 @@ def plan_steps(scale: float) -> dict[str, tuple[list[str], dict[str, str]]]:
             for name in ("passport", "calibration", "images", "scales", "plan cache", "timings", "labels")
         },
         "bounds": ([*pytest, "-m", "", "tests/model/checkpoint/test_bounds.py"], {}),
-        "soak": (
-            [*pytest, "-m", "slow", "tests/runtime/test_soak.py", "tests/examples/test_soak.py"],
-            {"REPVGG_SOAK_FACTOR": f"{5 * scale:g}"},
-        ),
+        "soak 64 threads": ([*pytest, "-m", "slow", "-k", "sixty_four", "tests/runtime/test_soak.py"], soak),
+        "soak Engine": ([*pytest, "-m", "slow", "-k", "not sixty_four", "tests/runtime/test_soak.py"], soak),
+        "soak service": ([*pytest, "-m", "slow", "tests/examples/test_soak.py"], soak),
         "kills": ([*pytest, "tests/serving/test_kills.py", "tests/build/test_deliver.py"], {"REPVGG_EVERY_KILL": "1"}),
         "kills and tritonserver": (
             [*pytest, "-m", "slow", "-k", "kill", "tests/serving/test_real_server.py"],
@@ -53,6 +55,18 @@ def plan_steps(scale: float) -> dict[str, tuple[list[str], dict[str, str]]]:
         ),
         "conformance": ([*pytest, "-m", "slow", "-k", "conformance", "tests"], {}),
     }
+
+
+def read_counts(report: Path) -> list[str]:
+    """What the tests of a step counted, from pytest's report; nothing where there is none."""
+    if not report.exists():
+        return []
+    return [
+        f"{case.get('name')}: {one.get('value')}"
+        for case in ElementTree.parse(report).iter("testcase")
+        for one in case.iter("property")
+        if one.get("name") == "counted"
+    ]
 
 
 def describe_processor() -> str:
@@ -79,9 +93,11 @@ def main() -> int:
             continue
         print(f"== {name}", flush=True)
         started = time.monotonic()
-        done = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            report = Path(folder, "report.xml")
+            variables = {**os.environ, "PYTEST_ADDOPTS": f"--junitxml={report}", **environment}
+            done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+            counted = read_counts(report)
         tail = (done.stdout.strip() or done.stderr.strip()).splitlines()
         executed = re.search(r"number_of_executed_units:\s*(\d+)", done.stderr)
         results[name] = {
@@ -89,6 +105,8 @@ def main() -> int:
             "seconds": round(time.monotonic() - started),
             "scale": args.scale,
             "said": f"{executed[1]} inputs" if executed else tail[-1] if tail else "",
+            "counted": counted,
+            "load average": round(os.getloadavg()[2], 1),
             "date": datetime.date.today().isoformat(),
             "processor": describe_processor(),
             "commit": commit.stdout.strip(),

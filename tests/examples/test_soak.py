@@ -6,6 +6,7 @@ import io
 import os
 import random
 import signal
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,9 @@ def count(running: RunningService) -> tuple[int, int, int]:
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc here")
 @pytest.mark.parametrize("requests", [400, long(10_000)])
-def test_service_whose_decoders_are_killed_answers_all_and_grows_in_nothing(tmp_path: Path, requests: Any) -> None:
+def test_service_whose_decoders_are_killed_answers_all_and_grows_in_nothing(
+    tmp_path: Path, requests: Any, record_property: Callable[[str, object], None]
+) -> None:
     body = photo()
     with serve(make_onnx(tmp_path / "tiny.onnx"), max_queue=256) as running, ThreadPoolExecutor(64) as pool:
 
@@ -72,5 +75,10 @@ def test_service_whose_decoders_are_killed_answers_all_and_grows_in_nothing(tmp_
         assert killed
         wait_until(lambda: count(running)[2] <= files, "connections to be closed")
         after = count(running)
+        record_property(
+            "counted",
+            f"{requests // 200 * 200} requests, {killed} decoders killed; memory {memory >> 20} → {after[0] >> 20} MB, "
+            f"threads {threads} → {after[1]}, files {files} → {after[2]}",
+        )
         assert after[0] < memory + GROWTH_BYTES and after[1] <= threads, (memory, threads, after)
         assert running.infer(IMAGE).status == 200

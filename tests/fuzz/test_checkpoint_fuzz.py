@@ -26,11 +26,12 @@ def test_unmutated_seeds_load(tmp_path):
 
 
 @pytest.mark.timeout(900 + CASES)
-def test_mutated_checkpoints_end_in_a_checkpoint_or_our_error(tmp_path):
+def test_mutated_checkpoints_end_in_a_checkpoint_or_our_error(tmp_path, record_property):
     program = [sys.executable, "-m", "tests.fuzz.checkpoint_mutations", str(CASES), "0", str(tmp_path)]
     done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=600 + CASES, check=False)
     assert done.returncode == 0, f"the interpreter died: {done.stderr[-2000:]}"
     result = json.loads(done.stdout)
+    record_property("counted", {**result["ends"], "slowest_s": result["slowest_s"]})
     assert result["failures"] == []
     assert not result["ran"], "a mutated pickle ran code"
     assert result["slowest_s"] < CASE_SECONDS

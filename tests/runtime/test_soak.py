@@ -8,7 +8,9 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import time
 import tracemalloc
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,58 @@ def test_long_run_from_many_threads_keeps_memory_and_threads(tmp_path: Path, bac
             assert resident_bytes() - before < GROWTH_BYTES
         assert engine.statistics().requests == len(batches) + WORKERS * (100 + calls // WORKERS)
         assert engine.statistics().failures == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc here")
+@pytest.mark.parametrize("seconds", [1, long(120)])
+def test_sixty_four_threads_for_minutes_keep_memory_threads_and_files(
+    tmp_path: Path, seconds: int, record_property: Callable[[str, object], None]
+) -> None:
+    """Ten minutes in `make long`: `infer`, `submit` and a batcher in turn, every answer compared."""
+    options, over = ModelOptions(), threading.Event()
+    batches = [random_batch(options, count, seed=count) for count in (1, 2, 3, 5)]
+    engine_options = EngineOptions(intra_op_threads=1, max_batch=4, max_pending=64)
+    with (
+        Engine(make_onnx(tmp_path / "m.onnx", options), options=engine_options) as engine,
+        engine.batcher(8, max_delay_ms=0.2, max_queue=64 * 5) as batcher,
+        ThreadPoolExecutor(64) as pool,
+    ):
+        expected = [engine.infer(batch) for batch in batches]
+        ways = [engine.infer, lambda batch: engine.submit(batch).result(), batcher.infer]
+
+        def work(least: int) -> int:
+            done = 0
+            while done < least or not over.is_set():
+                which = done % 4
+                answer = ways[done % 3](batches[which])
+                np.testing.assert_allclose(answer, expected[which], rtol=1e-4, atol=1e-4)
+                done += 1
+            return done
+
+        def count() -> tuple[int, int, int]:
+            gc.collect()
+            return (
+                resident_bytes(),
+                len(list(Path("/proc/self/task").iterdir())),
+                len(list(Path("/proc/self/fd").iterdir())),
+            )
+
+        over.set()
+        list(pool.map(work, [24] * 64))  # every thread has its buffers
+        before = count()
+        over.clear()
+        running = [pool.submit(work, 1) for _ in range(64)]
+        time.sleep(seconds)
+        over.set()
+        inferences = sum(one.result() for one in running)
+        after = count()
+    record_property(
+        "counted",
+        f"{inferences} inferences from 64 threads in {seconds} s; memory {before[0] >> 20} → {after[0] >> 20} MB, "
+        f"threads {before[1]} → {after[1]}, files {before[2]} → {after[2]}",
+    )
+    assert after[0] < before[0] + GROWTH_BYTES and after[1] <= before[1] and after[2] <= before[2], (before, after)
+    assert inferences >= 64
 
 
 @pytest.mark.parametrize("calls", [2_000, long(50_000)])

@@ -61,7 +61,12 @@ def ensemble(folder: Path) -> None:
 @pytest.mark.parametrize("stands", [False, True], ids=["empty", "standing"])
 @pytest.mark.parametrize("write", [one, one_again, plans, ensemble])
 def test_repository_is_whole_after_a_kill_at_any_event_and_the_next_writer_finishes(
-    write: Callable[[Path], None], stands: bool, exchanges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write: Callable[[Path], None],
+    stands: bool,
+    exchanges: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
 ) -> None:
     if not exchanges:
         if not stands:
@@ -88,6 +93,7 @@ def test_repository_is_whole_after_a_kill_at_any_event_and_the_next_writer_finis
         shutil.rmtree(folder)
         if not killed:
             break
+    record_property("counted", f"{number // STEP} kills")
     assert number > 15 or STEP > 1
 
 

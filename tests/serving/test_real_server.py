@@ -234,7 +234,7 @@ def test_what_a_killed_writer_left_beside_a_repository_is_no_model_and_a_hidden_
 @pytest.mark.parametrize("stands", [False, True], ids=["empty", "standing"])
 @pytest.mark.parametrize("write", [kills.one, kills.one_again, kills.ensemble])
 def test_server_starts_on_what_a_kill_at_any_event_leaves(
-    write: Callable[[Path], None], stands: bool, tmp_path: Path
+    write: Callable[[Path], None], stands: bool, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """`make long` kills before every event, else before every seventh. Plans need a GPU: their folders are alike."""
     start_state = tmp_path / "start"
@@ -259,6 +259,7 @@ def test_server_starts_on_what_a_kill_at_any_event_leaves(
         with start(repository, ["*"]) as server:
             for name in models:
                 assert server.get(f"/v2/models/{name}/ready")[0] == 200, f"{name} after {number - 1} events"
+    record_property("counted", f"{number // step} kills left {len(seen)} repositories, and a server started on each")
     assert seen
 
 

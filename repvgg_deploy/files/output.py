@@ -314,8 +314,8 @@ def explain_os_errors(target: Path) -> Iterator[None]:
             remedy = "free some space, or write to another disk with --out"
         elif error.errno in (errno.EACCES, errno.EPERM):
             remedy = f"make {target.parent} writable, or write elsewhere with --out"
-        elif error.errno == errno.EROFS:
-            remedy = "write to another disk with --out"
+        elif error.errno in (errno.EROFS, errno.EBUSY, errno.EXDEV):  # busy: a mount of its own, as Docker's -v makes
+            remedy = "write to another disk with --out, or mount the folder around it, writable"
         raise ArtifactError(f"{target}: cannot be written: {error.strerror or error}", remedy=remedy) from raised
 
 

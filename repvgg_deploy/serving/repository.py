@@ -142,6 +142,7 @@ def _clear_leftovers(out: Path) -> None:
 
     What one had taken away and not yet replaced comes back.
     """
+    out = out.resolve()  # as `_make_aside` does
     with explain_os_errors(out):
         for folder in (out.parent, out, *(out / name for name in list_models(out))):
             for entry in list(folder.iterdir()):
@@ -160,6 +161,7 @@ def _make_aside(out: Path) -> Path:
 
     There it is said: a server that starts while it is there, or after a kill and before the next writer, does not.
     """
+    out = out.resolve()  # a link may lie on another disk than what it shows
     named: dict[str, str] = {"prefix": f".{out.name}.", "suffix": PARTIAL_SUFFIX}
     with contextlib.suppress(OSError):
         if out.parent.stat().st_dev == out.stat().st_dev:
@@ -355,8 +357,8 @@ def _put_in_place(made: Path, folder: Path, aside: Path) -> None:
         return  # the old one is `made` now, and goes with what is around it
     old = aside.with_name(aside.name.removesuffix(PARTIAL_SUFFIX) + _OLD_SUFFIX)
     old.mkdir()
-    os.rename(folder, old / folder.name)
     try:
+        os.rename(folder, old / folder.name)
         os.rename(made, folder)
     except OSError:
         with contextlib.suppress(OSError):

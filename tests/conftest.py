@@ -35,6 +35,7 @@ OPTIONAL = (
     "prometheus_client",
     "geventhttpclient",
     "aiohttp",
+    "huggingface_hub",
 )
 MISSING = frozenset(name for name in OPTIONAL if importlib.util.find_spec(name) is None)
 LEFT_OUT: list[str] = []

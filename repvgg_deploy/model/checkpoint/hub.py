@@ -300,9 +300,19 @@ class _Hub:
         if self._constants.HF_HUB_OFFLINE:
             problem, remedy = "and HF_HUB_OFFLINE is set", "fetch it once without HF_HUB_OFFLINE, or give a file"
         else:
-            problem = f"and the hub cannot be reached ({_one_line(cause or error)})"
+            problem = f"and the hub cannot be reached ({_one_line(_innermost(cause or error))})"
             remedy = "look at the network and its proxy (https_proxy, HF_ENDPOINT), or give a file"
         return CheckpointError(f"{self._shown}: {printable(file)} is not in the cache, {problem}", remedy=remedy)
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """What the system said, where a library wrapped it; what a server said stays."""
+    while not hasattr(error, "response") or error.response is None:
+        inner = error.__cause__ or error.__context__
+        if inner is None:
+            break
+        error = inner
+    return error
 
 
 def _one_line(error: BaseException) -> str:

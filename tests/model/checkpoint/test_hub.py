@@ -56,20 +56,24 @@ WEIGHTS = weights()
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """The hub, as huggingface_hub finds it; its settings are read when it is imported."""
-    constants = importlib.import_module("huggingface_hub.constants")
+    constants = pytest.importorskip("huggingface_hub.constants")
     for name in ("HF_TOKEN", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     files = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors": WEIGHTS, "pytorch_model.bin": b"pickle"}
     with serve(Hub(files)) as served:
         monkeypatch.setattr(constants, "ENDPOINT", served.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", served.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
+        set_template(monkeypatch, served.url + "/{repo_id}/resolve/{revision}/{filename}")
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(importlib.import_module("huggingface_hub.utils._http").time, "sleep", lambda _: None)
         yield served
+
+
+def set_template(monkeypatch: pytest.MonkeyPatch, template: str) -> None:
+    """In constants; versions of before 1.0 have a copy of it."""
+    for module in ("constants", "file_download"):
+        monkeypatch.setattr(f"huggingface_hub.{module}.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
 
 
 def refused(given: str, match: str) -> str:
@@ -213,7 +217,7 @@ def test_name_of_a_published_checkpoint_must_be_that_one(hub: Hub) -> None:
 @pytest.mark.parametrize("status", [500, None])
 def test_hub_that_cannot_be_reached_is_named(hub: Hub, monkeypatch: pytest.MonkeyPatch, status: int | None) -> None:
     if status is None:
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}")
+        set_template(monkeypatch, "http://127.0.0.1:9/{repo_id}")
     else:
         hub.status = status
     said = "Connection refused" if status is None else "500"
@@ -298,3 +302,9 @@ def test_file_at_an_address_is_fetched_with_its_digest(hub: Hub) -> None:
     assert checkpoint.origin == f"{address}#sha256={digest}" and checkpoint.sha256 == digest
     assert locate(Path(address)).origin == checkpoint.origin  # pathlib made one slash of two
     assert "rm /" in refused(f"{address}#sha256={'0' * 64}", f"has the SHA-256 {digest}, the address says 0000")
+
+
+def test_pretrained_asks_the_hub_for_timms_weights(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--pretrained", "--arch", "A0"]) == 1  # this hub has another repository only
+    assert "hf-hub:timm/repvgg_a0.rvgg_in1k@main: there is no such repository" in capsys.readouterr().err
+    assert "HEAD /timm/repvgg_a0.rvgg_in1k/resolve/main/config.json" in hub.asked

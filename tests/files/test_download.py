@@ -141,6 +141,12 @@ def test_address_that_is_not_fetched_from_is_named_without_secrets(server: Hub, 
     assert "secret" not in str(caught.value) + caught.value.remedy
 
 
+def test_proxy_of_the_environment_is_asked(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", server.url)
+    monkeypatch.setenv("no_proxy", "")
+    assert download("http://localhost:9/files/a.pth")[0].read_bytes() == DATA
+
+
 def test_redirect_leads_to_secure_addresses_only(server: Hub) -> None:
     server.redirects["/moved.pth"] = f"{server.url}/files/a.pth"
     assert download(f"{server.url}/moved.pth")[0].read_bytes() == DATA

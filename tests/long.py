@@ -47,7 +47,8 @@ def plan_steps(scale: float) -> dict[str, tuple[list[str], dict[str, str]]]:
         "bounds": ([*pytest, "-m", "", "tests/model/checkpoint/test_bounds.py"], {}),
         "soak 64 threads": ([*pytest, "-m", "slow", "-k", "sixty_four", "tests/runtime/test_soak.py"], soak),
         "soak Engine": ([*pytest, "-m", "slow", "-k", "not sixty_four", "tests/runtime/test_soak.py"], soak),
-        "soak service": ([*pytest, "-m", "slow", "tests/examples/test_soak.py"], soak),
+        "soak service": ([*pytest, "-m", "slow", "-k", "not sigterm", "tests/examples/test_soak.py"], soak),
+        "end of the service": ([*pytest, "-m", "slow", "-k", "sigterm", "tests/examples/test_soak.py"], soak),
         "kills": ([*pytest, "tests/serving/test_kills.py", "tests/build/test_deliver.py"], {"REPVGG_EVERY_KILL": "1"}),
         "kills and tritonserver": (
             [*pytest, "-m", "slow", "-k", "kill", "tests/serving/test_real_server.py"],
@@ -105,7 +106,7 @@ def main() -> int:
             "seconds": round(time.monotonic() - started),
             "scale": args.scale,
             "said": f"{executed[1]} inputs" if executed else tail[-1] if tail else "",
-            "counted": counted,
+            **({"counted": counted} if counted else {}),
             "load average": round(os.getloadavg()[2], 1),
             "date": datetime.date.today().isoformat(),
             "processor": describe_processor(),

@@ -36,7 +36,7 @@ from .deliver import (
 from .inspect import PrecisionReport
 from .library import find_tactic_libraries, is_strongly_typed, look_for_gpu, open_library
 from .options import BuildOptions, BuildRequest, choose_profile, must_type
-from .recipes import require_fp8, require_gpu, require_options, resolve_targets
+from .recipes import require_fp8, require_gpu, require_int8, require_options, resolve_targets
 from .source import Source, read_source
 
 if TYPE_CHECKING:
@@ -136,6 +136,7 @@ def _make_request(source: Source, options: BuildOptions) -> BuildRequest:
     if precision == "fp8":
         targets = require_fp8(library, search.gpu, targets, named=bool(options.targets))
     if precision == "int8":
+        require_int8(library)
         for target in (name for name in targets if name in SLOW_INT8):
             logger.warning("%s", warn_of_int8(target))
     if options.timing_cache is not None and not library.is_rtx:

@@ -106,7 +106,10 @@ def _compile(request: BuildRequest, state: BuildState) -> BuiltPlan:
     begun, log = time.monotonic(), BuildLog(library.trt)
     gpu = request.gpu
     driver = "no NVIDIA driver" if gpu is None else name_driver(gpu.driver_version, gpu.cuda_version)
-    builder = start_tensorrt(library, "Builder", log.trt_logger, lines=lambda: log.errors, on=driver)
+    trt = library.trt
+    builder = start_tensorrt(
+        library, "builder", lambda: trt.Builder(log.trt_logger), lines=lambda: log.errors, on=driver
+    )
     network = create_network(library, builder)
     parser = parse(library, network, log=log, source=source)
     weighted = weigh_layers(source.graph, tensor_shapes(network))
@@ -157,7 +160,9 @@ def _inspect(
         return None
     heard, driver = len(log.errors), name_driver(gpu.driver_version, gpu.cuda_version)
     try:
-        runtime = start_tensorrt(library, "Runtime", log.trt_logger, lines=lambda: log.errors[heard:], on=driver)
+        runtime = start_tensorrt(
+            library, "runtime", lambda: trt.Runtime(log.trt_logger), lines=lambda: log.errors[heard:], on=driver
+        )
     except CudaError as error:  # TensorRT-RTX, which has built the plan without a GPU
         logger.warning("the precision is not judged: %s", error.message)
         return None

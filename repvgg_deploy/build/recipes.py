@@ -23,6 +23,7 @@ from .source import Source, tensor_types
 _CURRENT = "current"  # as a target: the GPU of this machine, whatever it is
 _TURING = "7.5"
 _FIRST_FP8 = (8, 9)
+_FIRST_INT8_RTX = (1, 7)
 _NEWEST_OPSET_8 = 17
 _FLOATS = {"float32": "FLOAT", "float16": "HALF"}
 _NEEDS_8_6 = {
@@ -108,6 +109,21 @@ def resolve_targets(library: Library, targets: tuple[str, ...], gpu: str | None)
     return tuple(dict.fromkeys(named)) or tuple(name for name in known if name != _TURING)
 
 
+def require_int8(library: Library) -> None:
+    """Refuses an INT8 graph where TensorRT-RTX is too old for it.
+
+    Source: builds of one INT8 graph with TensorRT-RTX 1.4 to 1.7: the older ones know Float, Half, BF16 and FP8 only.
+
+    Raises:
+        BuildError: TensorRT-RTX before 1.7.
+    """
+    if library.is_rtx and library.number < _FIRST_INT8_RTX:
+        raise BuildError(
+            f"{library.name} builds no INT8: it came with 1.7",
+            remedy="install 1.7 or later (the package tensorrt-rtx-cu13), or build --fp16",
+        )
+
+
 def require_fp8(library: Library, gpu: Gpu | None, targets: tuple[str, ...], *, named: bool) -> tuple[str, ...]:
     """The targets of an FP8 graph: those that have FP8; all must, where they were `named`.
 
@@ -190,6 +206,10 @@ def configure(request: BuildRequest, network: Any, settings: Any) -> None:
     if config.hardware_compatible:
         settings.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     if library.is_rtx:
+        if hasattr(
+            trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"
+        ):  # from 1.2 on: without it a CUDA graph may be impossible
+            settings.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         settings.num_compute_capabilities = len(request.targets)
         for index, target in enumerate(request.targets):
             known = getattr(trt.ComputeCapability, f"SM{target.replace('.', '')}", trt.ComputeCapability.CURRENT)

@@ -151,8 +151,8 @@ def make_trt_logger(trt: Any, hear: Callable[[str, str], None]) -> Any:
 
 def start_tensorrt(
     library: Library,
-    kind: Literal["Builder", "Runtime"],
-    trt_logger: Any,
+    kind: Literal["builder", "runtime"],
+    make: Callable[[], Any],
     *,
     lines: Callable[[], Iterable[str]],
     on: str,
@@ -164,8 +164,8 @@ def start_tensorrt(
 
     Args:
         library: TensorRT.
-        kind: The class of the object.
-        trt_logger: From `make_trt_logger`.
+        kind: Which of them, for the message.
+        make: Makes it with a logger from `make_trt_logger`.
         lines: Gives the errors that were logged meanwhile.
         on: The driver, from `name_driver`.
 
@@ -174,20 +174,20 @@ def start_tensorrt(
     """
     found, cause = None, None
     try:
-        found = getattr(library.trt, kind)(trt_logger)
+        found = make()
     except (TypeError, RuntimeError) as error:  # how the bindings say that C++ gave no object
         cause = error
     said = list(lines())
-    needs_gpu = kind == "Runtime" or not library.is_rtx
+    needs_gpu = kind == "runtime" or not library.is_rtx
     if found is not None and not (needs_gpu and any("cuda" in line.lower() for line in said)):
         return found
     if found is not None:
-        for kept in (found, trt_logger):
+        for kept in (found, make):  # the latter refers to its logger
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
     raise CudaError(
-        f"{library.name} cannot start its {kind.lower()} on the GPU with {on}:{quote(said)}",
+        f"{library.name} cannot start its {kind} on the GPU with {on}:{quote(said)}",
         remedy="update the NVIDIA driver, or install a TensorRT that was made for the driver's CUDA; nvidia-smi shows "
-        "both" + ("" if kind == "Runtime" or library.is_rtx else "; --backend rtx builds without a GPU"),
+        "both" + ("" if kind == "runtime" or library.is_rtx else "; --backend rtx builds without a GPU"),
     ) from cause
 
 

@@ -28,6 +28,7 @@ RECEIVERS = {
 ENUMS = {"BuilderFlag", "HardwareCompatibilityLevel", "LayerInformationFormat", "MemoryPoolType", "ProfilingVerbosity"}
 LACKING = {
     "tensorrt 8.5.3.1": {
+        "BuilderFlag.REQUIRE_USER_ALLOCATION": "asked for: TensorRT-RTX from 1.2 on",
         "BuilderFlag.VERSION_COMPATIBLE": "refused before 8.6",
         "HardwareCompatibilityLevel.AMPERE_PLUS": "refused before 8.6",
         "IBuilderConfig.builder_optimization_level": "refused before 8.6",

@@ -11,9 +11,20 @@ from typing import Any
 
 import pytest
 
+from repvgg_deploy.build import build as build_module
+from repvgg_deploy.build.build import build_plan
 from repvgg_deploy.build.compile import compile_plan
-from repvgg_deploy.build.library import Gpu
-from repvgg_deploy.build.recipes import require_fp8, require_gpu, require_options, require_typing, resolve_targets
+from repvgg_deploy.build.library import Gpu, GpuSearch
+from repvgg_deploy.build.options import BuildOptions, BuildRequest
+from repvgg_deploy.build.recipes import (
+    configure,
+    require_fp8,
+    require_gpu,
+    require_int8,
+    require_options,
+    require_typing,
+    resolve_targets,
+)
 from repvgg_deploy.build.source import read_source
 from repvgg_deploy.errors import BuildError, CudaError
 from repvgg_deploy.files.plan_place import Library
@@ -141,9 +152,46 @@ def test_tensorrt_rtx_refuses_what_it_lacks(config: BuildConfig) -> None:
         require_options(rtx("SM86"), config, ())
 
 
-def rtx(capabilities: str) -> Library:
+def rtx(capabilities: str, version: str = "1.7.1.116", **more: Any) -> Library:
     known = enum.IntEnum("ComputeCapability", f"NONE CURRENT {capabilities}")
-    return Library("tensorrt_rtx", types.SimpleNamespace(ComputeCapability=known), "1.7.1.116")
+    return Library("tensorrt_rtx", types.SimpleNamespace(ComputeCapability=known, **more), version)
+
+
+@pytest.mark.parametrize("version", ["1.2.0.54", "1.6.1.1", "1.7.1.116", "2.0"])
+def test_int8_needs_tensorrt_rtx_1_7(version: str) -> None:
+    library = Library("tensorrt_rtx", None, version)
+    if version.startswith(("1.7", "2")):
+        require_int8(library)
+        return
+    with pytest.raises(BuildError, match=f"TensorRT-RTX {version} builds no INT8: it came with 1.7") as caught:
+        require_int8(library)
+    assert "install 1.7" in caught.value.remedy and "--fp16" in caught.value.remedy
+
+
+def test_int8_is_refused_before_anything_is_quantized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_module, "open_library", lambda _: rtx("SM86", version="1.6.0.1"))
+    monkeypatch.setattr(build_module, "look_for_gpu", lambda: GpuSearch(None, "no driver"))
+    options = BuildOptions(BuildConfig("int8"), backend="rtx")
+    with pytest.raises(BuildError, match=r"TensorRT-RTX 1\.6\.0\.1 builds no INT8"):
+        build_plan(make_typed(tmp_path, "fp32"), options=options)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_rtx_plans_take_their_memory_from_the_engine_where_the_release_can(known: bool) -> None:
+    told: list[str] = []
+    names = ["TF32", *(["REQUIRE_USER_ALLOCATION"] if known else [])]
+    flags = enum.IntEnum("BuilderFlag", names)
+    pools, verbosity = types.SimpleNamespace(WORKSPACE=0), types.SimpleNamespace(DETAILED=2)
+    library = rtx("SM86", BuilderFlag=flags, MemoryPoolType=pools, ProfilingVerbosity=verbosity)
+    settings: Any = types.SimpleNamespace(
+        set_memory_pool_limit=lambda *_: None,
+        set_flag=lambda flag: told.append(flag.name),
+        clear_flag=lambda _: None,
+        set_compute_capability=lambda *_: None,
+    )
+    source: Any = None
+    configure(BuildRequest(source, BuildConfig(), library, None, ("8.6",)), None, settings)
+    assert told == ["REQUIRE_USER_ALLOCATION"] * known
 
 
 def test_rtx_targets_by_default_are_all_that_it_knows_but_turing() -> None:

@@ -218,7 +218,7 @@ class TrtLog:
 
 def _start_runtime(library: Library, log: TrtLog, device: DeviceInfo, *, carries_code: bool) -> Any:
     trt, driver = library.trt, name_driver(device.driver_version, device.cuda_version)
-    runtime = start_tensorrt(library, "Runtime", log.trt_logger, lines=log.take, on=driver)
+    runtime = start_tensorrt(library, "runtime", lambda: trt.Runtime(log.trt_logger), lines=log.take, on=driver)
     if carries_code and not library.is_rtx:
         runtime.engine_host_code_allowed = True
     if hasattr(trt, "init_libnvinfer_plugins"):

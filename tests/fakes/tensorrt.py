@@ -81,6 +81,8 @@ class Seen:
     shapes: list[tuple[int, ...]] = field(default_factory=list)
     threads: set[int] = field(default_factory=set)
     deserialized: int = 0
+    compiled: list[tuple[int, ...]] = field(default_factory=list)  # shapes, by TensorRT-RTX
+    caches: set[int] = field(default_factory=set)
     largest_overlap: int = 0
 
 
@@ -126,6 +128,7 @@ def make_module(
     if world.shares_profiles:
         module.ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
     if world.rtx:
+        module.IRuntimeCache = RuntimeCache
         module.DynamicShapesKernelSpecializationStrategy = DynamicShapesKernelSpecializationStrategy
     world.old = not world.shares_profiles
     return module
@@ -167,11 +170,43 @@ class DynamicShapesKernelSpecializationStrategy(enum.Enum):
 class _RuntimeConfig:
     """TensorRT-RTX's."""
 
+    def __init__(self, world: _World) -> None:
+        self._world = world
+        self._cache: RuntimeCache | None = None
+
     dynamic_shapes_kernel_specialization_strategy = DynamicShapesKernelSpecializationStrategy.LAZY
     _allocation = ExecutionContextAllocationStrategy.STATIC
 
     def set_execution_context_allocation_strategy(self, strategy: ExecutionContextAllocationStrategy) -> None:
         self._allocation = strategy
+
+    def create_runtime_cache(self) -> RuntimeCache:
+        return RuntimeCache(self._world)
+
+    def set_runtime_cache(self, cache: RuntimeCache) -> bool:
+        self._cache = cache
+        return True
+
+
+class RuntimeCache:
+    """TensorRT-RTX's compiled kernels: the shapes that they are for."""
+
+    def __init__(self, world: _World) -> None:
+        self._world, self.shapes = world, set[tuple[int, ...]]()
+        self._world.cuda.current_device()
+
+    def serialize(self) -> bytes:
+        return json.dumps([self._world.version, sorted(self.shapes)]).encode()
+
+    def deserialize(self, data: bytes) -> bool:
+        self._world.cuda.current_device()
+        try:
+            version, shapes = json.loads(data)
+        except ValueError:
+            return False
+        if version == self._world.version:
+            self.shapes |= set(map(tuple, shapes))
+        return bool(version == self._world.version)
 
 
 DataType = enum.Enum("DataType", ["FLOAT", "HALF", "INT8", "INT32", "BOOL", "UINT8", "FP8", "BF16", "INT64"])
@@ -275,7 +310,7 @@ class _Engine:
 
     def create_runtime_config(self) -> Any:
         assert self._world.rtx
-        return _RuntimeConfig()
+        return _RuntimeConfig(self._world)
 
     def create_execution_context(self, how: Any) -> Any:
         assert not self._world.old
@@ -283,6 +318,7 @@ class _Engine:
         assert (how._allocation if given else how) == ExecutionContextAllocationStrategy.USER_MANAGED
         context = self._create()
         if given and context is not None:
+            context._kernels = how._cache
             context._eager = (
                 how.dynamic_shapes_kernel_specialization_strategy == DynamicShapesKernelSpecializationStrategy.EAGER
             )
@@ -314,6 +350,7 @@ class _Context:
         self._scratch: _Scratch | None = None
         self._warm: set[tuple[int, ...]] = set()
         self._fallbacks = Counter[tuple[int, ...]]()
+        self._kernels: RuntimeCache | None = None
         static = all(isinstance(size, int) for size in engine._session.get_inputs()[0].shape)
         free = self._world.shares_profiles or static or engine._profiles_in_use == 0
         self.active_optimization_profile = 0 if free else -1
@@ -411,6 +448,8 @@ class _Context:
                     self._engine._logger.log(Severity.ERROR, world.faults.message)
                     return False
                 self._warm.add(shape)
+                if world.rtx:
+                    self._compile(shape)
                 # TensorRT-RTX runs other kernels until those of a shape are compiled, and other kernels round
                 # otherwise.
                 self._fallbacks[shape] += not self._eager
@@ -418,6 +457,13 @@ class _Context:
                 step.scale += 1e-6 * (0 < self._fallbacks[shape] <= 2)
                 world.cuda.enqueue(stream_handle, step)
             return True
+
+    def _compile(self, shape: tuple[int, ...]) -> None:
+        assert self._kernels is not None, "a context without a runtime cache compiles its own kernels"
+        self._world.seen.caches.add(id(self._kernels))
+        if shape not in self._kernels.shapes:
+            self._kernels.shapes.add(shape)
+            self._world.seen.compiled.append(shape)
 
     def _wait_for_device(self) -> bool:
         """TensorRT on a default stream waits for the whole device, which ends every capture that it meets.

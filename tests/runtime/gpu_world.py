@@ -65,6 +65,7 @@ def make_world(folder: Path, monkeypatch: pytest.MonkeyPatch, setting: Setting =
     cuda = FakeCuda(devices=setting.devices, memory_bytes=setting.memory_bytes, eager=setting.eager)
     name = "tensorrt_rtx" if setting.rtx else "tensorrt"
     trt = make_module(cuda, version=setting.version, name=name, faults=setting.faults)
+    monkeypatch.setenv("REPVGG_DEPLOY_CACHE", str(folder / "cache"))
     monkeypatch.setattr(opening, "open_cuda", lambda provider=None: cuda)
     monkeypatch.setitem(sys.modules, name, trt)
     onnx = make_onnx(folder / "m.onnx", setting.model)

@@ -148,6 +148,9 @@ class TensorRtBackend:
                 stack.enter_context(self._pool.use(slot))
                 for _ in range(_WARM_UP_RUNS):
                     slot.run(batch)
+            else:  # all contexts are held here, so that none compiles meanwhile
+                if self._plan.kernels is not None:
+                    self._plan.kernels.save()
 
     def time_phases(self, batch: NDArray[Any], calls: int) -> tuple[PhaseTimes, ...]:
         """The parts of so many runs of a batch, which the profile must hold as one piece.
@@ -192,6 +195,8 @@ class TensorRtBackend:
         with self._port.on_device(self._device_id):
             self._pool.close()
             self._memory.close()
+            if self._plan.kernels is not None:
+                self._plan.kernels.save()
             self._plan.release()
 
     @contextlib.contextmanager

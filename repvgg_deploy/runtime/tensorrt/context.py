@@ -57,11 +57,13 @@ def _create(plan: OpenPlan, *, wait_for_kernels: bool) -> Any | None:
     if not hasattr(trt, "ExecutionContextAllocationStrategy"):  # until 10
         return engine.create_execution_context_without_device_memory()
     strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-    if not wait_for_kernels:
+    if plan.kernels is None:
         return engine.create_execution_context(strategy)
     settings = engine.create_runtime_config()
     settings.set_execution_context_allocation_strategy(strategy)
-    settings.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    if wait_for_kernels:
+        settings.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    plan.kernels.attach(settings)
     return engine.create_execution_context(settings)
 
 

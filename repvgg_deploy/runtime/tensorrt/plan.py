@@ -37,6 +37,7 @@ from ...files.plan_place import (
 )
 from ...specs.values import METADATA_SCHEMA, Certificate, ModelMetadata, ModelSpec, PlanPassport, TensorSpec
 from ..cuda.port import DeviceInfo
+from .kernels import KernelCache, open_kernels
 
 logger = logging.getLogger(__name__)
 _FLAVOURS: dict[str | None, tuple[Flavour, ...]] = {
@@ -63,6 +64,7 @@ class OpenPlan:
         interface: Input, outputs and profile, outputs in the order of `spec`.
         spec: From the passport, else as far as the engine knows it.
         passport: None where there is none.
+        kernels: What TensorRT-RTX compiles for it; None for TensorRT, which compiled all when the plan was built.
     """
 
     library: Library
@@ -72,9 +74,12 @@ class OpenPlan:
     interface: PlanInterface
     spec: ModelSpec
     passport: PlanPassport | None
+    kernels: KernelCache | None
 
     def release(self) -> None:
         """Lets TensorRT's objects go, the engine before its runtime."""
+        if self.kernels is not None:
+            self.kernels.release()
         self.engine = None
         self.runtime = None
 
@@ -145,7 +150,8 @@ def open_plan(path: Path, device: DeviceInfo, *, backend: str | None, require_pa
     spec = _describe_interface(interface) if passport is None else passport.spec
     if passport is not None:
         interface = _order_outputs(interface, spec, path)
-    return OpenPlan(library, log, runtime, engine, interface, spec, passport)
+    kernels = open_kernels(library, device, content)
+    return OpenPlan(library, log, runtime, engine, interface, spec, passport, kernels)
 
 
 def _judge(path: Path, passport: PlanPassport, environment: Environment) -> tuple[str, ...]:

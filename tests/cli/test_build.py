@@ -193,7 +193,7 @@ FAULTS: dict[str, tuple[list[str], str]] = {
         ["fp16.onnx", "--fp16", "--calib", "x"],
         "is typed fp16 already, so there is nothing to calibrate",
     ),
-    "calib alone": (["fp32.onnx", "--calib", "x"], "--calib is of --fp16 and --int8, and neither is asked for"),
+    "calib alone": (["fp32.onnx", "--calib", "x"], "--calib is of --fp16, --int8 and --fp8, and none is asked for"),
     "batches": (["fp16.onnx", "--min-batch", "4", "--max-batch", "2"], "expected 1 ≤ min ≤ opt ≤ max"),
     "config": (["fp16.onnx", "--config", "none.toml"], "cannot be read as a build configuration"),
     "config precision": (["fp16.onnx", "--config", "int8.toml"], "is typed fp16, and int8 was asked for"),
@@ -230,7 +230,7 @@ def test_faults_are_said_with_a_remedy_and_leave_nothing(
 
 USAGE = {
     "both": (["--fp16", "--int8"], "not allowed with"),
-    "fp32 calib": (["--fp32", "--calib", "x"], "--calib is of --fp16 and --int8: it cannot hold with --fp32"),
+    "fp32 calib": (["--fp32", "--calib", "x"], "--calib is of --fp16, --int8 and --fp8: it cannot hold with --fp32"),
     "fp16 fast": (["--fp16", "--fast"], "--fast is of --int8"),
     "percentile": (["--int8", "--percentile", "99"], "needs --method percentile"),
     "target": (["--target", "a10"], "expected a compute capability such as sm_86"),

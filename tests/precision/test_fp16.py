@@ -123,9 +123,17 @@ def test_fp16_statistics_that_drawn_images_do_not_reach_are_believed() -> None:
 def test_fp16_statistics_of_another_graph_are_refused() -> None:
     model = make_model()
     model.metadata_props.add(key=METADATA_KEY, value=codec.dumps(metadata_of(model)))
-    for ranges in ({"stage9.conv": np.ones(8)}, {"stage0.conv": np.ones(7)}):
-        with pytest.raises(ModelError, match=next(iter(ranges))):
-            to_fp16(state_statistics(model, ranges))
+    with pytest.raises(ModelError, match=r"7 channels of stage0\.conv, which has 8"):
+        to_fp16(state_statistics(model, {"stage0.conv": np.ones(7)}))
+
+
+def test_fp16_statistics_of_what_is_no_layer_are_left_aside() -> None:
+    model = make_model()
+    model.metadata_props.add(key=METADATA_KEY, value=codec.dumps(metadata_of(model)))
+    alone, report = to_fp16(state_statistics(model, {}))
+    more, same = to_fp16(state_statistics(model, {"stage9.conv": np.ones(8)}))
+    assert report.largest == same.largest
+    assert alone.model.graph == more.model.graph
 
 
 def test_fp16_gate_that_overflows_is_saturated_as_in_fp32() -> None:

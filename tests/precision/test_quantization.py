@@ -386,7 +386,7 @@ def test_interrupted_quantization_leaves_nothing(model: Path, pixels: Path, tmp_
 
 
 CONTRADICTIONS = {
-    "precision": ("fp8", {}),
+    "precision": ("int4", {}),
     "agreement": ("int8", {"min_agreement": 1.1}),
     "agreement nan": ("int8", {"min_agreement": float("nan")}),
     "images": ("int8", {"images": 0}),

@@ -139,7 +139,7 @@ OPTIONAL_FIELDS: dict[str, set[str]] = {
     "onnx-metadata": {"notes", "content_sha256"},
     "plan-passport": {"history", "precision_shares", "platform", "variant"},
     "calibration": set(),
-    "scales": {"factors", "exponents", "left_out", "target"},
+    "scales": {"factors", "exponents", "left_out", "target", "format"},
     "benchmark": set(),
 }
 

@@ -192,7 +192,7 @@ def test_committed_build_configs_are_those_that_the_documents_name() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("precision = 'int4'", "BuildConfig.precision: expected one of 'fp32', 'fp16', 'int8', 'fp8', found 'int4'"),
+        ("precision = 'int4'", "BuildConfig.precision: expected one of 'fp32', 'fp16', 'fp8', 'int8', found 'int4'"),
         ("workspace = 1", r"BuildConfig.workspace: expected one of .*workspace_bytes"),
         ("workspace_bytes = '4GiB'", "workspace_bytes: expected a int"),
         ("[profile]\nmin_batch = 9", "1 ≤ min"),

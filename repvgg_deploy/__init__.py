@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .specs.values import VariantSpec as VariantSpec
     from .specs.variants import get_variant as get_variant
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def find_lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:

@@ -7,8 +7,8 @@ PY := $(BIN)/python
 PYTEST := $(PY) -m pytest
 FUZZ_CASES ?= 2000
 
-# The environment is current when it was made for this folder, this pyproject.toml and these constraints.
-STAMP := $(VENV)/.stamp-$(shell { pwd; cat pyproject.toml constraints.txt; } | cksum | cut -d ' ' -f 1)
+# The environment is current when it was made for this folder, this version, this pyproject.toml and these constraints.
+STAMP := $(VENV)/.stamp-$(shell { pwd; cat pyproject.toml constraints.txt; grep '^__version__' repvgg_deploy/__init__.py; } | cksum | cut -d ' ' -f 1)
 
 .PHONY: help install demo test slow long fuzz lint format check docs bench clean
 .DEFAULT_GOAL := help

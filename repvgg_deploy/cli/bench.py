@@ -191,11 +191,11 @@ def _head(result: Benchmark) -> list[tuple[str, str]]:
 
 
 def _time_lines(points: list[tuple[ModelResult, Point]]) -> list[str]:
-    calls = [["model", "way", "batch", "min", "median", "p90", "p95", "p99", "max", "images/s", "of roofline"]]
+    calls = [["model", "way", "batch", "min", "median", "p90", "p99", "max", "img/s", "roofline"]]
     parts = [["model", "batch", "host→device", "compute", "device→host", "enqueue (CPU)"]]
     for model, point in points:
         found, phases = point.latency, point.phases
-        times = (found.min_ms, found.median_ms, found.p90_ms, found.p95_ms, found.p99_ms, found.max_ms)
+        times = (found.min_ms, found.median_ms, found.p90_ms, found.p99_ms, found.max_ms)
         way = point.way + ("!" if point.warnings else "")
         share = "–" if point.share is None else f"{100 * point.share:.0f} %"
         speed = f"{point.images_per_second:,.1f}"
@@ -203,7 +203,7 @@ def _time_lines(points: list[tuple[ModelResult, Point]]) -> list[str]:
         if phases is not None:
             spent = (phases.to_device_ms, phases.compute_ms, phases.to_host_ms, phases.enqueue_ms)
             parts.append([_title(model), str(point.batch), *map(_show, spent)])
-    lines = ["latency of one call, ms", format_table(calls, "<<" + ">" * 9)]
+    lines = ["latency of one call, ms", format_table(calls, "<<" + ">" * 8)]
     if len(parts) > 1:
         lines += ["parts of a call, ms, without CUDA graphs and one at a time", format_table(parts, "<>>>>>")]
     return lines

@@ -417,7 +417,7 @@ def certificate_table(certificate: Certificate) -> str:
 
 def _kind(name: str) -> str:
     if name.startswith("weights"):
-        return "each weight, against the float64 fold"
+        return "each weight, against float64"
     if name.startswith(("block", "convolution")):
         what, precision = name.partition(" ")[0], name.rpartition(", ")[2]
         return f"each {what}, {precision}"

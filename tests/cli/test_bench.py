@@ -44,7 +44,7 @@ def test_table_json_file_and_picture_tell_of_the_same_run(model: Path, tmp_path:
     result = read_benchmark(out)
     assert [point.batch for point in result.models[0].points] == [1, 4]
     table = text.partition("latency of one call, ms\n")[2].splitlines()
-    assert " ".join(table[0].split()) == "model way batch min median p90 p95 p99 max images/s of roofline"
+    assert " ".join(table[0].split()) == "model way batch min median p90 p99 max img/s roofline"
     assert [line.split()[:2] for line in table[1:3]] == [["small", "(fp32)"]] * 2
     assert f"{result.models[0].points[1].images_per_second:,.1f}" in table[2]
     assert "roofline of" in text and "small.onnx, batch 4" in text  # --layers

@@ -15,6 +15,7 @@ import argparse
 import csv
 import json
 import os
+import platform
 import resource
 import statistics
 import subprocess
@@ -136,6 +137,7 @@ def main() -> None:
         print(simulate(args.simulate))
         return
     from repvgg_deploy import export_checkpoint
+    from repvgg_deploy.images.ahead import count_cores
     from repvgg_deploy.measure.peaks import cpu_name
 
     with tempfile.TemporaryDirectory() as name:
@@ -155,7 +157,13 @@ def main() -> None:
             seconds["Ray, 2 workers"] = [run_ray(model, folder, work / "ray")]
     rates = {key: args.images / statistics.median(values) for key, values in seconds.items()}
     memory = {str(rows): measure_memory(rows) for rows in (args.rows // 100, args.rows)}
-    machine = {"processor": cpu_name(), "load": os.getloadavg()[0], "command": f"python {' '.join(sys.argv)}"}
+    machine = {
+        "processor": cpu_name().rpartition(",")[0],
+        "cores": count_cores(),
+        "load": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "command": f"python {' '.join(sys.argv)}",
+    }
     result: dict[str, Any] = {
         "machine": machine,
         "checkpoint": checkpoint.name,

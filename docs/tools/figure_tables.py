@@ -84,6 +84,11 @@ def _fold(found: dict[str, Any]) -> str:
     return _rows(["network", "kernels", "MACs", "bytes", "CPU ms"], rows)
 
 
+def _scoring(found: dict[str, Any]) -> str:
+    rows = [[name, f"{rate:.1f}"] for name, rate in found["images_per_second"].items()]
+    return _rows([f"{found['images']:,} JPEG files, {found['checkpoint']}", "images/s"], rows)
+
+
 def _export(found: dict[str, Any]) -> str:
     names = {
         "plain": "plain recipe: `torch.onnx.export`, `onnxsim.simplify`, one comparison of the deploy form",
@@ -182,6 +187,7 @@ _TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "int8_graphs": ("int8", _int8_graphs),
     "reparameterize": ("reparameterize", _reparameterize),
     "runtime": ("runtime", _runtime),
+    "scoring": ("scoring", _scoring),
     "runtime_overhead": ("runtime_overhead", _runtime_overhead),
 }
 

@@ -51,6 +51,9 @@ def decode_ahead(
     """
     import numpy as np
 
+    if isinstance(pictures, (list, tuple)) and len(pictures) == 1:  # threads would cost more than they save
+        yield decode_pictures(pictures, preprocessing)
+        return
     source = iter(pictures)
     count = threads if threads is not None else count_cores()
     waiting: deque[tuple[Picture, Future[NDArray[np.uint8]]]] = deque()

@@ -186,6 +186,14 @@ def test_decode_ahead_gives_the_pixels_of_load_image(engine: Engine, photos: lis
     np.testing.assert_array_equal(np.concatenate([piece.pixels for piece in pieces]), expected)
 
 
+def test_one_image_is_decoded_without_threads(
+    engine: Engine, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = engine.classify(photos[:2])[0]
+    monkeypatch.setattr(ahead, "ThreadPoolExecutor", None)
+    assert engine.classify(photos[0]) == engine.classify([photos[0]])[0] == expected
+
+
 def test_logits_is_infer_of_a_model_that_gives_logits(engine: Engine, tmp_path: Path) -> None:
     batch = np.random.default_rng(0).standard_normal((3, *engine.spec.input.shape[1:]), np.float32)
     np.testing.assert_array_equal(engine.logits(batch), engine.infer(batch))

@@ -109,8 +109,12 @@ def _write_table(args: argparse.Namespace) -> Output:
         labels = None if args.features else _plan(engine.spec, args).labels
         options = ScoringOptions(args.top or _USUAL_TOP, args.features, labels, args.max_value)
         scorer = Scorer(engine, options)
-        run = {"model_sha256": sha256_file(Path(args.model)), "images": args.images, "options": asdict(options)}
-        run["bfloat16"] = args.bfloat16
+        run = {
+            "model_sha256": sha256_file(Path(args.model)),
+            "images": args.images,
+            "bfloat16": args.bfloat16,
+            **asdict(options),
+        }
         with GrowingTable(args.out, scorer.columns, run=run, resume=args.resume, force=args.force) as table:
             done = table.find_done()
             if len(done):

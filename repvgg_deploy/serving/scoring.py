@@ -174,8 +174,9 @@ def score(
             if progress is not None:
                 progress(len(made))
             if len(rows) >= PART_ROWS or time.monotonic() - written >= PART_SECONDS:
-                table.append(rows)
-                rows, written = [], time.monotonic()
+                part, rows = rows, []  # an interrupted append is made again by the next run, never twice by this one
+                table.append(part)
+                written = time.monotonic()
     finally:
         if rows:
             table.append(rows)

@@ -13,9 +13,11 @@ import io
 import json
 import logging
 import os
+import reprlib
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -27,6 +29,7 @@ logger = logging.getLogger(__name__)
 Row: TypeAlias = "Sequence[Any]"
 """One value a column: text, a number, a vector as a float32 array, or None for what is not there."""
 SUFFIXES = (".csv", ".jsonl", ".parquet")
+_NOTE = "run.json"
 
 
 class GrowingTable:
@@ -68,15 +71,16 @@ class GrowingTable:
         self._run = json.loads(json.dumps(run))
         if target.exists() and not force and not (resume and self._folder.exists()):
             raise ArtifactError(f"{target}: is there already", remedy="give --force to replace it, or another name")
-        if self._folder.exists() and not resume:
-            if not force:
-                raise ArtifactError(
-                    f"{target}: an interrupted run left {len(self._parts())} parts of it in {self._folder.name}",
-                    remedy="give --resume to go on, or --force to begin anew",
-                )
-            self._clear()
+        begun = self._folder.exists()
         self._lock = self._take()
         try:
+            if begun and not resume:
+                if not force:
+                    raise ArtifactError(
+                        f"{target}: an interrupted run left {len(self._parts())} parts of it in {self._folder.name}",
+                        remedy="give --resume to go on, or --force to begin anew",
+                    )
+                self._clear()
             self._check_run()
             self._next = 1 + max((int(path.stem) for path in self._parts()), default=-1)
         except BaseException:
@@ -107,7 +111,7 @@ class GrowingTable:
         return handle
 
     def _check_run(self) -> None:
-        note = self._folder / "run.json"
+        note = self._folder / _NOTE
         if not note.exists():
             with atomic_output(note) as output:
                 output.partial.write_text(json.dumps(self._run, indent=1) + "\n", encoding="utf-8")
@@ -121,9 +125,9 @@ class GrowingTable:
         differing = [key for key in keys if before.get(key) != self._run.get(key)]
         if differing:
             key = differing[0]
+            was, now = (reprlib.repr(values.get(key)) for values in (before, self._run))
             raise InputError(
-                f"{self._target}: the interrupted run had {key} {before.get(key)!r}, this one has "
-                f"{self._run.get(key)!r}",
+                f"{self._target}: the interrupted run had {key} {was}, this one has {now}",
                 remedy="run the same command with --resume, or give --force to begin anew",
             )
 
@@ -131,8 +135,13 @@ class GrowingTable:
         return sorted(path for path in self._folder.glob("*" + self._format) if path.stem.isdecimal())
 
     def _clear(self) -> None:
-        for part in self._parts():  # before what says of which run they are
+        """Removes the parts, then what says of which run they are."""
+        for part in self._parts():
             part.unlink()
+        (self._folder / _NOTE).unlink(missing_ok=True)
+
+    def _remove(self) -> None:
+        self._clear()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def find_done(self) -> Done:
@@ -168,16 +177,16 @@ class GrowingTable:
                         with part.open("rb") as source:
                             shutil.copyfileobj(source, file)
         rows = sum(1 for part in parts for _ in _read_names(part, self._format))
-        self._clear()
+        self._remove()
         return rows
 
     def __enter__(self) -> GrowingTable:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self._folder.exists() and not self._parts():
+            self._remove()
         os.close(self._lock)
-        if not self._parts():
-            self._clear()
 
 
 class Done:
@@ -234,8 +243,11 @@ def _write_csv(path: Path, columns: Mapping[str, type | int], rows: Sequence[Row
 
 
 def _to_csv(lines: Iterable[Sequence[Any]]) -> bytes:
+    """Rows that end in a line feed; what holds one or a carriage return is quoted."""
     text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(lines)
+    # Asked for a line feed alone, the writer of Python below 3.13 does not quote a carriage return.
+    ended = SimpleNamespace(write=lambda row: text.write(row.removesuffix("\r\n") + "\n"))
+    csv.writer(ended, lineterminator="\r\n").writerows(lines)
     return text.getvalue().encode()
 
 

@@ -165,7 +165,7 @@ def test_table_of_another_run_is_refused_in_few_words(tmp_path: Path) -> None:
     target = tmp_path / "table.csv"
     with GrowingTable(target, COLUMNS, run={**RUN, "labels": ["a label"] * 1000}) as table:
         table.append(rows(0, 1))
-    with pytest.raises(InputError, match="had labels .*, this one has None") as caught:
+    with pytest.raises(InputError, match=r"had labels .*, this one has None") as caught:
         GrowingTable(target, COLUMNS, run=RUN, resume=True)
     assert len(str(caught.value)) < 300
 

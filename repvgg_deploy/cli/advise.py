@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import InputError
 from .bench import add_batch_option
-from .common import Command, Output, format_pairs, format_table, parse_names, parse_number, parse_whole
+from .common import Command, Output, parse_names, parse_number, parse_whole
+from .terminal import format_pairs, format_table
 
 if TYPE_CHECKING:
     from ..measure.advice import Advice, Assumptions, Choice, Measured, Nearest, Wish

@@ -11,18 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ArtifactError
-from .common import (
-    Command,
-    Output,
-    Progress,
-    format_pairs,
-    format_table,
-    parse_counts,
-    parse_names,
-    parse_number,
-    parse_size,
-    parse_whole,
-)
+from .common import Command, Output, parse_counts, parse_names, parse_number, parse_size, parse_whole
+from .terminal import Progress, format_groups, format_pairs, format_table
 
 if TYPE_CHECKING:
     from ..measure.records import Benchmark, ModelResult, Point
@@ -203,9 +193,9 @@ def _time_lines(points: list[tuple[ModelResult, Point]]) -> list[str]:
         if phases is not None:
             spent = (phases.to_device_ms, phases.compute_ms, phases.to_host_ms, phases.enqueue_ms)
             parts.append([_title(model), str(point.batch), *map(_show, spent)])
-    lines = ["latency of one call, ms", format_table(calls, "<<" + ">" * 8)]
+    lines = ["latency of one call, ms", format_groups(calls, "<" + ">" * 8)]
     if len(parts) > 1:
-        lines += ["parts of a call, ms, without CUDA graphs and one at a time", format_table(parts, "<>>>>>")]
+        lines += ["parts of a call, ms, without CUDA graphs and one at a time", format_groups(parts, ">>>>>")]
     return lines
 
 
@@ -234,7 +224,7 @@ def _roofline_lines(result: Benchmark, *, layers: bool) -> list[str]:
             sums = [f"{operations / 2e9:,.2f}", f"{moved / 1e6:,.1f}", f"{operations / moved:,.0f}"]
             rows.append([_title(model), str(batch), *sums, _show(floor), part])
             tables += [f"{model.file}, batch {batch}", _layer_table(bounds)] if layers else []
-    return [*lines, format_table(rows, "<>>>>>>"), *tables] if len(rows) > 1 else lines
+    return [*lines, format_groups(rows, ">>>>>>"), *tables] if len(rows) > 1 else lines
 
 
 def _layer_table(bounds: tuple[LayerBound, ...]) -> str:
@@ -265,8 +255,10 @@ def _remark_lines(result: Benchmark, points: list[tuple[ModelResult, Point]]) ->
         spread = f"a spread of up to {100 * LARGEST_SPREAD:.0f} % (standard deviation by mean)"
         usual = f"{spread}, halves that differ by up to {100 * LARGEST_DRIFT:.0f} %"
         lines.append(f"! not stable; usual is {usual}: let nothing else run, or give a longer --duration")
-        table = [[_title(model), point.way, str(point.batch), "; ".join(point.warnings)] for model, point in unstable]
-        lines.append(format_table(table, "<<><"))
+        lines += [
+            f"  {_title(model)}, {point.way}, batch {point.batch}: {'; '.join(point.warnings)}"
+            for model, point in unstable
+        ]
     return lines
 
 
@@ -275,10 +267,8 @@ def _title(model: ModelResult) -> str:
 
 
 def _show(milliseconds: float) -> str:
-    """Three digits or more."""
-    if milliseconds < 10:
-        return f"{milliseconds:.3f}"
-    return f"{milliseconds:.2f}" if milliseconds < 100 else f"{milliseconds:,.1f}"
+    """Four digits or more."""
+    return f"{milliseconds:,.{sum(milliseconds < limit for limit in (10, 100, 1000))}f}"
 
 
 COMMAND = Command(

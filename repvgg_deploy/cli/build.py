@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError
 from . import quantize
 from .check import describe_plan
-from .common import Command, Output, Progress, format_pairs, parse_size, parse_whole, show_bytes, show_seconds
+from .common import Command, Output, parse_size, parse_whole, show_bytes, show_seconds
+from .terminal import Progress, format_pairs
 
 Size = tuple[int, int]
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import PlanIncompatibleError
-from .common import Command, Output, format_pairs, show_bytes
-from .terminal import paint
+from .common import Command, Output, show_bytes
+from .terminal import format_pairs, paint
 
 if TYPE_CHECKING:
     from ..build.judge import CheckResult

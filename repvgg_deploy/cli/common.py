@@ -1,4 +1,4 @@
-"""What all commands share: exit codes, errors, signals, output; a progress bar; aligned text; values of options.
+"""What all commands share: exit codes, errors, signals, output; values of options.
 
 A command declares its options and offers `execute(args) -> Output`, which imports what it needs only when it is called:
 `--help` must be quick. `run` calls it, prints the output and gives the exit code: 0 done; 1 an error of ours, with
@@ -16,6 +16,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import threading
 import traceback
 import warnings
@@ -28,10 +29,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from .. import __version__
 from ..errors import ArtifactError, RepVGGDeployError, clean_text, explain_missing, say_install
-from .terminal import CLEAR, Tone, colour, fold_lines, paint, terminal_columns
-from .terminal import Progress as Progress  # noqa: PLC0414 - handed on, as the next two are
-from .terminal import format_pairs as format_pairs  # noqa: PLC0414
-from .terminal import format_table as format_table  # noqa: PLC0414
+from .terminal import CLEAR, Tone, fit, paint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +38,7 @@ if TYPE_CHECKING:
 else:
     _StreamHandler = logging.StreamHandler  # generic from Python 3.11 on
 
-EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 0, 1, 130, 141
+EXIT_DONE, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 0, 1, 2, 130, 141
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +86,15 @@ class Command:
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Prose is filled to the terminal's width; examples, whose lines are commands, stay as they are."""
+    """Prose is filled to the terminal's width, between words; examples, whose lines are commands, stay as they are."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         if text.startswith("examples:"):
             return "".join(indent + line for line in text.splitlines(keepends=True))
         return super()._fill_text(text, width, indent)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 class Parser(argparse.ArgumentParser):
@@ -102,7 +103,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Ends the program with usage, message and what was perhaps meant."""
         meant = [match for word, known in self._find_unknown(message) for match in get_close_matches(word, known, 1)]
-        super().error(f"{message}; did you mean {', '.join(meant)}?" if meant else message)
+        question = f"; did you mean {', '.join(meant)}?" if meant else ""
+        said = clean_text(f"{self.prog}: error: {message}{question}", lines=True)
+        self.print_usage(sys.stderr)
+        self.exit(EXIT_USAGE, fit(said, sys.stderr) + "\n")
 
     def _find_unknown(self, message: str) -> Iterator[tuple[str, list[str]]]:
         choice = re.search(r"invalid choice: '?([^' ]+)'? \(choose from (.+)\)", message)
@@ -253,9 +257,7 @@ def _complain(text: str, verbose: int) -> None:
         for word, tone in tones:
             if text.startswith(word):
                 text = paint(word, tone) + text[len(word) :]
-        if sys.stderr.isatty():
-            text = fold_lines(text, terminal_columns(sys.stderr))
-        print(colour(text, sys.stderr), file=sys.stderr, flush=True)
+        print(fit(text, sys.stderr), file=sys.stderr, flush=True)
 
 
 def _print_output(output: Output, as_json: bool) -> None:
@@ -264,9 +266,7 @@ def _print_output(output: Output, as_json: bool) -> None:
 
         _write_stdout(json.dumps(encode(output.data), indent=2, allow_nan=False))
         return
-    text = clean_text(output.text, lines=True)
-    text = fold_lines(text, terminal_columns(sys.stdout)) if sys.stdout.isatty() else text
-    _write_stdout(colour(text, sys.stdout))
+    _write_stdout(fit(clean_text(output.text, lines=True), sys.stdout))
     for error in output.errors:
         _complain(f"error: {error}", 0)
     if output.next_command:
@@ -326,10 +326,9 @@ class _LogHandler(_StreamHandler):
         text = clean_text(super().format(record), lines=True)
         if not self.stream.isatty():
             return text
-        text = fold_lines(text, terminal_columns(self.stream))
         head, colon, rest = text.partition(":")
         painted = f"{paint(head, 'warn')}{colon}{rest}" if record.levelno >= logging.WARNING else text
-        return CLEAR + colour(painted, self.stream)
+        return CLEAR + fit(painted, self.stream)
 
 
 @contextlib.contextmanager

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, say_install
-from .common import Command, Output, Progress, format_pairs, format_table, parse_whole, save_plot
+from .common import Command, Output, parse_whole, save_plot
 from .eval import add_data_options, describe_data, infer, open_engine, read_set_options, show_share
+from .terminal import Progress, format_pairs, format_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

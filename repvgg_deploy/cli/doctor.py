@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from .common import Command, Output, format_pairs, show_bytes
+from .common import Command, Output, show_bytes
+from .terminal import format_pairs
 
 if TYPE_CHECKING:
     from ..measure.environment import EnvironmentReport

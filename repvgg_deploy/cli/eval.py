@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from .common import Command, Output, Progress, add_device_options, format_pairs, format_table, parse_whole, save_plot
-from .terminal import paint
+from .common import Command, Output, add_device_options, parse_whole, save_plot
+from .terminal import Progress, format_pairs, format_table, paint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

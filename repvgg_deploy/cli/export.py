@@ -18,10 +18,7 @@ from .common import (
     HelpFormatter,
     Output,
     Parser,
-    Progress,
     add_completion,
-    format_pairs,
-    format_table,
     parent_parser,
     parse_number,
     parse_size,
@@ -29,6 +26,7 @@ from .common import (
     parse_whole,
     run,
 )
+from .terminal import Progress, format_pairs, format_table
 
 if TYPE_CHECKING:
     from ..export.export import ExportOptions, ExportResult

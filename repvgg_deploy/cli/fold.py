@@ -7,8 +7,9 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .common import Command, Output, format_pairs, format_table, parse_triple, show_bytes
+from .common import Command, Output, parse_triple, show_bytes
 from .export import RESIZE_FLAGS, add_resize_options, find_resize_conflict, read_resizing
+from .terminal import format_pairs, format_table
 
 if TYPE_CHECKING:
     from ..export.fold import FoldResult

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError, ModelError
-from .common import Command, Output, Progress, add_device_options, format_table, parse_whole
+from .common import Command, Output, add_device_options, parse_whole
 from .eval import add_max_value_option
+from .terminal import Progress, format_table
 
 if TYPE_CHECKING:
     from ..runtime.answers import Answer, Classifying

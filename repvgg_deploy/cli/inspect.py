@@ -8,8 +8,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .common import Command, Output, format_pairs, format_table, show_bytes
-from .terminal import paint
+from .common import Command, Output, show_bytes
+from .terminal import format_pairs, format_table, paint
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .common import Command, Output, Progress, parse_whole, save_plot
+from .common import Command, Output, parse_whole, save_plot
 from .eval import add_data_check_option, add_max_value_option
 from .quantize_report import as_json, as_text, draw_report
+from .terminal import Progress
 
 if TYPE_CHECKING:
     from ..precision.int8 import Int8Options

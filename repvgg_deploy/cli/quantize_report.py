@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from statistics import median
 from typing import TYPE_CHECKING
 
-from .common import format_pairs, format_table, show_seconds
+from .common import show_seconds
 from .eval import describe_data
+from .terminal import format_pairs, format_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -158,12 +158,34 @@ def format_table(rows: Sequence[Sequence[str]], align: str, *, indent: int = 2) 
     return "\n".join((" " * indent + line).rstrip() for line in lines)
 
 
+def format_groups(rows: Sequence[Sequence[str]], align: str) -> str:
+    """A table whose first column would make it too wide: what stands there is a line of its own above its rows.
+
+    Args:
+        rows: The first is the header, whose first cell is left out; rows of one group are neighbours.
+        align: `<` or `>` for each column but the first.
+    """
+    head, *lines = format_table([row[1:] for row in rows], align, indent=4).split("\n")
+    title, grouped = None, [head]
+    for row, line in zip(rows[1:], lines, strict=True):
+        if row[0] != title:
+            title = row[0]
+            grouped.append(f"  {title}")
+        grouped.append(line)
+    return "\n".join(grouped)
+
+
 def format_pairs(pairs: Sequence[tuple[str, str]]) -> str:
     """`name  value` lines with the values aligned; a value of several lines is indented as a whole."""
     width = max(len(name) for name, _ in pairs)
     return "\n".join(
         f"{name:<{width}}  {value}".replace("\n", "\n" + " " * (width + 2)).rstrip() for name, value in pairs
     )
+
+
+def fit(text: str, stream: TextIO) -> str:
+    """Text for a stream: on a terminal folded to its width and in colour, elsewhere plain."""
+    return colour(fold_lines(text, terminal_columns(stream)) if stream.isatty() else text, stream)
 
 
 def fold_lines(text: str, columns: int) -> str:
@@ -178,7 +200,7 @@ def fold_lines(text: str, columns: int) -> str:
 def _fold(line: str, columns: int) -> str:
     if len(plain(line)) <= columns or len(re.findall(r"\S {2,}(?=\S)", line)) > 1:
         return line
-    value = re.match(r" +|\S+(?: \S+)* {2,}(?=\S)", line)
+    value = re.match(r" *\S+(?: \S+)* {2,}(?=\S)| +", line)
     indent = value.end() if value and value.end() <= columns // 2 else 2
     return textwrap.fill(
         line,

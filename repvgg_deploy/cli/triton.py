@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import InputError
-from .common import Command, Output, format_pairs, parse_whole
+from .common import Command, Output, parse_whole
+from .terminal import format_pairs
 
 EXAMPLES = """examples:
   repvgg-trt triton b2.plan --out model_repository

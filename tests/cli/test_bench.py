@@ -44,9 +44,9 @@ def test_table_json_file_and_picture_tell_of_the_same_run(model: Path, tmp_path:
     result = read_benchmark(out)
     assert [point.batch for point in result.models[0].points] == [1, 4]
     table = text.partition("latency of one call, ms\n")[2].splitlines()
-    assert " ".join(table[0].split()) == "model way batch min median p90 p99 max img/s roofline"
-    assert [line.split()[:2] for line in table[1:3]] == [["small", "(fp32)"]] * 2
-    assert f"{result.models[0].points[1].images_per_second:,.1f}" in table[2]
+    assert " ".join(table[0].split()) == "way batch min median p90 p99 max img/s roofline"
+    assert table[1] == "  small (fp32)"
+    assert f"{result.models[0].points[1].images_per_second:,.1f}" in table[3]
     assert "roofline of" in text and "small.onnx, batch 4" in text  # --layers
     assert sum(line.split()[0].startswith("stage") for line in text.splitlines() if line.strip()) == 2 * 8
     assert "copies to a device, computing and launches are not told apart" in text
@@ -67,9 +67,9 @@ def test_times_that_were_not_stable_are_marked_and_explained(model: Path, monkey
     monkeypatch.setattr("repvgg_deploy.measure.bench.run_benchmark", lambda *_, **__: make_benchmark(make_model()))
     status, text, _ = run(capsys, model)
     lines = text.splitlines()
-    assert status == 0 and "engine " in lines[5] and "engine!" in lines[6]  # batch 1 was stable, batch 8 was not
+    assert status == 0 and "engine " in lines[6] and "engine!" in lines[7]  # batch 1 was stable, batch 8 was not
     explained = next(index for index, line in enumerate(lines) if line.startswith("! not stable"))
-    assert lines[explained + 1].split() == ["a0-fp32", "(fp32)", "engine", "8", "calls", "spread", "by", "20", "%"]
+    assert lines[explained + 1] == "  a0-fp32 (fp32), engine, batch 8: calls spread by 20 %"
     monkeypatch.setattr(
         "repvgg_deploy.measure.bench.run_benchmark",
         lambda *_, **__: make_benchmark(make_model(points=(make_point(1, 1.0),))),
@@ -83,6 +83,18 @@ def test_times_that_were_not_stable_are_marked_and_explained(model: Path, monkey
     )
     _, text, _ = run(capsys, model)
     assert "p99 of fewer than 100 calls is the largest of them, as in 1 of 2 rows" in text and "!" not in text
+
+
+def test_tables_of_long_names_and_times_fit_80_columns(model: Path, monkeypatch, capsys) -> None:
+    points = [make_point(batch, 1234.5) for batch in (1, 128)]
+    points += [dataclasses.replace(point, way="onnxruntime") for point in points]
+    result = make_benchmark(
+        dataclasses.replace(make_model(points=tuple(points)), file="models/repvgg-b2g4-imagenette-int8.onnx")
+    )
+    monkeypatch.setattr("repvgg_deploy.measure.bench.run_benchmark", lambda *_, **__: result)
+    _, text, _ = run(capsys, model)
+    tables = [line for line in text.splitlines() if line.startswith("    ") or "repvgg-b2g4" in line]
+    assert len(tables) >= 5 and max(map(len, tables)) <= 80
 
 
 def test_next_command_reads_what_was_written(model: Path, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -115,7 +127,7 @@ def test_plan_shows_its_parts(tmp_path: Path, monkeypatch, capsys) -> None:
     assert status == 0, err
     parts = text.partition("parts of a call, ms")[2].splitlines()
     assert "host→device" in parts[1] and "enqueue (CPU)" in parts[1]
-    assert [line.split()[2] for line in parts[2:4]] == ["1", "8"]
+    assert [line.split()[0] for line in parts[3:5]] == ["1", "8"]
     assert "2 clients" in text and "Fake GPU 0" in text and "fp16 65,000 Gop/s, memory 320.0 GB/s" in text
 
 

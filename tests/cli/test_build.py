@@ -21,7 +21,7 @@ import pytest
 from repvgg_deploy.build import build as build_module
 from repvgg_deploy.build.library import GpuSearch
 from repvgg_deploy.cli.build import parse_bytes, read_build_options
-from repvgg_deploy.cli.common import Progress
+from repvgg_deploy.cli.terminal import Progress
 from repvgg_deploy.cli.trt import build_parser, main
 from repvgg_deploy.errors import InputError
 from repvgg_deploy.files.passport import read_passport

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from repvgg_deploy.cli import common, terminal
-from repvgg_deploy.cli.common import Output, Progress, fold_lines, format_pairs, format_table, parent_parser, run
+from repvgg_deploy.cli.common import Output, parent_parser, run
+from repvgg_deploy.cli.terminal import Progress, fold_lines, format_groups, format_pairs, format_table
 from repvgg_deploy.errors import InputError, MissingDependencyError
 from tests.waiting import PATIENCE_SECONDS
 
@@ -413,6 +414,16 @@ def test_fold_breaks_between_words_below_the_value() -> None:
 
 def test_fold_of_a_continued_value_keeps_its_place() -> None:
     assert fold_lines("    one two three", 12) == "    one two\n    three"
+
+
+def test_fold_of_an_indented_name_and_value_stands_below_the_value() -> None:
+    assert fold_lines("  no   one two three four", 17) == "  no   one two\n       three four"
+
+
+def test_groups_have_their_name_above_their_rows() -> None:
+    rows = [["model", "batch", "ms"], ["a", "1", "2.0"], ["a", "8", "16.0"], ["b", "1", "3.0"]]
+    lines = ["    batch    ms", "  a", "        1   2.0", "        8  16.0", "  b", "        1   3.0"]
+    assert format_groups(rows, ">>").split("\n") == lines
 
 
 def test_fold_leaves_tables_long_words_and_short_lines_as_they_are() -> None:

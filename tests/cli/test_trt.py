@@ -68,6 +68,25 @@ def test_usage_error_asks_what_was_meant(
     assert f"did you mean {meant}?" in said if meant else "did you mean" not in said
 
 
+def test_usage_error_is_folded_on_a_terminal(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with pytest.raises(SystemExit) as caught:
+        main(["inferr"])
+    said = capfd.readouterr().err
+    assert caught.value.code == 2
+    assert max(map(len, said.splitlines())) <= 80
+    assert " ".join(said.split()).endswith("'doctor'); did you mean infer?")
+
+
+def test_help_breaks_no_word_at_a_hyphen(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        export.main(["--help"])
+    said = capsys.readouterr().out
+    assert "hf-hub:ORG/NAME[/FILE][@REVISION]" in said
+
+
 def test_completion_is_a_script_that_knows_commands_and_options(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("shtab", reason="shtab, of the extra completion, is not installed")
     for program, words in ((main, ("quantize", "--calib")), (export.main, ("--ckpt",))):

@@ -13,8 +13,6 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-import griffe
-
 from repvgg_deploy.measure.records import Benchmark
 from repvgg_deploy.precision.scales import ScaleFile
 from repvgg_deploy.specs import codec
@@ -108,6 +106,8 @@ def _describe(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
 
 def _field_texts(kind: type) -> dict[str, str]:
     """What the docstring's section Attributes says of each field."""
+    import griffe  # of the extra docs; the list above needs none
+
     sections = griffe.Docstring(kind.__doc__ or "", parser="google").parse(warn_unknown_params=False, warnings=False)
     return {
         field.name: " ".join(field.description.split())

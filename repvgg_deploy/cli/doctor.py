@@ -17,7 +17,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> Output:
-    """Looks at the machine; a problem is an error, something that is not installed is none."""
+    """Looks at the machine; what is missing or wrong is the answer, and no error of the command."""
     from dataclasses import asdict
 
     from ..measure.environment import examine

@@ -30,6 +30,7 @@ _PACKAGES = (
     "numpy", "torch", "onnx", "onnxscript", "onnxsim", "safetensors", "onnxruntime", "onnxruntime-gpu", "openvino",
     "pillow", "tensorrt", "tensorrt-lean", "tensorrt-rtx", "tensorrt-rtx-cu13", "cuda-bindings", "pycuda", "protobuf",
     "tritonclient", "fastapi", "uvicorn", "prometheus-client", "matplotlib", "pyarrow", "ray", "huggingface-hub",
+    "shtab",
 )  # fmt: skip
 _NEEDS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("repvgg-export", ("torch", "onnx", "onnxscript", "onnxsim", "safetensors", "onnxruntime", "PIL"), "export,cpu"),
@@ -42,8 +43,10 @@ _NEEDS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("triton", ("google.protobuf", "tritonclient"), "serving"),
     ("the example service", ("fastapi", "uvicorn", "prometheus_client", "onnxruntime", "PIL"), "service,cpu"),
     ("--plot", ("matplotlib",), "plot"),
+    ("--print-completion", ("shtab",), "completion"),
 )
 """What a person does, the modules that it needs, and the extras that bring them."""
+_REINSTALL = "pip install --force-reinstall onnxruntime, or onnxruntime-gpu where that is listed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +109,14 @@ class EnvironmentReport:
 
 
 def examine() -> EnvironmentReport:
-    """Looks at this machine; nothing is built, run or installed, and neither torch nor a model is loaded."""
+    """Looks at this machine; nothing is built, run or installed.
+
+    Whether a package is there is looked up; ONNX Runtime is the one that is loaded.
+    """
     packages = {name: version for name in _PACKAGES if (version := _version(name)) is not None}
     gpus, no_gpu, remedy = _find_gpus()
-    providers, problems = _find_providers()
+    providers, broken = _find_providers()
+    problems = (f"onnxruntime {broken}",) if broken else ()
     if {"onnxruntime", "onnxruntime-gpu"} <= set(packages):
         problems = (
             *problems,
@@ -118,7 +125,7 @@ def examine() -> EnvironmentReport:
     features = read_features()
     known = tuple(name for name, flags in _FEATURES.items() if features is not None and features & set(flags))
     abilities = (
-        *map(_judge, *zip(*_NEEDS, strict=True)),
+        *(_judge(name, modules, extras, broken) for name, modules, extras in _NEEDS),
         *_judge_builds(),
         *_judge_gpus(gpus, providers, no_gpu, remedy),
     )
@@ -160,21 +167,28 @@ def _find_gpus() -> tuple[tuple[GpuFacts, ...], str, str]:
     return (facts, "", "") if facts else ((), "the driver lists no GPU", driver)
 
 
-def _find_providers() -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _find_providers() -> tuple[tuple[str, ...], str]:
+    """What ONNX Runtime can run on, or what is wrong with it; nothing of either where it is not installed."""
     try:
         import onnxruntime
-    except ModuleNotFoundError:
-        return (), ()
+
+        return tuple(onnxruntime.get_available_providers()), ""
+    except ModuleNotFoundError as error:
+        if error.name == "onnxruntime":
+            return (), ""
+        reason: Exception = error
     except Exception as error:  # noqa: BLE001 - a damaged installation raises anything, and is what is looked for
-        return (), (f"onnxruntime is installed but cannot be imported: {' '.join(str(error).split())}",)
-    return tuple(onnxruntime.get_available_providers()), ()
+        reason = error
+    return (), f"is installed but cannot be imported: {' '.join(str(reason).split())}"
 
 
-def _judge(name: str, modules: Sequence[str], extras: str) -> Ability:
+def _judge(name: str, modules: Sequence[str], extras: str, broken: str) -> Ability:
     missing = [module.partition(".")[0] for module in modules if not _is_there(module)]
-    if not missing:
-        return Ability(name)
-    return Ability(name, f"{', '.join(missing)} not installed", say_install(extras))
+    if missing:
+        return Ability(name, f"{', '.join(missing)} not installed", say_install(extras))
+    if broken and "onnxruntime" in modules:
+        return Ability(name, f"onnxruntime {broken}", _REINSTALL)
+    return Ability(name)
 
 
 def _is_there(module: str) -> bool:

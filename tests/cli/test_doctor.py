@@ -7,6 +7,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from repvgg_deploy.cli.trt import main
 from repvgg_deploy.errors import CudaError
 from repvgg_deploy.measure import environment
 from repvgg_deploy.runtime.cuda.port import DeviceInfo
+from tests.contract.source_tree import ROOT
 
 
 def ask(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -84,6 +86,33 @@ def test_doctor_finds_two_onnx_runtimes_in_one_folder(
 ) -> None:
     monkeypatch.setattr(environment, "_version", lambda name: "1.32.0")
     assert "onnxruntime and onnxruntime-gpu are both installed" in ask(capsys)["problems"][0]
+
+
+@pytest.mark.parametrize("error", [ImportError("libonnx.so: no such\n file"), ModuleNotFoundError("no x", name="x")])
+def test_doctor_of_an_onnx_runtime_that_cannot_be_imported_says_what_fails(
+    error: ImportError, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f", name={error.name!r}" if error.name else ""
+    (tmp_path / "onnxruntime.py").write_text(f"raise {type(error).__name__}({str(error)!r}{name})\n")
+    report = ask(capsys)
+    said = f"is installed but cannot be imported: {' '.join(str(error).split())}"
+    assert report["problems"] == [f"onnxruntime {said}"]
+    found = ability(report, "infer, eval")
+    assert said in found["missing"] and found["remedy"].startswith("pip install --force-reinstall onnxruntime")
+    assert ability(report, "--plot")["missing"] == ""
+
+
+def test_doctor_knows_every_extra_that_a_command_needs() -> None:
+    if sys.version_info < (3, 11):
+        pytest.skip("tomllib came with Python 3.11")
+    import tomllib
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    known = {extra for _, _, each in environment._NEEDS for extra in each.split(",")}
+    # What builds and runs plans is asked itself; `pycuda` and `gpu` stand in for others.
+    assert set(extras) - known == {"gpu", "tensorrt", "rtx", "pycuda", "docs", "dev"}
 
 
 def test_doctor_loads_neither_torch_nor_onnx() -> None:

@@ -14,22 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from docs.tools.json_schemas import ARTIFACTS
 from repvgg_deploy.errors import InputError, clean_text
-from repvgg_deploy.measure.records import Benchmark
-from repvgg_deploy.precision.scales import ScaleFile
 from repvgg_deploy.specs import codec
-from repvgg_deploy.specs.values import BuildConfig, CalibrationProvenance, ModelMetadata, PlanPassport, VariantSpec
+from repvgg_deploy.specs.values import BuildConfig, ModelMetadata
 
 SCHEMAS = Path(__file__).resolve().parents[2] / "docs" / "schemas"
-EXAMPLES: dict[str, type] = {
-    "onnx-metadata": ModelMetadata,
-    "plan-passport": PlanPassport,
-    "calibration": CalibrationProvenance,
-    "build-config": BuildConfig,
-    "variant": VariantSpec,
-    "scales": ScaleFile,
-    "benchmark": Benchmark,
-}
 FREE = (
     "versions",
     "options",
@@ -81,14 +71,14 @@ def example(name: str) -> Any:
 
 
 def test_schemas_folder_holds_exactly_the_known_examples() -> None:
-    assert {path.stem for path in SCHEMAS.glob("*.json")} == set(EXAMPLES)
+    assert {path.stem for path in SCHEMAS.glob("*.json")} == set(ARTIFACTS)
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", ARTIFACTS)
 def test_example_decoded_and_encoded_is_the_example(name: str) -> None:
     data = example(name)
-    assert codec.encode(codec.decode(EXAMPLES[name], data)) == data
-    assert json.loads(codec.dumps(codec.decode(EXAMPLES[name], data))) == data
+    assert codec.encode(codec.decode(ARTIFACTS[name], data)) == data
+    assert json.loads(codec.dumps(codec.decode(ARTIFACTS[name], data))) == data
 
 
 def objects(data: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
@@ -111,7 +101,7 @@ def at(data: Any, path: tuple[str | int, ...]) -> Any:
 
 PLACES = [
     pytest.param(name, path, id=".".join(map(str, (name, *path))))
-    for name in EXAMPLES
+    for name in ARTIFACTS
     for path in objects(example(name))
 ]
 
@@ -121,7 +111,7 @@ def test_example_with_an_unknown_field_anywhere_is_refused(name: str, path: tupl
     data = example(name)
     at(data, path)["surprise"] = 1
     with pytest.raises(InputError, match="surprise"):
-        codec.decode(EXAMPLES[name], data)
+        codec.decode(ARTIFACTS[name], data)
 
 
 @pytest.mark.parametrize(("name", "path"), PLACES)
@@ -132,7 +122,7 @@ def test_example_with_a_mistyped_field_anywhere_is_refused(name: str, path: tupl
         data = copy.deepcopy(example(name))
         at(data, path)[key] = {"not": ["this"]}
         with pytest.raises(InputError, match=key):
-            codec.decode(EXAMPLES[name], data)
+            codec.decode(ARTIFACTS[name], data)
 
 
 OPTIONAL_FIELDS: dict[str, set[str]] = {
@@ -149,12 +139,12 @@ def test_example_without_a_required_field_or_of_another_schema_is_refused(name: 
     for key in example(name):
         data = {other: value for other, value in example(name).items() if other != key}
         if key in OPTIONAL_FIELDS[name]:
-            codec.decode(EXAMPLES[name], data)
+            codec.decode(ARTIFACTS[name], data)
             continue
         with pytest.raises(InputError, match=rf"{key}: expected a value, found 'nothing'"):
-            codec.decode(EXAMPLES[name], data)
+            codec.decode(ARTIFACTS[name], data)
     with pytest.raises(InputError, match="schema: expected one of 1, found '2'"):
-        codec.decode(EXAMPLES[name], {**example(name), "schema": 2})
+        codec.decode(ARTIFACTS[name], {**example(name), "schema": 2})
 
 
 def test_decode_of_a_full_value_gives_typed_fields() -> None:

@@ -109,7 +109,7 @@ def execute(args: argparse.Namespace) -> Output:
         nearest = find_nearest(answer, wish)
         lines += _nearest_lines(wish, nearest)
         errors = (InputError(f"nothing meets {_show_wish(wish)} on {ground.device}", remedy=_remedy(nearest)),)
-    notes = [*_notes(wish, assumptions, answer), ("grouped", grouped)]
+    notes = [*_notes(wish, assumptions, answer), ("* grouped", grouped)]
     folded = [(name, textwrap.fill(text, _NOTE_COLUMNS, break_on_hyphens=False)) for name, text in notes]
     lines.append(format_pairs([*folded, *(("warning", text) for text in ground.warnings)]))
     data = {
@@ -160,9 +160,9 @@ def _show_wish(wish: Wish) -> str:
 
 
 def _table(choices: Sequence[Choice]) -> str:
-    rows = [["variant", "px", "precision", "batch", "top-1 %", "ms", "images/s", "GMACs", "latency is"]]
+    rows = [["variant", "px", "precision", "batch", "top-1 %", "ms", "images/s", "GMACs", "latency"]]
     for choice in choices:
-        name = choice.variant + (" (grouped)" if choice.grouped else "")
+        name = choice.variant + ("*" if choice.grouped else "")
         speed = [f"{choice.latency_ms:.2f}", f"{choice.images_per_second:,.0f}", f"{choice.gmacs:.2f}"]
         origin = f"measured, {choice.detail}" if choice.origin == "measured" else "estimated"
         what = [name, str(choice.image_size), choice.precision, str(choice.batch), f"{choice.top1:.2f}"]

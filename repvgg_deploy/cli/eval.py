@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..runtime.engine import Engine
 
 
-_TERMINAL_CLASSES = 10
+_TERMINAL_CLASSES, _NAME_WIDTH = 10, 22
 
 
 # fmt: off
@@ -152,6 +152,10 @@ def _label(index: int, label: str | None) -> str:
     return label or f"class {index}"
 
 
+def _clip(name: str) -> str:
+    return name if len(name) <= _NAME_WIDTH else f"{name[: _NAME_WIDTH - 1]}…"
+
+
 def _as_text(report: AccuracyReport, images: ImageSet, likeness: Likeness, backend: str) -> str:
     skipped = f", {report.skipped} more could not be read" if report.skipped else ""
     inference = f"{report.inference_images_per_second:,.0f} images/s inference"
@@ -168,7 +172,7 @@ def _as_text(report: AccuracyReport, images: ImageSet, likeness: Likeness, backe
     rows = [["class", "images", "top-1 %", "taken for"]]
     for item in report.worst:
         taken = ", ".join(f"{_label(other.index, other.label)}: {other.images}" for other in item.confused_with)
-        rows.append([_label(item.index, item.label), str(item.images), f"{100 * item.top1:.1f}", taken])
+        rows.append([_clip(_label(item.index, item.label)), str(item.images), f"{100 * item.top1:.1f}", taken])
     return "\n".join([format_pairs(pairs), "worst classes", format_table(rows, "<>><"), *_matrix(report.confusion)])
 
 
@@ -178,7 +182,7 @@ def _matrix(found: ConfusionMatrix) -> list[str]:
         return []
     rows = [["", *map(str, found.classes)]]
     for index, label, counts in zip(found.classes, found.labels, found.counts, strict=True):
-        name = str(index) if label in (None, str(index)) else f"{label} ({index})"
+        name = str(index) if label is None or label == str(index) else f"{_clip(label)} ({index})"
         rows.append(
             [
                 name,

@@ -191,17 +191,23 @@ def fit(text: str, stream: TextIO) -> str:
 def fold_lines(text: str, columns: int) -> str:
     """Breaks lines that are longer than a terminal is wide; what goes on stands below the value, as in `format_pairs`.
 
-    Rows of a table, which have gaps of two spaces and more in several places, stay as they are: folded they would be
-    harder to read.
+    Rows of a table, which have gaps of two spaces and more in several places are folded in their last column alone, and
+    where that begins far to the right they stay as they are: folded they would be harder to read.
     """
     return "\n".join(_fold(line, columns) for line in text.split("\n"))
 
 
 def _fold(line: str, columns: int) -> str:
-    if len(plain(line)) <= columns or len(re.findall(r"\S {2,}(?=\S)", line)) > 1:
+    if len(plain(line)) <= columns:
         return line
-    value = re.match(r" *\S+(?: \S+)* {2,}(?=\S)| +", line)
-    indent = value.end() if value and value.end() <= columns // 2 else 2
+    gaps = [gap.end() for gap in re.finditer(r"\S {2,}(?=\S)", line)]
+    if len(gaps) > 1:
+        indent = len(plain(line[: gaps[-1]]))
+        if indent > columns * 2 // 3:
+            return line
+    else:
+        value = re.match(r" *\S+(?: \S+)* {2,}(?=\S)| +", line)
+        indent = value.end() if value and value.end() <= columns // 2 else 2
     return textwrap.fill(
         line,
         columns,

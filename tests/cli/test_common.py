@@ -420,6 +420,10 @@ def test_fold_of_an_indented_name_and_value_stands_below_the_value() -> None:
     assert fold_lines("  no   one two three four", 17) == "  no   one two\n       three four"
 
 
+def test_fold_of_a_row_whose_last_cell_is_long_stands_below_that_cell() -> None:
+    assert fold_lines("  cat  2  a tench, a church", 20) == "  cat  2  a tench, a\n          church"
+
+
 def test_groups_have_their_name_above_their_rows() -> None:
     rows = [["model", "batch", "ms"], ["a", "1", "2.0"], ["a", "8", "16.0"], ["b", "1", "3.0"]]
     lines = ["    batch    ms", "  a", "        1   2.0", "        8  16.0", "  b", "        1   3.0"]

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from repvgg_deploy.cli.eval import _matrix
+from repvgg_deploy.cli.terminal import plain
 from repvgg_deploy.cli.trt import main
-from repvgg_deploy.evaluate.accuracy import AccuracyReport
+from repvgg_deploy.evaluate.accuracy import AccuracyReport, ConfusionMatrix
 from repvgg_deploy.runtime.engine import Engine
 from repvgg_deploy.runtime.results import TopK
 from repvgg_deploy.specs import codec
@@ -77,6 +79,13 @@ def test_eval_prints_a_summary_and_the_worst_classes(
     matrix = [[int(cell.replace("·", "0")) for cell in line.split()] for line in lines[11:]]
     assert [row[0] for row in matrix] == list(range(10))
     assert sum(sum(row[1:]) for row in matrix) == 390
+
+
+def test_matrix_of_long_names_fits_80_columns() -> None:
+    names = tuple(f"English springer, English springer spaniel {index}" for index in range(10))
+    lines = _matrix(ConfusionMatrix(tuple(range(10)), names, ((123,) * 10,) * 10, (0,) * 10))
+    assert "English springer, Eng… (3)" in "\n".join(lines)
+    assert max(len(plain(line)) for line in "\n".join(lines).splitlines()) <= 80
 
 
 @pytest.mark.parametrize(

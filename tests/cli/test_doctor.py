@@ -18,6 +18,7 @@ from repvgg_deploy.cli.trt import main
 from repvgg_deploy.errors import CudaError
 from repvgg_deploy.measure import environment
 from repvgg_deploy.runtime.cuda.port import DeviceInfo
+from repvgg_deploy.specs import codec
 from tests.contract.source_tree import ROOT
 
 
@@ -105,11 +106,8 @@ def test_doctor_of_an_onnx_runtime_that_cannot_be_imported_says_what_fails(
 
 
 def test_doctor_knows_every_extra_that_a_command_needs() -> None:
-    if sys.version_info < (3, 11):
-        pytest.skip("tomllib came with Python 3.11")
-    import tomllib
-
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    project: Any = codec.read_toml(ROOT / "pyproject.toml", "the project", remedy="clone it again")
+    extras = project["project"]["optional-dependencies"]
     known = {extra for _, _, each in environment._NEEDS for extra in each.split(",")}
     # What builds and runs plans is asked itself; `pycuda` and `gpu` stand in for others.
     assert set(extras) - known == {"gpu", "tensorrt", "rtx", "pycuda", "docs", "dev"}

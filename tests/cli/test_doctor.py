@@ -102,7 +102,8 @@ def test_doctor_of_an_onnx_runtime_that_cannot_be_imported_says_what_fails(
     assert report["problems"] == [f"onnxruntime {said}"]
     found = ability(report, "infer, eval")
     assert said in found["missing"] and found["remedy"].startswith("pip install --force-reinstall onnxruntime")
-    assert ability(report, "--plot")["missing"] == ""
+    # What needs no ONNX Runtime is not blamed for it, installed or not.
+    assert "onnxruntime" not in ability(report, "--plot")["missing"]
 
 
 def test_doctor_knows_every_extra_that_a_command_needs() -> None:

@@ -1,7 +1,7 @@
 """Arrays on the GPU: batches of torch, CuPy, pycuda, Numba and others as they come in, and results that stay there.
 
 Both protocols are spoken, DLPack and `__cuda_array_interface__`, without a library being imported that has them.
-Results lie in blocks of a `DevicePool`, which are used again, but never while somebody's stream may still read them.
+Results lie in blocks of a `DevicePool`.
 
 Source: https://dmlc.github.io/dlpack/latest/c_api.html (DLManagedTensor), .../python_spec.html, and
 https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html (version 3).
@@ -10,37 +10,21 @@ https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html (version 3
 from __future__ import annotations
 
 import ctypes
-import itertools
-import logging
-import threading
 import weakref
-from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ...errors import CudaError, CudaMemoryError, InputError
-from .port import CAPTURE_LOCK, CudaPort
+from ...errors import InputError
+from .pool import UNKNOWN_STREAM, Block, DevicePool, number_in_protocols
 
-logger = logging.getLogger(__name__)
 CUDA, CUDA_MANAGED = 2, 13
 """DLPack's numbers of kinds of memory."""
-UNKNOWN_STREAM = -1
-"""In place of a stream's handle: work that may touch a block is on a stream that nobody named."""
 _NO_ORDER = -1  # in DLPack: the consumer sees to the order himself, or reads nothing
-_ALIGNMENT = 512
-_MOST_IDLE = 8
 
 # Streams
-
-DEFAULT_STREAMS = frozenset((0, 1, 2))
-"""CUDA's handles of default streams: 0 and 1 are the legacy one, 2 is another stream in each thread.
-
-Source: CUDA driver API, CU_STREAM_LEGACY and CU_STREAM_PER_THREAD.
-"""
-_PER_THREAD = 2
 
 
 def as_stream_handle(stream: Any) -> int:
@@ -61,11 +45,6 @@ def as_stream_handle(stream: Any) -> int:
         f"stream: expected a stream of torch, CuPy or pycuda or its handle, found {stream!r}",
         remedy="give torch.cuda.current_stream(), say",
     )
-
-
-def _number_in_protocols(handle: int) -> int:
-    """A handle as both protocols write it: there 0 is forbidden, and the legacy default stream is always 1."""
-    return handle or 1
 
 
 # Batches that come in
@@ -132,7 +111,7 @@ def view_device_array(batch: Any, stream_handle: int) -> DeviceView:
         InputError: The array does not hand over its memory, say because it needs a gradient.
     """
     if hasattr(batch, "__dlpack__") and hasattr(batch, "__dlpack_device__"):
-        return read_capsule(_export(batch, _number_in_protocols(stream_handle)), batch)
+        return read_capsule(_export(batch, number_in_protocols(stream_handle)), batch)
     interface = batch.__cuda_array_interface__
     dtype, shape = np.dtype(interface["typestr"]).name, tuple(interface["shape"])
     contiguous = _is_contiguous(shape, interface.get("strides"), dtype) and interface.get("mask") is None
@@ -208,7 +187,7 @@ class DeviceArray:
             "typestr": self.dtype.str,
             "data": (self._block.address, False),
             "strides": None,
-            "stream": None if stream is None else _number_in_protocols(stream),
+            "stream": None if stream is None else number_in_protocols(stream),
             "version": 3,
         }
 
@@ -220,7 +199,7 @@ class DeviceArray:
 
         None is the default stream, and −1 is a consumer who sees to the order himself.
         """
-        reader = _number_in_protocols(0) if stream is None else stream
+        reader = number_in_protocols(0) if stream is None else stream
         identity = UNKNOWN_STREAM if reader == _NO_ORDER else self._pool.identify_stream(reader)
         self._block.streams.add(identity)
         writer = None if reader == _NO_ORDER else self._find_stream()
@@ -259,125 +238,6 @@ class DeviceArrays:
 
     def __len__(self) -> int:
         return len(self.arrays)
-
-
-@dataclass(eq=False, slots=True)
-class Block:
-    """One piece of device memory, with the identities of the streams whose work may touch it, and UNKNOWN_STREAM."""
-
-    address: int
-    size_bytes: int
-    streams: set[int] = field(default_factory=set)
-
-
-class DevicePool:
-    """Blocks of device memory on one GPU, for results."""
-
-    def __init__(self, port: CudaPort, device_id: int) -> None:
-        self._port = port
-        self.device_id = device_id
-        self._lock = threading.RLock()
-        # The garbage collector puts blocks here, in any thread and at any moment: it takes no lock.
-        self._returned: deque[Block] = deque()
-        self._idle: list[Block] = []
-        self._closed = False
-        self._thread = threading.local()
-        self._numbers = itertools.count(2)
-
-    def identify_stream(self, handle: int) -> int:
-        """A number for each stream, which a handle is not: the legacy default stream has two, and a 2 is many streams.
-
-        Those of threads are negative, and none is given twice.
-        """
-        if handle != _PER_THREAD:
-            return _number_in_protocols(handle)
-        if not hasattr(self._thread, "number"):
-            self._thread.number = -next(self._numbers)
-        number: int = self._thread.number
-        return number
-
-    def take(self, size_bytes: int, stream: int) -> Block:
-        """A block that nothing but the stream itself may still be using. Called inside `on_device`.
-
-        Args:
-            size_bytes: At least so much.
-            stream: Handle of the stream that will use it, or that everything that uses it comes after.
-
-        Raises:
-            CudaMemoryError: There is no memory, also after all idle blocks were freed.
-        """
-        wanted = -(-max(size_bytes, 1) // _ALIGNMENT) * _ALIGNMENT
-        user = self.identify_stream(stream)
-        with self._lock:
-            self._idle.extend(self._drain())
-            # Another stream may be gone by now, and its handle must not be touched: what it used waits until the whole
-            # device was waited for.
-            for block in reversed(self._idle):
-                if block.size_bytes == wanted and block.streams <= {user}:
-                    self._idle.remove(block)
-                    block.streams = {user}
-                    return block
-            if len(self._idle) > _MOST_IDLE:
-                self._free_idle()
-            try:
-                address = self._port.allocate(wanted)
-            except CudaMemoryError:
-                if not self._idle:
-                    raise
-                self._free_idle()
-                address = self._port.allocate(wanted)
-        return Block(address, wanted, {user})
-
-    def give_back(self, block: Block) -> None:
-        """Nobody refers to the block any more; work that reads it may still be on its streams."""
-        self._returned.append(block)
-        if self._closed:
-            self._free_returned()
-
-    def order(self, stream: int, *, after: int) -> None:
-        """What comes next on a stream begins after what another one has now."""
-        with self._port.on_device(self.device_id):
-            event = self._port.create_event()
-            try:
-                self._port.record_event(event, after)
-                self._port.wait_event(stream, event)
-            finally:
-                self._port.destroy_event(event)
-
-    def wait_for_device(self) -> None:
-        """Waits for all work on the GPU."""
-        with self._port.on_device(self.device_id):
-            self._port.synchronize()
-
-    def close(self) -> None:
-        """Frees what is idle; what somebody still holds is freed when it is let go."""
-        self._closed = True
-        self._free_returned()
-
-    def _free_returned(self) -> None:
-        try:
-            # In this order: the garbage collector may bring a thread here that holds CAPTURE_LOCK, in the midst of a
-            # capture.
-            with self._port.on_device(self.device_id), CAPTURE_LOCK, self._lock:
-                self._idle.extend(self._drain())
-                self._free_idle()
-        except CudaError as error:
-            logger.warning("device memory could not be freed: %s", error.message)
-
-    def _drain(self) -> list[Block]:
-        found = []
-        while self._returned:
-            try:
-                found.append(self._returned.popleft())
-            except IndexError:  # another thread was faster
-                break
-        return found
-
-    def _free_idle(self) -> None:
-        if any(block.streams for block in self._idle):
-            self._port.synchronize()
-        while self._idle:
-            self._port.free(self._idle.pop().address)
 
 
 # DLPack's capsules, read and made with ctypes

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from ...errors import CudaContextError, CudaMemoryError, InputError
 from ...specs.values import ModelMetadata
 from ..cuda import opening
-from ..cuda.arrays import DEFAULT_STREAMS, DeviceArray, DeviceArrays, DevicePool, DeviceView, view_device_array
+from ..cuda.arrays import DeviceArray, DeviceArrays, DeviceView, view_device_array
+from ..cuda.pool import DEFAULT_STREAMS, DevicePool
 from ..options import EngineOptions
 from ..results import PhaseTimes
-from .memory import view_host
 from .plan import open_plan
 from .slot import GraphSwitch, NoMoreContextsError, Slot, choose_buckets, require_size, split
 
@@ -127,14 +127,14 @@ class TensorRtBackend:
             finally:
                 if stream is not None:  # also after a failure: what was put there before it may still run
                     slot.leave_working(order)
+            if stream is not None and order is not caller:
+                slot.hold_up(caller)
+            if to_host:
+                return self._download(results, order, slot)
             if stream is None:
                 self._port.synchronize_stream(order)
                 for result in results:
                     result.settle()
-            elif order is not caller:
-                slot.hold_up(caller)
-            if to_host:
-                return self._download(results, order)
         return DeviceArrays(tuple(output.name for output in self._plan.interface.outputs), tuple(results))
 
     def warm_up(self, batch: NDArray[Any]) -> None:
@@ -277,18 +277,17 @@ class TensorRtBackend:
         for target, address, tensor, found in zip(targets, outward, interface.outputs, lane.output_shapes, strict=True):
             port.copy(target, address, tensor.count_bytes(found) // lane.shape[0] * size, order)
 
-    def _download(self, results: list[DeviceArray], stream: Any) -> Sequence[NDArray[Any]]:
-        """NumPy arrays of results on the device, through page-locked memory that is taken for this call."""
+    def _download(self, results: list[DeviceArray], stream: Any, slot: Slot) -> Sequence[NDArray[Any]]:
+        """NumPy arrays of results on the device, through page-locked memory of the slot; waits once, for all."""
+        sizes = [int(np.prod(result.shape)) * result.dtype.itemsize for result in results]
+        views = slot.answers.view(sizes)
+        for result, size, view in zip(results, sizes, views, strict=True):
+            self._port.copy(view.ctypes.data, result.address, size, stream)
+        self._port.synchronize_stream(stream)
         outputs = []
-        for result, wanted in zip(results, self._plan.spec.outputs, strict=True):
-            size = int(np.prod(result.shape)) * result.dtype.itemsize
-            address = self._port.allocate_host(size)
-            try:
-                self._port.copy(address, result.address, size, stream)
-                self._port.synchronize_stream(stream)
-                outputs.append(view_host(address, size).view(result.dtype).reshape(result.shape).astype(wanted.dtype))
-            finally:
-                self._port.free_host(address)
+        for result, view, wanted in zip(results, views, self._plan.spec.outputs, strict=True):
+            result.settle()
+            outputs.append(view.view(result.dtype).reshape(result.shape).astype(wanted.dtype))
         return outputs
 
 

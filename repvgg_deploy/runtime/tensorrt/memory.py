@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import CudaError
+from ..cuda.pool import round_up_size
 from ..cuda.port import CudaPort
 from .plan import PlanInterface, PlanTensor, Shape
 
@@ -140,3 +142,23 @@ class _Buffer:
         self._bytes = np.empty(0, np.uint8)
         self._owned.free(self.host)
         self._owned.free(self.device)
+
+
+class HostRoom:
+    """Page-locked memory for the results of one call at a time, which grows and stays."""
+
+    def __init__(self, port: CudaPort, owned: Owned) -> None:
+        self._port, self._owned = port, owned
+        self._address = 0
+        self._bytes = np.empty(0, np.uint8)
+
+    def view(self, sizes_bytes: Sequence[int]) -> list[NDArray[np.uint8]]:
+        """Arrays of so many bytes, which the next call overwrites. No work on those of an earlier one is under way."""
+        starts = list(itertools.accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes_bytes), initial=0))
+        if starts[-1] > self._bytes.size:
+            size = round_up_size(starts[-1])
+            self._bytes = np.empty(0, np.uint8)
+            self._owned.free(self._address)
+            self._address = self._owned.add(self._port.allocate_host(size), self._port.free_host)
+            self._bytes = view_host(self._address, size)
+        return [self._bytes[start : start + size] for start, size in zip(starts, sizes_bytes, strict=False)]

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ...errors import CudaError, InputError
 from ..cuda.port import CAPTURE_LOCK, CudaPort
 from .context import Lane, changes_kernels, count_scratch_bytes, make_context
-from .memory import Owned, Stage
+from .memory import HostRoom, Owned, Stage
 from .plan import OpenPlan, PlanInterface, Shape
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ class Slot:
 
     Attributes:
         stage: Buffers of the one piece that is under way.
+        answers: Room on the host for the results of a batch that came from the device.
         stream: The slot's own.
         handle: The number of this stream.
 
@@ -66,6 +67,7 @@ class Slot:
                     "TensorRT makes no further execution context of this plan", remedy="lower EngineOptions(contexts=…)"
                 )
             self.stage = Stage(port, self.owned, plan.interface)
+            self.answers = HostRoom(port, self.owned)
         except BaseException:
             self.close()
             raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import sys
-import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,15 +16,8 @@ import pytest
 from repvgg_deploy import Engine
 from repvgg_deploy.errors import CudaError, InputError
 from repvgg_deploy.runtime.cuda import arrays
-from repvgg_deploy.runtime.cuda.arrays import (
-    UNKNOWN_STREAM,
-    DevicePool,
-    as_stream_handle,
-    is_device_array,
-    view_device_array,
-)
-from repvgg_deploy.runtime.cuda.port import CAPTURE_LOCK
-from tests.fakes.cuda import FakeCuda
+from repvgg_deploy.runtime.cuda.arrays import as_stream_handle, is_device_array, view_device_array
+from repvgg_deploy.runtime.cuda.pool import DevicePool
 from tests.runtime.gpu_world import Setting, World, make_world
 from tests.runtime.make_model import ModelOptions, random_batch
 
@@ -427,47 +419,6 @@ def test_dlpack_without_a_stream_means_the_default_stream(world: World) -> None:
     assert world.cuda.leaks() == {}
 
 
-READERS = {
-    "cuda array interface": lambda result: result.__cuda_array_interface__,
-    "dlpack of the default stream": lambda result: result.__dlpack__(),
-    "dlpack without order": lambda result: result.__dlpack__(stream=-1),
-}
-
-
-@pytest.mark.parametrize("reader", READERS)
-def test_memory_that_an_unknown_stream_may_still_read_is_not_used_again_at_once(world: World, reader: str) -> None:
-    array = Interface(world, random_batch(PLAIN, 2))
-    with world.open() as engine:
-        results = engine.infer_device(array)
-        first = results[0].address
-        READERS[reader](results[0])  # its reader's work may be on any stream when the array is let go
-        del results
-        gc.collect()
-        assert engine.infer_device(array)[0].address != first
-        for _ in range(20):  # once the whole device was waited for, it may be
-            assert engine.infer_device(array)[0].__cuda_array_interface__["version"] == 3
-        assert world.cuda.used_bytes(0) < 1 << 20
-        assert world.cuda.calls["synchronize"] > 0
-    free(world, array)
-    assert world.cuda.leaks() == {}
-
-
-def test_results_memory_is_used_again(world: World) -> None:
-    array = Interface(world, random_batch(PLAIN, 3))
-    with world.open() as engine:
-        engine.infer_device(array)
-        taken = world.cuda.calls["allocate"]
-        for _ in range(50):
-            engine.infer_device(array)
-        assert world.cuda.calls["allocate"] <= taken + 1
-        held = [engine.infer_device(array) for _ in range(5)]
-        assert len({result[0].address for result in held}) == 5
-        del held
-    free(world, array)
-    gc.collect()
-    assert world.cuda.leaks() == {}
-
-
 @pytest.mark.parametrize(
     "call",
     ["allocate", "record_event", "wait_event", "synchronize_stream", "create_event", "find_device", "is_reachable"],
@@ -569,28 +520,3 @@ def test_tensor_that_does_not_hand_over_its_memory_says_what_to_do() -> None:
 
     with pytest.raises(InputError, match="require gradient"):
         view_device_array(Grad(), 1)
-
-
-def test_memory_that_comes_back_in_the_midst_of_a_capture_waits_for_nobody_who_waits_for_the_capture() -> None:
-    """The garbage collector may free an array of a closed Engine in a thread that captures a graph of another one."""
-    cuda = FakeCuda()
-    pool = DevicePool(cuda, 0)
-    with cuda.on_device(0):
-        blocks = [pool.take(64, 7) for _ in range(2)]
-    for block in blocks:
-        block.streams.add(UNKNOWN_STREAM)  # so that freeing it waits for the whole device
-    pool.give_back(blocks[0])
-    done = threading.Event()
-
-    def capture() -> None:
-        with CAPTURE_LOCK:
-            closing.start()
-            closing.join(0.2)  # by now it waits for the capture's end
-            pool.give_back(blocks[1])
-        done.set()
-
-    closing = threading.Thread(target=pool.close, daemon=True)
-    threading.Thread(target=capture, daemon=True).start()
-    assert done.wait(300)
-    closing.join(300)
-    assert cuda.leaks() == {}

@@ -143,7 +143,8 @@ def find_given(args: argparse.Namespace) -> list[str]:
 
 
 def _given_for_int8(args: argparse.Namespace) -> list[str]:
-    return [flag for flag in _INT8_ONLY if getattr(args, flag[2:].replace("-", "_")) not in (None, False)]
+    values = ((flag, getattr(args, flag[2:].replace("-", "_"))) for flag in _INT8_ONLY)
+    return [flag for flag, value in values if value is not None and value is not False]  # 0 is given, too
 
 
 def _find_judge_conflict(args: argparse.Namespace) -> str | None:

@@ -44,6 +44,9 @@ class Bound:
     ) -> tuple[Prepared, dict[str, RoundedLayer]]:
         """The network with as few further layers kept, the costliest first, and the others' weights.
 
+        With one of these layers fewer the graph was made, too, and not accepted. Far fewer might do where a layer that
+        is kept makes it worse: halving does not try every number.
+
         Raises:
             CalibrationError: No graph is accepted.
         """

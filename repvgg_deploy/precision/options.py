@@ -93,7 +93,7 @@ class QuantizeOptions:
         with_scales = self.scales is not None or self.save_scales is not None
         if self.precision == "fp16" and (self.from_statistics or with_scales):
             raise InputError(
-                "FP16 has no scales to choose: --calib statistics, --scales and --save-scales are of INT8",
+                "FP16 has no scales to choose: --calib statistics, --scales and --save-scales are of INT8 and FP8",
                 remedy="leave them out: without images, FP16 takes the BatchNorm statistics by itself",
             )
         if self.from_statistics and with_scales:

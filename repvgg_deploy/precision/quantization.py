@@ -135,7 +135,7 @@ def quantize(
 
     Args:
         model: The FP32 `.onnx`.
-        out: The typed `.onnx`; None: beside `model`, with -fp16 or -int8 added to its name.
+        out: The typed `.onnx`; None: beside `model`, with -fp16, -int8 or -fp8 added to its name.
         options: The precision, its images and its steps.
         force: Replace different files.
         progress: Called with the name of the stage, steps done and steps in all.
@@ -228,7 +228,7 @@ def _gather_images(
     if options.calibration is not None:
         path, synthetic = Path(options.calibration), False
     else:
-        path, synthetic = _find_beside(source, parent), True
+        path, synthetic = _find_beside(source, parent, options.precision), True
     limit = options.images + int(options.images * _EXTRA_SHARE)
     chosen = SetOptions(limit, seed=options.seed, max_value=options.max_value)
     found = load_calibration(path, parent.metadata.spec, options=chosen, accept_data=options.accept_data or synthetic)
@@ -248,11 +248,12 @@ def _gather_images(
     )
 
 
-def _find_beside(model: Path, parent: Parent) -> Path:
+def _find_beside(model: Path, parent: Parent, precision: str) -> Path:
     path = find_calibration_file(model)
     if path is None:
         raise CalibrationError(
-            f"{model}: INT8 needs calibration images: none were given, and {calibration_path(model).name} is not there",
+            f"{model}: {precision.upper()} needs calibration images: none were given, and "
+            f"{calibration_path(model).name} is not there",
             remedy=f"repvgg-export --ckpt CHECKPOINT --out {model} --synthetic-calibration makes them of a "
             "training-form checkpoint alone, and ModuleOptions.synthetic_calibration of a module; or give --calib DIR "
             "with images of the training split; or "

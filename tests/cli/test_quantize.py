@@ -218,7 +218,8 @@ FAULTS: dict[str, tuple[list[str], str]] = {
     "truncated": (["short.onnx", "--int8"], "truncated"),
     "typed": (["half.onnx", "--int8", "--calib", "statistics"], "already"),
     "backbone of another": (["tiny.onnx", "--int8", "--calib", "statistics"], "no BatchNorm statistics"),
-    "no images": (["tiny.onnx", "--int8"], r"tiny\.calib\.npz is not there"),
+    "no images": (["tiny.onnx", "--int8"], r"INT8 needs calibration images: .* tiny\.calib\.npz is not there"),
+    "no images for fp8": (["tiny.onnx", "--fp8"], "FP8 needs calibration images"),
     "damaged calibration": (["sample.onnx", "--int8"], "no calibration file that repvgg-export wrote"),
     "missing calibration": (["sample.onnx", "--int8", "--calib", "nowhere"], "no such file or folder"),
     "empty folder": (["sample.onnx", "--int8", "--calib", "folder"], "no image found"),
@@ -283,6 +284,8 @@ USAGE = {
     "neither": ([], "one of the arguments --fp16 --int8 --fp8 is required"),
     "both": (["--fp16", "--int8"], "not allowed with"),
     "fp16 drop": (["--fp16", "--max-drop", "0.3"], "--max-drop is of --int8"),
+    "fp16 no drop": (["--fp16", "--max-drop", "0"], "--max-drop is of --int8"),
+    "fp16 no exponent": (["--fp16", "--exponent", "0"], "--exponent is of --int8"),
     "fp16 target": (["--fp16", "--target", "trt8"], "--target is of --int8"),
     "fp16 statistics": (["--fp16", "--calib", "statistics"], "--calib statistics is of --int8"),
     "fp16 plot": (["--fp16", "--plot", "p.png"], "--plot is of --int8"),
@@ -293,6 +296,8 @@ USAGE = {
     "scales": (["--int8", "--scales", "s", "--method", "max"], "cannot hold with --method"),
     "statistics scales": (["--int8", "--calib", "statistics", "--scales", "s"], "--scales needs images"),
     "statistics drop": (["--int8", "--calib", "statistics", "--max-drop", "1"], "--max-drop needs images"),
+    "statistics no drop": (["--fp8", "--calib", "statistics", "--max-drop", "0"], "--max-drop needs images"),
+    "saved scales": (["--int8", "--scales", "s.json", "--exponent", "0"], "it cannot hold with --exponent"),
     "statistics agreement": (
         ["--int8", "--calib", "statistics", "--min-agreement", "1"],
         "--min-agreement needs images",
@@ -339,10 +344,11 @@ def test_quantize_of_a_backbone_says_how_near_each_output_is(
     assert "agreement  " not in out
 
 
+@pytest.mark.parametrize(("precision", "falls_to"), [("int8", "8"), ("fp8", "96.")])
 def test_quantize_keeps_layers_for_a_measure_of_ones_own_and_says_what_it_gave(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    precision: str, falls_to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A measure that falls by 1 for every hundredth of the last map's size that INT8 is off."""
+    """A measure that falls by 1 for every hundredth of the last map's size that the typed graph is off."""
     model = save(tmp_path / "m.onnx", make_model(KINDS["features"]))
     np.savez(tmp_path / "i.npz", images=np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8))
     (tmp_path / "nearness.py").write_text(
@@ -353,18 +359,35 @@ def test_quantize_keeps_layers_for_a_measure_of_ones_own_and_says_what_it_gave(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [*sys.path])
     monkeypatch.delitem(sys.modules, "nearness", raising=False)
-    arguments = [model, "--int8", "--fast", "--calib", "i.npz", "--metric", "nearness:score"]
+    arguments = [model, f"--{precision}", "--fast", "--calib", "i.npz", "--metric", "nearness:score"]
+    title, other = precision.upper(), {"int8": "FP8", "fp8": "INT8"}[precision]
     status, out, err = run(capsys, *arguments, "--min-metric", "99.9")
-    assert (status, out) == (1, "") and "nearness:score falls from 100 to 8" in err
+    assert (status, out) == (1, "") and other not in err
+    assert f"{title} is too far from FP32: nearness:score falls from 100 to {falls_to}" in err
     status, out, err = run(capsys, *arguments, "--max-drop", "2", "--json")
     assert status == 0
     found = json.loads(out)
     assert found["score"]["metric"] == "nearness:score" and found["score"]["least"] == 98
-    assert 98 <= found["score"]["found"] < 100 and found["int8"]["kept"] and found["int8"]["requantized"] == []
+    assert 98 <= found["score"]["found"] < 100 and "stage2.conv" in found[precision]["kept"]
+    assert found[precision]["requantized"] == []
     assert {"name", "sqnr_db", "relative"} == set(found["verification"]["outputs"][0])
     status, out, err = run(capsys, *arguments, "--max-drop", "2", "--out", "again.onnx")
     flat = " ".join(out.split())
     assert re.search(r"score nearness:score gives 9\d\.\d+, FP32 100 \(at least 98 demanded\)", flat), out
+    assert f" to {title}, with FP16 for the rest" in flat and other not in flat
+
+
+def test_no_drop_keeps_layers_until_no_image_changes_its_class(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save(tmp_path / "m.onnx", make_model(KINDS["plain"]))
+    np.savez(tmp_path / "i.npz", images=np.random.default_rng(0).integers(0, 256, (600, 16, 16, 3), np.uint8))
+    arguments = [model, "--fp8", "--fast", "--calib", tmp_path / "i.npz", "--images", 300, "--min-agreement", 0.5]
+    before = ask(capsys, *arguments)
+    assert before["verification"]["expected_drop"] > 0
+    after = ask(capsys, *arguments, "--max-drop", "0", "--force")
+    assert (after["verification"]["expected_drop"], after["verification"]["agreement"]) == (0, 1)
+    assert len(after["fp8"]["kept"]) > len(before["fp8"]["kept"])
 
 
 @pytest.mark.parametrize("kind", ["plain", "uint8_top5", "probabilities"])

@@ -30,7 +30,7 @@ from repvgg_deploy.model.checkpoint.load import load_checkpoint
 from repvgg_deploy.precision.int8 import Int8Options, to_int8
 from repvgg_deploy.precision.typed_model import write_typed
 from tests.model.generated import random_model, stated
-from tests.model.random_blocks import small_variant
+from tests.model.random_blocks import small_variant, train_on
 
 GRAPH = GraphOptions(image_size=(32, 32))
 QUICK = SynthesisOptions(images=6, steps=5)
@@ -242,15 +242,7 @@ class Pyramid(nn.Module):
 def train_pyramid(images: np.ndarray) -> Pyramid:
     """Its running statistics are those of these images."""
     torch.manual_seed(0)
-    model = Pyramid().train()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias)
-    with torch.no_grad():
-        model(torch.from_numpy(images))
-    return model.eval()
+    return train_on(Pyramid(), torch.from_numpy(images), draw_affine=True)
 
 
 SEEN = default_preprocessing(32, 32)

@@ -12,7 +12,7 @@ from repvgg_deploy.model.block import TrainingBlock
 from repvgg_deploy.model.network import RepVGG
 from repvgg_deploy.specs.values import BlockKind, ChannelStatistics
 from tests.model.generated import random_model
-from tests.model.random_blocks import KINDS, small_variant
+from tests.model.random_blocks import KINDS, small_variant, train_on
 
 
 def decode(statistics: ChannelStatistics) -> tuple[np.ndarray, np.ndarray]:
@@ -63,12 +63,7 @@ def test_collect_statistics_of_an_input_are_its_own() -> None:
     seen: dict[int, torch.Tensor] = {}
     for block in blocks:
         block.register_forward_pre_hook(lambda module, args: seen.__setitem__(id(module), args[0].detach()))
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 1.0
-    model.train()
-    with torch.no_grad():
-        model(torch.randn(4, 3, 64, 64))
+    train_on(model, torch.randn(4, 3, 64, 64))
     found = collect_statistics(model)
     names = {id(block): name for name, block in model.blocks().items()}
     identities = 0
@@ -94,13 +89,7 @@ def test_collect_statistics_of_an_input_are_its_own() -> None:
 def trained_stem(kind: BlockKind, images: torch.Tensor, width: int = 16) -> RepVGG:
     """Whose BatchNorms have seen these images."""
     model = random_model(replace(small_variant(block=kind), widths=(width, 16, 16, 24, 32)))
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 1.0
-    model.train()
-    with torch.no_grad():
-        model(images)
-    return model.eval()
+    return train_on(model, images)
 
 
 def photos(count: int, size: int) -> torch.Tensor:

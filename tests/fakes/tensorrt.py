@@ -7,6 +7,7 @@ without an address, a call in the wrong device context.
 
 from __future__ import annotations
 
+import abc
 import enum
 import functools
 import json
@@ -142,11 +143,12 @@ class Severity(enum.Enum):
     VERBOSE = 4
 
 
-class ILogger:
+class ILogger(abc.ABC):
     Severity: Any = Severity
 
+    @abc.abstractmethod
     def log(self, severity: Any, message: str) -> None:
-        raise NotImplementedError
+        """What a user's logger has to have."""
 
 
 class TensorIOMode(enum.Enum):

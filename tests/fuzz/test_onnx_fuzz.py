@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.fuzz.cases import CASES, run_cases
 from tests.fuzz.onnx_cases import mutate
 from tests.runtime.make_model import make_onnx
-
-CASES = int(os.environ.get("REPVGG_FUZZ_CASES", "300"))
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.timeout(900 + CASES)
@@ -23,12 +17,7 @@ def test_engine_of_mutated_file_refuses_it_or_answers_as_before(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     model = make_onnx(tmp_path / "m.onnx")
-    command = [sys.executable, "-m", "tests.fuzz.onnx_cases", str(model), "0", str(CASES)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300 + CASES, check=False)
-    assert done.returncode == 0, (
-        f"the process died; standard error ends with the seed of the case:\n{done.stderr[-3000:]}"
-    )
-    report = json.loads(done.stdout)
+    report = run_cases("onnx_cases", model, 0, CASES)  # standard error ends with the seed of a case that kills it
     record_property("counted", report["outcomes"])
     assert report["wrong"] == {}
     assert sum(report["outcomes"].values()) == CASES

@@ -1,34 +1,25 @@
 """Mutated passports, calibration files, scales, cached plans, timings and labels end in a value or our error.
 
-`REPVGG_FUZZ_CASES` sets the number of cases of each. A failure names its case; repeat it with
+A failure names its case; repeat it with
 `python -m tests.fuzz.small_files 1 CASE FOLDER`.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.fuzz.cases import CASES, run_cases
 from tests.fuzz.small_files import CASE_SECONDS, FORMATS, mutate
-
-ROOT = Path(__file__).resolve().parents[2]
-CASES = int(os.environ.get("REPVGG_FUZZ_CASES", "300"))
 
 
 @pytest.mark.timeout(900 + CASES)
 def test_mutated_small_files_end_in_a_value_or_our_error(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    program = [sys.executable, "-m", "tests.fuzz.small_files", str(CASES), "0", str(tmp_path)]
-    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=600 + CASES, check=False)
-    assert done.returncode == 0, f"the interpreter died: {done.stderr[-2000:]}"
-    result = json.loads(done.stdout)
+    result = run_cases("small_files", CASES, 0, tmp_path)
     record_property("counted", {**result["ends"], "slowest_s": result["slowest_s"]})
     assert result["failures"] == []
     assert result["slowest_s"] < CASE_SECONDS

@@ -33,27 +33,21 @@ def test_packages_that_are_missing_are_unpacked_and_found_and_others_are_left_al
     )
 
 
-def test_failing_measurement_is_the_exit_code(tmp_path: Path) -> None:
-    """The program stands for a Python whose machine has no GPU."""
-    program = tmp_path / "python"
-    program.write_text(
-        '#!/bin/sh\ncase "$1" in -c) exec "$REAL" "$@" ;; esac\necho "error: no NVIDIA driver was found"\nexit 1\n',
-        encoding="utf-8",
-    )
+def run_as_python(folder: Path, script: str, *options: str) -> int:
+    """The exit code of `offline` with a shell script in place of Python; it finds the real one in `$REAL`."""
+    program = folder / "python"
+    program.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
     program.chmod(0o755)
-    arguments = [
-        "run",
-        str(tmp_path / "wheels"),
-        "--models",
-        str(tmp_path / "models"),
-        "--out",
-        str(tmp_path / "out"),
-        "--",
-        str(program),
-    ]
+    places = [str(folder / "wheels"), "--models", str(folder / "models"), "--out", str(folder / "out")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REAL", sys.executable)
-        assert offline.main(arguments) == 1
+        return offline.main(["run", *places, *options, "--", str(program)])
+
+
+def test_failing_measurement_is_the_exit_code(tmp_path: Path) -> None:
+    """The program stands for a Python whose machine has no GPU."""
+    script = 'case "$1" in -c) exec "$REAL" "$@" ;; esac\necho "error: no NVIDIA driver was found"\nexit 1'
+    assert run_as_python(tmp_path, script) == 1
     log, *_ = (tmp_path / "out").glob("pytest-gpu-*.txt")
     assert "no NVIDIA driver" in log.read_text(encoding="utf-8")
 
@@ -62,24 +56,8 @@ def test_failing_measurement_is_the_exit_code(tmp_path: Path) -> None:
 def test_program_that_a_signal_ended_is_a_failure(tmp_path: Path, what: str) -> None:
     """TensorRT that crashes leaves a negative exit code, which is less than 0 and no less wrong."""
     crashing = "-m" if what == "tests" else "benchmarks/gpu.py"
-    program = tmp_path / "python"
-    program.write_text(
-        f'#!/bin/sh\ncase "$1" in -c) exec "$REAL" "$@" ;; {crashing}) kill -SEGV $$ ;; esac\n', encoding="utf-8"
-    )
-    program.chmod(0o755)
-    arguments = [
-        "run",
-        str(tmp_path / "wheels"),
-        "--models",
-        str(tmp_path / "models"),
-        "--out",
-        str(tmp_path / "out"),
-        "--",
-        str(program),
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REAL", sys.executable)
-        assert offline.main(arguments) == 1
+    script = f'case "$1" in -c) exec "$REAL" "$@" ;; {crashing}) kill -SEGV $$ ;; esac'
+    assert run_as_python(tmp_path, script) == 1
 
 
 @pytest.mark.parametrize(("skipped", "code"), [(33, 1), (6, 0)])
@@ -92,53 +70,18 @@ def test_run_whose_tests_were_all_skipped_is_not_complete(
         f'<testsuites><testsuite errors="0" failures="0" skipped="{skipped}" tests="33"/></testsuites>',
         encoding="utf-8",
     )
-    program = tmp_path / "python"
-    lines = (
-        "#!/bin/sh",
-        'case "$1" in',
-        '-c) exec "$REAL" "$@" ;;',
-        '-m) for last; do :; done; cp "$REPORT" "$last" ;;',
-        "esac",
-    )
-    program.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    program.chmod(0o755)
-    monkeypatch.setenv("REAL", sys.executable)
     monkeypatch.setenv("REPORT", str(report))
-    arguments = [
-        "run",
-        str(tmp_path / "wheels"),
-        "--models",
-        "models",
-        "--out",
-        str(tmp_path / "out"),
-        "--",
-        str(program),
-    ]
-    assert offline.main(arguments) == code
+    script = 'case "$1" in\n-c) exec "$REAL" "$@" ;;\n-m) for last; do :; done; cp "$REPORT" "$last" ;;\nesac'
+    assert run_as_python(tmp_path, script) == code
 
 
 def test_minutes_are_those_of_tests_and_figures_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "python"
-    program.write_text(
-        f'#!/bin/sh\ncase "$1" in -c) exec "$REAL" "$@" ;; esac\necho "$@" >> {tmp_path}/called\n', encoding="utf-8"
-    )
-    program.chmod(0o755)
-    monkeypatch.setenv("REAL", sys.executable)
     monkeypatch.setattr(offline, "count_run", lambda _: 1)
     times = iter([0.0, 240.0])  # the tests take four minutes
     monkeypatch.setattr(offline.time, "monotonic", lambda: next(times))
-    arguments = [
-        "run",
-        str(tmp_path / "wheels"),
-        "--models",
-        "models",
-        "--out",
-        str(tmp_path / "out"),
-        "--minutes",
-        "9",
-    ]
-    arguments += ["--seconds", "1", "--variants", "B2", "A0", "--", str(program)]
-    assert offline.main(arguments) == 0
+    script = f'case "$1" in -c) exec "$REAL" "$@" ;; esac\necho "$@" >> {tmp_path}/called'
+    options = ["--minutes", "9", "--seconds", "1", "--variants", "B2", "A0"]
+    assert run_as_python(tmp_path, script, *options) == 0
     tests, figures = (tmp_path / "called").read_text(encoding="utf-8").splitlines()
     assert (
         "pytest" in tests and "-W default" in tests and "--minutes 5.00 --seconds 1 --variants B2 A0 --out" in figures

@@ -20,6 +20,7 @@ from repvgg_deploy.precision.fp16 import to_fp16
 from repvgg_deploy.precision.run_onnx import run_tensors
 from repvgg_deploy.specs.values import ChannelStatistics, TensorSpec
 from tests.export.test_statistics import photos
+from tests.model.random_blocks import train_on
 
 
 class Block(nn.Module):
@@ -52,17 +53,9 @@ class Small(nn.Module):
 
 
 def train(images: Tensor) -> Small:
-    """Running statistics of one batch; no BatchNorm is the identity."""
+    """Its running statistics are those of these images."""
     torch.manual_seed(0)
-    model = Small().train()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias)
-    with torch.no_grad():
-        model(images)
-    return model.eval()
+    return train_on(Small(), images, draw_affine=True)
 
 
 def decode(statistics: ChannelStatistics) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from repvgg_deploy.model.block import BlockSpec, TrainingBlock
 from repvgg_deploy.specs.values import BlockKind, SePosition, VariantSpec
 
+Module = TypeVar("Module", bound=nn.Module)
 KINDS: tuple[BlockKind, ...] = ("repvgg", "qarepvgg_v1", "qarepvgg_v2", "plain")
 
 
@@ -28,6 +31,19 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
         elif isinstance(part, nn.Conv2d):
             # PyTorch's own initial weights let the signal die out within nine layers.
             part.weight.normal_(0, (2 / part.weight[0].numel()) ** 0.5, generator=generator)
+
+
+@torch.no_grad()
+def train_on(model: Module, images: Tensor, *, draw_affine: bool = False) -> Module:
+    """The model in `eval()`, running statistics those of one batch; with `draw_affine` no BatchNorm is the identity."""
+    for part in model.train().modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.momentum = 1.0
+            if draw_affine:
+                nn.init.uniform_(part.weight, 0.5, 1.5)
+                nn.init.normal_(part.bias)
+    model(images)
+    return model.eval()
 
 
 def build_block(spec: BlockSpec, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> TrainingBlock:

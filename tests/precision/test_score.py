@@ -21,6 +21,7 @@ from repvgg_deploy.precision.metrics import Judge
 from repvgg_deploy.precision.network import read_network
 from repvgg_deploy.precision.options import QuantizeOptions
 from repvgg_deploy.precision.quantization import QuantizeResult, quantize
+from repvgg_deploy.precision.round import RoundOptions
 from repvgg_deploy.precision.score import Run, demand_score, load_metric
 from tests.precision.make_chain import KINDS, make_batches, make_model, save
 from tests.precision.make_graph import GRAPHS, draw
@@ -148,7 +149,31 @@ def test_layers_are_kept_until_every_output_reaches_its_decibels(name: str) -> N
     found = Judge(read_network(model), batches).compare(graph)
     assert found.sqnr_db >= least
     assert 0 < len(report.kept) < len(report.layers)
-    # No fewer layers is not asserted: halving finds the fewest where each one that is kept helps, and one may not.
+    assert report.kept == tuple(cost.name for cost in report.costs[: len(report.kept)])
+
+
+@pytest.mark.parametrize(
+    ("good", "anew", "kept"), [({2, 3, 4, 5, 6}, True, 2), ({2, 3, 4, 5, 6}, False, 3), ({1, 5, 6}, True, 5)]
+)
+def test_graph_with_one_layer_fewer_was_made_and_not_accepted(good: set[int], anew: bool, kept: int) -> None:
+    """`good` are the numbers of kept layers that do; without `anew` the least of them only before rounding anew."""
+    asked: list[tuple[int, bool]] = []
+    graphs: dict[int, bytes] = {}
+
+    def accepts(graph: onnx.ModelProto) -> bool:
+        count = 6 - sum(node.op_type == "QuantizeLinear" for node in graph.graph.node)  # one a layer, of six
+        data = graph.SerializeToString(deterministic=True)
+        is_first = graphs.setdefault(count, data) == data
+        asked.append((count, count in good and (anew or is_first or count > min(good))))
+        return asked[-1][1]
+
+    model, batches = make_model(KINDS["plain"]), make_batches(KINDS["plain"], 16)
+    steps = dataclasses.replace(COARSE, rounding=RoundOptions("nearest", bias_correction=True), accepts=accepts)
+    graph, report = quantize_graph(model, batches, steps)
+    assert asked[-1] == (kept, True) and len(report.kept) == kept
+    assert [holds for count, holds in asked if count == kept - 1][-1] is False
+    assert report.kept == tuple(cost.name for cost in report.costs[:kept])
+    assert accepts(graph)  # that very graph
 
 
 def test_backbone_keeps_layers_until_its_worst_output_reaches_its_decibels(model: Path, pixels: Path) -> None:

@@ -60,6 +60,23 @@ class Request:
         return len(self.batch)
 
 
+@dataclass(frozen=True, slots=True)
+class BatchModel:
+    """What a batcher runs.
+
+    Attributes:
+        check: An object → the batch as the model takes it, or an InputError.
+        run: A checked batch → its outputs; it is read no more then.
+        package: Outputs → what a caller gets.
+        make_batch: Memory of a shape and dtype that `run` reads without another copy.
+    """
+
+    check: Callable[[object], NDArray[Any]]
+    run: Callable[[NDArray[Any]], Arrays]
+    package: Callable[[Sequence[NDArray[Any]]], Result]
+    make_batch: Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]] = np.empty
+
+
 @dataclass(slots=True, eq=False)
 class _Cancellations:
     """Whether a request may have been cancelled since `discard` looked. Futures hold this, and not the queue."""
@@ -191,20 +208,34 @@ class BatchQueue:
             self._soonest = math.inf
 
 
+class _Room:
+    """Memory in which a thread puts requests together, a batch at a time: it grows to what is needed, and stays."""
+
+    def __init__(self, model: BatchModel, most: int) -> None:
+        self._make, self._most = model.make_batch, most
+        self._numbers: NDArray[Any] = np.empty(0)
+
+    def join(self, parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        """The images of all parts, which are of one size, in memory that the next batch overwrites."""
+        count, sizes, dtype = sum(map(len, parts)), parts[0].shape[1:], parts[0].dtype
+        each = math.prod(sizes)
+        if count * each > self._numbers.size:
+            rows = min(1 << (count - 1).bit_length(), self._most)
+            self._numbers = np.empty(0)  # the old memory is free before the new one is taken
+            self._numbers = self._make((rows * each,), dtype)
+        batch = self._numbers[: count * each].reshape(count, *sizes)
+        return np.concatenate(parts, out=batch)
+
+
 class _Crew:
     """The queue of a batcher and the threads that run it.
 
     The threads hold this, and not the Batcher: one that is dropped without `close()` gives them back, and its Engine.
     """
 
-    def __init__(
-        self,
-        options: BatcherOptions,
-        run: Callable[[NDArray[Any]], Arrays],
-        package: Callable[[Sequence[NDArray[Any]]], Result],
-        clock: Callable[[], float],
-    ) -> None:
-        self.clock, self._run_batch, self._package = clock, run, package
+    def __init__(self, options: BatcherOptions, model: BatchModel, clock: Callable[[], float]) -> None:
+        self.clock, self._model = clock, model
+        self._most = options.max_batch
         self.queue = BatchQueue(options)
         self.changed = threading.Condition()
         self.closing = False
@@ -245,6 +276,7 @@ class _Crew:
                 thread.join()
 
     def _work(self) -> None:
+        room = _Room(self._model, self._most)
         while True:
             with self.changed:
                 now = self.clock()
@@ -264,7 +296,7 @@ class _Crew:
                     self.changed.notify()  # another thread may have a batch, too
             self.end_requests(expired, cancelled)
             if batch:
-                self._answer(batch)
+                self._answer(batch, room)
             del batch, expired, cancelled  # while this thread waits, it holds nobody's images
 
     def end_requests(self, expired: Sequence[Request], cancelled: Sequence[Request]) -> None:
@@ -277,11 +309,11 @@ class _Crew:
             self.recorder.count("expired", len(expired))
             self.recorder.count("cancelled", len(cancelled))
 
-    def _answer(self, batch: list[Request]) -> None:
+    def _answer(self, batch: list[Request], room: _Room) -> None:
         start = self.clock()
         try:
             parts = [request.batch for request in batch]
-            outputs = self._run_batch(parts[0] if len(parts) == 1 else np.concatenate(parts))
+            outputs = self._model.run(parts[0] if len(parts) == 1 else room.join(parts))
         except BaseException as error:  # noqa: BLE001 - whoever waits must be told, whatever it was
             if len(batch) == 1:
                 self.recorder.count("failures")
@@ -289,7 +321,7 @@ class _Crew:
                 return
             logger.warning("a batch of %d requests failed, each is run by itself: %s", len(batch), error)
             for request in batch:
-                self._answer([request])
+                self._answer([request], room)
             return
         finish = self.clock()
         self.recorder.answer_batch([r.images for r in batch], [start - r.arrival for r in batch], finish - start)
@@ -300,7 +332,7 @@ class _Crew:
 
             def make(rows: slice = rows) -> Result:
                 # Copies, so that one caller does not hold the answers of all.
-                return self._package(outputs if len(batch) == 1 else [output[rows].copy() for output in outputs])
+                return self._model.package(outputs if len(batch) == 1 else [output[rows].copy() for output in outputs])
 
             answer(request.future, make)
 
@@ -314,23 +346,15 @@ class Batcher:
 
     Args:
         options: How requests become batches.
-        check: An object → the batch as the model takes it, or an InputError.
-        run: A checked batch → its outputs.
-        package: Outputs → what a caller gets.
+        model: What runs them.
         clock: Seconds that only grow.
     """
 
     def __init__(
-        self,
-        options: BatcherOptions,
-        *,
-        check: Callable[[object], NDArray[Any]],
-        run: Callable[[NDArray[Any]], Arrays],
-        package: Callable[[Sequence[NDArray[Any]]], Result],
-        clock: Callable[[], float] = time.monotonic,
+        self, options: BatcherOptions, model: BatchModel, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._options, self._check_batch = options, check
-        self._crew = _Crew(options, run, package, clock)
+        self._options, self._check_batch = options, model.check
+        self._crew = _Crew(options, model, clock)
         weakref.finalize(self, self._crew.end).atexit = False
 
     @property

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -31,14 +32,16 @@ class BatchCheck:
 
     Args:
         spec: The model's specification.
+        finite: Whether numbers are looked at.
     """
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, *, finite: bool = True) -> None:
         self._spec = spec
         self._dtype = np.dtype(spec.input.dtype)
         self._sizes = tuple(size if isinstance(size, int) else None for size in spec.input.shape[1:])
         self._has_floats = self._dtype.kind == "f"
         self._narrows = self._dtype == np.float16
+        self._finite = finite and self._has_floats
 
     def check(self, batch: object) -> NDArray[Any]:
         """The batch as a plain array, not copied; of a float16 model, float32 is rounded to float16.
@@ -47,9 +50,15 @@ class BatchCheck:
             InputError: It is not what the model expects. The message says what was expected and found, the remedy
                 every step to get there.
         """
+        array = self.check_form(batch)
+        if self._finite and not _is_finite(array):
+            raise _explain_values(_plain_array(batch))
+        return array
+
+    def check_form(self, batch: object) -> NDArray[Any]:
+        """`check`, without a look at the numbers."""
         array = _plain_array(batch)
         shape = array.shape
-        wide = array
         if self._narrows and array.dtype == np.float32:
             with np.errstate(over="ignore"):
                 array = array.astype(np.float16)
@@ -61,8 +70,6 @@ class BatchCheck:
                 raise self._explain(array)
         if array.size == 0:
             raise self._explain(array)
-        if self._has_floats and not _is_finite(array):
-            raise _explain_values(wide)
         return array
 
     def _explain(self, array: NDArray[Any]) -> InputError:
@@ -205,6 +212,21 @@ def usual_shape(spec: ModelSpec) -> tuple[int, ...]:
             remedy="give warm_up the shape of your batches",
         )
     return known
+
+
+def require_shape(shape: object, usual: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
+    """A batch's shape, as its caller may say it: whole, or as a number of images of the usual shape.
+
+    Raises:
+        InputError: It is neither, or there is no usual shape.
+    """
+    given: list[Any] = list(shape) if isinstance(shape, (tuple, list)) else [shape]
+    if not given or not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in given):
+        raise InputError(
+            f"shape: expected a number of images, or positive sizes, found {reprlib.repr(shape)}",
+            remedy="give 32, or (32, 3, 224, 224), say",
+        )
+    return (*given, *usual()[1:]) if isinstance(shape, int) else tuple(given)
 
 
 def show_shape(shape: Sequence[int | str]) -> str:

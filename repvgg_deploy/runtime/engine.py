@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import os
-import reprlib
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,21 +23,20 @@ from numpy.typing import NDArray
 from ..errors import EngineBusyError, InputError, RepVGGDeployError
 from ..specs.values import ModelMetadata, ModelSpec
 from .answers import Answer, Picture, Prediction, answer_images, plan_answers
-from .batcher import Batcher
-from .checks import BatchCheck, require_rows, show_shape
+from .batcher import Batcher, BatchModel
+from .checks import BatchCheck, require_rows, require_shape, show_shape
 from .cuda.arrays import DeviceArrays, read_shape
 from .opening import as_path, open_model
 from .options import BackendName, BatcherOptions, DeviceChoice, EngineOptions
 from .results import Arrays, Result, TopK, join, package
 from .statistics import Recorder, Statistics
-from .threads import Lease, Submissions, wait_for
+from .threads import Lease, Submissions, let_go, wait_for
 
 if TYPE_CHECKING:
     from .results import PhaseTimes
 
 __all__ = ["Engine", "EngineOptions", "Result", "TopK"]
 
-_IMAGES_AT_ONCE = 32
 _T = TypeVar("_T")
 
 
@@ -86,13 +84,13 @@ class Engine:
         self._process = os.getpid()  # a child of `fork` lacks the threads that finish what is under way here
         self._model = open_model(self._path, device, backend, self._options)
         self._backend, self._spec = self._model.backend, self._model.metadata.spec
-        self._check = BatchCheck(self._spec)
+        self._check = BatchCheck(self._spec, finite=self._options.check_finite)
         self._lease = Lease(self._backend.close)
         self._recorder = Recorder()
         self._submissions = Submissions(self._options.workers, self._options.max_pending)
         # An Engine that is dropped without close() gives everything back, too: else its threads, and a plan's memory on
         # the GPU, would stay as long as the process.
-        weakref.finalize(self, _let_go, self._lease, self._submissions, self._process).atexit = False
+        weakref.finalize(self, let_go, self._lease, self._submissions, self._process).atexit = False
 
     @property
     def spec(self) -> ModelSpec:
@@ -210,7 +208,7 @@ class Engine:
         if isinstance(images, (str, bytes, os.PathLike)):
             raise InputError("images: expected many, found one", remedy="call classify(image)")
         how = plan_answers(self._spec, self._path, top=top)
-        return answer_images(images, how, infer=self.infer, batch_size=self._choose_step(batch_size))
+        return answer_images(images, how, infer=self.infer, batch_size=self._model.choose_step(batch_size))
 
     def infer_device(self, batch: Any, *, stream: Any = None) -> DeviceArrays:
         """Runs images that lie on the GPU, with a plan, and leaves the results there.
@@ -250,7 +248,7 @@ class Engine:
         """
         from ..images.decode import load_batch
 
-        step = self._choose_step(batch_size)
+        step = self._model.choose_step(batch_size)
         if isinstance(paths, (str, os.PathLike)):
             raise InputError(
                 f"paths: expected a list of image paths, found {paths!r}",
@@ -267,6 +265,30 @@ class Engine:
             )
         pieces = (load_batch(files[start : start + step], self._spec) for start in range(0, len(files), step))
         return package(join([self._run(self._check.check(piece)) for piece in pieces]), self._spec)
+
+    def pinned_batch(self, shape: int | Sequence[int]) -> NDArray[Any]:
+        """An array to fill and give to `infer`, `submit` or a batcher; fill it again when the answer is there.
+
+        Of a plan it is page-locked: the GPU reads it and its parts (`batch[:n]`) without another copy. It lives as long
+        as somebody holds it, also after `close`. On a CPU it is plain memory.
+
+        Args:
+            shape: Of the batch; a number is so many images of the size that `warm_up` takes.
+
+        Returns:
+            Of the dtype in `spec.input`, with any numbers in it.
+
+        Raises:
+            InputError: The model takes no such batch, or the Engine is closed.
+            CudaMemoryError: There is no memory that can be locked.
+        """
+        found, dtype = require_shape(shape, self._model.usual_shape), np.dtype(self._spec.input.dtype)
+        self._check.check_form(np.broadcast_to(np.zeros((), dtype), found))
+        self._enter()
+        try:
+            return self._model.make_batch(found, dtype)
+        finally:
+            self._lease.release()
 
     def submit(self, batch: NDArray[Any]) -> Future[Result]:
         """Hands in a batch of any size, to be run by a thread of this Engine, and returns at once.
@@ -345,12 +367,9 @@ class Engine:
         )
         if concurrency is None:
             concurrency = min(self._options.contexts, 2) if self._model.overlaps else 1
-        return Batcher(
-            BatcherOptions(max_batch, max_delay_ms, max_queue, timeout_ms, concurrency),
-            check=self._check.check,
-            run=self._run,
-            package=functools.partial(package, spec=self._spec),
-        )
+        options = BatcherOptions(max_batch, max_delay_ms, max_queue, timeout_ms, concurrency)
+        finish = functools.partial(package, spec=self._spec)
+        return Batcher(options, BatchModel(self._check.check, self._run, finish, self._model.make_batch))
 
     def statistics(self) -> Statistics:
         """What this Engine did since it was opened.
@@ -413,7 +432,7 @@ class Engine:
             wait: Whether to wait; else the last batch frees the model when it is done. A thread of this Engine itself,
                 in a callback of a future of `submit`, never waits: it would wait for itself.
         """
-        _let_go(self._lease, self._submissions, self._process)
+        let_go(self._lease, self._submissions, self._process)
         if wait and self._process == os.getpid() and not self._submissions.is_own_thread():
             self._lease.wait()
 
@@ -442,16 +461,6 @@ class Engine:
             f"<Engine {str(self._path)!r}: {name}{state}, {source.dtype} {show_shape(source.shape)} {source.layout} → "
             f"{outputs}>"
         )
-
-    def _choose_step(self, batch_size: int | None) -> int:
-        """Images decoded and run at a time."""
-        step = batch_size if batch_size is not None else min(self._model.largest, _IMAGES_AT_ONCE)
-        if not isinstance(step, int) or step < 1:
-            raise InputError(
-                f"batch_size: expected a whole number of at least 1, found {reprlib.repr(step)}",
-                remedy="leave it out, or give a positive number",
-            )
-        return step
 
     def _run(self, batch: NDArray[Any], *, entered: bool = False) -> Arrays:
         """Runs a batch that was checked, and counts it; `entered`: the caller holds the lease."""
@@ -489,12 +498,3 @@ class Engine:
         self._lease.release()
         if future.cancelled():
             self._recorder.count("cancelled")
-
-
-def _let_go(lease: Lease, submissions: Submissions, process: int) -> None:
-    """Frees the model once it is idle, and ends the threads; in a child of `fork` it leaves all to the parent."""
-    if process == os.getpid():
-        lease.close()
-        submissions.close()
-    else:
-        lease.abandon()

@@ -41,6 +41,8 @@ class EngineOptions:
             one is captured, in the first runs of its size, a wait for the whole device (`torch.cuda.synchronize()`)
             fails in every other thread: `Engine.warm_up` first.
         require_passport: Whether a plan without its `.plan.json` is refused.
+        check_finite: Whether float batches are searched for NaN and infinities, once each, when they are handed in.
+            False leaves it to the caller, and spares a pass over the numbers: answers to NaN are NaN then.
     """
 
     max_batch: int = 64
@@ -54,6 +56,7 @@ class EngineOptions:
     contexts: int = 2
     cuda_graphs: bool = True
     require_passport: bool = False
+    check_finite: bool = True
 
     def __post_init__(self) -> None:
         threads = self.intra_op_threads

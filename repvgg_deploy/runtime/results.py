@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
@@ -18,6 +19,7 @@ from ..specs.values import ModelMetadata, ModelSpec
 from .checks import require_rows, usual_shape
 from .cuda.arrays import as_stream_handle, is_device_array, read_shape
 
+_IMAGES_AT_ONCE = 32
 Arrays: TypeAlias = "tuple[NDArray[Any], ...]"
 
 
@@ -96,6 +98,9 @@ class SplittingBackend(Backend, Protocol):
 
     def run_device(self, batch: Any, *, stream: int | None, to_host: bool) -> Any:
         """Runs a batch that lies on the device."""
+
+    def make_batch(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """An array that is copied to the device from where it is; any numbers are in it."""
 
     def warm_up(self, batch: NDArray[Any]) -> None:
         """Makes ready all that can be made ready."""
@@ -192,6 +197,24 @@ class OpenModel:
         if self._splitting is not None:
             return (self._spec.batch or 1, *self._splitting.usual_sizes)
         return usual_shape(self._spec)
+
+    def make_batch(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """An array that the backend reads where it is; any numbers are in it."""
+        return np.empty(shape, dtype) if self._splitting is None else self._splitting.make_batch(shape, dtype)
+
+    def choose_step(self, batch_size: object) -> int:
+        """Images decoded and run at a time.
+
+        Raises:
+            InputError: What was asked for is no positive number, nor None.
+        """
+        step = batch_size if batch_size is not None else min(self.largest, _IMAGES_AT_ONCE)
+        if not isinstance(step, int) or step < 1:
+            raise InputError(
+                f"batch_size: expected a whole number of at least 1, found {reprlib.repr(step)}",
+                remedy="leave it out, or give a positive number",
+            )
+        return step
 
     def warm_up(self, batch: NDArray[Any]) -> None:
         """Runs a batch of the usual kind until nothing is left to be made ready."""

@@ -157,6 +157,15 @@ class Submissions:
             self._pending -= 1
 
 
+def let_go(lease: Lease, submissions: Submissions, process: int) -> None:
+    """Frees the model once it is idle, and ends the threads; in a child of `fork` it leaves all to the parent."""
+    if process == os.getpid():
+        lease.close()
+        submissions.close()
+    else:
+        lease.abandon()
+
+
 async def wait_for(future: Future[Result]) -> Result:
     """The answer, for a coroutine."""
     import asyncio  # whoever has a coroutine has it; for others it is a fifth of the time to import an Engine's module

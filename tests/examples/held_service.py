@@ -14,7 +14,7 @@ from unittest import mock
 
 from examples.service import __main__ as program
 from examples.service.decoders import Decoders
-from repvgg_deploy.runtime.batcher import Request, _Crew
+from repvgg_deploy.runtime.batcher import _Crew
 from tests.waiting import Gate
 
 GATE, GRACE_IS_OVER = "TEST_GATE", "TEST_GRACE_IS_OVER"
@@ -35,9 +35,9 @@ class Clock:
 def main() -> int:
     gate, answer = Gate(Path(os.environ[GATE])), _Crew._answer
 
-    def answer_when_let(crew: _Crew, batch: list[Request]) -> None:
+    def answer_when_let(*arguments: Any) -> None:
         gate.pass_through()
-        answer(crew, batch)
+        answer(*arguments)
 
     decoding, decode = Gate(Path(f"{os.environ[GATE]}.decode")), Decoders.decode
 

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from repvgg_deploy.errors import DeadlineError, EngineBusyError, InputError, ModelError
-from repvgg_deploy.runtime.batcher import Batcher, BatchQueue, Request
+from repvgg_deploy.runtime.batcher import Batcher, BatchModel, BatchQueue, Request
 from repvgg_deploy.runtime.engine import Engine
 from repvgg_deploy.runtime.options import BatcherOptions, EngineOptions
 from repvgg_deploy.runtime.results import TopK
@@ -44,6 +44,8 @@ class Model:
         self.started = threading.Semaphore(0)
         self.sizes: list[int] = []
         self.fail: Callable[[np.ndarray], bool] = lambda batch: False
+        self.kept: list[np.ndarray] | None = None  # the batches, where a test asks for them
+        self.made: list[np.ndarray] = []
 
     def check(self, batch: object) -> np.ndarray:
         if not isinstance(batch, np.ndarray):
@@ -54,12 +56,20 @@ class Model:
         self.started.release()
         assert self.gate.wait(PATIENCE)
         self.sizes.append(len(batch))
+        if self.kept is not None:
+            self.kept.append(batch)
         if self.fail(batch):
             raise ModelError("it broke", remedy="mend it")
         return (batch * 2,)
 
+    def make_batch(self, shape: tuple[int, ...], dtype: object) -> np.ndarray:
+        self.made.append(np.full(shape, np.nan, dtype))
+        return self.made[-1]
+
     def open(self, **options: object) -> Batcher:
-        return Batcher(BatcherOptions(**options), check=self.check, run=self.run, package=lambda outputs: outputs[0])
+        return Batcher(
+            BatcherOptions(**options), BatchModel(self.check, self.run, lambda outputs: outputs[0], self.make_batch)
+        )
 
 
 def one(value: float) -> np.ndarray:
@@ -103,6 +113,59 @@ def test_batch_that_fails_is_run_one_by_one_and_only_the_culprit_fails() -> None
     assert batcher.statistics().failures == 1 and model.sizes[1] == 3
 
 
+def test_requests_are_put_together_in_memory_that_is_made_once() -> None:
+    model = Model()
+    model.kept = []
+    with model.open(max_batch=8, max_delay_ms=0) as batcher:
+        for turn in range(5):
+            first = held(model, batcher)
+            futures = [batcher.submit(one(turn + value)) for value in range(8)]
+            model.gate.set()
+            assert [future.result(PATIENCE)[0, 0] for future in futures] == [2 * (turn + value) for value in range(8)]
+            assert first.result(PATIENCE)[0, 0] == -2
+            assert model.started.acquire(timeout=PATIENCE)  # of the eight
+    assert model.sizes == [1, 8] * 5 and len(model.made) == 1
+    assert all(np.shares_memory(batch, model.made[0]) for batch in model.kept[1::2])
+    assert not any(np.shares_memory(batch, model.made[0]) for batch in model.kept[::2])
+
+
+def test_request_that_runs_alone_is_not_copied() -> None:
+    model, batch = Model(), one(1)
+    model.kept = []
+    with model.open(max_delay_ms=0) as batcher:
+        batcher.infer(batch)
+    assert model.kept[0] is batch and model.made == []
+
+
+def test_batch_is_not_written_to_while_it_runs() -> None:
+    """Two threads put batches together; each has memory of its own, which it uses again when its batch was run."""
+    model = Model()
+    with model.open(max_batch=2, max_delay_ms=PATIENCE * 1e3, concurrency=2, max_queue=100) as batcher:
+        model.gate.clear()
+        futures = [batcher.submit(one(value)) for value in range(8)]
+        for _ in range(2):
+            assert model.started.acquire(timeout=PATIENCE)
+        assert len(batcher._crew.queue) == 4  # the others wait
+        model.gate.set()
+        assert [future.result(PATIENCE)[0, 0] for future in futures] == [2 * value for value in range(8)]
+    assert model.sizes == [2] * 4 and len(model.made) == 2 and not np.shares_memory(*model.made)
+
+
+def test_memory_of_batches_grows_to_what_is_needed_and_holds_every_size() -> None:
+    model = Model()
+    with model.open(max_batch=6, max_delay_ms=0, max_queue=100) as batcher:
+        for shape, count in (((1, 4), 2), ((1, 4), 3), ((1, 4), 6), ((1, 2, 3), 4), ((1, 5), 6), ((1, 4), 5)):
+            batches = [np.full(shape, value, np.float32) for value in range(count)]
+            first = held(model, batcher)
+            futures = [batcher.submit(batch) for batch in batches]
+            model.gate.set()
+            for future, batch in zip(futures, batches, strict=True):
+                np.testing.assert_array_equal(future.result(PATIENCE), 2 * batch)
+            first.result(PATIENCE)
+            assert model.started.acquire(timeout=PATIENCE)
+    assert [one.size for one in model.made] == [8, 16, 24, 30]
+
+
 def test_bad_request_is_refused_at_once_and_alone() -> None:
     model = Model()
     with model.open(max_batch=4) as batcher:
@@ -133,9 +196,7 @@ def test_request_past_its_deadline_is_not_run() -> None:
     model, now = Model(), [0.0]
     batcher = Batcher(
         BatcherOptions(max_batch=4, max_delay_ms=0),
-        check=model.check,
-        run=model.run,
-        package=lambda outputs: outputs[0],
+        BatchModel(model.check, model.run, lambda outputs: outputs[0]),
         clock=lambda: now[0],
     )
     with batcher:
@@ -236,7 +297,7 @@ def test_thread_of_a_batcher_outlives_what_its_futures_do(broken: str, caplog: p
         return outputs[0]
 
     options = BatcherOptions(max_batch=8, max_delay_ms=0)
-    with Batcher(options, check=model.check, run=model.run, package=package) as batcher:
+    with Batcher(options, BatchModel(model.check, model.run, package)) as batcher:
         held(model, batcher)
         futures = [batcher.submit(one(value)) for value in (1, 2, 3)]
         if broken != "answer":

@@ -21,6 +21,7 @@ from PIL import Image
 
 from repvgg_deploy.errors import InputError, ModelError
 from repvgg_deploy.images.decode import load_batch
+from repvgg_deploy.runtime import checks
 from repvgg_deploy.runtime.checks import usual_shape
 from repvgg_deploy.runtime.engine import Engine
 from repvgg_deploy.runtime.options import EngineOptions
@@ -346,6 +347,79 @@ def test_engine_describes_itself(model: Path) -> None:
 def test_engine_options_out_of_range_are_refused(values: dict[str, object]) -> None:
     with pytest.raises(InputError, match=next(iter(values))):
         EngineOptions(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "expected"),
+    [
+        (ModelOptions(), 5, (5, 3, 16, 16)),
+        (ModelOptions(), (2, 3, 16, 16), (2, 3, 16, 16)),
+        (ModelOptions(uint8=True), 3, (3, 16, 16, 3)),
+        (ModelOptions(batch=4), 7, (7, 3, 16, 16)),
+        (ModelOptions(size=("height", "width"), preprocessing=False), [2, 3, 24, 40], (2, 3, 24, 40)),
+    ],
+    ids=str,
+)
+def test_pinned_batch_is_filled_and_run(
+    tmp_path: Path, options: ModelOptions, shape: object, expected: tuple[int, ...]
+) -> None:
+    with Engine(make_onnx(tmp_path / "m.onnx", options)) as engine:
+        batch = engine.pinned_batch(shape)
+        assert type(batch) is np.ndarray and (batch.shape, batch.dtype.name) == (expected, engine.spec.input.dtype)
+        for seed in range(2):
+            images = np.random.default_rng(seed).integers(0, 9, expected).astype(batch.dtype)
+            batch[:] = images
+            for given, wanted in ((batch, images), (batch[1:], images[1:])):
+                np.testing.assert_array_equal(infer_array(engine, given), infer_array(engine, wanted))
+
+
+@pytest.mark.parametrize(
+    ("shape", "match"),
+    [
+        (0, "found 0"),
+        (True, "found True"),
+        ("8", "found '8'"),
+        ((), r"found \(\)"),
+        ((2, 3, -1, 16), "positive sizes"),
+        ((2, 3, 16), "batch dimension is missing"),
+        ((2, 3, 16, 17), "the size differs"),
+    ],
+)
+def test_pinned_batch_that_the_model_does_not_take_is_refused(model: Path, shape: Any, match: str) -> None:
+    with Engine(model) as engine, pytest.raises(InputError, match=match):
+        engine.pinned_batch(shape)
+    with pytest.raises(InputError, match="closed"):
+        engine.pinned_batch(1)
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_numbers_are_looked_at_once_a_batch_or_left_to_the_caller(
+    model: Path, monkeypatch: pytest.MonkeyPatch, on: bool
+) -> None:
+    looked: list[int] = []
+    is_finite = checks._is_finite
+
+    def look(array: np.ndarray) -> bool:
+        looked.append(len(array))
+        return is_finite(array)
+
+    monkeypatch.setattr(checks, "_is_finite", look)
+    batch = random_batch(ModelOptions(), 3)
+    with Engine(model, options=EngineOptions(check_finite=on)) as engine, engine.batcher() as batcher:
+        engine.infer(batch)
+        engine.submit(batch[:2]).result(300)
+        for future in [batcher.submit(batch[:1]) for _ in range(4)]:
+            future.result(300)
+        assert looked == ([3, 2, 1, 1, 1, 1] if on else [])
+        batch[1] = np.nan
+        if on:
+            with pytest.raises(InputError, match="found 768 of 2304 NaN or infinite"):
+                engine.infer(batch)
+        else:
+            found = engine.logits(batch)
+            assert np.isnan(found[1]).any() and np.isfinite(found[[0, 2]]).all()
+        with pytest.raises(InputError, match="dtype"):
+            engine.infer(batch.astype(np.float64))
 
 
 def test_engine_of_file_replaced_while_opening_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,20 @@
-"""Memory of results on the GPU: blocks that are used again, but never while somebody's stream may still read them."""
+"""Memory that is used again: of results on the GPU, and of batches that a caller fills, page-locked on the host.
+
+A block is never lent while somebody's stream may still read it.
+"""
 
 from __future__ import annotations
 
 import itertools
 import logging
 import threading
+import weakref
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ...errors import CudaError, CudaMemoryError
 from .port import CAPTURE_LOCK, CudaPort
@@ -34,7 +42,7 @@ def number_in_protocols(handle: int) -> int:
 
 @dataclass(eq=False, slots=True)
 class Block:
-    """One piece of device memory, with the identities of the streams whose work may touch it, and UNKNOWN_STREAM."""
+    """One piece of memory, with the identities of the streams whose work may touch it, and UNKNOWN_STREAM."""
 
     address: int
     size_bytes: int
@@ -48,10 +56,16 @@ class DevicePool:
     streams it is lent after everything on the device was waited for, which happens once in `_MOST_WAITING` such blocks:
     a stream may be gone by then, so that its handle must not be touched. The legacy default stream never goes: what it
     used is lent to others after an event on it.
+
+    Args:
+        port: CUDA.
+        device_id: Which GPU.
+        page_locked: Whether it is memory of the host, which no stream uses any more when it comes back.
     """
 
-    def __init__(self, port: CudaPort, device_id: int) -> None:
+    def __init__(self, port: CudaPort, device_id: int, *, page_locked: bool = False) -> None:
         self._port = port
+        self._take, self._free = (port.allocate_host, port.free_host) if page_locked else (port.allocate, port.free)
         self.device_id = device_id
         self._lock = threading.RLock()
         # The garbage collector puts blocks here, in any thread and at any moment: it takes no lock.
@@ -73,28 +87,30 @@ class DevicePool:
         number: int = self._thread.number
         return number
 
-    def take(self, size_bytes: int, stream: int) -> Block:
+    def take(self, size_bytes: int, stream: int | None = None) -> Block:
         """A block that nothing but the stream itself may still be using. Called inside `on_device`.
 
         Args:
             size_bytes: At least so much.
-            stream: Handle of the stream that will use it, or that everything that uses it comes after.
+            stream: Handle of the stream that will use it, or that everything that uses it comes after; None for memory
+                of the host.
 
         Raises:
             CudaMemoryError: There is no memory, also after all idle blocks were freed.
         """
-        size, user = round_up_size(size_bytes), self.identify_stream(stream)
+        size = round_up_size(size_bytes)
+        users = set() if stream is None else {self.identify_stream(stream)}
         with self._lock:
             self._sort_in()
-            found = self._find(size, user)
+            found = self._find(size, users)
             if found is None and self._make_room():
-                found = self._find(size, user)
+                found = self._find(size, users)
             if found is None:
-                return Block(self._allocate(size), size, {user})
-            if found.streams - {user}:
+                return Block(self._allocate(size), size, users)
+            if stream is not None and found.streams - users:
                 self.order(stream, after=_LEGACY)
             self._idle[size].remove(found)
-            found.streams = {user}
+            found.streams = users
             return found
 
     def give_back(self, block: Block) -> None:
@@ -123,19 +139,19 @@ class DevicePool:
         self._closed = True
         self._free_returned()
 
-    def _find(self, size: int, user: int) -> Block | None:
+    def _find(self, size: int, users: set[int]) -> Block | None:
         """An idle block that a stream may use; one that others may use, too, is left to them if it can be."""
-        blocks = (block for block in reversed(self._idle.get(size, ())) if block.streams <= {user, _LEGACY})
-        return max(blocks, key=lambda block: (user in block.streams, not block.streams), default=None)
+        blocks = (block for block in reversed(self._idle.get(size, ())) if block.streams <= {*users, _LEGACY})
+        return max(blocks, key=lambda block: (bool(users & block.streams), not block.streams), default=None)
 
     def _allocate(self, size: int) -> int:
         try:
-            return self._port.allocate(size)
+            return self._take(size)
         except CudaMemoryError:
             if not any(self._idle.values()):
                 raise
             self._free_idle()
-            return self._port.allocate(size)
+            return self._take(size)
 
     def _make_room(self) -> bool:
         """Keeps what is idle small; whether blocks became free for all streams."""
@@ -151,7 +167,7 @@ class DevicePool:
             block = free.pop()
             blocks.remove(block)
             self._idle[block.size_bytes].remove(block)
-            self._port.free(block.address)
+            self._free(block.address)
         return waits
 
     def _free_returned(self) -> None:
@@ -162,7 +178,7 @@ class DevicePool:
                 self._sort_in()
                 self._free_idle()
         except CudaError as error:
-            logger.warning("device memory could not be freed: %s", error.message)
+            logger.warning("memory could not be freed: %s", error.message)
 
     def _sort_in(self) -> None:
         while self._returned:
@@ -177,7 +193,25 @@ class DevicePool:
             self._port.synchronize()
         for blocks in self._idle.values():
             while blocks:
-                self._port.free(blocks.pop().address)
+                self._free(blocks.pop().address)
+
+
+class HostMemory:
+    """Page-locked memory as NumPy takes it: `np.asarray` of it holds it, and it goes back with the last such array."""
+
+    def __init__(self, pool: DevicePool, block: Block) -> None:
+        shape = (block.size_bytes,)
+        self.__array_interface__ = {"data": (block.address, False), "shape": shape, "typestr": "|u1", "version": 3}
+        release = weakref.finalize(self, pool.give_back, block)
+        release.atexit = False  # the process frees it, and CUDA may be gone by then
+
+
+def find_host_memory(array: NDArray[Any]) -> int | None:
+    """The address of an array, or of a part of one, whose bytes lie in page-locked memory one behind the other."""
+    owner: object = array
+    while type(owner) is np.ndarray:
+        owner = owner.base
+    return array.ctypes.data if isinstance(owner, HostMemory) and array.flags.c_contiguous else None
 
 
 def round_up_size(size_bytes: int) -> int:

@@ -22,7 +22,7 @@ from ...errors import CudaContextError, CudaMemoryError, InputError
 from ...specs.values import ModelMetadata
 from ..cuda import opening
 from ..cuda.arrays import DeviceArray, DeviceArrays, DeviceView, view_device_array
-from ..cuda.pool import DEFAULT_STREAMS, DevicePool
+from ..cuda.pool import DEFAULT_STREAMS, DevicePool, HostMemory
 from ..options import EngineOptions
 from ..results import PhaseTimes
 from .plan import open_plan
@@ -52,6 +52,7 @@ class TensorRtBackend:
             graphs = GraphSwitch(options.cuda_graphs and self._port.has_graphs, choose_buckets(self._plan.interface))
             self._pool = SlotPool(lambda: Slot(self._port, self._plan, graphs), options.contexts)
             self._memory = DevicePool(self._port, device_id)
+            self._host_memory = DevicePool(self._port, device_id, page_locked=True)
             try:
                 self._pool.release(self._pool.acquire())  # what cannot work fails here and not at the first request
             except BaseException:
@@ -137,6 +138,14 @@ class TensorRtBackend:
                     result.settle()
         return DeviceArrays(tuple(output.name for output in self._plan.interface.outputs), tuple(results))
 
+    def make_batch(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """An array in page-locked memory, which goes back when the last part of the array does."""
+        size = int(np.prod(shape)) * dtype.itemsize
+        with self._port.on_device(self._device_id):
+            memory = HostMemory(self._host_memory, self._host_memory.take(size))
+        array: NDArray[Any] = np.asarray(memory)[:size].view(dtype).reshape(shape)
+        return array
+
     def warm_up(self, batch: NDArray[Any]) -> None:
         """Makes every context that may be used and runs each until its CUDA graph is there."""
         require_size(batch.shape, self._plan.interface)
@@ -195,6 +204,7 @@ class TensorRtBackend:
         with self._port.on_device(self._device_id):
             self._pool.close()
             self._memory.close()
+            self._host_memory.close()
             if self._plan.kernels is not None:
                 self._plan.kernels.save()
             self._plan.release()

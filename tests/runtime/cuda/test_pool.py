@@ -7,13 +7,14 @@ import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from repvgg_deploy.errors import CudaError
+from repvgg_deploy.errors import CudaError, CudaMemoryError
 from repvgg_deploy.runtime.cuda import pool as pool_module
 from repvgg_deploy.runtime.cuda.pool import UNKNOWN_STREAM, DevicePool, round_up_size
 from repvgg_deploy.runtime.cuda.port import CAPTURE_LOCK
@@ -271,3 +272,88 @@ def test_memory_that_comes_back_in_the_midst_of_a_capture_waits_for_nobody_who_w
     assert done.wait(300)
     closing.join(300)
     assert cuda.leaks() == {}
+
+
+# batches that a caller fills
+
+
+def test_pinned_batch_is_page_locked_and_its_memory_is_used_again(world: World) -> None:
+    with world.open() as engine:
+        batch = engine.pinned_batch(8)
+        assert batch.shape == (8, 3, 16, 16) and batch.dtype == np.float32 and batch.flags.c_contiguous
+        [found] = [one for one in world.cuda.memory.values() if one.address == batch.ctypes.data]
+        assert found.device == -1 and found.data.nbytes == round_up_size(batch.nbytes)
+        part, address, taken_before = batch[2:4], batch.ctypes.data, taken(world)
+        del batch
+        gc.collect()
+        assert engine.pinned_batch(8).ctypes.data != address, "a part of it is still held"
+        del part
+        gc.collect()
+        assert address in {engine.pinned_batch(count).ctypes.data for count in (7, 8)}
+        assert taken(world) - taken_before == Counter(allocate_host=1)
+    assert world.cuda.leaks() == {}
+
+
+def test_pinned_batch_outlives_its_engine_and_frees_itself(world: World) -> None:
+    images = random_batch(PLAIN, 4)
+    with world.open() as engine:
+        batch = engine.pinned_batch(4)
+        batch[:] = images
+        idle = engine.pinned_batch(2)
+        del idle
+    np.testing.assert_array_equal(batch, images)
+    assert world.cuda.leaks() == {"host memory": 1}
+    with world.open() as other:  # another Engine reads it, too
+        np.testing.assert_allclose(other.infer(batch), world.expect(images)[0], rtol=1e-5, atol=1e-5)
+    del batch
+    gc.collect()
+    assert world.cuda.leaks() == {}
+
+
+def test_pinned_batch_without_memory_is_an_error_and_the_engine_goes_on(world: World) -> None:
+    with world.open() as engine:
+        world.cuda.fail("allocate_host", name="CUDA_ERROR_OUT_OF_MEMORY")
+        with pytest.raises(CudaMemoryError):
+            engine.pinned_batch(8)
+        batch = engine.pinned_batch(8)
+        batch[:] = 0
+        np.testing.assert_allclose(engine.infer(batch), world.expect(batch.copy())[0], rtol=1e-5, atol=1e-5)
+        del batch
+    assert world.cuda.leaks() == {}
+
+
+def test_threads_that_fill_and_run_their_own_batches(world: World) -> None:
+    """Arrays come and go in all threads, while requests run."""
+
+    def work(seed: int) -> None:
+        for turn in range(8):
+            images = random_batch(PLAIN, 1 + (seed + turn) % 20, seed=seed)
+            batch = engine.pinned_batch(len(images))
+            batch[:] = images
+            found = engine.infer(batch)
+            np.testing.assert_allclose(found, world.expect(images)[0], rtol=1e-5, atol=1e-5)
+
+    with world.open(contexts=3) as engine, ThreadPoolExecutor(16) as pool:
+        list(pool.map(work, range(32)))
+    gc.collect()
+    assert world.cuda.leaks() == {}
+
+
+def test_batcher_puts_requests_into_page_locked_memory_that_stays(world: World) -> None:
+    batches = [random_batch(PLAIN, 1, seed=seed) for seed in range(8)]
+    expected = [world.expect(batch)[0] for batch in batches]
+    with world.open() as engine, engine.batcher(max_batch=4, max_delay_ms=60_000, max_queue=100) as batcher:
+        engine.warm_up(batches[0].shape)
+
+        def run() -> None:
+            for future, wanted in zip([batcher.submit(batch) for batch in batches], expected, strict=True):
+                np.testing.assert_allclose(future.result(300), wanted, rtol=1e-5, atol=1e-5)
+
+        for _ in range(20):
+            run()
+        most = world.cuda.calls["allocate_host"]
+        for _ in range(20):
+            run()
+        assert world.cuda.calls["allocate_host"] <= most + 1  # a second thread may have had no batch until now
+    gc.collect()
+    assert world.cuda.leaks() == {}

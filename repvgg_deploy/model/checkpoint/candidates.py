@@ -191,7 +191,7 @@ def fold_parts(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTensor]
         if name in used:
             continue
         for kind, names, combine in _ways_to_fold(name):
-            if set(names) <= set(tensors):
+            if all(part in tensors for part in names):
                 parts = [tensors[part] for part in names]
                 base = name.replace("parametrizations.", "").removesuffix(".original").removesuffix(".original0")
                 base = base.removesuffix("_orig").removesuffix("_g")
@@ -234,13 +234,15 @@ def _combine(parts: list[LazyTensor], combine: _Combination) -> Callable[[], tor
         values = [part.load() for part in parts]
         try:
             return combine(*(value.double() for value in values)).to(values[0].dtype)
-        except RuntimeError as error:
+        except (RuntimeError, IndexError) as error:
             raise MalformedError("the parts of a weight do not fit together") from error
 
     return load
 
 
 def _mask(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    if weight.shape != mask.shape:
+        raise RuntimeError("their product would be of another shape, and of any size")
     return weight * mask
 
 

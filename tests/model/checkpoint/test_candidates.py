@@ -76,13 +76,35 @@ def test_weights_in_parts_are_folded(change, kind, pickled, tmp_path):
     assert torch.allclose(outputs(build_model(checkpoint)), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
 
 
-def test_parts_that_do_not_fit_together_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("stage0.rbr_dense.conv.weight", {"_mask": (8, 3, 3, 2)}),
+        ("stage0.rbr_dense.conv.weight", {"_mask": (50, 1, 1, 1, 1)}),  # whose product is fifty times as large
+        ("stage0.rbr_dense.bn.weight", {"_u": (8,), "_v": (1,)}),
+        ("stage0.rbr_dense.conv.weight", {"_u": (8,), "_v": (26,)}),
+    ],
+)
+def test_parts_that_do_not_fit_together_are_refused(name, parts, tmp_path):
     state = randomise(OwnRepVGG()).state_dict()
-    kernel = state.pop("stage0.rbr_dense.conv.weight")
-    state |= {"stage0.rbr_dense.conv.weight_orig": kernel, "stage0.rbr_dense.conv.weight_mask": torch.ones(8, 3, 3, 2)}
+    state[f"{name}_orig"] = state.pop(name)
+    state |= {f"{name}{ending}": torch.ones(shape) for ending, shape in parts.items()}
     torch.save(state, tmp_path / "m.pth")
     with pytest.raises(CheckpointError, match="parts of a weight do not fit together"):
         load_checkpoint(tmp_path / "m.pth")
+
+
+def test_looking_for_parts_goes_through_the_names_once():
+    class Counted(dict[str, LazyTensor]):
+        def __iter__(self):
+            walks.append(self)
+            return super().__iter__()
+
+    walks: list[object] = []
+    tensor = LazyTensor(FLOAT32, (3,), object(), 12, lambda: torch.ones(3))
+    names = [f"{i}.weight{end}" for i in range(50) for end in ("_orig", "_mask", "_g", "_v")]
+    folded, notes = fold_parts(Counted(dict.fromkeys(names, tensor)))
+    assert (len(folded), len(notes)) == (50, 2) and len(walks) <= 1
 
 
 def test_part_without_its_other_part_stays_as_it_is():

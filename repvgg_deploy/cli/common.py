@@ -216,12 +216,21 @@ def run(body: Body, args: argparse.Namespace) -> int:
     except MemoryError:
         remedy = "give a smaller batch or model, or run it where more memory is free"
         return _report("out of memory", remedy, verbose, as_json)
+    except OSError as error:  # a name that is too long, a folder that may not be entered, a disk that fails
+        if error.filename is None:
+            return _report_unexpected(error, verbose, as_json)
+        said = f"{os.fsdecode(error.filename)}: {error.strerror}"
+        return _report(said, "check the path, and what you may do with it", verbose, as_json)
     except Exception as error:  # noqa: BLE001 - the border of the program: whatever was not foreseen becomes one line
         missing = explain_missing(error) if isinstance(error, ImportError) else None
         if missing is not None:
             return _report(missing.message, missing.remedy, verbose, as_json)
-        message = f"unexpected {type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
-        return _report(message, "please report this; run it again with -vv for the traceback", verbose, as_json)
+        return _report_unexpected(error, verbose, as_json)
+
+
+def _report_unexpected(error: Exception, verbose: int, as_json: bool) -> int:
+    message = f"unexpected {type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
+    return _report(message, "please report this; run it again with -vv for the traceback", verbose, as_json)
 
 
 def _fill_closed_streams() -> None:

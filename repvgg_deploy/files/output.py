@@ -27,7 +27,6 @@ _CHUNK_BYTES = 1 << 20
 _NAME_BYTES = 100
 _PARTIAL = ".partial"
 _ABANDONED_SECONDS = 3600.0
-_CHECKPOINT_SUFFIXES = (".tar", ".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".pdparams")
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
 """What file systems without locks answer; EBADF is NFS, of a file that was opened for reading only."""
 
@@ -294,7 +293,9 @@ def rename(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def explain_os_errors(target: Path) -> Iterator[None]:
-    """Turns a full disk, a missing permission and other operating system errors on `target` into ArtifactError.
+    """Turns a full disk, a missing permission and other operating system errors into ArtifactError.
+
+    They are said of `target`; but of another file, such as an input, where the error names one.
 
     Raises:
         ArtifactError: The operating system refused.
@@ -309,6 +310,9 @@ def explain_os_errors(target: Path) -> Iterator[None]:
             error = error.__context__  # of torch.save, which says that a position is unexpected where a disk is full
         if error is None:
             raise
+        other = _other_file(error, target)
+        if other is not None:
+            raise ArtifactError(f"{other}: {error.strerror}", remedy="check the path, and its permissions") from raised
         remedy = "look at the message of the operating system, or write elsewhere with --out"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             remedy = "free some space, or write to another disk with --out"
@@ -317,6 +321,14 @@ def explain_os_errors(target: Path) -> Iterator[None]:
         elif error.errno in (errno.EROFS, errno.EBUSY, errno.EXDEV):  # busy: a mount of its own, as Docker's -v makes
             remedy = "write to another disk with --out, or mount the folder around it, writable"
         raise ArtifactError(f"{target}: cannot be written: {error.strerror or error}", remedy=remedy) from raised
+
+
+def _other_file(error: OSError, target: Path) -> str | None:
+    """The file that an error is about, if that is neither the target, nor in it, nor a hidden file beside it."""
+    if not isinstance(error.filename, (str, bytes)) or error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    named, own = os.fsdecode(error.filename), _hidden_name(target.name, "").lstrip(".")
+    return None if any(part.lstrip(".").startswith(own) for part in Path(named).parts) else named
 
 
 @contextlib.contextmanager
@@ -472,20 +484,6 @@ def sha256_file(path: Path) -> str:
         while block := file.read(_CHUNK_BYTES):
             digest.update(block)
     return digest.hexdigest()
-
-
-def default_output(checkpoint: Path) -> Path:
-    """The ONNX beside a checkpoint: its name with the checkpoint's suffixes replaced by `.onnx`.
-
-    Raises:
-        InputError: The path has no file name.
-    """
-    if not checkpoint.name:
-        raise InputError(f"{str(checkpoint)!r} is no file", remedy="give --ckpt a checkpoint file")
-    output = checkpoint
-    while output.suffix.lower() in _CHECKPOINT_SUFFIXES:
-        output = output.with_suffix("")
-    return output.with_name(f"{output.name}.onnx")
 
 
 def release_freed_memory() -> None:

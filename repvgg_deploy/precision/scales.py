@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,6 @@ import numpy as np
 import onnx
 
 from ..errors import CalibrationError, InputError
-from ..files.output import explain_os_errors
 from ..graph.edit import copy_model
 from ..specs import codec
 from .equalize import read_range, rescale
@@ -142,10 +142,13 @@ def read_scales(path: Path) -> ScaleFile:
     Raises:
         InputError: The file is missing, cannot be read, or is not one that `--save-scales` wrote.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"{path}: no such file", remedy="check the path, or make it with --save-scales")
-    with explain_os_errors(path), path.open("rb") as file:
-        data = file.read(_LARGEST_BYTES + 1)
+    try:
+        with path.open("rb") as file:
+            data = file.read(_LARGEST_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}", remedy="check its permissions") from error
     try:
         if len(data) > _LARGEST_BYTES:
             raise InputError(f"larger than {_LARGEST_BYTES >> 20} MiB", remedy="calibrate again with --save-scales")

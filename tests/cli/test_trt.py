@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from repvgg_deploy import __version__
 from repvgg_deploy.cli import export
@@ -40,6 +42,49 @@ def test_bad_model_gives_one_message_and_exit_1(
     assert re.fullmatch(r"error: .*m\.onnx: .*\n  remedy: .*\n", printed.err)
     assert main([*(part.format(model=model) for part in command), "--json"]) == 1
     assert set(json.loads(capsys.readouterr().out)) == {"error", "remedy"}
+
+
+_LONG = "n" * 300  # no disk has such a name: even asking whether it is there is an error
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["inspect", _LONG],
+        ["check", _LONG],
+        ["infer", _LONG, "x.png"],
+        ["infer", "{model}", _LONG],
+        ["infer", "{model}", "x.png", "--labels", _LONG],
+        ["infer", "{model}", "x.png", "--out", f"{_LONG}.csv"],
+        ["eval", "{model}", "--data", _LONG],
+        ["quantize", f"{_LONG}.onnx", "--fp16"],
+        ["quantize", "{model}", "--fp16", "--out", f"{_LONG}.onnx"],
+        ["quantize", "{model}", "--fp16", "--calib", _LONG],
+        ["quantize", "{model}", "--int8", "--calib", "x.npz", "--scales", _LONG],
+        ["fold", f"{_LONG}.onnx", "--out", "o.onnx"],
+        ["build", f"{_LONG}.onnx", "--fp16"],
+        ["triton", f"{_LONG}.onnx", "--out", "r"],
+        ["triton", "{model}", "--out", _LONG],
+        ["triton", "--validate", _LONG],
+        ["export", "--ckpt", _LONG, "--describe"],
+        ["export", "--ckpt", f"{_LONG}.index.json", "--describe"],
+        ["export", "--ckpt", "m.index.json", "--describe"],
+    ],
+)
+def test_name_that_is_too_long_is_named_and_nothing_else_is_blamed(
+    model: Path, capsys: pytest.CaptureFixture[str], command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model.parent)
+    Path("m.index.json").write_text(json.dumps({"weight_map": {"a": _LONG}}), encoding="utf-8")
+    np.savez("x.npz", images=np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8))
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save("x.png")
+    before = sorted(model.parent.rglob("*"))
+    program = export.main if command[0] == "export" else main
+    assert program([part.format(model=model) for part in command if part != "export"]) == 1
+    said = "".join(capsys.readouterr())
+    assert "nnnnn" in said and "unexpected" not in said
+    assert "m.onnx: cannot" not in said and "int8.onnx" not in said and "fp16.onnx: cannot" not in said
+    assert sorted(model.parent.rglob("*")) == before
 
 
 def test_bare_program_shows_its_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

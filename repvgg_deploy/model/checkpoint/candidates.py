@@ -241,9 +241,7 @@ def _combine(parts: list[LazyTensor], combine: _Combination) -> Callable[[], tor
 
 
 def _mask(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    if weight.shape != mask.shape:
-        raise RuntimeError("their product would be of another shape, and of any size")
-    return weight * mask
+    return weight * mask.view(weight.shape)  # not of any other shape: their product could have any size
 
 
 def _norm_weight(size: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from urllib.parse import parse_qs, urldefrag
 
 from ...errors import CheckpointError, InputError, explain_missing
 from ...files.download import Fetched, download, name_of_address, show_address
-from ...files.output import default_output, sha256_file
+from ...files.output import sha256_file
 from ...specs.zoo import find_card_by_name
 from .lazy import listing, printable
 from .places import read_index
@@ -30,6 +30,7 @@ _ADDRESS = re.compile(r"(?P<scheme>https?):/+(?P<rest>.*)", re.IGNORECASE | re.D
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SAFE = ("model.safetensors", "model.safetensors.index.json")
 _PICKLE = "pytorch_model.bin"
+_SUFFIXES = (".tar", ".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".pdparams")
 _PUBLISHED = ("A0", "A1", "A2", "B0", "B1", "B1g4", "B2", "B2g4", "B3", "B3g4", "D2se")
 
 
@@ -77,12 +78,22 @@ def default_onnx(given: Path | str) -> Path:
     """
     text = str(given)
     if not is_name(given):
-        return default_output(Path(given))
+        return _output_beside(Path(given))
     if match := _NAME.fullmatch(text):
         parts = match["rest"].partition("@")[0].split("/")
         file = parts[-1] if len(parts) > 2 else f"{(parts[1:] or parts)[0]}.safetensors"
-        return default_output(Path(file))
-    return default_output(Path(name_of_address(text)))
+        return _output_beside(Path(file))
+    return _output_beside(Path(name_of_address(text)))
+
+
+def _output_beside(checkpoint: Path) -> Path:
+    """The ONNX beside a checkpoint: its name with the checkpoint's suffixes replaced by `.onnx`."""
+    if not checkpoint.name:
+        raise InputError(f"{str(checkpoint)!r} is no file", remedy="give --ckpt a checkpoint file")
+    output = checkpoint
+    while output.suffix.lower() in _SUFFIXES:
+        output = output.with_suffix("")
+    return output.with_name(f"{output.name}.onnx")
 
 
 def locate(given: Path | str | Located, *, progress: Fetched | None = None) -> Located:

@@ -9,6 +9,7 @@ torch/distributed/checkpoint/filesystem.py (https://github.com/pytorch/pytorch),
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -33,12 +34,12 @@ def find_index(path: Path) -> Path | None:
     if match is None:
         return None
     index = path.with_name(f"{match['stem']}{match['suffix']}.index.json")
-    if path.exists() and not index.exists():
+    if os.path.exists(path) and not os.path.exists(index):
         raise CheckpointError(
             f"{path}: is one shard of several, and their index {index.name} is not beside it",
             remedy=f"put {index.name} and every shard into one folder",
         )
-    return index if index.exists() else None
+    return index if os.path.exists(index) else None
 
 
 def read_index(index: Path) -> list[str]:
@@ -71,7 +72,7 @@ def refuse_no_file(path: Path) -> None:
     Raises:
         CheckpointError: It is missing, an address, a folder, a device or pipe, or empty.
     """
-    if not path.exists():
+    if not os.path.exists(path):  # which raises nothing where a name is too long, or a folder may not be entered
         if (address := _ADDRESS.match(str(path))) is not None:
             raise _name_address(address["scheme"], address["rest"])
         raise CheckpointError(f"{path}: there is no such file", remedy="check the path given as --ckpt")

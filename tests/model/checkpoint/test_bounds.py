@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from repvgg_deploy.errors import CheckpointError
 from repvgg_deploy.model.checkpoint import containers, pickle
@@ -71,6 +72,27 @@ def test_hostile_pickles_are_refused_within_a_budget_of_memory(tmp_path: Path) -
     for name, (ended, peak) in measure(sorted(tmp_path.iterdir())).items():
         assert not ended.startswith(("loaded", "escaped", "died")), (name, ended)  # refused, or named as no checkpoint
         assert peak <= 2 * (tmp_path / name).stat().st_size + 2 * SLACK_BYTES, (name, peak)
+
+
+@needs_linux
+def test_headers_of_safetensors_take_no_more_than_the_files_size_allows(tmp_path: Path) -> None:
+    data = save({name: tensor.contiguous() for name, tensor in tiny_state().items()})
+    size = int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
+    nothing = {"dtype": "F32", "data_offsets": [len(body), len(body)]}
+    headers: dict[str, tuple[str, dict[str, object]]] = {
+        "texts": ("says far more", {"__metadata__": {f"{index:x}": "" for index in range(750_000)}}),
+        "fewer texts": ("loaded", {"__metadata__": {f"{index:x}": "" for index in range(120_000)}}),
+        "long text": ("says far more", {"__metadata__": {"a": "b" * (9 << 20)}}),
+        "tensors": ("says far more", {f"e{index}": {**nothing, "shape": [0]} for index in range(90_000)}),
+        "sizes": ("says far more", {"e": {**nothing, "shape": [1] * 3_000_000 + [0]}}),
+    }
+    for name, (_, more) in headers.items():
+        text = json.dumps({**header, **more}, separators=(",", ":")).encode()
+        (tmp_path / name).write_bytes(len(text).to_bytes(8, "little") + text + body)
+    for name, (ended, peak) in measure(sorted(tmp_path.iterdir())).items():
+        assert headers[name][0] in ended, name
+        assert peak <= 2 * (tmp_path / name).stat().st_size + SLACK_BYTES, name
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from repvgg_deploy.runtime.engine import Engine
 from repvgg_deploy.runtime.options import EngineOptions
 from repvgg_deploy.runtime.tensorrt.context import changes_kernels
-from repvgg_deploy.runtime.tensorrt.slot import choose_buckets
 
 from .bare import DeviceBatch
 
@@ -117,28 +116,27 @@ def compare_graphs(plan: Path, images: NDArray[Any], options: EngineOptions, siz
     Two batches take turns, so that an answer which was not computed anew is that of the other one. With graphs they run
     as they are, captured, replayed, replayed: the same kernels in the same order. So does the engine without graphs,
     but for TensorRT-RTX, which runs others until those of a shape are compiled, and waits for them in the contexts of
-    graphs only.
+    graphs only. A batch that is padded to the size of a graph may round otherwise than without graphs.
     """
-    found: dict[bool, list[tuple[bool, NDArray[Any], NDArray[Any]]]] = {True: [], False: []}
+    found: dict[bool, list[tuple[int, bool, NDArray[Any], NDArray[Any]]]] = {True: [], False: []}
     stale = False
     for on, runs in found.items():
         with Engine(plan, options=replace(options, cuda_graphs=on)) as engine:
             backend: Any = engine._backend
-            lazily, buckets = changes_kernels(backend._plan), choose_buckets(backend._plan.interface)
+            lazily, graphs = changes_kernels(backend._plan), backend._graphs
             for count in sizes:
-                exact = not lazily or (on and count in buckets)
+                rows = graphs.choose_rows(count)
+                exact = not lazily or graphs.covers(rows)
                 pair = _repeat(images, count), _repeat(images[::-1], count)
                 first, other, *later = (np.asarray(engine.infer(batch)) for batch in pair * 2)
-                runs += [(exact, first, later[0]), (exact, other, later[1])]
+                runs += [(rows, exact, first, later[0]), (rows, exact, other, later[1])]
                 stale = stale or np.array_equal(first, other)
-    same = all(np.array_equal(one, two) for runs in found.values() for exact, one, two in runs if exact)
-    across = [(exact, one, two) for (_, _, one), (exact, _, two) in zip(found[True], found[False], strict=True)]
-    same = same and all(np.array_equal(one, two) for exact, one, two in across if exact)
-    return (
-        max(_difference(two, one) for _, one, two in (*found[True], *found[False], *across))
-        if same and not stale
-        else float("inf")
-    )
+    same = all(np.array_equal(one, two) for runs in found.values() for _, exact, one, two in runs if exact)
+    pairs = [(one, two) for runs in found.values() for _, _, one, two in runs]
+    for (rows, _, _, one), (others, exact, _, two) in zip(found[True], found[False], strict=True):
+        same = same and (not exact or rows != others or np.array_equal(one, two))
+        pairs.append((one, two))
+    return max(_difference(two, one) for one, two in pairs) if same and not stale else float("inf")
 
 
 def _device(engine: Engine, images: NDArray[Any], truth: NDArray[Any]) -> float:

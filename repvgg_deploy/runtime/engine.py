@@ -368,6 +368,7 @@ class Engine:
         if concurrency is None:
             concurrency = min(self._options.contexts, 2) if self._model.overlaps else 1
         options = BatcherOptions(max_batch, max_delay_ms, max_queue, timeout_ms, concurrency)
+        self._model.expect_batch(max_batch)
         finish = functools.partial(package, spec=self._spec)
         return Batcher(options, BatchModel(self._check.check, self._run, finish, self._model.make_batch))
 
@@ -381,12 +382,11 @@ class Engine:
     def warm_up(self, shape: Sequence[int] | None = None) -> None:
         """Runs batches of zeros, so that the first real one is not the slow one.
 
-        A plan makes all its contexts, and CUDA graphs for this size, so none of this size is captured later, when
-        another thread may wait for the whole device (see `EngineOptions.cuda_graphs`).
+        A plan makes all its contexts and CUDA graphs for images of this size, also those for batchers that are open:
+        no later request pays for them, nor captures one while another thread may wait for the whole device.
 
         Args:
-            shape: Of the batch, as it will be; None takes one image (or the fixed batch) of the size in the
-                specification; of a plan for several sizes, of the one that it is tuned for.
+            shape: Of the batch; None: one image (or the fixed batch) of the specification's or the plan's usual size.
 
         Raises:
             InputError: The shape is not one that the model accepts, or it must be given because the model accepts any

@@ -37,9 +37,9 @@ class EngineOptions:
         cuda: Which package calls CUDA for a plan: `bindings` (cuda-bindings) or `pycuda`; None takes the one that is
             installed, the first before the second.
         contexts: How many batches of a plan run at once on its GPU; each takes memory for one largest batch.
-        cuda_graphs: Whether a plan's usual batch sizes run as CUDA graphs, which spares the CPU most of its work. While
-            one is captured, in the first runs of its size, a wait for the whole device (`torch.cuda.synchronize()`)
-            fails in every other thread: `Engine.warm_up` first.
+        cuda_graphs: Whether a plan's usual batch sizes, and those that are padded to one of them, run as CUDA graphs,
+            which spares the CPU most of its work. While one is captured, in the first runs of its size, a wait for the
+            whole device (`torch.cuda.synchronize()`) fails in every other thread: `Engine.warm_up` first.
         require_passport: Whether a plan without its `.plan.json` is refused.
         check_finite: Whether float batches are searched for NaN and infinities, once each, when they are handed in.
             False leaves it to the caller, and spares a pass over the numbers: answers to NaN are NaN then.

@@ -102,6 +102,9 @@ class SplittingBackend(Backend, Protocol):
     def make_batch(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """An array that is copied to the device from where it is; any numbers are in it."""
 
+    def expect_batch(self, size: int) -> None:
+        """Batches of this size will come often."""
+
     def warm_up(self, batch: NDArray[Any]) -> None:
         """Makes ready all that can be made ready."""
 
@@ -215,6 +218,11 @@ class OpenModel:
                 remedy="leave it out, or give a positive number",
             )
         return step
+
+    def expect_batch(self, size: int) -> None:
+        """Batches of this size will come often, as from a batcher."""
+        if self._splitting is not None:
+            self._splitting.expect_batch(size)
 
     def warm_up(self, batch: NDArray[Any]) -> None:
         """Runs a batch of the usual kind until nothing is left to be made ready."""

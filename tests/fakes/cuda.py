@@ -351,6 +351,13 @@ class FakeCuda:
             for stream in streams:
                 self._drain(stream)
 
+    def disturb(self) -> None:
+        """What taking memory, loading kernels and waiting inside TensorRT do to captures, whichever thread has them."""
+        with self.lock:
+            device = self.current_device()
+            for stream in self.streams.values():
+                stream.broken_capture |= stream.device == device and stream.recording is not None
+
     # inside
 
     def current_device(self) -> int:

@@ -250,6 +250,7 @@ class _Runtime:
         assert not self.world.faults.runtime_error, "the process would have ended here"
         world = self.world
         world.seen.deserialized += 1
+        world.cuda.disturb()
         magic = b"vtrt" if world.rtx else b"ftrt"
         try:
             assert content[:4] == magic
@@ -335,6 +336,7 @@ class _Engine:
         assert world.cuda.current_device() == self._device, "context made on another device"
         with world.cuda.lock:
             world.seen.contexts += 1
+            world.cuda.disturb()
             if world.seen.contexts in world.faults.context:
                 self._logger.log(
                     Severity.ERROR, "IRuntime::createExecutionContext: OutOfMemory (no further information)"
@@ -449,6 +451,8 @@ class _Context:
                 ):
                     self._engine._logger.log(Severity.ERROR, world.faults.message)
                     return False
+                if shape not in self._warm:
+                    world.cuda.disturb()
                 self._warm.add(shape)
                 if world.rtx:
                     self._compile(shape)

@@ -26,7 +26,7 @@ from ..cuda.pool import DEFAULT_STREAMS, DevicePool, HostMemory
 from ..options import EngineOptions
 from ..results import PhaseTimes
 from .plan import open_plan
-from .slot import GraphSwitch, NoMoreContextsError, Slot, choose_buckets, require_size, split
+from .slot import GraphSwitch, NoMoreContextsError, Slot, require_size, split
 
 logger = logging.getLogger(__name__)
 _WARM_UP_RUNS = 3  # as it is, captured, replayed
@@ -49,8 +49,8 @@ class TensorRtBackend:
         info = self._port.describe_device(device_id)
         with self._port.on_device(device_id):
             self._plan = open_plan(path, info, backend=backend, require_passport=options.require_passport)
-            graphs = GraphSwitch(options.cuda_graphs and self._port.has_graphs, choose_buckets(self._plan.interface))
-            self._pool = SlotPool(lambda: Slot(self._port, self._plan, graphs), options.contexts)
+            self._graphs = GraphSwitch(self._plan, on=options.cuda_graphs and self._port.has_graphs)
+            self._pool = SlotPool(lambda: Slot(self._port, self._plan, self._graphs), options.contexts)
             self._memory = DevicePool(self._port, device_id)
             self._host_memory = DevicePool(self._port, device_id, page_locked=True)
             try:
@@ -146,17 +146,24 @@ class TensorRtBackend:
         array: NDArray[Any] = np.asarray(memory)[:size].view(dtype).reshape(shape)
         return array
 
+    def expect_batch(self, size: int) -> None:
+        """Batches of this size will be usual, too; `warm_up` makes a CUDA graph of it."""
+        self._graphs.add(size)
+
     def warm_up(self, batch: NDArray[Any]) -> None:
-        """Makes every context that may be used and runs each until its CUDA graph is there."""
+        """Makes every context that may be used, and CUDA graphs of all usual sizes; runs the batch in each, too."""
         require_size(batch.shape, self._plan.interface)
+        sizes = reversed(self._graphs.sizes if self._graphs.on else ())
+        batches = [*(np.broadcast_to(batch[:1], (size, *batch.shape[1:])) for size in sizes), batch]
         with self._port.on_device(self._device_id), contextlib.ExitStack() as stack:
             for _ in range(self._contexts):
                 slot = self._pool.acquire_idle()
                 if slot is None:
                     break
                 stack.enter_context(self._pool.use(slot))
-                for _ in range(_WARM_UP_RUNS):
-                    slot.run(batch)
+                for one in batches:
+                    for _ in range(_WARM_UP_RUNS):
+                        slot.run(one)
             else:  # all contexts are held here, so that none compiles meanwhile
                 if self._plan.kernels is not None:
                     self._plan.kernels.save()
@@ -179,7 +186,9 @@ class TensorRtBackend:
             lane, stage, stream = slot.main, slot.stage, slot.stream
             shape = (max(count, interface.smallest[0]), *batch.shape[1:])
             slot.wait_for_others(stream)
-            slot.load(lane, batch, shape)
+            slot.bind(lane, shape)
+            slot.reserve([stage], lane)
+            stage.fill(batch)
             found, events = [], []
             for _ in range(4):
                 events.append(port.create_timer())
@@ -250,42 +259,38 @@ class TensorRtBackend:
 
     def _run_pieces(self, slot: Slot, view: DeviceView, order: Any, *, caller: Any) -> list[DeviceArray]:
         """Puts all pieces of a batch on one stream, between the caller's array and blocks of the results' pool."""
-        interface, lane, handle = self._plan.interface, slot.main, self._port.stream_handle(order)
-        reader = self._port.stream_handle(caller)
+        interface, reader = self._plan.interface, self._port.stream_handle(caller)
         results: list[DeviceArray] = []
         count = view.shape[0]
         row_bytes = interface.source.count_bytes(view.shape) // count
-        for start, size, rows in split(count, interface):
-            slot.bind(lane, (rows, *view.shape[1:]))
+        for rows in split(count, interface):
+            size = rows.stop - rows.start
+            lane = slot.choose_lane(size, view.shape[1:])
+            wanted = interface.keep_rows(lane.output_shapes, size)
             if not results:
-                for tensor, found in zip(interface.outputs, lane.output_shapes, strict=True):
-                    shape = (count, *found[1:]) if tensor.shape[0] == interface.source.shape[0] else found
+                for tensor, shape in zip(interface.outputs, interface.keep_rows(wanted, count), strict=True):
                     block = self._memory.take(tensor.count_bytes(shape), reader)
                     results.append(DeviceArray(self._memory, block, shape, tensor.dtype, stream=reader))
                 if order is not caller:
                     # Not before the blocks are taken: what other slots still write to them is on this stream by then.
                     slot.follow(caller)
-            source = view.address + start * row_bytes
+            source = view.address + rows.start * row_bytes
+            sizes = [tensor.count_bytes(shape) for tensor, shape in zip(interface.outputs, wanted, strict=True)]
             targets = [
-                result.address + start * (tensor.count_bytes(found) // rows)
-                for result, tensor, found in zip(results, interface.outputs, lane.output_shapes, strict=True)
+                result.address + rows.start * (size_bytes // size)
+                for result, size_bytes in zip(results, sizes, strict=True)
             ]
-            if rows == size:
-                lane.enqueue((source, *targets), handle)
-            else:
-                self._run_padded(slot, (source, size * row_bytes), targets, size=size, order=order)
+            if lane.rows == size and not slot.may_capture(lane):
+                lane.enqueue((source, *targets), self._port.stream_handle(order))
+                continue
+            # Through the slot's buffers: by a graph, or with more rows than there are images, in which is whatever was.
+            slot.prepare(lane, order)
+            inward, *outward = slot.stage.addresses
+            self._port.copy(inward, source, size * row_bytes, order)
+            slot.compute(lane, order)
+            for target, address, size_bytes in zip(targets, outward, sizes, strict=True):
+                self._port.copy(target, address, size_bytes, order)
         return results
-
-    def _run_padded(self, slot: Slot, source: tuple[int, int], targets: list[int], *, size: int, order: Any) -> None:
-        """Fewer images than the plan takes: through the slot's buffers, in whose further rows is whatever was there."""
-        lane, port, interface = slot.main, self._port, self._plan.interface
-        assert lane.shape is not None
-        slot.reserve([slot.stage], lane.shape, lane.output_shapes)
-        inward, *outward = slot.stage.addresses
-        port.copy(inward, source[0], source[1], order)
-        lane.enqueue(slot.stage.addresses, port.stream_handle(order))
-        for target, address, tensor, found in zip(targets, outward, interface.outputs, lane.output_shapes, strict=True):
-            port.copy(target, address, tensor.count_bytes(found) // lane.shape[0] * size, order)
 
     def _download(self, results: list[DeviceArray], stream: Any, slot: Slot) -> Sequence[NDArray[Any]]:
         """NumPy arrays of results on the device, through page-locked memory of the slot; waits once, for all."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from ...errors import CudaError, CudaMemoryError, InputError
 from ...files.plan_place import quote
+from ..cuda.port import CAPTURE_LOCK
 from .plan import OpenPlan, Shape
 
 
@@ -38,18 +40,20 @@ def make_context(
         stream_handle: Where the change of the profile is put; wait for it before another stream runs the context.
         one_shape: Whether it will run one shape only: its first run then waits for the kernels of that shape.
     """
-    profile, context = plan.interface.profile, _create(plan, wait_for_kernels=one_shape and changes_kernels(plan))
-    if context is None:
-        return None
-    if hasattr(context, "set_device_memory"):  # 10.1 and later
-        context.set_device_memory(*scratch)
-    else:
-        context.device_memory = scratch[0]
-    if context.active_optimization_profile != profile and not context.set_optimization_profile_async(
-        profile, stream_handle
-    ):
-        return None
-    return context
+    profile = plan.interface.profile
+    with CAPTURE_LOCK:  # TensorRT takes memory and may wait for the device
+        context = _create(plan, wait_for_kernels=one_shape and changes_kernels(plan))
+        if context is None:
+            return None
+        if hasattr(context, "set_device_memory"):  # 10.1 and later
+            context.set_device_memory(*scratch)
+        else:
+            context.device_memory = scratch[0]
+        if context.active_optimization_profile != profile and not context.set_optimization_profile_async(
+            profile, stream_handle
+        ):
+            return None
+        return context
 
 
 def _create(plan: OpenPlan, *, wait_for_kernels: bool) -> Any | None:
@@ -90,6 +94,12 @@ class Lane:
         self.output_shapes: tuple[Shape, ...] = ()
         self.runs = 0
         self.graph: Any | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many images a run computes, those that are only there to fill the shape included."""
+        assert self.shape is not None
+        return self.shape[0]
 
     def set_shape(self, shape: Shape) -> None:
         """Sets the input's shape, and with it the outputs'.
@@ -136,13 +146,14 @@ class Lane:
                 if not self._context.set_tensor_address(tensor.name, address):
                     raise self._refusal(f"the address of {tensor.name}")
                 self._addresses[tensor.name] = address
-        if not self._context.execute_async_v3(stream_handle):
-            raise self._refusal(f"to run a batch of {self.shape}")
+        # In the first run of a shape TensorRT sets itself up: takes memory, loads kernels, may wait for the device.
+        with CAPTURE_LOCK if self.runs == 0 else contextlib.nullcontext():
+            if not self._context.execute_async_v3(stream_handle):
+                raise self._refusal(f"to run a batch of {self.shape}")
         self.runs += 1
 
     def can_capture(self, stream_handle: int) -> bool:
         """Whether a run may be captured now."""
-        # TensorRT sets itself up in the first run of a shape, which must not be captured.
         if self.runs == 0 or not self._keeps_kernels:
             return False
         context = self._context
@@ -150,7 +161,8 @@ class Lane:
 
     def release(self) -> None:
         """Lets the context go."""
-        self._context = None
+        with CAPTURE_LOCK:
+            self._context = None
 
     def _refusal(self, what: str) -> CudaError:
         lines = self._log.take()

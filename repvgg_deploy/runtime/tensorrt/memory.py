@@ -98,11 +98,9 @@ class Stage:
         """Input and outputs, on the device."""
         return tuple(buffer.device for buffer in self._buffers)
 
-    def fill(self, batch: NDArray[Any], shape: Shape) -> None:
-        """Copies a batch to the page-locked side of the input, and zeros below it where the plan wants more rows."""
-        view = self._buffers[0].view(self._interface.source, shape)
-        np.copyto(view[: len(batch)], batch)
-        view[len(batch) :] = 0
+    def fill(self, batch: NDArray[Any]) -> None:
+        """Copies a batch to the page-locked side of the input."""
+        np.copyto(self._buffers[0].view(self._interface.source, batch.shape), batch)
 
     def copy_in(self, shape: Shape, stream: Any) -> None:
         """Puts the copy of the input to the device on a stream."""

@@ -36,7 +36,7 @@ from ...files.plan_place import (
     start_tensorrt,
 )
 from ...specs.values import METADATA_SCHEMA, Certificate, ModelMetadata, ModelSpec, PlanPassport, TensorSpec
-from ..cuda.port import DeviceInfo
+from ..cuda.port import CAPTURE_LOCK, DeviceInfo
 from .kernels import KernelCache, open_kernels
 
 logger = logging.getLogger(__name__)
@@ -80,8 +80,9 @@ class OpenPlan:
         """Lets TensorRT's objects go, the engine before its runtime."""
         if self.kernels is not None:
             self.kernels.release()
-        self.engine = None
-        self.runtime = None
+        with CAPTURE_LOCK:
+            self.engine = None
+            self.runtime = None
 
     def describe(self) -> ModelMetadata:
         """The passport in the form of an ONNX's metadata."""
@@ -144,8 +145,9 @@ def open_plan(path: Path, device: DeviceInfo, *, backend: str | None, require_pa
     log = TrtLog(library.trt)
     # A version-compatible plan carries the code that reads it; it is run only where a passport vouches for its bytes.
     carries_code = passport is not None and passport.config.version_compatible
-    runtime = _start_runtime(library, log, device, carries_code=carries_code)
-    engine = _deserialize(library, log, runtime, content, path=path)
+    with CAPTURE_LOCK:  # both take memory and may wait for the device
+        runtime = _start_runtime(library, log, device, carries_code=carries_code)
+        engine = _deserialize(library, log, runtime, content, path=path)
     interface = _read_interface(library.trt, engine, path)
     spec = _describe_interface(interface) if passport is None else passport.spec
     if passport is not None:
@@ -289,6 +291,18 @@ class PlanInterface:
     smallest: Shape
     usual: Shape
     largest: Shape
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether every output has a row per image."""
+        return all(tensor.shape[:1] == self.source.shape[:1] for tensor in self.outputs)
+
+    def keep_rows(self, output_shapes: tuple[Shape, ...], count: int) -> tuple[Shape, ...]:
+        """The outputs' shapes with the rows of the first images only."""
+        return tuple(
+            (count, *found[1:]) if tensor.shape[:1] == self.source.shape[:1] else found
+            for tensor, found in zip(self.outputs, output_shapes, strict=True)
+        )
 
 
 def _read_interface(trt: Any, engine: Any, path: Path) -> PlanInterface:

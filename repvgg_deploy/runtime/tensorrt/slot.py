@@ -1,17 +1,21 @@
 """A slot: an execution context with its streams, buffers and CUDA graphs, lent to one thread at a time.
 
-`Slot.run` takes any number of images of host memory. What the plan takes at once is one piece, as a CUDA graph where
-the size is a usual one. More goes through a `Pipeline` of pieces, whose copies overlap the computing.
+`Slot.run` takes any number of images of host memory. What the plan takes at once is one piece, computed by a CUDA graph
+where the size is a usual one or near below. More goes through a `Pipeline` of pieces, whose copies overlap the
+computing.
+
+A graph holds one run between the slot's buffers, and no copies: one of a size does for images from anywhere. Images on
+the GPU are copied to the buffers there, which costs little beside their network. A graph on a caller's own addresses
+would save that, but it is of use only where they come again, and fatal where their memory was freed meanwhile.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,6 +30,8 @@ from .plan import OpenPlan, PlanInterface, Shape
 logger = logging.getLogger(__name__)
 _MOST_FAILURES = 3
 _STAGES = 2
+_PADDED_ROWS, _PADDED_SHARE = 7, 8
+"""A batch may be padded by so many rows, or by one in so many: the distances between the usual sizes up to 32."""
 
 
 class NoMoreContextsError(CudaError):
@@ -106,61 +112,33 @@ class Slot:
             if self._pipeline is None:
                 self._pipeline = Pipeline(self)
             return self._pipeline.run(batch)
-        rows = max(count, interface.smallest[0])
-        outputs = self._run_piece(batch, (rows, *batch.shape[1:]))
-        return outputs if rows == count else [output[:count].copy() for output in outputs]
-
-    def _run_piece(self, batch: NDArray[Any], shape: Shape) -> list[NDArray[Any]]:
-        """The outputs with the rows of the shape that the plan runs, which may be more than those of the batch."""
+        stage = self.stage
         self.wait_for_others(self.stream)
-        lane = self._choose_lane(shape)
-        self.load(lane, batch, shape)
-        if lane.graph is not None:
-            self.port.launch_graph(lane.graph, self.stream)
-        elif not self._capture(lane, shape):
-            self._enqueue(lane, shape)
+        lane = self.choose_lane(count, batch.shape[1:])
+        self.prepare(lane, self.stream)
+        stage.fill(batch)
+        stage.copy_in(batch.shape, self.stream)
+        self.compute(lane, self.stream)
+        # Of the rows that a graph or the plan wanted besides, nothing is copied, in or out.
+        wanted = interface.keep_rows(lane.output_shapes, count)
+        stage.copy_out(wanted, self.stream)
         self.port.synchronize_stream(self.stream)
-        return [view.copy() for view in self.stage.view_outputs(lane.output_shapes)]
+        return [view.copy() for view in stage.view_outputs(wanted)]
 
-    def load(self, lane: Lane, batch: NDArray[Any], shape: Shape) -> None:
-        """Sets a lane's shape and fills the host side of the buffers."""
+    def choose_lane(self, count: int, sizes: Shape) -> Lane:
+        """A context in the shape that runs for so many images, which may be more: of its own where that gets a graph.
+
+        A graph is true only while the shape of its context stays.
+        """
+        rows = self._graphs.choose_rows(count)
+        shape = (rows, *sizes)
+        lane = self._find_lane(shape) if self._graphs.covers(rows) else self.main
         self.bind(lane, shape)
-        self.reserve([self.stage], shape, lane.output_shapes)
-        self.stage.fill(batch, shape)
+        return lane
 
-    def bind(self, lane: Lane, shape: Shape) -> None:
-        """Sets a lane's shape; a graph of another shape goes, for it belongs to what the context was."""
-        if lane.graph is not None and lane.shape != shape:
-            self._drop(lane)
-        lane.set_shape(shape)
-
-    def reserve(self, stages: Sequence[Stage], shape: Shape, output_shapes: tuple[Shape, ...]) -> None:
-        """Makes room in the buffers; where their addresses change, graphs that hold the old ones go."""
-        small = [stage for stage in stages if not stage.fits(shape, output_shapes)]
-        if not small:
-            return
-        self.port.synchronize_event(self._freed)  # an event that was never recorded has happened
-        for lane in (self.main, *self._lanes.values()):
-            self._drop(lane)
-        for stage in small:
-            stage.reserve(shape, output_shapes)
-
-    def _drop(self, lane: Lane) -> None:
-        graph, lane.graph = lane.graph, None
-        if graph is not None:
-            self.owned.free(graph)
-
-    def _enqueue(self, lane: Lane, shape: Shape) -> None:
-        self.stage.copy_in(shape, self.stream)
-        lane.enqueue(self.stage.addresses, self.handle)
-        self.stage.copy_out(lane.output_shapes, self.stream)
-
-    def _choose_lane(self, shape: Shape) -> Lane:
-        """A context of its own for each batch size that gets a graph, which is true only while its context stays."""
-        if not self._graphs.covers(shape):
-            return self.main
+    def _find_lane(self, shape: Shape) -> Lane:
         found = self._lanes.get(shape)
-        if found is None and self._has_contexts and len(self._lanes) < len(self._graphs.buckets):
+        if found is None and self._has_contexts and len(self._lanes) < len(self._graphs.sizes):
             found = self._make_lane(one_shape=True)
             if found is None:  # TensorRT 8: the one context holds the graph of the size that it ran last
                 self._has_contexts = False
@@ -169,19 +147,61 @@ class Slot:
                 self._lanes[shape] = found
         return found or self.main
 
-    def _capture(self, lane: Lane, shape: Shape) -> bool:
-        """Captures and runs a graph where it is time to; False: run without."""
-        if not self._graphs.covers(shape) or not lane.can_capture(self.handle):
-            return False
-        port = self.port
-        try:
-            graph = _capture_graph(port, self.stream, lambda: self._enqueue(lane, shape))
-        except CudaError as error:
-            self._graphs.note_failure(error)
-            return False
-        lane.graph = self.owned.add(graph, port.destroy_graph)
-        port.launch_graph(graph, self.stream)
-        return True
+    def bind(self, lane: Lane, shape: Shape) -> None:
+        """Sets a lane's shape; a graph of another shape goes, for it belongs to what the context was."""
+        if lane.graph is not None and lane.shape != shape:
+            self._drop(lane)
+        lane.set_shape(shape)
+
+    def prepare(self, lane: Lane, stream: Any) -> bool:
+        """Makes room for a lane's shape in the buffers, and captures a graph where it is time to.
+
+        Args:
+            lane: From `choose_lane`.
+            stream: What uses the buffers is on it, and is waited for before a capture.
+
+        Returns:
+            Whether there is a graph.
+        """
+        self.reserve([self.stage], lane)
+        if lane.graph is None and self._graphs.covers(lane.rows) and lane.can_capture(self.handle):
+            self.port.synchronize_stream(stream)
+            try:
+                graph = _capture_graph(self.port, self.stream, lambda: lane.enqueue(self.stage.addresses, self.handle))
+            except CudaError as error:
+                self._graphs.note_failure(error)
+            else:
+                lane.graph = self.owned.add(graph, self.port.destroy_graph)
+        return lane.graph is not None
+
+    def compute(self, lane: Lane, stream: Any) -> None:
+        """Puts one run between the buffers on a stream, after `prepare`."""
+        if lane.graph is not None:
+            self.port.launch_graph(lane.graph, stream)
+        else:
+            lane.enqueue(self.stage.addresses, self.port.stream_handle(stream))
+
+    def may_capture(self, lane: Lane) -> bool:
+        """Whether there is a graph of a lane's shape, or `prepare` will try to capture one."""
+        return lane.graph is not None or (self._graphs.covers(lane.rows) and lane.can_capture(self.handle))
+
+    def reserve(self, stages: Sequence[Stage], lane: Lane) -> None:
+        """Makes room in the buffers; where their addresses change, graphs that hold the old ones go."""
+        shape, output_shapes = lane.shape, lane.output_shapes
+        assert shape is not None
+        small = [stage for stage in stages if not stage.fits(shape, output_shapes)]
+        if not small:
+            return
+        self.port.synchronize_event(self._freed)  # an event that was never recorded has happened
+        for each in (self.main, *self._lanes.values()):
+            self._drop(each)
+        for stage in small:
+            stage.reserve(shape, output_shapes)
+
+    def _drop(self, lane: Lane) -> None:
+        graph, lane.graph = lane.graph, None
+        if graph is not None:
+            self.owned.free(graph)
 
     def wait_for_others(self, stream: Any) -> None:
         """What comes next on the stream begins after the work that was left on a caller's stream."""
@@ -231,39 +251,67 @@ class Slot:
 # CUDA graphs: what is captured, and when it is given up
 
 
-@dataclass(slots=True)
 class GraphSwitch:
-    """Whether an engine runs CUDA graphs, and of which batch sizes.
+    """Whether an engine runs CUDA graphs, of which batch sizes, and which batches are padded to one of them.
 
     A capture can fail because another thread of the process waited for the whole device just then
     (torch.cuda.synchronize() does), which is no reason to do without for good: the third failure turns them off, and is
     logged.
+
+    Args:
+        plan: The plan.
+        on: Whether they are wanted and can be had.
+
+    Attributes:
+        sizes: Batch sizes that get a graph each, ascending.
     """
 
-    on: bool
-    buckets: frozenset[int]
-    failures: int = 0
+    def __init__(self, plan: OpenPlan, *, on: bool) -> None:
+        self._interface = plan.interface
+        self.on = on
+        # What a module of a caller's own does with further rows, nobody knows.
+        self._pads = plan.spec.kind != "module" and plan.interface.has_rows
+        self.sizes = choose_sizes(plan.interface)
+        self._failures = 0
 
-    def covers(self, shape: Shape) -> bool:
-        """Whether a batch of this shape is to run as a graph."""
-        return self.on and shape[0] in self.buckets
+    def add(self, size: int) -> None:
+        """One more size, where the plan takes it."""
+        if self._interface.smallest[0] <= size <= self._interface.largest[0]:
+            self.sizes = tuple(sorted({*self.sizes, size}))
+
+    def covers(self, rows: int) -> bool:
+        """Whether so many rows are to run as a graph."""
+        return self.on and rows in self.sizes
+
+    def choose_rows(self, count: int) -> int:
+        """How many rows run for so many images: those of the nearest graph where few are to be added, as Triton does.
+
+        Another shape costs TensorRT a new arrangement of its memory (NVIDIA/TensorRT#881) and every kernel a launch of
+        its own; each row that is added costs the work of an image.
+        """
+        least = max(count, self._interface.smallest[0])
+        if not (self.on and self._pads):
+            return least
+        place = bisect.bisect_left(self.sizes, least)
+        size = self.sizes[place] if place < len(self.sizes) else least
+        return size if size - least <= max(_PADDED_ROWS, size // _PADDED_SHARE) else least
 
     def note_failure(self, reason: object) -> None:
         """A capture failed: its batch was run without, and another one is tried later, or none any more."""
-        self.failures += 1
+        self._failures += 1
         text = " ".join(str(reason).split())
-        if self.failures < _MOST_FAILURES:
+        if self._failures < _MOST_FAILURES:
             logger.info("a CUDA graph could not be captured, which is tried again: %s", text)
         elif self.on:
             self.on = False
             logger.warning("CUDA graphs are left out from now on, the engine runs without: %s", text)
 
 
-def choose_buckets(interface: PlanInterface) -> frozenset[int]:
-    """Batch sizes that get a CUDA graph each: up to 8, powers of two, and the profile's own."""
+def choose_sizes(interface: PlanInterface) -> tuple[int, ...]:
+    """Batch sizes that get a CUDA graph each, ascending: 1, 2, 4, 8, 16, 24, 32, 64 …, and the profile's own."""
     first, last = interface.smallest[0], interface.largest[0]
-    powers = {1 << power for power in range(int(math.log2(last)) + 1)}
-    return frozenset(size for size in {*range(1, 9), *powers, interface.usual[0], last} if first <= size <= last)
+    powers = {1 << power for power in range(last.bit_length())}
+    return tuple(sorted(size for size in {*powers, 24, first, interface.usual[0], last} if first <= size <= last))
 
 
 def _capture_graph(port: CudaPort, stream: Any, work: Callable[[], None]) -> Any:
@@ -293,55 +341,54 @@ class Pipeline:
 
     def run(self, batch: NDArray[Any]) -> list[NDArray[Any]]:
         """As `Slot.run`."""
-        slot, interface, lane = self._slot, self._slot.plan.interface, self._slot.main
+        slot, interface = self._slot, self._slot.plan.interface
         slot.wait_for_others(slot.stream)
         results: list[NDArray[Any]] = []
-        pending: list[tuple[Stage, int, int, tuple[Shape, ...]]] = []
-        for index, (start, size, rows) in enumerate(split(len(batch), interface)):
-            shape = (rows, *batch.shape[1:])
-            slot.bind(lane, shape)
+        pending: list[tuple[Stage, slice, tuple[Shape, ...]]] = []
+        for index, rows in enumerate(split(len(batch), interface)):
+            piece = batch[rows]
+            lane = slot.choose_lane(len(piece), batch.shape[1:])
             if not results:
                 results = [
                     np.empty((len(batch), *found[1:]), tensor.dtype)
                     for tensor, found in zip(interface.outputs, lane.output_shapes, strict=True)
                 ]
                 # Before the first piece, so that nothing is under way when addresses change; the first is the largest.
-                slot.reserve(self._stages, shape, lane.output_shapes)
+                slot.reserve(self._stages, lane)
             if len(pending) == _STAGES:
                 self._collect(pending.pop(0), results)
-            stage = self._stages[index % _STAGES]
-            stage.fill(batch[start : start + size], shape)
-            self._enqueue(stage, shape)
-            pending.append((stage, start, size, lane.output_shapes))
-        for piece in pending:
-            self._collect(piece, results)
+            stage, wanted = self._stages[index % _STAGES], interface.keep_rows(lane.output_shapes, len(piece))
+            stage.fill(piece)
+            self._enqueue(stage, lane, piece.shape, wanted)
+            pending.append((stage, rows, wanted))
+        for done in pending:
+            self._collect(done, results)
         return results
 
-    def _enqueue(self, stage: Stage, shape: Shape) -> None:
+    def _enqueue(self, stage: Stage, lane: Lane, shape: Shape, wanted: tuple[Shape, ...]) -> None:
         slot, port = self._slot, self._slot.port
         stage.copy_in(shape, self._inward)
         port.record_event(stage.arrived, self._inward)
         port.wait_event(slot.stream, stage.arrived)
-        slot.main.enqueue(stage.addresses, slot.handle)
+        lane.enqueue(stage.addresses, slot.handle)  # as it is: its launches are hidden behind the piece before
         port.record_event(stage.computed, slot.stream)
         port.wait_event(self._outward, stage.computed)
-        stage.copy_out(slot.main.output_shapes, self._outward)
+        stage.copy_out(wanted, self._outward)
         port.record_event(stage.done, self._outward)
 
-    def _collect(self, piece: tuple[Stage, int, int, tuple[Shape, ...]], results: list[NDArray[Any]]) -> None:
+    def _collect(self, piece: tuple[Stage, slice, tuple[Shape, ...]], results: list[NDArray[Any]]) -> None:
         """Waits for a piece; its buffers are free then, on both sides."""
-        stage, start, size, output_shapes = piece
+        stage, rows, shapes = piece
         self._slot.port.synchronize_event(stage.done)
-        for result, view in zip(results, stage.view_outputs(output_shapes), strict=True):
-            result[start : start + size] = view[:size]
+        for result, view in zip(results, stage.view_outputs(shapes), strict=True):
+            result[rows] = view
 
 
-def split(count: int, interface: PlanInterface) -> Iterator[tuple[int, int, int]]:
-    """Pieces of a batch: first image, how many, and how many rows the plan runs for them."""
-    least, most = interface.smallest[0], interface.largest[0]
+def split(count: int, interface: PlanInterface) -> Iterator[slice]:
+    """The pieces of a batch, each as many images as the plan takes."""
+    most = interface.largest[0]
     for start in range(0, count, most):
-        size = min(most, count - start)
-        yield start, size, max(size, least)
+        yield slice(start, min(count, start + most))
 
 
 def require_size(shape: Shape, interface: PlanInterface) -> None:

@@ -20,9 +20,9 @@ def kept(world: World) -> list[Path]:
 
 
 def run(world: World, *counts: int) -> list[tuple[int, ...]]:
-    """The shapes that an Engine compiles for these batches, in two contexts."""
+    """The shapes that an Engine compiles for these batches, in two contexts, without those of CUDA graphs."""
     world.trt.seen.compiled.clear()
-    with world.open(contexts=2) as engine:
+    with world.open(contexts=2, cuda_graphs=False) as engine:
         for count in counts:
             engine.warm_up((count, *engine.spec.input.shape[1:]))
             assert_answers(world, engine, batch_of(count))
@@ -37,6 +37,13 @@ def test_contexts_share_one_cache_which_the_next_process_reads(tmp_path: Path, m
     assert [shape[0] for shape in run(next_process, 4, 1, 7)] == [7]  # and what is new is added
     assert run(make_world(tmp_path, monkeypatch, RTX), 1, 4, 7) == []
     assert len(kept(world)) == 1 and world.cuda.leaks() == {}
+
+
+def test_contexts_of_graphs_share_it_too(tmp_path: Path, monkeypatch) -> None:
+    world = make_world(tmp_path, monkeypatch, RTX)
+    with world.open(contexts=2) as engine:
+        engine.warm_up()
+    assert sorted(shape[0] for shape in world.trt.seen.compiled) == [1, 2, 4, 8] and len(world.trt.seen.caches) == 1
 
 
 def test_warm_up_keeps_what_it_compiled_before_the_engine_ends(tmp_path: Path, monkeypatch) -> None:

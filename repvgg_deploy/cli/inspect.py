@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _FEW_LABELS = 3
 _FEW_NODES = 20
 _DIGEST_LETTERS = 64
+_LARGE = ((10**9, "G"), (10**6, "M"))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +69,7 @@ def _describe_plan(path: Path, *, full: bool) -> Output:
     ]
     return Output(
         data={"plan": str(path), "passport": passport},
-        text=format_pairs(pairs),
+        text="\n".join([format_pairs(pairs), *_check_lines(certificate, full=full)]),
         next_command=f"repvgg-trt check {path}",
     )
 
@@ -124,10 +125,12 @@ def _describe_onnx(path: Path, *, full: bool) -> Output:
         "macs": macs,
         "stored_numbers": stored,
     }
+    numbers = f"numbers stored in the file: {stored:,}"
+    numbers += f"; multiply-accumulates of an image: {macs:,}" if macs is not None else ""
     is_classifier = spec.kind in ("logits", "probabilities", "top5") and spec.preprocessing is not None
     return Output(
         data=data,
-        text="\n".join([format_pairs(pairs), *layers, f"numbers stored in the file: {stored:,}"]),
+        text="\n".join([format_pairs(pairs), *_check_lines(certificate, full=full), *layers, numbers]),
         next_command=f"repvgg-trt infer {path} IMAGE…" if is_classifier else None,
     )
 
@@ -221,17 +224,24 @@ def _describe_certificate(certificate: Certificate, *, full: bool) -> str:
     head = f"{verdict}, {passed} of {len(certificate.checks)} checks, against {certificate.reference}"
     if not full:
         return f"{head}\n{certificate_table(certificate)}" if certificate.checks else head
-    rows = [["check", "error", "allowed", "scale", ""]]
-    for check in certificate.checks:
-        numbers = [f"{check.error:.2e}", f"{check.tolerance:.2e}", f"{check.scale:.3g}"]
-        rows.append([check.name, *numbers, "" if check.passed else paint("FAILED", "bad")])
     versions = ", ".join(f"{name} {version}" for name, version in sorted(certificate.versions.items()))
-    return f"{head}\nwith {versions}\n{format_table(rows, '<>>><', indent=0)}"
+    return f"{head}\nwith {versions}"
+
+
+def _check_lines(certificate: Certificate, *, full: bool) -> list[str]:
+    """Every check of the certificate; its name, which may be long, stands last, where a terminal folds it."""
+    if not full or not certificate.checks:
+        return []
+    rows = [["error", "allowed", "scale", "check"]]
+    for check in certificate.checks:
+        verdict = "" if check.passed else paint("FAILED", "bad") + ": "
+        rows.append([f"{check.error:.2e}", f"{check.tolerance:.2e}", f"{check.scale:.3g}", f"{verdict}{check.name}"])
+    return ["checks of the certificate", format_table(rows, ">>><")]
 
 
 def _node_lines(nodes: Sequence[WeightedNode]) -> list[str]:
-    rows = [["node", "operator", "weight", "precision"]]
-    rows += [[node.name, node.op_type, "×".join(map(str, node.weight_shape or ())), node.precision] for node in nodes]
+    rows = [["operator", "weight", "precision", "node"]]
+    rows += [[node.op_type, "×".join(map(str, node.weight_shape or ())), node.precision, node.name] for node in nodes]
     return ["layers", format_table(rows, "<<<<")]
 
 
@@ -287,7 +297,7 @@ def _layer_lines(rows: Sequence[LayerRow], size: tuple[int, int] | None, macs: i
     ]
     table = [head]
     for row in rows:
-        shape = [f"{row.channels[0]} → {row.channels[1]}", str(row.stride), *([str(row.groups)] if grouped else [])]
+        shape = [f"{row.channels[0]}→{row.channels[1]}", str(row.stride), *([str(row.groups)] if grouped else [])]
         numbers = [_times(row.output_size), f"{row.parameters:,}", _count(row.macs)]
         table.append([row.name, *shape, *numbers, row.precision or "?"])
     empty = [""] * (len(head) - 5)
@@ -302,7 +312,14 @@ def _times(size: tuple[int, int] | None) -> str:
 
 
 def _count(number: int | None) -> str:
-    return "?" if number is None else f"{number:,}"
+    """Three digits, as `1,600`, `20.6 M` or `1.36 G`: a table with all of them would not fit 80 columns."""
+    if number is None:
+        return "?"
+    size, letter = next(((size, letter) for size, letter in _LARGE if number >= size), (1, ""))
+    if size == 1:
+        return f"{number:,}"
+    share = number / size
+    return f"{share:,.{2 if share < 9.995 else 1 if share < 99.95 else 0}f} {letter}"
 
 
 COMMAND = Command(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from repvgg_deploy.cli import inspect
+from repvgg_deploy.cli.terminal import fold_lines
 from repvgg_deploy.cli.trt import main
 from repvgg_deploy.specs.variants import PUBLISHED, count_macs, count_parameters, layer_rows
 from tests.runtime.make_model import ModelOptions, make_onnx, tiny_variant
@@ -37,7 +40,8 @@ def test_inspect_prints_specification_certificate_and_layers(model: Path, capsys
     ):
         assert part in printed.out
     parameters, macs = count_parameters(tiny_variant(), "deploy"), count_macs(tiny_variant(), 16, 16)
-    assert re.search(rf"^  total +{parameters:,} +{macs:,}$", printed.out, re.MULTILINE)
+    assert re.search(rf"^  total +{parameters:,} ", printed.out, re.MULTILINE)
+    assert f"; multiply-accumulates of an image: {macs:,}\n" in printed.out
     assert printed.err == f"next: repvgg-trt infer {model} IMAGE…\n"
 
 
@@ -46,7 +50,7 @@ def test_inspect_in_full_lists_every_check_and_layer(model: Path, capsys: pytest
     short = capsys.readouterr().out
     assert main(["inspect", str(model), "--full"]) == 0
     full = capsys.readouterr().out
-    assert "training form against ONNX Runtime  1.00e-07  1.00e-05" in full
+    assert re.search(r"^  1\.00e-07  1\.00e-05 +\d\S*  training form against ONNX Runtime$", full, re.M)
     assert len(short.splitlines()) <= 40
     names = [row.name for row in layer_rows(tiny_variant(), (16, 16))]
     assert all(re.search(rf"^  {re.escape(name)} ", full, re.M) for name in names)
@@ -98,6 +102,30 @@ def test_inspect_of_model_with_less_to_say_works(
     assert ("8×3×3×3" in printed.out) == (options.kind == "module")
     assert main(["inspect", str(tmp_path / "m.onnx"), "--json"]) == 0
     assert "certificate" in json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_tables_of_published_variant_fit_80_columns(name: str) -> None:
+    for size in ((224, 224), (640, 640)):
+        rows = tuple(replace(row, precision="fp16") for row in layer_rows(PUBLISHED[name], size))
+        rows = (replace(rows[0], precision="int8"), *rows[1:-1], replace(rows[-1], precision="int8"))
+        for what, some in (("stages", inspect._sum_stages(rows)), ("layers", rows)):
+            macs = sum(row.macs or 0 for row in rows)
+            assert max(map(len, "\n".join(inspect._layer_lines(some, size, macs, what=what)).splitlines())) <= 80
+
+
+@pytest.mark.parametrize("full", [[], ["--full"]])
+def test_inspect_fits_80_columns(exported_sample: Path, capsys: pytest.CaptureFixture[str], full: list[str]) -> None:
+    assert main(["inspect", str(exported_sample), *full]) == 0
+    lines = fold_lines(capsys.readouterr().out, 80).splitlines()
+    assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(1_600, "1,600"), (20_645_440, "20.6 M"), (9_996_000, "10.0 M"), (1_363_000_000, "1.36 G")]
+)
+def test_large_counts_have_three_digits(number: int, text: str) -> None:
+    assert inspect._count(number) == text
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

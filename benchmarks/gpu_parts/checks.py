@@ -35,8 +35,10 @@ What is exactly between two integers goes either way, and layers of an untrained
 INT8 is, `benchmarks/int8.py` says.
 """
 LEAST_DIFFERENCES_DB = 6.0
-"""SQNR of what differs between the images: an untrained network gives all of them nearly the same logits."""
-SIZES = (1, 2, 3, 7, 8, 9, 31, 32, 33, 64, 100)
+"""SQNR of what differs between the images, which is little beside what all have in common."""
+MOST_ROW_NOISE = 0.25
+"""Squared error of a row as a share of what rows differ from their mean: FP16 of A0 has 4e-4, another row 0.7."""
+SIZES = (1, 2, 3, 7, 8, 9, 31, 32, 33, 64, 100, 300)
 
 
 def decibels(truth: NDArray[Any], found: NDArray[Any]) -> float:
@@ -90,24 +92,39 @@ def attempt(way: Callable[[], float]) -> dict[str, Any]:
     return {"met": bool(error <= 2e-2), "error": error}
 
 
-def _difference(found: Any, truth: NDArray[Any]) -> float:
-    # Other batch sizes choose other kernels, and in FP16 and INT8 those round differently: the tolerance of `attempt`.
-    error = float(np.abs(np.asarray(found, np.float32) - truth).max() / np.abs(truth).max())
-    return float("inf") if math.isnan(error) else error  # or the largest of several would be one of the others
+def find_difference(found: Any, truth: NDArray[Any]) -> float:
+    """The largest error as a share of the largest number; infinity where a row is not the one of its image.
+
+    Rows are compared after the mean over them is taken out: beside what all images have in common, another image's row
+    is hardly wrong. Other batch sizes choose other kernels, and in FP16 and INT8 those round differently: the
+    tolerance of `attempt`.
+    """
+    found = np.asarray(found, np.float32)
+    error = float(np.abs(found - truth).max() / np.abs(truth).max())
+    if math.isnan(error):  # or the largest of several would be one of the others
+        return float("inf")
+    one, two = truth - truth.mean(axis=0), found - found.mean(axis=0)
+    noise, spread = np.square(two - one).sum(axis=1), np.square(one).sum(axis=1).mean()
+    return float("inf") if noise.max() > MOST_ROW_NOISE * spread and len(truth) > 1 else error
 
 
-def _repeat(values: NDArray[Any], count: int) -> NDArray[Any]:
-    return np.concatenate([values] * -(-count // len(values)))[:count]
+def repeat(values: NDArray[Any], count: int) -> NDArray[Any]:
+    """So many rows, each round of them in an order of its own: pieces of a batch that change places are seen."""
+    generator = np.random.default_rng(0)
+    rounds = [generator.permutation(len(values)) for _ in range(-(-count // len(values)))]
+    return values[np.concatenate(rounds)[:count]]
 
 
 def _any_number(engine: Engine, images: NDArray[Any], truth: NDArray[Any]) -> float:
-    return max(_difference(engine.infer(_repeat(images, count)), _repeat(truth, count)) for count in SIZES)
+    found = [np.asarray(engine.infer(repeat(images, count))) for count in SIZES]
+    return find_difference(np.concatenate(found), np.concatenate([repeat(truth, count) for count in SIZES]))
 
 
 def _threads(engine: Engine, images: NDArray[Any], truth: NDArray[Any]) -> float:
+    counts = SIZES * 8
     with ThreadPoolExecutor(16) as pool:
-        futures = [(count, pool.submit(engine.infer, _repeat(images, count))) for count in SIZES * 8]
-        return max(_difference(future.result(), _repeat(truth, count)) for count, future in futures)
+        found: list[Any] = list(pool.map(engine.infer, (repeat(images, count) for count in counts)))
+    return find_difference(np.concatenate(found), np.concatenate([repeat(truth, count) for count in counts]))
 
 
 def compare_graphs(plan: Path, images: NDArray[Any], options: EngineOptions, sizes: Sequence[int] = SIZES) -> float:
@@ -127,7 +144,7 @@ def compare_graphs(plan: Path, images: NDArray[Any], options: EngineOptions, siz
             for count in sizes:
                 rows = graphs.choose_rows(count)
                 exact = not lazily or graphs.covers(rows)
-                pair = _repeat(images, count), _repeat(images[::-1], count)
+                pair = repeat(images, count), repeat(images[::-1], count)
                 first, other, *later = (np.asarray(engine.infer(batch)) for batch in pair * 2)
                 runs += [(rows, exact, first, later[0]), (rows, exact, other, later[1])]
                 stale = stale or np.array_equal(first, other)
@@ -136,7 +153,7 @@ def compare_graphs(plan: Path, images: NDArray[Any], options: EngineOptions, siz
     for (rows, _, _, one), (others, exact, _, two) in zip(found[True], found[False], strict=True):
         same = same and (not exact or rows != others or np.array_equal(one, two))
         pairs.append((one, two))
-    return max(_difference(two, one) for one, two in pairs) if same and not stale else float("inf")
+    return max(find_difference(two, one) for one, two in pairs) if same and not stale else float("inf")
 
 
 def _device(engine: Engine, images: NDArray[Any], truth: NDArray[Any]) -> float:
@@ -144,7 +161,7 @@ def _device(engine: Engine, images: NDArray[Any], truth: NDArray[Any]) -> float:
     with backend._port.on_device(backend._device_id):
         batch = DeviceBatch(backend._port, images)
         try:
-            return _difference(engine.infer(batch), truth)
+            return find_difference(engine.infer(batch), truth)
         finally:
             batch.free()
 
@@ -158,17 +175,17 @@ def _torch(engine: Engine, images: NDArray[Any], truth: NDArray[Any]) -> float:
         batch = torch.from_numpy(images).cuda(non_blocking=True)
         result = torch.from_dlpack(engine.infer_device(batch, stream=stream)[0]) * 1
     stream.synchronize()
-    return _difference(result.float().cpu().numpy(), truth)
+    return find_difference(result.float().cpu().numpy(), truth)
 
 
 def _cupy(engine: Engine, images: NDArray[Any], truth: NDArray[Any]) -> float:
     if importlib.util.find_spec("cupy") is None:
         raise ModuleNotFoundError("cupy is not installed")
     cupy: Any = importlib.import_module("cupy")
-    return _difference(cupy.asnumpy(cupy.from_dlpack(engine.infer_device(cupy.asarray(images))[0])), truth)
+    return find_difference(cupy.asnumpy(cupy.from_dlpack(engine.infer_device(cupy.asarray(images))[0])), truth)
 
 
 def _batching(engine: Engine, images: NDArray[Any], truth: NDArray[Any]) -> float:
     with engine.batcher(max_batch=32, max_delay_ms=2, max_queue=256) as batcher, ThreadPoolExecutor(64) as pool:
-        futures = [(index, pool.submit(batcher.infer, images[index % len(images)][None])) for index in range(256)]
-        return max(_difference(future.result(), truth[index % len(images)][None]) for index, future in futures)
+        found: list[Any] = list(pool.map(batcher.infer, repeat(images, 256)[:, np.newaxis]))
+    return find_difference(np.concatenate(found), repeat(truth, 256))

@@ -1,4 +1,4 @@
-"""The results file of `benchmarks/gpu.py`, written after every stage; the next run on the machine goes on with it."""
+"""The results of `benchmarks/gpu.py`, written after every stage; the next run on the machine goes on with them."""
 
 from __future__ import annotations
 
@@ -9,40 +9,43 @@ from typing import Any
 from repvgg_deploy.errors import InputError
 from repvgg_deploy.files.output import write_text
 
-_SAME = ("gpu", "flavour", "driver")
+_SAME = ("gpu", "flavour")
+_KEPT = ("peak", "plans", "failures", "broke_off", "seconds")
 
 
 class Record:
     """What was measured so far.
 
     Args:
-        path: The JSON; what it holds of the same GPU, driver and TensorRT is kept.
+        path: The JSON; what it holds of the same GPU and TensorRT is kept, also of another driver.
         machine: Where this run takes place.
-        anew: Leave out what the file holds.
+        copy: A second file that is written, too, and read where it holds more: the first may be of another checkout.
+        anew: Leave out what the files hold.
 
     Raises:
         InputError: The file is of another machine, or no such file.
     """
 
-    def __init__(self, path: Path, machine: dict[str, Any], *, anew: bool = False) -> None:
+    def __init__(self, path: Path, machine: dict[str, Any], *, copy: Path | None = None, anew: bool = False) -> None:
         self.path = path
-        self.result: dict[str, Any] = {"machine": machine, "peak": {}, "plans": {}, "failures": {}, "broke_off": []}
-        if path.exists() and not anew:
-            self._go_on(_read(path))
+        self._paths = [path] if copy is None else [path, copy]
+        self.result: dict[str, Any] = {
+            "machine": machine, "peak": {}, "plans": {}, "failures": {}, "broke_off": [], "seconds": {},
+        }  # fmt: skip
+        known = [] if anew else [(one, _read(one)) for one in self._paths if one.exists()]
+        if known:
+            self._go_on(*max(known, key=lambda found: len(found[1].get("seconds", ()))))  # the first of equal ones
 
-    def _go_on(self, known: dict[str, Any]) -> None:
+    def _go_on(self, path: Path, known: dict[str, Any]) -> None:
         old, new = known.get("machine", {}), self.result["machine"]
         differ = [name for name in _SAME if old.get(name) != new[name]]
         if old.get("versions", {}).get("tensorrt") != new["versions"]["tensorrt"]:
             differ.append("TensorRT")
         if differ:
             raise InputError(
-                f"{self.path}: is of another {', '.join(differ)}",
-                remedy="give another --out, or --anew to write over it",
+                f"{path}: is of another {', '.join(differ)}", remedy="give another --out, or --anew to write over it"
             )
-        for name in ("peak", "plans"):
-            self.result[name] = known.get(name, {})
-        self.result["broke_off"] = known.get("broke_off", [])
+        self.result.update({name: known[name] for name in _KEPT if name in known})
 
     def begin(self, name: str) -> None:
         """Writes that a stage has begun.
@@ -53,10 +56,27 @@ class Record:
             self.result["broke_off"].append(name)
         self.save()
 
-    def end(self, name: str) -> None:
-        """A stage is over, well or not."""
+    def end(self, name: str, seconds: float, problem: str = "") -> None:
+        """A stage is over: well, or for a reason that is kept until it is well."""
+        self.result["seconds"][name] = seconds
+        self.result["failures"].pop(name, None)
+        if problem:
+            self.result["failures"][name] = problem
         if name in self.result["broke_off"]:
             self.result["broke_off"].remove(name)
+
+    def rank(self, name: str) -> int:
+        """When a stage's turn comes: what is new, what failed before, what ended the program before."""
+        return 2 if name in self.result["broke_off"] else int(name in self.result["failures"])
+
+    def longest_seconds(self) -> float:
+        """Of the stages so far, in this run or before; 0 where there was none."""
+        return max(self.result["seconds"].values(), default=0.0)
+
+    def add_plan(self, name: str, row: dict[str, Any]) -> None:
+        """The row of a plan, to be filled; says with which driver it is."""
+        self.result["plans"][name] = row
+        row["driver"] = self.result["machine"]["driver"]
 
     def is_done(self, name: str) -> bool:
         """Whether a plan was measured to the end, by this run or one before."""
@@ -65,8 +85,9 @@ class Record:
     def save(self) -> None:
         """Writes what there is."""
         text = json.dumps(self.result, indent=1, ensure_ascii=False, default=str) + "\n"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.path, text, force=True)
+        for path in self._paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, text, force=True)
 
 
 def find_peak(folder: Path, gpu: str) -> dict[str, Any] | None:

@@ -79,8 +79,9 @@ def find_problems(result: dict[str, Any]) -> list[str]:
 def show(result: dict[str, Any]) -> str:
     """Tables for the terminal."""
     machine = result["machine"]
+    drivers = sorted({machine["driver"], *(row["driver"] for row in result["plans"].values() if "driver" in row)})
     lines = [
-        f"\n{machine['gpu']}, driver {machine['driver']}, {machine['flavour']} {machine['versions']['tensorrt']}",
+        f"\n{machine['gpu']}, driver {' and '.join(drivers)}, {machine['flavour']} {machine['versions']['tensorrt']}",
         "",
     ]
     lines.append(
@@ -104,6 +105,12 @@ def show(result: dict[str, Any]) -> str:
         for row in result["plans"].values()
         for way, found in row.get("ways", {}).items()
         if "left_out" in found
+    }
+    left_out |= {
+        f"the bare loop of {name} at batch {part['batch']} has no CUDA graph: {part['bare_without_graph']}"
+        for name, row in result["plans"].items()
+        for part in row.get("speed", ())
+        if part.get("bare_without_graph")
     }
     lines += ["", *(f"left out  {text}" for text in sorted(left_out)), ""]
     for name, aim in result["aims"].items():

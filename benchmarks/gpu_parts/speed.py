@@ -53,12 +53,14 @@ def measure(engine: Engine, images: NDArray[Any], count: int, *, seconds: float)
                 "device array": lambda number: _infer_many(engine, source, bare, number),
             }
             many = throughput(streams, count, seconds)
+            problem = bare.graph_problem
     finally:
         with port.on_device(backend._device_id):
             source.free()
     medians = {name: 1e3 * statistics.median(times) for name, times in single.items()}
     return {
         "batch": count,
+        "bare_without_graph": problem,
         "latency_ms": medians,
         "p99_ms": {
             name: 1e3 * sorted(times)[min(len(times) - 1, len(times) * 99 // 100)] for name, times in single.items()

@@ -21,10 +21,15 @@ from benchmarks.gpu_parts.bare import BareLoop, DeviceBatch
 from benchmarks.gpu_parts.record import Record, find_peak
 from repvgg_deploy.errors import CudaError, InputError
 from repvgg_deploy.files.plan_place import Library
+from repvgg_deploy.runtime.tensorrt.backend import TensorRtBackend
 from tests.fakes.tensorrt import Faults
 from tests.runtime.gpu_world import Setting, World, make_world
 from tests.runtime.make_model import ModelOptions, random_batch
 
+CHECKED_WAYS = (
+    "any number of images", "16 threads", "with and without CUDA graphs", "device array",
+    "device array on a stream of torch", "device array of CuPy", "micro-batching, 64 clients",
+)  # fmt: skip
 MACHINE: dict[str, Any] = {
     "gpu": "Fake GPU 0", "driver": "580", "cuda": "13.0", "flavour": "tensorrt",
     "versions": {"tensorrt": "10.16.1.11"}, "compute_capability": "8.6",
@@ -51,7 +56,7 @@ def run_on(
 ) -> tuple[gpu.Run, list[str]]:
     """The stages of one variant, with the fake plan in place of built ones."""
     images = random_batch(ModelOptions(), 8)
-    np.savez(tmp_path / "a0-reference.npz", images=images, fp32=world.expect(images)[0])
+    np.savez(models.reference_of(tmp_path, "A0"), images=images, fp32=world.expect(images)[0])
     row = {"build_seconds": 1.0, "plan_bytes": 1000, "inspected": "fp32"}
     monkeypatch.setattr(gpu.Run, "_build", lambda self, variant, kind: (world.plan, dict(row)))
     monkeypatch.setattr(
@@ -148,6 +153,63 @@ def test_client_that_fails_is_a_failure_and_no_slow_rate(monkeypatch: pytest.Mon
         speed._rate_of_clients(call, 0.05)
 
 
+def test_bare_loop_is_a_cuda_graph_without_copies(world: World) -> None:
+    with world.open() as engine:
+        port: Any = engine._backend._port  # type: ignore[attr-defined]
+        batch = random_batch(ModelOptions(), 4)
+        with port.on_device(0):
+            source = DeviceBatch(port, batch)
+        with BareLoop(engine, source) as bare:
+            assert bare.graph_problem == ""
+            runs, copies, launches = world.trt.seen.runs, world.cuda.calls["copy"], world.cuda.launches
+            for _ in range(5):
+                bare.enqueue()
+            bare.wait()
+            assert (world.trt.seen.runs, world.cuda.calls["copy"]) == (runs, copies)
+            assert world.cuda.launches == launches + 5
+            [address] = [bare._addresses["logits"]]
+            found = world.cuda.download(address, np.float32, (4, 7))
+            np.testing.assert_allclose(found, world.expect(batch)[0], rtol=1e-5, atol=1e-5)
+        with port.on_device(0):
+            source.free()
+    assert world.cuda.leaks() == {}
+
+
+@pytest.mark.parametrize("how", ["capture", "tensorrt", "provider"])
+def test_bare_loop_without_a_graph_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    world = make_world(tmp_path, monkeypatch, Setting(faults=Faults(no_capture=how == "tensorrt")))
+    world.cuda.has_graphs = how != "provider"
+    if how == "capture":
+        world.cuda.always["end_capture"] = "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED"
+    with world.open(cuda_graphs=False) as engine:
+        found = speed.measure(engine, random_batch(ModelOptions(), 4), 4, seconds=0.01)
+    assert {"capture": "INVALIDATED", "tensorrt": "execute_async_v3", "provider": "has no CUDA graphs"}[how] in (
+        found["bare_without_graph"]
+    )
+    row = {"speed": [found], "build_seconds": 1.0, "plan_bytes": 1, "inspected": "fp32", "driver": "580"}
+    shown = report.show({"machine": MACHINE, "peak": {}, "plans": {"A0 fp32": row}, "failures": {}, "aims": {}})
+    assert "left out  the bare loop of A0 fp32 at batch 4 has no CUDA graph: " in shown
+    assert world.cuda.leaks() == {}
+
+
+def test_bare_loop_asks_again_and_again_until_the_stream_is_done(world: World) -> None:
+    results = SimpleNamespace(CUDA_SUCCESS=0, CUDA_ERROR_NOT_READY=600)
+    answers = [600, 600, 600, 0, 600, 700]
+    with world.open() as engine:
+        port: Any = engine._backend._port  # type: ignore[attr-defined]
+        with port.on_device(0):
+            source = DeviceBatch(port, random_batch(ModelOptions(), 4))
+        with BareLoop(engine, source) as bare:
+            port._driver = SimpleNamespace(CUresult=results, cuStreamQuery=lambda stream: (answers.pop(0),))
+            waits = world.cuda.calls["synchronize_stream"]
+            bare.wait()
+            assert answers == [600, 700] and world.cuda.calls["synchronize_stream"] == waits
+            with pytest.raises(RuntimeError, match="700"):
+                bare.wait()
+        with port.on_device(0):
+            source.free()
+
+
 def test_bare_loop_that_cannot_be_opened_gives_everything_back(world: World) -> None:
     with world.open() as engine:
         port: Any = engine._backend._port  # type: ignore[attr-defined]
@@ -172,7 +234,7 @@ def test_run_without_time_goes_on_in_the_next_one(
     built: list[str] = []
     run, left = run_on(world, tmp_path, monkeypatch)
     monkeypatch.setattr(gpu.Run, "_build", lambda self, variant, kind: built.append(kind))
-    run.variant("A0")
+    run.all(["A0"])
     assert left == [] and built == [] and read(tmp_path)["plans"] == first["plans"]
 
 
@@ -248,6 +310,8 @@ def test_result_of_another_machine_is_not_mixed_with_this_one(
     path.write_text(json.dumps({"machine": {**MACHINE, "gpu": "NVIDIA A10"}, "plans": {}}))
     with pytest.raises(InputError, match="another gpu"):
         Record(path, MACHINE)
+    with pytest.raises(InputError, match="another gpu"):
+        Record(tmp_path / "none.json", MACHINE, copy=path)
     path.write_text(json.dumps({"machine": {**MACHINE, "versions": {"tensorrt": "8.5.3.1"}}, "plans": {}}))
     with pytest.raises(InputError, match="another TensorRT"):
         Record(path, MACHINE)
@@ -255,6 +319,86 @@ def test_result_of_another_machine_is_not_mixed_with_this_one(
     path.write_text("{")
     with pytest.raises(InputError, match="cannot be read"):
         Record(path, MACHINE)
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_another_driver_goes_on_and_says_what_was_measured_with_which(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_on(world, tmp_path, monkeypatch)
+    result = read(tmp_path)
+    del result["plans"]["A0 int8"]["done"]
+    (tmp_path / "gpu-fake.json").write_text(json.dumps(result))
+    monkeypatch.setitem(MACHINE, "driver", "590")
+    run_on(world, tmp_path, monkeypatch)
+    result = read(tmp_path)
+    assert {name: row["driver"] for name, row in result["plans"].items() if name != gpu.BYTES} == {
+        "A0 fp32": "580", "A0 fp16": "580", "A0 int8": "590",
+    }  # fmt: skip
+    assert result["machine"]["driver"] == "590" and "driver 580 and 590, tensorrt" in report.show(result)
+
+
+def test_copy_of_the_results_is_kept_where_git_looks_for_nothing(tmp_path: Path) -> None:
+    """The folder of the results may be that of a fresh copy of the working tree."""
+    path, copy = tmp_path / "results" / "gpu-a.json", tmp_path / "ignored" / "results" / "gpu-a.json"
+    record = Record(path, MACHINE, copy=copy)
+    record.end("A0 fp32", 12.0)
+    record.save()
+    assert path.read_bytes() == copy.read_bytes()
+    path.unlink()
+    again = Record(path, MACHINE, copy=copy)
+    assert again.longest_seconds() == 12.0
+    again.end("A0 fp16", 30.0, "made to fail")
+    path.write_text(json.dumps({"machine": MACHINE, "seconds": {"A0 fp32": 5.0}}))  # as it was committed
+    copy.write_text(json.dumps(again.result))
+    assert Record(path, MACHINE, copy=copy).result["failures"] == {"A0 fp16": "made to fail"}
+    ignores = subprocess.run(
+        ["git", "check-ignore", "-q", gpu.KEPT / "results" / "gpu-a.json"], check=False, cwd=gpu.KEPT.parent
+    )
+    assert ignores.returncode != 1  # 128: a copy that is no working tree
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_what_failed_before_comes_after_what_is_new(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    begin = Record.begin
+
+    def note(record: Record, name: str) -> None:
+        order.append(name)
+        begin(record, name)
+
+    monkeypatch.setattr(Record, "begin", note)
+    failures = {"A0 fp32": "CudaError: it failed", "matrix peak": "RuntimeError: no memory"}
+    before = {"machine": MACHINE, "failures": failures, "broke_off": ["A0 fp16"]}
+    (tmp_path / "gpu-fake.json").write_text(json.dumps(before))
+    _, left = run_on(world, tmp_path, monkeypatch, minutes=0.0)
+    assert left == ["A0 int8", "A0 uint8", "matrix peak", "A0 fp32", "A0 fp16"]
+    assert read(tmp_path)["failures"] == failures, "they were forgotten"
+    run_on(world, tmp_path, monkeypatch)
+    assert order == left and read(tmp_path)["failures"] == {}
+
+
+@pytest.mark.usefixtures("without_figures")
+@pytest.mark.parametrize(("minutes", "done"), [(10.0, 2), (60.0, 5)])
+def test_stage_that_would_not_end_in_time_does_not_begin(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: float, done: int
+) -> None:
+    """The first stage takes seconds, each further one six minutes."""
+    now = [1000.0]
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+
+    def take_long(*_: object) -> dict[str, Any]:
+        now[0] += 360.0
+        return {}
+
+    monkeypatch.setattr(checks, "check_ways", take_long)
+    _, left = run_on(world, tmp_path, monkeypatch, minutes=minutes)
+    assert left == ["matrix peak", "A0 fp32", "A0 fp16", "A0 int8", "A0 uint8"][done:]
+    assert now[0] <= 1000.0 + 60 * minutes
+    _, left = run_on(world, tmp_path, monkeypatch, minutes=2.0)  # less than a stage takes: one begins all the same
+    assert len(left) == max(0, 5 - done - 1)
 
 
 def test_matrix_peak_is_taken_from_another_result_of_the_same_gpu(tmp_path: Path) -> None:
@@ -312,7 +456,7 @@ def test_models_are_built_by_a_real_builder(request: pytest.FixtureRequest, tmp_
 def test_models_that_cannot_be_made_are_a_recorded_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "find_missing", lambda: ["onnxsim"])
     run = gpu.Run(tmp_path, tmp_path, 0.01, Record(tmp_path / "gpu-fake.json", MACHINE))
-    run.variant("A0")
+    run.all(["A0"])
     problems = report.find_problems(read(tmp_path))
     assert "without onnxsim" in problems[0] and problems[1] == "nothing was measured"
 
@@ -324,6 +468,56 @@ def test_wrong_answers_are_seen(world: World) -> None:
         assert checks.check_parity(engine, images, logits, "fp32")["met"]
         for precision in ("fp32", "fp16", "int8"):
             assert not checks.check_parity(engine, images, logits[::-1].copy(), precision)["met"]
+
+
+def test_row_of_another_image_is_wrong_however_small_the_difference_is() -> None:
+    """Beside what the logits of an untrained network have in common, it is a rounding error."""
+    random = np.random.default_rng(0)
+    truth = (random.standard_normal(1000) + 1e-3 * random.standard_normal((8, 1000))).astype(np.float32)
+    rounded = truth.astype(np.float16).astype(np.float32)
+    many = checks.repeat(truth, 300)
+    assert checks.find_difference(rounded + np.float32(1e-3), truth) < 2e-3  # of all alike, as other kernels are
+    assert checks.find_difference(checks.repeat(rounded, 300), many) < 1e-3
+    for wrong in (np.roll(truth, 1, axis=0), truth[[1, 0, 2, 3, 4, 5, 6, 7]]):
+        assert np.abs(wrong - truth).max() / np.abs(truth).max() < 3e-3  # no more than rounding in FP16 may be
+        assert checks.find_difference(wrong, truth) == float("inf")
+    for start in range(0, 296, 8):  # any two rows of 300
+        wrong = many.copy()
+        wrong[[start, start + 1]] = wrong[[start + 1, start]]
+        assert checks.find_difference(wrong, many) == float("inf")
+    for size in (8, 16, 32, 64, 128):  # pieces that changed places
+        wrong = np.concatenate([many[size : 2 * size], many[:size], many[2 * size :]])
+        assert checks.find_difference(wrong, many) == float("inf")
+
+
+@pytest.mark.parametrize("way", ["any number of images", "16 threads", "device array", "micro-batching, 64 clients"])
+def test_way_whose_rows_come_in_the_wrong_order_fails(world: World, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """With answers that differ little between images, as those of the seeded networks do."""
+    images = random_batch(ModelOptions(), 8)
+    wrong = [False]
+    run, run_device = TensorRtBackend.run, TensorRtBackend.run_device
+
+    def answer(outputs: Any) -> list[np.ndarray]:
+        found = [1000 + np.asarray(output) for output in outputs]
+        return [np.concatenate([one[1:], one[:1]]) for one in found] if wrong[0] else found
+
+    monkeypatch.setattr(TensorRtBackend, "run", lambda self, batch: answer(run(self, batch)))
+    monkeypatch.setattr(TensorRtBackend, "run_device", lambda *given, **more: answer(run_device(*given, **more)))
+    checks_of_ways, attempt = dict[str, bool](), checks.attempt
+    names = iter(CHECKED_WAYS)
+
+    def attempt_wrongly(call: Any) -> dict[str, Any]:
+        name = next(names)
+        wrong[0] = name == way
+        found = attempt(call)
+        wrong[0] = False
+        checks_of_ways[name] = found.get("met", True)
+        return found
+
+    monkeypatch.setattr(checks, "attempt", attempt_wrongly)
+    found = checks.check_ways(world.plan, images)
+    assert tuple(found) == CHECKED_WAYS
+    assert [name for name, met in checks_of_ways.items() if not met] == [way]
 
 
 def test_answer_that_is_no_number_is_wrong_in_whatever_batch(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +91,26 @@ def test_graphs_that_replay_what_was_are_seen(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(world.cuda, "launch_graph", lambda graph, stream: None)
     with pytest.raises(AssertionError, match="inf"):
         call("test_cuda_graphs_change_no_bit", world, make_reference(world), tmp_path)
+
+
+def test_warning_of_another_package_fails_no_test_that_waits_for_a_gpu(tmp_path: Path) -> None:
+    """torch and CuPy warn of what they find on a machine; in this project warnings are errors."""
+    root = Path(__file__).resolve().parents[2]
+    text = (
+        "import warnings, pytest\n{marks}\n"
+        "def test_warning(): warnings.warn('CUDA path could not be detected', UserWarning)\n"
+    )
+    marks = {"with": "from tests.gpu.test_plans_on_gpu import pytestmark", "without": "pytestmark = pytest.mark.gpu"}
+    for name, line in marks.items():
+        (tmp_path / f"test_{name}.py").write_text(text.format(marks=line), encoding="utf-8")
+    options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "-c", str(root / "pyproject.toml"), "--rootdir", str(root)]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, str(tmp_path)],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
+    assert "FAILED" in done.stdout and "test_without.py" in done.stdout.split("FAILED")[1]

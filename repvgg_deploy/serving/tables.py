@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ..errors import ArtifactError, InputError, MissingDependencyError, say_install
-from ..files.output import atomic_output
+from ..files.output import atomic_output, require_writable
 
 logger = logging.getLogger(__name__)
 Row: TypeAlias = "Sequence[Any]"
@@ -69,6 +69,7 @@ class GrowingTable:
         self._target, self._columns, self._force = target, columns, force or resume
         self._folder = target.with_name(f".{target.name}.parts")
         self._run = json.loads(json.dumps(run))
+        require_writable(target)
         if target.exists() and not force and not (resume and self._folder.exists()):
             raise ArtifactError(f"{target}: is there already", remedy="give --force to replace it, or another name")
         begun = self._folder.exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,21 @@ def test_table_with_parts_asks_what_to_do(tmp_path: Path) -> None:
         GrowingTable(target, COLUMNS, run=RUN)
     with pytest.raises(ArtifactError, match="is there already"):
         GrowingTable(target, COLUMNS, run=RUN, resume=True)
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize(
+    ("name", "said"), [("nowhere/t.csv", "mkdir -p"), ("folder.csv", "is a folder"), ("pipe.csv", "is a device or pipe")]
+)
+def test_table_that_could_not_be_put_in_place_is_refused_before_the_work(
+    name: str, said: str, force: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "folder.csv").mkdir()
+    os.mkfifo(tmp_path / "pipe.csv")
+    with pytest.raises(ArtifactError) as caught:
+        GrowingTable(tmp_path / name, COLUMNS, run=RUN, force=force)
+    assert said in f"{caught.value.message} {caught.value.remedy}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.csv", "pipe.csv"]
 
 
 def test_table_begun_anew_and_interrupted_goes_on_over_the_old_file(tmp_path: Path) -> None:

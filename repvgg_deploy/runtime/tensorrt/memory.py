@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import CudaError
-from ..cuda.pool import round_up_size
+from ..cuda.pool import find_host_memory, round_up_size
 from ..cuda.port import CudaPort
 from .plan import PlanInterface, PlanTensor, Shape
 
@@ -69,6 +69,7 @@ class Stage:
         self._port, self._owned, self._interface = port, owned, interface
         self._tensors = (interface.source, *interface.outputs)
         self._buffers: list[_Buffer] = []
+        self._source_address = 0  # of the batch that was taken last
         self.arrived, self.computed, self.done = (owned.add(port.create_event(), port.destroy_event) for _ in range(3))
 
     def reserve(self, shape: Shape, output_shapes: tuple[Shape, ...]) -> None:
@@ -99,13 +100,21 @@ class Stage:
         return tuple(buffer.device for buffer in self._buffers)
 
     def fill(self, batch: NDArray[Any]) -> None:
-        """Copies a batch to the page-locked side of the input."""
-        np.copyto(self._buffers[0].view(self._interface.source, batch.shape), batch)
+        """Takes a batch: by a copy to the page-locked side of the input, or as it is where it is page-locked itself.
+
+        That one must live, and stay as it is, until it was copied to the device.
+        """
+        source = self._interface.source
+        address = find_host_memory(batch) if batch.dtype == source.dtype else None
+        if address is None:
+            np.copyto(self._buffers[0].view(source, batch.shape), batch)
+            address = self._buffers[0].host
+        self._source_address = address
 
     def copy_in(self, shape: Shape, stream: Any) -> None:
         """Puts the copy of the input to the device on a stream."""
-        source = self._buffers[0]
-        self._port.copy(source.device, source.host, self._interface.source.count_bytes(shape), stream)
+        size = self._interface.source.count_bytes(shape)
+        self._port.copy(self._buffers[0].device, self._source_address, size, stream)
 
     def copy_out(self, output_shapes: tuple[Shape, ...], stream: Any) -> None:
         """Puts the copies of the outputs to the host on a stream."""

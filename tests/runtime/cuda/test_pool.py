@@ -357,3 +357,112 @@ def test_batcher_puts_requests_into_page_locked_memory_that_stays(world: World) 
         assert world.cuda.calls["allocate_host"] <= most + 1  # a second thread may have had no batch until now
     gc.collect()
     assert world.cuda.leaks() == {}
+
+
+@pytest.fixture
+def sources(world: World, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Of each copy so far: where from, and how many bytes."""
+    found: list[tuple[int, int]] = []
+    copy = world.cuda.copy
+
+    def note(target: int, source: int, size: int, stream: Any) -> None:
+        found.append((source, size))
+        copy(target, source, size, stream)
+
+    monkeypatch.setattr(world.cuda, "copy", note)
+    return found
+
+
+@pytest.mark.parametrize("part", [slice(0, 20), slice(0, 4), slice(3, 8), slice(5, 6), slice(1, 20)], ids=str)
+def test_pinned_batch_is_copied_to_the_gpu_from_where_it_is(
+    world: World, sources: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, part: slice
+) -> None:
+    images = random_batch(PLAIN, 20)
+    row = images[0].nbytes
+    with world.open() as engine:
+        batch = engine.pinned_batch(20)
+        batch[:] = images
+        engine.infer(images[part])  # buffers are there
+        monkeypatch.setattr(np, "copyto", None)  # what the copy on the host would be made with
+        for _ in range(4):  # as it is, captured, replayed
+            del sources[:]
+            found = engine.infer(batch[part])
+            np.testing.assert_allclose(found, world.expect(images[part])[0], rtol=1e-5, atol=1e-5)
+            pieces = [min(8, part.stop - start) for start in range(part.start, part.stop, 8)]
+            starts = [batch.ctypes.data + start * row for start in range(part.start, part.stop, 8)]
+            expected = list(zip(starts, (row * size for size in pieces), strict=True))
+            assert [one for one in sources if one[0] in starts] == expected
+        np.testing.assert_allclose(engine.submit(batch[part]).result(300), found, rtol=1e-6)
+    del batch
+    gc.collect()
+    assert world.cuda.leaks() == {}
+
+
+def test_batcher_copies_requests_once(world: World, sources: list[tuple[int, int]], monkeypatch) -> None:
+    batches = [random_batch(PLAIN, 1, seed=seed) for seed in range(4)]
+    with world.open() as engine, engine.batcher(max_batch=4, max_delay_ms=60_000) as batcher:
+        engine.warm_up((4, 3, 16, 16))
+        del sources[:]
+        monkeypatch.setattr(np, "copyto", None)
+        for future, batch in zip([batcher.submit(batch) for batch in batches], batches, strict=True):
+            np.testing.assert_allclose(future.result(300), world.expect(batch)[0], rtol=1e-5, atol=1e-5)
+        inward = [source for source, size in sources if size == 4 * batches[0].nbytes]
+        held = {one.address for one in world.cuda.memory.values() if one.device == -1}
+        assert len(inward) == 1 and inward[0] in held
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_pinned_memory_that_is_not_in_order_is_copied_first(world: World, turned: bool) -> None:
+    images = random_batch(PLAIN, 8)
+    with world.open() as engine:
+        memory = engine.pinned_batch(8)
+        memory[:] = images.transpose(0, 1, 3, 2) if turned else images
+        batch, expected = (memory.transpose(0, 1, 3, 2), images) if turned else (memory[::2], images[::2])
+        np.testing.assert_allclose(engine.infer(batch), world.expect(expected)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_pinned_batch_is_filled_again_when_the_answer_is_there(world: World) -> None:
+    """Nothing reads it any more then, though the fake GPU copies as late as it may."""
+    with world.open(contexts=2) as engine, ThreadPoolExecutor(2) as pool:
+        batch = engine.pinned_batch(20)
+
+        def work(start: int) -> None:
+            for seed in range(10):
+                images = random_batch(PLAIN, 10, seed=seed)
+                mine = batch[start : start + 10]
+                mine[:] = images
+                found = engine.infer(mine)
+                mine[:] = 0
+                np.testing.assert_allclose(found, world.expect(images)[0], rtol=1e-5, atol=1e-5)
+
+        list(pool.map(work, (0, 10)))
+
+
+def test_close_waits_for_a_pinned_batch_that_runs(world: World) -> None:
+    images = random_batch(PLAIN, 8)
+    engine = world.open()
+    batch = engine.pinned_batch(8)
+    batch[:] = images
+    futures = [engine.submit(batch) for _ in range(4)]
+    del batch  # the requests hold it
+    engine.close()
+    for future in futures:
+        np.testing.assert_allclose(future.result(0), world.expect(images)[0], rtol=1e-5, atol=1e-5)
+    del futures, future
+    gc.collect()
+    assert world.cuda.leaks() == {}
+
+
+def test_failure_with_a_pinned_batch_leaves_nothing_that_reads_it(world: World) -> None:
+    images = random_batch(PLAIN, 20)
+    with world.open() as engine:
+        for call in ("record_event", "wait_event", "copy", "synchronize_event"):
+            batch = engine.pinned_batch(20)
+            batch[:] = images
+            world.cuda.fail(call, nth=3)
+            with pytest.raises(CudaError, match="made to fail"):
+                engine.infer(batch)
+            del batch
+            gc.collect()
+            np.testing.assert_allclose(engine.infer(images), world.expect(images)[0], rtol=1e-5, atol=1e-5)
+    assert world.cuda.leaks() == {}

@@ -139,7 +139,8 @@ def test_table_with_parts_asks_what_to_do(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize(
-    ("name", "said"), [("nowhere/t.csv", "mkdir -p"), ("folder.csv", "is a folder"), ("pipe.csv", "is a device or pipe")]
+    ("name", "said"),
+    [("nowhere/t.csv", "mkdir -p"), ("folder.csv", "is a folder"), ("pipe.csv", "is a device or pipe")],
 )
 def test_table_that_could_not_be_put_in_place_is_refused_before_the_work(
     name: str, said: str, force: bool, tmp_path: Path

@@ -125,17 +125,19 @@ class TensorRtBackend:
             slot.wait_for_others(order)
             try:
                 results = self._run_pieces(slot, view, order, caller=caller)
+                answers = self._start_download(slot, results, order) if to_host else []
             finally:
                 if stream is not None:  # also after a failure: what was put there before it may still run
                     slot.leave_working(order)
             if stream is not None and order is not caller:
                 slot.hold_up(caller)
-            if to_host:
-                return self._download(results, order, slot)
-            if stream is None:
+            if to_host or stream is None:
                 self._port.synchronize_stream(order)
                 for result in results:
                     result.settle()
+            if to_host:
+                wanted = self._plan.spec.outputs
+                return [answer.astype(tensor.dtype) for answer, tensor in zip(answers, wanted, strict=True)]
         return DeviceArrays(tuple(output.name for output in self._plan.interface.outputs), tuple(results))
 
     def make_batch(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -292,18 +294,13 @@ class TensorRtBackend:
                 self._port.copy(target, address, size_bytes, order)
         return results
 
-    def _download(self, results: list[DeviceArray], stream: Any, slot: Slot) -> Sequence[NDArray[Any]]:
-        """NumPy arrays of results on the device, through page-locked memory of the slot; waits once, for all."""
+    def _start_download(self, slot: Slot, results: list[DeviceArray], stream: Any) -> list[NDArray[Any]]:
+        """Puts the copies of results to page-locked memory of the slot on a stream."""
         sizes = [int(np.prod(result.shape)) * result.dtype.itemsize for result in results]
         views = slot.answers.view(sizes)
         for result, size, view in zip(results, sizes, views, strict=True):
             self._port.copy(view.ctypes.data, result.address, size, stream)
-        self._port.synchronize_stream(stream)
-        outputs = []
-        for result, view, wanted in zip(results, views, self._plan.spec.outputs, strict=True):
-            result.settle()
-            outputs.append(view.view(result.dtype).reshape(result.shape).astype(wanted.dtype))
-        return outputs
+        return [view.view(result.dtype).reshape(result.shape) for view, result in zip(views, results, strict=True)]
 
 
 class SlotPool:

@@ -426,7 +426,17 @@ def test_dlpack_without_a_stream_means_the_default_stream(world: World) -> None:
 
 @pytest.mark.parametrize(
     "call",
-    ["allocate", "record_event", "wait_event", "synchronize_stream", "create_event", "find_device", "is_reachable"],
+    [
+        "allocate",
+        "allocate_host",
+        "copy",
+        "record_event",
+        "wait_event",
+        "synchronize_stream",
+        "create_event",
+        "find_device",
+        "is_reachable",
+    ],
 )
 def test_failures_leave_no_memory_behind(world: World, call: str) -> None:
     batch = random_batch(PLAIN, 20)
@@ -435,10 +445,14 @@ def test_failures_leave_no_memory_behind(world: World, call: str) -> None:
         engine = world.open()
         world.cuda.fail(call, nth=nth)
         for stream in (None, world.cuda.foreign_stream(), 0):
-            try:
-                engine.infer_device(array, stream=stream)
-            except CudaError as error:
-                assert "made to fail" in str(error)  # noqa: PT017 - whether it fails depends on nth
+            for run in (engine.infer_device, engine.infer):
+                try:
+                    run(array, stream=stream)
+                except CudaError as error:
+                    text = str(error)  # whether it fails depends on nth
+                    assert "made to fail" in text or "out of memory" in text
+            with world.cuda.on_device(0):
+                world.cuda.device_wait()  # what is left on a stream finds its memory
         world.cuda.faults.clear()
         np.testing.assert_allclose(engine.infer(array), world.expect(batch)[0], rtol=1e-5, atol=1e-5)
         engine.close()

@@ -95,7 +95,13 @@ class BareLoop:
         self.handle = port.stream_handle(self.stream)
         size = max(count_scratch_bytes(plan.engine), 256)
         scratch = (self._take(size), size)
-        self._context = make_context(plan, scratch, stream_handle=self.handle, one_shape=True)
+        self._context = make_context(
+            plan,
+            scratch,
+            profile=plan.interface.choose_profile(self._source.shape[0]).index,
+            stream_handle=self.handle,
+            one_shape=True,
+        )
         if self._context is None:
             raise RuntimeError(f"TensorRT makes no context for the bare loop: {plan.log.take()}")
         port.synchronize_stream(self.stream)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from repvgg_deploy.runtime.engine import Engine
 from repvgg_deploy.runtime.options import EngineOptions
 from repvgg_deploy.runtime.tensorrt.context import changes_kernels
+from repvgg_deploy.runtime.tensorrt.slot import split
 
 from .bare import DeviceBatch
 
@@ -135,15 +136,16 @@ def compare_graphs(plan: Path, images: NDArray[Any], options: EngineOptions, siz
     but for TensorRT-RTX, which runs others until those of a shape are compiled, and waits for them in the contexts of
     graphs only. A batch that is padded to the size of a graph may round otherwise than without graphs.
     """
-    found: dict[bool, list[tuple[int, bool, NDArray[Any], NDArray[Any]]]] = {True: [], False: []}
+    found: dict[bool, list[tuple[tuple[int, ...], bool, NDArray[Any], NDArray[Any]]]] = {True: [], False: []}
     stale = False
     for on, runs in found.items():
         with Engine(plan, options=replace(options, cuda_graphs=on)) as engine:
             backend: Any = engine._backend
             lazily, graphs = changes_kernels(backend._plan), backend._graphs
             for count in sizes:
-                rows = graphs.choose_rows(count)
-                exact = not lazily or graphs.covers(rows)
+                pieces = split(count, backend._plan.interface)
+                rows = tuple(graphs.choose_rows(piece.stop - piece.start) for piece in pieces)
+                exact = not lazily or all(map(graphs.covers, rows))
                 pair = repeat(images, count), repeat(images[::-1], count)
                 first, other, *later = (np.asarray(engine.infer(batch)) for batch in pair * 2)
                 runs += [(rows, exact, first, later[0]), (rows, exact, other, later[1])]

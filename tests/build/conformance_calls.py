@@ -114,15 +114,15 @@ def _run(library: Library, scratch: Path, model: Path, attempt: Callable[..., An
     source = plan_module.PlanTensor("input", floats, (-1, 3, 8, 8))
     output = plan_module.PlanTensor("logits", floats, (-1, 10))
     sizes = (1, 3, 8, 8), (8, 3, 8, 8), (32, 3, 8, 8)
-    interface = plan_module.PlanInterface(source, (output,), 0, *sizes)
+    interface = plan_module.PlanInterface(source, (output,), (plan_module.PlanProfile(0, *sizes),))
     (scratch / "k").write_bytes(b"kernels")
     kernels = KernelCache(scratch / "k") if library.is_rtx else None
     spec: Any = None
     plan = plan_module.OpenPlan(library, log, runtime, engine, interface, spec, None, kernels)
     for one_shape in (False, True):
-        context = attempt(
-            "context", lambda one=one_shape: make_context(plan, (MEMORY, 1 << 33), stream_handle=STREAM, one_shape=one)
-        )
+        # Not the profile that the stub says is active, so that the context changes to it.
+        how: dict[str, Any] = {"profile": 1, "stream_handle": STREAM, "one_shape": one_shape}
+        context = attempt("context", lambda how=how: make_context(plan, (MEMORY, 1 << 33), **how))
         lane = Lane(context, plan, keeps_kernels=True)
         attempt("set_shape", lambda lane=lane: lane.set_shape((2, 3, 8, 8)))
         attempt("enqueue", lambda lane=lane: lane.enqueue((MEMORY, MEMORY + 256), STREAM))

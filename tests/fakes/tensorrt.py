@@ -80,6 +80,7 @@ class Seen:
     contexts: int = 0
     live_contexts: int = 0
     shapes: list[tuple[int, ...]] = field(default_factory=list)
+    profiles: list[tuple[int, int]] = field(default_factory=list)  # with the rows of each run
     threads: set[int] = field(default_factory=set)
     deserialized: int = 0
     compiled: list[tuple[int, ...]] = field(default_factory=list)  # shapes, by TensorRT-RTX
@@ -275,7 +276,8 @@ class _Engine:
         self._device = world.cuda.current_device()
         self._tensors = {node.name: node for node in (*session.get_inputs(), *session.get_outputs())}
         self._scratch: dict[int, _Scratch] = {}
-        self._profiles_in_use = 0
+        self._profiles = header.get("profiles") or [header["profile"]]
+        self._in_use = Counter[int]()
         if world.shares_profiles:
             self.device_memory_size_v2 = 4096
         else:
@@ -287,7 +289,7 @@ class _Engine:
 
     @property
     def num_optimization_profiles(self) -> int:
-        return 1
+        return len(self._profiles)
 
     def get_tensor_name(self, index: int) -> str:
         return list(self._tensors)[::-1][index] if self._header.get("reversed") else list(self._tensors)[index]
@@ -303,13 +305,13 @@ class _Engine:
 
     def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, ...]]:
         result = []
-        for batch, sizes in zip(self._header["profile"], self._header["sizes"], strict=True):
+        for batch, sizes in zip(self._profiles[index], self._header["sizes"], strict=True):
             dynamic = iter([batch, *sizes] if isinstance(self._tensors[name].shape[0], str) else sizes)
             result.append(tuple(size if isinstance(size, int) else next(dynamic) for size in self._tensors[name].shape))
         return result
 
-    def give_back_profile(self) -> None:
-        self._profiles_in_use -= 1
+    def give_back_profile(self, context: dict[str, Any]) -> None:
+        self._in_use[context["profile"]] -= 1
 
     def create_runtime_config(self) -> Any:
         assert self._world.rtx
@@ -356,10 +358,10 @@ class _Context:
         self._fallbacks = Counter[tuple[int, ...]]()
         self._kernels: RuntimeCache | None = None
         static = all(isinstance(size, int) for size in engine._session.get_inputs()[0].shape)
-        free = self._world.shares_profiles or static or engine._profiles_in_use == 0
-        self.active_optimization_profile = 0 if free else -1
-        engine._profiles_in_use += 1
-        weakref.finalize(self, engine.give_back_profile)
+        self._shares = self._world.shares_profiles or static
+        self._held = {"profile": 0 if self._shares or not engine._in_use[0] else -1}
+        engine._in_use[self._held["profile"]] += 1
+        weakref.finalize(self, engine.give_back_profile, self._held)
         self._eager = static or not self._world.rtx
         if static:
             self._shape = tuple(engine._session.get_inputs()[0].shape)
@@ -388,7 +390,18 @@ class _Context:
         self._world.cuda.find(address, 4096)
         self._scratch = self._engine._scratch.setdefault(address, _Scratch())
 
+    @property
+    def active_optimization_profile(self) -> int:
+        return self._held["profile"]
+
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        self._world.cuda._stream(stream)
+        assert self._scratch is not None, "a profile before its memory"
+        if self._shares or not self._engine._in_use[index]:
+            self._engine._in_use[self._held["profile"]] -= 1
+            self._engine._in_use[index] += 1
+            self._held["profile"], self._shape = index, None
+            return True
         self._engine._logger.log(
             Severity.ERROR,
             "Profile has been chosen by another IExecutionContext. Use another profileIndex or destroy it",
@@ -402,7 +415,8 @@ class _Context:
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         with self._alone():
-            least, _, most = self._engine.get_tensor_profile_shape(name, 0)
+            assert self.active_optimization_profile >= 0, "a context without a profile"
+            least, _, most = self._engine.get_tensor_profile_shape(name, self.active_optimization_profile)
             if len(shape) != len(least) or not all(
                 low <= size <= high for low, size, high in zip(least, shape, most, strict=True)
             ):
@@ -435,6 +449,7 @@ class _Context:
             with world.cuda.lock:
                 world.seen.runs += 1
                 world.seen.shapes.append(shape)
+                world.seen.profiles.append((self.active_optimization_profile, shape[0]))
                 world.seen.threads.add(threading.get_ident())
                 if stream_handle in (0, 1, 2) and not self._wait_for_device():
                     return False

@@ -155,8 +155,9 @@ class TensorRtBackend:
     def warm_up(self, batch: NDArray[Any]) -> None:
         """Makes every context that may be used, and CUDA graphs of all usual sizes; runs the batch in each, too."""
         require_size(batch.shape, self._plan.interface)
-        sizes = reversed(self._graphs.sizes if self._graphs.on else ())
-        batches = [*(np.broadcast_to(batch[:1], (size, *batch.shape[1:])) for size in sizes), batch]
+        profiles = self._plan.interface.profiles
+        sizes = self._graphs.sizes if self._graphs.on else [one.usual[0] for one in profiles if len(profiles) > 1]
+        batches = [*(np.broadcast_to(batch[:1], (size, *batch.shape[1:])) for size in reversed(sizes)), batch]
         with self._port.on_device(self._device_id), contextlib.ExitStack() as stack:
             for _ in range(self._contexts):
                 slot = self._pool.acquire_idle()
@@ -185,8 +186,8 @@ class TensorRtBackend:
                 remedy="give a smaller batch, or build the plan with a larger --max-batch",
             )
         with self._lend() as slot, contextlib.ExitStack() as stack:
-            lane, stage, stream = slot.main, slot.stage, slot.stream
-            shape = (max(count, interface.smallest[0]), *batch.shape[1:])
+            shape = (interface.fit_rows(count), *batch.shape[1:])
+            lane, stage, stream = slot.find_main(shape[0]), slot.stage, slot.stream
             slot.wait_for_others(stream)
             slot.bind(lane, shape)
             slot.reserve([stage], lane)

@@ -28,19 +28,19 @@ def changes_kernels(plan: OpenPlan) -> bool:
 
 
 def make_context(
-    plan: OpenPlan, scratch: tuple[int, int], *, stream_handle: int, one_shape: bool = False
+    plan: OpenPlan, scratch: tuple[int, int], *, profile: int, stream_handle: int, one_shape: bool = False
 ) -> Any | None:
     """A context that works in the given memory, or None where TensorRT makes no more of them.
 
     TensorRT 8 lets one context at a time use a profile; from 10 on any number may.
 
     Args:
-        plan: The deserialized plan, and the profile that is used.
+        plan: The deserialized plan.
         scratch: Address and size of device memory; contexts that share it must not run at once.
+        profile: The number of the context's profile, which it keeps.
         stream_handle: Where the change of the profile is put; wait for it before another stream runs the context.
         one_shape: Whether it will run one shape only: its first run then waits for the kernels of that shape.
     """
-    profile = plan.interface.profile
     with CAPTURE_LOCK:  # TensorRT takes memory and may wait for the device
         context = _create(plan, wait_for_kernels=one_shape and changes_kernels(plan))
         if context is None:

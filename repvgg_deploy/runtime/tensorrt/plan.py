@@ -273,24 +273,64 @@ class PlanTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class PlanProfile:
+    """An optimization profile.
+
+    Attributes:
+        index: TensorRT's number of it.
+        smallest: Its minimum of the input's shape.
+        usual: The shape that its kernels were chosen for.
+        largest: Its maximum.
+    """
+
+    index: int
+    smallest: Shape
+    usual: Shape
+    largest: Shape
+
+
+@dataclass(frozen=True, slots=True)
 class PlanInterface:
     """What goes in and out.
 
     Attributes:
         source: The input.
         outputs: In the order of the specification.
-        profile: Index of the one optimization profile that is used: the one that takes the largest shape.
-        smallest: The profile's minimum of the input's shape.
-        usual: The shape that the profile is fastest at.
-        largest: The profile's maximum.
+        profiles: Those that are used, by their largest batch: the one that takes the largest shape is the last, and all
+            are for images of its sizes.
     """
 
     source: PlanTensor
     outputs: tuple[PlanTensor, ...]
-    profile: int
-    smallest: Shape
-    usual: Shape
-    largest: Shape
+    profiles: tuple[PlanProfile, ...]
+
+    @property
+    def smallest(self) -> Shape:
+        """The smallest shape that runs as it is."""
+        return (min(profile.smallest[0] for profile in self.profiles), *self.profiles[-1].smallest[1:])
+
+    @property
+    def usual(self) -> Shape:
+        """The shape that the last profile is fastest at."""
+        return self.profiles[-1].usual
+
+    @property
+    def largest(self) -> Shape:
+        """The largest shape that runs as one piece."""
+        return self.profiles[-1].largest
+
+    def choose_profile(self, rows: int) -> PlanProfile:
+        """The profile for so many rows: of those that take them, the one with the nearest usual batch; else the last.
+
+        That is what Triton's backend does. Of the profiles of `--profiles`, whose usual batch is their largest, it is
+        the smallest one that takes the batch.
+        """
+        fit = (profile for profile in self.profiles if profile.smallest[0] <= rows <= profile.largest[0])
+        return min(fit, key=lambda profile: abs(profile.usual[0] - rows), default=self.profiles[-1])
+
+    def fit_rows(self, count: int) -> int:
+        """The fewest rows that a profile takes and that hold so many images, of which there are not too many."""
+        return min(max(count, profile.smallest[0]) for profile in self.profiles if profile.largest[0] >= count)
 
     @property
     def has_rows(self) -> bool:
@@ -322,13 +362,15 @@ def _read_interface(trt: Any, engine: Any, path: Path) -> PlanInterface:
         )
     outputs = tuple(_read_tensor(engine, name, path) for name in names if name != inputs[0])
     if min(source.shape) > 0:
-        return PlanInterface(source, outputs, 0, source.shape, source.shape, source.shape)
-    profiles: list[list[Shape]] = [
-        [tuple(int(size) for size in shape) for shape in engine.get_tensor_profile_shape(source.name, index)]
+        return PlanInterface(source, outputs, (PlanProfile(0, source.shape, source.shape, source.shape),))
+    profiles = [
+        PlanProfile(index, *(tuple(map(int, shape)) for shape in engine.get_tensor_profile_shape(source.name, index)))
         for index in range(engine.num_optimization_profiles)
     ]
-    best = max(range(len(profiles)), key=lambda index: profiles[index][2])
-    return PlanInterface(source, outputs, best, *profiles[best])
+    profiles.sort(key=lambda profile: profile.largest)
+    sizes = profiles[-1].smallest[1:], profiles[-1].largest[1:]
+    alike = (profile for profile in profiles if (profile.smallest[1:], profile.largest[1:]) == sizes)
+    return PlanInterface(source, outputs, tuple(alike))
 
 
 def _read_tensor(engine: Any, name: str, path: Path) -> PlanTensor:

@@ -39,7 +39,7 @@ class NoMoreContextsError(CudaError):
 
 
 class Slot:
-    """One context for all shapes, further ones for shapes that have a graph. Made and used inside `on_device`.
+    """A context for all shapes of each profile, further ones for shapes that have a graph. Used inside `on_device`.
 
     Attributes:
         stage: Buffers of the one piece that is under way.
@@ -56,10 +56,10 @@ class Slot:
         self.port, self.plan, self._graphs = port, plan, graphs
         self.owned = Owned()
         self._streams: list[Any] = []
+        self._mains: dict[int, Lane] = {}
         self._lanes: dict[Shape, Lane] = {}
-        self._has_contexts = True
+        self._full: set[int] = set()
         self._busy = False
-        self._main: Lane | None = None
         self._pipeline: Pipeline | None = None
         try:
             self.stream = self.make_stream()
@@ -67,22 +67,12 @@ class Slot:
             size = max(count_scratch_bytes(plan.engine), 256)
             self._scratch = (self.owned.add(port.allocate(size), port.free), size)
             self._freed = self.owned.add(port.create_event(), port.destroy_event)
-            self._main = self._make_lane()
-            if self._main is None:
-                raise NoMoreContextsError(
-                    "TensorRT makes no further execution context of this plan", remedy="lower EngineOptions(contexts=…)"
-                )
+            self.find_main(plan.interface.largest[0])
             self.stage = Stage(port, self.owned, plan.interface)
             self.answers = HostRoom(port, self.owned)
         except BaseException:
             self.close()
             raise
-
-    @property
-    def main(self) -> Lane:
-        """The context for all shapes."""
-        assert self._main is not None
-        return self._main
 
     def make_stream(self) -> Any:
         """A stream that is freed with the slot."""
@@ -90,10 +80,16 @@ class Slot:
         self._streams.append(stream)
         return stream
 
-    def _make_lane(self, *, one_shape: bool = False) -> Lane | None:
+    def _make_lane(self, profile: int, *, one_shape: bool = False) -> Lane | None:
         plan = self.plan
-        context = make_context(plan, self._scratch, stream_handle=self.handle, one_shape=one_shape)
+        context = (
+            None
+            if profile in self._full
+            else make_context(plan, self._scratch, profile=profile, stream_handle=self.handle, one_shape=one_shape)
+        )
         if context is None:
+            self._full.add(profile)
+            self.plan.log.take()
             return None
         self.port.synchronize_stream(self.stream)
         return Lane(context, plan, keeps_kernels=one_shape or not changes_kernels(plan))
@@ -132,20 +128,32 @@ class Slot:
         """
         rows = self._graphs.choose_rows(count)
         shape = (rows, *sizes)
-        lane = self._find_lane(shape) if self._graphs.covers(rows) else self.main
+        lane = self._find_lane(shape) if self._graphs.covers(rows) else self.find_main(rows)
         self.bind(lane, shape)
         return lane
 
+    def find_main(self, rows: int) -> Lane:
+        """The context for all shapes of the profile for so many rows.
+
+        Where TensorRT makes none, that of the last profile does, if it takes them.
+        """
+        last, wanted = self.plan.interface.profiles[-1], self.plan.interface.choose_profile(rows)
+        for profile in (wanted, last) if last.smallest[0] <= rows else (wanted,):
+            found = self._mains.get(profile.index) or self._make_lane(profile.index)
+            if found is not None:
+                return self._mains.setdefault(profile.index, found)
+        raise NoMoreContextsError(
+            "TensorRT makes no further execution context of this plan", remedy="lower EngineOptions(contexts=…)"
+        )
+
     def _find_lane(self, shape: Shape) -> Lane:
+        main = self.find_main(shape[0])  # first: TensorRT 8 lets one context at a time use a profile
         found = self._lanes.get(shape)
-        if found is None and self._has_contexts and len(self._lanes) < len(self._graphs.sizes):
-            found = self._make_lane(one_shape=True)
-            if found is None:  # TensorRT 8: the one context holds the graph of the size that it ran last
-                self._has_contexts = False
-                self.plan.log.take()
-            else:
+        if found is None and len(self._lanes) < len(self._graphs.sizes):
+            found = self._make_lane(self.plan.interface.choose_profile(shape[0]).index, one_shape=True)
+            if found is not None:
                 self._lanes[shape] = found
-        return found or self.main
+        return found or main  # which then holds the graph of the size that it ran last
 
     def bind(self, lane: Lane, shape: Shape) -> None:
         """Sets a lane's shape; a graph of another shape goes, for it belongs to what the context was."""
@@ -193,10 +201,13 @@ class Slot:
         if not small:
             return
         self.port.synchronize_event(self._freed)  # an event that was never recorded has happened
-        for each in (self.main, *self._lanes.values()):
+        for each in self._all_lanes():
             self._drop(each)
         for stage in small:
             stage.reserve(shape, output_shapes)
+
+    def _all_lanes(self) -> list[Lane]:
+        return [*self._mains.values(), *self._lanes.values()]
 
     def _drop(self, lane: Lane) -> None:
         graph, lane.graph = lane.graph, None
@@ -232,7 +243,7 @@ class Slot:
     def close(self) -> CudaError | None:
         """Frees everything, also after a failure; the first error on the way."""
         waits: list[Callable[[], None]] = (
-            [] if self._main is None else [functools.partial(self.port.synchronize_event, self._freed)]
+            [functools.partial(self.port.synchronize_event, self._freed)] if self._mains else []
         )
         # All of them: after a failure in the midst of a split batch, copies of other pieces may still be under way.
         waits += [functools.partial(self.port.synchronize_stream, stream) for stream in self._streams]
@@ -242,9 +253,8 @@ class Slot:
                 wait()
             except CudaError as error:
                 first = first or error
-        for lane in (self._main, *self._lanes.values()):
-            if lane is not None:
-                lane.release()
+        for lane in self._all_lanes():
+            lane.release()
         return self.owned.free_all() or first
 
 
@@ -276,7 +286,7 @@ class GraphSwitch:
 
     def add(self, size: int) -> None:
         """One more size, where the plan takes it."""
-        if self._interface.smallest[0] <= size <= self._interface.largest[0]:
+        if size <= self._interface.largest[0] and self._interface.fit_rows(size) == size:
             self.sizes = tuple(sorted({*self.sizes, size}))
 
     def covers(self, rows: int) -> bool:
@@ -289,7 +299,7 @@ class GraphSwitch:
         Another shape costs TensorRT a new arrangement of its memory (NVIDIA/TensorRT#881) and every kernel a launch of
         its own; each row that is added costs the work of an image.
         """
-        least = max(count, self._interface.smallest[0])
+        least = self._interface.fit_rows(count)
         if not (self.on and self._pads):
             return least
         place = bisect.bisect_left(self.sizes, least)
@@ -308,10 +318,12 @@ class GraphSwitch:
 
 
 def choose_sizes(interface: PlanInterface) -> tuple[int, ...]:
-    """Batch sizes that get a CUDA graph each, ascending: 1, 2, 4, 8, 16, 24, 32, 64 …, and the profile's own."""
-    first, last = interface.smallest[0], interface.largest[0]
-    powers = {1 << power for power in range(last.bit_length())}
-    return tuple(sorted(size for size in {*powers, 24, first, interface.usual[0], last} if first <= size <= last))
+    """Batch sizes that get a CUDA graph each, ascending: 1, 2, 4, 8, 16, 24, 32, 64 …, and the profiles' own."""
+    last = interface.largest[0]
+    sizes = {24, *(1 << power for power in range(last.bit_length()))}
+    for profile in interface.profiles:
+        sizes |= {profile.smallest[0], profile.usual[0], profile.largest[0]}
+    return tuple(sorted(size for size in sizes if size <= last and interface.fit_rows(size) == size))
 
 
 def _capture_graph(port: CudaPort, stream: Any, work: Callable[[], None]) -> Any:

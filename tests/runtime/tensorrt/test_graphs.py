@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import threading
+import types
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from repvgg_deploy import Engine
-from repvgg_deploy.runtime.tensorrt.plan import PlanInterface, PlanTensor
+from repvgg_deploy.runtime.tensorrt.plan import PlanInterface, PlanProfile, PlanTensor, _read_interface
 from repvgg_deploy.runtime.tensorrt.slot import choose_sizes
+from tests.fakes.tensorrt import DataType, Faults, TensorIOMode
 from tests.runtime.cuda.test_arrays import Interface, free
 from tests.runtime.gpu_world import Setting, World, assert_answers, make_world
 from tests.runtime.make_model import ModelOptions
@@ -28,7 +32,7 @@ def graphs_of(world: World, **options: object):
 def test_usual_sizes_and_the_profiles_own_get_graphs(profile: tuple[int, int, int]) -> None:
     tensor = PlanTensor("images", np.dtype("uint8"), (-1, 4))
     shapes = [(batch, 4) for batch in profile]
-    found = choose_sizes(PlanInterface(tensor, (tensor,), 0, *shapes))
+    found = choose_sizes(PlanInterface(tensor, (tensor,), (PlanProfile(0, *shapes),)))
     usual = [size for size in (1, 2, 4, 8, 16, 24, 32, 64, 128) if profile[0] <= size <= profile[2]]
     assert found == tuple(sorted({*usual, *profile}))
 
@@ -142,3 +146,71 @@ def test_nothing_that_tensorrt_sets_up_breaks_a_capture_of_another_engine(
         assert done.wait(PATIENCE)
         thread.join()
     assert "could not be captured" not in caplog.text and world.cuda.leaks() == {}
+
+
+# several optimization profiles
+
+SEVERAL: tuple[tuple[str, Any], ...] = (("profiles", [[1, 8, 8], [1, 1, 1], [1, 32, 32], [1, 4, 4]]),)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("setting", MACHINES, ids=name_of)
+def test_each_batch_runs_in_the_profile_that_is_for_it(tmp_path, monkeypatch, setting: Setting, graphs: bool) -> None:
+    """They are in no order in the plan; with TensorRT 8 one context at a time uses each of them."""
+    world = make_world(tmp_path, monkeypatch, replace(setting, header=SEVERAL))
+    with world.open(cuda_graphs=graphs) as engine:
+        assert engine.largest_batch == 32
+        engine.warm_up()
+        contexts = world.trt.seen.contexts
+        for _ in range(3):
+            for count in (1, 2, 4, 5, 8, 9, 20, 32, 33, 45):
+                assert_answers(world, engine, batch_of(count, seed=count))
+                array = Interface(world, batch_of(count))
+                np.testing.assert_allclose(engine.infer(array), world.expect(batch_of(count))[0], rtol=1e-5, atol=1e-5)
+                free(world, array)
+        assert world.trt.seen.contexts == contexts, "a request made a context"
+        assert engine.time_phases(batch_of(3), 1) is not None
+    largest = {1: 1, 3: 4, 0: 8, 2: 32}
+    order = list(largest.items())
+    assert {profile for profile, _ in world.trt.seen.profiles} == set(largest)
+    for profile, rows in world.trt.seen.profiles:
+        assert profile == next(index for index, most in order if rows <= most)
+    assert world.cuda.leaks() == {}
+
+
+def test_profile_whose_context_cannot_be_had_gives_way_to_the_largest(tmp_path, monkeypatch) -> None:
+    faults = Faults(context=set(range(2, 100)))
+    world = make_world(tmp_path, monkeypatch, Setting(header=SEVERAL, faults=faults))
+    with world.open(contexts=1) as engine:
+        for count in (1, 3, 8, 40):
+            assert_answers(world, engine, batch_of(count))
+    assert {profile for profile, _ in world.trt.seen.profiles} == {2} and world.cuda.leaks() == {}
+
+
+def test_foreign_profiles_with_gaps_and_like_ranges_are_used_too(tmp_path, monkeypatch) -> None:
+    """The nearest usual batch decides, as in Triton; a batch between two ranges is padded to the next one."""
+    profiles = [[1, 1, 8], [1, 8, 8], [16, 16, 32]]
+    world = make_world(tmp_path, monkeypatch, Setting(header=(("profiles", profiles),), passport=False))
+    with world.open(cuda_graphs=False) as engine:
+        for count in (1, 4, 5, 8, 9, 16, 40):
+            assert_answers(world, engine, batch_of(count))
+    assert set(world.trt.seen.profiles) == {(0, 1), (0, 4), (1, 5), (1, 8), (2, 16), (2, 32)}
+
+
+def test_profiles_for_other_image_sizes_than_the_largest_are_left_alone() -> None:
+    tensor = PlanTensor("images", np.dtype("uint8"), (-1, -1))
+
+    class Engine:
+        num_optimization_profiles, num_io_tensors = 3, 2
+        get_tensor_name = staticmethod(("images", "out").__getitem__)
+        get_tensor_mode = staticmethod({"images": TensorIOMode.INPUT, "out": TensorIOMode.OUTPUT}.__getitem__)
+        get_tensor_dtype = staticmethod(lambda name: DataType["UINT8"])
+        get_tensor_shape = staticmethod(lambda name: tensor.shape)
+
+        @staticmethod
+        def get_tensor_profile_shape(name: str, index: int) -> list[tuple[int, int]]:
+            return [[(1, 4), (8, 4), (8, 9)], [(1, 4), (2, 4), (2, 9)], [(1, 4), (4, 4), (4, 4)]][index]
+
+    found = _read_interface(types.SimpleNamespace(TensorIOMode=TensorIOMode), Engine(), Path("x"))
+    assert [profile.index for profile in found.profiles] == [1, 0]
+    assert (found.smallest, found.usual, found.largest) == ((1, 4), (8, 4), (8, 9))

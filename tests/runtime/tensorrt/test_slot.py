@@ -105,10 +105,7 @@ def test_graphs_of_tensorrt_rtx_hold_the_kernels_of_their_shape(tmp_path, monkey
             assert_answers(world, engine, batch_of(4))
         assert world.cuda.launches == 2
         slot = engine._backend._pool.acquire_idle()
-        slot._has_contexts, slot._lanes = (
-            False,
-            {},
-        )  # where there is no further context, the one for all shapes is not captured
+        slot._full, slot._lanes = {0}, {}  # where there is no further context, the one for all shapes is not captured
         engine._backend._pool.release(slot)
         for _ in range(3):
             assert_answers(world, engine, batch_of(4))

@@ -265,7 +265,8 @@ class _Tensor(NamedTuple):
 
 
 def _read_tensor(buffer: memoryview, field: wire.Field) -> _Tensor:
-    name, dtype, dims, raw = "", 0, [], (0, 0)
+    name, dtype, raw = "", 0, (0, 0)
+    dims: list[int] = []
     for inner in wire.walk(buffer, field.payload, field.end):
         if inner.number == 8 and inner.wire_type == wire.BYTES:
             name = _text(buffer, inner)
@@ -273,13 +274,8 @@ def _read_tensor(buffer: memoryview, field: wire.Field) -> _Tensor:
             dtype = inner.value
         elif inner.number == _RAW_DATA:
             raw = raw if raw[1] else (inner.payload, inner.end)
-        elif inner.number == 1 and inner.wire_type == wire.VARINT:
-            dims.append(inner.value)
-        elif inner.number == 1:  # packed
-            position = inner.payload
-            while position < inner.end:
-                size, position = wire.read_varint(buffer, position, inner.end)
-                dims.append(size)
+        elif inner.number == 1:
+            dims += wire.read_numbers(buffer, inner)
     return _Tensor(name, tuple(dims), _TYPES.get(dtype, str(dtype)), *raw)
 
 

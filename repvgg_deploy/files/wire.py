@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+_MOST_FIELDS = 250_000  # two bytes may be a field, and a field takes a hundred times that in memory
+_MOST_NUMBERS = 1000
 
 
 class WireError(ValueError):
@@ -39,11 +41,13 @@ def walk(buffer: bytes | memoryview, start: int = 0, end: int | None = None) -> 
     """The fields of the message in buffer[start:end]; values of BYTES fields are not touched.
 
     Raises:
-        WireError: The bytes are truncated or not a message.
+        WireError: The bytes are truncated or not a message, or one of more fields than any graph needs.
     """
     limit = len(buffer) if end is None else end
     position = start
-    while position < limit:
+    for _ in range(_MOST_FIELDS):
+        if position >= limit:
+            return
         begin = position
         tag, position = read_varint(buffer, position, limit)
         number, wire_type = tag >> 3, tag & 7
@@ -60,6 +64,26 @@ def walk(buffer: bytes | memoryview, start: int = 0, end: int | None = None) -> 
         if number == 0 or position > limit:
             raise WireError(f"field {number} at byte {begin} reaches to byte {position} of {limit}")
         yield Field(number, wire_type, begin, payload, position, value)
+    if position < limit:
+        raise WireError(f"a message of more than {_MOST_FIELDS:,} fields")
+
+
+def read_numbers(buffer: bytes | memoryview, field: Field) -> list[int]:
+    """What a field of a short list of numbers holds, such as the sizes of a tensor: one of them, or all, packed.
+
+    Raises:
+        WireError: They are truncated, or too many.
+    """
+    if field.wire_type == VARINT:
+        return [field.value]
+    found: list[int] = []
+    position = field.payload
+    while position < field.end and len(found) < _MOST_NUMBERS:
+        value, position = read_varint(buffer, position, field.end)
+        found.append(value)
+    if position < field.end:
+        raise WireError(f"more than {_MOST_NUMBERS:,} sizes")
+    return found
 
 
 def read_varint(buffer: bytes | memoryview, position: int, limit: int) -> tuple[int, int]:

@@ -26,6 +26,7 @@ _MULTIPLIERS = {
     "D2": (2.5, 2.5, 2.5, 5.0),
 }
 _BASE_WIDTHS = (64, 128, 256, 512)
+_MOST_BLOCKS = 10_000  # that a file may ask for in a few bytes; the deepest that is published has 46
 _GROUPED_END = 27  # groups stand on layers 2, 4, …, 26
 
 
@@ -105,7 +106,12 @@ def load_variant(path: Path) -> VariantSpec:
             multipliers = tuple(float(m) for m in values.pop("width_multipliers"))
             values["widths"] = _stage_widths(multipliers)  # type: ignore[arg-type]
         if isinstance(values.get("groups", 1), int):
-            values["groups"] = alternating_groups(tuple(values["depths"]), values.get("groups", 1))
+            depths = tuple(values["depths"])
+            if sum(depths) > _MOST_BLOCKS:
+                raise InputError(
+                    f"{path}: depths of {sum(depths):,} blocks, expected at most {_MOST_BLOCKS:,}", remedy=remedy
+                )
+            values["groups"] = alternating_groups(depths, values.get("groups", 1))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(
             f"{path}: depths and width_multipliers must be lists of four numbers ({error!r})", remedy=remedy

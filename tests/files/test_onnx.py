@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -266,3 +267,32 @@ def test_other_file_than_an_onnx_is_named_with_what_to_do_about_it(path: Path) -
         with pytest.raises(ModelError, match=r"model.onnx: is a TensorRT plan, expected an ONNX file") as caught:
             read(path)
         assert "the .onnx that it was built from" in caught.value.remedy
+
+
+EMPTY = wire.bytes_field(1, b"")
+TINY_FIELDS = {
+    "outer": b" " * 60_000,
+    "metadata": wire.bytes_field(7, b"") + wire.bytes_field(14, b"") * 30_000,
+    "nodes": wire.bytes_field(7, EMPTY * 30_000),
+    "inputs": wire.bytes_field(7, wire.bytes_field(1, EMPTY * 30_000)),
+    "sizes": wire.bytes_field(7, wire.bytes_field(5, wire.bytes_field(1, b"\1" * 60_000))),
+    "single sizes": wire.bytes_field(7, wire.bytes_field(5, b"\x08\1" * 30_000)),
+}
+
+
+@pytest.mark.parametrize("kind", TINY_FIELDS)
+def test_file_of_tiny_fields_is_refused_in_the_memory_that_its_size_allows(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A field of two bytes takes a hundred times that as an object. Everything here is a fiftieth of what it may be."""
+    monkeypatch.setattr(wire, "_MOST_FIELDS", wire._MOST_FIELDS // 50)
+    path = tmp_path / "m.onnx"
+    path.write_bytes(b"\x08\x08" + TINY_FIELDS[kind])
+    tracemalloc.start()
+    try:
+        for read in (read_graph, read_metadata):
+            with pytest.raises(ModelError):
+                read(path)
+        assert tracemalloc.get_traced_memory()[1] < 2 * path.stat().st_size + 100_000_000 // 50
+    finally:
+        tracemalloc.stop()

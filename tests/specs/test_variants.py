@@ -142,6 +142,7 @@ def test_variant_file_with_all_fields_given_as_lists_gives_them(tmp_path: Path) 
         ("[1, 2, 3, 1]", "[1, 2, 3]", "mine.toml"),
         ("[1, 2, 3, 1]", "[1, 2, 3, '1']", "four numbers"),
         ("[1, 2, 3, 1]", "7", "four numbers"),
+        ("[1, 2, 3, 1]", "[1, 2, 1000000000000, 1]", "depths of 1,000,000,000,004 blocks"),
         ("[0.5, 0.5, 0.25, 0.5]", "[0.5, 0.5, 0.25]", "four numbers"),
         ("[0.5, 0.5, 0.25, 0.5]", "[0.5, 0.5, inf, 0.5]", "four numbers"),
         ("[0.5, 0.5, 0.25, 0.5]", "[0.5, 0.5, nan, 0.5]", "four numbers"),

@@ -93,17 +93,13 @@ class Graph:
             GraphError: It is not stored as raw bytes of a known type.
         """
         data = self._tensors[name]
-        dims, raw = [], None
+        dims: list[int] = []
+        raw = None
         for item in wire.walk(data):
             if item.number == 9:
                 raw = memoryview(data)[item.payload : item.end]
-            elif item.number == 1 and item.wire_type == wire.VARINT:
-                dims.append(item.value)
-            elif item.number == 1:  # packed
-                position = item.payload
-                while position < item.end:
-                    value, position = wire.read_varint(data, position, item.end)
-                    dims.append(value)
+            elif item.number == 1:
+                dims += wire.read_numbers(data, item)
         if raw is None or self.kinds[name] not in _DTYPES:
             raise GraphError(f"the tensor {name} is not stored as raw bytes")
         return np.frombuffer(raw, _DTYPES[self.kinds[name]]).reshape(dims)

@@ -154,6 +154,14 @@ class Network:
         """Tensors that are read through a Q/DQ pair, each once: layers' inputs in order, and `sums`."""
         return tuple(dict.fromkeys([*(layer.input for layer in self.layers), *(name for name, _ in self.sums)]))
 
+    def last_outputs(self) -> tuple[str, ...]:
+        """What layers write that no other layer reads, whatever is between: logits, raw boxes and scores."""
+        leads_on = {layer.input for layer in self.layers}
+        for node in reversed(self.model.graph.node):
+            if leads_on.intersection(node.output):
+                leads_on.update(node.input)
+        return tuple(layer.output for layer in self.layers if layer.output not in leads_on)
+
     def axes(self) -> dict[str, int]:
         """Where the channels of each tensor are that layers read or write, by name."""
         known = {name: layer.axis for layer in self.layers for name in (layer.input, layer.output)}

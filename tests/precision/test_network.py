@@ -9,6 +9,7 @@ from repvgg_deploy.errors import CalibrationError, ModelError
 from repvgg_deploy.precision.network import read_network
 from repvgg_deploy.precision.qdq import insert_pairs
 from tests.precision.make_chain import KINDS, ChainOptions, make_model
+from tests.precision.make_graph import GRAPHS
 
 
 def test_plain_graph_is_read_layer_by_layer() -> None:
@@ -23,6 +24,17 @@ def test_plain_graph_is_read_layer_by_layer() -> None:
         (),
     ]
     assert [i.blocked_by for i in network.interfaces] == [None] * 5 + ["output logits"]
+
+
+def test_last_outputs_are_what_no_layer_reads_again() -> None:
+    network = read_network(make_model(KINDS["se_after"]))
+    assert network.last_outputs() == (network.layer("linear").output,)
+    neck = GRAPHS["neck with SiLU"]()  # two heads of boxes, two of scores, each with something behind it
+    maker = {node.output[0]: node for node in neck.graph.node}
+    behind = [maker[value.name].input[0] for value in neck.graph.output]
+    heads = {maker[x].input[0] if maker[x].op_type == "Exp" else x for x in behind}
+    assert len(heads) == 4 and {maker[x].op_type for x in heads} == {"Conv"}
+    assert set(read_network(neck).last_outputs()) == heads
 
 
 @pytest.mark.parametrize("kind", ["se_before", "se_after"])

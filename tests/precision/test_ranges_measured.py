@@ -144,10 +144,18 @@ def test_an_image_beside_which_the_others_vanish_takes_no_part() -> None:
 def test_images_that_are_no_exceptions_take_part() -> None:
     sizes = np.ones(100, np.float32)
     sizes[:5] = 31
-    assert find_extreme([np.ones(100, np.float32), sizes]) == (0, 1, 2, 3, 4)
+    assert find_extreme([np.ones(100, np.float32), sizes], []) == (0, 1, 2, 3, 4)
     sizes[5] = 31
-    assert find_extreme([sizes]) == ()
-    assert find_extreme([np.where(sizes > 1, sizes, 0)]) == ()  # most are dead: nothing to compare with
+    assert find_extreme([sizes], []) == ()
+    assert find_extreme([np.where(sizes > 1, sizes, 0)], []) == ()  # most are dead: nothing to compare with
+
+
+def test_an_image_is_judged_by_what_it_gives_before_it_is_judged_by_what_is_between() -> None:
+    """Many times as much between layers does no harm that the outputs do not show."""
+    sizes = np.ones(100, np.float32)
+    sizes[:4] = [2.9, 3.1, 17, 29]
+    assert find_extreme([sizes], []) == ()
+    assert find_extreme([sizes], [sizes]) == (1, 2, 3)
 
 
 def test_leave_out_keeps_the_size_of_batches() -> None:

@@ -57,6 +57,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 KEPT = RESULTS.parents[1] / ".gpu"
 """Ignored by git: what is measured in a copy of the working tree stays there between two runs."""
 PROFILE = ShapeProfile(1, 32, 128)
+PROFILED = ShapeProfile(1, 128, 128, batches=speed.BATCHES)
+"""Kernels for each batch that is measured (`--profiles`)."""
 PRECISIONS = ("fp32", "fp16", "int8")
 PEAK, BYTES = "matrix peak", f"{models.VARIANTS[0]} uint8"
 
@@ -72,12 +74,14 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"written: {args.models}")
                 return 0
             machine = describe_machine()
-            target = args.out or RESULTS / f"gpu-{machine['flavour']}-{machine['gpu'].replace(' ', '-').lower()}.json"
+            name = f"gpu-{machine['flavour']}-{machine['gpu'].replace(' ', '-').lower()}"
+            target = args.out or RESULTS / f"{name}{'-profiles' * args.profiles}.json"
             record = Record(target, machine, copy=KEPT / "results" / target.name, anew=args.anew)
         except RepVGGDeployError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
         run = Run(args.models, Path(scratch), args.seconds, record, end=time.monotonic() + 60 * args.minutes)
+        run.profile = PROFILED if args.profiles else PROFILE
         left = run.all(args.variants)
     print(f"{report.show(record.result)}\n\nwritten: {target}")
     if left:
@@ -98,12 +102,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--make-models", action="store_true", help="only make the models, and those of `pytest -m gpu`; needs no GPU"
     )
     parser.add_argument("--variants", nargs="+", choices=models.VARIANTS, default=list(models.VARIANTS))
+    parser.add_argument(
+        "--profiles",
+        action="store_true",
+        help="plans with an optimization profile for each batch, in results of their own",
+    )
     parser.add_argument("--seconds", type=float, default=2.0, help="for each figure (default: %(default)s)")
     parser.add_argument(
         "--minutes", type=float, default=60.0, help="in which the last stage is to end (default: %(default)s)"
     )
     parser.add_argument(
-        "--out", type=Path, default=None, help="the JSON (default: benchmarks/results/gpu-FLAVOUR-GPU.json)"
+        "--out",
+        type=Path,
+        default=None,
+        help="the JSON (default: benchmarks/results/gpu-FLAVOUR-GPU.json, or …-profiles.json)",
     )
     parser.add_argument("--anew", action="store_true", help="measure again what the JSON already holds")
     return parser.parse_args(argv)
@@ -119,6 +131,9 @@ class Run:
         record: Where results go.
         end: On the monotonic clock, in seconds: no stage begins that may end later.
         targets: Compute capabilities for TensorRT-RTX; the GPU that is here.
+
+    Attributes:
+        profile: Of the plans.
     """
 
     def __init__(
@@ -135,6 +150,7 @@ class Run:
         machine = record.result["machine"]
         self._old = machine["versions"]["tensorrt"].startswith("8.") and machine["flavour"] == "tensorrt"
         self._targets = targets if machine["flavour"] == "tensorrt_rtx" else ()
+        self.profile = PROFILE
         self._left: list[str] = []
         self._begun: set[str] = set()  # in this run: what fails is not tried again
 
@@ -210,7 +226,7 @@ class Run:
 
     def _build(self, variant: str, kind: str) -> tuple[Path, dict[str, Any]]:
         plan = self._scratch / f"{variant.lower()}-{kind}.plan"
-        options = BuildOptions(BuildConfig(profile=PROFILE), True, targets=self._targets, use_cache=False)
+        options = BuildOptions(BuildConfig(profile=self.profile), True, targets=self._targets, use_cache=False)
         built = build_plan(models.path_of(self._folder, variant, kind), plan, options, force=True)
         passport = built.passport
         return plan, {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ..files.plan_place import Library, name_driver, quote, start_tensorrt
 from .inspect import PrecisionReport, WeightedLayer, measure, read_layers, require_honest, weigh_layers
 from .library import BuildLog
 from .monitor import BuildState, make_monitor, run_cancellable
-from .network import add_profile, output_types, parse, tensor_shapes
+from .network import add_profiles, output_types, parse, tensor_shapes
 from .options import BuildRequest
 from .recipes import configure, create_network, require_typing
 from .source import Source, find_dense_layers
@@ -115,7 +115,7 @@ def _compile(request: BuildRequest, state: BuildState) -> BuiltPlan:
     weighted = weigh_layers(source.graph, tensor_shapes(network))
     settings = builder.create_builder_config()
     configure(request, network, settings)
-    add_profile(builder, settings, source.spec, request.config.profile)
+    add_profiles(builder, settings, source.spec, request.config.profile)
     file = choose_timing_file(request)
     timing = None if file is None else TimingFile(file, settings, is_ours=request.timing_cache is None)
     monitor = make_monitor(library.trt, state)
@@ -173,13 +173,8 @@ def _inspect(
         raise BuildError(
             f"{library.name} cannot load the plan that it has just built:{quote(log.errors)}", remedy=_REMEDIES[0][1]
         )
-    inspector, context = engine.create_engine_inspector(), engine.create_execution_context()
-    if context is not None:  # with it the inspector knows formats that depend on the batch
-        source = request.source.spec.input
-        context.set_input_shape(source.name, request.config.profile.shapes(source)[1])
-        inspector.execution_context = context
     try:
-        found = read_layers(str(inspector.get_engine_information(trt.LayerInformationFormat.JSON)))
+        found = read_layers(*_ask_inspector(request, engine))
     except BuildError as error:  # the plan is good all the same
         logger.warning("the precision is not judged: %s", error.message)
         return None
@@ -192,6 +187,21 @@ def _inspect(
         return None
     require_honest(report, library.name)
     return report
+
+
+def _ask_inspector(request: BuildRequest, engine: Any) -> Iterator[str]:
+    """What the layer inspector says of the kernels of each optimization profile."""
+    source, kind = request.source.spec.input, request.library.trt.LayerInformationFormat.JSON
+    inspector, context = engine.create_engine_inspector(), engine.create_execution_context()
+    for index, profile in enumerate(request.config.profile.split()):
+        if context is not None:  # with it the inspector knows formats that depend on the batch
+            if index and not context.set_optimization_profile_async(index, 0):
+                return
+            context.set_input_shape(source.name, profile.shapes(source)[1])
+            inspector.execution_context = context
+        elif index:
+            return
+        yield str(inspector.get_engine_information(kind))
 
 
 def choose_timing_file(request: BuildRequest) -> Path | None:

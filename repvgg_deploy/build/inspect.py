@@ -81,8 +81,10 @@ def weigh_layers(graph: GraphSummary, shapes: Mapping[str, tuple[int, ...]]) -> 
     return tuple(result)
 
 
-def read_layers(text: str) -> dict[str, str]:
+def read_layers(*texts: str) -> dict[str, str]:
     """The precision that each ONNX node computes in, from the inspector's JSON. Nodes without one are left out.
+
+    One text for each optimization profile; a text may also speak of several.
 
     Both shapes of the JSON are read: TensorRT up to 10 ends with the list `Bindings`, 11 with the objects
     `I/O Tensors`. A plan without detailed verbosity has names only, and so no precision. Of a node in several layers
@@ -91,6 +93,18 @@ def read_layers(text: str) -> dict[str, str]:
     Raises:
         BuildError: It is neither.
     """
+    found: dict[str, str] = {}
+    for layer in (layer for text in texts for layer in _read(text)):
+        precision = _layer_precision(layer) if isinstance(layer, Mapping) else None
+        if precision is not None:
+            for node in _node_names(str(layer.get("Name", "")), str(layer.get("Metadata", ""))):
+                if _WIDTH[precision] >= _WIDTH[found.get(node, precision)]:
+                    found[node] = precision
+    return found
+
+
+def _read(text: str) -> list[Any]:
+    """The layers."""
     try:
         data = json.loads(text)
     except ValueError as error:
@@ -98,14 +112,7 @@ def read_layers(text: str) -> dict[str, str]:
     layers = data.get("Layers") if isinstance(data, dict) else None
     if not isinstance(layers, list) or not {"Bindings", "I/O Tensors"} & set(data):
         raise _not_understood(f"expected Layers, and Bindings or I/O Tensors, found {text[:80]!r}")
-    found: dict[str, str] = {}
-    for layer in layers:
-        precision = _layer_precision(layer) if isinstance(layer, Mapping) else None
-        if precision is not None:
-            for node in _node_names(str(layer.get("Name", "")), str(layer.get("Metadata", ""))):
-                if _WIDTH[precision] >= _WIDTH[found.get(node, precision)]:
-                    found[node] = precision
-    return found
+    return layers
 
 
 def _not_understood(why: str) -> BuildError:
@@ -143,7 +150,8 @@ def _tactic_kind(tactic: str) -> str | None:
 
 
 def _node_names(name: str, metadata: str) -> frozenset[str]:
-    """`a.conv + a.relu` and `[ONNX Layer: a.conv]` → `a.conv` and so on."""
+    """`a.conv + a.relu [profile 1]` and `[ONNX Layer: a.conv]` → `a.conv` and so on."""
+    name = re.sub(r"\s*\[profile \d+\]", "", name)
     parts = {part.strip() for part in re.split(r" \+ |\|\|", name)}
     inner = {match for part in parts for match in re.findall(r"(?:PWN|fused)\(([^()]+)\)", part)}
     stated = {match.strip() for match in re.findall(r"\[ONNX Layer: ([^\]]+)\]", metadata)}

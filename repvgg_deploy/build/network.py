@@ -106,18 +106,20 @@ def tensor_shapes(network: Any) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def add_profile(builder: Any, settings: Any, spec: ModelSpec, profile: ShapeProfile) -> None:
+def add_profiles(builder: Any, settings: Any, spec: ModelSpec, profile: ShapeProfile) -> None:
     """Tells TensorRT the batch sizes, and the image sizes where they vary.
 
     Raises:
-        BuildError: TensorRT refuses the profile.
+        BuildError: TensorRT refuses a profile.
     """
-    shapes = profile.shapes(spec.input)
-    trt_profile = builder.create_optimization_profile()
-    trt_profile.set_shape(spec.input.name, *shapes)
-    if settings.add_optimization_profile(trt_profile) < 0:
-        raise BuildError(
-            f"TensorRT refuses the shapes {', '.join(map(str, shapes))}",
-            remedy="give other --min-batch, --opt-batch, --max-batch"
-            + (", or other --min-size, --opt-size, --max-size" if profile.opt_size else ""),
-        )
+    batches = "--profiles" if profile.batches else "--min-batch, --opt-batch, --max-batch"
+    for one in profile.split():
+        shapes = one.shapes(spec.input)
+        trt_profile = builder.create_optimization_profile()
+        trt_profile.set_shape(spec.input.name, *shapes)
+        if settings.add_optimization_profile(trt_profile) < 0:
+            raise BuildError(
+                f"TensorRT refuses the shapes {', '.join(map(str, shapes))}",
+                remedy=f"give other {batches}"
+                + (", or other --min-size, --opt-size, --max-size" if profile.opt_size else ""),
+            )

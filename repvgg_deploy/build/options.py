@@ -122,8 +122,14 @@ def choose_profile(source: Source, options: BuildOptions) -> ShapeProfile:
     """
     profile, spec = _choose_sizes(source, options.config.profile), source.spec
     batches = (profile.min_batch, profile.opt_batch, profile.max_batch)
-    if spec.batch is None or batches == (spec.batch,) * 3:
+    if spec.batch is None or (batches == (spec.batch,) * 3 and not profile.batches):
         return profile
+    if profile.batches:
+        raise BuildError(
+            f"{source.path}: has the fixed batch {spec.batch}, and profiles for {', '.join(map(str, profile.batches))} "
+            "are asked for",
+            remedy="leave --profiles out; or export it again without --batch",
+        )
     if options.profile_given or batches != (_USUAL.min_batch, _USUAL.opt_batch, _USUAL.max_batch):
         raise BuildError(
             f"{source.path}: has the fixed batch {spec.batch}, and batches of {profile.min_batch}, "

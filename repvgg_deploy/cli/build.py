@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError
 from . import quantize
 from .check import describe_plan
-from .common import Command, Output, parse_size, parse_whole, show_bytes, show_seconds
+from .common import Command, Output, parse_counts, parse_size, parse_whole, show_bytes, show_seconds
 from .terminal import Progress, format_pairs
 
 Size = tuple[int, int]
@@ -62,6 +62,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         ("max", "the largest; memory grows with it (default: 32)"),
     ):
         batches.add_argument(f"--{name}-batch", type=parse_whole, metavar="N", help=text)
+    batches.add_argument("--profiles", type=parse_counts, metavar="N,N",
+                         help="several usual ones, such as 1,8,32,128: kernels of their own for each, in place of the "
+                              "three above; the build takes as many times as long")
     sizes = parser.add_argument_group("image sizes of a model that takes any (--dynamic-size), in pixels")
     for name, text in (
         ("min", "the smallest that the plan accepts (default: the usual one)"),
@@ -121,6 +124,9 @@ def _capability(text: str) -> str:
 
 def find_conflict(args: argparse.Namespace) -> str | None:
     """What is wrong with options that cannot hold together, or None."""
+    for name in ("min", "opt", "max"):
+        if args.profiles is not None and getattr(args, f"{name}_batch") is not None:
+            return f"--{name}-batch is of one profile: it cannot hold with --profiles, whose batches say it"
     given = quantize.find_given(args)
     if args.precision == "fp32" and given:
         return f"{given[0]} is of --fp16, --int8 and --fp8: it cannot hold with --fp32"
@@ -192,7 +198,7 @@ def read_build_options(args: argparse.Namespace) -> BuildOptions:
     config = dataclasses.replace(base, profile=_merge_profile(base.profile, args), **changes)
     options = BuildOptions(
         config,
-        (args.min_batch, args.opt_batch, args.max_batch) != (None, None, None),
+        (args.min_batch, args.opt_batch, args.max_batch, args.profiles) != (None, None, None, None),
         args.backend,
         tuple(args.targets or ()),
         args.timing_cache,
@@ -204,11 +210,14 @@ def read_build_options(args: argparse.Namespace) -> BuildOptions:
 def _merge_profile(base: ShapeProfile, args: argparse.Namespace) -> ShapeProfile:
     """The batch and image sizes that are given; the others stay, moved as far as they must to fit."""
     low, usual, high = args.min_batch, args.opt_batch, args.max_batch
+    batches = base.batches if (low, usual, high) == (None, None, None) else ()
+    if args.profiles is not None:
+        batches, low, usual, high = args.profiles, 1, args.profiles[-1], args.profiles[-1]
     smallest = low if low is not None else min(base.min_batch, usual or base.min_batch, high or base.min_batch)
     largest = high if high is not None else max(base.max_batch, usual or 1, smallest)
     usual = usual if usual is not None else max(smallest, min(base.opt_batch, largest))
     sizes = _merge_sizes((base.min_size, base.opt_size, base.max_size), (args.min_size, args.opt_size, args.max_size))
-    changes: dict[str, Any] = {"min_batch": smallest, "opt_batch": usual, "max_batch": largest}
+    changes: dict[str, Any] = {"min_batch": smallest, "opt_batch": usual, "max_batch": largest, "batches": batches}
     changes |= {"min_size": sizes[0], "opt_size": sizes[1], "max_size": sizes[2]}
     return dataclasses.replace(base, **changes)
 

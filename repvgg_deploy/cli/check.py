@@ -91,7 +91,10 @@ def describe_plan(passport: PlanPassport) -> list[tuple[str, str]]:
         seen = ", ".join(f"{name} {share:.1%}" for name, share in shares)
         precision = f"{precision}: {seen} of the multiply-accumulates"
     batches = f"{profile.min_batch} to {profile.max_batch}, tuned for {profile.opt_batch}"
-    if profile.min_batch == profile.max_batch:
+    if profile.batches:
+        kernels = ", ".join(map(str, profile.batches))
+        batches = f"{profile.min_batch} to {profile.max_batch}, with kernels of their own for {kernels}"
+    elif profile.min_batch == profile.max_batch:
         batches = f"{profile.max_batch} and no other"
     is_tensorrt = passport.flavour == "tensorrt"
     pairs = [("precision", precision), ("batches", batches)]

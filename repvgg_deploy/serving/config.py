@@ -57,7 +57,9 @@ def make_config(model: Servable, options: RepositoryOptions) -> Any:
     group.kind = type(group).KIND_AUTO
     if model.platform == "tensorrt_plan":
         group.kind = type(group).KIND_GPU
-        group.profile.append("0")
+        # Triton takes the one with the nearest usual batch of those that hold the request; it uses no other than these.
+        below = [batch for batch in model.profile_batches if batch < config.max_batch_size]
+        group.profile.extend(map(str, range(len(below) + 1)))
         if options.cuda_graphs:
             config.optimization.cuda.graphs = True
     if batched:
@@ -115,6 +117,8 @@ def _choose_preferred(model: Servable, options: RepositoryOptions, largest: int)
                 remedy=f"give at most {largest}",
             )
         return tuple(sorted(set(options.preferred_batch)))
+    if model.profile_batches:
+        return tuple(sorted({largest, *(batch for batch in model.profile_batches if 1 < batch < largest)}))
     return tuple(sorted({min(model.opt_batch, largest), largest})) if model.opt_batch is not None else ()
 
 

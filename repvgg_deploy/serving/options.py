@@ -83,6 +83,7 @@ class Servable:
         max_batch: Largest batch that the model takes; None for any.
         opt_batch: The batch that it is tuned for; None where it is tuned for none.
         opt_size: (height, width) in pixels that it is tuned for, where it takes several.
+        profile_batches: Batches that a plan has an optimization profile for each; empty where it has one for all.
         capability_files: File by compute capability, where there are several GPU types; else empty.
         provenance: What goes into `parameters`, by name.
     """
@@ -96,6 +97,7 @@ class Servable:
     capability_files: dict[str, str]
     provenance: dict[str, str]
     opt_size: tuple[int, int] | None = None
+    profile_batches: tuple[int, ...] = ()
 
     @property
     def batches(self) -> bool:

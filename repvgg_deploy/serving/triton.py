@@ -122,6 +122,7 @@ def _read_plans(paths: Sequence[Path], options: RepositoryOptions) -> Servable:
         capability_files=capability_files,
         provenance=provenance,
         opt_size=first.config.profile.opt_size,
+        profile_batches=first.config.profile.batches,
     )
 
 
@@ -158,6 +159,12 @@ def _require_one_network(paths: Sequence[Path], passports: Sequence[PlanPassport
                     remedy="build all plans of one model from the same ONNX with the same TensorRT, one for each GPU "
                     "type",
                 )
+        batches = [one.config.profile.batches for one in (passports[0], passport)]
+        if batches[0] != batches[1]:
+            raise InputError(
+                f"{path}: has optimization profiles for {_show(batches[1])}, and {paths[0]} for {_show(batches[0])}",
+                remedy="build all plans of one model with the same --profiles",
+            )
         sizes = [(p.min_size, p.opt_size, p.max_size) for p in (passports[0].config.profile, passport.config.profile)]
         if sizes[0] != sizes[1]:
             raise InputError(
@@ -165,6 +172,10 @@ def _require_one_network(paths: Sequence[Path], passports: Sequence[PlanPassport
                 f"{sizes[0][2]}",
                 remedy="build all plans of one model with the same --min-size, --opt-size and --max-size",
             )
+
+
+def _show(batches: tuple[int, ...]) -> str:
+    return f"batches of {', '.join(map(str, batches))}" if batches else "all batches in one"
 
 
 def _capability_files(paths: Sequence[Path], passports: Sequence[PlanPassport]) -> dict[str, str]:

@@ -317,6 +317,17 @@ def _check_profile(passport: PlanPassport, config: Any, where: str) -> Iterator[
     if largest and profile.min_batch > 1:
         message = f"{where} takes no batch below {profile.min_batch}, and Triton sends such"
         yield "error", message, "build it with --min-batch 1"
+    count = max(1, len(profile.batches))
+    used = {name for group in config.instance_group for name in group.profile or ["0"]}
+    wrong = sorted(name for name in used if not (name.isdecimal() and int(name) < count))
+    if wrong:
+        message = (
+            f"{where} has {count} optimization profile{'s' * (count > 1)}, counted from 0, and none is {wrong[0]!r}"
+        )
+        yield "error", message, "correct profile in instance_group"
+    elif count > 1 and largest > max(profile.batches[int(name)] for name in used or {"0"}):
+        message = f"{where}: none of its optimization profiles that are in use takes a batch of {largest}"
+        yield "error", message, "list all of them in instance_group, as --out writes it"
     smallest, _, most = profile.shapes(passport.spec.input)
     for warm_up in config.model_warmup if profile.opt_size else ():
         dims = list(warm_up.inputs[passport.spec.input.name].dims) if passport.spec.input.name in warm_up.inputs else []

@@ -7,7 +7,7 @@ artifact schema; `codec.decode` reads them.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ..errors import InputError
@@ -356,6 +356,7 @@ class ShapeProfile:
         min_size: (height, width) in pixels; None where the model has one size, as the next two are then.
         opt_size: What the plan is tuned for.
         max_size: Each side by itself: no image is higher or wider.
+        batches: Up to `max_batch`; each has a profile and kernels of its own. Empty: one profile, for `opt_batch`.
     """
 
     min_batch: int = 1
@@ -364,6 +365,7 @@ class ShapeProfile:
     min_size: tuple[int, int] | None = None
     opt_size: tuple[int, int] | None = None
     max_size: tuple[int, int] | None = None
+    batches: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _require(
@@ -371,32 +373,33 @@ class ShapeProfile:
             f"profile: expected 1 ≤ min ≤ opt ≤ max, found {self.min_batch}, {self.opt_batch}, {self.max_batch}",
             "order --min-batch, --opt-batch and --max-batch",
         )
-        sizes = (self.min_size, self.opt_size, self.max_size)
-        known = [size for size in sizes if size is not None]
-        ordered = len(known) == len(sizes) and all(1 <= a <= b <= c for a, b, c in zip(*known, strict=True))
-        found = "profile: expected 1 ≤ min ≤ opt ≤ max of height and of width, found "
+        batches = self.batches or (self.max_batch,)
         _require(
-            ordered or not known,
-            found + ", ".join("none" if size is None else f"{size[0]}×{size[1]}" for size in sizes),
+            list(batches) == sorted({*batches}) and batches[0] >= self.min_batch and batches[-1] == self.max_batch,
+            f"profile: expected ascending batches from min up to max, {self.max_batch}, found {self.batches}",
+            "give --profiles such as 1,8,32, or max_batch the last of batches",
+        )
+        sizes = (self.min_size, self.opt_size, self.max_size)
+        sides = zip(*(size or (0, 0) for size in sizes), strict=True)
+        found = ", ".join("none" if size is None else f"{size[0]}×{size[1]}" for size in sizes)
+        _require(
+            not any(sizes) or all(1 <= a <= b <= c for a, b, c in sides),
+            f"profile: expected 1 ≤ min ≤ opt ≤ max of height and of width, found {found}",
             "give --min-size, --opt-size and --max-size in this order, as N or HxW",
         )
 
-    def shapes(self, tensor: TensorSpec) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """The smallest, the usual and the largest shape of an input."""
-        batches = (self.min_batch, self.opt_batch, self.max_batch)
-        smallest, usual, largest = (
-            self._fill(tensor, batch, size)
-            for batch, size in zip(batches, (self.min_size, self.opt_size, self.max_size), strict=True)
-        )
-        return smallest, usual, largest
+    def split(self) -> tuple[ShapeProfile, ...]:
+        """One of each optimization profile."""
+        return tuple(replace(self, opt_batch=one, max_batch=one, batches=()) for one in self.batches) or (self,)
 
-    @staticmethod
-    def _fill(tensor: TensorSpec, batch: int, size: tuple[int, int] | None) -> tuple[int, ...]:
-        shape = [batch, *tensor.shape[1:]]
-        for axis, side in zip(tensor.image_axes or (), size or (), strict=False):
-            shape[axis] = side
-        assert all(isinstance(side, int) for side in shape), "`build.options.choose_profile` asked for the sizes"
-        return tuple(int(side) for side in shape)
+    def shapes(self, tensor: TensorSpec) -> tuple[tuple[int, ...], ...]:
+        """The smallest, the usual and the largest shape of an input."""
+        found = [[batch, *tensor.shape[1:]] for batch in (self.min_batch, self.opt_batch, self.max_batch)]
+        for shape, size in zip(found, (self.min_size, self.opt_size, self.max_size), strict=True):
+            for axis, side in zip(tensor.image_axes or (), size or (), strict=False):
+                shape[axis] = side
+            assert all(isinstance(side, int) for side in shape), "`build.options.choose_profile` asked for the sizes"
+        return tuple(tuple(int(side) for side in shape) for shape in found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -447,8 +450,7 @@ class PlanPassport:
         driver_version: None where there was no driver.
         build_seconds: Wall time of the build.
         history: The ONNX's own, extended by the build.
-        precision_shares: By precision, the share of multiply-accumulates that the layer inspector saw compute in it, 0
-            to 1; empty where it could not look.
+        precision_shares: Of the multiply-accumulates by precision, 0 to 1, as the inspector saw; empty where none did.
         platform: Where it was built, such as `linux-x86_64`: plans do not cross platforms.
         variant: The architecture, or None for a module of the user's own.
     """

@@ -64,7 +64,7 @@ def _build(library: Library, scratch: Path, model: Path, attempt: Callable[..., 
     newer = library.number >= (8, 6) and not library.is_rtx
     config = BuildConfig(
         optimization_level=3 if library.number >= (8, 6) or library.is_rtx else None,
-        version_compatible=newer, hardware_compatible=newer, sparse=True,
+        version_compatible=newer, hardware_compatible=newer, sparse=True, profile=ShapeProfile(1, 4, 4, batches=(1, 4)),
     )  # fmt: skip
     targets = resolve_targets(library, (), None) if library.is_rtx else ("8.6",)
     request = BuildRequest(source, config, library, Gpu("NVIDIA A10", "8.6", None), targets)
@@ -83,7 +83,7 @@ def _build(library: Library, scratch: Path, model: Path, attempt: Callable[..., 
     if not is_strongly_typed(library):
         none = dict.fromkeys(("CUDNN", "CUBLAS", "CUBLAS_LT"))
         attempt("tactic sources", lambda: choose_tactic_sources(trt, settings, none))
-    attempt("profile", lambda: network_module.add_profile(builder, settings, source.spec, ShapeProfile()))
+    attempt("profile", lambda: network_module.add_profiles(builder, settings, source.spec, config.profile))
     if not library.is_rtx:
         (scratch / "t.timing").write_bytes(b"x" * 64)
         for file in ("none.timing", "t.timing"):

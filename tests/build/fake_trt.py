@@ -381,8 +381,13 @@ class Engine:
         self.trt = trt
 
     def create_execution_context(self) -> Any:
+        def choose_profile(index: int, stream: int) -> bool:
+            self.trt.calls.append(("profile chosen", index))
+            return True
+
         return types.SimpleNamespace(
-            set_input_shape=lambda name, shape: self.trt.calls.append(("inspected", (name, tuple(shape))))
+            set_input_shape=lambda name, shape: self.trt.calls.append(("inspected", (name, tuple(shape)))),
+            set_optimization_profile_async=choose_profile,
         )
 
     def create_engine_inspector(self) -> Any:

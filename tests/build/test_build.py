@@ -506,6 +506,34 @@ def test_fixed_batch_takes_the_place_of_the_usual_profile(tmp_path: Path, tensor
             build_plan(model, options=options)
 
 
+def test_several_profiles_are_built_and_inspected_and_the_passport_and_the_cache_know_them(
+    tmp_path: Path, tensorrt
+) -> None:
+    model = make_typed(tmp_path, "mixed")
+    trt = tensorrt(model)
+    profile = ShapeProfile(1, 32, 32, batches=(1, 8, 32))
+    result = build_plan(model, options=BuildOptions(config(profile=profile)))
+    shapes = [("input", (1, 3, 16, 16), (batch, 3, 16, 16), (batch, 3, 16, 16)) for batch in (1, 8, 32)]
+    assert trt.said("profile") == shapes
+    assert trt.said("inspected") == [("input", (batch, 3, 16, 16)) for batch in (1, 8, 32)]
+    assert trt.said("profile chosen") == [1, 2]
+    assert result.passport.config.profile == read_passport(result.output.target).config.profile == profile
+    assert build_plan(model, options=BuildOptions(config(profile=profile))).origin == "output"
+    assert build_plan(model, tmp_path / "o.plan", BuildOptions(config(profile=profile))).origin == "cache"
+    other = ShapeProfile(1, 32, 32)
+    assert build_plan(model, tmp_path / "p.plan", BuildOptions(config(profile=other))).origin == "built"
+
+
+def test_model_of_one_batch_takes_no_profiles(tmp_path: Path, tensorrt) -> None:
+    model = make_typed(tmp_path, "fp32", batch=4)
+    tensorrt(model)
+    for batches in ((1, 4), (4,)):
+        profile = ShapeProfile(batches[0], 4, 4, batches=batches)
+        with pytest.raises(BuildError, match=r"has the fixed batch 4, and profiles for .*4 are asked for") as caught:
+            build_plan(model, options=BuildOptions(config(profile=profile), True))
+        assert "--profiles" in caught.value.remedy
+
+
 SIZES = ((8, 16), (16, 32), (64, 48))
 
 

@@ -53,6 +53,19 @@ def test_plan_as_its_graph_is_honest_in_both_shapes(tail: str) -> None:
     require_honest(report, "TensorRT")
 
 
+def test_layers_of_several_profiles_are_known_and_the_widest_counts() -> None:
+    second = [{**one, "Name": f"{one['Name']} [profile 1]"} for one in ALL_INT8]
+    assert measure(read_layers(answer(second)), GRAPH).seen == 1.0
+    second[1] = layer("stage1.0.conv + stage1.0.relu [profile 1]", FP16)
+    for texts in (
+        (answer([*ALL_INT8, *second]),),
+        (answer(ALL_INT8), answer(second)),
+        (answer(second), answer(ALL_INT8)),
+    ):
+        report = measure(read_layers(*texts), GRAPH)
+        assert report.fallen == (("stage1.0.conv", "int8", "fp16"),)
+
+
 def test_fallback_of_most_of_the_work_is_an_error_that_names_the_layers() -> None:
     layers = [
         ALL_INT8[0],

@@ -285,6 +285,13 @@ def test_plan_of_a_tensorrt_whose_runtime_cannot_start_is_kept_and_not_judged(
     assert "the precision is not judged: TensorRT 10.9.0.34 cannot start its runtime" in caplog.text
 
 
+def test_profiles_that_are_refused_name_their_option(tmp_path: Path) -> None:
+    config = BuildConfig(profile=ShapeProfile(1, 4, 4, batches=(1, 4)))
+    with pytest.raises(BuildError, match=r"refuses the shapes \(1, ") as caught:
+        build_fake("10.9.0.34", make_typed(tmp_path, "fp32"), config, faults=Faults(profile=True))
+    assert caught.value.remedy == "give other --profiles"
+
+
 def test_profile_that_is_refused_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="refuses the shapes"):
         build_fake("10.9.0.34", make_typed(tmp_path, "fp32"), faults=Faults(profile=True))

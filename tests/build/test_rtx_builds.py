@@ -87,6 +87,14 @@ def test_fixed_batch_is_built(tmp_path: Path) -> None:
     assert build_rtx(path, BuildConfig(profile=ShapeProfile(4, 4, 4))).output_types
 
 
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_plan_of_several_profiles_is_built(tmp_path: Path, precision: str) -> None:
+    path = make_typed(tmp_path, precision)
+    one = memoryview(build_rtx(path, BuildConfig(profile=ShapeProfile(1, 32, 32))).data).tobytes()
+    several = BuildConfig(profile=ShapeProfile(1, 32, 32, batches=(1, 8, 32)))
+    assert memoryview(build_rtx(path, several).data).tobytes() != one
+
+
 @pytest.mark.parametrize("uint8", [False, True])
 def test_plan_of_several_image_sizes_is_built(tmp_path: Path, uint8: bool) -> None:
     path = make_onnx(tmp_path / "m.onnx", ModelOptions(size=("height", "width"), uint8=uint8))

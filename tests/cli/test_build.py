@@ -230,6 +230,10 @@ def test_faults_are_said_with_a_remedy_and_leave_nothing(
 
 USAGE = {
     "both": (["--fp16", "--int8"], "not allowed with"),
+    "profiles": (
+        ["--profiles", "1,8", "--max-batch", "8"],
+        "--max-batch is of one profile: it cannot hold with --profiles",
+    ),
     "fp32 calib": (["--fp32", "--calib", "x"], "--calib is of --fp16, --int8 and --fp8: it cannot hold with --fp32"),
     "fp16 fast": (["--fp16", "--fast"], "--fast is of --int8"),
     "percentile": (["--int8", "--percentile", "99"], "needs --method percentile"),
@@ -290,6 +294,25 @@ def test_batch_sizes_that_are_not_given_follow_those_that_are(
     args = build_parser().parse_args(["build", str(make_typed(tmp_path, "fp32")), *given])
     options = read_build_options(args)
     assert options.config.profile == ShapeProfile(*wanted) and options.profile_given == bool(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("--profiles 8,1,32,8", ShapeProfile(1, 32, 32, batches=(1, 8, 32))),
+        ("--profiles 16", ShapeProfile(1, 16, 16, batches=(16,))),
+        ("", ShapeProfile(1, 4, 64, batches=(2, 64))),
+        ("--max-batch 16", ShapeProfile(1, 4, 16)),
+        ("--opt-size 640", ShapeProfile(1, 4, 64, *((640, 640),) * 3, batches=(2, 64))),
+    ],
+)
+def test_profiles_of_the_command_line_come_before_those_of_the_file(
+    tmp_path: Path, given: str, wanted: ShapeProfile
+) -> None:
+    file = tmp_path / "several.toml"
+    file.write_text("[profile]\nopt_batch = 4\nmax_batch = 64\nbatches = [2, 64]\n")
+    arguments = ["build", str(make_typed(tmp_path, "fp32")), "--config", str(file), *given.split()]
+    assert read_build_options(build_parser().parse_args(arguments)).config.profile == wanted
 
 
 @pytest.mark.parametrize(

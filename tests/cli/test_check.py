@@ -51,6 +51,12 @@ def test_plan_of_several_image_sizes_says_them(
     assert re.search(rf"^images     {line}$", run(capsys, plan)[1], re.M)
 
 
+def test_plan_of_several_profiles_says_them(tmp_path: Path, machine, capsys: pytest.CaptureFixture[str]) -> None:
+    machine("11.4.0.106", L4)
+    plan = write_plan(tmp_path / "any.plan", profile=ShapeProfile(1, 8, 32, batches=(1, 8, 32)))
+    assert re.search(r"^batches    1 to 32, with kernels of their own for 1, 8, 32$", run(capsys, plan)[1], re.M)
+
+
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch):
     """A machine with a GPU and a TensorRT, or without."""

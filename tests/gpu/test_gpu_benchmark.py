@@ -20,6 +20,7 @@ from benchmarks.gpu_parts import checks, machine, models, report, speed
 from benchmarks.gpu_parts.bare import BareLoop, DeviceBatch
 from benchmarks.gpu_parts.record import Record, find_peak
 from repvgg_deploy.errors import CudaError, InputError
+from repvgg_deploy.files.passport import read_passport
 from repvgg_deploy.files.plan_place import Library
 from repvgg_deploy.runtime.tensorrt.backend import TensorRtBackend
 from tests.fakes.tensorrt import Faults
@@ -444,6 +445,11 @@ def test_models_are_built_by_a_real_builder(request: pytest.FixtureRequest, tmp_
             and row["build_seconds"] > 0
             and row["inspected"] == "not_inspected"
         )
+    one = plan.read_bytes()
+    run.profile = gpu.PROFILED
+    plan, _ = run._build(models.SAMPLE, kind)
+    passport = read_passport(plan)
+    assert passport is not None and passport.config.profile.batches == (1, 8, 32, 128) and plan.read_bytes() != one
     with np.load(models.reference_of(folder, models.SAMPLE)) as stored:
         images, logits = stored["images"], {name: stored[name] for name in ("fp32", "int8", "int8-trt8")}
     assert images.shape[0] == 64 and all(len(found) == 64 for found in logits.values())

@@ -201,6 +201,27 @@ def test_plan_takes_no_larger_batch_than_its_profile(tmp_path: Path) -> None:
         write(plan, tmp_path, preferred_batch=(largest + 1,))
 
 
+def test_triton_is_told_the_profiles_that_its_batches_need(tmp_path: Path) -> None:
+    profile = ShapeProfile(1, 128, 128, batches=(1, 8, 32, 128))
+    plan = write_plan(tmp_path / "b2.plan", profile=profile)
+    config = write(plan, tmp_path)
+    assert list(config.instance_group[0].profile) == ["0", "1", "2", "3"]
+    assert list(config.dynamic_batching.preferred_batch_size) == [8, 32, 128]
+    fewer = write(plan, tmp_path, name="fewer", max_batch=16)
+    assert list(fewer.instance_group[0].profile) == ["0", "1", "2"]  # the one for 32 takes 9 to 16
+    assert list(fewer.dynamic_batching.preferred_batch_size) == [8, 16]
+    assert validate_repository(tmp_path / "repo")[1] == ()
+
+
+def test_plans_of_other_profiles_are_not_one_model(tmp_path: Path) -> None:
+    first = write_plan(tmp_path / "a.plan", compute_capabilities=("8.6",), profile=ShapeProfile(1, 8, 8))
+    several = ShapeProfile(1, 8, 8, batches=(1, 8))
+    second = write_plan(tmp_path / "b.plan", b"ftrt 2", compute_capabilities=("8.9",), profile=several)
+    with pytest.raises(InputError, match=r"profiles for batches of 1, 8, and .* for all batches in one") as caught:
+        write([first, second], tmp_path)
+    assert "--profiles" in caught.value.remedy
+
+
 def test_cuda_graphs_are_for_plans_and_only_when_asked_for(tmp_path: Path, onnx: Path) -> None:
     plan = write_plan(tmp_path / "b2.plan")
     assert not write(plan, tmp_path).HasField("optimization")

@@ -163,6 +163,27 @@ def test_batch_above_the_plans_profile_is_found(plans: Path) -> None:
     assert "and max_batch_size is 4096" in only(plans)
 
 
+def test_profiles_that_a_plan_lacks_or_that_take_too_little_are_found(tmp_path: Path) -> None:
+    plan = write_plan(tmp_path / "b2.plan", profile=ShapeProfile(1, 32, 32, batches=(1, 8, 32)))
+    write_triton([plan], tmp_path / "repo")
+
+    def use(*profiles: str) -> None:
+        def edit(config: Any) -> None:
+            config.instance_group[0].profile[:] = profiles
+
+        edit_config(tmp_path / "repo/b2", edit)
+
+    assert findings(tmp_path / "repo") == []
+    for wrong in ("3", "first"):
+        use("0", wrong)
+        assert f"has 3 optimization profiles, counted from 0, and none is '{wrong}'" in only(tmp_path / "repo")
+    for few in (("0", "1"), ()):  # without a name Triton takes the first
+        use(*few)
+        assert "none of its optimization profiles that are in use takes a batch of 32" in only(tmp_path / "repo")
+    use("2")
+    assert findings(tmp_path / "repo") == []
+
+
 def test_plan_that_changed_or_is_of_another_library_is_found(plans: Path, tmp_path: Path) -> None:
     (plans / "b2/1/model.plan").write_bytes(b"ftrt cut off")
     assert "truncated or changed" in only(plans)

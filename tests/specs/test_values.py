@@ -134,6 +134,20 @@ def test_profile_out_of_order_is_refused(sizes: tuple[int, int, int]) -> None:
         ShapeProfile(*sizes)
 
 
+def test_profile_of_several_batches_is_one_for_each() -> None:
+    sizes = ((8, 9), (16, 32), (64, 48))
+    profile = ShapeProfile(1, 8, 32, *sizes, batches=(1, 8, 32))
+    assert profile.split() == tuple(ShapeProfile(1, batch, batch, *sizes) for batch in (1, 8, 32))
+    assert ShapeProfile(2, 4, 8).split() == (ShapeProfile(2, 4, 8),)
+
+
+@pytest.mark.parametrize("batches", [(8, 1, 32), (1, 1, 32), (0, 32), (1, 8), (1, 64)])
+def test_batches_of_a_profile_that_do_not_fit_are_refused(batches: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match="expected ascending batches from min up to max, 32, found") as caught:
+        ShapeProfile(1, 8, 32, batches=batches)
+    assert "--profiles" in caught.value.remedy
+
+
 @pytest.mark.parametrize(
     "sizes",
     [((1, 1), None, None), (None, (4, 4), None), ((8, 4), (4, 8), (9, 9)), ((1, 1), (4, 9), (8, 8)), ((0, 4),) * 3],

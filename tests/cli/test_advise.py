@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from repvgg_deploy.build.library import GpuSearch
 from repvgg_deploy.cli.trt import main
-from repvgg_deploy.measure.records import write_benchmark
+from repvgg_deploy.measure.records import Device, write_benchmark
 from repvgg_deploy.runtime.cuda import opening
 from tests.fakes.cuda import FakeCuda
 from tests.measure.make_benchmark import make_benchmark, make_model, make_point
@@ -132,6 +133,23 @@ def test_measured_files_of_a_cpu_are_not_mixed_with_estimates(tmp_path: Path, ca
     status, text, err = run(capsys, "--min-top1", 70, "--measured", tmp_path / "cpu.json")
     assert status == 0 and [row[-1] for row in rows(text)] == ["cpu.json"] * 2 and "estimated" not in text
     assert "repvgg-trt build" not in err
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision", "kind", "said"),
+    [
+        ("ONNX Runtime 1.32.0, CPUExecutionProvider", "int8", "cpu", True),
+        ("OpenVINO 2026.4, CPU", "int8", "cpu", False),
+        ("ONNX Runtime 1.32.0, CPUExecutionProvider", "fp32", "cpu", False),  # it gains nothing there
+        ("TensorRT 10.13", "int8", "gpu", False),
+    ],
+)
+def test_int8_on_a_cpu_is_told_of_openvino(backend: str, precision, kind, said: bool, tmp_path: Path, capsys) -> None:
+    points = tuple(dataclasses.replace(point, backend=backend) for point in make_model().points)
+    found = make_benchmark(make_model("A0", precision, points))
+    write_benchmark(tmp_path / "x.json", dataclasses.replace(found, device=Device(kind, "a processor")))
+    _, text, _ = run(capsys, "--min-top1", 70, "--measured", tmp_path / "x.json")
+    assert ("bench --backend openvino" in " ".join(text.split())) == said
 
 
 def test_malformed_file_is_an_error_that_names_it(tmp_path: Path, capsys) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from docs.tools.json_schemas import ARTIFACTS
 from repvgg_deploy.errors import InputError, clean_text
 from repvgg_deploy.specs import codec
-from repvgg_deploy.specs.values import BuildConfig, ModelMetadata
+from repvgg_deploy.specs.values import BuildConfig, ModelMetadata, PlanPassport
 
 SCHEMAS = Path(__file__).resolve().parents[2] / "docs" / "schemas"
 FREE = (
@@ -104,6 +104,13 @@ PLACES = [
     for name in ARTIFACTS
     for path in objects(example(name))
 ]
+
+
+def test_passport_of_before_plans_had_several_profiles_is_read() -> None:
+    text = (SCHEMAS / "plan-passport.json").read_text()
+    data = json.loads(text)
+    assert data["config"]["profile"].pop("batches") == []
+    assert codec.decode(PlanPassport, data) == codec.loads(PlanPassport, text)
 
 
 @pytest.mark.parametrize(("name", "path"), PLACES)

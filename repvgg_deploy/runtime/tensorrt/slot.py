@@ -147,9 +147,11 @@ class Slot:
         )
 
     def _find_lane(self, shape: Shape) -> Lane:
-        main = self.find_main(shape[0])  # first: TensorRT 8 lets one context at a time use a profile
         found = self._lanes.get(shape)
-        if found is None and len(self._lanes) < len(self._graphs.sizes):
+        if found is not None:
+            return found
+        main = self.find_main(shape[0])  # first: TensorRT 8 lets one context at a time use a profile
+        if len(self._lanes) < len(self._graphs.sizes):
             found = self._make_lane(self.plan.interface.choose_profile(shape[0]).index, one_shape=True)
             if found is not None:
                 self._lanes[shape] = found

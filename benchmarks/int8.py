@@ -188,7 +188,7 @@ class Run:
     def _row(self, method: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
         """Medians: agreement and SQNR on the second half of the images, the rest on all."""
         row: dict[str, Any] = {"key": method, "method": METHODS[method]}
-        places_of = [(key, "reported") for key in ("agreement", "sqnr_db")]
+        places_of = [(key, "reported") for key in ("agreement", "sqnr_db", "median_db")]
         places_of += [(key, "all") for key in ("top1", "drop", "map", "map_drop", "drop_low", "drop_high")]
         for key, part in places_of:
             if key in runs[0][part]:

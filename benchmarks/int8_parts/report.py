@@ -12,6 +12,7 @@ _COLUMNS = {
     "top1": ("top-1", "9.2f"),
     "drop": ("drop", "9.2f"),
     "agreement": ("agree %", "9.2f"),
+    "median_db": ("med. dB", "9.1f"),
     "map": ("mAP", "9.2f"),
     "map_drop": ("drop", "9.2f"),
     "drop_low": ("from", "9.2f"),

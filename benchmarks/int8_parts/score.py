@@ -41,6 +41,7 @@ def score(folder: Path, graph: Path, subject: str) -> dict[str, Any]:
         for name, part in parts.items():
             reference, answers = (next(iter(each.values()))[part].argmax(axis=1) for each in (truth, found))
             scores[name] |= _classify(reference, answers, labels[part])
+            scores[name]["median_db"] = _find_median(*(next(iter(each.values()))[part] for each in (truth, found)))
     if kind == "detector":
         from .detection import measure
 
@@ -67,6 +68,12 @@ def _compare(truth: Mapping[str, NDArray[Any]], found: Mapping[str, NDArray[Any]
         one, two = (each[name][part].astype(np.float64) for each in (truth, found))
         outputs[name] = decibels(float(np.square(one).sum()), float(np.square(one - two).sum()))
     return {"images": len(one), "outputs": outputs, "sqnr_db": min(outputs.values())}
+
+
+def _find_median(truth: NDArray[Any], found: NDArray[Any]) -> float:
+    """SQNR of the median image in decibels."""
+    one, two = (each.astype(np.float64) for each in (truth, found))
+    return float(np.median([decibels(s, n) for s, n in zip((one**2).sum(1), ((one - two) ** 2).sum(1), strict=True)]))
 
 
 def _classify(reference: NDArray[np.int64], answers: NDArray[np.int64], labels: NDArray[np.int64]) -> dict[str, float]:

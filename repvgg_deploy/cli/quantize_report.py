@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 
     from ..precision.fp16 import Fp16Report
     from ..precision.int8 import Int8Report, LayerReport
+    from ..precision.metrics import Verification
     from ..precision.options import QuantizeOptions
     from ..precision.quantization import QuantizeResult
 
 _NAMED = 6  # of layers that are kept, or of tensors
 _WORST = 5
+_FEW_DB = 3.0  # so much more has the median image than all together, where few have most of the error
 _RANGES = {
     "images": "measured on {} images",
     "statistics": "stated by the BatchNorm layers, and tried on {} drawn images",
@@ -166,8 +168,16 @@ def _verdict(options: QuantizeOptions, result: QuantizeResult) -> list[tuple[str
         *scored,
         ("agreement", f"{100 * found.agreement:.2f} %: {same}{'' if score is not None else f' ({demanded})'}"),
         ("expected drop", f"{found.expected_drop:.2f} points of top-1, by FP32's own probabilities"),
-        ("SQNR", f"{found.sqnr_db:.1f} dB of the logits"),
+        ("SQNR", describe_sqnr(found)),
     ]
+
+
+def describe_sqnr(found: Verification) -> str:
+    """That of a classifier's logits; where a few images have most of the error, also that of most images."""
+    whole = f"{found.sqnr_db:.1f} dB of the logits"
+    if found.median_db is None or found.median_db < found.sqnr_db + _FEW_DB:
+        return whole
+    return f"{whole}, {found.median_db:.1f} dB of the median image: few images have most of the error"
 
 
 def describe_demand(agreement: float, least: float) -> str:

@@ -52,6 +52,8 @@ class Verification:
             classes that FP32 holds for equally likely costs nothing. None without a classifier.
         sqnr_db: Of the logits, in decibels; without a classifier, of the worst of the outputs.
         outputs: What was compared (`Network.judged`), each apart.
+        median_db: SQNR of the logits of the median image; None without a classifier. Where it is far above `sqnr_db`,
+            few images have most of the error: such as make activations explode, which INT8 clips.
     """
 
     images: int
@@ -60,6 +62,7 @@ class Verification:
     expected_drop: float | None
     sqnr_db: float
     outputs: tuple[OutputError, ...] = ()
+    median_db: float | None = None
 
     @property
     def differing(self) -> int:
@@ -85,6 +88,7 @@ class Judge:
         """
         signal, noise = dict.fromkeys(self._names, 0.0), dict.fromkeys(self._names, 0.0)
         agreeing, done, lost, run = 0, 0, 0.0, None
+        by_image: list[float] = []
         outputs = run_tensors(accept_floats(typed), self._names, self._batches)
         for index, (found, batch) in enumerate(zip(outputs, self._batches, strict=True)):
             if index < len(self._logits):
@@ -105,12 +109,14 @@ class Judge:
                 if self.classifies:
                     agreeing += int((one.argmax(axis=1) == two.argmax(axis=1)).sum())
                     lost += _lost(one, two)
+                    by_image += map(decibels, np.square(one).sum(axis=1), np.square(one - two).sum(axis=1))
             done += len(batch)
             progress(done, count_images(self._batches))
         share, drop = (agreeing / done, 100 * lost / done) if self.classifies else (None, None)
         ratios = {name: decibels(signal[name], noise[name]) for name in self._names}
         each = tuple(OutputError(name, sqnr_db, 10 ** (-sqnr_db / 20)) for name, sqnr_db in ratios.items())
-        return Verification(done, self._held_out, share, drop, min(ratios.values()), each)
+        median = float(np.median(by_image)) if self.classifies else None
+        return Verification(done, self._held_out, share, drop, min(ratios.values()), each, median)
 
 
 def _lost(truth: NDArray[np.float64], found: NDArray[np.float64]) -> float:

@@ -5,7 +5,9 @@ its rows. Inputs are centred: their mean is the bias's business, which takes up 
 correction). Three steps:
 
 1. The weights w are moved to those that best reproduce, from the quantized input, what the FP32 network computes at
-   this place (ridge regression): errors of the layers before are corrected, not only this layer's.
+   this place (ridge regression): errors of the layers before are corrected, not only this layer's. Where positions
+   are few for so many inputs, as behind the last strides of small images, the calibration images would be learnt by
+   heart: there this step is left out.
 2. Columns are rounded one after the other, largest moment first, and each one's error is fed forward to those that are
    not rounded yet.
    Source: Frantar et al. 2022, GPTQ, https://arxiv.org/abs/2210.17323. Several clipped weight scales are tried and the
@@ -37,6 +39,7 @@ from .network import Float64, FloatArray
 from .ranges import Moments
 
 _BLOCK = 64
+_ENOUGH = 8  # positions for each input: with fewer, step 1 is left out
 _CORRELATION = 0.6  # of neighbouring pixels of one channel
 
 
@@ -122,7 +125,8 @@ def round_layer(
     for group in range(groups):
         covariance, cross, mean, error = moments.centred(group)
         if options.method == "second_order":
-            found, scale = round_rows(rows[group], covariance, cross, options, grid=grid)
+            enough = moments.count >= _ENOUGH * len(covariance)
+            found, scale = round_rows(rows[group], covariance, cross if enough else None, options, grid=grid)
         else:
             scale = nearest_scales(rows[group], grid).astype(np.float32).astype(np.float64)
             found = grid.nearest(rows[group] / scale[:, None])
@@ -137,25 +141,26 @@ def round_layer(
 def round_rows(
     rows: NDArray[np.floating],
     covariance: NDArray[np.floating],
-    cross: NDArray[np.floating],
+    cross: NDArray[np.floating] | None,
     options: RoundOptions,
     *,
     grid: Grid = INT8,
 ) -> tuple[FloatArray, Float64]:
     """Rounds the rows (out, K) of one group in the three steps above.
 
-    Takes the covariance of the inputs, (K, K), and that of the missing output with them, (out, K); see
-    `Moments.centred`. Gives integers (out, K) and scales (out,).
+    Takes the covariance of the inputs, (K, K), and that of the missing output with them, (out, K), or None to leave out
+    the first step; see `Moments.centred`. Gives integers (out, K) and scales (out,).
     """
     level = float(np.trace(covariance)) / len(covariance)
     level = level if level > 0 else 1.0  # inputs that never change: every rounding is as good
     order = np.argsort(-np.diag(covariance), kind="stable")
     damped = covariance.astype(np.float32)[np.ix_(order, order)]
     diagonal = np.diag(damped).copy()
-    np.fill_diagonal(damped, diagonal + np.float32(options.ridge * level))
     # Column by column is how all three steps go: a column of the weights is a row of the arrays from here on.
     target = rows.T[order].astype(np.float32)
-    target += np.linalg.solve(damped, cross[:, order].T.astype(np.float32))
+    if cross is not None:
+        np.fill_diagonal(damped, diagonal + np.float32(options.ridge * level))
+        target += np.linalg.solve(damped, cross[:, order].T.astype(np.float32))
     np.fill_diagonal(damped, diagonal + np.float32(options.damping * level))
     factor = _upper_factor(damped)
     base = nearest_scales(target.T, grid)

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repvgg_deploy.cli.quantize_report import describe_demand
+from repvgg_deploy.cli.quantize_report import describe_demand, describe_sqnr
 from repvgg_deploy.cli.trt import main
+from repvgg_deploy.precision.metrics import Verification
 from repvgg_deploy.runtime.engine import Engine
 from tests.endless import Stage, start_endless
 from tests.precision.make_chain import KINDS, ChainOptions, make_model, save
@@ -90,6 +91,12 @@ def test_demand_below_which_so_few_images_passed_says_why() -> None:
     # "83.33 %: 5 of 6 (at least 97 % demanded)" read as if a failure had been written.
     assert describe_demand(5 / 6, 0.97) == "at least 97 % demanded; of so few images one may differ"
     assert describe_demand(0.97, 0.97) == "at least 97 % demanded"
+
+
+def test_sqnr_of_few_images_that_are_lost_stands_beside_that_of_most() -> None:
+    lost, alike = (Verification(2000, True, 0.98, 0.0, 9.4, median_db=median) for median in (30.6, 10.0))
+    assert describe_sqnr(lost).startswith("9.4 dB of the logits, 30.6 dB of the median image")
+    assert describe_sqnr(alike) == "9.4 dB of the logits"
 
 
 def test_quantize_with_real_images_keeps_the_accuracy(

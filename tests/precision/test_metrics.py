@@ -85,6 +85,8 @@ def test_judge_drop_is_the_mean_over_images_that_change() -> None:
     assert 0 < found.agreement < 1
     assert found.agreement == np.mean(truth.argmax(axis=1) == other.argmax(axis=1))
     assert found.expected_drop == pytest.approx(100 * np.mean(lost), rel=1e-9)
+    each = 10 * np.log10(np.square(truth).sum(axis=1) / np.square(truth - other).sum(axis=1))
+    assert found.median_db == pytest.approx(np.median(each), rel=1e-9)
 
 
 @pytest.mark.parametrize("kind", KINDS)

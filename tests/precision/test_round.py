@@ -116,6 +116,21 @@ def test_round_layer_corrects_what_earlier_layers_lost() -> None:
     assert errors[0] < 0.1 * errors[1]
 
 
+@pytest.mark.parametrize("images", [3, 32])  # 144 positions each, and 72 inputs
+def test_round_layer_learns_nothing_of_few_positions_by_heart(images: int) -> None:
+    """What earlier layers lost depends on the input; of too few positions it is not asked how."""
+    conv = layer()
+    weight, bias, x = problem(conv)
+    worse = (x * np.linspace(0.9, 1.1, 8, dtype=np.float32).reshape(1, 8, 1, 1)).astype(np.float32)
+    found = []
+    for truth in (x, worse):
+        moments = Moments(conv, weight, positions=10**6, seed=0)
+        moments.add(worse[:images], truth[:images])
+        found.append(round_layer(weight, bias, moments, RoundOptions()))
+    assert np.array_equal(found[0].integers, found[1].integers) == (images == 3)
+    assert not np.allclose(found[0].bias, found[1].bias)  # the mean is corrected all the same
+
+
 def test_round_layer_constant_input_and_zero_rows_stay_finite() -> None:
     conv = layer()
     weight, bias, x = problem(conv)

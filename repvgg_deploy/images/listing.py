@@ -80,9 +80,12 @@ def stream_images(paths: Iterable[StrPath]) -> Iterator[str]:
     is no image is passed over, and of several arguments that overlap each file comes once.
 
     Raises:
-        InputError: A folder may not be read.
+        InputError: A folder may not be read, or the one argument names nothing. Of several, such a one comes as it is:
+            whoever reads the files notes it beside those that cannot be read.
     """
     texts = [os.fspath(path) for path in paths]
+    if len(texts) == 1 and not (os.path.lexists(texts[0]) or glob.has_magic(texts[0])):
+        raise InputError(f"{texts[0]}: no such file or folder", remedy="check the path")
     seen: set[str] = set()  # of one argument nothing need be remembered
     for text in texts:
         folder = os.path.isdir(text)

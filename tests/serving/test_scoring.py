@@ -108,6 +108,16 @@ def test_folder_without_images_is_refused_and_leaves_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "model.onnx"]
 
 
+def test_folder_that_is_not_there_is_refused_and_a_file_among_others_is_a_row(
+    model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nowhere, out = tmp_path / "nowhere.png", tmp_path / "t.csv"
+    assert main(["infer", str(model), str(nowhere), "--out", str(out)]) == 1
+    assert f"{nowhere}: no such file or folder" in capsys.readouterr().err and not out.exists()
+    assert main(["infer", str(model), str(photos / "1"), str(nowhere), "--out", str(out)]) == 0
+    assert [row["image"] for row in read(out) if row["error"]] == [str(photos / "1" / "broken.jpg"), str(nowhere)]
+
+
 def test_interrupted_run_keeps_what_it_computed_and_goes_on(
     model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,6 +25,15 @@ _METHODS = {
 }
 _CLASSIFIERS = ("A0", "A0g4", "sample")
 _GRAPHS = {"detector": "detector, SiLU", "detector-relu": "detector, ReLU", "A0-fpn": "A0 under a pyramid, SiLU"}
+_DEEP = {
+    "deep-24-none": "24 blocks, no SE",
+    "deep-24-after": "24 blocks, SE after ReLU",
+    "deep-24-before": "24 blocks, SE before ReLU",
+    "deep-48-none": "48 blocks, no SE",
+    "deep-48-after": "48 blocks, SE after ReLU",
+    "deep-48-before": "48 blocks, SE before ReLU",
+}
+_MODELS = {"int8": _CLASSIFIERS, "int8_graphs": tuple(_GRAPHS), "int8_deep": tuple(_DEEP)}
 
 
 def make_table(name: str) -> str:
@@ -32,9 +41,9 @@ def make_table(name: str) -> str:
     file, make = _TABLES[name]
     found = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
     if "models" in found:  # each measured by itself, perhaps elsewhere
-        shown = [key for key in (_CLASSIFIERS if name == file else _GRAPHS) if key in found["models"]]
+        shown = [key for key in _MODELS[name] if key in found["models"]]
         if not shown:
-            return f"*Not measured yet:* `python benchmarks/{file}.py --models {' '.join(_GRAPHS)}`"
+            return f"*Not measured yet:* `python benchmarks/{file}.py --models {' '.join(_MODELS[name])}`"
         machines = [found["models"][key]["machine"] for key in shown]
     else:
         machines = [found["machine"]]
@@ -140,6 +149,18 @@ def _int8_graphs(found: dict[str, Any]) -> str:
     return _rows([*heads, f"{next(iter(models))} CPU s"], rows)
 
 
+def _int8_deep(found: dict[str, Any]) -> str:
+    rows = []
+    for key, shown in ((key, _DEEP[key]) for key in _DEEP if key in found["models"]):
+        by_key = {row["key"]: row for row in found["models"][key]["rows"]}
+        if "ours" in by_key:
+            row = by_key["ours"]
+            exact = [f"{by_key['fp32']['top1']:.2f}", f"{row['drop']:.2f}", f"{row['agreement']:.1f}"]
+            rows.append([shown, *exact, f"{row['sqnr_db']:.1f}", f"{row['median_db']:.1f}", str(len(row["runs"]))])
+    header = ["", "FP32 top-1 %", "lost", "agreement %", "SQNR of all dB", "of the median image dB", "draws"]
+    return _rows(header, rows)
+
+
 def _runtime(found: dict[str, Any]) -> str:
     names = {
         "FP32, bare session": "FP32, a bare `InferenceSession` of ONNX Runtime",
@@ -184,6 +205,7 @@ _TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "export": ("export", _export),
     "fold": ("fold", _fold),
     "int8": ("int8", _int8),
+    "int8_deep": ("int8", _int8_deep),
     "int8_graphs": ("int8", _int8_graphs),
     "reparameterize": ("reparameterize", _reparameterize),
     "runtime": ("runtime", _runtime),

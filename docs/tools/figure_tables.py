@@ -40,6 +40,8 @@ def make_table(name: str) -> str:
     """The table of this name in Markdown, and below it where its figures come from: `benchmarks/NAME.py`, usually."""
     file, make = _TABLES[name]
     found = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
+    if "processors" in found:
+        return "\n\n".join(f"{make(each)}\n\n{_source(file, each['machine'])}" for each in found["processors"].values())
     if "models" in found:  # each measured by itself, perhaps elsewhere
         shown = [key for key in _MODELS[name] if key in found["models"]]
         if not shown:
@@ -48,7 +50,11 @@ def make_table(name: str) -> str:
     else:
         machines = [found["machine"]]
     machine = "; ".join(dict.fromkeys(map(describe_machine, machines)))
-    return f"{make(found)}\n\n*Measured by* `python benchmarks/{file}.py` *on {machine}.*"
+    return f"{make(found)}\n\n{_source(file, machine)}"
+
+
+def _source(file: str, machine: str) -> str:
+    return f"*Measured by* `python benchmarks/{file}.py` *on {machine}.*"
 
 
 def draw_charts() -> dict[str, str]:
@@ -162,25 +168,37 @@ def _int8_deep(found: dict[str, Any]) -> str:
 
 
 def _runtime(found: dict[str, Any]) -> str:
-    names = {
-        "FP32, bare session": "FP32, a bare `InferenceSession` of ONNX Runtime",
-        "FP32, Engine": "FP32, `Engine`",
-        "INT8 as it stands, bare session": "INT8, a bare `InferenceSession`",
-        "INT8, Engine, onnxruntime": "INT8, `Engine`",
-        "INT8, Engine, openvino": 'INT8, `Engine(backend="openvino")`',
-    }
-    batches = found["batches"]
-    rows = [[shown, *(f"{each['images_per_second'][key]:.0f}" for each in batches)] for key, shown in names.items()]
-    return _rows(["images a second", *(f"batch {each['batch']}" for each in batches)], rows)
-
-
-def _runtime_overhead(found: dict[str, Any]) -> str:
-    times = found["milliseconds"]
+    speed = found["speed"]
     rows = [
-        ["`InferenceSession.run`", *(f"{times['bare'][key]:.2f}" for key in ("p50", "p95"))],
-        ["`Engine.infer`", *(f"{times['engine'][key]:.2f}" for key in ("p50", "p95"))],
+        [
+            f"**`{name}`**" if name.startswith("Engine") else name,
+            *(f"{row['images_per_second'][name]:.0f}" for row in speed),
+        ]
+        for name in speed[0]["images_per_second"]
     ]
-    return _rows(["ms", "median", "95 %"], rows)
+    return _rows(["images a second", *(f"batch {row['batch']}" for row in speed)], rows)
+
+
+def _runtime_share(found: dict[str, Any]) -> str:
+    names = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+    rows = []
+    for row in found["share"]:
+        precision, dtype, *unchecked = row["model"].split()
+        shares = [f"{share:.1f} %" for share in row["percent"].values()]
+        what = f"{precision.upper()}, {dtype} images{', `check_finite=False`' if unchecked else ''}"
+        rows.append([f"{what}, {names[row['backend']]}", *shares])
+    table = _rows(["Engine of the bare backend", *(f"batch {count}" for count in found["share"][0]["percent"])], rows)
+    return f"{table}\n\nThe Engine itself works {found['wrapper_microseconds']:.0f} µs a call."
+
+
+def _runtime_clients(found: dict[str, Any]) -> str:
+    names = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+    rows = [
+        [f"{row['model']}, {names[row['backend']]}", *(f"{speed:.0f}" for speed in row["images_per_second"].values()),
+         f"{row['percent']:.1f} %", f"{row['mean_batch']:.1f}"]
+        for row in found["clients"]
+    ]  # fmt: skip
+    return _rows(["", "full batches, images/s", "64 clients", "share", "mean batch"], rows)
 
 
 def _reparameterize(found: dict[str, Any]) -> str:
@@ -209,8 +227,9 @@ _TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "int8_graphs": ("int8", _int8_graphs),
     "reparameterize": ("reparameterize", _reparameterize),
     "runtime": ("runtime", _runtime),
+    "runtime_share": ("runtime", _runtime_share),
+    "runtime_clients": ("runtime", _runtime_clients),
     "scoring": ("scoring", _scoring),
-    "runtime_overhead": ("runtime_overhead", _runtime_overhead),
 }
 
 
@@ -228,15 +247,9 @@ def _choose_int8(found: dict[str, Any]) -> list[tuple[str, float, bool]]:
 
 
 def _choose_runtime(found: dict[str, Any]) -> list[tuple[str, float, bool]]:
-    (batch,) = (each for each in found["batches"] if each["batch"] == 8)
-    names = {
-        "FP32, bare session": "FP32, ONNX Runtime",
-        "FP32, Engine": "FP32, Engine",
-        "INT8 as it stands, bare session": "INT8, ONNX Runtime",
-        "INT8, Engine, onnxruntime": "INT8, Engine",
-        "INT8, Engine, openvino": "INT8, Engine with OpenVINO",
-    }
-    return [(label, batch["images_per_second"][key], "Engine" in label) for key, label in names.items()]
+    first = next(iter(found["processors"].values()))
+    (batch,) = (each for each in first["speed"] if each["batch"] == 8)
+    return [(name, speed, name.startswith("Engine")) for name, speed in batch["images_per_second"].items()]
 
 
 _CHARTS: dict[str, tuple[str, Callable[[dict[str, Any]], list[tuple[str, float, bool]]]]] = {

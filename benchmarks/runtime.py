@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import platform
 import statistics
 import sys
@@ -405,7 +404,7 @@ def report(result: Mapping[str, Any]) -> str:
 def measure(parts: Iterable[str]) -> dict[str, Any]:
     """What was asked for, on models made here."""
     found: dict[str, Any] = {
-        "machine": f"{cpu_name()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}",
+        "machine": f"{cpu_name()}, {platform.system()}, Python {platform.python_version()}",
         "versions": {name: _version(name) for name in ("torch", "onnxruntime", "openvino")},
     }
     with tempfile.TemporaryDirectory() as folder:

@@ -153,10 +153,10 @@ def test_images_that_are_no_exceptions_take_part() -> None:
 def test_an_image_is_judged_by_what_it_gives_before_it_is_judged_by_what_is_between() -> None:
     """Many times as much between layers does no harm that the outputs do not show."""
     sizes = np.ones(100, np.float32)
-    sizes[:3] = [2.9, 3.1, 29]
+    sizes[:2] = [2.9, 3.1]
     assert find_extreme([sizes], []) == ()
-    assert find_extreme([sizes], [sizes]) == (1, 2)
-    sizes[3] = 17  # they are clipped, so that three of a hundred are too many
+    assert find_extreme([sizes], [sizes]) == (1,)
+    sizes[3] = 17  # they are clipped, so that two of a hundred are too many
     assert find_extreme([sizes], [sizes]) == ()
     sizes[4] = 31
     assert find_extreme([sizes], [sizes]) == (4,)

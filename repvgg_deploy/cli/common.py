@@ -20,7 +20,7 @@ import textwrap
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -100,6 +100,13 @@ class HelpFormatter(argparse.HelpFormatter):
 class Parser(argparse.ArgumentParser):
     """A parser that asks "did you mean …?" where a word is almost one that it knows."""
 
+    _given: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's; remembers the words, for one that is misspelt may be the one that is missing."""
+        self._given = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Ends the program with usage, message and what was perhaps meant."""
         meant = [match for word, known in self._find_unknown(message) for match in get_close_matches(word, known, 1)]
@@ -112,10 +119,10 @@ class Parser(argparse.ArgumentParser):
         choice = re.search(r"invalid choice: '?([^' ]+)'? \(choose from (.+)\)", message)
         if choice is not None:
             yield choice[1], re.findall(r"[\w.-]+", choice[2])
-        elif message.startswith("unrecognized arguments:"):
+        elif message.startswith("unrecognized arguments:") or "required" in message:
             options = [name for action in self._actions for name in action.option_strings if len(name) > 2]
-            for word in message.split()[2:]:
-                if word.startswith("-"):
+            for word in message.split()[2:] if message.startswith("unrecognized") else self._given:
+                if word.startswith("-") and word.partition("=")[0] not in options:
                     yield word.partition("=")[0], options
 
 

@@ -101,6 +101,8 @@ def test_bare_program_shows_its_help(capsys: pytest.CaptureFixture[str], monkeyp
         (["infer", "m.onnx", "x.png", "--batchsize", "3"], "--batch-size"),
         (["quantize", "m.onnx", "--int8", "--calibb", "x"], "--calib"),
         (["infer", "m.onnx", "x.png", "--backend", "openvin"], "openvino"),
+        (["quantize", "m.onnx", "--in8"], "--int8"),  # what is required is said to be missing, for it is misspelt
+        (["quantize", "m.onnx", "--calib", "x"], None),
         (["zzz"], None),
     ],
 )

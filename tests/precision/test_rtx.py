@@ -121,7 +121,7 @@ def test_rtx_uint8_variant_with_other_outputs_is_built(tail: str) -> None:
         assert accepted(TYPINGS[typing](model)).types["input"] == ("UINT8" if tail == "top5" else "FLOAT")
 
 
-def _shown(fault: Fault, graph: onnx.ModelProto) -> None:
+def _assert_shown(fault: Fault, graph: onnx.ModelProto) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         fault.change(graph)
@@ -136,18 +136,18 @@ def _shown(fault: Fault, graph: onnx.ModelProto) -> None:
 def test_rtx_faults_of_int8_graphs_are_refused_or_taken_as_we_say(name: str) -> None:
     graph = quantize_plainly(make_model(), make_batches(count=2))
     check_quantized(graph)
-    _shown({**BOTH_TARGETS, **TRT8}[name], graph)
+    _assert_shown({**BOTH_TARGETS, **TRT8}[name], graph)
 
 
 @pytest.mark.parametrize("name", [*BOTH_TARGETS, *TRT10])
 def test_rtx_faults_of_mixed_graphs_are_refused_or_taken_as_we_say(name: str) -> None:
     graph = quantize_mixed(make_model(), make_batches(count=2))
     check_quantized(graph, target="trt10")
-    _shown({**BOTH_TARGETS, **TRT10}[name], graph)
+    _assert_shown({**BOTH_TARGETS, **TRT10}[name], graph)
 
 
 @pytest.mark.parametrize("name", HALF)
 def test_rtx_faults_of_fp16_graphs_are_refused_or_taken_as_we_say(name: str) -> None:
     graph = write_halves(make_model())
     check_halves(graph)
-    _shown(HALF[name], graph)
+    _assert_shown(HALF[name], graph)
